@@ -1,0 +1,57 @@
+"""Randomness as a function: every draw is a hash of (seed, epoch, position, name), never a generator's state.
+
+The hash is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014), used as a
+counter-based generator on the CPU: it knows no batch size, device or rank.
+"""
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: an avalanche over 64 bits."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def _as_word(part: int | str) -> np.uint64:
+    return np.uint64(zlib.crc32(part.encode()) if isinstance(part, str) else part & 0xFFFFFFFFFFFFFFFF)
+
+
+def _chain(*parts: int | str) -> np.ndarray:
+    state = np.zeros(1, np.uint64)
+    for part in parts:
+        state = _mix((state ^ _as_word(part)) + _GOLDEN)
+    return state
+
+
+def hash_seed(*parts: int | str) -> int:
+    """A seed in [0, 2**63) that is a function of `parts` alone; other parts, or another order, give another."""
+    return int(_chain(*parts)[0] >> np.uint64(1))
+
+
+def uniform(seed: int, epoch: int, positions: Tensor, name: str, count: int) -> Tensor:
+    """Draws for whole images: float64 (N, count), uniform in [0, 1).
+
+    Args:
+        positions: (N,) int64, each image's position in the epoch.
+        name: whose draws these are; other names draw independently.
+        count: how many numbers an image needs; the first ones don't depend on it.
+    """
+    base = _chain(seed, epoch, name)
+    per_image = _mix((positions.cpu().numpy().astype(np.uint64) ^ base) + _GOLDEN)  # (N,)
+    steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    words = _mix(per_image[:, None] + steps[None, :])  # (N, count)
+    return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    """The order in which epoch `epoch` visits `count` examples: (count,) int64, a permutation."""
+    generator = torch.Generator().manual_seed(hash_seed(seed, epoch, "order"))
+    return torch.randperm(count, generator=generator)

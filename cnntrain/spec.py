@@ -1,0 +1,131 @@
+"""What rooms hand to each other: the facts about a data set, and a batch. Nothing here has an opinion."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cnntrain.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Facts that a data set states about itself, before and apart from any model or task.
+
+    Attributes:
+        channels, height, width: of the images as the store holds them (the canvas), in pixels.
+        classes: class names by id: of the images (classification) or of the pixels (masks).
+        keypoints: names of the K points.
+        mirror: for each keypoint the index of its partner under a mirror image (itself when it lies on the axis),
+            or None when the data set does not say.
+        skeleton: pairs of keypoint indices to join by lines in drawings.
+        ignore_index: the mask id that counts neither as right nor as wrong.
+        mean, std: per channel on the 0-1 scale; None until the training images have been measured.
+        mirror_safe: whether a mirrored image still means the same (False for digits and text).
+    """
+
+    channels: int
+    height: int
+    width: int
+    classes: tuple[str, ...] = ()
+    keypoints: tuple[str, ...] = ()
+    mirror: tuple[int, ...] | None = None
+    skeleton: tuple[tuple[int, int], ...] = ()
+    ignore_index: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    mirror_safe: bool = True
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.height, self.width
+
+    def with_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "DataSpec":
+        return replace(self, mean=mean, std=std)
+
+
+@dataclass
+class Batch:
+    """N examples on their way from the store to the loss.
+
+    Attributes:
+        images: (N, C, H, W); uint8 as the store holds them, float and normalised once the pipeline has passed.
+        targets: by name, each with N rows: `label` (N,) int64; `points` (N, K, 2) float32 canvas pixels (x, y) at
+            pixel centres with `visible` (N, K) bool; `mask` (N, H, W) uint8 class ids.
+        index: (N,) int64 on the CPU, row of each example in its split.
+        position: (N,) int64 on the CPU, position of each example in the epoch.
+        to_canvas: (N, 3, 3) float64 on the CPU, matrix from the source file's pixels to the canvas; None when it is
+            the identity for all.
+    """
+
+    images: Tensor
+    targets: dict[str, Tensor]
+    index: Tensor
+    position: Tensor
+    to_canvas: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def mirror_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) -> tuple[int, ...]:
+    """Partner index of each keypoint, from partners declared by name (either direction; unnamed points stay).
+
+    Raises:
+        UserError: a name that is no keypoint, or a point with two different partners.
+    """
+    index = {name: i for i, name in enumerate(keypoints)}
+    result = list(range(len(keypoints)))
+    for left, right in partners.items():
+        for name in (left, right):
+            if name not in index:
+                raise UserError(f"data.mirror: {name!r} is no keypoint{suggest(name, keypoints)}")
+        for one, other in ((left, right), (right, left)):
+            if result[index[one]] not in (index[one], index[other]):
+                raise UserError(
+                    f"data.mirror: {one!r} has two partners, {keypoints[result[index[one]]]!r} and {other!r}"
+                )
+            result[index[one]] = index[other]
+    return tuple(result)
+
+
+def infer_mirror(keypoints: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Mirror partners from names that say left/right or begin or end with l/r; None when no name says so.
+
+    Raises:
+        UserError: a name says its side, but its partner's name is missing.
+    """
+    swaps = (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT"))
+    affixes = (("l_", "r_"), ("L_", "R_"))
+    suffixes = (("_l", "_r"), ("_L", "_R"))
+
+    def partner(name: str) -> str | None:
+        for a, b in swaps:
+            if a in name:
+                return name.replace(a, b)
+            if b in name:
+                return name.replace(b, a)
+        for a, b in affixes:
+            if name.startswith((a, b)):
+                return (b if name.startswith(a) else a) + name[len(a) :]
+        for a, b in suffixes:
+            if name.endswith((a, b)):
+                return name[: -len(a)] + (b if name.endswith(a) else a)
+        return None
+
+    pairs: dict[str, str] = {}
+    for name in keypoints:
+        other = partner(name)
+        if other is None:
+            continue
+        if other not in keypoints:
+            raise UserError(f"data.mirror: {name!r} has no partner; add {name}: {other} or rename the point")
+        pairs[name] = other
+    return mirror_permutation(keypoints, pairs) if pairs else None
+
+
+def channel_tensor(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """Per-channel values as (1, C, 1, 1) float32 on the device of `like`."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
