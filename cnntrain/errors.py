@@ -31,3 +31,11 @@ def suggest(wrong: str, known: list[str] | tuple[str, ...]) -> str:
 
     near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.55)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class StoppedError(CnntrainError):
+    """A signal asked the run to stop; it saved its state first. The exit code is 128 + the signal's number."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -69,6 +69,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def truth(self) -> dict[str, Tensor]:
+        """The targets, with `to_canvas` among them where the batch has it: what a task judges by."""
+        return self.targets if self.to_canvas is None else {**self.targets, "to_canvas": self.to_canvas}
+
 
 def mirror_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) -> tuple[int, ...]:
     """Partner index of each keypoint, from partners declared by name (either direction; unnamed points stay).

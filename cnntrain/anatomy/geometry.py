@@ -1,0 +1,144 @@
+"""Windows in the lectures' notation: C_out, K, P, S, D, G; and the arithmetic of sizes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import batchnorm, conv, pooling
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution or a pool. Each tuple has one number per dimension of the window."""
+
+    kernel: Shape
+    stride: Shape
+    padding: Shape
+    dilation: Shape
+    out_channels: int | None = None
+    groups: int = 1
+    transposed: bool = False
+    ceil: bool = False
+    same: bool = False  # padding was asked for as the word 'same'
+
+    def notation(self) -> str:
+        """`C64 K11 P2 S4`; D and G only where they aren't 1, and one number where both dimensions agree."""
+        parts = [] if self.out_channels is None else [f"C{self.out_channels}"]
+        parts += [f"K{_short(self.kernel)}", f"P{_short(self.padding)}", f"S{_short(self.stride)}"]
+        if max(self.dilation) > 1:
+            parts.append(f"D{_short(self.dilation)}")
+        if self.groups > 1:
+            parts.append(f"G{self.groups}")
+        return " ".join(parts)
+
+    def span(self, axis: int) -> int:
+        """Pixels that a window covers: D*(K-1) + 1."""
+        return self.dilation[axis] * (self.kernel[axis] - 1) + 1
+
+    def overflow(self, size: Sequence[int]) -> str:
+        """`(4 - 5 + 2*0)/1 + 1 < 1` where a window is larger than the padded map of `size`, else an empty string."""
+        if self.transposed:
+            return ""
+        for axis, length in enumerate(size):
+            padding, span = self.padding[axis], self.span(axis)
+            if length + 2 * padding < span:
+                return f"({length} - {span} + 2*{padding})/{self.stride[axis]} + 1 < 1"
+        return ""
+
+    def unread(self, axis: int, size: int, out: int) -> int:
+        """Rows that no window reads: behind the last window, and between windows that stand apart.
+
+        The last window ends at (out-1)*S + D*(K-1) + 1 - P; a smaller number than `size` leaves rows behind it.
+        Shortcuts of size 1x1 that skip rows by design count as none.
+        """
+        if self.transposed or max(self.kernel) == 1:
+            return 0
+        stride, dilation, padding = self.stride[axis], self.dilation[axis], self.padding[axis]
+        taps = range(0, self.kernel[axis] * dilation, dilation)
+        read = {o * stride - padding + tap for o in range(out) for tap in taps}
+        return size - len(read & set(range(size)))
+
+
+def _short(values: Shape) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
+
+
+def _tuple(value: Any, length: int) -> Shape:
+    """torch's int-or-list arguments, one number per dimension."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return tuple(int(v) for v in (values * length if len(values) == 1 else values))
+
+
+def of_operation(name: str, arguments: Sequence[Any]) -> Geometry | None:
+    """The window of a torch operation (`convolution`, `max_pool2d_with_indices`, ...), or None where it has none."""
+    if name == "convolution":
+        weight, stride, padding, dilation = arguments[1], *arguments[3:6]
+        transposed, groups = bool(arguments[6]), int(arguments[8])
+        n = weight.dim() - 2
+        out_channels = weight.shape[1] * groups if transposed else weight.shape[0]
+        geometry = Geometry(
+            tuple(weight.shape[2:]),
+            _tuple(stride, n),
+            _tuple(padding, n),
+            _tuple(dilation, n),
+            out_channels,
+            groups,
+            transposed,
+        )
+        return geometry
+    if name.startswith(("max_pool", "avg_pool")):
+        n = int(name[name.index("pool") + 4])
+        given = [*arguments[1:], None, None, None, None, None]
+        kernel = _tuple(given[0], n)
+        stride = _tuple(given[1], n) if given[1] not in (None, [], ()) else kernel
+        padding = _tuple(given[2] or 0, n)
+        is_max = name.startswith("max")
+        dilation = _tuple(given[3] or 1, n) if is_max else (1,) * n
+        return Geometry(kernel, stride, padding, dilation, ceil=bool(given[4] if is_max else given[3]))
+    return None
+
+
+def of_module(module: nn.Module) -> Geometry | None:
+    """The window of a layer of torch.nn; padding that it does by other means ('same', reflect) is shown as asked."""
+    if isinstance(module, conv._ConvNd):
+        n = len(module.kernel_size)
+        same = module.padding == "same"
+        if same:  # the smaller side; an odd total puts one pixel more behind
+            padding = tuple(
+                d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)
+            )
+        else:
+            padding = (0,) * n if module.padding == "valid" else _tuple(module.padding, n)
+        return Geometry(
+            tuple(module.kernel_size),
+            tuple(module.stride),
+            padding,
+            tuple(module.dilation),
+            module.out_channels,
+            module.groups,
+            module.transposed,
+            same=same,
+        )
+    if isinstance(module, (pooling._MaxPoolNd, pooling._AvgPoolNd)):
+        n = int(type(module).__name__[-2]) if type(module).__name__[-2:-1].isdigit() else 2
+        stride = module.stride if module.stride is not None else module.kernel_size
+        dilation = getattr(module, "dilation", 1)
+        numbers = (module.kernel_size, stride, module.padding, dilation)
+        return Geometry(*(_tuple(number, n) for number in numbers), ceil=bool(module.ceil_mode))
+    return None
+
+
+def described(module: nn.Module) -> str:
+    """A layer in words that name its numbers, as `Conv2d(64 -> 192, K5 P2 S1)` or `Linear(9216 -> 4096)`."""
+    kind, geometry = type(module).__name__, of_module(module)
+    if isinstance(module, conv._ConvNd) and geometry is not None:
+        notation = geometry.notation().split(" ", 1)[1]
+        return f"{kind}({module.in_channels} -> {module.out_channels}, {notation})"
+    if isinstance(module, nn.Linear):
+        return f"{kind}({module.in_features} -> {module.out_features})"
+    if isinstance(module, batchnorm._NormBase):
+        return f"{kind}({module.num_features})"
+    return f"{kind}({geometry.notation()})" if geometry else kind

@@ -1,0 +1,46 @@
+"""Multiply-adds of torch's operations, as the lectures count them: a bias, an addition or a pool has none."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+# Operations whose cost is one small step per number read or written, so that 'no multiply-adds' is an honest count.
+_ELEMENTWISE = frozenset(
+    "native_batch_norm native_layer_norm native_group_norm max_pool2d_with_indices max_pool3d_with_indices max_pool1d "
+    "avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d mean sum amax amin max min var std var_mean cat stack roll flip pixel_shuffle pixel_unshuffle "
+    "channel_shuffle constant_pad_nd index index_select gather embedding masked_fill where argmax argmin topk sort cumsum "
+    "_softmax _log_softmax _safe_softmax native_dropout flatten col2im im2col repeat tril triu one_hot scatter "
+    "_native_batch_norm_legit_no_training _native_batch_norm_legit _batch_norm_with_update cudnn_batch_norm "
+    "reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d "
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d "
+    "linalg_vector_norm norm logsumexp prod bernoulli _fused_rms_norm hardswish celu max_unpool2d".split()
+)
+
+
+def is_elementwise(name: str, pointwise: bool) -> bool:
+    """Whether an operation is known to make no multiply-adds worth the name."""
+    return pointwise or name in _ELEMENTWISE
+
+
+def multiply_adds(
+    operation: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+) -> int | None:
+    """Multiply-adds of one call, without bias (ten 5x5 filters on 3x32x32, padded by 2: 768,000); None where unknown.
+
+    Convolution: every output number takes K*K*C_in/G. Transposed: every input number gives K*K*C_out/G.
+    """
+    if name == "convolution":
+        images, weight, transposed = args[0], args[1], bool(args[6])
+        counted: Tensor = images if transposed else out
+        return counted.numel() * weight.shape[1] * prod(weight.shape[2:])
+    if name in ("mm", "bmm"):
+        return args[0].numel() * args[1].shape[-1]
+    if name in ("addmm", "baddbmm"):
+        return args[1].numel() * args[2].shape[-1]
+    formula = flop_registry.get(operation._overloadpacket)
+    return formula(*args, **kwargs, out_val=out) // 2 if formula is not None else None

@@ -1,0 +1,182 @@
+"""From settings to the parts of a run: device, data, task, augmentation, model. Shared by the commands."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from cnntrain.anatomy.preflight import preflight
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.build import build, resolve
+from cnntrain.data.load import Data, load_data
+from cnntrain.data.source import Source
+from cnntrain.data.store import Loader, make_loader
+from cnntrain.engine.device import Compute, choose_compute, prepare_torch, seed_step
+from cnntrain.engine.loop import Plan
+from cnntrain.engine.optim import build_optimizer, supports_fused
+from cnntrain.engine.schedule import Schedule
+from cnntrain.errors import UserError
+from cnntrain.models.prepare import prepare
+from cnntrain.settings import DataSettings, ModelSettings, Node, Settings, parse
+from cnntrain.spec import DataSpec
+from cnntrain.tasks.task import Task
+
+log = logging.getLogger("cnntrain")
+
+
+@dataclass
+class Assembly:
+    """The parts of a run before any data has been read."""
+
+    settings: Settings
+    compute: Compute
+    source: Source
+    data_settings: DataSettings
+    spec: DataSpec
+    task: Task
+    model: nn.Module
+    pipeline: Pipeline
+
+    def load(self) -> Data:
+        """Read the data, and tell task and pipeline what only the data could say (mean and std)."""
+        chosen = self.data_settings
+        data = load_data(
+            self.source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit,
+            chosen.store,
+        )  # fmt: skip
+        if self.spec.mean is None:
+            self.spec = data.spec
+        data.spec = self.spec
+        self.task = build_task(self.settings, self.spec)
+        self.task.prepare(data.train.targets)
+        self.pipeline = build_pipeline(self.settings, self.spec)
+        return data
+
+    def loader(self, examples: Any) -> Loader:
+        chosen = self.data_settings
+        return make_loader(examples, self.compute.device, chosen.workers, chosen.timeout_s, chosen.store)
+
+
+def assemble(settings: Settings, known: DataSpec | None = None) -> Assembly:
+    """Build everything that needs no data, and run the network on shapes alone.
+
+    Args:
+        known: facts that hold whatever the data say now (a checkpoint's: classes, mean and std).
+
+    Raises:
+        UserError: a part can't be built, or the network does not fit its input; nothing has been read yet.
+    """
+    prepare_torch(settings.threads, settings.deterministic)
+    compute = choose_compute(settings.device, settings.precision, settings.channels_last)
+    source_node, common = split_common(settings.data, DataSettings)
+    data_settings = parse(DataSettings, common, "data.")
+    source = build(source_node, "data", "data", settings.trusted_packages)
+    spec = known or source.spec()
+    task = build_task(settings, spec)
+    pipeline = build_pipeline(settings, spec)
+    model = build_model(settings, spec, task, pipeline.output_size)
+    return Assembly(settings, compute, source, data_settings, spec, task, model.to(compute.device), pipeline)
+
+
+def split_common(node: Node, cls: type) -> tuple[Node, Node]:
+    """A leaf's own arguments, and the keys that every leaf of its group has (the fields of `cls`)."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {k: v for k, v in node.items() if k not in names}, {k: v for k, v in node.items() if k in names}
+
+
+def build_task(settings: Settings, spec: DataSpec) -> Task:
+    return build(settings.task, "task", "task", settings.trusted_packages, spec=spec)
+
+
+def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
+    nodes = dict(settings.augment)
+    border = nodes.pop("border", "zero")
+    built = {
+        name: build(node, "augment", f"augment.{name}", settings.trusted_packages) for name, node in nodes.items()
+    }
+    return Pipeline(spec, built, border=border)
+
+
+def build_model(settings: Settings, spec: DataSpec, task: Task, image_size: tuple[int, int]) -> nn.Module:
+    """The network, its weights a function of the seed alone, once its shapes have been tried out without data.
+
+    Raises:
+        UserError: a layer does not fit its input, or the outputs are not what the task needs.
+    """
+    node, common = split_common(settings.model, ModelSettings)
+    facts = {
+        "in_channels": spec.channels,
+        "num_outputs": task.num_outputs,
+        "num_classes": task.num_outputs,
+        "image_size": image_size,
+    }
+    make = partial(build, node, "model", "model", settings.trusted_packages, **facts)
+    options = dataclasses.asdict(parse(ModelSettings, common, "model."))
+    seed_step(settings.seed, "weights")
+    model = prepare(make(), **options)
+    findings = preflight(
+        model, spec.channels, image_size, batch_size=min(settings.batch_size, 32),
+        classification=bool(spec.classes) and not spec.keypoints, name=settings.model.get("name"),
+    )  # fmt: skip
+    for finding in findings:
+        if finding.verdict == "SKIP":
+            continue
+        if finding.verdict == "FAIL":
+            raise UserError(f"{finding.evidence}\n{finding.remedy}")
+        log.warning("%s: %s", finding.evidence, finding.remedy)
+    if isinstance(stem := getattr(model, "stem", None), str):
+        log.info("model: %s stem for images of %dx%d px", stem, *image_size)
+    return model
+
+
+def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimizer, Schedule]:
+    """How long to train, and with what: resolved from settings and the number of training images."""
+    settings, count = assembly.settings, len(data.train)
+    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in assembly.model.modules())
+    drop_last = has_norm and count % settings.batch_size == 1 and count > 1
+    if drop_last:
+        log.info("the last batch of each epoch would hold one image, which BatchNorm can't use: left out")
+    batches = count // settings.batch_size if drop_last else -(-count // settings.batch_size)
+    if settings.limit_batches is not None:
+        batches = min(batches, settings.limit_batches)
+    steps_per_epoch = -(-batches // settings.accumulate)
+    plan = Plan(
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        batches_per_epoch=batches,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=settings.steps or settings.epochs * steps_per_epoch,
+        accumulate=settings.accumulate,
+        clip_grad_norm=settings.clip_grad_norm,
+        early_stopping=settings.early_stopping,
+        read_every_steps=settings.log.every_steps,
+        save_every_steps=settings.checkpoint.every_steps,
+        limit_batches=settings.limit_batches,
+        drop_last=drop_last,
+    )
+    schedule = build(
+        settings.schedule, "schedule", "schedule", settings.trusted_packages,
+        total_steps=plan.total_steps, steps_per_epoch=steps_per_epoch,
+    )  # fmt: skip
+    return plan, make_optimizer(settings, assembly.model, assembly.compute), schedule
+
+
+def make_optimizer(settings: Settings, model: nn.Module, compute: Compute) -> Optimizer:
+    """The configured optimizer over the model's trainable parameters.
+
+    Raises:
+        UserError: `optimizer.lr` or `optimizer.weight_decay` is no number that it can use.
+    """
+    node = dict(settings.optimizer)
+    decay_norms_and_biases = node.pop("decay_norms_and_biases", False)
+    for key in ("lr", "weight_decay"):
+        value = node.get(key, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise UserError(f"optimizer.{key}: must be a finite number >= 0, got {value!r}")
+    fused = True if supports_fused(compute.device) else None
+    factory = resolve(node, "optimizer", "optimizer", settings.trusted_packages, fused=fused)
+    return build_optimizer(factory, model, node.get("weight_decay", 0.0), decay_norms_and_biases)

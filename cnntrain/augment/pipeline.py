@@ -1,0 +1,203 @@
+"""All augmentations of a run, on whole batches: one move, one change of colour, then effects."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from cnntrain.augment.augmentation import Augmentation, Colour, Effect, Geometry, by_kind
+from cnntrain.augment.colour import chain
+from cnntrain.augment.paint import normalise, paint
+from cnntrain.augment.per_sample import SampleTransform, TorchvisionTransform
+from cnntrain.augment.points import is_mirrored, move_points
+from cnntrain.augment.resample import BORDERS, Gather, GridResample
+from cnntrain.errors import UserError, suggest
+from cnntrain.randomness import uniform
+from cnntrain.spec import Batch, DataSpec
+
+# The mask id for what no pixel of the mask covers, where the data set has no ignore id of its own.
+DEFAULT_IGNORE_INDEX = 255
+
+
+class Pipeline:
+    """Augments and normalises batches.
+
+    Geometry comes first, then colour, then effects; within each kind the order is that of `augmentations`,
+    whose keys name the draws: what an image gets is a function of (seed, epoch, position in the epoch, key).
+    All moves are one move: nothing is cut off between a crop and a shift, and the border shows only where the
+    store has no pixel.
+
+    Args:
+        spec: facts about the images; its mean and std normalise (without them images stay on the 0-1 scale).
+        augmentations: by YAML key.
+        border: what lies outside an image: `zero` (black), `edge` or `reflect`; filled before colours change.
+        canvas: (height, width) that the images are resized to in the end; None keeps what the augmentations
+            give.
+
+    Attributes:
+        output_size: (height, width) in pixels of every batch that comes out.
+        mirrors: whether left may become right.
+        per_sample: transforms of torchvision, which the store must apply where it decodes
+            (`sample_transform`).
+        mixes_labels: whether targets come out mixed, so that training accuracy says nothing.
+
+    Raises:
+        UserError: augmentations that don't fit each other or the data; the message names the keys.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        augmentations: Mapping[str, Augmentation],
+        border: str = "zero",
+        canvas: tuple[int, int] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.augmentations = dict(augmentations)
+        self.border = border
+        self._geometries = cast("dict[str, Geometry]", by_kind(augmentations, Geometry))
+        self._colours = cast("dict[str, Colour]", by_kind(augmentations, Colour))
+        self._effects = cast("dict[str, Effect]", by_kind(augmentations, Effect))
+        self.per_sample = cast(
+            "dict[str, TorchvisionTransform]", by_kind(augmentations, TorchvisionTransform)
+        )
+        self.mirrors = any(item.mirrors for item in self._geometries.values())
+        self.mixes_labels = any(item.mixes_labels for item in self._effects.values())
+        self.ignore_index = DEFAULT_IGNORE_INDEX if spec.ignore_index is None else spec.ignore_index
+        self.mean = spec.mean or (0.0,) * spec.channels
+        self.std = spec.std or (1.0,) * spec.channels
+        self._check()
+        size = spec.image_size
+        rest = torch.eye(3, dtype=torch.float64)
+        for item in self._geometries.values():
+            rest = item.rest(*size) @ rest
+            size = item.output_size(*size)
+        self._resize = None if canvas in (None, size) else resize_matrix(size, canvas)
+        if self._resize is not None:
+            rest = self._resize @ rest
+        self.output_size = canvas or size
+        self._rest = rest
+        # Chosen from what is configured, never from what was drawn: no image may change another one's bits.
+        self._whole_pixel = self._resize is None and all(
+            item.whole_pixel for item in self._geometries.values()
+        )
+
+    def __call__(self, batch: Batch, seed: int, epoch: int) -> Batch:
+        """The batch augmented: images (N, C, H, W) float32 normalised; targets and `to_canvas` move along."""
+
+        def draw(key: str, item: Augmentation) -> Tensor:
+            return uniform(seed, epoch, batch.position, key, item.draws)
+
+        if "mask" in batch.targets:
+            for key, item in self.per_sample.items():
+                if item.moves_pixels:
+                    raise UserError(_moves_pixels(key, item, "masks"))
+        device_type = batch.images.device.type
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):
+            if self._geometries or self._resize is not None:
+                batch = self._move(batch, self._matrices(len(batch), draw), self._whole_pixel)
+            colour: Tensor | None = None
+            for key, item in self._colours.items():
+                matrix = item.paint(draw(key, item))
+                colour = matrix if colour is None else chain(colour, matrix)
+            if colour is None:
+                images = normalise(batch.images, self.mean, self.std)
+            else:
+                uses_mean = any(item.uses_mean for item in self._colours.values())
+                images = paint(batch.images, colour, uses_mean, self.mean, self.std)
+            targets = batch.targets
+            for key, item in self._effects.items():
+                images, targets = item.apply(images, targets, draw(key, item), self.std)
+        return replace(batch, images=images, targets=targets)
+
+    def sample_transform(self, seed: int, epoch: int) -> SampleTransform | None:
+        """What is done to each decoded uint8 image, f(image, position); None for most runs."""
+        return SampleTransform(self.per_sample, seed, epoch) if self.per_sample else None
+
+    def plain(self, batch: Batch) -> Batch:
+        """The batch normalised, on the same canvas as the augmented ones, with nothing random done to it."""
+        with torch.no_grad(), torch.autocast(batch.images.device.type, enabled=False):
+            if self.output_size != self.spec.image_size or not torch.equal(self._rest, torch.eye(3).double()):
+                whole_pixel = bool(torch.equal(self._rest, self._rest.round())) and self._resize is None
+                batch = self._move(batch, self._rest.repeat(len(batch), 1, 1), whole_pixel)
+            return replace(batch, images=normalise(batch.images, self.mean, self.std))
+
+    def _matrices(self, count: int, draw: Callable[[str, Augmentation], Tensor]) -> Tensor:
+        """(count, 3, 3) float64: the product of all geometry, from store canvas to output pixels."""
+        size = self.spec.image_size
+        matrix = torch.eye(3, dtype=torch.float64).expand(count, 3, 3)
+        for key, item in self._geometries.items():
+            matrix = item.move(draw(key, item), *size) @ matrix
+            size = item.output_size(*size)
+        return matrix if self._resize is None else self._resize @ matrix
+
+    def _move(self, batch: Batch, matrix: Tensor, whole_pixel: bool) -> Batch:
+        """Images, points and masks moved by one matrix each; the way back to the source file too."""
+        size, device = self.spec.image_size, batch.images.device
+        mover = (Gather if whole_pixel else GridResample)(matrix, size, self.output_size, self.border, device)
+        targets = dict(batch.targets)
+        if "mask" in targets:
+            targets["mask"] = mover.mask(targets["mask"], self.ignore_index)
+        if "points" in targets:
+            targets["points"], targets["visible"] = move_points(
+                targets["points"],
+                targets["visible"],
+                matrix,
+                is_mirrored(matrix, *size),
+                self.spec.mirror,
+                self.output_size,
+            )
+        to_canvas = matrix if batch.to_canvas is None else matrix @ batch.to_canvas
+        return replace(batch, images=mover.images(batch.images), targets=targets, to_canvas=to_canvas)
+
+    def _check(self) -> None:
+        if self.border not in BORDERS:
+            near = suggest(self.border, tuple(BORDERS))
+            raise UserError(f"border: {self.border!r} is none of {', '.join(BORDERS)}{near}")
+        if self.spec.keypoints:
+            self._check_keypoints()
+        mixing = [key for key, item in self._effects.items() if item.mixes_labels]
+        if len(mixing) > 1:
+            raise UserError(
+                f"augment.{mixing[0]} and augment.{mixing[1]} both mix labels; choose one, or mixup_cutmix"
+            )
+        if mixing and self.spec.keypoints:
+            raise UserError(f"augment.{mixing[0]} mixes labels, and keypoints are none; take it out")
+        if self._colours and self.spec.channels not in (1, 3):
+            raise UserError(
+                f"augment.{next(iter(self._colours))}: colours need images of 1 or 3 channels, these have "
+                f"{self.spec.channels}; take it out"
+            )
+
+    def _check_keypoints(self) -> None:
+        mirroring = [key for key, item in self._geometries.items() if item.mirrors]
+        if mirroring and self.spec.mirror is None:
+            raise UserError(
+                f"augment.{mirroring[0]} mirrors the image, but data.mirror does not say which points trade "
+                f"names: a mirrored left eye would go on being called left. Set data.mirror, as in "
+                f"data.mirror={{left_eye: right_eye}}, or take augment.{mirroring[0]} out"
+            )
+        for key, item in self.per_sample.items():
+            if item.moves_pixels:
+                raise UserError(_moves_pixels(key, item, "keypoints"))
+        if self.border == "reflect":
+            raise UserError(
+                "border: reflect shows mirrored parts of the image that have no keypoints; use zero or edge"
+            )
+
+
+def _moves_pixels(key: str, item: TorchvisionTransform, what: str) -> str:
+    return (
+        f"augment.{key}: torchvision's {item.name} may move pixels and would leave the {what} where they "
+        f"were; use cnntrain's own geometry, or one that only changes colours"
+    )
+
+
+def resize_matrix(size: tuple[int, int], output_size: tuple[int, int]) -> Tensor:
+    """(3, 3) float64 that stretches height x width px over `output_size`, edges (not centres) onto edges."""
+    scale_y, scale_x = (after / before for before, after in zip(size, output_size, strict=True))
+    return torch.tensor(
+        [[scale_x, 0, (scale_x - 1) / 2], [0, scale_y, (scale_y - 1) / 2], [0, 0, 1]], dtype=torch.float64
+    )

@@ -1,0 +1,109 @@
+"""From a config node to the object that it names: only what suits the slot, only with arguments that it takes."""
+
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cnntrain.errors import UserError, suggest
+
+# What each slot accepts. A name counts as a package's own only when it is defined there: `torch.load` is in torch too.
+ROLES: dict[str, tuple[str, ...]] = {
+    "model": ("cnntrain.models", "torch.nn.modules", "torchvision.models", "timm.models"),
+    "data": ("cnntrain.data",),
+    "augment": ("cnntrain.augment",),
+    "task": ("cnntrain.tasks",),
+    "optimizer": ("torch.optim", "cnntrain.engine.optim"),
+    "schedule": ("cnntrain.engine.schedule",),
+}
+
+
+def build(node: Mapping[str, Any], role: str, key: str, trusted: Sequence[str] = (), **facts: Any) -> Any:
+    """The object that `node` describes; see `resolve`."""
+    factory = resolve(node, role, key, trusted, **facts)
+    try:
+        return factory()
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{key}: {node['_target_']} refused its arguments: {error}") from error
+
+
+def resolve(
+    node: Mapping[str, Any], role: str, key: str, trusted: Sequence[str] = (), **facts: Any
+) -> Callable[..., Any]:
+    """What `node` names, with its arguments bound and checked against the signature, ready to be called.
+
+    Args:
+        node: `_target_` and keyword arguments.
+        role: the slot, a key of `ROLES`.
+        key: where the node stands in the config, for messages.
+        trusted: packages of the user's that may be named besides.
+        facts: arguments that are passed where the signature has them and the node leaves them out or null.
+
+    Raises:
+        UserError: names the key at fault and what would be right.
+    """
+    if not isinstance(node.get("_target_"), str):
+        raise UserError(f"{key}._target_: missing; name the class that makes this {role}")
+    target = _locate(node["_target_"], role, f"{key}._target_", trusted)
+    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    for name, value in arguments.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}.{name}: must be a finite number, got {value}")
+
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # no signature to be had: leave it to the call
+        return partial(target, **arguments)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for name in arguments:
+        if name not in named and not takes_any:
+            raise UserError(f"{key}.{name}: {node['_target_']} takes no such argument{suggest(name, named)}")
+    for name, value in facts.items():
+        if name in named and arguments.get(name) is None:
+            arguments[name] = value
+    return partial(target, **arguments)
+
+
+def _locate(path: str, role: str, key: str, trusted: Sequence[str]) -> Callable[..., Any]:
+    """The class or function at a dotted path, if the slot accepts it.
+
+    The check comes before the import, for importing runs code.
+    """
+    allowed = (*ROLES[role], *trusted)
+    shown = ", ".join(name.removesuffix(".modules") for name in allowed)
+    refused = UserError(
+        f"{key}: {path!r} can't be a {role}: allowed is what is defined in {shown}"
+        + ("" if path.startswith(("torch.", "builtins.", "os.")) else "; for code of your own, add "
+           f"trusted_packages=[{path.split('.')[0]}] on the command line")
+    )
+    public = tuple(name.removesuffix(".modules") for name in allowed)
+    if not any(path == name or path.startswith(name + ".") for name in public):
+        raise refused
+    module_name, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{key}: no module {error.name!r} (looked for {path!r})") from error
+    except AttributeError as error:
+        names = [n for n in dir(sys.modules[module_name]) if not n.startswith("_")]
+        raise UserError(f"{key}: {module_name} has no {name!r}{suggest(name, names)}") from error
+    home = getattr(found, "__module__", "") or ""
+    if not callable(found) or not any(home == n or home.startswith(n + ".") for n in allowed):
+        raise refused
+    if home.startswith("torch.nn") and not inspect.isclass(found):
+        raise refused
+    return found
+
+
+def trust_folder(folder: Path) -> list[str]:
+    """Put a user's own config folder on the import path; the names of the modules that it holds."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    modules = [p.stem for p in folder.glob("*.py")]
+    packages = [p.parent.name for p in folder.glob("*/__init__.py")]
+    return sorted(modules + packages)

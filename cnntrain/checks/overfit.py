@@ -1,0 +1,266 @@
+"""Learning one example by heart: the first check of a training, and what its failure says.
+
+A low loss alone proves nothing: a blank image reaches it, and so does an absurd learning rate after one jump. So the
+verdict also asks that it was reached step by step, that every parameter took part, and that the answer depends on the
+image.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cnntrain.checks.watch import dead_rectifiers
+from cnntrain.engine.device import Compute
+from cnntrain.engine.signals import StopFlag
+from cnntrain.findings import Finding
+from cnntrain.spec import Batch
+from cnntrain.tasks.task import Task
+
+NEAR_FLOOR = 0.02  # part of the way from an uninformed answer's loss down to the floor that may be left
+NEGLIGIBLE = 1e-8  # gradient norm, beside the largest of the same step
+LARGEST_JUMP = 10.0  # factor by which one step may change a tensor's norm
+LARGEST_OUTPUT = 1e3
+SMALLEST_DIFFERENCE = 1e-5  # between the outputs for two images, beside their size
+BLANK = 1e-3  # standard deviation over the pixels of a normalised image
+
+
+@dataclass
+class Trial:
+    """What was seen while the example was learned; `judge` makes findings of it."""
+
+    floor: float
+    uninformed: float
+    losses: list[float] = field(default_factory=list)  # before each step, and after the last
+    reached_at: int | None = None  # the step after which the loss was near its floor
+    gradient_share: dict[str, float] = field(default_factory=dict)  # largest over the steps, beside the step's largest
+    frozen: list[str] = field(default_factory=list)
+    jump: tuple[int, str, float] | None = None  # step, parameter, factor
+    largest_output: float = 0.0
+    output_difference: float = math.inf
+    pixel_deviation: float = math.inf
+    label_matters: bool = True
+    dead: list[str] = field(default_factory=list)
+    probabilities: bool = False
+    learning_rate: float = 0.0
+
+    @property
+    def target(self) -> float:
+        """The loss that counts as learned."""
+        return self.floor + NEAR_FLOOR * max(self.uninformed - self.floor, 0.0)
+
+
+def calibrate_norms(model: nn.Module, images: Tensor) -> int:
+    """Give BatchNorms the statistics of `images` (N, C, H, W) in one pass, then freeze them (eval mode).
+
+    Returns:
+        How many norms there were.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0  # the running statistics become those of this pass
+    if norms and len(images) > 1:
+        with torch.no_grad():
+            model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+    return len(norms)
+
+
+def learn_by_heart(
+    model: nn.Module,
+    task: Task,
+    optimizer: Optimizer,
+    batch: Batch,
+    other: Batch,
+    compute: Compute,
+    steps: int,
+    allowed_frozen: Sequence[str] = (),
+    stop: StopFlag | None = None,
+) -> Trial:
+    """Train `model` (in eval mode, norms calibrated) on `batch` until its loss is near the floor.
+
+    Args:
+        batch: the examples, normalised, on the device.
+        other: examples with other targets, to see whether the answer depends on the image.
+        steps: optimizer steps at most.
+        allowed_frozen: parameters that are frozen on purpose.
+    """
+    trial = Trial(task.lowest_loss(), task.uninformed_loss(batch.targets, model(batch.images[:1]).detach() * 0))
+    trial.learning_rate = max(float(group["lr"]) for group in optimizer.param_groups)
+    trial.pixel_deviation = float(batch.images.float().std(dim=(1, 2, 3)).min())
+    trial.frozen = [n for n, p in model.named_parameters() if not p.requires_grad and n not in allowed_frozen]
+    trial.dead = dead_rectifiers(model, torch.cat((batch.images, other.images)))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for step in range(steps + 1):
+        if stop is not None:
+            stop.check()
+        optimizer.zero_grad(set_to_none=True)
+        with compute.autocast():
+            outputs = model(batch.images)
+        loss_sum, count = task.loss(outputs.float(), batch.targets, plain=True)
+        loss = loss_sum / count
+        trial.losses.append(loss.item())
+        if not math.isfinite(trial.losses[-1]):
+            return trial
+        if trial.losses[-1] <= trial.target and trial.reached_at is None:
+            trial.reached_at = step
+        if step == steps or trial.jump or trial.losses[-1] < trial.floor - abs(trial.target) - 1:
+            break
+        if trial.reached_at is not None and step >= trial.reached_at + 2 and step >= 5:
+            break  # a few more steps than needed: whatever has a gradient at all has shown it
+        if loss.requires_grad:
+            loss.backward()
+        _note_gradients(trial, named)
+        before = [float(p.detach().norm()) for _, p in named]
+        optimizer.step()
+        _note_jump(trial, step, named, before)
+    _look_at_answers(trial, model, task, batch, other, compute)
+    return trial
+
+
+def _note_gradients(trial: Trial, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    norms = {name: float(p.grad.norm()) if p.grad is not None else 0.0 for name, p in named}
+    largest = max(norms.values(), default=0.0)
+    for name, norm in norms.items():
+        share = norm / largest if largest > 0 and math.isfinite(norm) else 0.0
+        trial.gradient_share[name] = max(trial.gradient_share.get(name, 0.0), share)
+
+
+def _note_jump(
+    trial: Trial, step: int, named: Sequence[tuple[str, nn.Parameter]], before: Sequence[float]
+) -> None:
+    for (name, parameter), norm in zip(named, before, strict=True):
+        # What starts at zero may grow from it: vectors to 0.1 an element, weights to 0.001.
+        floor = (0.1 if parameter.ndim <= 1 else 0.001) * math.sqrt(parameter.numel())
+        factor = float(parameter.detach().norm()) / max(norm, floor)
+        if not factor <= LARGEST_JUMP and (trial.jump is None or factor > trial.jump[2]):
+            trial.jump = (step, name, factor)
+
+
+@torch.no_grad()
+def _look_at_answers(
+    trial: Trial, model: nn.Module, task: Task, batch: Batch, other: Batch, compute: Compute
+) -> None:
+    with compute.autocast():
+        mine, theirs = model(batch.images[:1]).float(), model(other.images[:1]).float()
+    trial.largest_output = float(mine.abs().max())
+    trial.output_difference = float((mine - theirs).norm() / mine.norm().clamp(min=1e-12))
+    both = torch.cat((mine, theirs))
+    if both.ndim > 1 and both.shape[1] > 1:
+        total = both.sum(dim=1)
+        trial.probabilities = bool((both >= 0).all() and ((total - 1).abs() < 1e-3).all())
+    own, others = {k: v[:1] for k, v in batch.targets.items()}, {k: v[:1] for k, v in other.targets.items()}
+    right = [float(part) for part in task.loss(mine, own, plain=True)]
+    wrong = [float(part) for part in task.loss(mine, others, plain=True)]
+    trial.label_matters = right != wrong
+    trial.dead = [*trial.dead, *dead_rectifiers(model, torch.cat((batch.images, other.images)))]
+
+
+def judge(trial: Trial, example: str) -> list[Finding]:
+    """One finding per question, the most telling first; the trial has passed when none is a FAIL."""
+    silent = [name for name, share in trial.gradient_share.items() if share < NEGLIGIBLE]
+    loss = trial.losses[-1]
+    keys_lr = ("optimizer.lr",)
+    findings = [
+        _finding(
+            "image", trial.pixel_deviation >= BLANK, f"pixels deviate by {trial.pixel_deviation:.2g}",
+            f"{example} is blank: every pixel has the same value", "look at the picture and at the data", ("data",),
+        ),
+        _finding(
+            "learning rate", trial.learning_rate > 0, f"learning rate {trial.learning_rate:.3g}",
+            "the learning rate is 0: no step changes anything", "set optimizer.lr", keys_lr,
+        ),
+        _finding(
+            "frozen", not trial.frozen, f"{len(trial.frozen)} frozen parameters",
+            f"frozen, they can't learn: {_names(trial.frozen)}", "give them requires_grad=True, or set model.freeze",
+            ("model.freeze",),
+        ),
+        _finding(
+            "finite", math.isfinite(loss), f"loss {loss:.4g} after step {len(trial.losses) - 1}",
+            f"the loss is {loss} at step {len(trial.losses) - 1}"
+            + (": the learning rate is far too high" if len(trial.losses) > 1 else " before any step was taken"),
+            "lower optimizer.lr" if len(trial.losses) > 1 else "look for a division by zero or a log of zero", keys_lr,
+        ),
+        _finding(
+            "label", trial.label_matters, "another label gives another loss" if trial.label_matters else "same loss",
+            "the loss does not depend on the label: it never sees it", "pass the targets to the loss", ("task",),
+        ),
+        _finding(
+            "loss sign", not loss < trial.floor - 1e-4 - abs(trial.floor) * 1e-3,
+            f"loss {loss:.4g}, floor {trial.floor:.4g}",
+            f"the loss fell below the lowest that there is ({trial.floor:.4g}): its sign is flipped",
+            "minimise the loss, not its negative", ("task",),
+        ),
+        _finding(
+            "steady", trial.jump is None, "no step changed a tensor more than tenfold" if not trial.jump else
+            f"step {trial.jump[0]} changed {trial.jump[1]} {trial.jump[2]:.3g}-fold",
+            f"the learning rate ({trial.learning_rate:.3g}) is far too high: the weights jumped", "lower optimizer.lr",
+            keys_lr,
+        ),
+        _finding(
+            "rectifiers", not trial.dead, f"{len(set(trial.dead))} dead layers",
+            f"every ReLU is dead (zero for every image) in {_names(sorted(set(trial.dead)))}",
+            "look at the initialisation and the biases before it", ("model.init",),
+        ),
+        _finding(
+            "image matters", trial.output_difference > SMALLEST_DIFFERENCE,
+            f"outputs for another image differ by {trial.output_difference:.2g}",
+            "the output ignores the image: another image gets the same output",
+            "look for what overwrites or averages away the features", ("model",),
+        ),
+        _finding(
+            "gradients", not silent, f"{len(trial.gradient_share) - len(silent)} of {len(trial.gradient_share)} "
+            "parameter tensors got a gradient",
+            f"no gradient reaches {_names(silent)}: something detaches them from the loss",
+            "look for detach(), .data, no_grad or a layer that forward() never calls", ("model",),
+        ),
+        _finding(
+            "logits", trial.reached_at is not None or not trial.probabilities, "outputs are no probabilities",
+            "the outputs are probabilities already: a softmax before the cross-entropy, which takes one itself",
+            "take the softmax out of the network", ("model",),
+        ),
+        _finding(
+            "moderate", trial.largest_output < LARGEST_OUTPUT, f"largest output {trial.largest_output:.3g}",
+            f"outputs as large as {trial.largest_output:.3g}: the learning rate is too high", "lower optimizer.lr",
+            keys_lr,
+        ),
+        _learned(trial),
+    ]  # fmt: skip
+    return findings
+
+
+def _learned(trial: Trial) -> Finding:
+    first, loss, steps = trial.losses[0], trial.losses[-1], len(trial.losses) - 1
+    evidence = f"loss {first:.4g} -> {loss:.4g} in {steps} steps (floor {trial.floor:.4g})"
+    if trial.reached_at is not None:
+        return Finding("learned", "PASS", f"{evidence}, learned at step {trial.reached_at}")
+    if loss > first - 0.1 * abs(first - trial.floor):
+        known = f", the loss of an answer that knows nothing ({trial.uninformed:.4g})"
+        near = abs(loss - trial.uninformed) < 0.1 * max(trial.uninformed, 1e-9)
+        cause = f"the loss is stuck at {loss:.4g}{known if near else ''}"
+        remedy = "try another optimizer.lr; look at the initialisation and at what forward() returns"
+    else:
+        cause = f"the loss falls, but slowly: {loss:.4g} after {steps} steps"
+        remedy = "raise optimizer.lr (or overfit.steps)"
+    return Finding("learned", "FAIL", evidence, cause, remedy, ("optimizer.lr", "overfit.steps"))
+
+
+def _finding(
+    name: str, passed: bool, evidence: str, cause: str, remedy: str, keys: tuple[str, ...]
+) -> Finding:
+    return Finding(name, "PASS", evidence) if passed else Finding(name, "FAIL", evidence, cause, remedy, keys)
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+
+

@@ -1,0 +1,189 @@
+"""The command word, its options and exit codes. Torch is not imported here: help and completion answer at once."""
+
+import ast
+import contextlib
+import importlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cnntrain.errors import CnntrainError, UserError, suggest
+
+DEFAULT_COMMAND = "train"
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What was typed: the command word, words after it, flags, and overrides in Hydra's grammar."""
+
+    command: str = DEFAULT_COMMAND
+    words: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    config_dir: Path | None = None
+    multirun: bool = False
+    help: bool = False
+    print_config: bool = False
+    argv: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def line(self) -> str:
+        """The command as it can be pasted into a shell again."""
+        return shlex.join(["cnntrain", *self.argv])
+
+
+def commands() -> dict[str, str]:
+    """Command words and their one-line meaning: the files of cnntrain/commands/ and their docstrings."""
+    folder = Path(__file__).parent / "commands"
+    words = {}
+    for path in sorted(folder.glob("[a-z]*.py")):
+        words[path.stem.replace("_", "-")] = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+    return words
+
+
+def parse_arguments(argv: Sequence[str]) -> Invocation:
+    """Split what was typed.
+
+    Raises:
+        UserError: an unknown flag or command word, with the near miss.
+    """
+    known = commands()
+    words: list[str] = []
+    overrides: list[str] = []
+    flags: dict[str, Any] = {}
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("-h", "--help"):
+            flags["help"] = True
+        elif argument in ("-m", "--multirun"):
+            flags["multirun"] = True
+        elif argument == "--cfg":
+            flags["print_config"] = True
+        elif argument.startswith("--config-dir"):
+            value = argument.partition("=")[2] or (rest.pop(0) if rest else "")
+            flags["config_dir"] = Path(value)
+            if not value or not Path(value).is_dir():
+                raise UserError(f"--config-dir: no folder {value!r}")
+        elif argument.startswith("-") and "=" not in argument:
+            options = ["--help", "--multirun", "--cfg", "--config-dir", "--version", "-m", "-h"]
+            raise UserError(f"unknown option {argument}{suggest(argument, options)}")
+        elif "=" in argument or argument.startswith(("~", "+")):
+            overrides.append(argument)
+        else:
+            words.append(argument)
+    command = words.pop(0) if words else DEFAULT_COMMAND
+    if command not in known:
+        hint = suggest(command, list(known)) or f"; there is {', '.join(known)}"
+        raise UserError(f"unknown command {command!r}{hint}")
+    return Invocation(command, tuple(words), tuple(overrides), argv=tuple(argv), **flags)
+
+
+def help_text(invocation: Invocation) -> str:
+    """What there is to choose from, from the config folders and the command files."""
+    from cnntrain.config import conf_folder, group_options
+
+    word = invocation.command
+    source = Path(__file__).parent / "commands" / f"{word.replace('-', '_')}.py"
+    lines = [ast.get_docstring(ast.parse(source.read_text())) or "", ""]
+    primary = conf_folder() / f"{word}.yaml"
+    if word == DEFAULT_COMMAND:
+        lines = ["cnntrain trains convolutional networks from YAML, and tells whether to trust the result.", ""]
+        lines += ["usage: cnntrain [COMMAND] [-m] [--config-dir DIR] [--cfg] [KEY=VALUE ...]", "", "commands:"]
+        lines += [f"  {name:<12} {meaning}" for name, meaning in commands().items()]
+        lines += ["", "`train` may be left out; `cnntrain COMMAND --help` says more about one. -m sweeps over listed",
+                  "values, --cfg prints the composed config, --config-dir adds config groups of your own.", ""]
+    if primary.exists():
+        lines += ["keys:", *_indent(primary.read_text())]
+    else:
+        lines.append("choices:")
+        for group, options in group_options(invocation.config_dir).items():
+            lines += _wrap(f"  {group + '=':<11}", options)
+        lines += ["", "keys (and those of each choice: cnntrain --cfg model=... prints them):"]
+        lines += _indent((conf_folder() / "config.yaml").read_text().split("\n\n", 1)[1])
+    return "\n".join(lines)
+
+
+def _wrap(head: str, names: Sequence[str]) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(", ".join(names), 108, initial_indent=head, subsequent_indent=" " * len(head))
+
+
+def _indent(text: str) -> list[str]:
+    return ["  " + line for line in text.rstrip().splitlines()]
+
+
+def complete(line: str) -> list[str]:
+    """Words that may follow what has been typed, for the shell: command words, groups, options, keys."""
+    from hydra.plugins.completion_plugin import DefaultCompletionPlugin
+
+    from cnntrain.config import conf_folder, hydra_session
+
+    typed = line.split()[1:]
+    known = commands()
+    word = "" if line.endswith(" ") or not typed else typed[-1]
+    before = typed if not word else typed[:-1]
+    command = next((w for w in before if w in known), None)
+    primary = command if command and (conf_folder() / f"{command}.yaml").exists() else "config"
+    found = [w for w in known if command is None and w.startswith(word) and "=" not in word]
+    arguments = [w for w in before if w != command and w not in ("-m", "--multirun")]
+    with hydra_session() as hydra:
+        plugin = DefaultCompletionPlugin(hydra.config_loader())
+        found += plugin._query(primary, " ".join([*arguments, word]))
+    return [w for w in found if not w.startswith(("hydra", "_")) and "=_" not in w]
+
+
+COMPLETION_SCRIPT = """_cnntrain() {
+    COMPREPLY=($(compgen -o nospace -W "$(COMP_LINE="${COMP_LINE:0:COMP_POINT}" cnntrain --complete)" -- \
+"${COMP_WORDS[COMP_CWORD]}"))
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _cnntrain cnntrain"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code: 0 done, 1 a verdict failed, 2 input, 3 diverged, 4 machine, 130/143 stopped."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except CnntrainError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `cnntrain --help | head`
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["--complete"]:
+        print("\n".join(complete(os.environ.get("COMP_LINE", "cnntrain "))))
+        return 0
+    if arguments[:1] == ["--completion"]:
+        print(COMPLETION_SCRIPT)
+        return 0
+    if arguments[:1] == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"cnntrain {version('cnntrain')}")
+        return 0
+    invocation = parse_arguments(arguments)
+    if invocation.help:
+        print(help_text(invocation))
+        return 0
+    module = invocation.command.replace("-", "_")
+    return importlib.import_module(f"cnntrain.commands.{module}").run(invocation)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Judge a checkpoint on a split: the same metrics as at the end of training, and one row per example, hardest first.
+
+`cnntrain evaluate checkpoint=RUN split=test`. Preprocessing, classes and split come from the checkpoint; the data may
+lie elsewhere (`data.root=`). Writes results.json, examples.csv and pictures.
+"""
+
+import csv
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cnntrain.assembly import Assembly, assemble
+from cnntrain.build import trust_folder
+from cnntrain.cli import Invocation
+from cnntrain.config import compose, parse_overrides
+from cnntrain.engine import checkpoint
+from cnntrain.engine.evaluate import evaluate
+from cnntrain.engine.run_folder import open_run_folder, provenance
+from cnntrain.engine.signals import stop_flag
+from cnntrain.errors import UserError
+from cnntrain.report.console import console, log_to_console
+from cnntrain.report.figures import save
+from cnntrain.report.table import print_rows
+from cnntrain.saved import load_weights, locate, run_folder_of, saved_spec
+from cnntrain.settings import EvaluateSettings, Settings, parse
+from cnntrain.spec import Batch
+
+log = logging.getLogger("cnntrain")
+
+
+def run(invocation: Invocation) -> int:
+    if invocation.words:
+        raise UserError(f"evaluate: {invocation.words[0]!r} is no override; write checkpoint=PATH")
+    composed = compose("evaluate", invocation.overrides, invocation.config_dir)
+    composed.pop("choices")
+    settings = parse(EvaluateSettings, composed)
+    trusted = []
+    if any(o.key_or_group == "trusted_packages" for o in parse_overrides(invocation.overrides)):
+        trusted = [*settings.trusted_packages]
+        trust_folder(Path.cwd())
+    if invocation.config_dir:
+        trusted += trust_folder(invocation.config_dir.resolve())
+    evaluate_checkpoint(dataclasses.replace(settings, trusted_packages=trusted), invocation.line)
+    return 0
+
+
+def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> dict[str, float]:
+    """Metrics of a checkpoint on a split, as `SPLIT/NAME`.
+
+    Raises:
+        UserError: the checkpoint or the data can't be used, or there is no such split.
+    """
+    log_to_console()
+    path = locate(Path(settings.checkpoint), "best.pt")
+    saved = checkpoint.load(path)
+    assembly = restore(saved, settings)
+    data = assembly.load()
+    if data.fingerprint != saved["fingerprint"]:
+        log.warning("the data are not those of the training (%s, now %s)", saved["fingerprint"], data.fingerprint)
+    examples = {"train": data.train, "val": data.val, "test": data.test}[settings.split]
+    if examples is None:
+        raise UserError("split: this data set has no test set; use split=val")
+    rows: list[dict[str, Any]] = []
+
+    def look(batch: Batch, outputs: Tensor) -> None:
+        for index, row in zip(batch.index.tolist(), assembly.task.rows(outputs, batch.truth), strict=True):
+            rows.append({"name": examples.names[index], **row})
+
+    folder = Path(settings.run_dir) if settings.run_dir else run_folder_of(path) / f"evaluate-{settings.split}"
+    with open_run_folder(folder, "evaluate") as run_folder, stop_flag() as stop:
+        meter = evaluate(
+            assembly.model, assembly.loader(examples), assembly.pipeline, assembly.task, assembly.compute,
+            assembly.settings.batch_size, None, stop, look,
+        )  # fmt: skip
+        metrics = {f"{settings.split}/{name}": value for name, value in meter.compute().items()}
+        rows.sort(key=lambda row: -float(row["loss"]))
+        with (run_folder.path / "examples.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        for name, figure in assembly.task.figures(meter).items():
+            save(figure, run_folder.figures / f"{name}.png")
+        run_folder.write_json("run.json", provenance(command_line))
+        run_folder.write_json("results.json", metrics)
+    print_rows([{"metric": name, "value": value} for name, value in metrics.items()], console=console)
+    print(f"results: {folder}")
+    return metrics
+
+
+def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Assembly:
+    """The parts of a run as its checkpoint has them, weights included.
+
+    What the checkpoint says about the data holds: classes, mean and std; nothing is measured anew, and pretrained
+    weights are not fetched.
+    """
+    config = {**saved["config"], "trusted_packages": settings.trusted_packages, "threads": settings.threads}
+    config |= {"device": settings.device, "precision": settings.precision or config["precision"]}
+    config["batch_size"] = settings.batch_size or config["batch_size"]
+    config["data"] = dict(config["data"])
+    if settings.data.root is not None:
+        if "root" not in config["data"]:
+            raise UserError("data.root: this data set comes with the program, it has no folder")
+        config["data"]["root"] = settings.data.root
+    if settings.data.workers is not None:
+        config["data"]["workers"] = settings.data.workers
+    spec = saved_spec(saved)
+    if "classes" in config["data"] and spec.classes:
+        config["data"]["classes"] = list(spec.classes)
+    if "pretrained" in config["model"]:
+        config["model"] = {**config["model"], "pretrained": None}
+    assembly = assemble(parse(Settings, config), spec)
+    state = saved["state"]
+    load_weights(assembly.model, state["average"] or state["model"])
+    assembly.model.to(memory_format=assembly.compute.memory_format)
+    return assembly

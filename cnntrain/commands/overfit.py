@@ -1,0 +1,138 @@
+"""Learn one single example by heart and give a verdict: does everything from the pixels to the optimizer work?
+
+`cnntrain overfit model=... data=...`. Augmentation, dropout, mixing, label smoothing and weight decay are off; the
+configured optimizer runs at its learning rate, constant. Exit code 0 when the example was learned, 1 when not; then the
+likely cause is named. Writes overfit.json and a picture. `overfit.examples=8` learns a few.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnntrain.assembly import Assembly, assemble, make_optimizer
+from cnntrain.checks.overfit import Trial, calibrate_norms, judge, learn_by_heart
+from cnntrain.cli import Invocation
+from cnntrain.config import read_settings
+from cnntrain.data.load import Data
+from cnntrain.engine.run_folder import open_run_folder, provenance
+from cnntrain.engine.signals import stop_flag
+from cnntrain.errors import UserError
+from cnntrain.findings import Finding
+from cnntrain.report.console import log_to_console
+from cnntrain.report.figures import learning, save
+from cnntrain.report.table import print_findings
+from cnntrain.settings import Settings
+from cnntrain.spec import Batch
+from cnntrain.sweep import run_sweep
+
+log = logging.getLogger("cnntrain")
+CALIBRATION_IMAGES = 32
+WHAT_IS_OFF = (
+    "overfit: off are augmentation, dropout, mixing, label smoothing, weight decay and the schedule "
+    "(the learning rate stays at its peak)"
+)
+
+
+def run(invocation: Invocation) -> int:
+    if invocation.words:
+        raise UserError(f"overfit: {invocation.words[0]!r} is no override; write KEY=VALUE, as model=resnet18")
+    if invocation.multirun:
+        return run_sweep(invocation, overfit)
+    settings = read_settings(invocation.overrides, invocation.config_dir)
+    return 0 if overfit(settings, invocation.line)["verdict"] == "PASS" else 1
+
+
+def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
+    """What overfit.json holds: `verdict`, `steps`, `loss`, `cause` and the findings behind them.
+
+    Raises:
+        UserError: the parts can't be built, or the data can't be read.
+    """
+    log_to_console()
+    quiet = {name: value for name, value in settings.optimizer.items() if name != "weight_decay"}
+    settings = dataclasses.replace(
+        settings,
+        augment={},
+        optimizer={**quiet, "weight_decay": 0.0} if "weight_decay" in settings.optimizer else quiet,
+    )
+    assembly = assemble(settings)
+    frozen = [n for n, p in assembly.model.named_parameters() if not p.requires_grad]
+    folder = Path(settings.run_dir) if settings.run_dir else None
+    with open_run_folder(folder, f"overfit-{settings.label}") as run_folder, stop_flag() as stop:
+        run_folder.write_json("run.json", provenance(command_line))
+        data = assembly.load()
+        batch, other, example = pick_examples(assembly, data, settings.overfit.examples)
+        log.info(WHAT_IS_OFF)
+        optimizer = make_optimizer(settings, assembly.model, assembly.compute)
+        trial = learn_by_heart(
+            assembly.model, assembly.task, optimizer, batch, other, assembly.compute, settings.overfit.steps,
+            frozen if settings.model.get("freeze") else (), stop,
+        )  # fmt: skip
+        findings = judge(trial, example)
+        report = summarise(trial, findings, example)
+        run_folder.write_json("overfit.json", report)
+        if settings.log.pictures:
+            title = f"{report['verdict']}: {example}"
+            save(learning(trial.losses, trial.floor, trial.uninformed, title), run_folder.figures / "overfit.png")
+    failed = [finding for finding in findings if finding.verdict == "FAIL"]
+    print_findings(failed)
+    print(f"{report['verdict']}: {report['line']}")
+    print(f"run folder: {run_folder.path}")
+    return {**report, "run_dir": str(run_folder.path)}
+
+
+def pick_examples(assembly: Assembly, data: Data, count: int) -> tuple[Batch, Batch, str]:
+    """The examples to learn, one with another target to compare with, and what a person calls the first.
+
+    The choice is fixed: the first training examples. Norms are calibrated on the first few on the way.
+    """
+    loader = assembly.loader(data.train)
+    first = assembly.pipeline.plain(next(iter(loader.batches(torch.arange(len(loader)), CALIBRATION_IMAGES))))
+    memory_format = assembly.compute.memory_format
+    assembly.model.to(memory_format=memory_format)
+    images = first.images.contiguous(memory_format=memory_format)
+    norms = calibrate_norms(assembly.model, images)
+    if norms:
+        log.info("overfit: %d norms calibrated once on %d plain training images, then frozen", norms, len(images))
+    first = dataclasses.replace(first, images=images)
+    others = [row for row in range(1, len(first)) if not _same_target(first, 0, row)] or [len(first) - 1]
+    batch = _rows(first, range(min(count, len(first))))
+    return batch, _rows(first, others[:1]), data.train.names[int(batch.index[0])]
+
+
+def summarise(trial: Trial, findings: list[Finding], example: str) -> dict[str, Any]:
+    failed = [finding for finding in findings if finding.verdict == "FAIL"]
+    steps, loss = len(trial.losses) - 1, trial.losses[-1]
+    if failed:
+        line = f"{failed[0].cause} ({example}, {steps} steps)"
+    else:
+        line = f"{example} learned in {trial.reached_at} steps (loss {trial.losses[0]:.4g} -> {loss:.4g})"
+    return {
+        "verdict": "FAIL" if failed else "PASS",
+        "steps": steps if trial.reached_at is None else trial.reached_at,
+        "loss": loss,
+        "cause": failed[0].cause if failed else None,
+        "line": line,
+        "example": example,
+        "findings": [finding.as_dict() for finding in findings],
+        "losses": trial.losses,
+    }
+
+
+def _rows(batch: Batch, rows: range | list[int]) -> Batch:
+    picked = torch.as_tensor(list(rows))
+    there = picked.to(batch.images.device)
+    return Batch(
+        batch.images[there],
+        {name: target[there] for name, target in batch.targets.items()},
+        batch.index[picked],
+        batch.position[picked],
+        None if batch.to_canvas is None else batch.to_canvas[picked],
+    )
+
+
+def _same_target(batch: Batch, one: int, other: int) -> bool:
+    return all(torch.equal(target[one], target[other]) for target in batch.targets.values())

@@ -1,0 +1,159 @@
+"""Composing the config with Hydra, and turning what Hydra says about a user's slip into one clear message."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cnntrain.build import trust_folder
+from cnntrain.errors import UserError, suggest
+from cnntrain.settings import Settings, parse
+
+
+def conf_folder() -> Path:
+    """The folder of shipped config groups: inside the wheel, or at the top of the checkout."""
+    inside, beside = Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf"
+    return inside if inside.is_dir() else beside
+
+
+@contextmanager
+def hydra_session() -> Iterator[GlobalHydra]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="cnntrain"):
+        yield GlobalHydra.instance()
+
+
+def search_path(config_dir: Path | None) -> list[str]:
+    """The override that adds a user's own folder of config groups."""
+    return [f"hydra.searchpath=['file://{config_dir.resolve()}']"] if config_dir else []
+
+
+def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None) -> dict[str, Any]:
+    """The composed config as plain values, and under `choices` the option chosen in each group.
+
+    Args:
+        name: the primary config, a file of conf/.
+        overrides: as on the command line, e.g. `["model=mlp", "optimizer.lr=0.1"]`.
+        config_dir: a folder with groups of the user's own.
+
+    Raises:
+        UserError: a group, an option, a key or a value is wrong; names it and suggests the near miss.
+    """
+    with hydra_session():
+        try:
+            composed = hydra_compose(name, [*search_path(config_dir), *overrides], return_hydra_config=True)
+            chosen = OmegaConf.to_container(composed.hydra.runtime.choices)
+            with open_dict(composed):
+                del composed["hydra"]
+            plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            raise UserError(_explain(error, name, overrides, config_dir)) from error
+    assert isinstance(plain, dict) and isinstance(chosen, dict)
+    choices = {str(group): option for group, option in chosen.items() if not str(group).startswith("hydra")}
+    return {**{str(key): value for key, value in plain.items()}, "choices": choices}
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's own grammar, with its syntax errors turned into ours."""
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        text = str(error).splitlines()[0]
+        raise UserError(f"{text}\nan override is written KEY=VALUE, as epochs=20 or 'optimizer.lr=0.1'") from error
+
+
+def expand_grid(overrides: Sequence[str]) -> list[list[str]]:
+    """Every combination of the values swept over, in Hydra's grammar: `a=1,2 b=range(0,3)` makes six.
+
+    Raises:
+        UserError: a continuous range, which a grid can't enumerate.
+    """
+    import itertools
+
+    axes: list[list[str]] = []
+    for override in parse_overrides(overrides):
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            axes.append([override.input_line or key])
+        elif override.is_discrete_sweep():
+            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            raise UserError(f"{key}: a grid needs listed values, as {key}=0.1,0.01 or {key}=range(0,3)")
+    return [list(combination) for combination in itertools.product(*axes)]
+
+
+def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
+    """Config groups and what there is to choose from in each; read from the folders, without Hydra."""
+    found: dict[str, set[str]] = {}
+    for folder in filter(None, (conf_folder(), config_dir)):
+        for group in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "_"))):
+            names = {p.stem for p in group.glob("*.yaml") if not p.name.startswith("_")}
+            if names:
+                found.setdefault(group.name, set()).update(names)
+    return {group: sorted(names) for group, names in found.items()}
+
+
+def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: Path | None) -> str:
+    """One message for what Hydra or OmegaConf could not do."""
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        known = _all_keys(name, overrides, config_dir)
+        return f"{match[1]}: no such key{suggest(match[1], known)}"
+    if match := re.search(r"In '([^']*)': Could not find '([^'/]+)/([^']+)'", text):
+        options = group_options(config_dir).get(match[2], [])
+        return f"{match[2]}: no such option {match[3]!r}{suggest(match[3], options)} (there is {', '.join(options)})"
+    if match := re.search(r"Could not override '([^']+)'\.\nNo match in the defaults list", text):
+        return f"{match[1]}: no such group{suggest(match[1], list(group_options(config_dir)))}"
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match[1]}: missing; give it as {match[1]}=..."
+    return "\n".join(line for line in text.splitlines() if line.strip())[:600]
+
+
+def _all_keys(name: str, overrides: Sequence[str], config_dir: Path | None) -> list[str]:
+    """Every dotted key there is, given the groups that were chosen."""
+    groups = group_options(config_dir)
+    choices = [o for o in overrides if o.split("=")[0] in groups]
+    try:
+        composed = hydra_compose(name, [*search_path(config_dir), *choices])
+    except (HydraException, OmegaConfBaseException):
+        composed = hydra_compose(name)
+
+    def walk(node: DictConfig, prefix: str) -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                yield from walk(child, f"{prefix}{key}.")
+
+    return [*groups, *walk(composed, "")]
+
+
+def read_settings(overrides: Sequence[str], config_dir: Path | None = None) -> Settings:
+    """The checked settings of a training.
+
+    `trusted_packages` counts only when it is given here: a config file can't trust itself. A folder given as
+    `config_dir` is the user's own, so the modules in it are trusted.
+
+    Raises:
+        UserError: anything is wrong; nothing has been made yet.
+    """
+    settings = parse(Settings, compose("config", overrides, config_dir))
+    typed = any(override.key_or_group == "trusted_packages" for override in parse_overrides(overrides))
+    trusted = list(settings.trusted_packages) if typed else []
+    if typed:
+        trust_folder(Path.cwd())
+    if config_dir:
+        trusted += trust_folder(config_dir.resolve())
+    return dataclasses.replace(settings, trusted_packages=trusted)

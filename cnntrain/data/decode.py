@@ -1,0 +1,286 @@
+"""From an image file of any kind to uint8 pixels on the canvas."""
+
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnntrain.data.canvas import Box, Placement, Resize, place
+from cnntrain.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+LARGEST_PIXELS = 100_000_000  # a few kilobytes of PNG can unpack to terabytes: refused from the header
+SHOWN_FILES = 20
+# What Pillow's readers raise on damaged files, apart from its DecompressionBombError.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+          struct.error, zlib.error)  # fmt: skip
+
+
+class BadFile(Exception):
+    """One file that can't be used, and why; gathered, and reported together by `refuse`."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(str(path), reason)
+        self.path, self.reason = str(path), reason
+
+
+class Unusable(ValueError):
+    """Sound pixels that can't be used all the same; the message tells why."""
+
+
+def refuse(bad: Iterable[BadFile], of: int, root: str | Path | None = None) -> None:
+    """Raise one `UserError` that names all of `bad`, or none when there are none.
+
+    Args:
+        of: how many files there are in all.
+        root: folder that the names are shown relative to.
+    """
+    ordered = sorted(bad, key=lambda one: one.path)
+    if not ordered:
+        return
+    lines = [
+        f"  {os.path.relpath(b.path, root) if root else b.path}: {b.reason}" for b in ordered[:SHOWN_FILES]
+    ]
+    if len(ordered) > SHOWN_FILES:
+        lines.append(f"  ... and {len(ordered) - SHOWN_FILES} more")
+    where = f" under {root}" if root else ""
+    raise UserError(
+        f"data: {len(ordered)} of {of} files{where} can't be used; repair or remove them:\n"
+        + "\n".join(lines)
+    )
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Turns an image file into uint8 (channels, height, width).
+
+    Transparent pixels are laid over white, letterbox borders and what a box covers outside the image are
+    black.
+    """
+
+    height: int
+    width: int
+    channels: int
+    resize: Resize = "letterbox"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.channels, self.height, self.width
+
+    def __call__(self, path: str, box: Box | None = None) -> tuple[Tensor, Tensor]:
+        """The pixels, and the matrix from source to canvas, float64 (3, 3).
+
+        Raises:
+            BadFile: the file can't be used.
+        """
+        from PIL import Image
+
+        with reading(path) as image:
+            upright = turn_upright(image)
+            placement = place(*upright.size, (self.height, self.width), self.resize, box)
+            mode = "L" if self.channels == 1 else "RGB"
+            plain = to_eight_bits(upright).convert(mode)
+            pixels = cut(plain, placement, (self.height, self.width), Image.Resampling.BILINEAR, 0)
+        array = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(array)), placement.matrix()
+
+
+@dataclass(frozen=True)
+class MaskDecoder:
+    """Turns a mask file into uint8 class ids (height, width), by nearest neighbour; ids are read, never
+    converted.
+
+    Attributes:
+        ids: for each of the 256 values in the file the class id that it stands for, or -1 where it means
+            nothing.
+        border: id of what lies outside the mask.
+    """
+
+    height: int
+    width: int
+    resize: Resize
+    ids: tuple[int, ...]
+    border: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.height, self.width
+
+    def __call__(self, path: str, box: Box | None = None) -> tuple[Tensor, Tensor]:
+        """The ids, and the matrix from source to canvas.
+
+        Raises:
+            BadFile: the file can't be used, or has an id that means nothing.
+        """
+        from PIL import Image
+
+        with reading(path) as image:
+            placement = place(*image.size, (self.height, self.width), self.resize, box)
+            if image.mode not in ("1", "L", "P", "I;16", "I"):
+                raise BadFile(path, f"a mask must hold class ids (grey or palette), this one is {image.mode}")
+            found = np.asarray(image).astype(np.int64)  # a palette image gives its indices
+            values = np.unique(found)
+            unknown = [v for v in values.tolist() if not 0 <= v < 256 or self.ids[v] < 0]
+            if unknown:
+                shown = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+                raise BadFile(path, f"has ids that are no class: {shown}")
+            classes = np.asarray(self.ids, dtype=np.int16)[found].astype(np.uint8)
+            size = (self.height, self.width)
+            pixels = cut(Image.fromarray(classes), placement, size, Image.Resampling.NEAREST, self.border)
+        return torch.from_numpy(pixels), placement.matrix()
+
+
+class reading:
+    """An opened image inside `with`: damage becomes `BadFile`, too many pixels are refused by the header."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> "Image.Image":
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a FIFO would wait for ever
+                raise BadFile(self.path, "is no regular file")
+            if os.path.getsize(self.path) == 0:
+                raise BadFile(self.path, "is empty")
+            self.image = Image.open(self.path)
+        except UnidentifiedImageError:
+            raise BadFile(self.path, "is no image that Pillow can read") from None
+        except (*DAMAGE, Image.DecompressionBombError) as error:
+            raise BadFile(self.path, _reason(error)) from None
+        width, height = self.image.size
+        if width * height > LARGEST_PIXELS:
+            self.image.close()
+            raise BadFile(self.path, f"{width} x {height} pixels are more than 100 million")
+        return self.image
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.image.close()
+        if kind is not None and issubclass(kind, DAMAGE):
+            raise BadFile(self.path, _reason(error)) from None
+
+
+def _reason(error: BaseException | None) -> str:
+    text = str(error)
+    if isinstance(error, Unusable):
+        return text
+    if isinstance(error, FileNotFoundError):
+        return "does not exist"
+    if "DecompressionBomb" in type(error).__name__:
+        return "more than 100 million pixels"
+    if "truncated" in text.lower() or isinstance(error, EOFError):
+        return "is truncated"
+    return f"is damaged ({text or type(error).__name__})"
+
+
+def upright_size(path: str) -> tuple[int, int]:
+    """(width, height) in pixels after the EXIF orientation, from the header alone.
+
+    Raises:
+        BadFile: the header can't be read.
+    """
+    with reading(path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def _orientation(image: "Image.Image") -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none or its block is damaged (the pixels may be sound)."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except DAMAGE:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def turn_upright(image: "Image.Image") -> "Image.Image":
+    """The image as the camera was held (EXIF 2.32, section 4.6.4: orientation)."""
+    from PIL.Image import Transpose
+
+    turns = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
+             5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
+             8: Transpose.ROTATE_90}  # fmt: skip
+    orientation = _orientation(image)
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def to_eight_bits(image: "Image.Image") -> "Image.Image":
+    """Any mode to one of L and RGB: 16 bits are scaled (Pillow's convert would saturate), transparency is
+    white.
+
+    Raises:
+        Unusable: 32-bit values that have no known range.
+    """
+    from PIL import Image
+
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image).astype(np.float64)
+        if image.mode == "F":
+            if not (values.min() >= 0 and values.max() <= 1):
+                raise Unusable("has floating-point pixels outside 0 to 1; save it with 8 or 16 bits")
+            values = values * 65535
+        if values.min() < 0 or values.max() > 65535:
+            raise Unusable("has 32-bit pixels outside 0 to 65535; save it with 8 or 16 bits")
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, clear).convert("RGB")
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    return image.convert("RGB")
+
+
+def cut(
+    image: "Image.Image", placement: Placement, canvas: tuple[int, int], filter: Any, fill: int
+) -> np.ndarray:
+    """uint8 (H, W) or (H, W, 3): the placement's box, resized (Pillow antialiases) onto a canvas of `fill`."""
+    from PIL import Image, ImageOps
+
+    left, top, right, bottom = placement.box
+    width, height = image.size
+    beyond = [int(np.ceil(max(0.0, side))) for side in (-left, -top, right - width, bottom - height)]
+    if any(beyond):  # Pillow resizes only what lies inside
+        if (width + beyond[0] + beyond[2]) * (height + beyond[1] + beyond[3]) > LARGEST_PIXELS:
+            raise Unusable("its box reaches too far outside the image")
+        image = ImageOps.expand(image, tuple(beyond), fill if image.mode == "L" else (fill,) * 3)
+        left, top, right, bottom = left + beyond[0], top + beyond[1], right + beyond[0], bottom + beyond[1]
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    resized = image.resize((placement.width, placement.height), filter, box=box)
+    if (placement.height, placement.width) == canvas:
+        return np.asarray(resized)
+    sheet = Image.new(image.mode, canvas[::-1], fill if image.mode == "L" else (fill,) * 3)
+    sheet.paste(resized, (placement.left, placement.top))
+    return np.asarray(sheet)
+
+
+def read_sizes(paths: list[str]) -> tuple[list[tuple[int, int]], list[BadFile]]:
+    """(width, height) of every image from its header, (0, 0) for those that can't be read, and these."""
+    bad: list[BadFile] = []
+
+    def one(path: str) -> tuple[int, int]:
+        try:
+            return upright_size(path)
+        except BadFile as problem:
+            bad.append(problem)
+            return 0, 0
+
+    with ThreadPoolExecutor(thread_count()) as pool:
+        return list(pool.map(one, paths)), bad
+
+
+def thread_count() -> int:
+    """Threads that decode: as many as cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,106 @@
+"""Images in one folder per class."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from cnntrain.data.canvas import Resize, canvas_size
+from cnntrain.data.decode import BadFile, Decoder, refuse
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.listing import files_below, folders_in
+from cnntrain.data.source import Source, given_folder
+from cnntrain.errors import UserError, suggest
+from cnntrain.spec import DataSpec
+
+LAYOUT = "train/CLASS/IMAGE, and where there are any val/ and test/ in the same way"
+
+
+class ImageFolder(Source):
+    """`root/train/<class>/...`, optional `val/` and `test/`; the classes are train's, sorted by name.
+
+    Args:
+        root: the folder that has `train/`.
+        size: canvas in pixels, one number for a square or [height, width].
+        channels: 1 or 3.
+        resize: letterbox (all of the image, borders), short_side (cut to the canvas) or stretch.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        size: int | list[int] = 64,
+        channels: int = 3,
+        resize: Resize = "short_side",
+        mirror_safe: bool = True,
+    ) -> None:
+        self.root = given_folder(root, LAYOUT)
+        self.decoder = make_decoder(size, channels, resize)
+        self.mirror_safe = mirror_safe
+
+    def spec(self) -> DataSpec:
+        d = self.decoder
+        return DataSpec(d.channels, d.height, d.width, self.classes, mirror_safe=self.mirror_safe)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        if not (self.root / "train").is_dir():
+            there = ", ".join(folders_in(self.root)[:6]) or "no folders"
+            raise UserError(f"data.root: {self.root} has no train/ (there is {there}); it must have {LAYOUT}")
+        classes = tuple(folders_in(self.root / "train"))
+        if len(classes) < 2:
+            raise UserError(
+                f"data.root: {self.root / 'train'} has {len(classes)} class folder(s); at least 2 are needed"
+            )
+        return classes
+
+    def load(self) -> dict[str, Examples]:
+        classes, bad, splits, count = self.classes, [], {}, 0
+        for split in ("train", "val", "test"):
+            folder = self.root / split
+            if not folder.is_dir():
+                continue
+            paths, labels = self._list(folder, classes, bad)
+            count += len(paths)
+            if not paths:
+                bad.append(BadFile(folder, "has no images"))
+            names = [str(Path(path).relative_to(self.root)) for path in paths]
+            targets = {"label": torch.tensor(labels, dtype=torch.int64)}
+            splits[split] = Examples(LazyImages(paths, self.decoder), targets, names)
+        refuse(bad, count + len(bad), self.root)
+        return splits
+
+    def _list(
+        self, folder: Path, classes: tuple[str, ...], bad: list[BadFile]
+    ) -> tuple[list[str], list[int]]:
+        """Paths and labels of one split."""
+        paths: list[str] = []
+        labels: list[int] = []
+        for name in folders_in(folder):
+            if name not in classes:
+                bad.append(BadFile(folder / name, f"is a class that train lacks{suggest(name, classes)}"))
+                continue
+            found = files_below(folder / name, bad)
+            if not found and folder.name == "train":
+                bad.append(BadFile(folder / name, "is a class without images"))
+            paths += found
+            labels += [classes.index(name)] * len(found)
+        return paths, labels
+
+
+def make_decoder(size: int | list[int], channels: int, resize: Resize) -> Decoder:
+    """The decoder that `data.size`, `data.channels` and `data.resize` ask for.
+
+    Raises:
+        UserError: one of them is out of range.
+    """
+    if channels not in (1, 3):
+        raise UserError(f"data.channels: must be 1 or 3, got {channels!r}")
+    if resize not in ("letterbox", "short_side", "stretch"):
+        raise UserError(f"data.resize: {resize!r} is not one of letterbox, short_side, stretch"
+                        + suggest(str(resize), ["letterbox", "short_side", "stretch"]))  # fmt: skip
+    try:
+        height, width = canvas_size(size)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"data.{error}") from error
+    return Decoder(height, width, channels, resize)

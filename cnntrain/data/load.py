@@ -1,0 +1,89 @@
+"""From a source to three honest splits, with the facts complete."""
+
+import logging
+from dataclasses import dataclass
+
+from cnntrain.data import resident
+from cnntrain.data.examples import Examples
+from cnntrain.data.source import Source
+from cnntrain.data.splits import check_groups_apart, limit_rows, split_train_val
+from cnntrain.data.statistics import measure
+from cnntrain.errors import UserError
+from cnntrain.spec import DataSpec
+
+logger = logging.getLogger("cnntrain")
+
+
+@dataclass
+class Data:
+    """What a run trains, chooses and tests on.
+
+    Attributes:
+        spec: the facts, mean and std included.
+        train, val: never None; `val` decides which checkpoint is best.
+        test: used once, at the end; None where the data set has none.
+        fingerprint: 'count-hash' over the names and targets of all splits, before val was held out of train.
+    """
+
+    spec: DataSpec
+    train: Examples
+    val: Examples
+    test: Examples | None
+    fingerprint: str
+
+
+def load_data(
+    source: Source,
+    val_fraction: float = 0.1,
+    folds: int | None = None,
+    fold: int = 0,
+    split_seed: int = 0,
+    limit: int | None = None,
+    store: str = "auto",
+) -> Data:
+    """Load, limit, split, decode if they fit, and measure mean and std on train where the source states none.
+
+    Args:
+        val_fraction, folds, fold, split_seed: see `split_train_val`; a val split of the source's own wins.
+        limit: at most so many examples of each split that the source has.
+        store: 'stream' leaves images on disk, 'auto' those that would take more than half of the free memory.
+
+    Raises:
+        UserError: the data can't be had, or are not as they should be; all faulty files in one message.
+    """
+    splits = source.load()
+    for name in ("train", "val", "test"):
+        if name in splits and len(splits[name]) == 0:
+            raise UserError(f"data: the {name} split has no examples")
+    for name, examples in splits.items():
+        rows = limit_rows(len(examples), limit, split_seed, name)
+        splits[name] = examples if rows is None else examples.subset(rows)
+    check_groups_apart({name: examples.groups for name, examples in splits.items()})
+    fingerprint = _fingerprint(splits)
+
+    if "val" not in splits:
+        train_rows, val_rows = split_train_val(splits["train"], val_fraction, folds, fold, split_seed)
+        pool = splits["train"]
+        splits = {**splits, "train": pool.subset(train_rows), "val": pool.subset(val_rows)}
+    elif folds is not None:
+        raise UserError(
+            "data.folds: this data set has a val split of its own, which folds would leave out; "
+            "set data.folds=null, or move its examples into train"
+        )
+    if store == "stream" or (store == "auto" and not resident.fits_in_host_memory(splits)):
+        resident.check_headers(splits)
+        needed = sum(map(resident.decoded_bytes, splits.values())) / 2**20
+        logger.info("data: images stay on disk (%.0f MiB decoded) and are read by workers", needed)
+    else:
+        splits = resident.decode(splits)
+    spec = source.spec()
+    if spec.mean is None or spec.std is None:
+        spec = spec.with_statistics(*measure(splits["train"], split_seed))
+    return Data(spec, splits["train"], splits["val"], splits.get("test"), fingerprint)
+
+
+def _fingerprint(splits: dict[str, Examples]) -> str:
+    import hashlib
+
+    parts = " ".join(f"{name}:{splits[name].fingerprint()}" for name in sorted(splits))
+    return f"{sum(map(len, splits.values()))}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"

@@ -1,0 +1,115 @@
+"""Decoding whole data sets into memory, if they fit; checking headers of those that don't."""
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cnntrain.data.decode import BadFile, read_sizes, refuse, thread_count
+from cnntrain.data.examples import Examples, LazyImages
+
+SHARE_OF_MEMORY = 0.5  # of what is free; the network and its activations need the rest
+logger = logging.getLogger("cnntrain")
+
+
+def decoded_bytes(examples: Examples) -> int:
+    """Bytes that the images and masks take when all are decoded."""
+    total = 0
+    for images in (examples.images, *examples.lazy_targets.values()):
+        count = 1
+        for side in images.shape:
+            count *= side
+        total += count
+    return total
+
+
+def free_host_bytes() -> int:
+    """Memory that this process may still take: of the machine, and of its control group, if any."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # fmt: skip
+        try:
+            values = [(Path("/sys/fs/cgroup") / name).read_text().strip() for name in (limit, used)]
+        except OSError:
+            continue
+        if values[0].isdigit() and values[1].isdigit():
+            limits.append(max(0, int(values[0]) - int(values[1])))
+    return min(limits)
+
+
+def fits_in_host_memory(splits: dict[str, Examples]) -> bool:
+    return sum(map(decoded_bytes, splits.values())) <= SHARE_OF_MEMORY * free_host_bytes()
+
+
+def decode(splits: dict[str, Examples]) -> dict[str, Examples]:
+    """The same examples with every image and mask decoded, by as many threads as there are cores.
+
+    Raises:
+        UserError: names all the files, of all splits, that can't be used.
+    """
+    bad: list[BadFile] = []
+    decoded = {name: _decode_split(examples, bad) for name, examples in splits.items()}
+    refuse(bad, _count_files(splits), _common_folder(splits))
+    return decoded
+
+
+def _decode_split(examples: Examples, bad: list[BadFile]) -> Examples:
+    images, to_canvas = examples.images, examples.to_canvas
+    if isinstance(images, LazyImages):
+        images, matrices = _decode_images(images, bad)
+        to_canvas = matrices if to_canvas is None else to_canvas
+    masks = {name: _decode_images(lazy, bad)[0] for name, lazy in examples.lazy_targets.items()}
+    return replace(
+        examples, images=images, to_canvas=to_canvas, targets={**examples.targets, **masks}, lazy_targets={}
+    )
+
+
+def _decode_images(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
+    """uint8 (N, ...) and the matrices (N, 3, 3); what can't be used stays black and is added to `bad`."""
+    images = torch.zeros(lazy.shape, dtype=torch.uint8)
+    matrices = torch.eye(3, dtype=torch.float64).repeat(len(lazy), 1, 1)
+
+    def one(index: int) -> None:
+        try:
+            images[index], matrices[index] = lazy.read(index)
+        except BadFile as problem:
+            bad.append(problem)
+
+    with ThreadPoolExecutor(thread_count()) as pool:
+        for _ in pool.map(one, range(len(lazy))):
+            pass
+    return images, matrices
+
+
+def check_headers(splits: dict[str, Examples]) -> None:
+    """Open every file that stays on disk as far as its header.
+
+    Raises:
+        UserError: names all the files that can't be used.
+    """
+    paths = {path for lazy in _lazy(splits) for path in lazy.paths}
+    _, bad = read_sizes(sorted(paths))
+    refuse(bad, _count_files(splits), _common_folder(splits))
+
+
+def _lazy(splits: dict[str, Examples]) -> list[LazyImages]:
+    everything = [i for e in splits.values() for i in (e.images, *e.lazy_targets.values())]
+    return [images for images in everything if isinstance(images, LazyImages)]
+
+
+def _count_files(splits: dict[str, Examples]) -> int:
+    return len({path for lazy in _lazy(splits) for path in lazy.paths})
+
+
+def _common_folder(splits: dict[str, Examples]) -> str | None:
+    paths = {os.path.dirname(path) for lazy in _lazy(splits) for path in lazy.paths}
+    return os.path.commonpath(paths) if paths else None

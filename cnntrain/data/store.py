@@ -1,0 +1,174 @@
+"""Batches out of examples: an index into one tensor when they are in memory, worker processes when not."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cnntrain.data import resident
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.stream import Transform, WorkerPool
+from cnntrain.spec import Batch
+
+Store = Literal["auto", "device", "host", "stream"]
+SHARE_OF_DEVICE = 0.4  # of the free device memory that images may take
+logger = logging.getLogger("cnntrain")
+
+
+class Loader(ABC):
+    """Gives batches of one split in whatever order it is told; draws nothing at random itself."""
+
+    def __init__(self, examples: Examples, device: torch.device) -> None:
+        self.examples = examples
+        self.device = device
+        self.targets = {name: target.to(device) for name, target in examples.targets.items()}
+        self.to_canvas = _unless_identity(examples.to_canvas)
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.examples)
+
+    def batches(
+        self,
+        order: Tensor,
+        batch_size: int,
+        start_batch: int = 0,
+        drop_last: bool = False,
+        positions: Tensor | None = None,
+        seed: int = 0,
+    ) -> Iterator[Batch]:
+        """The batches of one pass, images uint8 on the device.
+
+        Args:
+            order: (M,) int64, rows in the order in which they come.
+            start_batch: how many batches to leave out at the beginning; they cost nothing.
+            drop_last: leave out a last batch that is smaller.
+            positions: (M,) int64, places in the epoch where they are not 0, 1, ..., M - 1 (one process of
+                several).
+            seed: of the epoch, for transforms that draw (see `make_loader`).
+
+        Raises:
+            UserError: an image that is read now can't be used.
+            MachineError: a worker was lost, got stuck, or has no shared memory.
+        """
+        count = len(order)
+        positions = torch.arange(count) if positions is None else positions
+        stop = count - count % batch_size if drop_last else count
+        starts = range(start_batch * batch_size, stop, batch_size)
+        chunks = [slice(start, min(start + batch_size, stop)) for start in starts]
+        yield from self._batches(order, positions, chunks, seed)
+
+    @abstractmethod
+    def _batches(
+        self, order: Tensor, positions: Tensor, chunks: list[slice], seed: int
+    ) -> Iterator[Batch]: ...
+
+    def close(self) -> None:  # noqa: B027  most loaders have nothing to close
+        """End worker processes, if there are any."""
+
+
+class ResidentLoader(Loader):
+    """Images in memory, on the device itself or beside it; a batch is one index operation."""
+
+    def __init__(self, examples: Examples, device: torch.device, on_device: bool) -> None:
+        super().__init__(examples, device)
+        assert isinstance(examples.images, Tensor)
+        self.images: Tensor = examples.images.to(device) if on_device else examples.images
+
+    def _batches(self, order: Tensor, positions: Tensor, chunks: list[slice], seed: int) -> Iterator[Batch]:
+        order_there = order.to(self.device)  # once: the step itself never waits for the host
+        for chunk in chunks:
+            rows, rows_there = order[chunk], order_there[chunk]
+            if self.images.device == rows_there.device:
+                images = self.images.index_select(0, rows_there)
+            else:
+                images = self.images.index_select(0, rows)
+                images = (images.pin_memory() if self.device.type == "cuda" else images).to(
+                    self.device, non_blocking=True
+                )
+            targets = {name: target.index_select(0, rows_there) for name, target in self.targets.items()}
+            matrices = None if self.to_canvas is None else self.to_canvas[rows]
+            yield Batch(images, targets, rows, positions[chunk], matrices)
+
+
+class StreamLoader(Loader):
+    """Images on disk, decoded by worker processes; the same batches for any number of them.
+
+    One pass at a time: beginning another ends the one before.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        device: torch.device,
+        workers: int,
+        timeout_s: int,
+        transform: Transform | None,
+    ) -> None:
+        super().__init__(examples, device)
+        pin = device.type == "cuda"
+        self.pool = WorkerPool(examples, workers, timeout_s, transform, pin, self.to_canvas is None)
+
+    def _batches(self, order: Tensor, positions: Tensor, chunks: list[slice], seed: int) -> Iterator[Batch]:
+        requests = [(order[chunk], positions[chunk], seed) for chunk in chunks]
+        for (rows, places, _), got in zip(requests, self.pool.run(requests), strict=True):
+            images = got.pop("images").to(self.device, non_blocking=True)
+            matrices = got.pop("to_canvas", None)
+            if self.to_canvas is not None:
+                matrices = self.to_canvas[rows]
+            rows_there = rows.to(self.device)
+            targets = {name: target.index_select(0, rows_there) for name, target in self.targets.items()}
+            targets |= {name: target.to(self.device, non_blocking=True) for name, target in got.items()}
+            yield Batch(images, targets, rows, places, matrices)
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def make_loader(
+    examples: Examples,
+    device: torch.device | str,
+    workers: int = 0,
+    timeout_s: int = 120,
+    store: Store = "auto",
+    transform: Transform | None = None,
+) -> Loader:
+    """The loader that suits where the examples are.
+
+    Args:
+        workers: processes that decode what is not in memory; 0 decodes in this one.
+        timeout_s: how long a batch may take before its worker counts as stuck.
+        store: 'device' and 'host' hold decoded images there, 'stream' sends even those through workers,
+            'auto' leaves images where they are and takes the device when they fit.
+        transform: called as `transform(image, seed)` for every image, by the workers; implies 'stream'.
+
+    Raises:
+        UserError: images that must be decoded now can't be used.
+    """
+    device = torch.device(device)
+    if (
+        store == "stream"
+        or transform is not None
+        or (store == "auto" and isinstance(examples.images, LazyImages))
+    ):
+        return StreamLoader(examples, device, workers, timeout_s, transform)
+    if isinstance(examples.images, LazyImages) or examples.lazy_targets:
+        examples = resident.decode({"examples": examples})["examples"]
+    on_device = store == "device" or (store == "auto" and _fits_on(device, examples))
+    return ResidentLoader(examples, device, on_device)
+
+
+def _fits_on(device: torch.device, examples: Examples) -> bool:
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return resident.decoded_bytes(examples) <= SHARE_OF_DEVICE * free
+
+
+def _unless_identity(matrices: Tensor | None) -> Tensor | None:
+    if matrices is None or torch.equal(matrices, torch.eye(3, dtype=matrices.dtype).expand_as(matrices)):
+        return None
+    return matrices

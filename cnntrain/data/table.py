@@ -1,0 +1,69 @@
+"""Reading CSV files strictly: every complaint names file and line, and all come together."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from cnntrain.errors import UserError
+
+SHOWN_LINES = 20
+
+
+class Complaints:
+    """What is wrong with an annotation file, gathered to be reported at once."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.found: list[str] = []
+
+    def add(self, line: int | str, problem: str) -> None:
+        self.found.append(f"{self.file}:{line}: {problem}")
+
+    def raise_if_any(self) -> None:
+        """Raises UserError when anything was added."""
+        if self.found:
+            more = len(self.found) - SHOWN_LINES
+            shown = self.found[:SHOWN_LINES] + ([f"... and {more} more"] if more > 0 else [])
+            raise UserError("data: " + "\n  ".join(shown))
+
+
+@dataclass
+class Table:
+    """A CSV file: its header, and its rows with the line each stands on."""
+
+    file: Path
+    columns: list[str]
+    rows: list[tuple[int, list[str]]]
+    complaints: Complaints
+
+
+def read_table(file: Path) -> Table:
+    """A comma-separated file with one header line; a byte-order mark is accepted, empty lines are skipped.
+
+    Raises:
+        UserError: it can't be read, has no header or no rows, names a column twice, or has rows of other
+            lengths.
+    """
+    complaints = Complaints(file)
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text, strict=True)
+            columns = [name.strip() for name in next(reader, [])]
+            for row in reader:
+                if any(cell.strip() for cell in row):
+                    rows.append((reader.line_num, [cell.strip() for cell in row]))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"data: {file}: can't be read as a UTF-8 CSV file ({error})") from error
+    if not columns or not rows:
+        raise UserError(f"data: {file}: has no {'rows' if columns else 'header line'}")
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise UserError(f"data: {file}:1: column {twice[0]!r} stands there twice")
+    sound = []
+    for line, row in rows:
+        if len(row) == len(columns):
+            sound.append((line, row))
+        else:
+            complaints.add(line, f"has {len(row)} columns, the header has {len(columns)}")
+    return Table(file, columns, sound, complaints)

@@ -1,0 +1,90 @@
+"""Where and in what precision to compute."""
+
+import contextlib
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from cnntrain.errors import UserError
+from cnntrain.randomness import hash_seed
+
+log = logging.getLogger("cnntrain")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The device, the number format of the forward pass, and the memory layout of images and 4-D weights."""
+
+    device: torch.device
+    precision: str  # fp32 | bf16 | fp16
+    channels_last: bool
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
+
+
+def choose_compute(device: str, precision: str, channels_last: bool) -> Compute:
+    """Resolve `auto`.
+
+    Raises:
+        UserError: the device is not there, or does not compute in that precision.
+    """
+    chosen = _choose_device(device)
+    if precision == "auto":
+        precision = _fast_precision(chosen)
+    if precision == "fp16" and chosen.type != "cuda":
+        raise UserError(f"precision: fp16 needs a CUDA device, this is {chosen}; use bf16, fp32 or auto")
+    return Compute(chosen, precision, channels_last)
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N, mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: {name!r} is not there ({torch.cuda.device_count()} CUDA devices); use device=auto")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: 'mps' is not there; use device=auto")
+    return device
+
+
+def _fast_precision(device: torch.device) -> str:
+    """What the hardware computes fast: bf16 from Ampere on and on CPUs with AMX, fp16 on older GPUs, else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    if device.type == "cpu":
+        has = (getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile"))
+        return "bf16" if any(ask is not None and ask() for ask in has) else "fp32"
+    return "fp32"
+
+
+def prepare_torch(threads: int | None, deterministic: bool) -> None:
+    """Process-wide settings of torch: CPU threads, determinism, TF32 where fp32 is chosen."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.set_float32_matmul_precision("highest" if deterministic else "high")
+
+
+def seed_step(*parts: int | str) -> None:
+    """Make what torch draws next (weights, dropout) a function of `parts` alone."""
+    torch.manual_seed(hash_seed(*parts))
+
+

@@ -1,0 +1,227 @@
+"""The training loop, in plain sight: read it from top to bottom."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.data.store import Loader
+from cnntrain.engine.device import Compute, seed_step
+from cnntrain.engine.evaluate import evaluate
+from cnntrain.engine.optim import set_learning_rate
+from cnntrain.engine.signals import StopFlag
+from cnntrain.engine.state import TrainState
+from cnntrain.errors import DivergedError, StoppedError
+from cnntrain.randomness import epoch_order
+from cnntrain.spec import Batch
+from cnntrain.tasks.task import Meter, Task
+
+
+class Journal(Protocol):
+    """Where a training's story goes: bars, TensorBoard, CSV."""
+
+    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
+    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
+    def batch_seen(self, step: int, batch: Batch) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a training runs: plain numbers, resolved from the settings and the data."""
+
+    seed: int
+    batch_size: int
+    batches_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+    accumulate: int = 1
+    clip_grad_norm: float | None = None
+    early_stopping: int | None = None
+    read_every_steps: int = 20
+    save_every_steps: int | None = None
+    limit_batches: int | None = None
+    drop_last: bool = False
+
+
+def fit(
+    state: TrainState,
+    training: Loader,
+    validation: Loader | None,
+    pipeline: Pipeline,
+    task: Task,
+    compute: Compute,
+    plan: Plan,
+    journal: Journal,
+    save: Callable[[str], None],
+    stop: StopFlag,
+) -> None:
+    """Train from where `state` stands to the end of the plan.
+
+    `save("last")` and `save("best")` write checkpoints; never after a loss that is not finite.
+
+    Raises:
+        DivergedError: the loss is no longer finite.
+        StoppedError: a signal came; the state has been saved.
+    """
+    progress = state.progress
+    while not progress.finished:
+        started, seconds_before, first_batch = time.perf_counter(), progress.wall_s, progress.batch
+        meter = task.meter()
+        if progress.batch and state.meter:
+            meter.load_state(state.meter)
+
+        def keep(meter: Meter = meter, started: float = started, before: float = seconds_before) -> None:
+            state.meter, progress.wall_s = meter.state(), before + time.perf_counter() - started
+            save("last")
+
+        try:
+            train_epoch(state, training, pipeline, task, compute, plan, journal, meter, keep, stop)
+            train_metrics = meter.compute()
+            train_seconds = time.perf_counter() - started
+            val_metrics = {}
+            if validation is not None:
+                val_metrics = evaluate(
+                    state.judged, validation, pipeline, task, compute, plan.batch_size, plan.limit_batches, stop
+                ).compute()
+        except StoppedError:
+            keep()
+            raise
+
+        row = {"epoch": float(progress.epoch), "step": float(progress.step)}
+        row |= {f"train/{name}": value for name, value in train_metrics.items()}
+        row |= {f"val/{name}": value for name, value in val_metrics.items()}
+        row["lr"] = state.optimizer.param_groups[0]["lr"]
+        row["images_per_s"] = (plan.batches_per_epoch - first_batch) * plan.batch_size / train_seconds
+        state.schedule.observe(row.get("val/loss", row["train/loss"]))
+        improved = is_better(row, progress.best, task.monitor)
+        progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
+        if improved:
+            progress.best = row
+        progress.epoch, progress.batch, state.meter = progress.epoch + 1, 0, {}
+        patience_over = plan.early_stopping is not None and progress.epochs_since_best >= plan.early_stopping
+        progress.finished = progress.step >= plan.total_steps or patience_over
+        progress.wall_s = seconds_before + time.perf_counter() - started
+        if improved:
+            save("best")
+        save("last")
+        journal.epoch(progress.step, row, improved)
+
+
+def train_epoch(
+    state: TrainState,
+    training: Loader,
+    pipeline: Pipeline,
+    task: Task,
+    compute: Compute,
+    plan: Plan,
+    journal: Journal,
+    meter: Meter,
+    keep: Callable[[], None],
+    stop: StopFlag,
+) -> None:
+    """The rest of one epoch. Nothing in it waits for the device except a reading every so many steps."""
+    progress, model, optimizer = state.progress, state.model, state.optimizer
+    order = epoch_order(plan.seed, progress.epoch, len(training))
+    model.train()
+    recent = torch.zeros(2, device=compute.device)  # loss sum and count since the last reading
+    group_count = torch.zeros((), device=compute.device)  # what counts in the batches of this step so far
+    since, images_since = time.perf_counter(), 0
+    for batch in training.batches(order, plan.batch_size, progress.batch, plan.drop_last):
+        stop.check()
+        if progress.batch >= plan.batches_per_epoch or progress.step >= plan.total_steps:
+            break
+        learning_rate = set_learning_rate(optimizer, state.schedule, progress.step)
+        batch = pipeline(batch, plan.seed, progress.epoch)
+        if progress.step == 0 and progress.batch == 0:
+            journal.batch_seen(0, batch)
+        seed_step(plan.seed, "step", progress.epoch, progress.batch)
+
+        images = batch.images.contiguous(memory_format=compute.memory_format)
+        with compute.autocast():
+            outputs = model(images)
+        loss_sum, count = task.loss(outputs.float(), batch.truth)
+        # Alone, a batch is divided by what counts in it. Together, batches are summed, and divided once at the step.
+        loss = loss_sum / (count.clamp(min=1) if plan.accumulate == 1 else plan.batch_size)
+        (state.scaler.scale(loss) if state.scaler else loss).backward()
+
+        with torch.no_grad():
+            meter.update(outputs.detach().float(), batch.truth, loss_sum.detach(), count)
+            recent += torch.stack((loss_sum.detach(), count)).to(recent.dtype)
+            group_count += count
+        progress.batch += 1
+        progress.images += len(batch)
+        images_since += len(batch)
+        if progress.batch % plan.accumulate and progress.batch < plan.batches_per_epoch:
+            continue
+
+        reads = (progress.step + 1) % plan.read_every_steps == 0 or progress.batch >= plan.batches_per_epoch
+        norm = apply_gradients(state, plan, group_count, measure=reads)
+        group_count.zero_()
+        progress.step += 1
+        if state.average:
+            state.average.update(model, progress.step)
+
+        saves = plan.save_every_steps is not None and progress.step % plan.save_every_steps == 0
+        if reads or saves:
+            values = torch.cat((recent, norm.reshape(1).to(recent))).tolist()  # the one wait
+            mean_loss = values[0] / max(values[1], 1e-12)
+            require_finite(mean_loss, progress.epoch, progress.step, learning_rate)
+            elapsed = time.perf_counter() - since
+            reading = {"loss": mean_loss, "lr": learning_rate, "images_per_s": images_since / max(elapsed, 1e-9)}
+            if reads:
+                reading["grad_norm"] = values[2]
+                journal.reading(progress.step, progress.epoch, progress.batch, reading)
+                recent.zero_()
+                since, images_since = time.perf_counter(), 0
+            if saves and progress.batch < plan.batches_per_epoch:
+                keep()
+
+
+def apply_gradients(state: TrainState, plan: Plan, group_count: Tensor, measure: bool) -> Tensor:
+    """One optimizer step; the gradient norm before clipping, when it was needed, else NaN."""
+    optimizer, scaler = state.optimizer, state.scaler
+    if scaler:
+        scaler.unscale_(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if plan.accumulate > 1 and gradients:
+        torch._foreach_mul_(gradients, plan.batch_size / group_count.clamp(min=1))
+    norm = torch.full((), math.nan, device=group_count.device)
+    if gradients and (measure or plan.clip_grad_norm is not None):
+        norm = nn.utils.get_total_norm(gradients)
+        if plan.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(
+                [p for g in optimizer.param_groups for p in g["params"]], plan.clip_grad_norm, norm
+            )
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def require_finite(loss: float, epoch: int, step: int, learning_rate: float) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the loss is {loss} by step {step} (epoch {epoch}, learning rate {learning_rate:.3g})\n"
+            "try a lower optimizer.lr, clip_grad_norm=1, or a longer warm-up; `cnntrain overfit` finds wiring faults"
+        )
+
+
+def is_better(row: dict[str, float], best: dict[str, float], monitor: tuple[str, str]) -> bool:
+    """Whether this epoch beats the best so far, on validation where there is one."""
+    name, direction = monitor
+    key = f"val/{name}" if f"val/{name}" in row else f"train/{name}"
+    if key not in row:
+        key, direction = "train/loss", "min"
+    if not best or key not in best:
+        return True
+    return row[key] > best[key] if direction == "max" else row[key] < best[key]
+
+

@@ -1,0 +1,41 @@
+"""SIGINT and SIGTERM set a flag that the loop reads after every batch; a second SIGINT ends the process at once."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+from cnntrain.errors import StoppedError
+
+
+@dataclass
+class StopFlag:
+    """`number` of the signal that asked to stop, or None."""
+
+    number: int | None = None
+
+    def check(self) -> None:
+        """Raises StoppedError when a signal has come."""
+        if self.number is not None:
+            raise StoppedError(self.number, f"stopped by {signal.Signals(self.number).name}")
+
+
+@contextlib.contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    """A flag that signals set while the block runs; the handlers before it are restored after."""
+    flag = StopFlag()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        flag.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next Ctrl-C ends it at once
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it handles signals
+            before[number] = signal.signal(number, handle)
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,127 @@
+"""Networks of torchvision, by name: first convolution and head fitted to the data and the task."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from cnntrain.errors import UserError, suggest
+from cnntrain.models.pretrained import first_conv_name, load_pretrained
+
+
+def classifier(
+    *, name: str, in_channels: int, num_outputs: int, image_size: Sequence[int], pretrained: str | None = None
+) -> nn.Module:
+    """A classification model of torchvision: (N, C, H, W) -> (N, num_outputs).
+
+    GoogLeNet and Inception come without their auxiliary heads, and without `transform_input`: they answer
+    with a plain tensor, to images normalised as all others.
+
+    Args:
+        name: as `torchvision.models.list_models` has it, e.g. mobilenet_v2.
+        pretrained: null, DEFAULT, the name of torchvision's weights, or a file.
+
+    Raises:
+        UserError: an unknown name, with the near miss; weights that can't be had.
+    """
+    model = build(name, "classifier", in_channels, num_outputs, image_size)
+    model.head_names = (_last_of_width(model, num_outputs),)  # type: ignore[assignment]
+    if pretrained is not None:
+        load_pretrained(model, name, pretrained)
+    return model
+
+
+class Segmenter(nn.Module):
+    """A segmentation model of torchvision: (N, C, H, W) -> (N, num_outputs, H, W).
+
+    Args:
+        name: e.g. fcn_resnet50, deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large.
+        pretrained: null, DEFAULT, the name of torchvision's weights, or a file.
+
+    Raises:
+        UserError: an unknown name, with the near miss; weights that can't be had.
+    """
+
+    head_names = ("network.classifier",)
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        in_channels: int,
+        num_outputs: int,
+        image_size: Sequence[int],
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = build(name, "segmentation model", in_channels, num_outputs, image_size)
+        self.network.head_names = ("classifier",)  # type: ignore[assignment]
+        if pretrained is not None:
+            load_pretrained(self.network, name, pretrained)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)["out"]
+
+
+def build(name: str, kind: str, in_channels: int, num_outputs: int, image_size: Sequence[int]) -> nn.Module:
+    """torchvision's model with fresh weights, its first convolution as wide as the images."""
+    from torchvision import models
+
+    module = models.segmentation if kind == "segmentation model" else models
+    known = models.list_models(module=module)
+    if name not in known:
+        raise UserError(
+            f"model.name: torchvision has no {kind} {name!r}{suggest(str(name), known)} "
+            f"(known: {', '.join(known)})"
+        )
+    options: dict[str, Any] = {"num_classes": num_outputs}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True, "transform_input": False}
+    if name.startswith("vit_"):
+        options["image_size"] = _square(name, image_size)
+    elif name.startswith("maxvit"):
+        options["input_size"] = tuple(image_size)
+    if kind == "segmentation model":
+        options["weights_backbone"] = None
+    try:
+        model = models.get_model(name, weights=None, **options)
+    except (ValueError, RuntimeError) as error:
+        size = "x".join(map(str, image_size))
+        raise UserError(f"model.name={name}: not for images of {size} px: {error}") from error
+    set_in_channels(model, in_channels)
+    return model
+
+
+def set_in_channels(model: nn.Module, in_channels: int) -> None:
+    """Replace the first convolution by one that reads `in_channels`, unless it does."""
+    name = first_conv_name(model)
+    old = model.get_submodule(name) if name is not None else None
+    if name is None or not isinstance(old, nn.Conv2d) or old.in_channels == in_channels:
+        return
+    new = nn.Conv2d(
+        in_channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]
+        old.stride,  # type: ignore[arg-type]
+        old.padding,  # type: ignore[arg-type]
+        old.dilation,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+    )
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def _last_of_width(model: nn.Module, num_outputs: int) -> str:
+    """Name of the last layer: dense, or SqueezeNet's convolution."""
+    name = ""
+    for candidate, module in model.named_modules():
+        width = getattr(module, "out_features", getattr(module, "out_channels", None))
+        if width == num_outputs and isinstance(module, (nn.Linear, nn.Conv2d)):
+            name = candidate
+    return name
+
+
+def _square(name: str, image_size: Sequence[int]) -> int:
+    if len(set(image_size)) > 1:
+        raise UserError(f"model.name={name}: needs square images, not {'x'.join(map(str, image_size))} px")
+    return image_size[0]

@@ -1,0 +1,112 @@
+"""What every network can have done to it once it is built: other norms, activations, weights, a frozen
+backbone.
+
+These are the common keys of `conf/model/_base.yaml`; no network needs to know them.
+"""
+
+from torch import Tensor, nn
+
+from cnntrain.errors import UserError
+from cnntrain.models.elements import check_word
+from cnntrain.models.swap import swap_activation, swap_norm
+
+INITS = ("default", "he", "xavier", "lecture")
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    norm: str | None = None,
+    activation: str | None = None,
+    init: str = "default",
+    freeze: str | None = None,
+) -> nn.Module:
+    """Apply the common keys of a model's YAML, in this order; null and 'default' leave the network as it is.
+
+    Args:
+        norm: batch, layer, instance, group or none, in place of every norm there is.
+        activation: relu, gelu, tanh, ... in place of every activation.
+        init: he, xavier or lecture, for every convolution and dense layer.
+        freeze: backbone (only the head is trained).
+
+    Raises:
+        UserError: an unknown word, or one that this network has no place for.
+    """
+    if norm is not None:
+        swap_norm(model, norm)
+    if activation is not None:
+        swap_activation(model, activation)
+    if init != "default":
+        initialise(model, init)
+    if freeze is not None:
+        check_word("freeze", freeze, ("backbone",))
+        freeze_backbone(model)
+    return model
+
+
+def initialise(model: nn.Module, init: str) -> None:
+    """Draw the weights of every convolution and dense layer anew, biases 0; norms keep what they have.
+
+    he: N(0, 2 / fan_in) (He et al. 2015); xavier: uniform, variance 2 / (fan_in + fan_out) (Glorot and Bengio
+    2010);
+    lecture: N(0, 0.01^2), as AlexNet and VGG-A began, and as the lectures show to fade in deep networks.
+
+    Raises:
+        UserError: an unknown word, or pretrained weights, which it would throw away.
+    """
+    check_word("init", init, INITS)
+    if init == "default":
+        return
+    if any(hasattr(module, "pretrained_from") for module in model.modules()):
+        raise UserError(f"model.init={init} would throw the pretrained weights away; set model.init=default")
+    for module in model.modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or not isinstance(weight, Tensor):
+            continue
+        if init == "he":
+            nn.init.kaiming_normal_(weight, nonlinearity="relu")
+        elif init == "xavier":
+            nn.init.xavier_uniform_(weight)
+        else:
+            nn.init.normal_(weight, std=0.01)
+        if isinstance(bias, Tensor):
+            nn.init.zeros_(bias)
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Leave only the head's parameters trainable; the backbone's norms keep their statistics, whatever the mode.
+
+    Raises:
+        UserError: the network does not say what its head is (`head_names`: the names of the head's modules).
+    """
+    heads = getattr(model, "head_names", None)
+    if not heads:
+        raise UserError(
+            f"model.freeze=backbone: {type(model).__name__} does not say what its head is; give the class "
+            "head_names = ('fc',), the names of its last layers"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_in_head(name, heads))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not _in_head(name, heads):
+            module.eval()
+            module.register_forward_pre_hook(_stay_in_eval)
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Make every parameter trainable again and let the norms follow train and eval mode."""
+    model.requires_grad_(True)
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _stay_in_eval:
+                del module._forward_pre_hooks[key]
+    model.train(model.training)
+
+
+def _in_head(name: str, heads: tuple[str, ...]) -> bool:
+    return any(name == head or name.startswith(f"{head}.") for head in heads)
+
+
+def _stay_in_eval(module: nn.Module, inputs: object) -> None:
+    """A hook and not an override of train(): it survives deepcopy, and whoever calls model.train()."""
+    module.training = False

@@ -1,0 +1,81 @@
+"""Other norms and other activations for a network that is already built, whoever built it."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from cnntrain.errors import UserError
+from cnntrain.models.elements import make_activation, make_norm
+
+_NORM_DIMENSIONS: dict[type[nn.Module], int] = {
+    nn.BatchNorm1d: 0,
+    nn.BatchNorm2d: 2,
+    nn.BatchNorm3d: 3,
+    nn.InstanceNorm1d: 1,
+    nn.InstanceNorm2d: 2,
+    nn.InstanceNorm3d: 3,
+    nn.GroupNorm: 2,
+}
+_ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Hardswish,
+    nn.Softplus,
+    nn.Tanh,
+)
+
+
+def swap_norm(model: nn.Module, norm: str) -> None:
+    """Replace every batch, instance, group and layer norm of `model` in place; scale and shift start anew.
+
+    LRN, which learns nothing, stays. With 'none' a convolution that had no bias still has none.
+
+    Raises:
+        UserError: an unknown name, or a network without norms.
+    """
+    make_norm(norm, 1)
+    found = _replace(model, tuple(_NORM_DIMENSIONS), lambda old: _norm_like(old, norm))
+    if not found and norm != "none":
+        raise UserError(f"model.norm={norm}: this network has no norm to swap; leave model.norm=null")
+
+
+def _norm_like(old: nn.Module, norm: str) -> nn.Module:
+    if isinstance(old, nn.GroupNorm):
+        return make_norm(norm, old.num_channels)
+    dimensions = next(n for kind, n in _NORM_DIMENSIONS.items() if isinstance(old, kind))
+    return make_norm(norm, old.num_features, dimensions)  # type: ignore[arg-type]
+
+
+def swap_activation(model: nn.Module, activation: str) -> None:
+    """Replace every activation of `model` in place; the gates of squeeze-and-excitation (sigmoids) stay.
+
+    Raises:
+        UserError: an unknown name, or a network without activation layers (torchvision's Inception calls
+            them as functions).
+    """
+    make_activation(activation)
+    if not _replace(model, _ACTIVATIONS, lambda old: make_activation(activation)):
+        raise UserError(
+            f"model.activation={activation}: this network has no activation layer to swap; leave it null"
+        )
+
+
+def _replace(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[nn.Module], nn.Module]
+) -> int:
+    found = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kinds):
+                new = make(child)
+                if hasattr(child, "in_config"):
+                    new.in_config = child.in_config  # type: ignore[assignment]
+                setattr(parent, name, new)
+                found += 1
+    return found

@@ -1,0 +1,26 @@
+"""Where the program speaks: results on standard output, its log on standard error."""
+
+import logging
+import sys
+
+from rich.console import Console
+
+console = Console()
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever `sys.stderr` is at the time, so that redirections and captures hold."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        print(f"{prefix}{self.format(record)}", file=sys.stderr)
+
+
+def log_to_console() -> logging.Logger:
+    """The program's logger, set up once."""
+    log = logging.getLogger("cnntrain")
+    if not log.handlers:
+        log.addHandler(_StderrHandler())
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    return log

@@ -1,0 +1,150 @@
+"""Where a training's story goes: the bar, metrics.csv, TensorBoard and PNG figures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from cnntrain.report.figures import batch_grid, curves, filters, save
+from cnntrain.report.metrics import MetricsFile, read_metrics
+from cnntrain.report.progress import Bar
+from cnntrain.report.tensorboard import Events
+from cnntrain.spec import Batch, DataSpec
+from cnntrain.tasks.meter import Meter
+from cnntrain.tasks.task import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class BarLogHandler(logging.Handler):
+    """Lets log lines appear above the bar instead of through it."""
+
+    def __init__(self, bar: Bar) -> None:
+        super().__init__(logging.INFO)
+        self.bar = bar
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.bar.log(self.format(record))
+
+
+class RunJournal:
+    """Keeps a training's records in its folder. A context manager.
+
+    Args:
+        folder: the run's.
+        total_steps, epochs: of the whole training, for the bar.
+        done_steps, done_epochs: where a resumed training stands.
+        tensorboard, pictures: whether to write events, and to draw.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        task: Task,
+        spec: DataSpec,
+        total_steps: int,
+        epochs: int,
+        done_steps: int = 0,
+        done_epochs: int = 0,
+        tensorboard: bool = True,
+        pictures: bool = True,
+    ) -> None:
+        self.folder, self.task, self.spec, self.pictures = folder, task, spec, pictures
+        self.metrics = MetricsFile(folder / "metrics.csv", done_epochs or None)
+        self.bar = Bar(total_steps, epochs, done_steps, watch=(task.monitor[0],))
+        self.events = (
+            Events(folder, purge_step=done_steps + 1 if done_steps else None) if tensorboard else None
+        )
+        self.best: float | None = None
+
+    def __enter__(self) -> RunJournal:
+        self.bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.__exit__(kind, error, trace)
+        if self.events:
+            self.events.finish(success=kind is None)
+            self.events.close()
+
+    def start(self, hparams: Mapping[str, object], config: str, test: bool) -> None:
+        """The config, and the run's row in the HParams tab with the metrics that it will have."""
+        if self.events:
+            name = self.task.monitor[0]
+            tags = ["train/loss", "val/loss", f"val/{name}", *([f"test/{name}"] if test else [])]
+            self.events.hparams(hparams, tags)
+            self.events.text("config", config)
+
+    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
+        self.bar.reading(step, epoch, values)
+        if self.events:
+            self.events.scalars({f"steps/{name}": value for name, value in values.items()}, step)
+
+    def batch_seen(self, step: int, batch: Batch) -> None:
+        if self.pictures:
+            shown = slice(0, 32)
+            mean, std = statistics(self.spec)
+            targets = {name: target[shown] for name, target in batch.targets.items()}
+            names = [f"#{row}" for row in batch.index[shown].tolist()]
+            if self.spec.keypoints or "mask" in targets:
+                figure = self.task.draw(batch.images[shown], None, targets, names, mean, std)
+            else:
+                labels = targets["label"].tolist() if "label" in targets else []
+                captions = [self.spec.classes[i] for i in labels] if self.spec.classes else names
+                title = "first batch, as the network sees it"
+                figure = batch_grid(batch.images[shown], captions, mean, std, title)
+            self.figure("first_batch", figure, step)
+
+    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
+        self.metrics.append(row)
+        self.bar.epoch(int(row["epoch"]), row, improved)
+        if self.events:
+            tags = {name: value for name, value in row.items() if name not in ("epoch", "step")}
+            self.events.scalars(tags, step)
+
+    def finish(
+        self,
+        model: nn.Module,
+        meter: Meter | None,
+        mistakes: Figure | None,
+        test: Mapping[str, float],
+        step: int,
+    ) -> None:
+        """The closing pictures, and the test set's metrics.
+
+        Args:
+            model: the best one; its first convolution is drawn.
+            meter: of the best model on validation data.
+            mistakes: the most confident ones, drawn.
+            test: metrics of the test set, `test/...`; empty where there is none.
+        """
+        if self.events:
+            self.events.scalars(test, step)
+        if not self.pictures:
+            return
+        self.figure("curves", curves(read_metrics(self.metrics.path), self.task.monitor), step)
+        for name, figure in (self.task.figures(meter) if meter else {}).items():
+            self.figure(name, figure, step)
+        if mistakes is not None:
+            self.figure("mistakes", mistakes, step)
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is not None:
+            self.figure("filters", filters(first.weight), step)
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        save(figure, self.folder / "figures" / f"{name}.png")
+        if self.events:
+            self.events.figure(name, figure, step)
+
+
+def statistics(spec: DataSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which images are normalised; 0 and 1 where the data have none."""
+    return spec.mean or (0.0,) * spec.channels, spec.std or (1.0,) * spec.channels

@@ -1,0 +1,123 @@
+"""Tables of plain rows on the terminal: results of a run, of a sweep, and findings."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cnntrain.findings import Finding
+from cnntrain.report.progress import seconds_text
+
+_VERDICT_STYLE = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
+
+
+def rows_table(
+    rows: Sequence[Mapping[str, object]], title: str = "", columns: Sequence[str] | None = None
+) -> Table:
+    """Rows of the same kind as a table; numbers to the right, absent values as a dash.
+
+    Args:
+        columns: which keys, in which order; null: all, in the order in which they turn up.
+    """
+    columns = list(columns) if columns else list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for name in columns:
+        numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(value_text(row.get(name))) for name in columns))
+    return table
+
+
+def value_text(value: object) -> str:
+    """A cell as people read it: four digits of a fraction, a dash for nothing."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return (
+            str(int(value)) if value == value and abs(value) < 1e9 and value == int(value) else f"{value:.4g}"
+        )
+    return str(value)
+
+
+def print_rows(
+    rows: Sequence[Mapping[str, object]],
+    title: str = "",
+    columns: Sequence[str] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print `rows_table`; where the output is no terminal, as wide as it needs."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=10_000)
+    console.print(rows_table(rows, title, columns))
+
+
+def print_run_summary(
+    results: Mapping[str, object], run_dir: Path, monitor: str, console: Console | None = None
+) -> None:
+    """The end of a run: best epoch on validation beside the test set, the cost, and where to look next.
+
+    Args:
+        results: as in results.json: `best` and `test`, each metrics by name or None; `parameters`, `epochs`,
+            `wall_s`, `images_per_s`.
+        monitor: metric that chose the best epoch.
+    """
+    console = console or Console()
+    best, test = _metrics(results.get("best")), _metrics(results.get("test"))
+    names = list(dict.fromkeys(k.split("/", 1)[1] for k in (*best, *test) if k.startswith(("val/", "test/"))))
+    rows = []
+    for name in sorted(names, key=lambda n: n != monitor):
+        row = {"metric": name, "best (validation)": best.get(f"val/{name}")}
+        if test:
+            row["test"] = test.get(f"test/{name}", test.get(name))
+        rows.append(row)
+    if rows:
+        print_rows(rows, console=console)
+    facts = []
+    if "epoch" in best:
+        facts.append(f"best epoch {int(float(str(best['epoch']))) + 1} by {monitor}")
+    if "parameters" in results:
+        facts.append(f"{results['parameters']:,} parameters")
+    if "wall_s" in results:
+        facts.append(seconds_text(float(str(results["wall_s"]))))
+    if results.get("images_per_s"):
+        facts.append(f"{float(str(results['images_per_s'])):,.0f} images/s")
+    _print(console, ", ".join(facts))
+    _print(console, f"run folder: {run_dir}")
+    _print(console, f"look next:  tensorboard --logdir {run_dir}")
+    if (run_dir / "checkpoints" / "best.pt").exists():
+        _print(console, f"            cnntrain evaluate checkpoint={run_dir / 'checkpoints' / 'best.pt'}")
+
+
+def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
+    """Verdicts, worst last where the eye rests; each with its evidence, and cause and remedy where it isn't a
+    pass."""
+    console = console or Console()
+    order = {"SKIP": 0, "PASS": 1, "WARN": 2, "FAIL": 3}
+    for finding in sorted(findings, key=lambda f: order[f.verdict]):
+        line = Text(f"{finding.verdict}  ", style=_VERDICT_STYLE[finding.verdict])
+        line.append(finding.name, style="bold" if finding.verdict != "SKIP" else "dim")
+        if finding.evidence:
+            line.append(f": {finding.evidence}", style="not bold default")
+        console.print(line, soft_wrap=True)
+        if finding.verdict in ("WARN", "FAIL"):
+            for label, text in (("likely cause", finding.cause), ("remedy", finding.remedy)):
+                if text:
+                    _print(console, f"      {label}: {text}")
+            if finding.keys:
+                _print(console, f"      keys: {', '.join(finding.keys)}")
+
+
+def _print(console: Console, text: str) -> None:
+    """Text as it is: no markup, and no breaks that would spoil a path for copying."""
+    console.print(Text(text), soft_wrap=True)
+
+
+def _metrics(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,138 @@
+"""Metrics that are exact over a data set: sums and kept scores on the device, read once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it (Apple's GPUs don't): for sums over a whole data set."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def count_pairs(true: Tensor, predicted: Tensor, counts: Tensor, num_classes: int) -> Tensor:
+    """Confusion counts of (N,) class ids: (num_classes**2,) int64, row = true class, column = predicted.
+
+    `counts` (N,) is 1 for what counts and 0 for what is ignored; ignored ids may be out of range.
+    `torch.bincount` is not used because it waits for the device to learn the largest id, and neither is a
+    boolean index, which waits for its length.
+    """
+    index = true.clamp(0, num_classes - 1) * num_classes + predicted
+    total = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=index.device)
+    return total.index_add_(0, index, counts.to(torch.int64))
+
+
+class Meter(ABC):
+    """Collects one pass over a data set (or a part of it) without ever waiting for the device.
+
+    What is added up lives in sums, by name; what has to be kept for every example (scores of a ranking
+    metric) in rows. Meters of several processes merge by their states, and any order of batches gives the
+    same result.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def update(
+        self, outputs: Tensor, targets: Mapping[str, Tensor], loss_sum: Tensor, loss_count: Tensor
+    ) -> None:
+        """Add a batch, and the (sum, count) that `Task.loss` gave for it. No host sync."""
+        self._add("loss_sum", loss_sum.detach())
+        self._add("loss_count", loss_count.detach())
+        self._collect(outputs.detach(), targets)
+
+    @abstractmethod
+    def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+        """Add the batch to the sums of this task's metrics. No host sync."""
+
+    @abstractmethod
+    def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics other than the loss, from the sums and rows on the CPU (float64)."""
+
+    def details(self) -> dict[str, float]:
+        """Finer figures that are too many for the table of epochs, e.g. `accuracy/cat`. Waits for the
+        device."""
+        return {}
+
+    def compute(self) -> dict[str, float]:
+        """All metrics by name, `loss` first; waits for the device once. NaN where nothing was counted."""
+        if not self._sums:
+            return {"loss": float("nan")}
+        values = self.read()
+        return {"loss": ratio(values["loss_sum"], values["loss_count"]), **self._metrics(values)}
+
+    def read(self) -> dict[str, Tensor]:
+        """Sums and rows as float64 on the CPU, in a single transfer. Needs at least one `update`."""
+        state = self.state()
+        if not state:
+            raise RuntimeError("the meter is empty: no batch was given to update()")
+        device = state["loss_sum"].device
+        flat = (
+            torch.cat([value.reshape(-1).to(wide_dtype(device)) for value in state.values()]).cpu().double()
+        )
+        pieces = flat.split([value.numel() for value in state.values()])
+        return {
+            name: piece.view(value.shape) for (name, value), piece in zip(state.items(), pieces, strict=True)
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything collected so far, by name, on the device: what another process merges."""
+        return {**self._sums, **{f"rows/{name}": torch.cat(rows) for name, rows in self._rows.items()}}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Forget what was collected and take `state` instead."""
+        self._sums, self._rows = {}, {}
+        self.merge(state)
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Add another meter's state (of another process, or of another part of the data set)."""
+        for name, value in state.items():
+            if name.startswith("rows/"):
+                self._keep(name.removeprefix("rows/"), value)
+            else:
+                self._add(name, value)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if value.is_floating_point():
+            value = value.to(wide_dtype(value.device))
+        known = self._sums.get(name)
+        self._sums[name] = value.clone() if known is None else known + value.to(known.device)
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        known = self._rows.setdefault(name, [])
+        known.append(value.to(known[0].device) if known else value)
+
+
+def ratio(total: Tensor | float, count: Tensor | float) -> float:
+    """total / count, or NaN where nothing counted."""
+    return float(total) / float(count) if float(count) else float("nan")
+
+
+class Worst:
+    """The rows with the highest mistake scores of a pass, kept on the device without waiting for it."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._scores: Tensor | None = None
+        self._rows: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, scores: Tensor, index: Tensor) -> None:
+        """Add a batch: scores (N,), see `Task.mistake_score`; index (N,) int64, the rows in their split."""
+        scores = scores.detach().float()
+        index = index.to(scores.device, non_blocking=True)
+        if self._scores is not None and self._rows is not None:
+            scores, index = torch.cat([self._scores, scores]), torch.cat([self._rows, index])
+        self._scores, best = scores.topk(min(self.count, len(scores)))
+        self._rows = index[best]
+
+    def rows(self) -> Tensor:
+        """(M,) int64 on the CPU, worst first, M <= count; only what is a mistake at all (score above 0)."""
+        if self._scores is None or self._rows is None:
+            return torch.zeros(0, dtype=torch.int64)
+        scores, rows = self._scores.cpu(), self._rows.cpu()
+        return rows[scores > 0]

@@ -1,0 +1,240 @@
+"""What every file of conf/model keeps to; a new one is under the contract as soon as it lies there.
+
+A file's header states its parameters and its native size: `N parameters at its native CxHxW and K classes`.
+"""
+
+import copy
+import importlib
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from cnntrain.errors import UserError
+from cnntrain.models.prepare import freeze_backbone, prepare
+
+FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "_base")
+MASKS = ("fcn", "torchvision_segmentation", "unet", "unet_small")
+# Smallest image (square, px) that a network takes, where 8 is too small.
+SMALLEST_PX = {
+    "alexnet": 67,
+    "alexnet_torchvision": 63,
+    "densenet121": 29,
+    "densenet161": 29,
+    "densenet169": 29,
+    "densenet201": 29,
+    "dogs_cats_cnn": 24,
+    "googlenet": 31,
+    "inception_v3": 75,
+    "lenet5_1998": 16,
+    "squeezenet": 21,
+    "unet": 16,
+    "unet_small": 16,
+} | {name: 32 for name in NAMES if name.startswith("vgg")}
+# The others take a second or more each.
+QUICK = (
+    *("mlp", "lenet5", "lenet5_1998", "batchnorm_cnn", "fmnist_cnn", "sequential"),
+    *("cifar_plain", "cifar_resnet", "resnet18", "torchvision", "unet_small"),
+)
+
+
+class Header(NamedTuple):
+    parameters: int
+    channels: int
+    size: tuple[int, int]
+    outputs: int
+
+
+@cache
+def header(name: str) -> Header:
+    text = (FOLDER / f"{name}.yaml").read_text().split("defaults")[0]
+    found = re.search(
+        r"([\d,]+) parameters at its native (\d+)x(\d+)x(\d+) and (\d+) (?:classes|output)", text
+    )
+    assert found, f"{name}.yaml does not state its parameters and native size"
+    parameters, channels, height, width, outputs = (int(group.replace(",", "")) for group in found.groups())
+    return Header(parameters, channels, (height, width), outputs)
+
+
+def build(name: str, channels: int, outputs: int, size: tuple[int, int], *overrides: str) -> nn.Module:
+    leaves = [OmegaConf.load(FOLDER / f"{stem}.yaml") for stem in ("_base", name)]
+    config = OmegaConf.create({"model": OmegaConf.merge(*leaves, OmegaConf.from_dotlist(list(overrides)))})
+    node = OmegaConf.to_container(config, resolve=True)["model"]
+    node.pop("defaults")
+    common = {key: node.pop(key) for key in ("norm", "activation", "init", "freeze")}
+    module, _, attribute = node.pop("_target_").rpartition(".")
+    target = getattr(importlib.import_module(module), attribute)
+    if name == "timm":
+        pytest.importorskip("timm")
+    return prepare(target(in_channels=channels, num_outputs=outputs, image_size=size, **node), **common)
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+DEEP = (
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "resnet101",
+    "resnet152",
+    "timm",
+    "xception",
+)
+MARKED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
+
+
+def expected_shape(name: str, images: int, outputs: int, size: tuple[int, int]) -> tuple[int, ...]:
+    return (images, outputs, *size) if name in MASKS else (images, outputs)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Maps this small are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in NAMES]
+)
+def test_header_states_parameters_and_native_size(name: str) -> None:
+    facts = header(name)
+    with torch.device("meta"):
+        model = build(name, facts.channels, facts.outputs, facts.size)
+        outputs = model.eval()(torch.empty(2, facts.channels, *facts.size))
+    assert count(model) == facts.parameters
+    assert outputs.shape == expected_shape(name, 2, facts.outputs, facts.size)
+
+
+@pytest.mark.parametrize("channels", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", MARKED)
+def test_learns_at_a_small_size(name: str, channels: int) -> None:
+    check_gradients(name, channels, (SMALLEST_PX.get(name, 8),) * 2, images=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_learns_at_its_native_size(name: str, channels: int) -> None:
+    size = header(name).size
+    check_gradients(name, channels, (188, 188) if name == "unet" else size, images=2)
+
+
+def check_gradients(name: str, channels: int, size: tuple[int, int], images: int) -> None:
+    """Right shape out; a finite gradient that is not zero in every parameter."""
+    torch.manual_seed(0)
+    outputs = 3
+    model = build(name, channels, outputs, size)
+    answer = model(torch.randn(images, channels, *size))
+    assert answer.shape == expected_shape(name, images, outputs, size)
+    (answer * torch.randn_like(answer)).sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.abs().max() > 0, parameter_name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SMALLEST_PX))
+def test_refuses_an_image_one_pixel_smaller(name: str) -> None:
+    size = (SMALLEST_PX[name] - 1,) * 2
+    with pytest.raises((UserError, RuntimeError)), torch.device("meta"):
+        build(name, 1, 3, size)(torch.empty(2, 1, *size))
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_state_dict_round_trip_and_memory_formats(name: str) -> None:
+    """Another instance with the same state answers the same, channels last too; bf16 answers are finite."""
+    size = (SMALLEST_PX.get(name, 8),) * 2
+    torch.manual_seed(0)
+    first, second = build(name, 3, 3, size).eval(), build(name, 3, 3, size).eval()
+    second.load_state_dict(first.state_dict())
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        answer = first(images)
+        assert torch.equal(second(images), answer)
+        last = first.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        torch.testing.assert_close(
+            last(images.contiguous(memory_format=torch.channels_last)), answer, rtol=1e-3, atol=1e-4
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            assert first(images).isfinite().all()
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_frozen_backbone_leaves_the_head(name: str) -> None:
+    size = (SMALLEST_PX.get(name, 8),) * 2
+    with torch.device("meta"):
+        model = build(name, 3, 3, size)
+    freeze_backbone(model)
+    heads = [model.get_submodule(head) for head in model.head_names]
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0 < trainable == sum(count(head) for head in heads) < count(model)
+    copy.deepcopy(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "layer", "instance", "group", "none"])
+@pytest.mark.parametrize(
+    "name", ["fmnist_cnn", "resnet18", "cifar_resnet", "googlenet", "mobilenet_v1", "densenet121"]
+)
+def test_other_norms(name: str, norm: str) -> None:
+    size = (64, 64)
+    with torch.device("meta"):
+        model = build(name, 3, 10, size, f"norm={norm}", "activation=gelu")
+        assert model(torch.empty(2, 3, *size)).shape == (2, 10)
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert (norm == "batch") == any(kind.startswith("BatchNorm") for kind in kinds)
+    assert "GELU" in kinds
+    assert "ReLU" not in kinds
+
+
+def test_alexnet_in_two_groups() -> None:
+    """Lecture: 60,965,224 parameters as the paper had it on two GPUs."""
+    with torch.device("meta"):
+        assert count(build("alexnet", 3, 1000, (227, 227), "values.groups=2")) == 60_965_224
+
+
+def test_googlenet_counts() -> None:
+    """With biases in place of norms 6,998,552 (Szegedy et al. 2015, table 1); the naive module is wider."""
+    with torch.device("meta"):
+        model = build("googlenet", 3, 1000, (224, 224))
+        naive = build("googlenet", 3, 1000, (224, 224), "values.inception=naive")
+        assert naive(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+    norms = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert count(model) - norms == 6_998_552
+    assert count(naive) > 10 * count(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "statistics", "keras"),
+    [("fmnist_cnn", 1408, 1_679_082), ("mobilenet_v1", 21_888, 4_253_864), ("xception", 54_528, 22_910_480)],
+)
+def test_counts_with_running_statistics(name: str, statistics: int, keras: int) -> None:
+    """The lecture's table and keras.io/api/applications count BatchNorm's running mean and variance too."""
+    facts = header(name)
+    with torch.device("meta"):
+        model = build(name, facts.channels, facts.outputs, facts.size)
+    running = sum(buffer.numel() for key, buffer in model.named_buffers() if "running" in key)
+    assert running == statistics
+    assert count(model) + running == keras
+
+
+def test_dogs_cats_rows() -> None:
+    """The lecture's table, row by row."""
+    rows = [896, 18496, 73856, 147584, 295168, 1180160, 2359808, 2359808, 16777728, 513]
+    with torch.device("meta"):
+        model = build("dogs_cats_cnn", 3, 1, (150, 150))
+    assert [count(m) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))] == rows

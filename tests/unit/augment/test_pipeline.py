@@ -1,0 +1,238 @@
+"""What the pipeline promises: no draw depends on the batch or on other augmentations; and what it refuses."""
+
+import pickle
+
+import pytest
+import torch
+
+from cnntrain.augment.augmentation import Augmentation, Geometry
+from cnntrain.augment.colour import Brightness, ColourJitter, Contrast, Hue, Invert
+from cnntrain.augment.effects import Blur, Erasing, Noise
+from cnntrain.augment.geometry import Crop, HorizontalFlip, Shift, VerticalFlip
+from cnntrain.augment.mix import Cutmix, Mixup
+from cnntrain.augment.per_sample import TorchvisionTransform
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.augment.policy import Trivial
+from cnntrain.augment.warp import Perspective, RandomResizedCrop, Rotation, Shear, Zoom
+from cnntrain.errors import UserError
+from cnntrain.spec import Batch, DataSpec
+
+ITEMS: dict[str, Augmentation] = {
+    "flip": HorizontalFlip(),
+    "vertical_flip": VerticalFlip(),
+    "crop": Crop(padding_px=3),
+    "shift": Shift(pixels=2),
+    "resized_crop": RandomResizedCrop(),
+    "zoom": Zoom(factor=(0.4, 1.6)),
+    "rotation": Rotation(degrees=50),
+    "shear": Shear(),
+    "perspective": Perspective(),
+    "trivial": Trivial(),
+    "jitter": ColourJitter(hue=0.1),
+    "contrast": Contrast(strength=0.8),
+    "invert": Invert(probability=0.5),
+    "erasing": Erasing(),
+    "blur": Blur(),
+    "noise": Noise(),
+}
+SPEC = DataSpec(3, 12, 17, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+KEYPOINTS = DataSpec(3, 12, 17, keypoints=("left_eye", "right_eye"))
+
+
+def part(batch: Batch, rows: slice) -> Batch:
+    targets = {name: values[rows] for name, values in batch.targets.items()}
+    return Batch(batch.images[rows], targets, batch.index[rows], batch.position[rows])
+
+
+@pytest.mark.parametrize("name", [*ITEMS, "all", "whole pixels"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_does_not_depend_on_its_batch(make_batch, name, channels):
+    """Bit by bit: not on the batch's size, nor on what else is in it."""
+    chosen = {"all": list(ITEMS), "whole pixels": ["flip", "vertical_flip", "crop", "shift"]}.get(
+        name, [name]
+    )
+    spec = DataSpec(channels, 12, 17)
+    pipeline = Pipeline(spec, {key: ITEMS[key] for key in chosen})
+    batch = make_batch(11, channels=channels)
+    whole = pipeline(batch, 1, 2)
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 11)):
+        assert torch.equal(pipeline(part(batch, rows), 1, 2).images, whole.images[rows])
+    others = make_batch(11, channels=channels)
+    others.images[1:] = 255 - others.images[1:]
+    others.position[1:] += 1000
+    assert torch.equal(pipeline(others, 1, 2).images[0], whole.images[0])
+
+
+def test_draws_change_with_seed_epoch_and_position_alone(make_batch):
+    pipeline = Pipeline(SPEC, ITEMS)
+    batch = make_batch(3)
+    first = pipeline(batch, 1, 2)
+    torch.manual_seed(99)
+    assert torch.equal(pipeline(batch, 1, 2).images, first.images)
+    assert not torch.equal(pipeline(batch, 2, 2).images, first.images)
+    assert not torch.equal(pipeline(batch, 1, 3).images, first.images)
+    batch.position += 1
+    assert not torch.equal(pipeline(batch, 1, 2).images, first.images)
+
+
+def test_draws_do_not_depend_on_other_augmentations(make_batch):
+    batch = make_batch(16)
+    for name, item in ITEMS.items():
+        if not isinstance(item, Geometry):
+            continue
+        alone = Pipeline(SPEC, {name: item})(batch, 1, 2).to_canvas
+        rest = {key: other for key, other in ITEMS.items() if not isinstance(other, Geometry)}
+        together = Pipeline(SPEC, {**rest, name: item})(batch, 1, 2).to_canvas
+        assert alone is not None
+        assert together is not None
+        assert torch.equal(alone, together)
+    flip_only = Pipeline(SPEC, {"flip": HorizontalFlip()})(batch, 1, 2).to_canvas
+    with_crop = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()})(batch, 1, 2).to_canvas
+    assert torch.equal(flip_only[:, 0, 0], with_crop[:, 0, 0])
+
+
+def test_the_batch_that_comes_in_is_left_alone(make_batch):
+    batch = make_batch(5)
+    batch.targets |= {
+        "points": torch.rand(5, 2, 2) * 10,
+        "visible": torch.ones(5, 2, dtype=torch.bool),
+        "mask": torch.ones(5, 12, 17, dtype=torch.uint8),
+    }
+    before = {name: values.clone() for name, values in batch.targets.items()}
+    images = batch.images.clone()
+    for items in (ITEMS, {"flip": HorizontalFlip()}, {"mixup": Mixup()}, {}):
+        Pipeline(SPEC, items)(batch, 1, 2)
+        assert torch.equal(batch.images, images)
+        assert batch.targets.keys() == before.keys()
+        assert all(torch.equal(batch.targets[name], before[name]) for name in before)
+        assert batch.to_canvas is None
+
+
+def test_autocast_changes_nothing(make_batch):
+    pipeline = Pipeline(SPEC, ITEMS)
+    batch = make_batch(5)
+    expected = pipeline(batch, 1, 2).images
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = pipeline(batch, 1, 2).images
+        plain = pipeline.plain(batch).images
+    assert result.dtype == plain.dtype == torch.float32
+    assert torch.equal(result, expected)
+
+
+def test_the_way_back_to_the_source_file_is_kept(make_batch):
+    batch = make_batch(4)
+    batch.to_canvas = torch.eye(3, dtype=torch.float64).repeat(4, 1, 1)
+    batch.to_canvas[:, 0, 0] = 0.25
+    moved = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()})(batch, 1, 2)
+    alone = make_batch(4)
+    move = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()})(alone, 1, 2).to_canvas
+    assert torch.equal(moved.to_canvas, move @ batch.to_canvas)
+    plain = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()}).plain(batch)
+    assert torch.equal(plain.to_canvas, batch.to_canvas)
+
+
+def test_plain_is_the_middle_on_the_same_canvas(make_batch):
+    batch = make_batch(2, height=20, width=30)
+    spec = DataSpec(3, 20, 30)
+    pipeline = Pipeline(spec, {"resized_crop": RandomResizedCrop(size=10)}, "edge")
+    plain = pipeline.plain(batch)
+    assert plain.images.shape == pipeline(batch, 0, 0).images.shape == (2, 3, 10, 10)
+    # The box is the largest square in the middle: columns 5 to 25, on its edges.
+    edges = plain.to_canvas[0] @ torch.tensor([[4.5, 24.5], [-0.5, 19.5], [1, 1]], dtype=torch.float64)
+    torch.testing.assert_close(edges[:2], torch.tensor([[-0.5, 9.5], [-0.5, 9.5]]).double())
+
+
+@pytest.mark.parametrize(
+    ("spec", "items", "border", "words"),
+    [
+        (KEYPOINTS, {"my_flip": HorizontalFlip()}, "zero", ["augment.my_flip", "data.mirror"]),
+        (KEYPOINTS, {"up": VerticalFlip(probability=0.01)}, "zero", ["augment.up", "data.mirror"]),
+        (KEYPOINTS, {"zoom": Zoom()}, "reflect", ["border", "reflect", "zero or edge"]),
+        (KEYPOINTS, {"mixup": Mixup()}, "zero", ["augment.mixup", "keypoints"]),
+        (
+            KEYPOINTS,
+            {"odd": TorchvisionTransform(name="RandomHorizontalFlip")},
+            "zero",
+            ["augment.odd", "RandomHorizontalFlip", "keypoints"],
+        ),
+        (SPEC, {"a": Mixup(), "b": Cutmix()}, "zero", ["augment.a", "augment.b", "mixup_cutmix"]),
+        (SPEC, {}, "reflekt", ["border", "did you mean 'reflect'"]),
+        (SPEC, {"crop": Crop(size=40, padding_px=2)}, "zero", ["Crop", "40x40", "12x17"]),
+        (DataSpec(4, 8, 8), {"jitter": Brightness()}, "zero", ["augment.jitter", "4"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(spec, items, border, words):
+    with pytest.raises(UserError) as caught:
+        Pipeline(spec, items, border)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_what_fits_keypoints_is_not_refused():
+    Pipeline(KEYPOINTS, {"flip": HorizontalFlip(probability=0.0), "rotation": Rotation(degrees=180)}, "edge")
+    Pipeline(KEYPOINTS, {"auto": TorchvisionTransform(name="RandomAutocontrast")})
+
+
+def test_torchvision_that_moves_pixels_is_refused_for_masks(make_batch):
+    batch = make_batch(2)
+    batch.targets["mask"] = torch.zeros(2, 12, 17, dtype=torch.uint8)
+    with pytest.raises(UserError, match="RandomRotation may move pixels"):
+        Pipeline(SPEC, {"t": TorchvisionTransform(name="RandomRotation", arguments={"degrees": 3})})(
+            batch, 0, 0
+        )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: HorizontalFlip(probability=1.5),
+        lambda: Crop(padding_px=-1),
+        lambda: Crop(size=[1, 2, 3]),
+        lambda: Shift(pixels=-1),
+        lambda: Brightness(strength=-0.1),
+        lambda: Brightness(strength=float("nan")),
+        lambda: Brightness(strength=[1.2, 0.8]),
+        lambda: Hue(strength=0.7),
+        lambda: ColourJitter(contrast=[0.5]),
+        lambda: Zoom(factor=2.0),
+        lambda: Zoom(factor=(0.0, 1.0)),
+        lambda: Perspective(distortion=0.9),
+        lambda: Mixup(alpha=0),
+        lambda: Mixup(alpha=float("nan")),
+        lambda: RandomResizedCrop(area=(0.5, 1.5)),
+        lambda: TorchvisionTransform(name="RandomHorizontalFlop"),
+        lambda: TorchvisionTransform(name="RandomAutocontrast", arguments={"q": 1}),
+    ],
+)
+def test_settings_out_of_range_are_refused(make):
+    with pytest.raises(UserError, match="augment: "):
+        make()
+
+
+def test_a_wrong_transform_name_gets_the_near_miss():
+    with pytest.raises(UserError, match="did you mean 'RandomAutocontrast'"):
+        TorchvisionTransform(name="RandomAutoContrast")
+
+
+def test_torchvision_transforms_are_functions_of_seed_epoch_position_and_key(make_batch):
+    items = {"a": TorchvisionTransform(name="RandomAffine", arguments={"degrees": 40, "shear": [5, 9]})}
+    pipeline = Pipeline(SPEC, items)
+    transform = pipeline.sample_transform(1, 2)
+    assert transform is not None
+    image = make_batch(1).images[0]
+    state = torch.get_rng_state()
+    first = transform(image, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(4)
+    again = pickle.loads(pickle.dumps(transform))
+    assert torch.equal(again(image, 5), first)
+    assert not torch.equal(transform(image, 6), first)
+    other = Pipeline(SPEC, items).sample_transform(1, 3)
+    assert other is not None
+    assert not torch.equal(other(image, 5), first)
+    assert Pipeline(SPEC, {}).sample_transform(1, 2) is None
+
+
+def test_torchvision_transforms_must_keep_shape_and_type(make_batch):
+    transform = TorchvisionTransform(name="Resize", arguments={"size": [4, 4]})
+    with pytest.raises(UserError, match="keep shape and type"):
+        transform(make_batch(1).images[0], 0)

@@ -1,0 +1,72 @@
+"""A bar on a terminal, plain lines elsewhere."""
+
+import io
+
+from rich.console import Console
+
+from cnntrain.report.progress import Bar, seconds_text
+
+
+def plain_console() -> Console:
+    return Console(file=io.StringIO(), width=80, force_terminal=False)
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def run(console: Console, every_s: float = 1e9, **more) -> str:
+    with Bar(20, 2, watch=("top1",), console=console, every_s=every_s, **more) as bar:
+        for epoch in range(2):
+            for step in range(1, 11):
+                bar.reading(10 * epoch + step, epoch, {"loss": 1 / step, "lr": 0.1})
+            row = {"epoch": epoch, "train/loss": 0.1, "val/loss": 0.2, "val/top1": 0.9, "val/top5": 1.0}
+            bar.epoch(epoch, row, best=epoch == 1)
+        bar.log("done [not markup]")
+    return text_of(console)
+
+
+def test_a_log_file_gets_one_line_an_epoch():
+    lines = run(plain_console()).splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("epoch 1/2  train/loss 0.1  val/loss 0.2  val/top1 0.9  ")
+    assert lines[1].endswith("*")
+    assert lines[2] == "done [not markup]"
+
+
+def test_long_epochs_get_lines_in_between_with_time_left():
+    lines = run(plain_console(), every_s=0.0).splitlines()
+    assert len(lines) == 23
+    assert "step 10/20 (50%, " in lines[9]
+    assert "left)  loss 0.1" in lines[9]
+
+
+def test_a_resumed_run_does_not_count_what_others_did():
+    bar = Bar(100, 10, done_steps=90, console=plain_console())
+    assert bar.seconds_left() != bar.seconds_left()  # NaN: nothing done yet
+    bar.reading(95, 9, {"loss": 1.0})
+    assert bar.seconds_left() < 1
+
+
+def test_other_processes_say_nothing():
+    assert run(plain_console(), every_s=0.0, enabled=False) == ""
+
+
+def test_a_terminal_gets_a_bar_with_loss_and_metric():
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    text = run(console)
+    assert "epoch 2/2" in text
+    assert "loss 0.1" in text
+    assert "left" in text
+
+
+def test_long_lines_are_not_broken_in_a_file():
+    console = plain_console()
+    Bar(1, 1, console=console).log("x" * 300)
+    assert text_of(console) == "x" * 300 + "\n"
+
+
+def test_seconds_are_readable():
+    seconds = (4.24, 185, 3600 * 2 + 600, float("nan"))
+    assert [seconds_text(s) for s in seconds] == ["4.2 s", "3 min 05 s", "2 h 10 min", "?"]
