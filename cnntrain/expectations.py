@@ -10,21 +10,21 @@ from cnntrain.findings import Finding
 
 # Overrides that leave an experiment what it is: where it runs and what it writes.
 NEUTRAL = {
-    "experiment", "run_dir", "resume", "device", "threads", "seed", "trusted_packages", "data.root", "data.workers",
-    "data.store", "data.timeout_s", "checkpoint", "log", "deterministic",
+    "run_dir", "resume", "device", "threads", "seed", "trusted_packages", "deterministic", "data.root", "data.workers",
+    "data.store", "data.timeout_s",
 }  # fmt: skip
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
 
 
 def judge_expectations(
-    expected: Mapping[str, Any] | None, results: Mapping[str, Any], overrides: Sequence[str]
+    expected: Mapping[str, Any] | None, results: Mapping[str, Any], changed: Sequence[str]
 ) -> list[Finding]:
     """One finding per expectation; all SKIP when other settings than the experiment's were used.
 
     Args:
         expected: result's name to a number (equality) or a comparison such as ">=0.935".
         results: as in results.json.
-        overrides: as typed.
+        changed: keys whose values are not the experiment's own.
 
     Raises:
         UserError: an expectation that is no number and no comparison.
@@ -32,12 +32,12 @@ def judge_expectations(
     if not expected:
         return []
     flat = {**results, **(results.get("best") or {}), **(results.get("test") or {})}
-    changed = [o for o in overrides if not _is_neutral(o.lstrip("+~").split("=")[0])]
+    changed = [key for key in changed if not _is_neutral(key)]
     findings = []
     for name, wanted in expected.items():
         compare, number = parse_expectation(name, wanted)
         if changed:
-            findings.append(Finding(f"expect {name}", "SKIP", f"not judged: {' '.join(changed)} changes the experiment"))
+            findings.append(Finding(f"expect {name}", "SKIP", f"not judged: {', '.join(changed)} changed"))
             continue
         value = flat.get(name)
         held = isinstance(value, int | float) and bool(_COMPARISONS[compare](value, number))
@@ -57,4 +57,4 @@ def parse_expectation(name: str, wanted: Any) -> tuple[str, float]:
 
 
 def _is_neutral(key: str) -> bool:
-    return key in NEUTRAL or key.split(".")[0] in ("checkpoint", "log")
+    return key in NEUTRAL or key.split(".")[0] in ("checkpoint", "log", "choices")

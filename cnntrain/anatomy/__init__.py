@@ -1,1 +1,1 @@
-"""What a network is, found on shapes alone (torch's meta device): does it fit its input, and what is it made of."""
+"""What a network is, found on shapes alone (the meta device): does it fit its input, what is it made of."""

@@ -1,11 +1,11 @@
-"""How the dimensions of a tensor follow the axes of the image: what is moved, merged, mixed, or lost sight of."""
+"""How a tensor's dimensions follow the axes of the image: what is moved, merged, mixed, or lost sight of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from cnntrain.anatomy.span import Span, fixed
+from cnntrain.anatomy.span import PIXEL, Span, fixed
 
 Shape = Sequence[int]
 _EVERYTHING = (-(1 << 30), 1 << 30)  # the whole image, whatever its size
@@ -17,19 +17,21 @@ class Axis:
 
     kind:
         along: dimension `dim` walks along the axis, by `span`.
-        merged: it is inside dimension `dim` together with others (flattened, or tokens); every entry reads `span`.size.
+        merged: it is inside dimension `dim` together with others (flattened, or tokens); every entry reads
+        `span`.size.
         fixed: no dimension walks along it; the tensor reads the interval `span` of it.
         unknown: an operation was met that the rules don't know.
     dim counts from the right (-1 is the last), so that it survives broadcasting; 0 where there is none.
     whole: some path took all positions together (global pooling, a dense layer, attention).
-    adapted: it went through an adaptive pool that changed the size, so that `span` depends on the image's size.
-    parts, part: for a merged one, the sizes that were merged, and which of them is this axis; a later view that takes
-        them apart again (a dense layer on every pixel does) finds the axis back.
+    adapted: it went through an adaptive pool that changed the size, so that `span` depends on the image's
+    size.
+    parts, part: for a merged one, the sizes that were merged, and which of them is this axis; a later view
+        that takes them apart again (a dense layer on every pixel does) finds the axis back.
     """
 
     kind: Literal["along", "merged", "fixed", "unknown"]
     dim: int = 0
-    span: Span = Span()
+    span: Span = PIXEL
     whole: bool = False
     adapted: bool = False
     parts: tuple[int, ...] = ()
@@ -58,7 +60,7 @@ def image_axes(dimensions: int) -> Axes:
 
 
 def broadcast(axes: Axes, shape: Shape, out_shape: Shape) -> Axes:
-    """The axes of a tensor of `shape` stretched to `out_shape`: a dimension of size 1 repeats its only position."""
+    """The axes of a tensor of `shape` stretched to `out_shape`: a size of 1 repeats its only position."""
     return tuple(
         Axis("fixed", 0, fixed(*axis.span.at(0)), axis.whole, axis.adapted)
         if axis.kind == "along" and shape[axis.dim] == 1 and out_shape[axis.dim] > 1
@@ -68,7 +70,7 @@ def broadcast(axes: Axes, shape: Shape, out_shape: Shape) -> Axes:
 
 
 def join(parts: Sequence[Axes], out_shape: Shape) -> Axes | None:
-    """The axes of something computed from several tensors at the same positions; None when no part is of the image."""
+    """The axes of what is computed from several tensors, position by position; None without any part."""
     if not parts:
         return None
     joined = parts[0]
@@ -102,7 +104,7 @@ def reshape(axes: Axes, old: Shape, new: Shape) -> Axes:
 
 
 def _blocks(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
-    """The dimensions of two shapes of one size, in the smallest groups that hold as many entries; ones left out."""
+    """The dimensions of two shapes in the smallest groups that hold as many entries; ones left out."""
     left, right = [i for i, n in enumerate(old) if n != 1], [i for i, n in enumerate(new) if n != 1]
     blocks: list[tuple[list[int], list[int]]] = []
     while left and right:

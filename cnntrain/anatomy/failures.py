@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cnntrain.anatomy.geometry import described, of_module
-from cnntrain.anatomy.geometry import Shape
+from cnntrain.anatomy.geometry import Shape, described, of_module
 from cnntrain.anatomy.record import Call
 from cnntrain.anatomy.trace import Trace
 
@@ -15,8 +14,8 @@ class Failure:
     """A forward pass that ended in an error.
 
     layer: the innermost module that was running, by its name in the model ('' for the model itself).
-    what: the layer, its input and what is wrong, in one line. `too_small`: a window is larger than the map it gets, so
-    that larger images are a remedy. `advice`: what else to change.
+    what: the layer, its input and what is wrong, in one line. `too_small`: a window is larger than the map
+    it gets, so that larger images are a remedy. `advice`: what else to change.
     """
 
     layer: str
@@ -45,7 +44,7 @@ def explain(trace: Trace, error: BaseException) -> Failure:
 
 
 def name_of(call: Call) -> str:
-    """What a message calls a layer: the config's words where it was built from a list, else its name in the model."""
+    """What a message calls a layer: the config's words if it was built from a list, else its name."""
     words = getattr(call.module, "in_config", None)
     if isinstance(words, str):
         return words
@@ -76,7 +75,7 @@ def says_too_small(error: BaseException) -> bool:
 
 
 def _reason(module: nn.Module, shape: Shape, error: BaseException) -> tuple[str, str, bool]:
-    """(what is wrong, what to change, whether the map is too small) for the layers of torch.nn; ('', '', False) else."""
+    """(what is wrong, what to change, is the map too small) for layers of torch.nn; else ('', '', False)."""
     geometry = of_module(module)
     dimensions = len(geometry.kernel) if geometry else 0
     if geometry and len(shape) == dimensions + 2 and (arithmetic := geometry.overflow(shape[2:])):
@@ -98,8 +97,7 @@ def _reason(module: nn.Module, shape: Shape, error: BaseException) -> tuple[str,
             advice = "put a flatten or a global pool before it"
         return f"needs in_features={module.in_features}, but gets {shape[-1]}", advice, False
     if "more than 1 value per channel" in str(error):
-        map_size = f" of a {times(('', *shape[2:]))} map" if len(shape) > 2 else ""  # type: ignore[arg-type]
-        what = f"BatchNorm has one value per channel to learn its statistics from: a batch of {shape[0]}{map_size}"
+        what = "one value per channel is too few for BatchNorm's mean and variance"
         return what, "use a larger batch_size, or norm=group", len(shape) > 2
     return "", "", says_too_small(error)
 

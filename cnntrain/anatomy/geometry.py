@@ -39,7 +39,7 @@ class Geometry:
         return self.dilation[axis] * (self.kernel[axis] - 1) + 1
 
     def overflow(self, size: Sequence[int]) -> str:
-        """`(4 - 5 + 2*0)/1 + 1 < 1` where a window is larger than the padded map of `size`, else an empty string."""
+        """`(4 - 5 + 2*0)/1 + 1 < 1` where a window is larger than the padded map of `size`, else empty."""
         if self.transposed:
             return ""
         for axis, length in enumerate(size):
@@ -51,8 +51,8 @@ class Geometry:
     def unread(self, axis: int, size: int, out: int) -> int:
         """Rows that no window reads: behind the last window, and between windows that stand apart.
 
-        The last window ends at (out-1)*S + D*(K-1) + 1 - P; a smaller number than `size` leaves rows behind it.
-        Shortcuts of size 1x1 that skip rows by design count as none.
+        The last window ends at (out-1)*S + D*(K-1) + 1 - P; a smaller number than `size` leaves rows behind
+        it. Shortcuts of size 1x1 that skip rows by design count as none.
         """
         if self.transposed or max(self.kernel) == 1:
             return 0
@@ -73,7 +73,7 @@ def _tuple(value: Any, length: int) -> Shape:
 
 
 def of_operation(name: str, arguments: Sequence[Any]) -> Geometry | None:
-    """The window of a torch operation (`convolution`, `max_pool2d_with_indices`, ...), or None where it has none."""
+    """The window of a torch operation (`convolution`, `max_pool2d_with_indices`, ...), or None."""
     if name == "convolution":
         weight, stride, padding, dilation = arguments[1], *arguments[3:6]
         transposed, groups = bool(arguments[6]), int(arguments[8])
@@ -102,7 +102,7 @@ def of_operation(name: str, arguments: Sequence[Any]) -> Geometry | None:
 
 
 def of_module(module: nn.Module) -> Geometry | None:
-    """The window of a layer of torch.nn; padding that it does by other means ('same', reflect) is shown as asked."""
+    """The window of a layer of torch.nn; padding by other means ('same', reflect) is shown as asked."""
     if isinstance(module, conv._ConvNd):
         n = len(module.kernel_size)
         same = module.padding == "same"
@@ -126,8 +126,8 @@ def of_module(module: nn.Module) -> Geometry | None:
         n = int(type(module).__name__[-2]) if type(module).__name__[-2:-1].isdigit() else 2
         stride = module.stride if module.stride is not None else module.kernel_size
         dilation = getattr(module, "dilation", 1)
-        numbers = (module.kernel_size, stride, module.padding, dilation)
-        return Geometry(*(_tuple(number, n) for number in numbers), ceil=bool(module.ceil_mode))
+        kernel, padding = _tuple(module.kernel_size, n), _tuple(module.padding, n)
+        return Geometry(kernel, _tuple(stride, n), padding, _tuple(dilation, n), ceil=bool(module.ceil_mode))
     return None
 
 

@@ -16,7 +16,7 @@ from cnntrain.anatomy.record import Call, Operation
 from cnntrain.anatomy.trace import Trace, trace_run
 
 Convention = Literal["torch", "keras", "folded"]
-"""Parameters as torch counts them; with running statistics, as Keras does; after folding BatchNorm into convolutions."""
+"""Parameters as torch counts them; as Keras does, with running statistics; with BatchNorm folded away."""
 
 _BYTES = 4  # of a float32
 _WORDS = {"cat": "concat", "mm": "matmul", "bmm": "matmul", "addmm": "linear", "mean": "mean"}
@@ -26,13 +26,15 @@ _WORDS = {"cat": "concat", "mm": "matmul", "bmm": "matmul", "addmm": "linear", "
 class Row:
     """One layer, or one operation between layers, for one image.
 
-    output_shape: without the batch. parameters: each tensor once, where it is used first. statistics: running means
-    and variances. folded: parameters that stay when BatchNorm is folded away. multiply_adds: without bias.
-    elements: numbers that an operation without multiply-adds writes. activations_kib: memory of the output in float32;
-    in-place and pass-through layers take none, a flatten counts as the lectures count it.
-    receptive_field: pixels per axis (the image's side where everything is seen); local_field: leaving out paths
-    through a global pool; jump: pixels from one position to the next; start: centre of the first, in pixels. None
-    where it could not be followed, or where no dimension walks along the axis.
+    output_shape: without the batch. parameters: each tensor once, where it is used first. statistics:
+        running means and variances. folded: parameters that stay when BatchNorm is folded away.
+    multiply_adds: without bias. elements: numbers that an operation without multiply-adds writes.
+    activations_kib: memory of the output in float32; in-place and pass-through layers take none, a flatten
+        counts as the lectures count it.
+    receptive_field: pixels per axis (the image's side where everything is seen); local_field: leaving out
+        paths through a global pool; whole: some path saw all of the image; jump: pixels from one position to
+        the next; start: centre of the first, in pixels. None where it could not be followed, or where no
+        dimension walks along the axis.
     """
 
     name: str
@@ -49,9 +51,8 @@ class Row:
     local_field: Shape | None = None
     jump: tuple[float, ...] | None = None
     start: tuple[float, ...] | None = None
-    weighted: bool = (
-        False  # a convolution or a dense layer: what counts when a network is called 18 layers deep
-    )
+    whole: bool = False
+    weighted: bool = False  # a convolution or a dense layer
     ran: bool = True
 
     def count(self, convention: Convention) -> int:
@@ -65,7 +66,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A network opened up. `uncounted` and `unfollowed` list what the numbers leave out, by layer and operation."""
+    """A network opened up. `uncounted` and `unfollowed`: what the numbers leave out, by layer."""
 
     name: str
     input_shape: Shape
@@ -161,6 +162,7 @@ def _row(event: Call | Operation, owner: Owner, size: Shape, changes: dict[int, 
         parameters = owner.take(event.parameters)
         geometry, axes = event.geometry, event.axes
     exact, local, jump, start = _fields(axes, size) if axes else (None, None, None, None)
+    whole = exact == size and any(axis.whole for axis in axes or ())
     word = _WORDS.get(operations[0].name, operations[0].name) if operations else ""
     name = call.name + (f"#{call.run}" if layer and call.run > 1 else "")
     return Row(
@@ -178,6 +180,7 @@ def _row(event: Call | Operation, owner: Owner, size: Shape, changes: dict[int, 
         local,
         jump,
         start,
+        whole,
         any(op.name in ("convolution", "addmm", "mm") for op in operations),
     )
 
@@ -223,7 +226,7 @@ def _unique(rows: list[Row]) -> list[Row]:
 
 
 def _unfollowed(trace: Trace) -> list[str]:
-    """Where the receptive field was lost sight of: the operations whose own output is the first unknown one."""
+    """Where the receptive field was lost sight of: the operations with the first unknown outputs."""
     lost = {op.index for op in trace.operations if op.axes and any(a.kind == "unknown" for a in op.axes)}
     first = [op for op in trace.operations if op.index in lost and not lost & set(op.inputs)]
     return sorted({f"{op.call.name or 'model'}: {op.name}" for op in first})

@@ -34,18 +34,22 @@ def _copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         tensors = [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]
         for tensor in tensors:
-            if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor) and id(tensor) not in memo:
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = _empty(tensor)
     return copy.deepcopy(model, memo)
 
 
 def _empty(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.parameter.UninitializedParameter):
+        return nn.parameter.UninitializedParameter(tensor.requires_grad, "meta")
+    if isinstance(tensor, nn.parameter.UninitializedBuffer):
+        return nn.parameter.UninitializedBuffer(tensor.requires_grad, "meta")
     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def needs_numbers(error: BaseException) -> bool:
-    """Whether an error says that a network looks at values (`.item()`, numpy), which shapes alone do not have."""
+    """Whether an error says that a network looks at values (`.item()`, numpy); shapes have none."""
     return isinstance(error, (NotImplementedError, RuntimeError, TypeError)) and bool(
         re.search(r"\bmeta\b", str(error), re.IGNORECASE)
     )

@@ -1,4 +1,4 @@
-"""Operations that move positions without computing: views, slices, concatenations, and what they do to the axes."""
+"""Operations that move numbers without computing: what views, slices, concatenations do to the axes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +11,11 @@ from cnntrain.anatomy.span import Span, fixed, window
 
 Lookup = Callable[[Tensor], Axes | None]
 Rule = Callable[[Sequence[Any], Mapping[str, Any], Tensor, Lookup], Axes | None]
+
+
+def names(text: str) -> frozenset[str]:
+    """The words of a text: operations of torch, by name."""
+    return frozenset(text.split())
 
 
 def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -155,6 +160,11 @@ def _roll(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: L
     return each(seen(args[0], lookup), args[0].shape, -n, [window(1, 1, shift) for shift in shifts])
 
 
+def _flip(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
+    turned = {d % out.dim() - out.dim() for d in args[1]}
+    return tuple(UNKNOWN if axis.dim in turned else axis for axis in seen(args[0], lookup))
+
+
 def _stack(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
     dim = (args[1] if len(args) > 1 else 0) % out.dim()
     joined = join([axes for t in args[0] if (axes := lookup(t)) is not None], out.shape)
@@ -171,5 +181,6 @@ MOVES: dict[str, Rule] = {
     "select": _select,
     "cat": _cat,
     "roll": _roll,
+    "flip": _flip,
     "stack": _stack,
 }

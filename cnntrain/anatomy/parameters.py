@@ -1,4 +1,4 @@
-"""Whose parameters are whose: each is counted once, in the row that uses it first; and what folding leaves of them."""
+"""Whose parameters are whose: each is counted once, where it is used first; and what folding leaves."""
 
 from collections.abc import Iterable
 
@@ -29,7 +29,7 @@ class Owner:
         return parameters, sum(b.numel() for b in statistics)
 
     def rest(self) -> list[tuple[str, int, int]]:
-        """(module, parameters, statistics) that nothing used: auxiliary heads in validation, forgotten layers."""
+        """(module, parameters, statistics) that nothing used: auxiliary heads, forgotten layers."""
         homes = dict.fromkeys(name.rpartition(".")[0] for name in self.left.values())
         found = []
         for home in homes:
@@ -40,9 +40,11 @@ class Owner:
 
 
 def folds(trace: Trace) -> dict[int, int]:
-    """By operation, how many parameters folding BatchNorm adds (a bias for the convolution) or removes (its own).
+    """By operation, how many parameters folding BatchNorm adds (a bias for the convolution) or removes (its
+    own).
 
-    A norm folds into the convolution or dense layer right before it, when nothing else reads that one's output.
+    A norm folds into the convolution or dense layer right before it, when nothing else reads that one's
+    output.
     """
     readers: dict[int, int] = {}
     for operation in trace.operations:

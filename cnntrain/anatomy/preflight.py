@@ -1,4 +1,4 @@
-"""Before any data is read: does the network fit its input and its task, and what would a lecturer remark on it?"""
+"""Before any data is read: does the network fit its input and its task, what would a lecturer remark?"""
 
 import time
 from collections.abc import Sequence
@@ -30,7 +30,8 @@ def preflight(
     """Run a network on shapes alone, as training and as validation would; the given network is left as it is.
 
     Args:
-        model_or_builder: a network on any device, or a function that makes one (it is called on the meta device).
+        model_or_builder: a network on any device, or a function that makes one (it is called on the meta
+        device).
         image_size: (H, W) in pixels; one or three numbers for signals and volumes.
         expected_output_shape: of one image, without the batch: (10,) for ten classes, (21, H, W) for masks.
         batch_size: of training; BatchNorm after a 1x1 map needs more than a few images.
@@ -38,9 +39,9 @@ def preflight(
         name: what messages call the network; by default the name of its class.
 
     Returns:
-        One FAIL finding called 'preflight' where the network does not fit, else the WARN findings (none is good
-        news), or one SKIP finding where the network needs numbers and not only shapes. `evidence` names the layer as
-        the config does, `remedy` says what to change.
+        One FAIL finding called 'preflight' where the network does not fit, else the WARN findings (none is
+        good news), or one SKIP finding where the network needs numbers and not only shapes. `evidence` names
+        the layer as the config does, `remedy` says what to change.
     """
     size = tuple(int(n) for n in image_size)
     try:
@@ -53,41 +54,31 @@ def preflight(
         ]
     name = name or {"Sequential": "this network"}.get(type(model).__name__, type(model).__name__.lower())
     try:
+        _train_once(model, in_channels, size, batch_size)
         trace, output = trace_run(model.eval(), images(in_channels, size, batch_size))
-        training = _train_once(model, in_channels, size, batch_size)
     except TraceError as raised:
         cause = raised.__cause__ or raised
         if needs_numbers(cause):
             return [_skipped(cause)]
         return [_misfit(model, name, explain(raised.trace, cause), in_channels, size, batch_size)]
-    if training is not None:
-        return [
-            training
-            if isinstance(training, Finding)
-            else _misfit(model, name, training, in_channels, size, batch_size)
-        ]
     if expected_output_shape is not None and (wrong := _wrong_output(output, tuple(expected_output_shape))):
         return [wrong]
     return margin_notes(trace, size, batch_size, classification)
 
 
-def _train_once(
-    model: nn.Module, in_channels: int, size: tuple[int, ...], batch_size: int
-) -> Failure | Finding | None:
-    """A forward pass as in training (BatchNorm's statistics, auxiliary heads): what went wrong, or None."""
+def _train_once(model: nn.Module, in_channels: int, size: tuple[int, ...], batch_size: int) -> None:
+    """A forward pass as in training: BatchNorm needs more than one value, auxiliary heads need large images.
+
+    Raises:
+        TraceError: the network raised; it was run once more, watched, to learn where.
+    """
     model.train()
     batch = images(in_channels, size, batch_size)
     try:
         with torch.no_grad():
             model(batch)
-        return None
-    except Exception:  # once more, watched, to learn where
-        try:
-            trace_run(model, batch)
-        except TraceError as raised:
-            cause = raised.__cause__ or raised
-            return _skipped(cause) if needs_numbers(cause) else explain(raised.trace, cause)
-    return None
+    except Exception:
+        trace_run(model, batch)
 
 
 def _skipped(error: BaseException) -> Finding:
@@ -145,7 +136,8 @@ def _misfit(
 def smallest_size(
     model: nn.Module, in_channels: int, dimensions: int, batch_size: int
 ) -> tuple[int, bool] | None:
-    """The smallest square image that a meta network takes, and whether it takes larger ones too; None if not found.
+    """The smallest square image that a meta network takes, and whether it takes larger ones too; None if not
+    found.
 
     By bisection between common sizes, in the mode that the network is in; given up after a few seconds.
     """

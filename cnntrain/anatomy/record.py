@@ -12,7 +12,8 @@ from cnntrain.anatomy.geometry import Geometry, Shape
 class Operation:
     """One call of a torch operation that computed something from the image.
 
-    inputs: indices of the operations that made its inputs; -1 is the image. parameters: by name, those it read.
+    inputs: indices of the operations that made its inputs; -1 is the image. parameters: by name, those it
+    read.
     in_place: it wrote into its input. call: the layer that it belongs to, or else the innermost module.
     """
 

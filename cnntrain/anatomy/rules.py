@@ -1,7 +1,8 @@
-"""What each of torch's operations does to the axes of the image, by its name at the dispatcher (`aten::NAME`).
+"""What each of torch's operations does to the axes of the image, by its name at the dispatcher
+(`aten::NAME`).
 
-Every function of torch, of a module or of `torch.nn.functional` ends in these few operations, so that residual adds,
-concatenations and matrix products are followed as well as layers are.
+Every function of torch, of a module or of `torch.nn.functional` ends in these few operations, so that
+residual adds, concatenations and matrix products are followed as well as layers are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,38 +14,30 @@ from torch import Tensor
 
 from cnntrain.anatomy.axes import UNKNOWN, Axes, Axis, broadcast, join
 from cnntrain.anatomy.geometry import of_operation
-from cnntrain.anatomy.moves import MOVES, Lookup, Rule, each, pieces, seen, tensors_of
+from cnntrain.anatomy.moves import MOVES, Lookup, Rule, each, names, pieces, seen, tensors_of
 from cnntrain.anatomy.span import Span, adaptive_window, interpolation, transposed_window, window
 
-VIEWS = frozenset(
-    "view _unsafe_view reshape _reshape_alias unsqueeze squeeze expand permute transpose t select slice split "
-    "split_with_sizes unsafe_split unsafe_split_with_sizes chunk unbind detach alias as_strided_ as_strided "
-    "lift_fresh unsqueeze_ squeeze_ transpose_ t_ view_as narrow unfold diagonal".split()
-)
-"""Operations that move no number: they make no row of their own."""
-COPIES = frozenset("clone contiguous copy_ _to_copy empty_like zeros_like pad_".split())
-PASSING = frozenset(
-    "clone contiguous _to_copy detach alias lift_fresh native_dropout dropout native_batch_norm batch_norm "
-    "_native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update cudnn_batch_norm "
-    "native_group_norm native_layer_norm channel_shuffle native_channel_shuffle _fused_rms_norm as_strided_ "
-    "constant_pad_channels bernoulli prelu _prelu_kernel rrelu_with_noise hardswish celu".split()
-)
-"""One number in, one out, at the same place. Normalisation passes: its statistics are no part of the receptive field."""
-REDUCTIONS = frozenset(
-    "mean sum amax amin max min var std var_mean std_mean logsumexp prod norm linalg_vector_norm".split()
-)
-SOFTMAXES = frozenset("_softmax _log_softmax _safe_softmax softmax log_softmax cumsum sort".split())
-MATRIX_PRODUCTS = frozenset("mm addmm bmm baddbmm mv addmv dot".split())
-FACTORIES = frozenset(
-    "empty empty_like new_empty zeros new_zeros ones new_ones full arange linspace rand randn".split()
-)
+VIEWS = names("""
+    view _unsafe_view reshape _reshape_alias unsqueeze squeeze expand permute transpose t select slice
+    split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unbind detach alias as_strided
+    lift_fresh view_as narrow unfold diagonal
+""")  # operations that move no number: they make no row of their own
+COPIES = names("clone contiguous _to_copy zeros_like")
+PASSING = names("""
+    clone contiguous _to_copy detach alias lift_fresh as_strided native_dropout dropout bernoulli
+    native_batch_norm batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+    _batch_norm_with_update cudnn_batch_norm native_group_norm native_layer_norm _fused_rms_norm
+    channel_shuffle native_channel_shuffle prelu _prelu_kernel rrelu_with_noise hardswish celu
+""")  # one number in, one out, at the same place; a norm's statistics are no part of the receptive field
+REDUCTIONS = names("mean sum amax amin max min var std var_mean logsumexp prod norm linalg_vector_norm")
+SOFTMAXES = names("_softmax _log_softmax _safe_softmax softmax log_softmax cumsum sort")
+MATRIX_PRODUCTS = names("mm addmm bmm baddbmm mv addmv dot")
+FACTORIES = names("empty empty_like new_empty zeros new_zeros ones new_ones full arange linspace rand randn")
 
 
-def is_pointwise(operation: Any, name: str) -> bool:
+def is_pointwise(operation: Any) -> bool:
     """One number out for one number of each (broadcast) input, at the same place."""
-    return torch.Tag.pointwise in operation.tags or (
-        name.endswith("_") and name not in ("copy_", "as_strided_")
-    )
+    return torch.Tag.pointwise in operation.tags or operation._schema.name.endswith("_")
 
 
 def follow(
@@ -64,7 +57,7 @@ def follow(
     rule = RULES.get(name)
     if rule is None:
         same_size = outs[0].shape == inputs[0].shape
-        rule = _pointwise if name in PASSING and same_size or is_pointwise(operation, name) else _unknown
+        rule = _pointwise if (name in PASSING and same_size) or is_pointwise(operation) else _unknown
     axes = rule(args, kwargs, outs[0], lookup)
     return [axes] + [axes if out.shape == outs[0].shape else None for out in outs[1:]]
 

@@ -1,11 +1,13 @@
 """Exact receptive fields along one image axis: which input pixels a position of a feature map reads.
 
-The map is treated as unbounded (padding reads pixels outside the image, as the textbook formulas do), so that what a
-position reads is an interval of pixels that repeats: after `period` positions it has moved by `advance` pixels. Strided
-windows, upsampling, transposed convolutions and joins of branches all stay in this form, in whole numbers.
+The map is treated as unbounded (padding reads pixels outside the image, as the textbook formulas do), so
+that what a
+position reads is an interval of pixels that repeats: after `period` positions it has moved by `advance`
+pixels. Strided windows, upsampling, transposed convolutions and joins of branches all stay in this form, in
+whole numbers.
 
-Source: Araujo, Norris, Sim: Computing Receptive Fields of Convolutional Neural Networks (Distill 2019), which gives the
-recursions for a chain; the intervals here are the same recursion, kept per position.
+Source: Araujo, Norris, Sim: Computing Receptive Fields of Convolutional Neural Networks (Distill 2019),
+which gives the recursions for a chain; the intervals here are the same recursion, kept per position.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,13 +15,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
 
-# What a position reads that no input reaches (between the taps of a transposed convolution with stride > kernel).
+# What a position reads that no input reaches (a transposed convolution with stride > kernel).
 _NOTHING = (1 << 40, -(1 << 40))
 
 
 @dataclass(frozen=True)
 class Span:
-    """Position i reads pixels lows[i % period] .. highs[i % period], both moved by (i // period) * advance."""
+    """Position i reads pixels lows[i % period] .. highs[i % period], moved by (i // period) * advance."""
 
     lows: tuple[int, ...] = (0,)
     highs: tuple[int, ...] = (0,)
@@ -57,7 +59,8 @@ class Span:
     def read(self, taps: Callable[[int], Iterable[int]], every_out: int = 1, every_in: int = 1) -> "Span":
         """The span of a layer whose output o reads this map's positions `taps(o)`.
 
-        `taps` repeats: taps(o + every_out) is taps(o) moved by every_in. A convolution has every_out 1, every_in its stride.
+        `taps` repeats: taps(o + every_out) is taps(o) moved by every_in. A convolution has every_out 1,
+        every_in its stride.
         """
         turns = self.period // gcd(self.period, every_in)
         intervals = [[self.at(i) for i in taps(o)] or [_NOTHING] for o in range(every_out * turns)]
@@ -66,7 +69,7 @@ class Span:
         return Span(lows, highs, self.advance * every_in * turns // self.period)._shortest()
 
     def join(self, other: "Span", length: int) -> "Span":
-        """The span of a sum or a concatenation of two maps of `length` positions: the hull of both, position by position."""
+        """The span of a sum of two maps of `length` positions: the hull of both, position by position."""
         if self == other:
             return self
         if self.jump == other.jump:
@@ -90,6 +93,10 @@ class Span:
         return self
 
 
+PIXEL = Span()
+"""The span of the image itself: each position reads its own pixel."""
+
+
 def fixed(low: int, high: int) -> Span:
     """The span of something that has no position: it reads low .. high wherever it is used."""
     return Span((low,), (high,), 0)
@@ -103,7 +110,7 @@ def window(kernel: int, stride: int, padding: int, dilation: int = 1) -> Callabl
 
 
 def transposed_window(kernel: int, stride: int, padding: int, dilation: int = 1) -> Callable[[Span], Span]:
-    """A transposed convolution: input i writes i * stride - padding + dilation * k, so output o reads those i that hit it."""
+    """A transposed convolution: input i writes i * stride - padding + dilation * k; o reads what hits it."""
 
     def taps(o: int) -> Iterable[int]:
         places = (o + padding - dilation * k for k in range(kernel))

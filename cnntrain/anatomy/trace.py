@@ -1,4 +1,4 @@
-"""One run of a network on shapes alone, and everything that it did: by module, by operation, by axis of the image."""
+"""One run of a network on shapes alone, and what it did: by module, by operation, by axis of the image."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -116,6 +116,8 @@ class Trace(TorchDispatchMode):
         ran = _Ran(func, name.rstrip("_") if in_place else name, args, kwargs, inputs, in_place)
         ran.before = [self.known(t) for t in inputs]
         try:
+            if name == "convolution":
+                _check_channels(args[0], args[1], bool(args[6]), args[8])
             out = func(*args, **kwargs)
         except Exception:
             self.failing = (name, tuple(tuple(t.shape) for t in inputs))
@@ -134,7 +136,7 @@ class Trace(TorchDispatchMode):
             self._copied(ran.args[0], ran.args[1])
             return
         axes = follow(ran.func, ran.name, ran.args, ran.kwargs, ran.outs, lambda t: self.known(t).axes)
-        if ran.name in VIEWS and not self._flattens(ran, axes) or ran.name in COPIES:
+        if (ran.name in VIEWS and not self._flattens(ran, axes)) or ran.name in COPIES:
             source = ran.before[0] if ran.before else _Known()
             made, parameter = source.producer, source.parameter
         else:
@@ -159,7 +161,7 @@ class Trace(TorchDispatchMode):
         owner = next((call for call in self.stack if call.layer), self.stack[-1])
         if count is None:
             count = 0
-            if not is_elementwise(name, is_pointwise(ran.func, ran.name) or ran.in_place):
+            if not is_elementwise(name, is_pointwise(ran.func)):
                 self.unknown.append((owner.name, name))
         operation = Operation(
             index=len(self.operations),
@@ -181,7 +183,7 @@ class Trace(TorchDispatchMode):
         return operation.index
 
     def _copied(self, target: Tensor, source: Tensor) -> None:
-        """A copy into part of a new tensor (circular padding): the whole follows the largest part that was written."""
+        """A copy into part of a new tensor (circular padding): the whole follows the largest part."""
         known = self.known(source)
         self._remember(target, known)
         whole, filled = self._buffers.get(_key(target)[0], (target, source.numel()))
@@ -201,7 +203,14 @@ class Trace(TorchDispatchMode):
 
 def _key(tensor: Tensor) -> _Key:
     storage = tensor.untyped_storage()._cdata
-    return storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride())
+    return storage, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def _check_channels(images: Tensor, weight: Tensor, transposed: bool, groups: int) -> None:
+    """On the meta device torch lets a transposed convolution pass with the wrong number of channels."""
+    needed = weight.shape[0] if transposed else weight.shape[1] * groups
+    if images.shape[1] != needed:
+        raise RuntimeError(f"expected {needed} channels, but got {images.shape[1]}")
 
 
 def _is_layer(module: nn.Module, root: bool) -> bool:

@@ -50,8 +50,9 @@ def paint(
     values = images.float().reshape(count, channels, height * width)
     if uses_mean:
         # Rows in float32 (whole numbers stay exact), then float64: no bit depends on the batch's size.
+        wide = torch.float32 if images.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         row_sums = values.view(count, channels, height, width).sum(3)
-        sums = row_sums.sum(2, dtype=torch.float64).float()  # (N, C)
+        sums = row_sums.sum(2, dtype=wide).float()  # (N, C)
         offset = offset + (of_mean * sums[:, None, :]).sum(2, keepdim=True)
     result = _affine(values, pixel, offset)
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
@@ -64,6 +65,11 @@ def _affine(values: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     if values.device.type == "cpu":
         return torch.baddbmm(offset, matrix, values)
     # A GPU's matrix product may round to TF32 (10 bits) and choose its order by the batch size.
+    return affine_by_channel(values, matrix, offset)
+
+
+def affine_by_channel(values: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+    """The same as a sum over channels, always in their order and in full precision."""
     result = torch.empty_like(values)
     for row in range(matrix.shape[1]):
         out = result[:, row]

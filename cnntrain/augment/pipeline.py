@@ -153,6 +153,12 @@ class Pipeline:
         return replace(batch, images=mover.images(batch.images), targets=targets, to_canvas=to_canvas)
 
     def _check(self) -> None:
+        for key, item in self.augmentations.items():
+            if not isinstance(item, Augmentation):
+                raise UserError(
+                    f"augment.{key}: {type(item).__name__} is no augmentation; derive it from Geometry, "
+                    f"Colour or Effect of cnntrain.augment.augmentation"
+                )
         if self.border not in BORDERS:
             near = suggest(self.border, tuple(BORDERS))
             raise UserError(f"border: {self.border!r} is none of {', '.join(BORDERS)}{near}")

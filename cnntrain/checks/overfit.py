@@ -93,7 +93,7 @@ def learn_by_heart(
         steps: optimizer steps at most.
         allowed_frozen: parameters that are frozen on purpose.
     """
-    trial = Trial(task.lowest_loss(), task.uninformed_loss(batch.targets, model(batch.images[:1]).detach() * 0))
+    trial = Trial(task.lowest_loss(), task.uninformed_loss(batch.targets, model(batch.images).detach()))
     trial.learning_rate = max(float(group["lr"]) for group in optimizer.param_groups)
     trial.pixel_deviation = float(batch.images.float().std(dim=(1, 2, 3)).min())
     trial.frozen = [n for n, p in model.named_parameters() if not p.requires_grad and n not in allowed_frozen]
@@ -211,6 +211,11 @@ def judge(trial: Trial, example: str) -> list[Finding]:
             "look at the initialisation and the biases before it", ("model.init",),
         ),
         _finding(
+            "logits", trial.reached_at is not None or not trial.probabilities, "outputs are no probabilities",
+            "the outputs are probabilities already: a softmax before the cross-entropy, which takes one itself",
+            "take the softmax out of the network", ("model",),
+        ),
+        _finding(
             "image matters", trial.output_difference > SMALLEST_DIFFERENCE,
             f"outputs for another image differ by {trial.output_difference:.2g}",
             "the output ignores the image: another image gets the same output",
@@ -221,11 +226,6 @@ def judge(trial: Trial, example: str) -> list[Finding]:
             "parameter tensors got a gradient",
             f"no gradient reaches {_names(silent)}: something detaches them from the loss",
             "look for detach(), .data, no_grad or a layer that forward() never calls", ("model",),
-        ),
-        _finding(
-            "logits", trial.reached_at is not None or not trial.probabilities, "outputs are no probabilities",
-            "the outputs are probabilities already: a softmax before the cross-entropy, which takes one itself",
-            "take the softmax out of the network", ("model",),
         ),
         _finding(
             "moderate", trial.largest_output < LARGEST_OUTPUT, f"largest output {trial.largest_output:.3g}",

@@ -16,7 +16,8 @@ class _RectifierWatch(TorchFunctionMode):
     def __init__(self, current_layer: Callable[[], str]) -> None:
         super().__init__()
         self.current_layer = current_layer
-        self.alive: dict[str, bool] = {}
+        self.alive: dict[tuple[str, int], bool] = {}  # (layer, which call in it)
+        self.calls: dict[str, int] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -24,7 +25,8 @@ class _RectifierWatch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func in RECTIFIERS:
             name = self.current_layer()
-            self.alive[name] = self.alive.get(name, False) or bool((result > 0).any())
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self.alive[name, self.calls[name]] = bool((result > 0).any())
         return result
 
 
@@ -40,11 +42,15 @@ def dead_rectifiers(model: nn.Module, images: Tensor) -> list[str]:
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
         hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None))
-    watch = _RectifierWatch(lambda: stack[-1] or "the network itself")
+    watch = _RectifierWatch(lambda: stack[-1])
     try:
         with watch:
             model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return [name for name, alive in watch.alive.items() if not alive]
+    return [
+        f"{name or 'the network itself'}{f' (rectifier {call})' if watch.calls[name] > 1 else ''}"
+        for (name, call), alive in watch.alive.items()
+        if not alive
+    ]

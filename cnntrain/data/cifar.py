@@ -26,7 +26,6 @@ CIFAR100_CLASSES = (
     "woman", "worm",
 )
 # fmt: on
-)
 
 
 class CIFAR10(Source):

@@ -5,7 +5,6 @@ import stat
 import struct
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +92,7 @@ class Decoder:
             plain = to_eight_bits(upright).convert(mode)
             pixels = cut(plain, placement, (self.height, self.width), Image.Resampling.BILINEAR, 0)
         array = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(array)), placement.matrix()
+        return torch.from_numpy(np.array(array, order="C")), placement.matrix()
 
 
 @dataclass(frozen=True)
@@ -127,18 +126,26 @@ class MaskDecoder:
 
         with reading(path) as image:
             placement = place(*image.size, (self.height, self.width), self.resize, box)
-            if image.mode not in ("1", "L", "P", "I;16", "I"):
-                raise BadFile(path, f"a mask must hold class ids (grey or palette), this one is {image.mode}")
-            found = np.asarray(image).astype(np.int64)  # a palette image gives its indices
-            values = np.unique(found)
-            unknown = [v for v in values.tolist() if not 0 <= v < 256 or self.ids[v] < 0]
-            if unknown:
-                shown = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
-                raise BadFile(path, f"has ids that are no class: {shown}")
-            classes = np.asarray(self.ids, dtype=np.int16)[found].astype(np.uint8)
+            classes = self.class_ids(image)
             size = (self.height, self.width)
             pixels = cut(Image.fromarray(classes), placement, size, Image.Resampling.NEAREST, self.border)
-        return torch.from_numpy(pixels), placement.matrix()
+        return torch.from_numpy(np.array(pixels)), placement.matrix()
+
+    def class_ids(self, image: "Image.Image") -> np.ndarray:
+        """uint8 (h, w) at the file's own size.
+
+        Raises:
+            Unusable: the file holds colours, or values that stand for no class.
+        """
+        if image.mode not in ("1", "L", "P", "I;16", "I"):
+            raise Unusable(f"must hold class ids (grey or palette), but is {image.mode}")
+        found = np.asarray(image).astype(np.int64)  # a palette image gives its indices
+        values = np.unique(found)
+        unknown = [v for v in values.tolist() if not 0 <= v < 256 or self.ids[v] < 0]
+        if unknown:
+            shown = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+            raise Unusable(f"has ids that are no class: {shown}")
+        return np.asarray(self.ids, dtype=np.int16)[found].astype(np.uint8)
 
 
 class reading:
@@ -246,7 +253,7 @@ def to_eight_bits(image: "Image.Image") -> "Image.Image":
 def cut(
     image: "Image.Image", placement: Placement, canvas: tuple[int, int], filter: Any, fill: int
 ) -> np.ndarray:
-    """uint8 (H, W) or (H, W, 3): the placement's box, resized (Pillow antialiases) onto a canvas of `fill`."""
+    """uint8 (H, W) or (H, W, 3): the placement's box, resized (antialiased) onto a canvas of `fill`."""
     from PIL import Image, ImageOps
 
     left, top, right, bottom = placement.box
@@ -261,26 +268,6 @@ def cut(
     resized = image.resize((placement.width, placement.height), filter, box=box)
     if (placement.height, placement.width) == canvas:
         return np.asarray(resized)
-    sheet = Image.new(image.mode, canvas[::-1], fill if image.mode == "L" else (fill,) * 3)
+    sheet = Image.new(image.mode, (canvas[1], canvas[0]), fill if image.mode == "L" else (fill,) * 3)
     sheet.paste(resized, (placement.left, placement.top))
     return np.asarray(sheet)
-
-
-def read_sizes(paths: list[str]) -> tuple[list[tuple[int, int]], list[BadFile]]:
-    """(width, height) of every image from its header, (0, 0) for those that can't be read, and these."""
-    bad: list[BadFile] = []
-
-    def one(path: str) -> tuple[int, int]:
-        try:
-            return upright_size(path)
-        except BadFile as problem:
-            bad.append(problem)
-            return 0, 0
-
-    with ThreadPoolExecutor(thread_count()) as pool:
-        return list(pool.map(one, paths)), bad
-
-
-def thread_count() -> int:
-    """Threads that decode: as many as cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -98,7 +98,7 @@ class Examples:
         )
 
     def fingerprint(self) -> str:
-        """'count-hash' over names and targets: points to a hundredth of a pixel, masks by their names only."""
+        """'count-hash' over names and targets: points to 0.01 px, masks by their names only."""
         digest = hashlib.sha256("\0".join(self.names).encode(errors="surrogateescape"))
         for name, target in sorted(self.targets.items()):
             if name == "mask":

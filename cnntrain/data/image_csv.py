@@ -10,7 +10,7 @@ from cnntrain.data.canvas import Resize
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import make_decoder
 from cnntrain.data.source import Source
-from cnntrain.data.table import Table, read_table
+from cnntrain.data.table import Table, find_table, read_table
 from cnntrain.errors import UserError, suggest
 from cnntrain.spec import DataSpec
 
@@ -32,21 +32,21 @@ class ImageCsv(Source):
     The classes are train's labels, sorted (as numbers when all of them are).
 
     Args:
-        file: the CSV file.
+        file: the CSV file; null: the only one in `root`.
         root: folder that paths count from; null: the CSV file's own.
         size, channels, resize: as for `ImageFolder`.
     """
 
     def __init__(
         self,
-        file: str | None,
+        file: str | None = None,
         root: str | None = None,
         size: int | list[int] = 64,
         channels: int = 3,
         resize: Resize = "short_side",
         mirror_safe: bool = True,
     ) -> None:
-        self.file = existing_file(file, "a CSV file with the columns path,label")
+        self.file = find_table(file, root, "a CSV file with the columns path,label")
         self.root = Path(root).expanduser() if root else self.file.parent
         self.decoder = make_decoder(size, channels, resize)
         self.mirror_safe = mirror_safe
@@ -108,21 +108,6 @@ class ImageCsv(Source):
                 images, {"label": labels}, [r.path for r in rows], [r.group for r in rows]
             )
         return splits
-
-
-def existing_file(file: str | None, what: str) -> Path:
-    """`data.file` as a path that exists.
-
-    Raises:
-        UserError: none was given, or it is not there.
-    """
-    if file is None:
-        raise UserError(f"data.file: missing; give {what}, as data.file=PATH")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        problem = "is no file" if path.exists() else "does not exist"
-        raise UserError(f"data.file: {path.absolute()} {problem}; it must be {what}")
-    return path
 
 
 def check_columns(table: Table, required: tuple[str, ...], optional: tuple[str, ...]) -> None:

@@ -32,7 +32,7 @@ def _walk(folder: str, above: set[str], found: list[str], bad: list[BadFile]) ->
             continue
         if entry.is_dir():
             real = os.path.realpath(entry.path)
-            if real in above:
+            if real in above or os.path.realpath(folder).startswith(real.rstrip(os.sep) + os.sep):
                 bad.append(BadFile(entry.path, "is a link that leads back to a folder above it"))
             else:
                 _walk(entry.path, above | {real}, found, bad)

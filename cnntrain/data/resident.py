@@ -2,16 +2,20 @@
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from cnntrain.data.decode import BadFile, read_sizes, refuse, thread_count
+from cnntrain.data.decode import BadFile, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
 
+T = TypeVar("T")
+R = TypeVar("R")
 SHARE_OF_MEMORY = 0.5  # of what is free; the network and its activations need the rest
 logger = logging.getLogger("cnntrain")
 
@@ -84,10 +88,29 @@ def _decode_images(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor
         except BadFile as problem:
             bad.append(problem)
 
-    with ThreadPoolExecutor(thread_count()) as pool:
-        for _ in pool.map(one, range(len(lazy))):
-            pass
+    in_threads(one, range(len(lazy)))
     return images, matrices
+
+
+def read_sizes(paths: list[str]) -> tuple[list[tuple[int, int]], list[BadFile]]:
+    """(width, height) of every image from its header, (0, 0) for those that can't be read, and these."""
+    bad: list[BadFile] = []
+
+    def one(path: str) -> tuple[int, int]:
+        try:
+            return upright_size(path)
+        except BadFile as problem:
+            bad.append(problem)
+            return 0, 0
+
+    return in_threads(one, paths), bad
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """`work` of each item, by as many threads as there are cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        return list(pool.map(work, items))
 
 
 def check_headers(splits: dict[str, Examples]) -> None:

@@ -38,7 +38,7 @@ class Loader(ABC):
         start_batch: int = 0,
         drop_last: bool = False,
         positions: Tensor | None = None,
-        seed: int = 0,
+        transform: Transform | None = None,
     ) -> Iterator[Batch]:
         """The batches of one pass, images uint8 on the device.
 
@@ -48,7 +48,8 @@ class Loader(ABC):
             drop_last: leave out a last batch that is smaller.
             positions: (M,) int64, places in the epoch where they are not 0, 1, ..., M - 1 (one process of
                 several).
-            seed: of the epoch, for transforms that draw (see `make_loader`).
+            transform: called as `transform(image, position)` for every image where it is decoded; only a
+                streaming loader takes one (see `make_loader`), and it must pickle.
 
         Raises:
             UserError: an image that is read now can't be used.
@@ -59,11 +60,11 @@ class Loader(ABC):
         stop = count - count % batch_size if drop_last else count
         starts = range(start_batch * batch_size, stop, batch_size)
         chunks = [slice(start, min(start + batch_size, stop)) for start in starts]
-        yield from self._batches(order, positions, chunks, seed)
+        yield from self._batches(order, positions, chunks, transform)
 
     @abstractmethod
     def _batches(
-        self, order: Tensor, positions: Tensor, chunks: list[slice], seed: int
+        self, order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
     ) -> Iterator[Batch]: ...
 
     def close(self) -> None:  # noqa: B027  most loaders have nothing to close
@@ -78,7 +79,10 @@ class ResidentLoader(Loader):
         assert isinstance(examples.images, Tensor)
         self.images: Tensor = examples.images.to(device) if on_device else examples.images
 
-    def _batches(self, order: Tensor, positions: Tensor, chunks: list[slice], seed: int) -> Iterator[Batch]:
+    def _batches(
+        self, order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
+    ) -> Iterator[Batch]:
+        assert transform is None, "images in memory are transformed batch by batch"
         order_there = order.to(self.device)  # once: the step itself never waits for the host
         for chunk in chunks:
             rows, rows_there = order[chunk], order_there[chunk]
@@ -100,21 +104,17 @@ class StreamLoader(Loader):
     One pass at a time: beginning another ends the one before.
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        device: torch.device,
-        workers: int,
-        timeout_s: int,
-        transform: Transform | None,
-    ) -> None:
+    def __init__(self, examples: Examples, device: torch.device, workers: int, timeout_s: int) -> None:
         super().__init__(examples, device)
         pin = device.type == "cuda"
-        self.pool = WorkerPool(examples, workers, timeout_s, transform, pin, self.to_canvas is None)
+        self.pool = WorkerPool(examples, workers, timeout_s, pin, self.to_canvas is None)
 
-    def _batches(self, order: Tensor, positions: Tensor, chunks: list[slice], seed: int) -> Iterator[Batch]:
-        requests = [(order[chunk], positions[chunk], seed) for chunk in chunks]
-        for (rows, places, _), got in zip(requests, self.pool.run(requests), strict=True):
+    def _batches(
+        self, order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
+    ) -> Iterator[Batch]:
+        requests = [(order[chunk].tolist(), positions[chunk].tolist(), transform) for chunk in chunks]
+        for chunk, got in zip(chunks, self.pool.run(requests), strict=True):
+            rows = order[chunk]
             images = got.pop("images").to(self.device, non_blocking=True)
             matrices = got.pop("to_canvas", None)
             if self.to_canvas is not None:
@@ -122,7 +122,7 @@ class StreamLoader(Loader):
             rows_there = rows.to(self.device)
             targets = {name: target.index_select(0, rows_there) for name, target in self.targets.items()}
             targets |= {name: target.to(self.device, non_blocking=True) for name, target in got.items()}
-            yield Batch(images, targets, rows, places, matrices)
+            yield Batch(images, targets, rows, positions[chunk], matrices)
 
     def close(self) -> None:
         self.pool.close()
@@ -134,7 +134,7 @@ def make_loader(
     workers: int = 0,
     timeout_s: int = 120,
     store: Store = "auto",
-    transform: Transform | None = None,
+    per_sample: bool = False,
 ) -> Loader:
     """The loader that suits where the examples are.
 
@@ -143,18 +143,14 @@ def make_loader(
         timeout_s: how long a batch may take before its worker counts as stuck.
         store: 'device' and 'host' hold decoded images there, 'stream' sends even those through workers,
             'auto' leaves images where they are and takes the device when they fit.
-        transform: called as `transform(image, seed)` for every image, by the workers; implies 'stream'.
+        per_sample: a transform will be given for every image by itself: implies 'stream'.
 
     Raises:
         UserError: images that must be decoded now can't be used.
     """
     device = torch.device(device)
-    if (
-        store == "stream"
-        or transform is not None
-        or (store == "auto" and isinstance(examples.images, LazyImages))
-    ):
-        return StreamLoader(examples, device, workers, timeout_s, transform)
+    if store == "stream" or per_sample or (store == "auto" and isinstance(examples.images, LazyImages)):
+        return StreamLoader(examples, device, workers, timeout_s)
     if isinstance(examples.images, LazyImages) or examples.lazy_targets:
         examples = resident.decode({"examples": examples})["examples"]
     on_device = store == "device" or (store == "auto" and _fits_on(device, examples))

@@ -1,22 +1,25 @@
 """Worker processes that decode images, driven by an order that is given from outside."""
 
+import atexit
+import errno
 import signal
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cnntrain.data.decode import BadFile, refuse
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.errors import MachineError
-from cnntrain.randomness import hash_seed
+from cnntrain.errors import MachineError, UserError
 
-Request = tuple[Tensor, Tensor, int]  # rows (M,), positions in the epoch (M,), the epoch's seed
-Transform = Callable[
-    [Tensor, int], Tensor
-]  # (uint8 (C,H,W), seed of this image in this epoch) -> uint8 (C,H,W)
+Transform = Callable[[Tensor, int], Tensor]  # (uint8 (C,H,W), position in the epoch) -> uint8 (C,H,W)
+# Rows of a batch, their positions, what to do to each image. Lists, for a tensor would need a socket.
+Request = tuple[list[int], list[int], Transform | None]
 
 
 class WorkerPool:
@@ -27,7 +30,6 @@ class WorkerPool:
         examples: Examples,
         workers: int,
         timeout_s: int,
-        transform: Transform | None,
         pin_memory: bool,
         with_matrices: bool,
     ) -> None:
@@ -35,7 +37,7 @@ class WorkerPool:
         self.timeout_s = timeout_s
         options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4, "timeout": timeout_s}
         self.loader = DataLoader(
-            _Decoded(examples, transform, with_matrices),
+            _Decoded(examples, with_matrices),
             batch_size=None,  # a request is a whole batch
             sampler=self.requests,
             num_workers=workers,
@@ -46,6 +48,8 @@ class WorkerPool:
             generator=torch.Generator(),
             **(options if workers else {}),
         )
+        # Workers ignore SIGTERM, with which multiprocessing would end them at exit, and wait for ever.
+        atexit.register(_close, weakref.ref(self))
 
     def run(self, requests: list[Request]) -> Iterator[dict[str, Tensor]]:
         """One dictionary a request: 'images' (M, C, H, W), 'to_canvas' where asked for, lazy targets by name.
@@ -57,26 +61,38 @@ class WorkerPool:
         self.requests.waiting = requests
         try:
             for got in self.loader:
-                if isinstance(got, list):
-                    refuse(got, len(got))
+                if isinstance(got, UserError):  # as a value: torch would add the worker's traceback to it
+                    raise got
                 yield got
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             known = explain_worker_error(error, self.timeout_s)
             if known is None:
                 raise
-            self.close()
+            self.close(kill=True)
             raise known from error
 
-    def close(self) -> None:
-        """End the processes, stuck ones too."""
-        iterator = getattr(self.loader, "_iterator", None)
-        for process in getattr(iterator, "_workers", []):
-            process.kill()
-        self.loader._iterator = None
+    def close(self, kill: bool = False) -> None:
+        """End the processes; `kill` does not wait for one that may be stuck."""
+        iterator, self.loader._iterator = getattr(self.loader, "_iterator", None), None
+        if not isinstance(iterator, _MultiProcessingDataLoaderIter):
+            return
+        if not kill:
+            with suppress(RuntimeError):
+                iterator._shutdown_workers()
+        for process in iterator._workers:
+            if process.is_alive():
+                with suppress(RuntimeError):  # torch notices a dead child wherever we are, and raises
+                    process.kill()
+                    process.join()
+        with suppress(RuntimeError):
+            iterator._shutdown_workers()
+
+    def __del__(self) -> None:
+        self.close()
 
 
-def explain_worker_error(error: RuntimeError, timeout_s: int) -> MachineError | None:
-    """What a RuntimeError of torch's means when it is about workers, else None.
+def explain_worker_error(error: Exception, timeout_s: int) -> MachineError | None:
+    """What an error of torch's or of multiprocessing's means when it is about workers, else None.
 
     A worker's death is raised wherever the main process happens to be, not only where it waits for a batch.
     """
@@ -86,16 +102,30 @@ def explain_worker_error(error: RuntimeError, timeout_s: int) -> MachineError | 
             f"data: no batch for {timeout_s} s, a worker is stuck or the disk is very slow; raise "
             "data.timeout_s, or decode in the main process with data.workers=0"
         )
-    if "shared memory" in text or "shm" in text or "Bus error" in text:
+    out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM)
+    if out_of_space or "shared memory" in text or "shm" in text or "Bus error" in text:
         return MachineError(
             "data: the workers ran out of shared memory (/dev/shm); make it larger (docker run "
             "--shm-size=2g), lower batch_size, or set data.workers=0"
         )
-    if "DataLoader worker" in text:
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return MachineError(
-            f"data: a worker process died ({text.splitlines()[0]}); perhaps for want of memory: lower data.workers"
+            "data: too many open files; raise the limit (ulimit -n 65536) or lower data.workers"
+        )
+    # A batch is fetched from its worker through a socket: gone with the worker.
+    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+    if lost or "DataLoader worker" in text:
+        died = text.splitlines()[0] if text else type(error).__name__
+        return MachineError(
+            f"data: a worker process died ({died}); perhaps for want of memory: lower data.workers"
         )
     return None
+
+
+def _close(pool: "weakref.ref[WorkerPool]") -> None:
+    alive = pool()
+    if alive is not None:
+        alive.close()
 
 
 class _Requests(Sampler[Request]):
@@ -112,16 +142,22 @@ class _Requests(Sampler[Request]):
 
 
 class _Decoded(Dataset[Any]):
-    """From a request to its decoded batch, or to the list of its files that can't be used."""
+    """From a request to its decoded batch, or to the error that names its files that can't be used."""
 
-    def __init__(self, examples: Examples, transform: Transform | None, with_matrices: bool) -> None:
+    def __init__(self, examples: Examples, with_matrices: bool) -> None:
         self.images = examples.images
         self.lazy_targets = examples.lazy_targets
-        self.transform = transform
         self.with_matrices = with_matrices
 
-    def __getitem__(self, request: Request) -> dict[str, Tensor] | list[BadFile]:
-        rows, positions, seed = request
+    def __getitem__(self, request: Request) -> dict[str, Tensor] | UserError:
+        try:
+            return self._decode(*request)
+        except UserError as error:
+            return error
+
+    def _decode(
+        self, rows: list[int], positions: list[int], transform: Transform | None
+    ) -> dict[str, Tensor]:
         bad: list[BadFile] = []
         result: dict[str, Tensor] = {}
         if isinstance(self.images, LazyImages):
@@ -129,21 +165,19 @@ class _Decoded(Dataset[Any]):
             if self.with_matrices:
                 result["to_canvas"] = matrices
         else:
-            images = self.images[rows]
+            images = self.images[torch.tensor(rows)]
         for name, lazy in self.lazy_targets.items():
             result[name] = _read(lazy, rows, bad)[0]
-        if bad:
-            return bad
-        if self.transform is not None:
-            seeds = [hash_seed(seed, position) for position in positions.tolist()]
-            images = torch.stack([self.transform(image, s) for image, s in zip(images, seeds, strict=True)])
+        refuse(bad, len(rows))
+        if transform is not None:
+            images = torch.stack([transform(image, p) for image, p in zip(images, positions, strict=True)])
         return {"images": images, **result}
 
 
-def _read(lazy: LazyImages, rows: Tensor, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
+def _read(lazy: LazyImages, rows: list[int], bad: list[BadFile]) -> tuple[Tensor, Tensor]:
     images = torch.zeros((len(rows), *lazy.shape[1:]), dtype=torch.uint8)
     matrices = torch.zeros(len(rows), 3, 3, dtype=torch.float64)
-    for place, row in enumerate(rows.tolist()):
+    for place, row in enumerate(rows):
         try:
             images[place], matrices[place] = lazy.read(row)
         except BadFile as problem:

@@ -67,3 +67,29 @@ def read_table(file: Path) -> Table:
         else:
             complaints.add(line, f"has {len(row)} columns, the header has {len(columns)}")
     return Table(file, columns, sound, complaints)
+
+
+def find_table(file: str | None, root: str | None, what: str) -> Path:
+    """The CSV file that `data.file` names (from here, or from `data.root`), or the only one in `data.root`.
+
+    Raises:
+        UserError: neither was given, or there is none, or more than one to choose from.
+    """
+    folder = Path(root).expanduser() if root else None
+    if file is not None:
+        given = Path(file).expanduser()
+        tried = [given] if folder is None else [given, folder / given]
+        for path in tried:
+            if path.is_file():
+                return path
+        looked = " and ".join(str(path.absolute()) for path in dict.fromkeys(tried))
+        raise UserError(f"data.file: no file {looked}; it must be {what}")
+    if folder is None:
+        raise UserError(
+            f"data.file: missing; give {what}, as data.file=PATH (or its folder, as data.root=PATH)"
+        )
+    found = sorted(folder.glob("*.csv"))
+    if len(found) != 1:
+        there = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"data.file: missing; {folder.absolute()} should hold one CSV file and holds {there}")
+    return found[0]

@@ -14,7 +14,8 @@ from cnntrain.models.cifar_resnet import CifarResNet
 from cnntrain.models.elements import check_word
 from cnntrain.models.from_torchvision import classifier
 from cnntrain.models.resnet import ResNet
-from cnntrain.models.sequential import Sequential
+from cnntrain.models.sequential import build_layers
+from cnntrain.models.shapes import Place
 
 _PROBE_PX = 256
 UPSAMPLINGS = ("nearest", "bilinear", "bicubic")
@@ -90,10 +91,9 @@ def _build_backbone(
 ) -> nn.Module:
     facts = {"in_channels": in_channels, "num_outputs": 1000, "image_size": image_size}
     if isinstance(backbone, Mapping):
-        layers = backbone.get("layers")
-        if isinstance(layers, list) and "output" not in layers:
-            layers = [*layers, "global_avg_pool", "output"]
-        return Sequential(layers=layers, **facts)  # type: ignore[arg-type]
+        layers: object = backbone.get("layers")
+        place = Place((in_channels, *image_size), 1, "model.backbone.layers")
+        return build_layers(layers, place)[0]  # type: ignore[arg-type]
     if backbone.startswith("cifar_resnet") and backbone.removeprefix("cifar_resnet").isdigit():
         return CifarResNet(depth=int(backbone.removeprefix("cifar_resnet")), **facts)  # type: ignore[arg-type]
     if backbone in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
@@ -104,17 +104,23 @@ def _build_backbone(
 def last_map_of_each_size(network: nn.Module, in_channels: int) -> list[tuple[str, int]]:
     """(name, channels) of the module that makes the last map of each size, finest first.
 
-    Found by running the network on shapes alone; an adaptive pool or a dense layer ends the search, and maps
-    as large as the image don't count.
+    Found by running the network on shapes alone. The head and a flattening end the search; single numbers per
+    channel (those of squeeze-and-excitation, global pools) and maps as large as the image don't count.
     """
     found: dict[int, tuple[str, int]] = {}
     ended: list[str] = []
+    heads: tuple[str, ...] = getattr(network, "head_names", ())
 
     def look(name: str, module: nn.Module, result: object) -> None:
-        if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Linear, nn.Flatten)):
+        if isinstance(module, nn.Flatten) or name in heads:
             ended.append(name)
-        if isinstance(result, Tensor) and result.dim() == 4 and not ended and result.shape[-1] < _PROBE_PX:
-            found[result.shape[-1]] = (name, result.shape[1])
+        if ended or not isinstance(result, Tensor) or result.dim() != 4:
+            return
+        if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
+            return
+        height, width = result.shape[-2:]
+        if height == width and 1 < width < _PROBE_PX:  # channels-last maps inside a block are not square
+            found[width] = (name, result.shape[1])
 
     def hook(name: str) -> Callable[[nn.Module, object, object], None]:
         return lambda module, inputs, result: look(name, module, result)

@@ -74,7 +74,7 @@ def initialise(model: nn.Module, init: str) -> None:
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Leave only the head's parameters trainable; the backbone's norms keep their statistics, whatever the mode.
+    """Leave only the head's parameters trainable; the backbone's norms keep their statistics.
 
     Raises:
         UserError: the network does not say what its head is (`head_names`: the names of the head's modules).

@@ -59,8 +59,8 @@ class Sequential(nn.Module):
         self.layers, shape = build_layers(layers, place)
         if shape[0] != num_outputs:
             raise UserError(
-                f"model.layers: ends in {shape[0]} outputs, the task asks for {num_outputs}; only layers that "
-                "keep the width may follow `output`"
+                f"model.layers: ends in {shape[0]} outputs, the task asks for {num_outputs}; only "
+                "layers that keep the width may follow `output`"
             )
         self.head_names = (f"layers.{outputs[0]}",)
 

@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer stands: the shape that reaches it, the task's number of outputs, its path in the config."""
+    """Where a layer stands: the shape that reaches it, the task's outputs, its path in the config."""
 
     shape: Shape
     num_outputs: int
@@ -48,7 +48,7 @@ _KEEP_SHAPE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.ReLU, nn.Dropo
 
 
 def output_shape(module: nn.Module, shape: Shape) -> Shape:
-    """The shape that `module` makes of an example of `shape`; it is run on the meta device, not calculated."""
+    """The shape that `module` makes of an example of `shape`; run on the meta device, not calculated."""
     if isinstance(module, _KEEP_SHAPE):  # the most frequent ones, for speed
         return shape
     tensors = {name: tensor.to("meta") for name, tensor in module.named_parameters()}

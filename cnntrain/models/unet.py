@@ -92,6 +92,8 @@ class UNet(nn.Module):
         super().__init__()
         for key, word, known in (("padding", padding, PADDINGS), ("upsampling", upsampling, UPSAMPLINGS)):
             check_word(key, word, known)
+        if padding == "valid" and upsampling == "unpool":
+            raise UserError("model.upsampling=unpool needs padding=same: it puts values back where they were")
         smallest = 2**depth if padding == "same" else _smallest_valid(depth)
         if min(image_size) < smallest:
             raise UserError(
@@ -126,7 +128,7 @@ class UNet(nn.Module):
 
 
 def _smallest_valid(depth: int) -> int:
-    """Smallest image whose maps all keep a pixel through unpadded convolutions (140 px at depth 4)."""
+    """Smallest image whose maps all keep a pixel through unpadded convolutions (188 px at depth 4)."""
     size = 1
     for _ in range(depth):
         size = -(-(size + 4) // 2)  # before the decoder's two convolutions and its upsampling

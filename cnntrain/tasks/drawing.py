@@ -130,7 +130,8 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str = "Confu
     """How often each true class (row) was taken for each class (column).
 
     Cells are coloured by their share of the row, the diagonal in blue and mistakes in red, so that a rare
-    mistake is seen beside a good diagonal. Numbers are written up to 25 classes.
+    mistake is seen beside a good diagonal. Up to 25 classes the counts are written too, or the shares where
+    a count reaches 10,000.
 
     Args:
         counts: (C, C), row = true class.
@@ -150,7 +151,7 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str = "Confu
         if count <= 25:
             for i, j in np.argwhere(matrix > 0):
                 dark = share[i, j] > (0.7 if i == j else 0.4)
-                text = f"{matrix[i, j]:.0f}" if matrix[i, j] < 1e4 else f"{share[i, j]:.2f}"
+                text = f"{matrix[i, j]:.0f}" if matrix.max() < 1e4 else f"{share[i, j]:.2f}".lstrip("0")
                 ax.text(j, i, text, ha="center", va="center", fontsize=font, color="white" if dark else INK)
             ax.set_xticks(np.arange(-0.5, count), minor=True)
             ax.set_yticks(np.arange(-0.5, count), minor=True)
@@ -169,7 +170,7 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str = "Confu
         ax.set_xlabel("predicted")
         ax.set_ylabel("true")
         total = matrix.sum()
-        ax.set_title(f"{title}: {np.trace(matrix) / total:.1%} of {total:.0f} right" if total else title)
+        ax.set_title(f"{title}: {np.trace(matrix) / total:.1%} of {total:,.0f} right" if total else title)
     return figure
 
 
@@ -218,7 +219,7 @@ def bars(values: Mapping[str, float], title: str, label: str, limit: float | Non
                 va="center",
                 fontsize=7.5,
             )
-        size = 9.0 if len(names) <= 60 else 5.0
+        size = min(8.5, 8.5 * 66 / len(names))
         ax.set_yticks(range(len(names)), [shorten(name, 28) for name in names], fontsize=size)
         ax.invert_yaxis()
         ax.set(title=title, xlabel=label, ylim=(len(names) - 0.4, -0.6))

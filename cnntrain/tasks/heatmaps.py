@@ -1,7 +1,7 @@
 """Heat maps of keypoints: from points to Gaussian targets, and back with sub-pixel precision.
 
-A map of h x w cells covers the canvas corner to corner, as everywhere at pixel centres: cell 0 lies on pixel 0 and
-cell w - 1 on pixel W - 1, so that a flip of the canvas is a flip of the map.
+A map of h x w cells covers the canvas corner to corner, as everywhere at pixel centres: cell 0 lies on pixel
+0 and cell w - 1 on pixel W - 1, so that a flip of the canvas is a flip of the map.
 """
 
 import torch
@@ -34,11 +34,12 @@ def log_gaussian(points: Tensor, cells: tuple[int, int], sigma: float) -> Tensor
 def decode(log_heat: Tensor) -> Tensor:
     """The peak of each map, (N, K, h, w) -> (N, K, 2) as (x, y) in cells, to a fraction of a cell.
 
-    From the highest cell one Newton step on the logarithm of the heat, which is quadratic for a Gaussian: the step
-    is exact for a heat map that equals its target (Zhang et al., Distribution-aware coordinate representation, CVPR
-    2020, equation 8). A peak on the border keeps its whole cell across it, and no step is longer than one cell.
+    From the highest cell one Newton step on the logarithm of the heat, which is quadratic for a Gaussian: the
+    step is exact for a heat map that equals its target (Zhang et al., Distribution-aware coordinate
+    representation, CVPR 2020, equation 8). A peak on the border keeps its whole cell across it, and no step
+    is longer than one cell.
     """
-    n, k, h, w = log_heat.shape
+    h, w = log_heat.shape[2:]
     peak = log_heat.flatten(2).argmax(2)  # (N,K)
     x, y = peak % w, peak // w
 
@@ -56,8 +57,12 @@ def decode(log_heat: Tensor) -> Tensor:
     determinant = bend_x * bend_y - twist.square()
     curved = (bend_x < 0) & (bend_y < 0) & (determinant > 0)  # a maximum, not a saddle or a plateau
     safe = torch.where(curved, determinant, 1.0)
-    step_x = torch.where(curved, (twist * slope_y - bend_y * slope_x) / safe, -slope_x / bend_x.clamp(max=-1e-12))
-    step_y = torch.where(curved, (twist * slope_x - bend_x * slope_y) / safe, -slope_y / bend_y.clamp(max=-1e-12))
+    step_x = torch.where(
+        curved, (twist * slope_y - bend_y * slope_x) / safe, -slope_x / bend_x.clamp(max=-1e-12)
+    )
+    step_y = torch.where(
+        curved, (twist * slope_x - bend_x * slope_y) / safe, -slope_y / bend_y.clamp(max=-1e-12)
+    )
     step_x = torch.where(inside_x & (bend_x < 0), step_x, 0.0).clamp(-1, 1)
     step_y = torch.where(inside_y & (bend_y < 0), step_y, 0.0).clamp(-1, 1)
     return torch.stack([x + step_x, y + step_y], -1)

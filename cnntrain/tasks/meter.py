@@ -100,7 +100,7 @@ class Meter(ABC):
         if value.is_floating_point():
             value = value.to(wide_dtype(value.device))
         known = self._sums.get(name)
-        self._sums[name] = value.clone() if known is None else known + value.to(known.device)
+        self._sums[name] = value if known is None else known + value.to(known.device)
 
     def _keep(self, name: str, value: Tensor) -> None:
         known = self._rows.setdefault(name, [])

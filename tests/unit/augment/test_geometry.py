@@ -280,8 +280,30 @@ def test_points_behind_the_camera_are_invisible():
     moved = Pipeline(SPEC, {"tilt": Tilt()})(batch, 0, 0)
     assert moved.targets["visible"].tolist() == [[True, False, False, False, False]]
     assert moved.targets["points"].isfinite().all()
-    # x = 10 lands on 20; the output's right of x = 40 looks at 13 and more; nothing comes from behind.
     assert moved.images.isfinite().all()
+
+
+def test_images_show_nothing_from_behind_the_camera():
+    class Tilt(Geometry):
+        draws = 0
+
+        def move(self, draws, height, width):
+            matrix = torch.eye(3, dtype=torch.float64)
+            matrix[2, 0] = -1 / 20
+            sideways = torch.eye(3, dtype=torch.float64)
+            sideways[0, 2] = 50
+            return (sideways @ matrix).repeat(len(draws), 1, 1)
+
+    batch = make(2, 0)
+    batch.images[:] = 255
+    batch.targets["mask"][:] = 1
+    for border in ("zero", "edge"):
+        moved = Pipeline(SPEC, {"tilt": Tilt()}, border)(batch, 0, 0)
+        # Output columns left of 17 would show columns beyond 53 of the image through the back of the camera.
+        assert (moved.targets["mask"][:, :, :30] == DEFAULT_IGNORE_INDEX).all()
+        assert (moved.targets["mask"] == 1).any()
+        if border == "zero":
+            assert (moved.images[:, :, :, :30] == 0).all()
 
 
 @pytest.mark.parametrize("border", ["zero", "edge", "reflect"])

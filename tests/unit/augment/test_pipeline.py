@@ -1,5 +1,6 @@
 """What the pipeline promises: no draw depends on the batch or on other augmentations; and what it refuses."""
 
+import contextlib
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ from cnntrain.augment.colour import Brightness, ColourJitter, Contrast, Hue, Inv
 from cnntrain.augment.effects import Blur, Erasing, Noise
 from cnntrain.augment.geometry import Crop, HorizontalFlip, Shift, VerticalFlip
 from cnntrain.augment.mix import Cutmix, Mixup
+from cnntrain.augment.paint import affine_by_channel
 from cnntrain.augment.per_sample import TorchvisionTransform
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.augment.policy import Trivial
@@ -119,6 +121,61 @@ def test_autocast_changes_nothing(make_batch):
     assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("name", [*ITEMS, "mixup", "cutmix", "all"])
+def test_the_device_is_never_waited_for(make_batch, monkeypatch, name):
+    """A meta tensor has no values: reading one, as waiting for a GPU would, raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    mixing = {"mixup": Mixup(), "cutmix": Cutmix()}
+    items = {**ITEMS, "cutmix": Cutmix()} if name == "all" else {name: (ITEMS | mixing)[name]}
+    batch = make_batch(5)
+    batch.images = batch.images.to("meta")
+    batch.targets = {"label": batch.targets["label"].to("meta")}
+    if name not in ("mixup", "cutmix", "all"):
+        batch.targets = {
+            "points": torch.zeros(5, 2, 2, device="meta"),
+            "visible": torch.zeros(5, 2, dtype=torch.bool, device="meta"),
+            "mask": torch.zeros(5, 12, 17, dtype=torch.uint8, device="meta"),
+        }
+    spec = DataSpec(3, 12, 17, keypoints=("l", "r"), mirror=(1, 0)) if "points" in batch.targets else SPEC
+    pipeline = Pipeline(spec, items)
+    moved = pipeline(batch, 1, 2)
+    assert moved.images.shape == (5, 3, 12, 17)
+    assert moved.images.is_meta
+    assert all(values.is_meta for values in moved.targets.values())
+    assert pipeline.plain(batch).images.is_meta
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colour_on_a_gpu_is_the_same_sum(channels):
+    values, matrix, offset = (
+        torch.rand(4, channels, 50),
+        torch.randn(4, channels, channels),
+        torch.randn(4, channels, 1),
+    )
+    torch.testing.assert_close(
+        affine_by_channel(values, matrix, offset), torch.baddbmm(offset, matrix, values)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["whole pixels", "all"])
+def test_a_gpu_gives_the_same_batch_without_waiting(make_batch, name):
+    items = ITEMS if name == "all" else {key: ITEMS[key] for key in ("flip", "crop", "shift", "jitter")}
+    pipeline = Pipeline(SPEC, items)
+    batch = make_batch(9)
+    expected = pipeline(batch, 1, 2).images
+    batch.images = batch.images.cuda()
+    pipeline(batch, 1, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = pipeline(batch, 1, 2).images
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(result.cpu(), expected, atol=2e-3, rtol=0)
+    alone = pipeline(part(batch, slice(3, 4)), 1, 2).images
+    assert torch.equal(alone[0], result[3])
+
+
 def test_the_way_back_to_the_source_file_is_kept(make_batch):
     batch = make_batch(4)
     batch.to_canvas = torch.eye(3, dtype=torch.float64).repeat(4, 1, 1)
@@ -156,6 +213,7 @@ def test_plain_is_the_middle_on_the_same_canvas(make_batch):
             ["augment.odd", "RandomHorizontalFlip", "keypoints"],
         ),
         (SPEC, {"a": Mixup(), "b": Cutmix()}, "zero", ["augment.a", "augment.b", "mixup_cutmix"]),
+        (SPEC, {"net": torch.nn.ReLU()}, "zero", ["augment.net", "ReLU", "Geometry"]),
         (SPEC, {}, "reflekt", ["border", "did you mean 'reflect'"]),
         (SPEC, {"crop": Crop(size=40, padding_px=2)}, "zero", ["Crop", "40x40", "12x17"]),
         (DataSpec(4, 8, 8), {"jitter": Brightness()}, "zero", ["augment.jitter", "4"]),

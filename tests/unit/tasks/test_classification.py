@@ -102,7 +102,7 @@ def test_an_optimum_reaches_the_lowest_loss_and_nothing_goes_below(classes, weig
     for label in range(classes):
         targets = {"label": torch.tensor([label])}
         outputs = torch.zeros(1, task.num_outputs, requires_grad=True)
-        optimizer = torch.optim.LBFGS([outputs], max_iter=200, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([outputs], max_iter=40, line_search_fn="strong_wolfe")
 
         def closure(outputs=outputs, targets=targets, optimizer=optimizer):
             optimizer.zero_grad()

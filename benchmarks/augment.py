@@ -1,0 +1,197 @@
+"""How long augmenting a batch takes: this package, torchvision v2 image by image, and kornia where it is
+installed.
+
+    python benchmarks/augment.py                  # one CPU core
+    python benchmarks/augment.py --device cuda    # also the share of a resnet18 training step
+
+Prints a table: milliseconds per batch (the best of many runs), and how many times as long the others take.
+All start from the same uint8 batch and end in normalised float32. kornia is no dependency: `pip install
+kornia` to compare.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cnntrain.augment.augmentation import Augmentation
+from cnntrain.augment.colour import ColourJitter
+from cnntrain.augment.geometry import Crop, HorizontalFlip
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.augment.warp import Rotation, Zoom
+from cnntrain.spec import Batch, DataSpec
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+
+
+def best_ms(run: Callable[[], object], device: torch.device, least_s: float = 1.5) -> float:
+    """Milliseconds of the fastest run within `least_s` seconds (at least five runs), after two to warm up."""
+
+    def timed() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - start)
+
+    for _ in range(2):
+        timed()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begin < least_s:
+        times.append(timed())
+    return min(times)
+
+
+def ours(images: Tensor, items: dict[str, Augmentation]) -> Callable[[], Tensor]:
+    count, channels, height, width = images.shape
+    pipeline = Pipeline(DataSpec(channels, height, width, mean=MEAN, std=STD), items)
+    position = torch.arange(count)
+    batch = Batch(images, {"label": position.to(images.device)}, position, position)
+    return lambda: pipeline(batch, 0, 0).images
+
+
+def small_images(device: torch.device) -> dict[str, Callable[[], object]]:
+    """Crop with padding, flip and colour jitter of 128 images 3x32x32."""
+    images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8, device=device)
+    runs: dict[str, Callable[[], object]] = {
+        "cnntrain": ours(
+            images, {"crop": Crop(padding_px=4), "flip": HorizontalFlip(), "jitter": ColourJitter(**JITTER)}
+        )
+    }
+    from torchvision.transforms import v2
+
+    one = v2.Compose(
+        [
+            v2.RandomCrop(32, padding=4),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(**JITTER),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    runs["torchvision v2, per image"] = lambda: torch.stack([one(image) for image in images])
+    kornia = import_kornia()
+    if kornia:
+        chain = kornia.AugmentationSequential(
+            kornia.RandomCrop((32, 32), padding=4),
+            kornia.RandomHorizontalFlip(),
+            kornia.ColorJitter(**JITTER),
+            kornia.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+        )
+        runs["kornia"] = lambda: chain(images.float() / 255)
+        linear = kornia.AugmentationSequential(
+            kornia.RandomCrop((32, 32), padding=4),
+            kornia.RandomHorizontalFlip(),
+            kornia.ColorJitter(**{**JITTER, "hue": 0.0}),
+            kornia.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+        )
+        runs["kornia, without its hue"] = lambda: linear(images.float() / 255)
+    return runs
+
+
+def large_images(device: torch.device) -> dict[str, Callable[[], object]]:
+    """Rotation, zoom, crop and flip of 16 images 3x224x224: one resample against a chain."""
+    images = torch.randint(0, 256, (16, 3, 224, 224), dtype=torch.uint8, device=device)
+    runs: dict[str, Callable[[], object]] = {
+        "cnntrain": ours(
+            images,
+            {
+                "rotation": Rotation(degrees=15),
+                "zoom": Zoom(factor=(0.8, 1.25)),
+                "crop": Crop(padding_px=16),
+                "flip": HorizontalFlip(),
+            },
+        )
+    }
+    from torchvision.transforms import v2
+
+    one = v2.Compose(
+        [
+            v2.RandomAffine(15, scale=(0.8, 1.25), interpolation=v2.InterpolationMode.BILINEAR),
+            v2.RandomCrop(224, padding=16),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    runs["torchvision v2, per image"] = lambda: torch.stack([one(image) for image in images])
+    kornia = import_kornia()
+    if kornia:
+        chain = kornia.AugmentationSequential(
+            kornia.RandomAffine(15.0, scale=(0.8, 1.25), p=1.0),
+            kornia.RandomCrop((224, 224), padding=16),
+            kornia.RandomHorizontalFlip(),
+            kornia.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+        )
+        runs["kornia"] = lambda: chain(images.float() / 255)
+    return runs
+
+
+def import_kornia():
+    """kornia.augmentation, or None where it is not installed."""
+    try:
+        import kornia.augmentation
+    except ImportError:
+        return None
+    return kornia.augmentation
+
+
+def print_share_of_a_step(device: torch.device) -> None:
+    """Augmenting 256 images 3x224x224 beside one bfloat16 training step of torchvision's resnet18 on them."""
+    from torchvision.models import resnet18
+
+    model = resnet18().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    images = torch.randint(0, 256, (256, 3, 224, 224), dtype=torch.uint8, device=device)
+    labels = torch.arange(256, device=device)
+    items: dict[str, dict[str, Augmentation]] = {
+        "crop, flip, jitter": {"crop": Crop(), "flip": HorizontalFlip(), "jitter": ColourJitter(**JITTER)},
+        "rotation, zoom, flip, jitter": {
+            "rotation": Rotation(),
+            "zoom": Zoom(),
+            "flip": HorizontalFlip(),
+            "jitter": ColourJitter(**JITTER),
+        },
+    }
+    ready = ours(images, {})().to(memory_format=torch.channels_last)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(ready), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step_ms = best_ms(step, device)
+    print(f"\nresnet18 step, 256 images 3x224x224: {step_ms:.2f} ms")
+    for name, chosen in items.items():
+        augment_ms = best_ms(ours(images, chosen), device)
+        print(f"  {name:<32}{augment_ms:>9.2f} ms {100 * augment_ms / step_ms:>7.1f} % of the step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    for runs in (small_images, large_images):
+        print(f"\n{runs.__doc__}")
+        times = {name: best_ms(run, device) for name, run in runs(device).items()}
+        for name, value in times.items():
+            print(f"  {name:<32}{value:>9.2f} ms {value / times['cnntrain']:>7.1f} x")
+    if import_kornia() is None:
+        print("\n(kornia is not installed)")
+    if device.type == "cuda":
+        print_share_of_a_step(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Metrics of keypoints: errors in source pixels, NME and PCK, exact over all visible points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cnntrain.tasks.meter import Meter, ratio
+
+if TYPE_CHECKING:
+    from cnntrain.tasks.keypoints import Keypoints
+
+THRESHOLDS = (0.05, 0.1)  # of PCK: the share of points whose error is at most this, relative to the norm
+
+
+class KeypointMeter(Meter):
+    """Loss; over all visible points: mean error in source pixels, NME, and PCK at 0.05 and 0.1."""
+
+    def __init__(self, task: Keypoints) -> None:
+        super().__init__()
+        self._task = task
+
+    def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+        error, visible, norm = self._task.errors(outputs, targets)
+        self._add("error_px", error.sum(0))
+        self._add("visible", visible.sum(0))
+        normed = visible & (norm > 0)[:, None]
+        share = error / torch.where(norm > 0, norm, 1.0)[:, None]
+        self._add("nme", torch.where(normed, share, 0.0).sum())
+        self._add("normed", normed.sum())
+        self._add("correct", torch.stack([(normed & (share <= limit)).sum() for limit in THRESHOLDS]))
+
+    def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        metrics = {
+            "nme": ratio(values["nme"], values["normed"]),
+            "error_px": ratio(values["error_px"].sum(), values["visible"].sum()),
+        }
+        correct = zip(THRESHOLDS, values["correct"], strict=True)
+        return metrics | {f"pck@{limit}": ratio(hits, values["normed"]) for limit, hits in correct}
+
+    def details(self) -> dict[str, float]:
+        """`error_px/<point>`: mean error of that point in source pixels."""
+        values = self.read()
+        pairs = zip(self._task.spec.keypoints, values["error_px"], values["visible"], strict=True)
+        return {f"error_px/{name}": ratio(error, count) for name, error, count in pairs}

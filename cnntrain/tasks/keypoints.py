@@ -1,0 +1,240 @@
+"""K named points per image: direct regression or heat maps, judged in pixels of the source image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cnntrain.errors import UserError, suggest
+from cnntrain.spec import DataSpec
+from cnntrain.tasks import drawing, heatmaps, overlays
+from cnntrain.tasks.arguments import choice, number
+from cnntrain.tasks.keypoint_meter import KeypointMeter
+from cnntrain.tasks.meter import Meter, ratio, wide_dtype
+from cnntrain.tasks.regression import make_distance
+from cnntrain.tasks.source_pixels import unmap_points
+from cnntrain.tasks.task import Targets, Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Keypoints(Task):
+    """Where K points are. Points that are not visible (unlabelled, or off the canvas) count nowhere.
+
+    Targets: `points` (N, K, 2) canvas pixels (x, y), `visible` (N, K) bool, and for figures in the pixels of
+    the source image `to_canvas` (N, 3, 3), source to canvas, of any float type on any device (none: the
+    identity).
+
+    With `head='regression'` the model gives (N, 2K): x and y of each point from the canvas's centre, in units
+    of half its longer side, so that a flip changes a sign and zero is the centre. With `head='heatmap'` it
+    gives maps (N, K, h, w) that cover the canvas corner to corner.
+
+    Args:
+        spec: facts of the data; its size must be that of the canvas that the model sees.
+        head: 'regression' or 'heatmap'.
+        loss: 'auto', 'mse', 'l1', 'smooth_l1' or 'wing'. Auto is wing for regression; for heat maps it is the
+            Kullback-Leibler divergence of the softmax over cells from a Gaussian, and 'mse' the classical
+            mean squared difference from a Gaussian of height 1 (Tompson et al. 2014).
+        smooth_l1_beta, wing_width, wing_curvature: constants of those losses, in units of half the canvas.
+        heatmap_sigma: the Gaussian's standard deviation in cells of the map.
+        normalise_by: what NME and PCK divide errors by: 'box' (root of the area of the true points' box), or
+            the distance of two named points, e.g. the outer eye corners.
+
+    Raises:
+        UserError: the data has no keypoints, or an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        head: str = "regression",
+        loss: str = "auto",
+        smooth_l1_beta: float = 0.1,
+        wing_width: float = 0.08,
+        wing_curvature: float = 0.016,
+        heatmap_sigma: float = 1.5,
+        normalise_by: str | Sequence[str] = "box",
+    ) -> None:
+        super().__init__(spec)
+        if not spec.keypoints:
+            raise UserError("task: keypoints needs data that names keypoints; try data=toy_faces")
+        self.head = choice("task.head", head, ("regression", "heatmap"))
+        names = ("auto", "mse", "l1", "smooth_l1", "wing") if head == "regression" else ("auto", "mse")
+        self.loss_name = choice(f"task.loss (with task.head={head})", loss, names)
+        beta = number("task.smooth_l1_beta", smooth_l1_beta, 0.0, open_low=True)
+        width = number("task.wing_width", wing_width, 0.0, open_low=True)
+        curvature = number("task.wing_curvature", wing_curvature, 0.0, open_low=True)
+        self.sigma = number("task.heatmap_sigma", heatmap_sigma, 0.0, open_low=True)
+        if head == "regression":
+            name = "wing" if loss == "auto" else loss
+            self._distance = make_distance(name, beta, width, curvature)
+        self._pair = _named_pair(normalise_by, spec.keypoints)
+        self.num_outputs = len(spec.keypoints) * (2 if head == "regression" else 1)
+        self.monitor = ("nme", "min")
+
+    def normalised(self, points: Tensor) -> Tensor:
+        """Canvas pixels -> units of half the canvas from its centre; (..., 2)."""
+        centre, half = self._frame(points)
+        return (points - centre) / half
+
+    def _frame(self, like: Tensor) -> tuple[Tensor, float]:
+        height, width = self.spec.image_size
+        return like.new_tensor([(width - 1) / 2, (height - 1) / 2]), max(height - 1, width - 1, 1) / 2
+
+    def points(self, outputs: Tensor) -> Tensor:
+        """The answer in canvas pixels: (N, K, 2) float32 as (x, y)."""
+        outputs = outputs.float()
+        if self.head == "regression":
+            coordinates = outputs.reshape(len(outputs), len(self.spec.keypoints), 2)  # (N,2K) -> (N,K,2)
+            centre, half = self._frame(coordinates)
+            return coordinates * half + centre
+        log_heat = outputs if self.loss_name == "auto" else outputs.clamp(min=1e-6).log()
+        cells = (outputs.shape[-2], outputs.shape[-1])
+        return heatmaps.to_pixels(heatmaps.decode(log_heat), self.spec.image_size, cells)
+
+    def losses(self, outputs: Tensor, targets: Targets, plain: bool = False) -> tuple[Tensor, Tensor]:
+        visible = targets["visible"].bool()
+        # Where nothing is known anything may stand, NaN too: it must not reach the arithmetic.
+        true = torch.where(visible[..., None], targets["points"].float(), 0.0)
+        if self.head == "regression":
+            coordinates = outputs.float().reshape(true.shape)  # (N,2K) -> (N,K,2)
+            error = torch.where(visible[..., None], coordinates - self.normalised(true), 0.0)
+            per_point = self._distance(error).mean(2)
+        else:
+            per_point = torch.where(visible, self._heatmap_losses(outputs.float(), true), 0.0)
+        return per_point.sum(1), visible.sum(1).float()
+
+    def _heatmap_losses(self, outputs: Tensor, true: Tensor) -> Tensor:
+        """(N, K) from maps (N, K, h, w) and points in canvas pixels."""
+        cells = (outputs.shape[-2], outputs.shape[-1])
+        log_target = heatmaps.log_gaussian(
+            heatmaps.to_cells(true, self.spec.image_size, cells), cells, self.sigma
+        )
+        if self.loss_name == "mse":
+            return (outputs - log_target.exp()).square().mean((2, 3))
+        log_target = log_target.flatten(2).log_softmax(2)
+        return (log_target.exp() * (log_target - outputs.flatten(2).log_softmax(2))).sum(2)
+
+    def lowest_loss(self) -> float:
+        return 0.0
+
+    def zero_outputs(self, targets: Targets) -> Tensor:
+        """Heat maps of a quarter of the canvas: pass a model's own outputs where their size matters."""
+        shape = [len(targets["points"]), self.num_outputs]
+        if self.head == "heatmap":
+            shape += [-(-side // 4) for side in self.spec.image_size]
+        return torch.zeros(shape, device=targets["points"].device)
+
+    def source_points(self, points: Tensor, targets: Targets) -> Tensor:
+        """Canvas pixels -> pixels of the source images, (N, K, 2), in float64 where the device has it."""
+        points = points.to(wide_dtype(points.device))
+        matrix = targets.get("to_canvas")
+        return points if matrix is None else unmap_points(points, matrix)
+
+    def errors(self, outputs: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+        """Errors in source pixels (N, K), which of them count (N, K) bool, and what normalises them (N,).
+
+        The norm is 0 where it is not known: fewer than two visible points, or one of the pair not visible.
+        """
+        visible = targets["visible"].bool()
+        true = self.source_points(torch.where(visible[..., None], targets["points"].float(), 0.0), targets)
+        error = (self.source_points(self.points(outputs), targets) - true).norm(dim=2)
+        if self._pair:
+            a, b = self._pair
+            norm = (true[:, a] - true[:, b]).norm(dim=1) * (visible[:, a] & visible[:, b])
+        else:
+            shown = visible[..., None]
+            size = true.masked_fill(~shown, -math.inf).amax(1) - true.masked_fill(~shown, math.inf).amin(1)
+            norm = size.clamp(min=0).prod(1).sqrt()
+        return torch.where(visible, error, 0.0), visible, norm
+
+    def meter(self) -> KeypointMeter:
+        return KeypointMeter(self)
+
+    @torch.no_grad()
+    def answers(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
+        """`<name>_x` and `<name>_y` of every point, in pixels of the source image."""
+        points = self.source_points(self.points(outputs), targets).tolist()
+        return [_columns(self.spec.keypoints, row) for row in points]
+
+    @torch.no_grad()
+    def rows(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
+        """`visible` (how many points count), `error_px`, `nme`, `loss`, then predicted and true coordinates
+        in pixels of the source image."""
+        error, visible, norm = self.errors(outputs, targets)
+        true = self.source_points(targets["points"].float(), targets).tolist()
+        sums, counts = self.losses(outputs, targets, plain=True)
+        rows = []
+        for i, answer in enumerate(self.answers(outputs, targets)):
+            count, total = int(counts[i]), float(error[i].sum())
+            row: dict[str, object] = {"visible": count, "error_px": ratio(total, count)}
+            row |= {"nme": ratio(total, count * float(norm[i])), "loss": ratio(sums[i], counts[i])}
+            shown = [p if v else [None, None] for p, v in zip(true[i], visible[i].tolist(), strict=True)]
+            rows.append({**row, **answer, **_columns(self.spec.keypoints, shown, "true_")})
+        return rows
+
+    @torch.no_grad()
+    def mistake_score(self, outputs: Tensor, targets: Targets) -> Tensor:
+        """Mean error of the visible points, in units of half the canvas."""
+        visible = targets["visible"].bool()
+        error = (self.points(outputs) - targets["points"].float()).norm(dim=2) / self._frame(outputs)[1]
+        return torch.where(visible, error, 0.0).sum(1) / visible.sum(1).clamp(min=1)
+
+    def figures(self, meter: Meter) -> dict[str, Figure]:
+        if not meter.state():
+            return {}
+        errors = {name.split("/", 1)[1]: value for name, value in meter.details().items()}
+        label = "mean error (pixels of the source image)"
+        return {"error_per_keypoint": drawing.bars(errors, "Error per keypoint", label)}
+
+    @torch.no_grad()
+    def draw(
+        self,
+        images: Tensor,
+        outputs: Tensor | None,
+        targets: Targets,
+        names: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> Figure:
+        pictures = drawing.unnormalise(images, mean, std)
+        predicted = None if outputs is None else self.points(outputs).cpu().numpy()
+        true = targets["points"].float().cpu().numpy() if "points" in targets else None
+        captions = list(names)
+        if true is None:
+            visible = torch.ones(len(images), len(self.spec.keypoints), dtype=torch.bool)
+        else:
+            visible = targets["visible"].bool().cpu()
+            if outputs is not None:
+                error, seen, _ = self.errors(outputs, targets)
+                mean_error = (error.sum(1) / seen.sum(1)).tolist()
+                captions = [f"{name}\n{e:.1f} px" for name, e in zip(names, mean_error, strict=True)]
+        return overlays.point_grid(pictures, captions, true, predicted, visible.numpy(), self.spec.skeleton)
+
+
+def _named_pair(value: str | Sequence[str], names: Sequence[str]) -> tuple[int, int] | None:
+    """Indices of the pair of points that normalises errors; None for the box."""
+    if value == "box":
+        return None
+    if isinstance(value, str) or len(value) != 2 or value[0] == value[1]:
+        raise UserError(f"task.normalise_by: must be box or a pair of keypoints [a, b], got {value!r}")
+    for name in value:
+        if name not in names:
+            raise UserError(f"task.normalise_by: {name!r} is no keypoint{suggest(str(name), list(names))}")
+    return list(names).index(value[0]), list(names).index(value[1])
+
+
+def _columns(
+    names: Sequence[str], points: Sequence[Sequence[float | None]], prefix: str = ""
+) -> dict[str, object]:
+    pairs = zip(names, points, strict=True)
+    return {
+        f"{prefix}{name}_{axis}": value
+        for name, point in pairs
+        for axis, value in zip("xy", point, strict=True)
+    }

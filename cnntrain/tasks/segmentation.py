@@ -1,0 +1,244 @@
+"""One class per pixel: cross-entropy, Dice or their sum; mean IoU from one confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnntrain.errors import UserError
+from cnntrain.spec import DataSpec
+from cnntrain.tasks import drawing, overlays
+from cnntrain.tasks.arguments import choice
+from cnntrain.tasks.dense import centre, dice_loss, is_fraction
+from cnntrain.tasks.meter import Meter, count_pairs, ratio
+from cnntrain.tasks.task import Targets, Task
+from cnntrain.tasks.weights import ClassWeights, balanced_weights, parse_class_weights
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Segmentation(Task):
+    """A class for each pixel; pixels of the ignore id count nowhere.
+
+    Targets: `mask` (N, H, W) uint8 class ids. The model gives (N, C, h, w). All losses are sums over labelled
+    pixels: cross-entropy of each, and for Dice the image's loss times its number of labelled pixels, so that
+    the mean over a data set doesn't depend on how it was cut into batches.
+
+    Args:
+        spec: facts of the data; `classes` are the pixels' classes.
+        loss: 'cross_entropy', 'dice' or 'sum' of both.
+        class_weights: for the cross-entropy: one number per class, {class: weight}, or 'balanced' (inverse to
+            the class's pixels in the training data).
+        fit: how outputs of another size meet the mask. 'upsample' them (bilinear, corner to corner); 'crop'
+            the larger of the two about its centre (networks without padding); 'auto' upsamples outputs that
+            are the mask's size divided by a power of 2 (rounded up), and crops others.
+
+    Raises:
+        UserError: the data has no mask classes, or an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        loss: str = "cross_entropy",
+        class_weights: ClassWeights = None,
+        fit: str = "auto",
+    ) -> None:
+        super().__init__(spec)
+        if len(spec.classes) < 2:
+            raise UserError("task: segmentation needs data with 2 mask classes or more; try data=toy_shapes")
+        self.loss_name = choice("task.loss", loss, ("cross_entropy", "dice", "sum"))
+        self.fit_name = choice("task.fit", fit, ("auto", "upsample", "crop"))
+        self._balanced = class_weights == "balanced"
+        self._weights = parse_class_weights(class_weights, spec.classes)
+        self.num_classes = self.num_outputs = len(spec.classes)
+        self.ignore = -1 if spec.ignore_index is None else spec.ignore_index
+        self.monitor = ("miou", "max")
+
+    def prepare(self, targets: Targets) -> None:
+        if self._balanced:
+            if "mask" not in targets:
+                raise UserError(
+                    "task.class_weights: balanced needs all masks in memory, and these are read as they are"
+                    " needed; set data.store=host, or give a number per class"
+                )
+            counts = torch.bincount(targets["mask"].flatten().cpu(), minlength=256)
+            if self.ignore >= 0:
+                counts[self.ignore] = 0
+            self._weights = balanced_weights(counts[: self.num_classes])
+
+    def fit(self, outputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs (N, C, h, w) float32 and mask (N, H, W) int64 of one size, as `fit` says."""
+        outputs, mask = outputs.float(), mask.long()
+        given, wanted = tuple(outputs.shape[-2:]), tuple(mask.shape[-2:])
+        if given == wanted:
+            return outputs, mask
+        if self.fit_name == "upsample" or (self.fit_name == "auto" and is_fraction(given, wanted)):
+            return F.interpolate(outputs, wanted, mode="bilinear", align_corners=True), mask
+        height, width = min(given[0], wanted[0]), min(given[1], wanted[1])
+        return centre(outputs, height, width), centre(mask, height, width)
+
+    def losses(self, outputs: Tensor, targets: Targets, plain: bool = False) -> tuple[Tensor, Tensor]:
+        logits, mask = self.fit(outputs, targets["mask"])
+        labelled = mask != self.ignore
+        weights = None if plain or self.loss_name == "dice" else self._weights_on(logits.device)
+        label = torch.where(labelled, mask, 0)
+        share = labelled.float() if weights is None else weights[label] * labelled
+        counts = share.flatten(1).sum(1)
+        sums = torch.zeros_like(counts)
+        if self.loss_name != "dice":
+            # (N,C,H,W) -> (N*H*W,C): the loss for flat rows has a deterministic backward pass on every
+            # device.
+            rows = logits.movedim(1, -1).reshape(-1, self.num_classes)
+            entropy = F.cross_entropy(rows, label.flatten(), reduction="none").view(mask.shape)
+            sums = sums + (entropy * share).flatten(1).sum(1)
+        if self.loss_name != "cross_entropy":
+            sums = sums + counts * dice_loss(logits, label, labelled)
+        return sums, counts
+
+    def _weights_on(self, device: torch.device) -> Tensor | None:
+        """The class weights, moved once."""
+        if self._balanced and self._weights is None:
+            raise RuntimeError(
+                "class_weights='balanced' needs prepare(training targets) before the first loss"
+            )
+        if self._weights is not None and self._weights.device != device:
+            self._weights = self._weights.to(device)
+        return self._weights
+
+    def lowest_loss(self) -> float:
+        return 0.0
+
+    def zero_outputs(self, targets: Targets) -> Tensor:
+        count, height, width = targets["mask"].shape
+        return torch.zeros(count, self.num_outputs, height, width, device=targets["mask"].device)
+
+    def meter(self) -> SegmentationMeter:
+        return SegmentationMeter(self)
+
+    @torch.no_grad()
+    def masks(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
+        """Predicted ids (N, H, W) uint8 for images of `size` (height, width); where the outputs don't reach
+        (networks without padding) the ignore id, or 255."""
+        logits, _ = self.fit(outputs, torch.zeros(len(outputs), *size, device=outputs.device))
+        result = torch.full(
+            (len(outputs), *size), self.ignore if self.ignore >= 0 else 255, dtype=torch.uint8
+        )
+        centre(result, *logits.shape[-2:])[:] = logits.argmax(1).to(torch.uint8).cpu()
+        return result
+
+    @torch.no_grad()
+    def answers(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
+        """The share of the pixels that each class got."""
+        predicted = outputs.argmax(1).flatten(1)
+        shares = torch.stack([(predicted == i).float().mean(1) for i in range(self.num_classes)], 1).tolist()
+        return [dict(zip(self.spec.classes, row, strict=True)) for row in shares]
+
+    @torch.no_grad()
+    def rows(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
+        """`pixel_accuracy`, `miou` (over the classes that the image or the answer has), `loss`."""
+        sums, counts = self.losses(outputs, targets, plain=True)
+        rows: list[dict[str, object]] = []
+        for i in range(len(outputs)):
+            part = {"mask": targets["mask"][i : i + 1]}
+            square = self.confusion(outputs[i : i + 1], part).view(self.num_classes, -1).cpu().double()
+            iou = self.iou(square)
+            accuracy = ratio(square.trace(), square.sum())
+            mean = float(iou[~iou.isnan()].mean())
+            rows.append({"pixel_accuracy": accuracy, "miou": mean, "loss": ratio(sums[i], counts[i])})
+        return rows
+
+    def confusion(self, outputs: Tensor, targets: Targets) -> Tensor:
+        """Confusion counts of the labelled pixels: (C * C,) int64 on the device."""
+        logits, mask = self.fit(outputs, targets["mask"])
+        labelled, predicted = mask != self.ignore, logits.argmax(1)
+        return count_pairs(mask.flatten(), predicted.flatten(), labelled.flatten(), self.num_classes)
+
+    def iou(self, square: Tensor) -> Tensor:
+        """Intersection over union of each class (C,) from a confusion matrix (C, C); NaN for a class that
+        neither truth nor answer has, and for one that is ignored."""
+        both = square.diagonal()
+        either = square.sum(0) + square.sum(1) - both
+        iou = both / either  # 0 / 0 is NaN
+        if 0 <= self.ignore < self.num_classes:
+            iou[self.ignore] = float("nan")
+        return iou
+
+    @torch.no_grad()
+    def mistake_score(self, outputs: Tensor, targets: Targets) -> Tensor:
+        """Share of the image's labelled pixels that are wrong."""
+        logits, mask = self.fit(outputs, targets["mask"])
+        labelled = mask != self.ignore
+        wrong = (logits.argmax(1) != mask) & labelled
+        return wrong.flatten(1).sum(1) / labelled.flatten(1).sum(1).clamp(min=1)
+
+    def figures(self, meter: Meter) -> dict[str, Figure]:
+        values = meter.read() if meter.state() else {}
+        if "confusion" not in values:
+            return {}
+        square = values["confusion"].view(self.num_classes, -1)
+        per_class = {name.split("/", 1)[1]: value for name, value in meter.details().items()}
+        return {
+            "confusion_matrix": drawing.confusion_matrix(square, self.spec.classes, "Pixels"),
+            "iou_per_class": drawing.bars(per_class, "IoU per class", "intersection over union", 1.0),
+        }
+
+    @torch.no_grad()
+    def draw(
+        self,
+        images: Tensor,
+        outputs: Tensor | None,
+        targets: Targets,
+        names: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> Figure:
+        size = (images.shape[-2], images.shape[-1])
+        layers: dict[str, np.ndarray] = {}
+        scores = [""] * len(images)
+        if "mask" in targets:
+            truth = targets["mask"].cpu().numpy().astype(np.int64)
+            layers["true"] = np.where(truth == self.ignore, 255, truth)
+        if outputs is not None:
+            predicted = self.masks(outputs, size).numpy().astype(np.int64)
+            layers["predicted"] = np.where(predicted == self.ignore, 255, predicted)
+            if "mask" in targets:
+                wrong = self.mistake_score(outputs, targets).tolist()
+                scores = [f" {100 - 100 * share:.0f}%" for share in wrong]
+        captions = []
+        for name, score in zip(names, scores, strict=True):
+            captions += [name, *(layer + (score if layer == "predicted" else "") for layer in layers)]
+        pictures = drawing.unnormalise(images, mean, std)
+        return overlays.mask_grid(pictures, captions, list(layers.values()), self.spec.classes)
+
+
+class SegmentationMeter(Meter):
+    """Loss, pixel accuracy and mean IoU, over the labelled pixels of the whole data set."""
+
+    def __init__(self, task: Segmentation) -> None:
+        super().__init__()
+        self._task = task
+
+    def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+        self._add("confusion", self._task.confusion(outputs, targets))
+
+    def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        square = values["confusion"].view(self._task.num_classes, -1)
+        iou = self._task.iou(square)
+        known = iou[~iou.isnan()]
+        return {"miou": ratio(known.sum(), len(known)), "pixel_accuracy": ratio(square.trace(), square.sum())}
+
+    def details(self) -> dict[str, float]:
+        """`iou/<class>`."""
+        iou = self._task.iou(self.confusion_matrix())
+        return {f"iou/{name}": float(value) for name, value in zip(self._task.spec.classes, iou, strict=True)}
+
+    def confusion_matrix(self) -> Tensor:
+        """(C, C) float64 counts of pixels on the CPU; row = true class, column = predicted."""
+        return self.read()["confusion"].view(self._task.num_classes, -1)

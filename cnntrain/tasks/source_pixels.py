@@ -1,0 +1,21 @@
+"""From the canvas back to the pixels of the source image, without waiting for the device."""
+
+import torch
+from torch import Tensor
+
+
+def unmap_points(points: Tensor, to_canvas: Tensor) -> Tensor:
+    """Points (N, K, 2) on the canvas -> (N, K, 2) in the source, by the inverse of `to_canvas` (N, 3, 3)."""
+    matrix = to_canvas.to(device=points.device, dtype=points.dtype, non_blocking=True)
+    inverse = inverse_3x3(matrix)
+    moved = points @ inverse[:, :2, :2].mT + inverse[:, None, :2, 2]
+    weight = points @ inverse[:, 2:, :2].mT + inverse[:, None, 2:, 2]  # 1 unless it is a perspective
+    return moved / weight
+
+
+def inverse_3x3(matrix: Tensor) -> Tensor:
+    """Inverse of (N, 3, 3) by cofactors; `torch.linalg.inv` would wait for the device to check for singular
+    ones."""
+    a, b, c = matrix.unbind(1)  # rows
+    cofactors = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], 2)
+    return cofactors / (a * torch.linalg.cross(b, c)).sum(1)[:, None, None]

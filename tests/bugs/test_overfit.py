@@ -1,0 +1,74 @@
+"""`overfit` must pass what is sound, and name what is broken."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cnntrain import compose, overfit
+
+PLANTED = Path(__file__).parent / "planted"
+QUICK = ("log.pictures=false", "threads=1")
+
+
+def verdict(tmp_path: Path, *overrides: str) -> dict:
+    return overfit(compose(*QUICK, f"run_dir={tmp_path / 'run'}", *overrides, config_dir=PLANTED))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "torch"])
+def test_a_sound_network_passes_quickly(tmp_path: Path, optimizer: str) -> None:
+    result = verdict(tmp_path, "model=sound", f"optimizer={optimizer}")
+    assert result["verdict"] == "PASS", result["line"]
+    assert result["steps"] <= 100
+    assert result["cause"] is None
+
+
+BROKEN = {
+    "detached layer": (["model=detached"], "no gradient reaches first.weight, first.bias"),
+    "frozen first layer": (["model=frozen_first"], "frozen, they can't learn: first.weight, first.bias"),
+    "flipped sign": (["model=sound", "task=flipped_sign"], "its sign is flipped"),
+    "learning rate 0": (["model=sound", "optimizer.lr=0"], "the learning rate is 0"),
+    "learning rate 1e6, AdamW": (["model=sound", "optimizer.lr=1e6"], "learning rate (1e+06) is far too high"),
+    "learning rate 1e6, SGD": (
+        ["model=sound", "optimizer=sgd", "optimizer.lr=1e6"],
+        "learning rate (1e+06) is far too high",
+    ),
+    "outputs ignore the image": (["model=ignores_image"], "the output ignores the image"),
+    "label never seen": (["model=sound", "task=blind_to_label"], "the loss does not depend on the label"),
+    "dead ReLUs": (["model=dead_relus"], "every ReLU is dead"),
+    "softmax before cross-entropy": (["model=softmax_inside"], "the outputs are probabilities already"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_named(tmp_path: Path, name: str) -> None:
+    overrides, cause = BROKEN[name]
+    result = verdict(tmp_path, *overrides)
+    assert result["verdict"] == "FAIL"
+    assert cause in result["cause"]
+
+
+def test_a_blank_image_is_named(tmp_path: Path) -> None:
+    for split, label, colour in [("train", "a", 120), ("train", "b", 10), ("val", "a", 0), ("val", "b", 9)]:
+        folder = tmp_path / "data" / split / label
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8), (colour + number,) * 3).save(folder / f"{number}.png")
+    result = verdict(
+        tmp_path, "model=sound", "data=image_folder", f"data.root={tmp_path / 'data'}", "data.size=8", "task.binary=false"
+    )
+    assert result["verdict"] == "FAIL"
+    assert "is blank" in result["cause"]
+
+
+def test_the_verdict_is_the_exit_code_and_is_written_down(tmp_path: Path) -> None:
+    from cnntrain.cli import main
+
+    base = ["overfit", *QUICK, f"--config-dir={PLANTED}"]
+    assert main([*base, "model=sound", f"run_dir={tmp_path / 'good'}"]) == 0
+    assert main([*base, "model=detached", f"run_dir={tmp_path / 'bad'}"]) == 1
+    assert (tmp_path / "good" / "overfit.json").exists()
+
+
+def test_several_examples(tmp_path: Path) -> None:
+    assert verdict(tmp_path, "model=sound", "overfit.examples=8")["verdict"] == "PASS"

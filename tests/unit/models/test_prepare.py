@@ -1,0 +1,132 @@
+"""Other norms, activations and weights for a network that is built, and a frozen backbone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from cnntrain.errors import UserError
+from cnntrain.models.cifar_resnet import CifarResNet
+from cnntrain.models.elements import make_norm
+from cnntrain.models.prepare import freeze_backbone, initialise, prepare, unfreeze
+from cnntrain.models.sequential import Sequential
+
+
+def network(depth: int = 8) -> CifarResNet:
+    torch.manual_seed(0)
+    return CifarResNet(depth=depth, in_channels=3, num_outputs=10, image_size=(32, 32))
+
+
+def plain(*layers: object) -> Sequential:
+    torch.manual_seed(0)
+    return Sequential(
+        layers=[*layers, "flatten", "output"], in_channels=3, num_outputs=10, image_size=(32, 32)
+    )
+
+
+def test_nothing_asked_nothing_changed() -> None:
+    before = network()
+    after = prepare(network())
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("norm", ["layer", "instance", "group"])
+def test_norms_know_no_other_example(norm: str) -> None:
+    model = prepare(network(), norm=norm).train()
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model(images)[:1], model(images[:1]), rtol=1e-3, atol=1e-4)
+
+
+def test_norms_there_and_back_keep_the_parameters_count() -> None:
+    count = sum(p.numel() for p in network().parameters())
+    assert (
+        sum(p.numel() for p in prepare(prepare(network(), norm="group"), norm="batch").parameters()) == count
+    )
+
+
+@pytest.mark.parametrize(("norm", "over"), [("layer", (1, 2, 3)), ("instance", (2, 3))])
+def test_norms_normalise_over(norm: str, over: tuple[int, ...]) -> None:
+    """Wu and He 2018, figure 2."""
+    x = torch.randn(2, 8, 16, 16) * 5 + 3
+    y = make_norm(norm, 8)(x)
+    torch.testing.assert_close(y.mean(over), torch.zeros_like(y.mean(over)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(y.var(over, correction=0), torch.ones_like(y.mean(over)), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 20, 64, 96])
+def test_group_norm_takes_any_channels(channels: int) -> None:
+    assert make_norm("group", channels)(torch.randn(2, channels, 4, 4)).isfinite().all()
+
+
+def test_errors_name_the_key_and_the_near_miss() -> None:
+    with pytest.raises(UserError, match=r"model\.norm: 'bach' .*did you mean 'batch'"):
+        prepare(network(), norm="bach")
+    with pytest.raises(UserError, match=r"model\.activation: 'rellu' .*did you mean 'relu'"):
+        prepare(network(), activation="rellu")
+    with pytest.raises(UserError, match=r"model\.init: 'xaver' .*did you mean 'xavier'"):
+        prepare(network(), init="xaver")
+    with pytest.raises(UserError, match=r"model\.freeze: 'backbon' .*did you mean 'backbone'"):
+        prepare(network(), freeze="backbon")
+    with pytest.raises(UserError, match="no norm to swap"):
+        prepare(plain({"conv": 8}), norm="group")
+    with pytest.raises(UserError, match="no activation layer"):
+        prepare(plain({"conv": 8}), activation="gelu")
+    with pytest.raises(UserError, match="does not say what its head is"):
+        freeze_backbone(nn.Sequential(nn.Linear(3, 2)))
+
+
+@pytest.mark.parametrize(
+    ("init", "std"), [("he", (2 / 576) ** 0.5), ("xavier", (2 / 1152) ** 0.5), ("lecture", 0.01)]
+)
+def test_initialisation(init: str, std: float) -> None:
+    """Of a 3x3 convolution from 64 to 64 channels: fan in and fan out are 576."""
+    model = plain({"conv": 64}, {"conv": 64})
+    initialise(model, init)
+    conv = model.layers[1]
+    assert conv.weight.std().item() == pytest.approx(std, rel=0.02)
+    assert not conv.bias.any()
+
+
+def test_he_keeps_the_signal_where_the_lectures_fades() -> None:
+    """He et al. 2015, section 2.2: the variance survives the layers; with std 0.01 it dies."""
+    sizes = {}
+    for init in ("he", "lecture"):
+        model = plain(*[{"conv": {"out": 32, "padding": "same"}}, "relu"] * 10)
+        initialise(model, init)
+        sizes[init] = model.layers[:20](torch.randn(4, 3, 32, 32)).std().item()
+    assert 0.1 < sizes["he"] < 10
+    assert sizes["lecture"] < 1e-6
+
+
+def test_pretrained_weights_are_not_thrown_away() -> None:
+    model = network()
+    model.pretrained_from = "somewhere"  # type: ignore[assignment]
+    with pytest.raises(UserError, match="would throw the pretrained weights away"):
+        prepare(model, init="he")
+
+
+def test_a_frozen_backbone_stays_as_it_is_and_the_head_learns() -> None:
+    model = prepare(network(), freeze="backbone")
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model.train()
+        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_a_copy_of_a_frozen_network_is_frozen_and_unfreezing_sets_all_free() -> None:
+    model = pickle.loads(pickle.dumps(copy.deepcopy(prepare(network(), freeze="backbone"))))
+    model.train()
+    model(torch.randn(4, 3, 32, 32))
+    assert not model.bn1.training
+    unfreeze(model)
+    before = model.bn1.running_mean.clone()
+    model(torch.randn(4, 3, 32, 32))
+    assert model.bn1.training
+    assert not torch.equal(model.bn1.running_mean, before)
+    assert all(p.requires_grad for p in model.parameters())

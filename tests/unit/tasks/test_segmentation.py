@@ -1,0 +1,286 @@
+"""Segmentation against torch, scikit-learn and brute force, and the properties of sums over labelled
+pixels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnntrain.errors import UserError
+from cnntrain.spec import DataSpec
+from cnntrain.tasks.dense import dice_loss, is_fraction
+from cnntrain.tasks.segmentation import Segmentation
+
+LOSSES = ("cross_entropy", "dice", "sum")
+
+
+def make(classes: int = 4, ignore: int | None = 255, **settings) -> Segmentation:
+    names = tuple(f"c{i}" for i in range(classes))
+    return Segmentation(DataSpec(3, 9, 11, classes=names, ignore_index=ignore), **settings)
+
+
+def example(task: Segmentation, count: int = 6, seed: int = 0, size=(9, 11)):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(count, task.num_classes, *size, generator=generator)
+    mask = torch.randint(0, task.num_classes, (count, *size), generator=generator).to(torch.uint8)
+    if task.ignore >= 0:
+        mask[torch.rand(count, *size, generator=generator) < 0.3] = task.ignore
+    return outputs, {"mask": mask}
+
+
+def mean_loss(task, outputs, targets, plain=False) -> float:
+    total, count = task.loss(outputs, targets, plain)
+    return float(total / count)
+
+
+def metered(task, outputs, targets):
+    meter = task.meter()
+    meter.update(outputs, targets, *task.loss(outputs, targets, plain=True))
+    return meter
+
+
+def certain(task: Segmentation, mask: torch.Tensor) -> torch.Tensor:
+    """Outputs that are sure of the truth (of class 0 where it is ignored)."""
+    label = torch.where(mask == task.ignore, 0, mask.long())
+    return F.one_hot(label, task.num_classes).movedim(-1, 1).float() * 60
+
+
+@pytest.mark.parametrize("ignore", [None, 255, 3])
+@pytest.mark.parametrize("weights", [None, [1, 2, 0.5, 3]])
+def test_cross_entropy_is_torchs(ignore, weights):
+    task = make(ignore=ignore, class_weights=weights)
+    outputs, targets = example(task)
+    weight = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    mask, skipped = targets["mask"].long(), -100 if ignore is None else ignore
+    expected = F.cross_entropy(outputs.double(), mask, weight, ignore_index=skipped)
+    assert mean_loss(task, outputs, targets) == pytest.approx(float(expected), rel=1e-6)
+    plain = F.cross_entropy(outputs.double(), mask, ignore_index=skipped)
+    assert mean_loss(task, outputs, targets, plain=True) == pytest.approx(float(plain), rel=1e-6)
+
+
+def test_dice_is_the_definition():
+    task = make(loss="dice")
+    outputs, targets = example(task)
+    probability = outputs.double().softmax(1).numpy()
+    total = pixels = 0.0
+    for p, mask in zip(probability, targets["mask"].numpy(), strict=True):
+        labelled = mask != 255
+        scores = []
+        for c in np.unique(mask[labelled]):
+            g = (mask == c) & labelled
+            scores.append(2 * p[c][g].sum() / (p[c][labelled].sum() + g.sum()))
+        total += labelled.sum() * (1 - np.mean(scores))
+        pixels += labelled.sum()
+    assert mean_loss(task, outputs, targets) == pytest.approx(total / pixels, rel=1e-6)
+
+
+def test_the_sum_is_the_sum():
+    outputs, targets = example(make())
+    parts = [mean_loss(make(loss=loss), outputs, targets) for loss in LOSSES]
+    assert parts[2] == pytest.approx(parts[0] + parts[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("ignore", [None, 255, 0])
+def test_a_perfect_answer_reaches_the_lowest_loss(loss, ignore):
+    task = make(loss=loss, ignore=ignore)
+    _, targets = example(task)
+    outputs = certain(task, targets["mask"])
+    assert mean_loss(task, outputs, targets) == pytest.approx(task.lowest_loss(), abs=1e-6)
+    values = metered(task, outputs, targets).compute()
+    assert values["miou"] == 1.0
+    assert values["pixel_accuracy"] == 1.0
+
+
+def test_dice_punishes_a_class_that_was_missed_and_is_at_most_one():
+    mask = torch.zeros(1, 4, 4, dtype=torch.int64)
+    mask[0, :, 2:] = 1
+    labelled = torch.ones_like(mask, dtype=torch.bool)
+    wrong = F.one_hot(1 - mask, 2).movedim(-1, 1).float() * 60
+    assert float(dice_loss(wrong, mask, labelled)) == pytest.approx(1)
+    assert float(dice_loss(wrong, mask, ~labelled)) == 0.0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_ignored_pixels_have_no_gradient_and_change_nothing(loss):
+    task = make(loss=loss)
+    outputs, targets = example(task)
+    outputs.requires_grad_()
+    total, _ = task.loss(outputs, targets)
+    total.backward()
+    assert outputs.grad is not None
+    touched = outputs.grad.abs().sum(1) > 0
+    assert torch.equal(touched, targets["mask"] != 255)
+    noise = torch.where((targets["mask"] == 255)[:, None], 50.0, 0.0) * torch.randn(outputs.shape)
+    other = (outputs + noise).detach()
+    assert mean_loss(task, other, targets) == pytest.approx(
+        float(total.detach() / task.loss(outputs, targets)[1])
+    )
+    assert metered(task, other, targets).compute() == pytest.approx(
+        metered(task, outputs.detach(), targets).compute()
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_batch_without_labels_is_worth_nothing(loss):
+    task = make(loss=loss)
+    outputs, targets = example(task)
+    targets["mask"][:] = 255
+    outputs.requires_grad_()
+    total, count = task.loss(outputs, targets)
+    total.backward()
+    assert (total.item(), count.item()) == (0.0, 0.0)
+    assert outputs.grad is not None
+    assert float(outputs.grad.abs().sum()) == 0.0
+    values = metered(task, outputs.detach(), targets).compute()
+    assert math.isnan(values["miou"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 99), st.sampled_from(LOSSES), st.booleans())
+def test_any_split_gives_the_same_figures(cut, seed, loss, weighted):
+    task = make(loss=loss, class_weights=[1, 2, 3, 4] if weighted else None)
+    outputs, targets = example(task, seed=seed)
+    first, rest = {"mask": targets["mask"][:cut]}, {"mask": targets["mask"][cut:]}
+    sums = [task.loss(o, t) for o, t in ((outputs[:cut], first), (outputs[cut:], rest))]
+    whole = task.loss(outputs, targets)
+    assert float(sums[0][0] + sums[1][0]) == pytest.approx(float(whole[0]), rel=1e-5)
+    assert float(sums[0][1] + sums[1][1]) == pytest.approx(float(whole[1]), rel=1e-5)
+    meter = metered(task, outputs[:cut], first)
+    meter.merge(metered(task, outputs[cut:], rest).state())
+    together = metered(task, outputs, targets)
+    assert meter.compute() == pytest.approx(together.compute(), rel=1e-6)
+    assert meter.details() == together.details()
+
+
+@pytest.mark.parametrize("ignore", [None, 255, 2])
+def test_metrics_against_scikit_learn_and_brute_force(ignore):
+    from sklearn import metrics
+
+    task = make(ignore=ignore)
+    outputs, targets = example(task)
+    meter = metered(task, outputs, targets)
+    predicted = outputs.argmax(1).numpy()
+    mask = targets["mask"].numpy()
+    labelled = mask != (-1 if ignore is None else ignore)
+    matrix = metrics.confusion_matrix(mask[labelled], predicted[labelled], labels=range(4))
+    np.testing.assert_array_equal(meter.confusion_matrix().numpy(), matrix)
+    iou = {}
+    for c in range(4):
+        both = ((mask == c) & (predicted == c) & labelled).sum()
+        either = (((mask == c) | (predicted == c)) & labelled).sum()
+        iou[f"iou/c{c}"] = both / either if c != ignore else math.nan
+    assert meter.details() == pytest.approx(iou, nan_ok=True)
+    values = meter.compute()
+    assert values["miou"] == pytest.approx(np.nanmean(list(iou.values())))
+    assert values["pixel_accuracy"] == pytest.approx((mask == predicted)[labelled].mean())
+
+
+def test_a_class_that_nobody_has_or_names_is_left_out_of_the_mean():
+    task = make(classes=3)
+    targets = {"mask": torch.zeros(1, 2, 2, dtype=torch.uint8)}
+    outputs = torch.zeros(1, 3, 2, 2)
+    outputs[:, 0] = 1
+    meter = metered(task, outputs, targets)
+    assert meter.compute()["miou"] == 1.0
+    assert math.isnan(meter.details()["iou/c2"])
+
+
+def test_knowing_nothing_costs_the_logarithm_of_the_classes():
+    task = make(classes=5)
+    _, targets = example(task)
+    assert task.uninformed_loss(targets) == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "expected"),
+    [
+        ((90, 120), (180, 240), True),
+        ((45, 60), (180, 240), True),
+        ((6, 8), (180, 240), True),  # 5.6 and 7.5, rounded up
+        ((388, 388), (572, 572), False),
+        ((92, 92), (284, 284), False),
+    ],
+)
+def test_sizes_tell_upsampling_from_cropping(given, wanted, expected):
+    assert is_fraction(given, wanted) is expected
+
+
+def test_a_network_without_padding_is_judged_in_the_middle():
+    task = make()
+    outputs, targets = example(task, size=(16, 20))
+    inner = {"mask": targets["mask"][:, 3:13, 3:17]}
+    small = outputs[:, :, 3:13, 3:17]
+    assert mean_loss(task, small, targets) == mean_loss(task, small, inner)
+    assert metered(task, small, targets).compute() == metered(task, small, inner).compute()
+    masks = task.masks(small, (16, 20))
+    assert torch.equal(masks[:, 3:13, 3:17].long(), small.argmax(1))
+    assert int((masks == 255).sum()) == 6 * (16 * 20 - 10 * 14)
+
+
+def test_larger_outputs_are_cropped_and_smaller_ones_upsampled():
+    task = make()
+    outputs, targets = example(task, size=(16, 20))
+    padded = F.pad(outputs, (2, 2, 1, 1))
+    assert mean_loss(task, padded, targets) == mean_loss(task, outputs, targets)
+    coarse = F.interpolate(outputs[:, :, ::2, ::2], (16, 20), mode="bilinear", align_corners=True)
+    assert mean_loss(task, outputs[:, :, ::2, ::2], targets) == mean_loss(task, coarse, targets)
+    assert mean_loss(make(fit="crop"), outputs[:, :, ::2, ::2], targets) != mean_loss(task, coarse, targets)
+
+
+def test_balanced_weights_count_labelled_pixels():
+    mask = torch.tensor([[[0, 0, 0, 1, 255, 255]]], dtype=torch.uint8)
+    task = make(classes=2, class_weights="balanced")
+    task.prepare({"mask": mask})
+    assert task._weights is not None
+    assert task._weights.tolist() == pytest.approx([4 / 6, 2.0])
+    with pytest.raises(UserError, match=r"task\.class_weights.*in memory"):
+        task.prepare({})  # a streamed data set reads masks as they are needed
+
+
+def test_rows_answers_and_scores():
+    task = make()
+    outputs, targets = example(task)
+    rows = task.rows(outputs, targets)
+    for i, row in enumerate(rows):
+        alone = {"mask": targets["mask"][i : i + 1]}
+        values = metered(task, outputs[i : i + 1], alone).compute()
+        assert row == pytest.approx(values, rel=1e-6)
+    scores = task.mistake_score(outputs, targets)
+    assert scores.tolist() == pytest.approx([1 - float(str(row["pixel_accuracy"])) for row in rows])
+    shares = task.answers(outputs, {})[0]
+    assert sum(float(str(share)) for share in shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("key", "settings"),
+    [
+        ("task.loss: 'dise' is not one of .*did you mean 'dice'", {"loss": "dise"}),
+        ("task.fit", {"fit": "stretch"}),
+        ("task.class_weights", {"class_weights": [1, 2]}),
+    ],
+)
+def test_wrong_settings_name_their_key(key, settings):
+    with pytest.raises(UserError, match=key):
+        make(**settings)
+
+
+def test_data_without_mask_classes_is_refused():
+    with pytest.raises(UserError, match="mask classes"):
+        make(classes=1)
+
+
+def test_drawings():
+    task = make()
+    outputs, targets = example(task, 5)
+    images, names = torch.randn(5, 3, 9, 11), list("abcde")
+    cases = ((outputs, targets, 15), (None, targets, 10), (outputs[:, :, :5, :5], {}, 10))
+    for answer, known, cells in cases:
+        figure = task.draw(images, answer, known, names, (0.5,) * 3, (0.5,) * 3)
+        assert sum(len(ax.images) for ax in figure.axes) == cells
+        figure.canvas.draw()
+    assert set(task.figures(metered(task, outputs, targets))) == {"confusion_matrix", "iou_per_class"}
