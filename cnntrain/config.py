@@ -70,8 +70,12 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        text = str(error).splitlines()[0]
-        raise UserError(f"{text}\nan override is written KEY=VALUE, as epochs=20 or 'optimizer.lr=0.1'") from error
+        raise UserError(_syntax(error)) from error
+
+
+def _syntax(error: Exception) -> str:
+    line = next(line for line in str(error).splitlines() if line.strip())
+    return f"{line}\nan override is written KEY=VALUE, as epochs=20; quote it when it has brackets or spaces"
 
 
 def expand_grid(overrides: Sequence[str]) -> list[list[str]]:
@@ -108,6 +112,8 @@ def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
 def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: Path | None) -> str:
     """One message for what Hydra or OmegaConf could not do."""
     text = str(error)
+    if text.startswith("Error parsing override"):
+        return _syntax(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         known = _all_keys(name, overrides, config_dir)
         return f"{match[1]}: no such key{suggest(match[1], known)}"

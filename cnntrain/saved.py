@@ -1,6 +1,7 @@
 """Runs that were saved: which checkpoint to go on from, what it holds, and whether it fits."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,6 +68,15 @@ def run_folder_of(path: Path) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
+def finished_results(saved: Mapping[str, Any], folder: Path, settings: Settings) -> dict[str, Any] | None:
+    """What a run that is at its end came to; None when there is more to train."""
+    before, results = saved["config"], folder / "results.json"
+    longer = (settings.epochs, settings.steps) != (before["epochs"], before["steps"])
+    if not saved["state"]["progress"]["finished"] or longer or not results.is_file():
+        return None
+    return {**json.loads(results.read_text()), "run_dir": str(folder)}
+
+
 def resume(state: TrainState, saved: Mapping[str, Any], assembly: Assembly, data: Data) -> None:
     """Put `state` where the checkpoint left it.
 
@@ -88,6 +98,7 @@ def resume(state: TrainState, saved: Mapping[str, Any], assembly: Assembly, data
     load_weights(state.model, saved["state"]["model"])
     state.load_state_dict(saved["state"])
     progress = state.progress
+    progress.finished = False  # this call may ask for more epochs
     log.info("resume: epoch %d, step %d", progress.epoch, progress.step)
 
 

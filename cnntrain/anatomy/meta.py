@@ -41,9 +41,9 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _empty(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.parameter.UninitializedParameter):
-        return nn.parameter.UninitializedParameter(tensor.requires_grad, "meta")
+        return nn.parameter.UninitializedParameter(tensor.requires_grad, "meta")  # type: ignore[call-arg,arg-type]
     if isinstance(tensor, nn.parameter.UninitializedBuffer):
-        return nn.parameter.UninitializedBuffer(tensor.requires_grad, "meta")
+        return nn.parameter.UninitializedBuffer(tensor.requires_grad, "meta")  # type: ignore[call-arg,arg-type]
     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 

@@ -31,7 +31,7 @@ from cnntrain.expectations import judge_expectations
 from cnntrain.report.console import log_to_console
 from cnntrain.report.journal import RunJournal, statistics
 from cnntrain.report.table import print_findings, print_run_summary
-from cnntrain.saved import checkpoint_facts, differences, find_checkpoint, flat, load_weights, resume, run_folder_of
+from cnntrain.saved import checkpoint_facts, differences, find_checkpoint, finished_results, flat, load_weights, resume, run_folder_of
 from cnntrain.settings import Settings
 from cnntrain.spec import Batch
 from cnntrain.tasks.meter import Worst
@@ -69,10 +69,11 @@ def train(settings: Settings, command_line: str = "") -> dict[str, Any]:
     log_to_console()
     source = find_checkpoint(settings)
     saved = checkpoint.load(source) if source else None
-    if source and saved and saved["state"]["progress"]["finished"] and settings.run_dir in (None, str(source)):
-        log.info("%s: this run is finished, nothing to do", source)
-    assembly = assemble(settings)
     folder = Path(settings.run_dir) if settings.run_dir else run_folder_of(source) if source else None
+    if saved and folder and (done := finished_results(saved, folder, settings)):
+        log.info("%s: this run is finished, nothing to do (a larger epochs= would go on)", source)
+        return done
+    assembly = assemble(settings)
     with open_run_folder(folder, settings.label) as run, stop_flag() as stop:
         (run.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
         run.write_json("run.json", provenance(command_line))

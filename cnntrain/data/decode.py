@@ -95,59 +95,6 @@ class Decoder:
         return torch.from_numpy(np.array(array, order="C")), placement.matrix()
 
 
-@dataclass(frozen=True)
-class MaskDecoder:
-    """Turns a mask file into uint8 class ids (height, width), by nearest neighbour; ids are read, never
-    converted.
-
-    Attributes:
-        ids: for each of the 256 values in the file the class id that it stands for, or -1 where it means
-            nothing.
-        border: id of what lies outside the mask.
-    """
-
-    height: int
-    width: int
-    resize: Resize
-    ids: tuple[int, ...]
-    border: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.height, self.width
-
-    def __call__(self, path: str, box: Box | None = None) -> tuple[Tensor, Tensor]:
-        """The ids, and the matrix from source to canvas.
-
-        Raises:
-            BadFile: the file can't be used, or has an id that means nothing.
-        """
-        from PIL import Image
-
-        with reading(path) as image:
-            placement = place(*image.size, (self.height, self.width), self.resize, box)
-            classes = self.class_ids(image)
-            size = (self.height, self.width)
-            pixels = cut(Image.fromarray(classes), placement, size, Image.Resampling.NEAREST, self.border)
-        return torch.from_numpy(np.array(pixels)), placement.matrix()
-
-    def class_ids(self, image: "Image.Image") -> np.ndarray:
-        """uint8 (h, w) at the file's own size.
-
-        Raises:
-            Unusable: the file holds colours, or values that stand for no class.
-        """
-        if image.mode not in ("1", "L", "P", "I;16", "I"):
-            raise Unusable(f"must hold class ids (grey or palette), but is {image.mode}")
-        found = np.asarray(image).astype(np.int64)  # a palette image gives its indices
-        values = np.unique(found)
-        unknown = [v for v in values.tolist() if not 0 <= v < 256 or self.ids[v] < 0]
-        if unknown:
-            shown = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
-            raise Unusable(f"has ids that are no class: {shown}")
-        return np.asarray(self.ids, dtype=np.int16)[found].astype(np.uint8)
-
-
 class reading:
     """An opened image inside `with`: damage becomes `BadFile`, too many pixels are refused by the header."""
 

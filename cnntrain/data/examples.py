@@ -8,14 +8,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cnntrain.data.decode import Decoder
+from cnntrain.data.canvas import Box
 
 
-class Images(Protocol):
-    """What a decoded uint8 tensor (N, C, H, W) and `LazyImages` have in common."""
+class Decodes(Protocol):
+    """Turns a file into uint8 pixels of one shape, and tells the matrix from source to canvas."""
 
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Tensor: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __call__(self, path: str, box: Box | None = None) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass
@@ -24,13 +25,13 @@ class LazyImages:
 
     Attributes:
         paths: N files.
-        decoder: turns a file into a uint8 tensor of one size, and gives the matrix that it did it by.
+        decoder: turns a file into pixels.
         boxes: (N, 4) float64 left, top, right, bottom to cut out, in source pixels counted from the image's
             edge; None for whole images.
     """
 
     paths: list[str]
-    decoder: Decoder
+    decoder: Decodes
     boxes: Tensor | None = None
 
     def __len__(self) -> int:
@@ -50,8 +51,10 @@ class LazyImages:
         Raises:
             BadFile: the file can't be used.
         """
-        box = None if self.boxes is None else tuple(self.boxes[index].tolist())
-        return self.decoder(self.paths[index], box)
+        if self.boxes is None:
+            return self.decoder(self.paths[index])
+        left, top, right, bottom = self.boxes[index].tolist()
+        return self.decoder(self.paths[index], (left, top, right, bottom))
 
     def subset(self, indices: Tensor) -> "LazyImages":
         paths = [self.paths[i] for i in indices.tolist()]

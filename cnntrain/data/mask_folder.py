@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cnntrain.data.canvas import Resize
-from cnntrain.data.decode import BadFile, MaskDecoder, reading, refuse, upright_size
+from cnntrain.data.decode import BadFile, reading, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import make_decoder
 from cnntrain.data.listing import files_below
+from cnntrain.data.masks import MaskDecoder
 from cnntrain.data.resident import in_threads
 from cnntrain.data.source import Source, given_folder
 from cnntrain.errors import UserError

@@ -36,7 +36,7 @@ def test_a_convolution_against_a_dense_layer() -> None:
 
 
 def test_a_1x1_reduction_makes_a_5x5_cheap() -> None:
-    """GoogLeNet's 5x5 branch in module 3a (Szegedy et al. 2015, table 1): 192 -> 32 on 28x28, by way of 16."""
+    """GoogLeNet's 5x5 branch in module 3a (Szegedy et al. 2015, table 1): 192 -> 32 by way of 16."""
     direct = cost(conv(192, 32, 5), 192, 28, 28)
     reduced = cost(nn.Sequential(conv(192, 16, 1), conv(16, 32, 5)), 192, 28, 28)
     assert (direct, reduced) == (120_422_400, 12_443_648)
@@ -113,7 +113,7 @@ CLASSIFIERS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_torchvisions_published_numbers(name: str) -> None:
-    """Parameters to the digit, billions of multiply-adds (`_ops`) as rounded there; torch's own counter."""
+    """Parameters to the digit, billions of multiply-adds as rounded there; torch's counter."""
     from torchvision import models
 
     published = models.get_model_weights(name).DEFAULT.meta  # type: ignore[attr-defined]

@@ -181,7 +181,7 @@ def test_the_lectures_table() -> None:
 
 
 def test_two_3x3_see_what_one_5x5_sees() -> None:
-    """VGG's argument (Simonyan and Zisserman 2015, section 2.3): 18C^2 weights, not 25C^2, for the same field."""
+    """VGG's argument (Simonyan and Zisserman 2015, 2.3): 18C^2 weights, not 25C^2, for the same field."""
     twice = analyse(
         nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False)), (8, 32, 32)
     )

@@ -12,14 +12,10 @@ from scipy import ndimage
 from cnntrain.augment.augmentation import Geometry
 from cnntrain.augment.geometry import Crop, HorizontalFlip, Shift, VerticalFlip
 from cnntrain.augment.pipeline import DEFAULT_IGNORE_INDEX, Pipeline
-from cnntrain.augment.points import is_mirrored
 from cnntrain.augment.policy import Trivial
 from cnntrain.augment.warp import Perspective, RandomResizedCrop, Rotation, Shear, Zoom
-from cnntrain.spec import Batch, DataSpec
 
 HEIGHT, WIDTH = 44, 57
-POINTS = ("nose", "left_eye", "right_eye", "left_ear", "right_ear")
-SPEC = DataSpec(1, HEIGHT, WIDTH, keypoints=POINTS, mirror=(0, 2, 1, 4, 3))
 ALL: dict[str, Geometry] = {
     "flip": HorizontalFlip(probability=0.5),
     "vertical_flip": VerticalFlip(probability=0.5),
@@ -40,36 +36,6 @@ CHAINS = st.lists(
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def blobs(points: torch.Tensor) -> torch.Tensor:
-    """(N, 1, HEIGHT, WIDTH) uint8: a smooth bright spot at each point (N, 2)."""
-    x = torch.arange(WIDTH)[None, None, :] - points[:, 0, None, None]
-    y = torch.arange(HEIGHT)[None, :, None] - points[:, 1, None, None]
-    return (255 * torch.exp(-(x**2 + y**2) / (2 * 1.7**2))).round().to(torch.uint8).unsqueeze(1)
-
-
-def discs(points: torch.Tensor, radius_px: float = 3.0) -> torch.Tensor:
-    """(N, HEIGHT, WIDTH) uint8: 1 around each point (N, 2), else 0."""
-    x = torch.arange(WIDTH)[None, None, :] - points[:, 0, None, None]
-    y = torch.arange(HEIGHT)[None, :, None] - points[:, 1, None, None]
-    return (x**2 + y**2 <= radius_px**2).to(torch.uint8)
-
-
-def make(count: int, seed: int) -> Batch:
-    """Images with a spot at the first keypoint, the mask a disc there; the other points anywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    size = torch.tensor([WIDTH - 1.0, HEIGHT - 1.0])
-    points = torch.rand(count, len(POINTS), 2, generator=generator) * size
-    points[:, 0] = 12 + (size - 24) * torch.rand(count, 2, generator=generator)
-    targets = {
-        "points": points,
-        "visible": torch.rand(count, len(POINTS), generator=generator) < 0.8,
-        "mask": discs(points[:, 0]),
-    }
-    targets["visible"][:, 0] = True
-    position = torch.arange(count)
-    return Batch(blobs(points[:, 0]), targets, position.clone(), position)
-
-
 def centroid(weights: torch.Tensor) -> torch.Tensor:
     """(2,) x, y of weights (H, W)."""
     weights = weights.double()
@@ -77,9 +43,9 @@ def centroid(weights: torch.Tensor) -> torch.Tensor:
     return torch.stack([(weights.sum(0) * x).sum(), (weights.sum(1) * y).sum()]) / weights.sum()
 
 
-def check_together(items: dict[str, Geometry], seed: int) -> int:
-    batch = make(12, seed)
-    pipeline = Pipeline(SPEC, items)
+def check_together(make_spots, faces, items: dict[str, Geometry], seed: int) -> int:
+    batch = make_spots(12, seed)
+    pipeline = Pipeline(faces, items)
     moved = pipeline(batch, seed, 0)
     assert moved.images.shape[2:] == moved.targets["mask"].shape[1:] == pipeline.output_size
     height, width = pipeline.output_size
@@ -102,28 +68,28 @@ def check_together(items: dict[str, Geometry], seed: int) -> int:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_each_move_carries_pixel_point_and_mask_together(name):
-    assert sum(check_together({name: ALL[name]}, seed) for seed in range(4)) > 3
+def test_each_move_carries_pixel_point_and_mask_together(make_spots, faces, name):
+    assert sum(check_together(make_spots, faces, {name: ALL[name]}, seed) for seed in range(4)) > 3
 
 
 @FEW
 @given(names=CHAINS, seed=st.integers(0, 2**40))
-def test_chains_carry_pixel_point_and_mask_together(names, seed):
-    check_together({name: ALL[name] for name in names}, seed)
+def test_chains_carry_pixel_point_and_mask_together(make_spots, faces, names, seed):
+    check_together(make_spots, faces, {name: ALL[name] for name in names}, seed)
 
 
 @FEW
 @given(names=CHAINS, seed=st.integers(0, 2**40))
-def test_chains_equal_the_product_of_matrices_applied_by_scipy(names, seed):
+def test_chains_equal_the_product_of_matrices_applied_by_scipy(make_spots, faces, names, seed):
     """Image by image in float64, with the matrix that the pipeline says it used."""
     items = {name: ALL[name] for name in names}
     generator = torch.Generator().manual_seed(seed)
-    batch = make(4, seed)
+    batch = make_spots(4, seed)
     batch.images = torch.randint(0, 256, batch.images.shape, dtype=torch.uint8, generator=generator)
     batch.targets["mask"] = torch.randint(
         0, 5, batch.targets["mask"].shape, dtype=torch.uint8, generator=generator
     )
-    moved = Pipeline(SPEC, items)(batch, seed, 1)
+    moved = Pipeline(faces, items)(batch, seed, 1)
     matrices, height, width = draw_matrices(items, batch, seed, 1)
     torch.testing.assert_close(moved.to_canvas, matrices)
     y, x = numpy.mgrid[0:height, 0:width]
@@ -132,7 +98,7 @@ def test_chains_equal_the_product_of_matrices_applied_by_scipy(names, seed):
         points = batch.targets["points"][i].double()
         expected = torch.cat([points, torch.ones(len(points), 1)], 1) @ matrices[i].T
         expected = expected[:, :2] / expected[:, 2:]
-        order = list(SPEC.mirror or ()) if mirrors_by_cross_product(matrices[i]) else [0, 1, 2, 3, 4]
+        order = list(faces.mirror or ()) if mirrors_by_cross_product(matrices[i]) else [0, 1, 2, 3, 4]
         torch.testing.assert_close(moved.targets["points"][i].double(), expected[order], atol=1e-3, rtol=1e-4)
         inverse = numpy.linalg.inv(matrices[i].numpy())
         place = inverse @ numpy.stack([x.ravel(), y.ravel(), numpy.ones(x.size)])
@@ -183,184 +149,3 @@ def step_is_wide(matrix, height, width) -> bool:
 
     along_x, along_y = place(0.5, 0) - place(-0.5, 0), place(0, 0.5) - place(0, -0.5)
     return max(math.hypot(along_x[axis], along_y[axis]) for axis in (0, 1)) > 1.45
-
-
-@pytest.mark.parametrize("flip", [HorizontalFlip, VerticalFlip])
-@pytest.mark.parametrize("extra", [{}, {"zoom": Zoom(factor=(1.0, 1.0))}], ids=["gather", "resample"])
-def test_flip_twice_is_the_identity_including_order(flip, extra):
-    batch = make(8, 1)
-    batch.images = torch.randint(0, 256, batch.images.shape, dtype=torch.uint8)
-    once = Pipeline(SPEC, {"a": flip(probability=1)} | extra)(batch, 1, 0)
-    assert torch.equal(once.targets["visible"][:, 1], batch.targets["visible"][:, 2])
-    assert not torch.equal(once.targets["points"][:, 0], batch.targets["points"][:, 0])
-    again = Pipeline(SPEC, {"b": flip(probability=1)} | extra)(
-        Batch((once.images * 255).round().byte(), once.targets, batch.index, batch.position), 1, 0
-    )
-    both = Pipeline(SPEC, {"a": flip(probability=1), "b": flip(probability=1)} | extra)(batch, 1, 0)
-    for twice in (again, both):
-        assert torch.equal((twice.images * 255).round().byte(), batch.images)
-        assert torch.equal(twice.targets["mask"], batch.targets["mask"])
-        assert torch.equal(twice.targets["visible"], batch.targets["visible"])
-        torch.testing.assert_close(twice.targets["points"], batch.targets["points"], atol=2e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("names", "relabels"),
-    [
-        ("h", True),
-        ("v", True),
-        ("hv", False),
-        ("vh", False),
-        ("hh", False),
-        ("r", False),
-        ("hr", True),
-        ("rh", True),
-        ("u", False),
-        ("hu", True),
-        ("vu", True),
-        ("hvu", False),
-        ("p", False),
-        ("hp", True),
-        ("ph", True),
-        ("phv", False),
-        ("szx", False),
-        ("hszx", True),
-    ],
-)
-def test_points_are_relabelled_exactly_when_left_became_right(names, relabels):
-    kinds = {
-        "h": HorizontalFlip(probability=1),
-        "v": VerticalFlip(probability=1),
-        "r": Rotation(degrees=180),
-        "u": Rotation(degrees=(180, 180)),  # upside down: two mirrors, no mirror
-        "p": Perspective(distortion=0.6, probability=1),
-        "s": Shear(x_degrees=70, y_degrees=70),
-        "z": Zoom(factor=(0.05, 3)),
-        "x": Crop(padding_px=20),
-    }
-    batch = make(40, 3)
-    items = {f"{name}{i}": kinds[name] for i, name in enumerate(names)}
-    matrix, _, _ = draw_matrices(items, batch, 5, 0)
-    assert is_mirrored(matrix, HEIGHT, WIDTH).tolist() == [relabels] * 40
-    moved = Pipeline(SPEC, items)(batch, 5, 0).targets
-    order = list(SPEC.mirror or ()) if relabels else [0, 1, 2, 3, 4]
-    before = batch.targets["points"].double()
-    expected = torch.cat([before, torch.ones(40, 5, 1)], 2) @ matrix.mT
-    near = expected[..., 2] > 0.2
-    expected = (expected[..., :2] / expected[..., 2:])[:, order]
-    near = near[:, order, None].expand(-1, -1, 2)
-    torch.testing.assert_close(moved["points"].double()[near], expected[near], atol=1e-2, rtol=1e-4)
-    assert not (moved["visible"] & ~batch.targets["visible"][:, order]).any()
-
-
-def test_only_the_mirrored_images_of_a_batch_are_relabelled():
-    batch = make(64, 3)
-    moved = Pipeline(SPEC, {"flip": HorizontalFlip()})(batch, 5, 0)
-    flipped = moved.to_canvas[:, 0, 0] < 0
-    assert 10 < int(flipped.sum()) < 54
-    before = batch.targets["points"].clone()
-    before[flipped, :, 0] = WIDTH - 1 - before[flipped, :, 0]
-    before[flipped] = before[flipped][:, list(SPEC.mirror or ())]
-    torch.testing.assert_close(moved.targets["points"], before)
-
-
-def test_points_behind_the_camera_are_invisible():
-    matrix = torch.eye(3, dtype=torch.float64)
-    matrix[2, 0] = -1 / 20  # what lies beyond x = 20 is behind
-
-    class Tilt(Geometry):
-        draws = 0
-
-        def move(self, draws, height, width):
-            return matrix.repeat(len(draws), 1, 1)
-
-    batch = make(1, 0)
-    batch.targets["points"] = torch.tensor([[[10.0, 5], [19, 1], [20, 5], [21, 5], [45, 9]]])
-    batch.targets["visible"][:] = True
-    moved = Pipeline(SPEC, {"tilt": Tilt()})(batch, 0, 0)
-    assert moved.targets["visible"].tolist() == [[True, False, False, False, False]]
-    assert moved.targets["points"].isfinite().all()
-    assert moved.images.isfinite().all()
-
-
-def test_images_show_nothing_from_behind_the_camera():
-    class Tilt(Geometry):
-        draws = 0
-
-        def move(self, draws, height, width):
-            matrix = torch.eye(3, dtype=torch.float64)
-            matrix[2, 0] = -1 / 20
-            sideways = torch.eye(3, dtype=torch.float64)
-            sideways[0, 2] = 50
-            return (sideways @ matrix).repeat(len(draws), 1, 1)
-
-    batch = make(2, 0)
-    batch.images[:] = 255
-    batch.targets["mask"][:] = 1
-    for border in ("zero", "edge"):
-        moved = Pipeline(SPEC, {"tilt": Tilt()}, border)(batch, 0, 0)
-        # Output columns left of 17 would show columns beyond 53 of the image through the back of the camera.
-        assert (moved.targets["mask"][:, :, :30] == DEFAULT_IGNORE_INDEX).all()
-        assert (moved.targets["mask"] == 1).any()
-        if border == "zero":
-            assert (moved.images[:, :, :, :30] == 0).all()
-
-
-@pytest.mark.parametrize("border", ["zero", "edge", "reflect"])
-@pytest.mark.parametrize("extra", [{}, {"zoom": Zoom(factor=(1.0, 1.0))}], ids=["gather", "resample"])
-def test_borders(border, extra):
-    spec = DataSpec(1, 6, 9, ignore_index=11)
-    images = torch.arange(1, 55, dtype=torch.uint8).view(1, 1, 6, 9)
-    batch = Batch(
-        images, {"mask": torch.ones(1, 6, 9, dtype=torch.uint8)}, torch.zeros(1).long(), torch.zeros(1).long()
-    )
-    moved = Pipeline(spec, {"crop": Crop(size=(12, 17), padding_px=4)} | extra, border)(batch, 0, 0)
-    left, top = (-moved.to_canvas[0, :2, 2]).long().tolist()
-    mode = {"zero": "constant", "edge": "edge", "reflect": "reflect"}[border]
-    padded = numpy.pad(images[0, 0].numpy(), 8, mode=mode)
-    expected = padded[top + 8 : top + 20, left + 8 : left + 25]
-    numpy.testing.assert_allclose(moved.images[0, 0].numpy() * 255, expected, atol=1e-3)
-    # The ignore id around the mask, whatever the image shows there.
-    expected = numpy.pad(numpy.ones((6, 9)), 8, constant_values=11)[top + 8 : top + 20, left + 8 : left + 25]
-    assert (moved.targets["mask"][0].numpy() == expected).all()
-
-
-def test_shrinking_does_not_alias():
-    """Stripes finer than the output can show become gray, not wider stripes."""
-    batch = make(6, 0)
-    batch.images[:] = (255 * (torch.arange(WIDTH) % 2)).to(torch.uint8)
-    shrunk = Pipeline(SPEC, {"zoom": Zoom(factor=(0.37, 0.45))})(batch, 0, 0).images
-    height, width = int(HEIGHT * 0.15), int(WIDTH * 0.15)
-    inner = shrunk[:, :, HEIGHT // 2 - height : HEIGHT // 2 + height, WIDTH // 2 - width : WIDTH // 2 + width]
-    assert float((inner - 0.5).abs().max()) < 0.06
-
-
-def test_resize_to_a_canvas_agrees_with_torchvision(make_batch):
-    functional = pytest.importorskip("torchvision.transforms.v2.functional")
-    batch = make_batch(3)
-    pipeline = Pipeline(DataSpec(3, 12, 17), {}, border="edge", canvas=(25, 31))
-    for result in (pipeline.plain(batch), pipeline(batch, 0, 0)):
-        expected = functional.resize(batch.images.float() / 255, [25, 31], antialias=False)
-        torch.testing.assert_close(result.images, expected, atol=1e-4, rtol=0)
-    assert pipeline.output_size == (25, 31)
-
-
-def test_resized_crop_agrees_with_torchvision(make_batch):
-    functional = pytest.importorskip("torchvision.transforms.v2.functional")
-    batch = make_batch(16, height=20, width=20)
-    item = RandomResizedCrop(size=(26, 27), area=(0.2, 1.0))
-    result = Pipeline(DataSpec(3, 20, 20), {"it": item}, "edge")(batch, 0, 0)
-    inverse = torch.linalg.inv(result.to_canvas)
-    for i, image in enumerate(batch.images.float() / 255):
-        left_top = inverse[i] @ torch.tensor([-0.5, -0.5, 1.0]).double() + 0.5
-        right_bottom = inverse[i] @ torch.tensor([26.5, 25.5, 1.0]).double() + 0.5
-        assert (left_top > -1e-9)[:2].all()
-        assert (right_bottom < 20 + 1e-9)[:2].all()
-        # torchvision cuts whole pixels, so compare where the box is drawn on a finer image of flat blocks
-        assert image.shape == (3, 20, 20)
-    whole = Pipeline(
-        DataSpec(3, 20, 20), {"it": RandomResizedCrop(size=26, area=(1, 1), ratio=(1, 1))}, "edge"
-    )
-    expected = functional.resize(batch.images.float() / 255, [26, 26], antialias=False)
-    torch.testing.assert_close(whole(batch, 0, 0).images, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(whole.plain(batch).images, expected, atol=1e-4, rtol=0)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cnntrain.data.canvas import canvas_size, move, place
-from cnntrain.data.decode import BadFile, Decoder, MaskDecoder, upright_size
+from cnntrain.data.decode import BadFile, Decoder, upright_size
+from cnntrain.data.masks import MaskDecoder
 
 EVERY_ID = tuple(range(256))
 

@@ -1,0 +1,119 @@
+"""Properties of whole trainings, small and real."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cnntrain import compose, train
+from cnntrain.engine import checkpoint, loop
+from cnntrain.errors import DivergedError, StoppedError, UserError
+
+SMALL = (
+    "data.limit=300", "epochs=3", "batch_size=32", "log.pictures=false", "log.tensorboard=false", "threads=1",
+    "model=fmnist_cnn",
+)  # fmt: skip
+
+
+def weights(run_dir: str) -> dict[str, torch.Tensor]:
+    return checkpoint.load(Path(run_dir) / "checkpoints" / "last.pt")["state"]["model"]
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def rows(run_dir: str) -> str:
+    """metrics.csv without what depends on the clock."""
+    lines = [line.split(",") for line in (Path(run_dir) / "metrics.csv").read_text().splitlines()]
+    skip = lines[0].index("images_per_s")
+    return "\n".join(",".join(cell for i, cell in enumerate(line) if i != skip) for line in lines)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Stop the training once, before the batch after `step`, as a signal would."""
+    original = loop.set_learning_rate
+
+    def stopping(optimizer: Any, schedule: Any, now: int) -> float:
+        if now == step:
+            monkeypatch.setattr(loop, "set_learning_rate", original)
+            raise StoppedError(15, "stopped")
+        return original(optimizer, schedule, now)
+
+    monkeypatch.setattr(loop, "set_learning_rate", stopping)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("optimizer=sgd", "schedule=plateau"),
+        ("ema_decay=0.9", "data.store=stream", "data.workers=0"),
+    ],
+    ids=["dropout and plateau", "average and stream"],
+)
+def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_as_if_unbroken(
+    extra: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(compose(*SMALL, *extra, "run_dir=whole"))
+    stop_at(monkeypatch, 13)
+    with pytest.raises(StoppedError):
+        train(compose(*SMALL, *extra, "run_dir=broken"))
+    state = checkpoint.load(Path("broken/checkpoints/last.pt"))["state"]
+    assert 0 < state["progress"]["batch"] < 9
+    train(compose(*SMALL, *extra, "run_dir=broken", "resume=auto"))
+    assert_same(weights("whole"), weights("broken"))
+    assert rows("whole") == rows("broken")
+    assert whole["best"]["val/loss"] == pytest.approx(
+        checkpoint.load(Path("broken/checkpoints/last.pt"))["state"]["progress"]["best"]["val/loss"]
+    )
+
+
+def test_same_seed_same_bits_and_other_seed_other_bits() -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(compose(*SMALL, f"seed={seed}", f"run_dir={name}", "epochs=1"))
+    assert_same(weights("a"), weights("b"))
+    assert any(not torch.equal(v, weights("c")[k]) for k, v in weights("a").items())
+
+
+def test_accumulated_batches_step_like_one_large_batch_short_last_one_included() -> None:
+    common = ("data.limit=300", "epochs=2", "model=lenet5", "optimizer=sgd", *SMALL[3:6])
+    train(compose(*common, "batch_size=64", "run_dir=large"))
+    train(compose(*common, "batch_size=16", "accumulate=4", "run_dir=small"))
+    for (name, one), other in zip(weights("large").items(), weights("small").values(), strict=True):
+        assert torch.allclose(one, other, atol=2e-5), name
+
+
+def test_steps_decide_instead_of_epochs() -> None:
+    result = train(compose(*SMALL, "steps=12", "run_dir=steps"))
+    assert result["steps"] == 12
+
+
+def test_divergence_is_said_and_not_saved() -> None:
+    with pytest.raises(DivergedError, match="step"):
+        train(compose(*SMALL, "optimizer=sgd", "optimizer.lr=1e30", "run_dir=wild"))
+    for path in Path("wild").glob("checkpoints/*.pt"):
+        assert all(v.isfinite().all() for v in checkpoint.load(path)["state"]["model"].values())
+
+
+def test_a_finished_or_foreign_run_is_not_overwritten() -> None:
+    train(compose(*SMALL, "epochs=1", "run_dir=done"))
+    before = (Path("done") / "checkpoints" / "best.pt").read_bytes()
+    with pytest.raises(UserError, match="already holds a run"):
+        train(compose(*SMALL, "epochs=1", "run_dir=done"))
+    with pytest.raises(UserError, match="another network"):
+        train(compose(*SMALL, "epochs=2", "run_dir=done", "resume=auto", "model=mlp"))
+    train(compose(*SMALL, "epochs=1", "run_dir=done", "resume=auto"))
+    assert (Path("done") / "checkpoints" / "best.pt").read_bytes() == before
+
+
+def test_a_last_batch_of_one_image_is_left_out_for_batchnorm(caplog: pytest.LogCaptureFixture) -> None:
+    result = train(compose(*SMALL, "data.limit=290", "batch_size=26", "data.val_fraction=0.1", "epochs=1", "run_dir=one"))
+    assert result["steps"] == 10  # 261 images: ten batches of 26 and one image
+
+
+def test_early_stopping_and_limit_batches() -> None:
+    result = train(compose(*SMALL, "model=mlp", "optimizer.lr=0", "early_stopping=2", "epochs=9", "limit_batches=2", "run_dir=early"))
+    assert result["epochs"] == 3 and result["steps"] == 6

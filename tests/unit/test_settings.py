@@ -1,0 +1,164 @@
+from pathlib import Path
+
+import pytest
+
+from cnntrain.build import build
+from cnntrain.cli import complete, main, parse_arguments
+from cnntrain.config import compose, expand_grid, group_options, read_settings
+from cnntrain.errors import UserError
+from cnntrain.expectations import judge_expectations
+from cnntrain.randomness import epoch_order, hash_seed, uniform
+from cnntrain.settings import Settings
+
+# What a user may get wrong, and what the message must say.
+SLIPS = {
+    "epohcs=3": r"epohcs: no such key; did you mean 'epochs'\?",
+    "optimizer.lrr=3": r"optimizer\.lrr: no such key; did you mean 'optimizer\.lr'\?",
+    "model=resnet81": r"model: no such option 'resnet81'; did you mean 'resnet18'\?",
+    "modle=mlp": r"modle: no such key; did you mean 'model'\?",
+    "epochs=2.5": r"epochs: must be a whole number >= 1, got 2\.5",
+    "epochs=-1": r"epochs: must be a whole number >= 1, got -1",
+    "epochs=many": r"epochs: must be a whole number >= 1, got 'many'",
+    "batch_size=0": r"batch_size: must be a whole number >= 1, got 0",
+    "steps=0": r"steps: must be a whole number >= 1 or null, got 0",
+    "precision=fp8": r"precision: 'fp8' is not one of auto, fp32, bf16, fp16",
+    "channels_last=maybe": r"channels_last: must be true or false, got 'maybe'",
+    "checkpoint=3": r"checkpoint: needs keys below it",
+    "log.every_steps=0": r"log\.every_steps: must be a whole number >= 1",
+    "ema_decay=1.5": r"ema_decay: must be a number >= 0 and <= 1 or null, got 1\.5",
+    "epochs": r"an override is written KEY=VALUE",
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_is_named(slip: str) -> None:
+    with pytest.raises(UserError, match=SLIPS[slip]):
+        read_settings([slip])
+
+
+# What only building finds: the value belongs to a part, not to the fixed settings.
+BUILD_SLIPS = {
+    "optimizer.lr=nan": r"optimizer\.lr: must be a finite number >= 0",
+    "optimizer.lr=-1": r"optimizer\.lr: must be a finite number >= 0, got -1",
+    "schedule=cosine schedule.final=7": r"schedule\.final",
+    "device=gpu": r"device: 'gpu' is not one of",
+    "data.val_fraction=2": r"data\.val_fraction: must be a number >= 0 and <= 0\.9",
+    "model=torchvision model.name=resnet81": r"did you mean",
+    "model=torchvision model.name=alexnet data=fashion_mnist data.root=.": r"images are 28x28 px, 1 channel; alexnet needs at least 63 px",
+    "model=vgg_a": r"model\.layers",
+}
+
+
+@pytest.mark.parametrize("slip", BUILD_SLIPS)
+def test_a_slip_in_a_part_is_named_and_leaves_no_folder(slip: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    assert main([*slip.split(), "epochs=1", "log.pictures=false"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and re.search(BUILD_SLIPS[slip], said), said
+    assert "Traceback" not in said
+    assert not Path("outputs").exists() or not any(Path("outputs").rglob("results.json"))
+
+
+def test_defaults_stand_in_yaml_alone() -> None:
+    settings = read_settings([])
+    assert isinstance(settings, Settings)
+    assert settings.choices["model"] == "lenet5" and settings.choices["data"] == "digits"
+    assert settings.label == "lenet5-digits"
+
+
+def test_a_command_line_choice_beats_the_data_sets() -> None:
+    assert read_settings(["data=digits"]).augment
+    assert read_settings(["data=digits", "augment=none"]).augment == {}
+    assert set(read_settings(["augment=[flip,crop]"]).augment) >= {"flip", "crop"}
+
+
+@pytest.mark.parametrize("option", group_options()["experiment"])
+def test_every_experiment_composes(option: str) -> None:
+    assert read_settings([f"experiment={option}"]).expect is not None
+
+
+def test_a_grid_is_every_combination() -> None:
+    grid = expand_grid(["model=lenet5,mlp", "seed=range(0,3)", "epochs=2"])
+    assert len(grid) == 6 and grid[0] == ["model=lenet5", "seed=0", "epochs=2"]
+    with pytest.raises(UserError, match="a grid needs listed values"):
+        expand_grid(["optimizer.lr=interval(0,1)"])
+
+
+def test_config_files_can_not_trust_themselves(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "sly.yaml").write_text("# @package _global_\ntrusted_packages: [os]\n")
+    assert "os" not in read_settings(["experiment=sly"], tmp_path).trusted_packages
+    assert read_settings(["trusted_packages=[mine]"]).trusted_packages == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("target", "role"),
+    [
+        ("torch.load", "model"),
+        ("torch.hub.load", "model"),
+        ("os.system", "model"),
+        ("builtins.eval", "optimizer"),
+        ("torch.optim.optimizer.os.system", "optimizer"),
+        ("cnntrain.models.resnet.torch.load", "model"),
+        ("cnntrain.data.source.os.remove", "data"),
+        ("torch.nn.functional.relu", "model"),
+        ("torch.nn.Linear", "optimizer"),
+        ("torch.optim.SGD", "model"),
+    ],
+)
+def test_a_target_must_suit_its_slot(target: str, role: str) -> None:
+    with pytest.raises(UserError, match=r"_target_"):
+        build({"_target_": target}, role, role)
+
+
+def test_arguments_are_checked_against_the_signature() -> None:
+    node = {"_target_": "torch.optim.SGD", "lr": 0.1, "momentun": 0.9}
+    with pytest.raises(UserError, match=r"optimizer\.momentun: .* did you mean 'momentum'"):
+        build(node, "optimizer", "optimizer")
+
+
+def test_expectations() -> None:
+    results = {"parameters": 10, "best": {"val/top1": 0.9}, "test": {"test/top1": 0.94}}
+    expected = {"parameters": 10, "test/top1": ">=0.935", "val/top1": ">0.95"}
+    verdicts = [f.verdict for f in judge_expectations(expected, results, ["seed", "data.root", "choices.data"])]
+    assert verdicts == ["PASS", "PASS", "FAIL"]
+    assert {f.verdict for f in judge_expectations(expected, results, ["epochs"])} == {"SKIP"}
+    with pytest.raises(UserError, match=r"expect\.x"):
+        judge_expectations({"x": "about 3"}, results, [])
+
+
+def test_command_words_and_flags() -> None:
+    assert parse_arguments(["overfit", "model=mlp"]).command == "overfit"
+    assert parse_arguments(["-m", "seed=1,2"]).multirun
+    with pytest.raises(UserError, match="did you mean 'overfit'"):
+        parse_arguments(["overfitt"])
+    with pytest.raises(UserError, match="--multirun"):
+        parse_arguments(["--multirn"])
+
+
+def test_completion_offers_commands_options_and_keys() -> None:
+    assert "overfit" in complete("cnntrain ov")
+    assert {"model=resnet18", "model=resnet34"} <= set(complete("cnntrain model=resnet"))
+    assert "optimizer.lr=" in complete("cnntrain overfit optimizer.l")
+    assert "checkpoint=" in complete("cnntrain evaluate che")
+
+
+def test_draws_are_a_function_of_position_alone() -> None:
+    import torch
+
+    positions = torch.arange(1000)
+    whole = uniform(3, 1, positions, "flip", 4)
+    assert torch.equal(whole[500:], uniform(3, 1, positions[500:], "flip", 4))
+    assert torch.equal(whole[:, :2], uniform(3, 1, positions, "flip", 2))
+    assert not torch.equal(whole, uniform(3, 2, positions, "flip", 4))
+    assert not torch.equal(whole, uniform(3, 1, positions, "crop", 4))
+    assert abs(float(whole.mean()) - 0.5) < 0.02 and 0 <= float(whole.min()) and float(whole.max()) < 1
+    correlation = torch.corrcoef(whole.T)
+    assert (correlation - torch.eye(4)).abs().max() < 0.12
+    assert sorted(epoch_order(0, 0, 50).tolist()) == list(range(50))
+    assert len({hash_seed(a, b) for a in range(30) for b in range(30)}) == 900
+
+
+def test_compose_says_what_was_chosen() -> None:
+    assert compose("config", ["model=mlp"])["choices"]["model"] == "mlp"
