@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -51,9 +50,9 @@ class Assembly:
         if self.spec.mean is None:
             self.spec = data.spec
         data.spec = self.spec
-        self.task = build_task(self.settings, self.spec)
-        self.task.prepare(data.train.targets)
         self.pipeline = build_pipeline(self.settings, self.spec)
+        self.task = build_task(self.settings, self.spec, self.pipeline)
+        self.task.prepare(data.train.targets)
         return data
 
     def loader(self, examples: Any) -> Loader:
@@ -72,14 +71,18 @@ def assemble(settings: Settings, known: DataSpec | None = None) -> Assembly:
     """
     prepare_torch(settings.threads, settings.deterministic)
     compute = choose_compute(settings.device, settings.precision, settings.channels_last)
-    source_node, common = split_common(settings.data, DataSettings)
-    data_settings = parse(DataSettings, common, "data.")
-    source = build(source_node, "data", "data", settings.trusted_packages)
+    source, data_settings = build_source(settings)
     spec = known or source.spec()
-    task = build_task(settings, spec)
     pipeline = build_pipeline(settings, spec)
+    task = build_task(settings, spec, pipeline)
     model = build_model(settings, spec, task, pipeline.output_size)
     return Assembly(settings, compute, source, data_settings, spec, task, model.to(compute.device), pipeline)
+
+
+def build_source(settings: Settings) -> tuple[Source, DataSettings]:
+    """The data set, not yet read, and the keys that every data set has."""
+    node, common = split_common(settings.data, DataSettings)
+    return build(node, "data", "data", settings.trusted_packages), parse(DataSettings, common, "data.")
 
 
 def split_common(node: Node, cls: type) -> tuple[Node, Node]:
@@ -88,8 +91,11 @@ def split_common(node: Node, cls: type) -> tuple[Node, Node]:
     return {k: v for k, v in node.items() if k not in names}, {k: v for k, v in node.items() if k in names}
 
 
-def build_task(settings: Settings, spec: DataSpec) -> Task:
-    return build(settings.task, "task", "task", settings.trusted_packages, spec=spec)
+def build_task(settings: Settings, spec: DataSpec, pipeline: Pipeline) -> Task:
+    """The task, for images of the size that leaves the pipeline."""
+    height, width = pipeline.output_size
+    seen = dataclasses.replace(spec, height=height, width=width)
+    return build(settings.task, "task", "task", settings.trusted_packages, spec=seen)
 
 
 def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
@@ -101,23 +107,22 @@ def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
     return Pipeline(spec, built, border=border)
 
 
+def make_model(settings: Settings, channels: int, num_outputs: int, image_size: tuple[int, int]) -> nn.Module:
+    """The network as configured, for images of `channels` x `image_size`; draws its weights from torch's generator."""
+    node, common = split_common(settings.model, ModelSettings)
+    facts = {"in_channels": channels, "num_outputs": num_outputs, "num_classes": num_outputs, "image_size": image_size}
+    model = build(node, "model", "model", settings.trusted_packages, **facts)
+    return prepare(model, **dataclasses.asdict(parse(ModelSettings, common, "model.")))
+
+
 def build_model(settings: Settings, spec: DataSpec, task: Task, image_size: tuple[int, int]) -> nn.Module:
     """The network, its weights a function of the seed alone, once its shapes have been tried out without data.
 
     Raises:
         UserError: a layer does not fit its input, or the outputs are not what the task needs.
     """
-    node, common = split_common(settings.model, ModelSettings)
-    facts = {
-        "in_channels": spec.channels,
-        "num_outputs": task.num_outputs,
-        "num_classes": task.num_outputs,
-        "image_size": image_size,
-    }
-    make = partial(build, node, "model", "model", settings.trusted_packages, **facts)
-    options = dataclasses.asdict(parse(ModelSettings, common, "model."))
     seed_step(settings.seed, "weights")
-    model = prepare(make(), **options)
+    model = make_model(settings, spec.channels, task.num_outputs, image_size)
     findings = preflight(
         model, spec.channels, image_size, batch_size=min(settings.batch_size, 32),
         classification=bool(spec.classes) and not spec.keypoints, name=settings.model.get("name"),

@@ -43,6 +43,21 @@ class OverfitSettings:
 
 
 @dataclass(frozen=True)
+class InspectSettings:
+    image_size: Any
+    channels: int | None = within(1)
+    num_outputs: int | None = within(1)
+    depth: int | None = within(0)
+    convention: Literal["torch", "keras", "folded"]
+
+
+@dataclass(frozen=True)
+class PreviewSettings:
+    images: int = within(1, 64)
+    epochs: int = within(1, 32)
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """Keys that every data set has; the rest of `data` belongs to the source."""
 
@@ -95,6 +110,8 @@ class Settings:
     checkpoint: CheckpointSettings
     log: LogSettings
     overfit: OverfitSettings
+    inspect: InspectSettings
+    preview: PreviewSettings
     expect: dict[str, Any] | None
     trusted_packages: list[str]
     choices: dict[str, Any]  # group -> option, as they were chosen
@@ -151,6 +168,8 @@ def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 def _convert(value: Any, hint: Any, key: str, limits: Mapping[str, Any]) -> Any:
     origin = get_origin(hint)
+    if hint is Any:
+        return value
     if origin in (Union, types.UnionType):
         options = get_args(hint)
         if value is None and type(None) in options:

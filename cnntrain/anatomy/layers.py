@@ -8,12 +8,15 @@ from typing import Literal
 from torch import nn
 
 from cnntrain.anatomy.axes import Axes
+from cnntrain.anatomy.failures import explain
 from cnntrain.anatomy.geometry import Geometry, Shape, of_module
 from cnntrain.anatomy.margin_notes import last_local
 from cnntrain.anatomy.meta import Buildable, as_meta, images
 from cnntrain.anatomy.parameters import Owner, folds
 from cnntrain.anatomy.record import Call, Operation
-from cnntrain.anatomy.trace import Trace, trace_run
+from cnntrain.anatomy.run import TraceError, trace_run
+from cnntrain.anatomy.trace import Trace
+from cnntrain.errors import UserError
 
 Convention = Literal["torch", "keras", "folded"]
 """Parameters as torch counts them; as Keras does, with running statistics; with BatchNorm folded away."""
@@ -123,11 +126,15 @@ def analyse(model_or_builder: Buildable, input_shape: Sequence[int], name: str |
     Multiply-adds leave out biases: ten 5x5 filters on 3x32x32, padded by 2, make 768,000.
 
     Raises:
-        TraceError: the network does not fit its input (ask `preflight` why).
+        UserError: the network does not fit its input; names the layer (`preflight` also finds a size that fits).
     """
     model = as_meta(model_or_builder).eval()
     channels, *size = (int(n) for n in input_shape)
-    trace, output = trace_run(model, images(channels, tuple(size)))
+    try:
+        trace, output = trace_run(model, images(channels, tuple(size)))
+    except TraceError as raised:
+        failure = explain(raised.trace, raised.__cause__ or raised)
+        raise UserError(f"{failure.what}\n{failure.advice}".strip()) from raised
     owner = Owner(model)
     changes = folds(trace)
     rows = _unique([_row(event, owner, tuple(size), changes) for event in trace.events])

@@ -29,6 +29,16 @@ def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     return found
 
 
+def all_tensors(output: Any) -> list[Tensor]:
+    """The tensors of what a network or an operation answers, however they are packed."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = (
+        output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    )
+    return [tensor for value in values for tensor in all_tensors(value)]
+
+
 def seen(tensor: Tensor, lookup: Lookup) -> Axes:
     return lookup(tensor) or ()
 

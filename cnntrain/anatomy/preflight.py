@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cnntrain.anatomy.failures import Failure, explain, first_line
 from cnntrain.anatomy.margin_notes import margin_notes
 from cnntrain.anatomy.meta import Buildable, as_meta, images, needs_numbers
-from cnntrain.anatomy.trace import TraceError, trace_run
+from cnntrain.anatomy.run import TraceError, trace_run
 from cnntrain.errors import CnntrainError
 from cnntrain.findings import Finding
 

@@ -47,7 +47,12 @@ def report(
         return [*written, _write_picture(folder / "anatomy.png", anatomy, depth, convention)]
     rows = compare(opened, convention)
     written = [write_csv(folder / "comparison.csv", rows), write_json(folder / "comparison.json", rows)]
-    pictures = [_write_picture(folder / f"{a.name}.png", a, depth, convention) for a in opened]
+    names = [a.name for a in opened]
+    files = [n if names.count(n) == 1 else f"{n}-{names[: i + 1].count(n)}" for i, n in enumerate(names)]
+    pictures = [
+        _write_picture(folder / f"{file}.png", a, depth, convention)
+        for file, a in zip(files, opened, strict=True)
+    ]
     return [*written, *pictures]
 
 

@@ -1,17 +1,14 @@
 """One run of a network on shapes alone, and what it did: by module, by operation, by axis of the image."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnntrain.anatomy.axes import Axes, image_axes
 from cnntrain.anatomy.geometry import Shape, of_operation
-from cnntrain.anatomy.moves import tensors_of
+from cnntrain.anatomy.moves import all_tensors, tensors_of
 from cnntrain.anatomy.multiply_adds import is_elementwise, multiply_adds
 from cnntrain.anatomy.record import Call, Operation
 from cnntrain.anatomy.rules import COPIES, FACTORIES, VIEWS, follow, is_pointwise
@@ -54,7 +51,7 @@ class _Ran:
 
 
 class Trace(TorchDispatchMode):
-    """Records a forward pass on the meta device; use `trace_run`.
+    """Records a forward pass on the meta device; use `run.trace_run`.
 
     events: layers (`Call`) and operations outside of layers (`Operation`), in the order in which they began.
     stack: the modules that were running when an error was raised, the outermost first.
@@ -122,7 +119,7 @@ class Trace(TorchDispatchMode):
         except Exception:
             self.failing = (name, tuple(tuple(t.shape) for t in inputs))
             raise
-        ran.outs = _flat(out)
+        ran.outs = all_tensors(out)
         self._observe(ran)
         return out
 
@@ -218,61 +215,3 @@ def _is_layer(module: nn.Module, root: bool) -> bool:
         return True
     own = type(module).__module__.startswith("torch.nn.modules")
     return not any(True for _ in module.children()) and (own or not root)
-
-
-@contextmanager
-def watched(model: nn.Module, trace: "Trace") -> Iterator[None]:
-    """Tell `trace` which module runs, for as long as the context lasts."""
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(
-            module.register_forward_pre_hook(
-                lambda m, args, kwargs, name=name: trace.enter(name, m, tensors_of(args, kwargs)),
-                with_kwargs=True,
-            )
-        )
-        handles.append(
-            module.register_forward_hook(
-                lambda m, args, kwargs, out: trace.leave(m, tensors_of(args, kwargs), _flat(out)),
-                with_kwargs=True,
-            )
-        )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _flat(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = (
-        output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
-    )
-    return [tensor for value in values for tensor in _flat(value)]
-
-
-def trace_run(model: nn.Module, batch: Tensor) -> tuple[Trace, Any]:
-    """Run a meta network on a meta batch (N, C, *size), and return the record and what the network answered.
-
-    Raises:
-        TraceError: the network raised; it carries the record up to there, and the cause.
-    """
-    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-        with torch.no_grad(), suppress(Exception):
-            model(batch)  # lazy layers take their widths from a first run; an error is met again below
-    trace = Trace(model, batch)
-    try:
-        with torch.no_grad(), watched(model, trace), trace:
-            return trace, model(batch)
-    except Exception as error:
-        raise TraceError(trace) from error
-
-
-class TraceError(Exception):
-    """A network raised while it was traced; `__cause__` is what it raised."""
-
-    def __init__(self, trace: Trace) -> None:
-        super().__init__("the network raised an error")
-        self.trace = trace

@@ -206,6 +206,11 @@ def judge(trial: Trial, example: str) -> list[Finding]:
             keys_lr,
         ),
         _finding(
+            "moderate", trial.largest_output < LARGEST_OUTPUT, f"largest output {trial.largest_output:.3g}",
+            f"outputs as large as {trial.largest_output:.3g}: the learning rate is too high for a network without working norms",
+            "lower optimizer.lr (norms are frozen here; with batch statistics a training may bear more)", keys_lr,
+        ),
+        _finding(
             "rectifiers", not trial.dead, f"{len(set(trial.dead))} dead layers",
             f"every ReLU is dead (zero for every image) in {_names(sorted(set(trial.dead)))}",
             "look at the initialisation and the biases before it", ("model.init",),
@@ -226,11 +231,6 @@ def judge(trial: Trial, example: str) -> list[Finding]:
             "parameter tensors got a gradient",
             f"no gradient reaches {_names(silent)}: something detaches them from the loss",
             "look for detach(), .data, no_grad or a layer that forward() never calls", ("model",),
-        ),
-        _finding(
-            "moderate", trial.largest_output < LARGEST_OUTPUT, f"largest output {trial.largest_output:.3g}",
-            f"outputs as large as {trial.largest_output:.3g}: the learning rate is too high", "lower optimizer.lr",
-            keys_lr,
         ),
         _learned(trial),
     ]  # fmt: skip

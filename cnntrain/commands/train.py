@@ -121,7 +121,7 @@ def _train_in(
             test_meter, _ = _judge(best, assembly, assembly.loader(data.test), plan, stop)
             test = {f"test/{name}": value for name, value in test_meter.compute().items()}
         mistakes = _draw_mistakes(best, assembly, judged, worst) if settings.log.pictures else None
-        journal.finish(best, meter, mistakes, test, state.progress.step)
+        journal.finish(best, meter, mistakes, state.progress.best, test, state.progress.step)
     return _summary(state, best, test)
 
 

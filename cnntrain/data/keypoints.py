@@ -57,7 +57,8 @@ class KeypointSource(Source):
         crop_margin: added on each side of the box, as a share of its longer side.
         resize: letterbox, short_side or stretch, for `crop='none'`.
         scheme: published names for the points, in the file's order; null: the file's own.
-        mirror: partners by name, {left_eye: right_eye}; null: inferred from names that say left and right.
+        mirror: partners by name, {left_eye: right_eye}; null: the scheme's, or
+            inferred from names that say left and right.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class KeypointSource(Source):
 
     def spec(self) -> DataSpec:
         names, _, skeleton = self.annotations
-        mirror = infer_mirror(names) if self.mirror is None else mirror_permutation(names, self.mirror)
+        declared = self.mirror if self.mirror is not None else self.scheme.mirror if self.scheme else None
+        mirror = infer_mirror(names) if declared is None else mirror_permutation(names, declared)
         d = self.decoder
         return DataSpec(d.channels, d.height, d.width, keypoints=names, mirror=mirror, skeleton=skeleton)
 

@@ -59,7 +59,7 @@ class MaskDecoder:
         if image.mode not in ("1", "L", "P", "I;16", "I"):
             raise Unusable(f"must hold class ids (grey or palette), but is {image.mode}")
         found = np.asarray(image)  # a palette image gives its indices
-        counts = np.bincount(found.ravel().clip(-1, 256).astype(np.int64) + 1, minlength=258)
+        counts = np.bincount(found.ravel().astype(np.int32).clip(-1, 256) + 1, minlength=258)
         unknown = [v - 1 for v in np.flatnonzero(counts).tolist() if v in (0, 257) or self.ids[v - 1] < 0]
         if unknown:
             shown = ", ".join({-1: "below 0", 256: "above 255"}.get(v, str(v)) for v in unknown[:8])

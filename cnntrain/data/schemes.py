@@ -1,5 +1,6 @@
-"""Names of the points in published annotation schemes; partners under a mirror follow from the names."""
+"""Names of the points in published annotation schemes, and their partners under a mirror."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -8,10 +9,16 @@ from cnntrain.errors import UserError, suggest
 
 @dataclass(frozen=True)
 class Scheme:
-    """K named points in the order of their files, and which to join by lines in drawings."""
+    """K named points in the order of their files.
+
+    Attributes:
+        lines: names to join in drawings.
+        mirror: partners by name; None: they follow from left and right in the names.
+    """
 
     names: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...] = ()
+    mirror: Mapping[str, str] | None = None
 
     @property
     def skeleton(self) -> tuple[tuple[int, int], ...]:
@@ -63,7 +70,8 @@ COCO17 = Scheme(
      ("left_hip", "left_knee", "left_ankle"), ("right_hip", "right_knee", "right_ankle")),
 )  # fmt: skip
 
-# Zhang, Sun, Tang, Cat Head Detection, ECCV 2008: "left" is the picture's left; an ear is root, tip, root.
+# Zhang, Sun, Tang, Cat Head Detection, ECCV 2008. "left" is the picture's left, and both ears count from the
+# left to the right: root, tip, root. So the left ear's outer root, 1, is the partner of the right ear's, 3.
 CAT9 = Scheme(
     ("left_eye", "right_eye", "mouth", *_numbered("left_ear", 1, 2, 3), *_numbered("right_ear", 1, 2, 3)),
     (
@@ -71,6 +79,12 @@ CAT9 = Scheme(
         _numbered("left_ear", 1, 2, 3),
         _numbered("right_ear", 1, 2, 3),
     ),
+    {
+        "left_eye": "right_eye",
+        "left_ear_1": "right_ear_3",
+        "left_ear_2": "right_ear_2",
+        "left_ear_3": "right_ear_1",
+    },
 )
 
 SCHEMES = {"ibug68": IBUG68, "coco17": COCO17, "cat9": CAT9}

@@ -92,7 +92,7 @@ def fit(
             keep()
             raise
 
-        row = {"epoch": float(progress.epoch), "step": float(progress.step)}
+        row = {"epoch": float(progress.epoch + 1), "step": float(progress.step)}
         row |= {f"train/{name}": value for name, value in train_metrics.items()}
         row |= {f"val/{name}": value for name, value in val_metrics.items()}
         row["lr"] = state.optimizer.param_groups[0]["lr"]
@@ -146,7 +146,7 @@ def train_epoch(
             outputs = model(images)
         loss_sum, count = task.loss(outputs.float(), batch.truth)
         # Alone, a batch is divided by what counts in it. Together, batches are summed, and divided once at the step.
-        loss = loss_sum / (count.clamp(min=1) if plan.accumulate == 1 else plan.batch_size)
+        loss = loss_sum / (count.clamp(min=1e-12) if plan.accumulate == 1 else plan.batch_size)
         (state.scaler.scale(loss) if state.scaler else loss).backward()
 
         with torch.no_grad():
@@ -189,7 +189,7 @@ def apply_gradients(state: TrainState, plan: Plan, group_count: Tensor, measure:
         scaler.unscale_(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if plan.accumulate > 1 and gradients:
-        torch._foreach_mul_(gradients, plan.batch_size / group_count.clamp(min=1))
+        torch._foreach_mul_(gradients, plan.batch_size / group_count.clamp(min=1e-12))
     norm = torch.full((), math.nan, device=group_count.device)
     if gradients and (measure or plan.clip_grad_norm is not None):
         norm = nn.utils.get_total_norm(gradients)
@@ -220,7 +220,7 @@ def is_better(row: dict[str, float], best: dict[str, float], monitor: tuple[str,
     key = f"val/{name}" if f"val/{name}" in row else f"train/{name}"
     if key not in row:
         key, direction = "train/loss", "min"
-    if not best or key not in best:
+    if not best or key not in best or math.isnan(best[key]):
         return True
     return row[key] > best[key] if direction == "max" else row[key] < best[key]
 

@@ -58,7 +58,7 @@ def curves(rows: Sequence[Mapping[str, object]], monitor: tuple[str, str] | None
             allowed.
         monitor: metric and direction that chose the best epoch, which is then marked.
     """
-    epochs = [_number(row.get("epoch", i)) + 1 for i, row in enumerate(rows)]
+    epochs = [_number(row.get("epoch", i + 1)) for i, row in enumerate(rows)]
     metrics: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         if key.rsplit("/", 1)[-1] not in _NOT_PLOTTED and any(

@@ -56,7 +56,7 @@ class RunJournal:
         pictures: bool = True,
     ) -> None:
         self.folder, self.task, self.spec, self.pictures = folder, task, spec, pictures
-        self.metrics = MetricsFile(folder / "metrics.csv", done_epochs or None)
+        self.metrics = MetricsFile(folder / "metrics.csv", done_epochs + 1 if done_steps else None)
         self.bar = Bar(total_steps, epochs, done_steps, watch=(task.monitor[0],))
         self.events = (
             Events(folder, purge_step=done_steps + 1 if done_steps else None) if tensorboard else None
@@ -79,7 +79,7 @@ class RunJournal:
         """The config, and the run's row in the HParams tab with the metrics that it will have."""
         if self.events:
             name = self.task.monitor[0]
-            tags = ["train/loss", "val/loss", f"val/{name}", *([f"test/{name}"] if test else [])]
+            tags = [f"val/{name}", "val/loss", f"best/{name}", *([f"test/{name}"] if test else []), "train/loss"]
             self.events.hparams(hparams, tags)
             self.events.text("config", config)
 
@@ -105,7 +105,7 @@ class RunJournal:
 
     def epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
         self.metrics.append(row)
-        self.bar.epoch(int(row["epoch"]), row, improved)
+        self.bar.epoch(int(row["epoch"]) - 1, row, improved)
         if self.events:
             tags = {name: value for name, value in row.items() if name not in ("epoch", "step")}
             self.events.scalars(tags, step)
@@ -113,8 +113,9 @@ class RunJournal:
     def finish(
         self,
         model: nn.Module,
-        meter: Meter | None,
+        meter: Meter,
         mistakes: Figure | None,
+        best: Mapping[str, float],
         test: Mapping[str, float],
         step: int,
     ) -> None:
@@ -124,14 +125,17 @@ class RunJournal:
             model: the best one; its first convolution is drawn.
             meter: of the best model on validation data.
             mistakes: the most confident ones, drawn.
+            best: metrics of the best epoch, `val/...`.
             test: metrics of the test set, `test/...`; empty where there is none.
         """
         if self.events:
-            self.events.scalars(test, step)
+            name = self.task.monitor[0]
+            chosen = {f"best/{name}": best[f"val/{name}"]} if f"val/{name}" in best else {}
+            self.events.scalars({**chosen, **test}, step)
         if not self.pictures:
             return
         self.figure("curves", curves(read_metrics(self.metrics.path), self.task.monitor), step)
-        for name, figure in (self.task.figures(meter) if meter else {}).items():
+        for name, figure in self.task.figures(meter).items():
             self.figure(name, figure, step)
         if mistakes is not None:
             self.figure("mistakes", mistakes, step)

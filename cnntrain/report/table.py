@@ -81,7 +81,7 @@ def print_run_summary(
         print_rows(rows, console=console)
     facts = []
     if "epoch" in best:
-        facts.append(f"best epoch {int(float(str(best['epoch']))) + 1} by {monitor}")
+        facts.append(f"best epoch {int(float(str(best['epoch'])))} by {monitor}")
     if "parameters" in results:
         facts.append(f"{results['parameters']:,} parameters")
     if "wall_s" in results:

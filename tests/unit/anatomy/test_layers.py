@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.anatomy.layers import Anatomy, analyse
+from cnntrain.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,11 @@ def test_vgg_e_in_a_second() -> None:
     anatomy = analyse(lambda: models.vgg19(weights=None), (3, 224, 224))
     assert (anatomy.parameters(), anatomy.weighted_layers) == (143_667_240, 19)
     assert time.perf_counter() - start < 3  # a second on a quiet machine
+
+
+def test_a_network_that_does_not_fit() -> None:
+    with pytest.raises(UserError, match=r"model\.1 Conv2d\(4 -> 4, K9 P0 S1\): \(6 - 9 \+ 2\*0\)/1 \+ 1 < 1"):
+        analyse(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 9)), (1, 8, 8))
 
 
 def test_signals_and_volumes() -> None:

@@ -105,8 +105,8 @@ def test_functional_operations_count() -> None:
 
 CLASSIFIERS = [
     "alexnet", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet1_0", "mobilenet_v2",
-    "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x1_0", "squeezenet1_1",
-    "swin_t", "vgg16", "vit_b_16", "wide_resnet50_2", "convnext_tiny", "maxvit_t",
+    "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x1_0",
+    "squeezenet1_1", "swin_t", "vgg16", "vit_b_16", "wide_resnet50_2", "convnext_tiny", "maxvit_t",
 ]  # fmt: skip
 
 
@@ -121,17 +121,8 @@ def test_torchvisions_published_numbers(name: str) -> None:
     options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name == "googlenet":
         options["aux_logits"] = False
-    with torch.device("meta"):
-        net = models.get_model(name, weights=None, **options)
+    net = as_meta(lambda: models.get_model(name, weights=None, **options))
     anatomy = analyse(net, (3, crop, crop))
     assert anatomy.parameters() == published["num_params"]
     agree(net, 3, crop)
-    if name == "maxvit_t" or name in (
-        "mobilenet_v2",
-        "resnet18",
-        "vgg16",
-        "alexnet",
-        "densenet121",
-        "googlenet",
-    ):
-        assert anatomy.multiply_adds / 1e9 == pytest.approx(published["_ops"], abs=6e-4)
+    assert anatomy.multiply_adds / 1e9 == pytest.approx(published["_ops"], abs=1e-3)

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from cnntrain.anatomy.layers import analyse
 from cnntrain.anatomy.meta import as_meta, images
+from cnntrain.anatomy.run import trace_run
 from cnntrain.anatomy.span import Span, transposed_window, window
-from cnntrain.anatomy.trace import trace_run
 
 
 class Residual(nn.Module):
@@ -217,6 +217,15 @@ def test_a_global_pool_on_one_path_sees_everything() -> None:
 
     row = analyse(nn.Sequential(nn.Conv2d(3, 4, 5), Squeeze()), (3, 40, 40)).rows[-1]
     assert (row.receptive_field, row.local_field, row.whole) == ((40, 40), (5, 5), True)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_modes_see_what_zeros_see(mode: str) -> None:
+    """Where the border comes from moves no window; what wraps round counts as lying beyond the border."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 5, stride=2, padding=2, padding_mode=mode), nn.Conv2d(4, 4, 3))
+    first, second = analyse(net, (3, 20, 20)).rows
+    assert (first.receptive_field, first.start, second.receptive_field) == ((5, 5), (0.5, 0.5), (9, 9))
+    assert (first.notation, second.jump) == ("C4 K5 P2 S2", (2, 2))
 
 
 def test_a_flat_network_sees_what_its_windows_read() -> None:

@@ -1,4 +1,4 @@
-"""What does not fit is refused before the first step, by name; and torchvision's transforms, named in YAML."""
+"""What does not fit is refused before the first step, by name; and transforms of torchvision in YAML."""
 
 import pickle
 

@@ -40,7 +40,7 @@ def test_the_summary_names_figures_folder_and_what_next(tmp_path):
     }
     text = captured(lambda console: print_run_summary(results, tmp_path, "top1", console))
     assert text.index("top1") < text.index("loss")
-    assert all(part in text for part in ("0.99", "0.98", "best epoch 9 by top1", "1,256,080", "1 min 05 s"))
+    assert all(part in text for part in ("0.99", "0.98", "best epoch 8 by top1", "1,256,080", "1 min 05 s"))
     assert f"tensorboard --logdir {tmp_path}" in text
     without = captured(lambda c: print_run_summary({"best": best, "test": None}, tmp_path, "top1", c))
     assert "test" not in without.split("run folder")[0]

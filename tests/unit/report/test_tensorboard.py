@@ -106,6 +106,7 @@ def test_hparams_tab_has_one_row_a_run_with_its_metrics(tmp_path):
     assert sorted(session["name"] for group in groups for session in group["sessions"]) == ["one", "two"]
     two = next(group for group in groups if group["sessions"][0]["name"] == "two")
     assert two["hparams"] == {"optimizer.lr": 0.2, "model": "lenet5", "channels_last": True, "steps": "null"}
+    assert two["hparams"]["channels_last"] is True  # no number: the tab offers a tick box
     assert [value["value"] for value in two["metricValues"]] == [pytest.approx(0.91)]
     assert two["sessions"][0]["status"] == "STATUS_SUCCESS"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"], "no sub-runs"
@@ -114,16 +115,15 @@ def test_hparams_tab_has_one_row_a_run_with_its_metrics(tmp_path):
 def test_an_error_warns_once_and_training_goes_on(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
+    monkeypatch.setattr(tensorboard, "_RETRY_S", -1.0)  # try again at once
     events = Events(blocked / "run")
     with pytest.warns(UserWarning, match="not being written"):
         events.scalars({"loss": 1.0}, 0)
-    monkeypatch.setattr(tensorboard, "_RETRY_S", -1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         events.scalars({"loss": 1.0}, 1)
         events.flush()
         blocked.unlink()
-        events._retry_at = 0.0
         events.scalars({"loss": 3.0}, 2)
         events.close()
         events.scalars({"loss": 3.0}, 3)

@@ -1,0 +1,67 @@
+"""Open a network: every layer's shape, parameters, multiply-adds, memory and receptive field; no data are read.
+
+`cnntrain inspect model=vgg16 data=fashion_mnist`, or several at once, one row each: `model=vgg16,resnet18`. The network
+is run on shapes alone (meta device). `inspect.image_size=224 inspect.channels=3 inspect.num_outputs=1000` opens it at
+another size than the data's. Writes CSV, JSON and a bar picture into a run folder.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from cnntrain.anatomy.layers import Anatomy, analyse
+from cnntrain.anatomy.report import report
+from cnntrain.assembly import build_pipeline, build_source, build_task, make_model
+from cnntrain.cli import Invocation
+from cnntrain.config import expand_grid, read_settings
+from cnntrain.engine.run_folder import open_run_folder
+from cnntrain.errors import UserError
+from cnntrain.report.console import console, log_to_console
+from cnntrain.settings import Settings
+
+
+def run(invocation: Invocation) -> int:
+    if invocation.words:
+        raise UserError(f"inspect: {invocation.words[0]!r} is no override; write model=NAME")
+    log_to_console()
+    combinations = expand_grid(invocation.overrides)
+    chosen = [read_settings(each, invocation.config_dir) for each in combinations]
+    anatomies = [open_network(settings) for settings in chosen]
+    options, first = chosen[0].inspect, chosen[0]
+    folder = Path(first.run_dir) if first.run_dir else None
+    with open_run_folder(folder, f"inspect-{first.label}") as run_folder:
+        written = report(anatomies, run_folder.path, options.depth, options.convention, console)
+    for path in written:
+        print(path)
+    return 0
+
+
+def open_network(settings: Settings) -> Anatomy:
+    """The anatomy of the configured network at the size of its data, or at the one asked for.
+
+    Raises:
+        UserError: it can't be built, or does not fit its input; names the layer.
+    """
+    options = settings.inspect
+    source, _ = build_source(settings)
+    spec = source.spec()
+    pipeline = build_pipeline(settings, spec)
+    task = build_task(settings, spec, pipeline)
+    image_size = pipeline.output_size if options.image_size is None else square(options.image_size)
+    channels = options.channels or spec.channels
+    facts = (channels, options.num_outputs or task.num_outputs, image_size)
+    name = settings.model.get("name") or settings.choices["model"]
+    with torch.device("meta"):
+        model = make_model(dataclasses.replace(settings, model={**settings.model, "pretrained": None})
+                           if "pretrained" in settings.model else settings, *facts)  # fmt: skip
+    return analyse(model, (channels, *image_size), name)
+
+
+def square(size: int | list[int]) -> tuple[int, int]:
+    """(height, width) of one number or two."""
+    if isinstance(size, int) and size > 0:
+        return size, size
+    if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
+        return size[0], size[1]
+    raise UserError(f"inspect.image_size: must be one number or [height, width] in pixels, got {size!r}")
