@@ -124,7 +124,7 @@ def build_model(settings: Settings, spec: DataSpec, task: Task, image_size: tupl
     seed_step(settings.seed, "weights")
     model = make_model(settings, spec.channels, task.num_outputs, image_size)
     findings = preflight(
-        model, spec.channels, image_size, batch_size=min(settings.batch_size, 32),
+        model, spec.channels, image_size, task.output_shape(), batch_size=min(settings.batch_size, 32),
         classification=bool(spec.classes) and not spec.keypoints, name=settings.model.get("name"),
     )  # fmt: skip
     for finding in findings:

@@ -135,7 +135,8 @@ def complete(line: str) -> list[str]:
     with hydra_session() as hydra:
         plugin = DefaultCompletionPlugin(hydra.config_loader())
         found += plugin._query(primary, " ".join([*arguments, word]))
-    return [w for w in found if not w.startswith(("hydra", "_")) and "=_" not in w]
+    hidden = {f"{w}." for w in known if w in found}  # `overfit` the command before `overfit.` the keys
+    return [w for w in found if w not in hidden and not w.startswith(("hydra", "_")) and "=_" not in w]
 
 
 COMPLETION_SCRIPT = """_cnntrain() {
@@ -182,6 +183,9 @@ def _dispatch(arguments: list[str]) -> int:
         print(help_text(invocation))
         return 0
     module = invocation.command.replace("-", "_")
+    from cnntrain.config import check_early
+
+    check_early(invocation.command, invocation.overrides, invocation.config_dir)
     return importlib.import_module(f"cnntrain.commands.{module}").run(invocation)
 
 

@@ -146,6 +146,17 @@ def _all_keys(name: str, overrides: Sequence[str], config_dir: Path | None) -> l
     return [*groups, *walk(composed, "")]
 
 
+def check_early(command: str, overrides: Sequence[str], config_dir: Path | None) -> None:
+    """Refuse a slip in half a second, before the command's module imports torch.
+
+    Raises:
+        UserError: see `read_settings`.
+    """
+    if not (conf_folder() / f"{command}.yaml").exists():
+        for each in expand_grid(overrides)[:1]:
+            read_settings(each, config_dir)
+
+
 def read_settings(overrides: Sequence[str], config_dir: Path | None = None) -> Settings:
     """The checked settings of a training.
 

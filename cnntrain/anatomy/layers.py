@@ -126,7 +126,7 @@ def analyse(model_or_builder: Buildable, input_shape: Sequence[int], name: str |
     Multiply-adds leave out biases: ten 5x5 filters on 3x32x32, padded by 2, make 768,000.
 
     Raises:
-        UserError: the network does not fit its input; names the layer (`preflight` also finds a size that fits).
+        UserError: the network does not fit its input; names the layer.
     """
     model = as_meta(model_or_builder).eval()
     channels, *size = (int(n) for n in input_shape)

@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from cnntrain.errors import CnntrainError
-
 Buildable = nn.Module | Callable[[], nn.Module]
 
 
@@ -19,14 +17,10 @@ def as_meta(model_or_builder: Buildable) -> nn.Module:
     try:
         with torch.device("meta"):
             return _copy(model_or_builder())
-    except CnntrainError:
-        raise
-    except (
-        Exception
-    ) as error:  # a constructor that computes with tensors has no meta version; build it for real
-        if needs_numbers(error):
-            return _copy(model_or_builder())
-        raise
+    except Exception as error:
+        if not needs_numbers(error.__cause__ or error):
+            raise
+        return _copy(model_or_builder())  # its constructor computes with tensors: built for real
 
 
 def _copy(model: nn.Module) -> nn.Module:

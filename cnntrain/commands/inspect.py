@@ -6,11 +6,12 @@ another size than the data's. Writes CSV, JSON and a bar picture into a run fold
 """
 
 import dataclasses
+import logging
+from functools import partial
 from pathlib import Path
 
-import torch
-
 from cnntrain.anatomy.layers import Anatomy, analyse
+from cnntrain.anatomy.preflight import preflight
 from cnntrain.anatomy.report import report
 from cnntrain.assembly import build_pipeline, build_source, build_task, make_model
 from cnntrain.cli import Invocation
@@ -19,6 +20,8 @@ from cnntrain.engine.run_folder import open_run_folder
 from cnntrain.errors import UserError
 from cnntrain.report.console import console, log_to_console
 from cnntrain.settings import Settings
+
+log = logging.getLogger("cnntrain")
 
 
 def run(invocation: Invocation) -> int:
@@ -52,10 +55,14 @@ def open_network(settings: Settings) -> Anatomy:
     channels = options.channels or spec.channels
     facts = (channels, options.num_outputs or task.num_outputs, image_size)
     name = settings.model.get("name") or settings.choices["model"]
-    with torch.device("meta"):
-        model = make_model(dataclasses.replace(settings, model={**settings.model, "pretrained": None})
-                           if "pretrained" in settings.model else settings, *facts)  # fmt: skip
-    return analyse(model, (channels, *image_size), name)
+    bare = {**settings.model, "pretrained": None} if "pretrained" in settings.model else settings.model
+    make = partial(make_model, dataclasses.replace(settings, model=bare), *facts)
+    classification = bool(spec.classes) and options.image_size is None
+    for finding in preflight(make, channels, image_size, classification=classification, name=name):
+        if finding.verdict == "FAIL":
+            raise UserError(f"{finding.evidence}\n{finding.remedy}")
+        log.warning("%s: %s", finding.evidence, finding.remedy)
+    return analyse(make, (channels, *image_size), name)
 
 
 def square(size: int | list[int]) -> tuple[int, int]:

@@ -126,8 +126,8 @@ def _parts(side: int) -> dict[str, np.ndarray]:
         "eye": _on_front(middle),
         "patch": _on_front(middle + _ring() * (0.30, 0.34)),
         "mouth": _on_front((0.0, 0.28), MOUTH, (side * 0.12, 0.52), (side * 0.24, 0.44)),
-        "upper whisker": np.vstack([start, start + (side * 0.75, -0.18, 0.1)]),
-        "lower whisker": np.vstack([start, start + (side * 0.75, 0.18, 0.1)]),
+        "upper whisker": np.vstack([start, start + np.array([side * 0.75, -0.18, 0.1])]),
+        "lower whisker": np.vstack([start, start + np.array([side * 0.75, 0.18, 0.1])]),
         "ear": np.array(RIGHT_SIDE["ear"]) * (side, 1, 1),
     }
 

@@ -125,6 +125,9 @@ class Classification(Task):
             floors.append(float(floor / weights[label]))
         return min(floors)
 
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.num_outputs,)
+
     def zero_outputs(self, targets: Targets) -> Tensor:
         return torch.zeros(len(targets["label"]), self.num_outputs, device=targets["label"].device)
 

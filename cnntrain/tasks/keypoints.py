@@ -123,6 +123,9 @@ class Keypoints(Task):
     def lowest_loss(self) -> float:
         return 0.0
 
+    def output_shape(self) -> tuple[int, ...] | None:
+        return None if self.head == "heatmap" else (self.num_outputs,)
+
     def zero_outputs(self, targets: Targets) -> Tensor:
         """Heat maps of a quarter of the canvas: pass a model's own outputs where their size matters."""
         shape = [len(targets["points"]), self.num_outputs]

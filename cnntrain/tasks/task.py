@@ -43,6 +43,10 @@ class Task(ABC):
         """Learn what the task needs from the training targets (class counts for balanced weights). Call
         before the first training step; evaluation does without."""
 
+    def output_shape(self) -> tuple[int, ...] | None:
+        """The one shape that a model's output for an image may have; None where several will do (maps)."""
+        return None
+
     @abstractmethod
     def losses(self, outputs: Tensor, targets: Targets, plain: bool = False) -> tuple[Tensor, Tensor]:
         """Loss of each example as (sum, count), both (N,) float32 on the device.

@@ -1,0 +1,112 @@
+"""Look at the training images as the network would see them: plain, and as augmented over several epochs; trains nothing.
+
+`cnntrain preview data=... augment=...` draws the same few images, plain in the first column and as the first epochs of
+a training with this seed would show them in the others: keypoints named and joined, masks laid over the images. For
+keypoints a second picture shows the flip with names, plain beside mirrored and relabelled. PNG, and TensorBoard images in
+the run folder. `preview.images=3 preview.epochs=8` draws other numbers of them. No network is built.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from cnntrain.assembly import build_pipeline, build_source
+from cnntrain.augment.geometry import HorizontalFlip
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.cli import Invocation
+from cnntrain.config import read_settings
+from cnntrain.data.load import load_data
+from cnntrain.data.store import make_loader
+from cnntrain.engine.device import prepare_torch
+from cnntrain.engine.run_folder import open_run_folder, provenance
+from cnntrain.errors import UserError
+from cnntrain.randomness import epoch_order
+from cnntrain.report.console import log_to_console
+from cnntrain.report.figures import save
+from cnntrain.report.previews import draw_batches, draw_flip
+from cnntrain.report.tensorboard import Events
+from cnntrain.settings import Settings
+from cnntrain.spec import Batch
+
+log = logging.getLogger("cnntrain")
+FLIPPED_IMAGES = 3
+
+
+def run(invocation: Invocation) -> int:
+    if invocation.words:
+        raise UserError(f"preview: {invocation.words[0]!r} is no override; write KEY=VALUE, as augment=flip")
+    preview(read_settings(invocation.overrides, invocation.config_dir), invocation.line)
+    return 0
+
+
+def preview(settings: Settings, command_line: str = "") -> list[Path]:
+    """Draw, and tell where the pictures are.
+
+    Raises:
+        UserError: data or augmentation can't be built or read, or don't fit each other.
+    """
+    log_to_console()
+    prepare_torch(settings.threads, settings.deterministic)
+    source, chosen = build_source(settings)
+    build_pipeline(settings, source.spec())  # what does not fit is told before any image is read
+    # Only a few images are looked at: those on disk stay there.
+    data = load_data(
+        source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit, "stream"
+    )
+    pipeline = build_pipeline(settings, data.spec)
+    if pipeline.mixes_labels:
+        log.info("preview: images are mixed with one another here; in a training with others of their batch")
+    loader = make_loader(data.train, "cpu", 0, chosen.timeout_s, per_sample=True)
+    count = min(settings.preview.images, len(loader))
+    rows = torch.linspace(0, len(loader) - 1, count).round().long()
+    plain = pipeline.plain(next(loader.batches(rows, count)))
+    moved = []
+    for epoch, positions in enumerate(_positions(rows, len(loader), settings)):
+        transform = pipeline.sample_transform(settings.seed, epoch)
+        batch = next(loader.batches(rows, count, positions=positions, transform=transform))
+        moved.append(pipeline(batch, settings.seed, epoch))
+    names = [data.train.names[row] for row in rows.tolist()]
+    pictures = {"augmented": draw_batches([plain, *moved], names, data.spec)}
+    if data.spec.keypoints and data.spec.mirror is None:
+        log.warning("preview: data.mirror does not say which points trade names, so no flip is drawn")
+    elif data.spec.keypoints:
+        shown = _best_seen(next(loader.batches(rows, count)), FLIPPED_IMAGES)
+        flip = Pipeline(data.spec, {"flip": HorizontalFlip(probability=1.0)})
+        both = [Pipeline(data.spec, {}).plain(shown), flip(shown, settings.seed, 0)]
+        pictures["flip"] = draw_flip(*both, [data.train.names[row] for row in shown.index.tolist()], data.spec)
+    folder = Path(settings.run_dir) if settings.run_dir else None
+    written = []
+    with open_run_folder(folder, f"preview-{settings.choices['data']}") as run_folder:
+        (run_folder.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+        run_folder.write_json("run.json", provenance(command_line))
+        with Events(run_folder.path) as events:
+            for name, figure in pictures.items():
+                written.append(run_folder.figures / f"{name}.png")
+                save(figure, written[-1])
+                if settings.log.tensorboard:
+                    events.figure(f"preview/{name}", figure, 0)
+    for path in written:
+        print(path)
+    return written
+
+
+def _positions(rows: Tensor, count: int, settings: Settings) -> Iterator[Tensor]:
+    """Where a training with this seed would meet `rows` in each epoch, for draws depend on the position."""
+    for epoch in range(settings.preview.epochs):
+        yield torch.argsort(epoch_order(settings.seed, epoch, count))[rows]
+
+
+def _best_seen(batch: Batch, count: int) -> Batch:
+    """The `count` examples that show the most points."""
+    rows = batch.targets["visible"].sum(1).argsort(descending=True, stable=True)[:count].sort().values
+    return Batch(
+        batch.images[rows],
+        {name: target[rows] for name, target in batch.targets.items()},
+        batch.index[rows],
+        batch.position[rows],
+    )

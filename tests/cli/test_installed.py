@@ -1,0 +1,113 @@
+"""The installed command, from outside, as a user has it."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = shutil.which("cnntrain", path=os.path.dirname(sys.executable)) or shutil.which("cnntrain")
+QUICK = ("epochs=1", "data.limit=200", "threads=1")
+
+
+def cnntrain(*arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    assert COMMAND, "the package is not installed: pip install -e ."
+    done = subprocess.run(
+        [COMMAND, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_a_run_explains_itself_and_can_be_evaluated() -> None:
+    cnntrain(*QUICK, "run_dir=run")
+    run = Path("run")
+    results = json.loads((run / "results.json").read_text())
+    assert {"parameters", "epochs", "steps", "wall_s", "images_per_s", "best", "test"} <= set(results)
+    assert results["parameters"] == 131_080 and results["best"]["epoch"] == 1
+    assert 0 <= results["best"]["val/top1"] <= 1 and 0 <= results["test"]["test/top1"] <= 1
+    about = json.loads((run / "run.json").read_text())
+    assert about["command"].startswith("cnntrain epochs=1 data.limit=200") and "torch" in about["versions"]
+    assert "lr:" in (run / "config.yaml").read_text()
+    assert len(list(csv.DictReader((run / "metrics.csv").open()))) == 1
+    for name in ("curves", "confusion_matrix", "first_batch", "mistakes", "filters"):
+        assert (run / "figures" / f"{name}.png").stat().st_size > 1000
+
+    cnntrain("evaluate", "checkpoint=run", "split=test")
+    again = json.loads((run / "evaluate-test" / "results.json").read_text())
+    assert again == pytest.approx(results["test"])
+    rows = list(csv.DictReader((run / "evaluate-test" / "examples.csv").open()))
+    losses = [float(row["loss"]) for row in rows]
+    assert losses == sorted(losses, reverse=True) and sum(losses) / len(losses) == pytest.approx(again["test/loss"])
+    assert {"name", "true", "predicted", "probability"} <= set(rows[0])
+
+
+def test_a_sweep_ends_with_a_table() -> None:
+    done = cnntrain("-m", "model=lenet5,mlp", "optimizer.lr=0.1,0.01", *QUICK, "log.pictures=false", "run_dir=sweep")
+    rows = list(csv.DictReader(Path("sweep/results.csv").open()))
+    assert [(row["model"], row["optimizer.lr"], row["status"]) for row in rows] == [
+        ("lenet5", "0.1", "done"), ("lenet5", "0.01", "done"), ("mlp", "0.1", "done"), ("mlp", "0.01", "done"),
+    ]  # fmt: skip
+    assert all(0 <= float(row["val/top1"]) <= 1 and float(row["time_s"]) > 0 for row in rows)
+    assert "val/top1" in done.stdout
+
+
+def test_a_failing_trial_is_said_and_the_sweep_goes_on() -> None:
+    done = cnntrain("-m", "optimizer=sgd", "optimizer.lr=1e30,0.01", *QUICK, "log.pictures=false", "run_dir=s", code=1)
+    assert [row["status"] for row in csv.DictReader(Path("s/results.csv").open())] == ["diverged", "done"]
+    assert "error: the loss is" in done.stderr
+
+
+def test_wrong_input_is_one_clear_message_and_leaves_nothing_behind() -> None:
+    done = cnntrain("modle=mlp", code=2)
+    assert done.stderr == "error: modle: no such key; did you mean 'model'?\n"
+    done = cnntrain("data=mnist", "data.root=nowhere", code=2)
+    assert "data=digits" in done.stderr and "Traceback" not in done.stderr
+    assert not list(Path.cwd().rglob("results.json"))
+    assert "Traceback" in cnntrain("modle=mlp", code=1, HYDRA_FULL_ERROR="1").stderr
+
+
+def test_python_m_and_help() -> None:
+    done = subprocess.run([sys.executable, "-m", "cnntrain", "overfit", "--help"], capture_output=True, text=True, check=True)
+    assert "one single example" in done.stdout
+    text = cnntrain("--help").stdout
+    assert all(word in text for word in ("resnet18", "fashion_mnist", "one_cycle", "evaluate", "optimizer"))
+
+
+def test_bash_completes() -> None:
+    assert COMMAND
+    script = f"""eval "$(cnntrain --completion)"
+    COMP_LINE='cnntrain over'; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=(cnntrain over); COMP_CWORD=1
+    _cnntrain; echo "${{COMPREPLY[@]}}"
+    COMP_LINE='cnntrain model=resnet1'; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=(cnntrain model=resnet1)
+    _cnntrain; echo "${{COMPREPLY[@]}}" """
+    path = os.pathsep.join([os.path.dirname(COMMAND), os.environ["PATH"]])
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path})
+    first, second = done.stdout.splitlines()
+    assert first.split() == ["overfit"]
+    assert {"model=resnet18", "model=resnet101", "model=resnet152"} <= set(second.split())
+
+
+def test_a_network_of_ones_own_needs_one_file_and_one_yaml(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "mynets.py").write_text(
+        "from torch import nn\n"
+        "class Tiny(nn.Sequential):\n"
+        "    def __init__(self, in_channels, num_outputs, image_size, width):\n"
+        "        height, breadth = image_size\n"
+        "        super().__init__(nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU(), nn.Flatten(),\n"
+        "                         nn.Linear(width * height * breadth, num_outputs))\n"
+    )
+    (tmp_path / "mine" / "model" / "tiny.yaml").write_text("_target_: mynets.Tiny\nwidth: 8  # channels\n")
+    cnntrain("--config-dir", "mine", "model=tiny", *QUICK, "log.pictures=false", "run_dir=r")
+    assert json.loads(Path("r/results.json").read_text())["parameters"] == 8 * 9 + 8 + 8 * 64 * 10 + 10
+
+
+@pytest.mark.slow
+def test_the_default_run_reaches_95_percent() -> None:
+    cnntrain("run_dir=run", "threads=1")
+    assert json.loads(Path("run/results.json").read_text())["best"]["val/top1"] >= 0.95

@@ -1,0 +1,120 @@
+"""Every shipped basic network learns one example of every kind of data set, by the configured optimizer."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnntrain import compose, overfit
+from cnntrain.data.digits import read_digits
+
+QUICK_MODELS = ["mlp", "lenet5", "fmnist_cnn", "sequential"]
+DEEP_MODELS = ["resnet18", "resnet34", "resnet50", "torchvision"]
+DATA = ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "image_csv"]
+
+
+def pictures(size: int, colour: bool, count: int = 80) -> tuple[np.ndarray, np.ndarray]:
+    """Real digits enlarged to size x size px, tinted where colour is asked for: uint8 (N, size, size[, 3]) and labels."""
+    images, labels = read_digits()
+    factor = size // 8
+    large = images[:count, 0].repeat(factor, 1).repeat(factor, 2)
+    edge = size - large.shape[1]
+    large = np.pad(large, ((0, 0), (edge // 2, edge - edge // 2), (edge // 2, edge - edge // 2)))
+    if colour:
+        tint = np.random.default_rng(0).uniform(0.4, 1, (count, 1, 1, 3))
+        large = (large[..., None] * tint).astype(np.uint8)
+    return large, labels[:count]
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def lay_out_idx(root: Path, name: str) -> None:
+    """As torchvision leaves MNIST and its like."""
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    images, labels = pictures(28, colour=False)
+    for part in ("train", "t10k"):
+        write_idx(raw / f"{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", labels)
+
+
+def lay_out_cifar(root: Path, hundred: bool) -> None:
+    """As torchvision leaves CIFAR: pickled dictionaries of rows (red, green, blue)."""
+    folder = root / ("cifar-100-python" if hundred else "cifar-10-batches-py")
+    folder.mkdir(parents=True)
+    images, labels = pictures(32, colour=True)
+    rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    key = "fine_labels" if hundred else "labels"
+    names = ["train", "test"] if hundred else [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
+    for name in names:
+        (folder / name).write_bytes(pickle.dumps({"data": rows, key: labels.tolist()}))
+    meta = {"fine_label_names" if hundred else "label_names": [str(n) for n in range(100 if hundred else 10)]}
+    (folder / ("meta" if hundred else "batches.meta")).write_bytes(pickle.dumps(meta))
+
+
+def lay_out_images(root: Path) -> None:
+    images, labels = pictures(32, colour=True)
+    lines = ["path,label"]
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = root / "train" / str(label) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        lines.append(f"{path.relative_to(root)},{label}")
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[str]]]:
+    """Overrides that point each data set to files laid out as a user or a download would leave them."""
+    import torchvision.datasets.cifar
+
+    folder = tmp_path_factory.mktemp("data")
+    lay_out_idx(folder, "MNIST")
+    lay_out_idx(folder, "FashionMNIST")
+    lay_out_cifar(folder, hundred=False)
+    lay_out_cifar(folder, hundred=True)
+    lay_out_images(folder / "images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)  # ours have other MD5 sums
+        yield overrides(folder)
+
+
+def overrides(folder: Path) -> dict[str, list[str]]:
+    at = [f"data.root={folder}"]
+    images = [f"data.root={folder / 'images'}", "data.size=32"]
+    csv = [f"data.file={folder / 'images' / 'labels.csv'}", f"data.root={folder / 'images'}", "data.size=32"]
+    return {
+        "digits": [], "mnist": at, "fashion_mnist": at, "cifar10": at, "cifar100": at, "image_folder": images,
+        "image_csv": csv,
+    }  # fmt: skip
+
+
+def check(model: str, data: str, roots: dict[str, list[str]]) -> None:
+    result = overfit(compose(f"model={model}", f"data={data}", *roots[data], "threads=1", "log.pictures=false"))
+    assert result["verdict"] == "PASS", result["line"]
+    assert result["steps"] <= 100
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("model", QUICK_MODELS)
+def test_small_networks(model: str, data: str, roots: dict[str, list[str]]) -> None:
+    check(model, data, roots)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("model", DEEP_MODELS)
+def test_deep_networks(model: str, data: str, roots: dict[str, list[str]]) -> None:
+    check(model, data, roots)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [*QUICK_MODELS, *DEEP_MODELS])
+def test_real_fashion_mnist(model: str, shared_data: Path) -> None:
+    check(model, "fashion_mnist", {"fashion_mnist": [f"data.root={shared_data}", "data.limit=2000"]})
