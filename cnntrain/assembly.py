@@ -102,7 +102,8 @@ def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
     nodes = dict(settings.augment)
     border = nodes.pop("border", "zero")
     built = {
-        name: build(node, "augment", f"augment.{name}", settings.trusted_packages) for name, node in nodes.items()
+        name: build(node, "augment", f"augment.{name}", settings.trusted_packages)
+        for name, node in nodes.items()
     }
     return Pipeline(spec, built, border=border)
 
@@ -110,7 +111,12 @@ def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
 def make_model(settings: Settings, channels: int, num_outputs: int, image_size: tuple[int, int]) -> nn.Module:
     """The network as configured, for images of `channels` x `image_size`; draws its weights from torch's generator."""
     node, common = split_common(settings.model, ModelSettings)
-    facts = {"in_channels": channels, "num_outputs": num_outputs, "num_classes": num_outputs, "image_size": image_size}
+    facts = {
+        "in_channels": channels,
+        "num_outputs": num_outputs,
+        "num_classes": num_outputs,
+        "image_size": image_size,
+    }
     model = build(node, "model", "model", settings.trusted_packages, **facts)
     return prepare(model, **dataclasses.asdict(parse(ModelSettings, common, "model.")))
 

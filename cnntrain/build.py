@@ -78,8 +78,11 @@ def _locate(path: str, role: str, key: str, trusted: Sequence[str]) -> Callable[
     shown = ", ".join(name.removesuffix(".modules") for name in allowed)
     refused = UserError(
         f"{key}: {path!r} can't be a {role}: allowed is what is defined in {shown}"
-        + ("" if path.startswith(("torch.", "builtins.", "os.")) else "; for code of your own, add "
-           f"trusted_packages=[{path.split('.')[0]}] on the command line")
+        + (
+            ""
+            if path.startswith(("torch.", "builtins.", "os."))
+            else f"; for code of your own, add trusted_packages=[{path.split('.')[0]}] on the command line"
+        )
     )
     public = tuple(name.removesuffix(".modules") for name in allowed)
     if not any(path == name or path.startswith(name + ".") for name in public):

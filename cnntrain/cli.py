@@ -41,7 +41,9 @@ def commands() -> dict[str, str]:
     folder = Path(__file__).parent / "commands"
     words = {}
     for path in sorted(folder.glob("[a-z]*.py")):
-        words[path.stem.replace("_", "-")] = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+        words[path.stem.replace("_", "-")] = (
+            ast.get_docstring(ast.parse(path.read_text())) or ""
+        ).splitlines()[0]
     return words
 
 
@@ -92,11 +94,22 @@ def help_text(invocation: Invocation) -> str:
     lines = [ast.get_docstring(ast.parse(source.read_text())) or "", ""]
     primary = conf_folder() / f"{word}.yaml"
     if word == DEFAULT_COMMAND:
-        lines = ["cnntrain trains convolutional networks from YAML, and tells whether to trust the result.", ""]
-        lines += ["usage: cnntrain [COMMAND] [-m] [--config-dir DIR] [--cfg] [KEY=VALUE ...]", "", "commands:"]
+        lines = [
+            "cnntrain trains convolutional networks from YAML, and tells whether to trust the result.",
+            "",
+        ]
+        lines += [
+            "usage: cnntrain [COMMAND] [-m] [--config-dir DIR] [--cfg] [KEY=VALUE ...]",
+            "",
+            "commands:",
+        ]
         lines += [f"  {name:<12} {meaning}" for name, meaning in commands().items()]
-        lines += ["", "`train` may be left out; `cnntrain COMMAND --help` says more about one. -m sweeps over listed",
-                  "values, --cfg prints the composed config, --config-dir adds config groups of your own.", ""]
+        lines += [
+            "",
+            "`train` may be left out; `cnntrain COMMAND --help` says more about one. -m sweeps over listed",
+            "values, --cfg prints the composed config, --config-dir adds config groups of your own.",
+            "",
+        ]
     if primary.exists():
         lines += ["keys:", *_indent(primary.read_text())]
     else:

@@ -60,7 +60,9 @@ def locate(path: Path, name: str) -> Path:
     for candidate in (path, path / "checkpoints" / name, path / name):
         if candidate.is_file():
             return candidate
-    raise UserError(f"{path}: no checkpoint there (a file such as RUN/checkpoints/{name}, or the run's folder)")
+    raise UserError(
+        f"{path}: no checkpoint there (a file such as RUN/checkpoints/{name}, or the run's folder)"
+    )
 
 
 def run_folder_of(path: Path) -> Path:
@@ -122,7 +124,9 @@ def load_weights(model: Any, weights: Mapping[str, Any]) -> None:
     model.load_state_dict(weights)
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
     """(key, before, after) for each setting that is not the same in both."""
     found: list[tuple[str, Any, Any]] = []
     for key in dict.fromkeys([*before, *after]):

@@ -9,8 +9,8 @@ import math
 import re
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cnntrain.errors import UserError, suggest
 
@@ -18,57 +18,63 @@ T = TypeVar("T")
 Node = dict[str, Any]  # a pluggable leaf: `_target_` and its arguments
 
 
-def within(low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field whose numbers must lie in [low, high]."""
-    return field(metadata={"low": low, "high": high})
+@dataclass(frozen=True)
+class Within:
+    """Marks numbers that must lie in [low, high]; None leaves that end open."""
+
+    low: float | None = None
+    high: float | None = None
+
+
+ANYTHING = Within()
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    every_steps: int | None = within(1)
-    keep: int = within(0)
+    every_steps: Annotated[int | None, Within(1)]
+    keep: Annotated[int, Within(0)]
 
 
 @dataclass(frozen=True)
 class LogSettings:
-    every_steps: int = within(1)
+    every_steps: Annotated[int, Within(1)]
     tensorboard: bool
     pictures: bool
 
 
 @dataclass(frozen=True)
 class OverfitSettings:
-    examples: int = within(1, 1024)
-    steps: int = within(1)
+    examples: Annotated[int, Within(1, 1024)]
+    steps: Annotated[int, Within(1)]
 
 
 @dataclass(frozen=True)
 class InspectSettings:
     image_size: Any
-    channels: int | None = within(1)
-    num_outputs: int | None = within(1)
-    depth: int | None = within(0)
+    channels: Annotated[int | None, Within(1)]
+    num_outputs: Annotated[int | None, Within(1)]
+    depth: Annotated[int | None, Within(0)]
     convention: Literal["torch", "keras", "folded"]
 
 
 @dataclass(frozen=True)
 class PreviewSettings:
-    images: int = within(1, 64)
-    epochs: int = within(1, 32)
+    images: Annotated[int, Within(1, 64)]
+    epochs: Annotated[int, Within(1, 32)]
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """Keys that every data set has; the rest of `data` belongs to the source."""
 
-    workers: int = within(0, 256)
-    val_fraction: float = within(0, 0.9)
-    folds: int | None = within(2)
-    fold: int = within(0)
-    split_seed: int = field()
-    limit: int | None = within(2)
+    workers: Annotated[int, Within(0, 256)]
+    val_fraction: Annotated[float, Within(0, 0.9)]
+    folds: Annotated[int | None, Within(2)]
+    fold: Annotated[int, Within(0)]
+    split_seed: int
+    limit: Annotated[int | None, Within(2)]
     store: Literal["auto", "device", "host", "stream"]
-    timeout_s: int = within(1)
+    timeout_s: Annotated[int, Within(1)]
 
 
 @dataclass(frozen=True)
@@ -91,20 +97,20 @@ class Settings:
     data: Node
     optimizer: Node
     schedule: Node
-    seed: int = within(0, 2**62)
-    epochs: int = within(1)
-    steps: int | None = within(1)
-    batch_size: int = within(1)
-    limit_batches: int | None = within(1)
-    accumulate: int = within(1)
-    clip_grad_norm: float | None = within(1e-12)
+    seed: Annotated[int, Within(0, 2**62)]
+    epochs: Annotated[int, Within(1)]
+    steps: Annotated[int | None, Within(1)]
+    batch_size: Annotated[int, Within(1)]
+    limit_batches: Annotated[int | None, Within(1)]
+    accumulate: Annotated[int, Within(1)]
+    clip_grad_norm: Annotated[float | None, Within(1e-12)]
     device: str
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: bool
-    threads: int | None = within(1, 1024)
+    threads: Annotated[int | None, Within(1, 1024)]
     deterministic: bool
-    ema_decay: float | None = within(0, 1)
-    early_stopping: int | None = within(1)
+    ema_decay: Annotated[float | None, Within(0, 1)]
+    early_stopping: Annotated[int | None, Within(1)]
     run_dir: str | None
     resume: str
     checkpoint: CheckpointSettings
@@ -127,7 +133,7 @@ class Settings:
 @dataclass(frozen=True)
 class EvaluateData:
     root: str | None
-    workers: int | None = within(0, 256)
+    workers: Annotated[int | None, Within(0, 256)]
 
 
 @dataclass(frozen=True)
@@ -137,10 +143,26 @@ class EvaluateSettings:
     checkpoint: str
     split: Literal["train", "val", "test"]
     data: EvaluateData
-    batch_size: int | None = within(1)
+    batch_size: Annotated[int | None, Within(1)]
     device: str
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None
-    threads: int | None = within(1, 1024)
+    threads: Annotated[int | None, Within(1, 1024)]
+    run_dir: str | None
+    trusted_packages: list[str]
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """Everything that `cnntrain predict` needs to know; the rest comes from the checkpoint."""
+
+    checkpoint: str
+    images: str
+    draw: Annotated[int | None, Within(0)]
+    batch_size: Annotated[int | None, Within(1)]
+    workers: Annotated[int, Within(0, 256)]
+    device: str
+    precision: Literal["auto", "fp32", "bf16", "fp16"] | None
+    threads: Annotated[int | None, Within(1, 1024)]
     run_dir: str | None
     trusted_packages: list[str]
 
@@ -151,7 +173,7 @@ def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     Raises:
         UserError: names the key at fault, what was found and what would be right.
     """
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in fields:
@@ -162,12 +184,15 @@ def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
             if f.default is dataclasses.MISSING:
                 raise UserError(f"{path}{name}: missing")
             continue
-        arguments[name] = _convert(values[name], hints[name], f"{path}{name}", f.metadata)
+        arguments[name] = _convert(values[name], hints[name], f"{path}{name}")
     return cls(**arguments)
 
 
-def _convert(value: Any, hint: Any, key: str, limits: Mapping[str, Any]) -> Any:
+def _convert(value: Any, hint: Any, key: str, limits: Within = ANYTHING, or_null: str = "") -> Any:
     origin = get_origin(hint)
+    if origin is Annotated:
+        hint, limits = get_args(hint)
+        origin = get_origin(hint)
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
@@ -175,7 +200,7 @@ def _convert(value: Any, hint: Any, key: str, limits: Mapping[str, Any]) -> Any:
         if value is None and type(None) in options:
             return None
         inner = next(option for option in options if option is not type(None))
-        return _convert(value, inner, key, {**limits, "or_null": True})
+        return _convert(value, inner, key, limits, " or null")
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{key}: needs keys below it, as {key}.NAME=...; got {value!r}")
@@ -183,20 +208,23 @@ def _convert(value: Any, hint: Any, key: str, limits: Mapping[str, Any]) -> Any:
     if origin is Literal:
         choices = [str(choice) for choice in get_args(hint)]
         if value not in get_args(hint):
-            raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}{suggest(str(value), choices)}")
+            raise UserError(
+                f"{key}: {value!r} is not one of {', '.join(choices)}{suggest(str(value), choices)}"
+            )
         return value
     if origin in (dict, list):
         if not isinstance(value, origin):
             raise UserError(f"{key}: must be a {'list' if origin is list else 'mapping'}, got {value!r}")
         return value
-    return _scalar(value, hint, key, limits)
+    return _scalar(value, hint, key, limits, or_null)
 
 
-def _scalar(value: Any, kind: type, key: str, limits: Mapping[str, Any]) -> Any:
-    low, high = limits.get("low"), limits.get("high")
-    limits_said = ([f">= {low:g}"] if low is not None else []) + ([f"<= {high:g}"] if high is not None else [])
+def _scalar(value: Any, kind: type, key: str, limits: Within, or_null: str) -> Any:
+    low, high = limits.low, limits.high
+    limits_said = ([f">= {low:g}"] if low is not None else []) + (
+        [f"<= {high:g}"] if high is not None else []
+    )
     bounds = " " + " and ".join(limits_said) if limits_said else ""
-    or_null = " or null" if limits.get("or_null") else ""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     problem = UserError(f"{key}: must be {words}{bounds}{or_null}, got {value!r}")
     if kind is str:

@@ -161,7 +161,7 @@ class Pipeline:
                 )
         if self.border not in BORDERS:
             near = suggest(self.border, tuple(BORDERS))
-            raise UserError(f"border: {self.border!r} is none of {', '.join(BORDERS)}{near}")
+            raise UserError(f"augment.border: {self.border!r} is none of {', '.join(BORDERS)}{near}")
         if self.spec.keypoints:
             self._check_keypoints()
         mixing = [key for key, item in self._effects.items() if item.mixes_labels]
@@ -190,7 +190,7 @@ class Pipeline:
                 raise UserError(_moves_pixels(key, item, "keypoints"))
         if self.border == "reflect":
             raise UserError(
-                "border: reflect shows mirrored parts of the image that have no keypoints; use zero or edge"
+                "augment.border: reflect shows mirrored parts of the image that have no keypoints; use zero or edge"
             )
 
 

@@ -80,7 +80,11 @@ def judge_flip(points: Tensor, visible: Tensor, spec: DataSpec) -> tuple[list[Fi
     if len(spec.mirror) != count or not all(0 <= partner < count for partner in spec.mirror):
         return findings, None
     symmetry = compare(points, visible, spec.mirror)
-    return [*findings, judge_shape(spec.mirror, symmetry), judge_exchanges(spec.keypoints, spec.mirror, symmetry)], symmetry
+    return [
+        *findings,
+        judge_shape(spec.mirror, symmetry),
+        judge_exchanges(spec.keypoints, spec.mirror, symmetry),
+    ], symmetry
 
 
 def judge_map(names: Sequence[str], mirror: Sequence[int]) -> Finding:
@@ -88,16 +92,22 @@ def judge_map(names: Sequence[str], mirror: Sequence[int]) -> Finding:
     name, count = "mirror map", len(names)
     if len(mirror) != count:
         evidence = f"the map has {len(mirror)} entries, there are {count} keypoints"
-        return Finding(name, "FAIL", evidence, "the list of partners is of other data", f"give {count}", (KEY,))
+        return Finding(
+            name, "FAIL", evidence, "the list of partners is of other data", f"give {count}", (KEY,)
+        )
     for i, partner in enumerate(mirror):
         if not 0 <= partner < count:
             evidence = f"{names[i]}: its partner is number {partner}, there are {count} keypoints (from 0)"
-            return Finding(name, "FAIL", evidence, "a number is out of range", "declare partners by name", (KEY,))
+            return Finding(
+                name, "FAIL", evidence, "a number is out of range", "declare partners by name", (KEY,)
+            )
         if mirror[partner] != i:
             back = names[mirror[partner]] if 0 <= mirror[partner] < count else f"number {mirror[partner]}"
             evidence = f"{names[i]} becomes {names[partner]}, but {names[partner]} becomes {back}"
             cause = "a pair is declared one way only, or the list is shifted"
-            return Finding(name, "FAIL", evidence, cause, f"pair {names[i]} with one point, both ways", (KEY,))
+            return Finding(
+                name, "FAIL", evidence, cause, f"pair {names[i]} with one point, both ways", (KEY,)
+            )
     pairs = sum(partner > i for i, partner in enumerate(mirror))
     return Finding(name, "PASS", f"{pairs} pairs, {count - 2 * pairs} points stay; twice is the identity")
 
@@ -119,7 +129,9 @@ def judge_names(names: Sequence[str], mirror: Sequence[int]) -> Finding:
     if not told:
         return Finding("mirror names", "SKIP", "no name says left or right")
     if not wrong:
-        return Finding("mirror names", "PASS", f"{told} names say left or right, and trade with the other side")
+        return Finding(
+            "mirror names", "PASS", f"{told} names say left or right, and trade with the other side"
+        )
     more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
     return Finding(
         "mirror names", "FAIL", "; ".join(wrong[:4]) + more, "a pair is wrong, or a name is",
@@ -179,12 +191,19 @@ def judge_shape(mirror: Sequence[int], symmetry: Symmetry) -> Finding:
         f"traded, {symmetry.kept:.3f} with names kept"
     )
     if all(partner == i for i, partner in enumerate(mirror)):
-        cause, remedy = "every point is its own partner", "declare the pairs, unless all points lie on the axis"
-        return Finding("mirror shape", "WARN", f"no two points trade names; {evidence}", cause, remedy, (KEY,))
+        cause, remedy = (
+            "every point is its own partner",
+            "declare the pairs, unless all points lie on the axis",
+        )
+        return Finding(
+            "mirror shape", "WARN", f"no two points trade names; {evidence}", cause, remedy, (KEY,)
+        )
     if symmetry.relabelled < symmetry.kept:
         return Finding("mirror shape", "PASS", evidence)
     cause = "most pairs are wrong, or the shapes have no common upright"
-    return Finding("mirror shape", "FAIL", evidence, cause, "look at the picture, and correct the pairs", (KEY,))
+    return Finding(
+        "mirror shape", "FAIL", evidence, cause, "look at the picture, and correct the pairs", (KEY,)
+    )
 
 
 def judge_exchanges(names: Sequence[str], mirror: Sequence[int], symmetry: Symmetry) -> Finding:
@@ -203,14 +222,18 @@ def judge_exchanges(names: Sequence[str], mirror: Sequence[int], symmetry: Symme
         pairs = {frozenset((i, mirror[j])), frozenset((j, mirror[i]))}
         better = ", ".join(": ".join(names[k] for k in sorted(pair)) for pair in pairs if len(pair) == 2)
         remedy = f"declare {{{better}}}" if better else f"leave {names[i]} and {names[j]} out, they stay"
-        return Finding(name, "FAIL", evidence, f"{names[i]} or {names[j]} has a wrong partner", remedy, (KEY,))
+        return Finding(
+            name, "FAIL", evidence, f"{names[i]} or {names[j]} has a wrong partner", remedy, (KEY,)
+        )
     if unsure.any():
         shown = [f"{names[i]} and {names[j]}" for i, j in unsure.nonzero().tolist()]
         more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
         evidence = f"the data can't tell the partners of {', '.join(shown[:5])}{more} apart"
         cause = "they lie upon one another on the average, or too few examples show them"
         return Finding(name, "WARN", evidence, cause, "compare their pairs by eye", (KEY,))
-    return Finding(name, "PASS", f"better than with the partners of any two points exchanged ({exchanges:,} tried)")
+    return Finding(
+        name, "PASS", f"better than with the partners of any two points exchanged ({exchanges:,} tried)"
+    )
 
 
 def worst_pair(symmetry: Symmetry, wrong: Tensor) -> tuple[int, int]:
@@ -242,11 +265,25 @@ def draw_symmetry(symmetry: Symmetry, spec: DataSpec, title: str) -> Figure:
                 ax.plot(*shape[[a, b]].T, color="#d5dae0", linewidth=1.2, zorder=1)
             for k, (start, end) in enumerate(zip(shape, other, strict=True)):
                 colour = BAD if k in faulty else COLOURS[4]
-                ax.plot([start[0], end[0]], [start[1], end[1]], color=colour, linewidth=1.3, alpha=0.8, zorder=2)
+                ax.plot(
+                    [start[0], end[0]], [start[1], end[1]], color=colour, linewidth=1.3, alpha=0.8, zorder=2
+                )
                 if names_fit or k in faulty:
-                    look: dict[str, Any] = {"fontsize": 7.5, "color": BAD if k in faulty else INK, "zorder": 5}
+                    look: dict[str, Any] = {
+                        "fontsize": 7.5,
+                        "color": BAD if k in faulty else INK,
+                        "zorder": 5,
+                    }
                     ax.annotate(spec.keypoints[k], start, (4, 5), textcoords="offset points", **look)
-            ax.scatter(*shape.T, s=42, facecolors="none", edgecolors=INK, linewidths=1.1, zorder=3, label="mean shape")
+            ax.scatter(
+                *shape.T,
+                s=42,
+                facecolors="none",
+                edgecolors=INK,
+                linewidths=1.1,
+                zorder=3,
+                label="mean shape",
+            )
             ax.scatter(*other.T, s=13, color=COLOURS[0], zorder=4, label="in the mirror")
             distance = symmetry.kept if other is mirrored else symmetry.relabelled
             ax.set_title(f"{caption}: {distance:.3f} apart")
@@ -254,6 +291,10 @@ def draw_symmetry(symmetry: Symmetry, spec: DataSpec, title: str) -> Figure:
             for spine in ax.spines.values():
                 spine.set(visible=True, color="#d5dae0")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=2)
-        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left", color=INK if not faulty else BAD)
-        figure.supxlabel("yellow lines join a point to its namesake: short ones are right", fontsize=9, color=SOFT)
+        figure.suptitle(
+            title, fontsize=11, fontweight="bold", x=0.01, ha="left", color=INK if not faulty else BAD
+        )
+        figure.supxlabel(
+            "yellow lines join a point to its namesake: short ones are right", fontsize=9, color=SOFT
+        )
     return figure

@@ -36,7 +36,9 @@ class Trial:
     uninformed: float
     losses: list[float] = field(default_factory=list)  # before each step, and after the last
     reached_at: int | None = None  # the step after which the loss was near its floor
-    gradient_share: dict[str, float] = field(default_factory=dict)  # largest over the steps, beside the step's largest
+    gradient_share: dict[str, float] = field(
+        default_factory=dict
+    )  # largest over the steps, beside the step's largest
     frozen: list[str] = field(default_factory=list)
     jump: tuple[int, str, float] | None = None  # step, parameter, factor
     largest_output: float = 0.0
@@ -59,7 +61,9 @@ def calibrate_norms(model: nn.Module, images: Tensor) -> int:
     Returns:
         How many norms there were.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     momenta = [norm.momentum for norm in norms]
     model.eval()
     for norm in norms:
@@ -207,7 +211,7 @@ def judge(trial: Trial, example: str) -> list[Finding]:
         ),
         _finding(
             "moderate", trial.largest_output < LARGEST_OUTPUT, f"largest output {trial.largest_output:.3g}",
-            f"outputs as large as {trial.largest_output:.3g}: the learning rate is too high for a network without working norms",
+            f"outputs as large as {trial.largest_output:.3g}: the learning rate is too high",
             "lower optimizer.lr (norms are frozen here; with batch statistics a training may bear more)", keys_lr,
         ),
         _finding(
@@ -262,5 +266,3 @@ def _finding(
 def _names(names: Sequence[str]) -> str:
     shown = ", ".join(names[:4])
     return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
-
-

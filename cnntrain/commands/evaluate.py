@@ -5,12 +5,11 @@ lie elsewhere (`data.root=`). Writes results.json, examples.csv and pictures.
 """
 
 import csv
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnntrain.assembly import Assembly, assemble
 from cnntrain.build import trust_folder
@@ -25,7 +24,7 @@ from cnntrain.report.console import console, log_to_console
 from cnntrain.report.figures import save
 from cnntrain.report.table import print_rows
 from cnntrain.saved import load_weights, locate, run_folder_of, saved_spec
-from cnntrain.settings import EvaluateSettings, Settings, parse
+from cnntrain.settings import EvaluateSettings, PredictSettings, Settings, parse
 from cnntrain.spec import Batch
 
 log = logging.getLogger("cnntrain")
@@ -34,17 +33,25 @@ log = logging.getLogger("cnntrain")
 def run(invocation: Invocation) -> int:
     if invocation.words:
         raise UserError(f"evaluate: {invocation.words[0]!r} is no override; write checkpoint=PATH")
-    composed = compose("evaluate", invocation.overrides, invocation.config_dir)
-    composed.pop("choices")
-    settings = parse(EvaluateSettings, composed)
-    trusted = []
-    if any(o.key_or_group == "trusted_packages" for o in parse_overrides(invocation.overrides)):
-        trusted = [*settings.trusted_packages]
-        trust_folder(Path.cwd())
-    if invocation.config_dir:
-        trusted += trust_folder(invocation.config_dir.resolve())
-    evaluate_checkpoint(dataclasses.replace(settings, trusted_packages=trusted), invocation.line)
+    settings = parse(EvaluateSettings, read_own("evaluate", invocation))
+    evaluate_checkpoint(settings, invocation.line)
     return 0
+
+
+def read_own(name: str, invocation: Invocation) -> dict[str, Any]:
+    """The settings of a command that has a config of its own, conf/`name`.yaml, as plain values.
+
+    `trusted_packages` counts only when it is typed: a config file can't trust itself.
+    """
+    composed = compose(name, invocation.overrides, invocation.config_dir)
+    composed.pop("choices")
+    trusted: Any = []
+    if any(o.key_or_group == "trusted_packages" for o in parse_overrides(invocation.overrides)):
+        trusted = composed["trusted_packages"]
+        trust_folder(Path.cwd())
+    if invocation.config_dir and isinstance(trusted, list):  # what is no list is refused when it is parsed
+        trusted = [*trusted, *trust_folder(invocation.config_dir.resolve())]
+    return {**composed, "trusted_packages": trusted}
 
 
 def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> dict[str, float]:
@@ -59,7 +66,9 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     assembly = restore(saved, settings)
     data = assembly.load()
     if data.fingerprint != saved["fingerprint"]:
-        log.warning("the data are not those of the training (%s, now %s)", saved["fingerprint"], data.fingerprint)
+        log.warning(
+            "the data are not those of the training (%s, now %s)", saved["fingerprint"], data.fingerprint
+        )
     examples = {"train": data.train, "val": data.val, "test": data.test}[settings.split]
     if examples is None:
         raise UserError("split: this data set has no test set; use split=val")
@@ -69,7 +78,9 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
         for index, row in zip(batch.index.tolist(), assembly.task.rows(outputs, batch.truth), strict=True):
             rows.append({"name": examples.names[index], **row})
 
-    folder = Path(settings.run_dir) if settings.run_dir else run_folder_of(path) / f"evaluate-{settings.split}"
+    folder = (
+        Path(settings.run_dir) if settings.run_dir else run_folder_of(path) / f"evaluate-{settings.split}"
+    )
     with open_run_folder(folder, "evaluate") as run_folder, stop_flag() as stop:
         meter = evaluate(
             assembly.model, assembly.loader(examples), assembly.pipeline, assembly.task, assembly.compute,
@@ -96,9 +107,7 @@ def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Assembly:
     What the checkpoint says about the data holds: classes, mean and std; nothing is measured anew, and pretrained
     weights are not fetched.
     """
-    config = {**saved["config"], "trusted_packages": settings.trusted_packages, "threads": settings.threads}
-    config |= {"device": settings.device, "precision": settings.precision or config["precision"]}
-    config["batch_size"] = settings.batch_size or config["batch_size"]
+    config = config_of(saved, settings)
     config["data"] = dict(config["data"])
     if settings.data.root is not None:
         if "root" not in config["data"]:
@@ -109,10 +118,23 @@ def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Assembly:
     spec = saved_spec(saved)
     if "classes" in config["data"] and spec.classes:
         config["data"]["classes"] = list(spec.classes)
-    if "pretrained" in config["model"]:
-        config["model"] = {**config["model"], "pretrained": None}
     assembly = assemble(parse(Settings, config), spec)
-    state = saved["state"]
-    load_weights(assembly.model, state["average"] or state["model"])
+    load_judged(assembly.model, saved)
     assembly.model.to(memory_format=assembly.compute.memory_format)
     return assembly
+
+
+def config_of(saved: dict[str, Any], settings: EvaluateSettings | PredictSettings) -> dict[str, Any]:
+    """The config of the checkpoint's training, with what belongs to this machine and this call put in."""
+    config = {**saved["config"], "trusted_packages": settings.trusted_packages, "threads": settings.threads}
+    config |= {"device": settings.device, "precision": settings.precision or config["precision"]}
+    config["batch_size"] = settings.batch_size or config["batch_size"]
+    if "pretrained" in config["model"]:
+        config["model"] = {**config["model"], "pretrained": None}
+    return config
+
+
+def load_judged(model: nn.Module, saved: dict[str, Any]) -> None:
+    """The weights that were judged: the moving average where there is one."""
+    state = saved["state"]
+    load_weights(model, state["average"] or state["model"])

@@ -38,7 +38,9 @@ WHAT_IS_OFF = (
 
 def run(invocation: Invocation) -> int:
     if invocation.words:
-        raise UserError(f"overfit: {invocation.words[0]!r} is no override; write KEY=VALUE, as model=resnet18")
+        raise UserError(
+            f"overfit: {invocation.words[0]!r} is no override; write KEY=VALUE, as model=resnet18"
+        )
     if invocation.multirun:
         return run_sweep(invocation, overfit)
     settings = read_settings(invocation.overrides, invocation.config_dir)
@@ -76,7 +78,10 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
         run_folder.write_json("overfit.json", report)
         if settings.log.pictures:
             title = f"{report['verdict']}: {example}"
-            save(learning(trial.losses, trial.floor, trial.uninformed, title), run_folder.figures / "overfit.png")
+            save(
+                learning(trial.losses, trial.floor, trial.uninformed, title),
+                run_folder.figures / "overfit.png",
+            )
     failed = [finding for finding in findings if finding.verdict == "FAIL"]
     print_findings(failed)
     print(f"{report['verdict']}: {report['line']}")
@@ -96,7 +101,9 @@ def pick_examples(assembly: Assembly, data: Data, count: int) -> tuple[Batch, Ba
     images = first.images.contiguous(memory_format=memory_format)
     norms = calibrate_norms(assembly.model, images)
     if norms:
-        log.info("overfit: %d norms calibrated once on %d plain training images, then frozen", norms, len(images))
+        log.info(
+            "overfit: %d norms calibrated once on %d plain training images, then frozen", norms, len(images)
+        )
     first = dataclasses.replace(first, images=images)
     others = [row for row in range(1, len(first)) if not _same_target(first, 0, row)] or [len(first) - 1]
     batch = _rows(first, range(min(count, len(first))))

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from cnntrain.assembly import Assembly, assemble, build_training_parts
 from cnntrain.cli import Invocation
-from cnntrain.sweep import run_sweep
 from cnntrain.config import read_settings
 from cnntrain.data.load import Data
 from cnntrain.data.store import Loader
@@ -31,9 +30,19 @@ from cnntrain.expectations import judge_expectations
 from cnntrain.report.console import log_to_console
 from cnntrain.report.journal import RunJournal, statistics
 from cnntrain.report.table import print_findings, print_run_summary
-from cnntrain.saved import checkpoint_facts, differences, find_checkpoint, finished_results, flat, load_weights, resume, run_folder_of
+from cnntrain.saved import (
+    checkpoint_facts,
+    differences,
+    find_checkpoint,
+    finished_results,
+    flat,
+    load_weights,
+    resume,
+    run_folder_of,
+)
 from cnntrain.settings import Settings
 from cnntrain.spec import Batch
+from cnntrain.sweep import run_sweep
 from cnntrain.tasks.meter import Worst
 
 log = logging.getLogger("cnntrain")
@@ -107,7 +116,9 @@ def _train_in(
     training = assembly.loader(data.train)
     validation = assembly.loader(data.val) if data.val else None
     with _journal(run, assembly, plan, state) as journal:
-        hparams = flat({k: v for k, v in facts["config"].items() if k not in ("run_dir", "resume", "log", "expect")})
+        hparams = flat(
+            {k: v for k, v in facts["config"].items() if k not in ("run_dir", "resume", "log", "expect")}
+        )
         journal.start(hparams, (run.path / "config.yaml").read_text(), data.test is not None)
         fit(state, training, validation, assembly.pipeline, task, compute, plan, journal, save, stop)
 
@@ -172,7 +183,9 @@ def _summary(state: TrainState, model: nn.Module, test: Mapping[str, float]) -> 
     progress = state.progress
     best = {name: value for name, value in progress.best.items() if not name.startswith("images_per_s")}
     parameters = sum(p.numel() for p in model.parameters())
-    statistics_count = sum(b.numel() for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var")))
+    statistics_count = sum(
+        b.numel() for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))
+    )
     return {
         "parameters": parameters,
         "parameters_keras": parameters + statistics_count,

@@ -161,8 +161,8 @@ class _Canvas:
         )
 
     def _fine(self, points: np.ndarray) -> list[float]:
-        """x, y, x, y, ... on the fine picture."""
-        return ((points + 0.5) * SUPERSAMPLING - 0.5).ravel().tolist()
+        """x, y, x, y, ... on the fine picture; Pillow's polygons count from its edge."""
+        return ((points + 0.5) * SUPERSAMPLING).ravel().tolist()
 
 
 def _colour(random: np.random.Generator, low: int, high: int) -> Colour:

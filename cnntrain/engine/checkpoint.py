@@ -35,7 +35,9 @@ def save(state: dict[str, Any], path: Path) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise MachineError(f"{path}: can't write the checkpoint: {error.strerror}; the previous one is intact") from error
+        raise MachineError(
+            f"{path}: can't write the checkpoint: {error.strerror}; the previous one is intact"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -55,7 +57,9 @@ def load(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # whatever a foreign file makes the unpickler raise
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); use another one") from error
+        raise UserError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); use another one"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of cnntrain's, or of another version")
     return state

@@ -55,7 +55,9 @@ def _choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N, mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: {name!r} is not there ({torch.cuda.device_count()} CUDA devices); use device=auto")
+        raise UserError(
+            f"device: {name!r} is not there ({torch.cuda.device_count()} CUDA devices); use device=auto"
+        )
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -68,7 +70,9 @@ def _fast_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     if device.type == "cpu":
-        has = (getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile"))
+        has = (
+            getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile")
+        )
         return "bf16" if any(ask is not None and ask() for ask in has) else "fp32"
     return "fp32"
 
@@ -86,5 +90,3 @@ def prepare_torch(threads: int | None, deterministic: bool) -> None:
 def seed_step(*parts: int | str) -> None:
     """Make what torch draws next (weights, dropout) a function of `parts` alone."""
     torch.manual_seed(hash_seed(*parts))
-
-

@@ -86,7 +86,14 @@ def fit(
             val_metrics = {}
             if validation is not None:
                 val_metrics = evaluate(
-                    state.judged, validation, pipeline, task, compute, plan.batch_size, plan.limit_batches, stop
+                    state.judged,
+                    validation,
+                    pipeline,
+                    task,
+                    compute,
+                    plan.batch_size,
+                    plan.limit_batches,
+                    stop,
                 ).compute()
         except StoppedError:
             keep()
@@ -172,7 +179,11 @@ def train_epoch(
             mean_loss = values[0] / max(values[1], 1e-12)
             require_finite(mean_loss, progress.epoch, progress.step, learning_rate)
             elapsed = time.perf_counter() - since
-            reading = {"loss": mean_loss, "lr": learning_rate, "images_per_s": images_since / max(elapsed, 1e-9)}
+            reading = {
+                "loss": mean_loss,
+                "lr": learning_rate,
+                "images_per_s": images_since / max(elapsed, 1e-9),
+            }
             if reads:
                 reading["grad_norm"] = values[2]
                 journal.reading(progress.step, progress.epoch, progress.batch, reading)
@@ -189,7 +200,8 @@ def apply_gradients(state: TrainState, plan: Plan, group_count: Tensor, measure:
         scaler.unscale_(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if plan.accumulate > 1 and gradients:
-        torch._foreach_mul_(gradients, plan.batch_size / group_count.clamp(min=1e-12))
+        scale = plan.batch_size / group_count.clamp(min=1e-12)
+        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
     norm = torch.full((), math.nan, device=group_count.device)
     if gradients and (measure or plan.clip_grad_norm is not None):
         norm = nn.utils.get_total_norm(gradients)
@@ -223,5 +235,3 @@ def is_better(row: dict[str, float], best: dict[str, float], monitor: tuple[str,
     if not best or key not in best or math.isnan(best[key]):
         return True
     return row[key] > best[key] if direction == "max" else row[key] < best[key]
-
-

@@ -12,7 +12,9 @@ from cnntrain.engine.schedule import Schedule
 from cnntrain.errors import UserError, suggest
 
 
-def by_name(params: Any, name: str, lr: float, weight_decay: float, options: Mapping[str, Any] | None) -> Optimizer:
+def by_name(
+    params: Any, name: str, lr: float, weight_decay: float, options: Mapping[str, Any] | None
+) -> Optimizer:
     """Any optimizer of torch.optim by its class name.
 
     Raises:
@@ -23,10 +25,16 @@ def by_name(params: Any, name: str, lr: float, weight_decay: float, options: Map
         raise UserError(f"optimizer.name: torch.optim has no {name!r}{suggest(name, known)}")
     cls = getattr(torch.optim, name)
     accepted = list(inspect.signature(cls).parameters)
-    arguments = {"lr": lr, **({"weight_decay": weight_decay} if "weight_decay" in accepted else {}), **(options or {})}
+    arguments = {
+        "lr": lr,
+        **({"weight_decay": weight_decay} if "weight_decay" in accepted else {}),
+        **(options or {}),
+    }
     for option in arguments:
         if option not in accepted:
-            raise UserError(f"optimizer.options.{option}: {name} takes no such argument{suggest(option, accepted)}")
+            raise UserError(
+                f"optimizer.options.{option}: {name} takes no such argument{suggest(option, accepted)}"
+            )
     return cls(params, **arguments)
 
 

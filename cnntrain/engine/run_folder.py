@@ -53,7 +53,9 @@ def open_run_folder(path: Path | None, label: str) -> Iterator[RunFolder]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system when its holder dies
         except OSError as error:
-            raise UserError(f"run_dir: another process is at work in {folder}; choose another folder") from error
+            raise UserError(
+                f"run_dir: another process is at work in {folder}; choose another folder"
+            ) from error
         run = RunFolder(folder)
         if run.checkpoints.is_dir():
             remove_temporaries(run.checkpoints)

@@ -73,7 +73,9 @@ class Step(Schedule):
         steps_per_epoch: int,
         warmup_epochs: float = 0,
     ) -> None:
-        super().__init__(total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs)
+        super().__init__(
+            total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs
+        )
         _in_unit("schedule.factor", factor)
         for milestone in milestones:
             _in_unit("schedule.milestones", milestone)
@@ -94,7 +96,9 @@ class Cosine(Schedule):
     def __init__(
         self, *, final: float, total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0
     ) -> None:
-        super().__init__(total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs)
+        super().__init__(
+            total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs
+        )
         _in_unit("schedule.final", final)
         self.final = final
 
@@ -156,7 +160,9 @@ class Plateau(Schedule):
         steps_per_epoch: int,
         warmup_epochs: float = 0,
     ) -> None:
-        super().__init__(total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs)
+        super().__init__(
+            total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs
+        )
         _in_unit("schedule.factor", factor)
         self.gamma, self.patience, self.threshold, self.minimum = factor, patience, threshold, minimum
         self.scale, self.best, self.bad_epochs = 1.0, math.inf, 0

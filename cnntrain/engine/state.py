@@ -45,7 +45,9 @@ class TrainState:
     scaler: torch.amp.GradScaler | None = None  # only for fp16
     average: MovingAverage | None = None
     progress: Progress = field(default_factory=Progress)
-    meter: dict[str, Tensor] = field(default_factory=dict)  # sums over the part of the epoch that has been seen
+    meter: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # sums over the part of the epoch that has been seen
 
     @property
     def judged(self) -> nn.Module:

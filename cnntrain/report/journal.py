@@ -79,7 +79,13 @@ class RunJournal:
         """The config, and the run's row in the HParams tab with the metrics that it will have."""
         if self.events:
             name = self.task.monitor[0]
-            tags = [f"val/{name}", "val/loss", f"best/{name}", *([f"test/{name}"] if test else []), "train/loss"]
+            tags = [
+                f"val/{name}",
+                "val/loss",
+                f"best/{name}",
+                *([f"test/{name}"] if test else []),
+                "train/loss",
+            ]
             self.events.hparams(hparams, tags)
             self.events.text("config", config)
 

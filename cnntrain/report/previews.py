@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_NAMES = 20  # more would hide the image
-SIDE_COLOURS = {-1: COLOURS[5], 0: "#ffffff", 1: COLOURS[4]}  # of a pair's first, of what stays, of a pair's second
+SIDE_COLOURS = {
+    -1: COLOURS[5],
+    0: "#ffffff",
+    1: COLOURS[4],
+}  # of a pair's first, of what stays, of a pair's second
 
 
 def draw_batches(batches: Sequence[Batch], names: Sequence[str], spec: DataSpec) -> Figure:
@@ -27,7 +31,9 @@ def draw_batches(batches: Sequence[Batch], names: Sequence[str], spec: DataSpec)
         names: N, of the examples.
     """
     statistics = spec.mean or (0.0,) * spec.channels, spec.std or (1.0,) * spec.channels
-    pictures = np.stack([unnormalise(batch.images, *statistics) for batch in batches], 1)  # (N, columns, H, W, 3)
+    pictures = np.stack(
+        [unnormalise(batch.images, *statistics) for batch in batches], 1
+    )  # (N, columns, H, W, 3)
     heads = ["plain", *(f"epoch {i + 1}" for i in range(len(batches) - 1))]
     captions = [name if head == "plain" else head for name in names for head in heads]
     columns = len(heads)
@@ -38,10 +44,14 @@ def draw_batches(batches: Sequence[Batch], names: Sequence[str], spec: DataSpec)
         return _with_masks(pictures, captions, columns, batches, spec)
     if "label" in first and "mix" not in batches[-1].targets:
         labels = [spec.classes[i] for i in first["label"].tolist()]
-        captions = [f"{labels[i // columns]}" if i % columns == 0 else text for i, text in enumerate(captions)]
+        captions = [
+            f"{labels[i // columns]}" if i % columns == 0 else text for i, text in enumerate(captions)
+        ]
     if "mix" in batches[-1].targets:
         captions = [text for i in range(len(names)) for text in _mixtures(batches, i, spec)]
-    return image_grid(pictures.reshape(-1, *pictures.shape[2:]), captions, columns=columns, cell=_cell(pictures))
+    return image_grid(
+        pictures.reshape(-1, *pictures.shape[2:]), captions, columns=columns, cell=_cell(pictures)
+    )
 
 
 def _mixtures(batches: Sequence[Batch], row: int, spec: DataSpec) -> list[str]:
@@ -60,7 +70,9 @@ def _with_points(
     def overlay(ax: Axes, i: int) -> None:
         row, column = divmod(i, columns)
         targets = batches[column].targets
-        _draw_named(ax, targets["points"][row].numpy(), targets["visible"][row].numpy(), spec, pictures.shape[1:3])
+        _draw_named(
+            ax, targets["points"][row].numpy(), targets["visible"][row].numpy(), spec, pictures.shape[1:3]
+        )
 
     cell = 2.5 if len(spec.keypoints) <= MOST_NAMES else 2.1
     figure = image_grid(pictures, captions, columns=columns, overlay=overlay, cell=cell)
@@ -96,7 +108,9 @@ def _draw_named(
     many = len(points) > MOST_NAMES
     for k in np.flatnonzero(visible):
         colour = SIDE_COLOURS[sides[k]]
-        ax.scatter(*points[k], s=5 if many else 13, color=colour, edgecolors="black", linewidths=0.4, zorder=4)
+        ax.scatter(
+            *points[k], s=5 if many else 13, color=colour, edgecolors="black", linewidths=0.4, zorder=4
+        )
         if not many or numbered:
             text = str(k) if many else spec.keypoints[k]
             box = {"boxstyle": "round,pad=0.12", "facecolor": "black", "alpha": 0.6, "linewidth": 0}
@@ -160,7 +174,10 @@ def _legend(figure: Figure, entries: Sequence[tuple[str, object]], marker: str) 
 
     with style():
         look = {"linestyle": "none", "marker": marker, "markeredgecolor": "#66727f", "markeredgewidth": 0.5}
-        handles = [Line2D([], [], markersize=7, label=name, markerfacecolor=colour, **look) for name, colour in entries]
+        handles = [
+            Line2D([], [], markersize=7, label=name, markerfacecolor=colour, **look)
+            for name, colour in entries
+        ]
         widest = max(len(name) for name, _ in entries)
         columns = max(1, min(len(entries), int(figure.get_figwidth() / (0.4 + 0.075 * widest))))
         figure.set_figheight(figure.get_figheight() + 0.24 * -(-len(entries) // columns) + 0.1)

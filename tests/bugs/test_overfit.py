@@ -28,7 +28,10 @@ BROKEN = {
     "frozen first layer": (["model=frozen_first"], "frozen, they can't learn: first.weight, first.bias"),
     "flipped sign": (["model=sound", "task=flipped_sign"], "its sign is flipped"),
     "learning rate 0": (["model=sound", "optimizer.lr=0"], "the learning rate is 0"),
-    "learning rate 1e6, AdamW": (["model=sound", "optimizer.lr=1e6"], "learning rate (1e+06) is far too high"),
+    "learning rate 1e6, AdamW": (
+        ["model=sound", "optimizer.lr=1e6"],
+        "learning rate (1e+06) is far too high",
+    ),
     "learning rate 1e6, SGD": (
         ["model=sound", "optimizer=sgd", "optimizer.lr=1e6"],
         "learning rate (1e+06) is far too high",
@@ -55,7 +58,12 @@ def test_a_blank_image_is_named(tmp_path: Path) -> None:
         for number in range(4):
             Image.new("RGB", (8, 8), (colour + number,) * 3).save(folder / f"{number}.png")
     result = verdict(
-        tmp_path, "model=sound", "data=image_folder", f"data.root={tmp_path / 'data'}", "data.size=8", "task.binary=false"
+        tmp_path,
+        "model=sound",
+        "data=image_folder",
+        f"data.root={tmp_path / 'data'}",
+        "data.size=8",
+        "task.binary=false",
     )
     assert result["verdict"] == "FAIL"
     assert "is blank" in result["cause"]

@@ -23,6 +23,11 @@ def cnntrain(*arguments: str, code: int = 0, **environment: str) -> subprocess.C
     return done
 
 
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_a_run_explains_itself_and_can_be_evaluated() -> None:
     cnntrain(*QUICK, "run_dir=run")
     run = Path("run")
@@ -33,22 +38,26 @@ def test_a_run_explains_itself_and_can_be_evaluated() -> None:
     about = json.loads((run / "run.json").read_text())
     assert about["command"].startswith("cnntrain epochs=1 data.limit=200") and "torch" in about["versions"]
     assert "lr:" in (run / "config.yaml").read_text()
-    assert len(list(csv.DictReader((run / "metrics.csv").open()))) == 1
+    assert len(table(run / "metrics.csv")) == 1
     for name in ("curves", "confusion_matrix", "first_batch", "mistakes", "filters"):
         assert (run / "figures" / f"{name}.png").stat().st_size > 1000
 
     cnntrain("evaluate", "checkpoint=run", "split=test")
     again = json.loads((run / "evaluate-test" / "results.json").read_text())
     assert again == pytest.approx(results["test"])
-    rows = list(csv.DictReader((run / "evaluate-test" / "examples.csv").open()))
+    rows = table(run / "evaluate-test" / "examples.csv")
     losses = [float(row["loss"]) for row in rows]
-    assert losses == sorted(losses, reverse=True) and sum(losses) / len(losses) == pytest.approx(again["test/loss"])
+    assert losses == sorted(losses, reverse=True) and sum(losses) / len(losses) == pytest.approx(
+        again["test/loss"]
+    )
     assert {"name", "true", "predicted", "probability"} <= set(rows[0])
 
 
 def test_a_sweep_ends_with_a_table() -> None:
-    done = cnntrain("-m", "model=lenet5,mlp", "optimizer.lr=0.1,0.01", *QUICK, "log.pictures=false", "run_dir=sweep")
-    rows = list(csv.DictReader(Path("sweep/results.csv").open()))
+    done = cnntrain(
+        "-m", "model=lenet5,mlp", "optimizer.lr=0.1,0.01", *QUICK, "log.pictures=false", "run_dir=sweep"
+    )
+    rows = table(Path("sweep/results.csv"))
     assert [(row["model"], row["optimizer.lr"], row["status"]) for row in rows] == [
         ("lenet5", "0.1", "done"), ("lenet5", "0.01", "done"), ("mlp", "0.1", "done"), ("mlp", "0.01", "done"),
     ]  # fmt: skip
@@ -57,8 +66,10 @@ def test_a_sweep_ends_with_a_table() -> None:
 
 
 def test_a_failing_trial_is_said_and_the_sweep_goes_on() -> None:
-    done = cnntrain("-m", "optimizer=sgd", "optimizer.lr=1e30,0.01", *QUICK, "log.pictures=false", "run_dir=s", code=1)
-    assert [row["status"] for row in csv.DictReader(Path("s/results.csv").open())] == ["diverged", "done"]
+    done = cnntrain(
+        "-m", "optimizer=sgd", "optimizer.lr=1e30,0.01", *QUICK, "log.pictures=false", "run_dir=s", code=1
+    )
+    assert [row["status"] for row in table(Path("s/results.csv"))] == ["diverged", "done"]
     assert "error: the loss is" in done.stderr
 
 
@@ -72,7 +83,9 @@ def test_wrong_input_is_one_clear_message_and_leaves_nothing_behind() -> None:
 
 
 def test_python_m_and_help() -> None:
-    done = subprocess.run([sys.executable, "-m", "cnntrain", "overfit", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "cnntrain", "overfit", "--help"], capture_output=True, text=True, check=True
+    )
     assert "one single example" in done.stdout
     text = cnntrain("--help").stdout
     assert all(word in text for word in ("resnet18", "fashion_mnist", "one_cycle", "evaluate", "optimizer"))
@@ -80,13 +93,15 @@ def test_python_m_and_help() -> None:
 
 def test_bash_completes() -> None:
     assert COMMAND
-    script = f"""eval "$(cnntrain --completion)"
-    COMP_LINE='cnntrain over'; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=(cnntrain over); COMP_CWORD=1
-    _cnntrain; echo "${{COMPREPLY[@]}}"
-    COMP_LINE='cnntrain model=resnet1'; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=(cnntrain model=resnet1)
-    _cnntrain; echo "${{COMPREPLY[@]}}" """
+    script = """eval "$(cnntrain --completion)"
+    COMP_LINE='cnntrain over'; COMP_POINT=${#COMP_LINE}; COMP_WORDS=(cnntrain over); COMP_CWORD=1
+    _cnntrain; echo "${COMPREPLY[@]}"
+    COMP_LINE='cnntrain model=resnet1'; COMP_POINT=${#COMP_LINE}; COMP_WORDS=(cnntrain model=resnet1)
+    _cnntrain; echo "${COMPREPLY[@]}" """
     path = os.pathsep.join([os.path.dirname(COMMAND), os.environ["PATH"]])
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path})
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+    )
     first, second = done.stdout.splitlines()
     assert first.split() == ["overfit"]
     assert {"model=resnet18", "model=resnet101", "model=resnet152"} <= set(second.split())

@@ -7,7 +7,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +19,29 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a TensorBoard server over two finished runs."""
     folder = tmp_path_factory.mktemp("runs")
     for name, rate in (("one", 0.001), ("two", 0.003)):
-        train(compose("data.limit=200", "epochs=2", "log.every_steps=2", f"optimizer.lr={rate}", f"run_dir={folder / name}"))
+        train(
+            compose(
+                "data.limit=200",
+                "epochs=2",
+                "log.every_steps=2",
+                f"optimizer.lr={rate}",
+                f"run_dir={folder / name}",
+            )
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port), "--host", "127.0.0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(folder),
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         address = f"http://127.0.0.1:{port}"
         try:
@@ -60,7 +77,9 @@ def test_images(server: str) -> None:
     tags = get(server, "plugin/images/tags")["one"]
     assert {"first_batch", "curves", "confusion_matrix", "mistakes", "filters"} <= set(tags)
     listed = get(server, "plugin/images/images?run=one&tag=confusion_matrix&sample=0")
-    with urllib.request.urlopen(f"{server}/data/plugin/images/individualImage?{listed[0]['query']}") as response:
+    with urllib.request.urlopen(
+        f"{server}/data/plugin/images/individualImage?{listed[0]['query']}"
+    ) as response:
         assert response.read(4) == b"\x89PNG"
 
 

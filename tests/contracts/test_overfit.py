@@ -17,7 +17,7 @@ DATA = ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder
 
 
 def pictures(size: int, colour: bool, count: int = 80) -> tuple[np.ndarray, np.ndarray]:
-    """Real digits enlarged to size x size px, tinted where colour is asked for: uint8 (N, size, size[, 3]) and labels."""
+    """Real digits enlarged to size x size px, tinted if in colour: uint8 (N, size, size[, 3]), and labels."""
     images, labels = read_digits()
     factor = size // 8
     large = images[:count, 0].repeat(factor, 1).repeat(factor, 2)
@@ -81,7 +81,9 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[s
     lay_out_cifar(folder, hundred=True)
     lay_out_images(folder / "images")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)  # ours have other MD5 sums
+        patch.setattr(
+            torchvision.datasets.cifar, "check_integrity", lambda *_: True
+        )  # ours have other MD5 sums
         yield overrides(folder)
 
 
@@ -96,7 +98,9 @@ def overrides(folder: Path) -> dict[str, list[str]]:
 
 
 def check(model: str, data: str, roots: dict[str, list[str]]) -> None:
-    result = overfit(compose(f"model={model}", f"data={data}", *roots[data], "threads=1", "log.pictures=false"))
+    result = overfit(
+        compose(f"model={model}", f"data={data}", *roots[data], "threads=1", "log.pictures=false")
+    )
     assert result["verdict"] == "PASS", result["line"]
     assert result["steps"] <= 100
 

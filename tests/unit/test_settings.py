@@ -44,13 +44,15 @@ BUILD_SLIPS = {
     "device=gpu": r"device: 'gpu' is not one of",
     "data.val_fraction=2": r"data\.val_fraction: must be a number >= 0 and <= 0\.9",
     "model=torchvision model.name=resnet81": r"did you mean",
-    "model=torchvision model.name=alexnet data=fashion_mnist data.root=.": r"images are 28x28 px, 1 channel; alexnet needs at least 63 px",
+    "model=torchvision model.name=alexnet data=fashion_mnist data.root=.": r"images are 28x28 px, 1 channel; alexnet needs",
     "model=vgg_a": r"model\.layers",
 }
 
 
 @pytest.mark.parametrize("slip", BUILD_SLIPS)
-def test_a_slip_in_a_part_is_named_and_leaves_no_folder(slip: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slip_in_a_part_is_named_and_leaves_no_folder(
+    slip: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     import re
 
     assert main([*slip.split(), "epochs=1", "log.pictures=false"]) == 2
@@ -121,7 +123,9 @@ def test_arguments_are_checked_against_the_signature() -> None:
 def test_expectations() -> None:
     results = {"parameters": 10, "best": {"val/top1": 0.9}, "test": {"test/top1": 0.94}}
     expected = {"parameters": 10, "test/top1": ">=0.935", "val/top1": ">0.95"}
-    verdicts = [f.verdict for f in judge_expectations(expected, results, ["seed", "data.root", "choices.data"])]
+    verdicts = [
+        f.verdict for f in judge_expectations(expected, results, ["seed", "data.root", "choices.data"])
+    ]
     assert verdicts == ["PASS", "PASS", "FAIL"]
     assert {f.verdict for f in judge_expectations(expected, results, ["epochs"])} == {"SKIP"}
     with pytest.raises(UserError, match=r"expect\.x"):
@@ -153,7 +157,7 @@ def test_draws_are_a_function_of_position_alone() -> None:
     assert torch.equal(whole[:, :2], uniform(3, 1, positions, "flip", 2))
     assert not torch.equal(whole, uniform(3, 2, positions, "flip", 4))
     assert not torch.equal(whole, uniform(3, 1, positions, "crop", 4))
-    assert abs(float(whole.mean()) - 0.5) < 0.02 and 0 <= float(whole.min()) and float(whole.max()) < 1
+    assert abs(float(whole.mean()) - 0.5) < 0.02 and float(whole.min()) >= 0 and float(whole.max()) < 1
     correlation = torch.corrcoef(whole.T)
     assert (correlation - torch.eye(4)).abs().max() < 0.12
     assert sorted(epoch_order(0, 0, 50).tolist()) == list(range(50))

@@ -6,7 +6,7 @@ import torch
 
 from cnntrain.augment.geometry import Crop
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.augment.warp import RandomResizedCrop, Zoom
+from cnntrain.augment.warp import Perspective, RandomResizedCrop, Zoom, homography
 from cnntrain.spec import Batch, DataSpec
 
 
@@ -52,7 +52,7 @@ def test_resize_to_a_canvas_agrees_with_torchvision(make_batch):
 def test_resized_crop_agrees_with_torchvision(make_batch):
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     batch = make_batch(16, height=20, width=20)
-    item = RandomResizedCrop(size=(26, 27), area=(0.2, 1.0))
+    item = RandomResizedCrop(size=(26, 27), area=(0.6, 1.0), ratio=(0.3, 3.0))  # many are too long, and cut
     result = Pipeline(DataSpec(3, 20, 20), {"it": item}, "edge")(batch, 0, 0)
     inverse = torch.linalg.inv(result.to_canvas)
     for i in range(16):
@@ -66,3 +66,28 @@ def test_resized_crop_agrees_with_torchvision(make_batch):
     expected = functional.resize(batch.images.float() / 255, [26, 26], antialias=False)
     torch.testing.assert_close(whole(batch, 0, 0).images, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(whole.plain(batch).images, expected, atol=1e-4, rtol=0)
+
+
+def test_a_homography_carries_its_corners():
+    source = torch.tensor([[0, 0], [16, 0], [16, 11], [0, 11]]).double()
+    target = source + torch.tensor([[3, 1], [-2, 4], [-5, -1], [0.5, -3]]).double()
+    matrix = homography(source, torch.stack([target, source]))
+    for i, expected in enumerate((target, source)):
+        place = torch.cat([source, torch.ones(4, 1)], 1) @ matrix[i].T
+        torch.testing.assert_close(place[:, :2] / place[:, 2:], expected)
+
+
+def test_perspective_pulls_corners_inwards_as_far_as_it_says(make_batch):
+    batch = make_batch(200, 1)
+    item = Perspective(distortion=0.5, probability=1.0)
+    matrix = Pipeline(DataSpec(1, 12, 17), {"tilt": item})(batch, 0, 0).to_canvas
+    assert matrix is not None
+    for x, y, inwards in ((0, 0, (1, 1)), (16, 0, (-1, 1)), (16, 11, (-1, -1)), (0, 11, (1, -1))):
+        place = matrix @ torch.tensor([x, y, 1.0], dtype=torch.float64)
+        pull = (
+            (place[:, :2] / place[:, 2:] - torch.tensor([x, y]))
+            * torch.tensor(inwards)
+            / torch.tensor([8, 5.5])
+        )
+        assert pull.min() > -1e-9
+        assert 0.48 < pull.max() < 0.5

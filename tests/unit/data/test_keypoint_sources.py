@@ -18,8 +18,8 @@ from cnntrain.errors import UserError
 from cnntrain.spec import infer_mirror, mirror_permutation
 
 IBUG_PAIRS = (
-    "0-16 1-15 2-14 3-13 4-12 5-11 6-10 7-9 17-26 18-25 19-24 20-23 21-22 31-35 32-34 36-45 37-44 38-43 39-42 40-47 "
-    "41-46 48-54 49-53 50-52 55-59 56-58 60-64 61-63 65-67"
+    "0-16 1-15 2-14 3-13 4-12 5-11 6-10 7-9 17-26 18-25 19-24 20-23 21-22 31-35 32-34 36-45 37-44 38-43 "
+    "39-42 40-47 41-46 48-54 49-53 50-52 55-59 56-58 60-64 61-63 65-67"
 )
 
 
@@ -187,7 +187,7 @@ def test_real_faces(shared):
 def coco(folder, **changes) -> CocoKeypoints:
     content = {
         "images": [{"id": i, "file_name": f"{i}.png"} for i in range(4)],
-        "categories": [{"id": 1, "name": "cat", "keypoints": ["left_eye", "right_eye"], "skeleton": [[1, 2]]}],
+        "categories": [{"id": 1, "keypoints": ["left_eye", "right_eye"], "skeleton": [[1, 2]]}],
         "annotations": [
             {"id": 10 + i, "image_id": i // 2, "category_id": 1, "bbox": [10, 5, 40, 20],
              "keypoints": [20, 10, 2, 40, 10, i % 2]} for i in range(6)
@@ -209,18 +209,19 @@ def test_coco_files(photographs):
     assert torch.allclose(train.targets["points"][1], torch.tensor([[10.0, 5.0], [30.0, 5.0]]))
 
 
+def annotation(**fields):
+    return {"annotations": [{"id": 7, "image_id": 0, "category_id": 1, **fields}]}
+
+
 COCO_FAULTS = [
-    ({"annotations": [{"id": 7, "image_id": 99, "category_id": 1}]}, "annotation 7: no image has the id 99"),
-    ({"annotations": [{"id": 7, "image_id": 0, "category_id": 1, "keypoints": [1, 2]}]}, "annotation 7: keypoints must be 6"),
-    ({"annotations": [{"id": 7, "image_id": 0, "category_id": 1, "keypoints": [1, 2, 2, 3, 4, 5]}]}, "v of 0, 1, 2"),
-    (
-        {"annotations": [{"id": 7, "image_id": 0, "category_id": 1, "keypoints": [1, 2, 2, 3, 4, 2], "bbox": [1, 2, 0, 1]}]},
-        "annotation 7: bbox must be",
-    ),
+    (annotation(image_id=99), "annotation 7: no image has the id 99"),
+    (annotation(keypoints=[1, 2]), "annotation 7: keypoints must be 6"),
+    (annotation(keypoints=[1, 2, 2, 3, 4, 5]), "v of 0, 1, 2"),
+    (annotation(keypoints=[1, 2, 2, 3, 4, 2], bbox=[1, 2, 0, 1]), "annotation 7: bbox must be"),
     ({"images": [{"id": 0, "file_name": "gone.png"}]}, "no file 'gone.png'"),
     ({"categories": []}, "one category with keypoints"),
     ({"images": 3}, "a list of objects 'images'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "part"), COCO_FAULTS)
@@ -240,9 +241,12 @@ def test_what_is_no_coco_file_is_refused(photographs, text):
 
 
 XML = """<?xml version='1.0'?><dataset><images><image file='0.png'>
-<box top='5' left='10' width='40' height='20'><part name='00' x='20' y='10'/><part name='01' x='40' y='10'/></box>
+<box top='5' left='10' width='40' height='20'><part name='00' x='20' y='10'/>
+<part name='01' x='40' y='10'/></box>
 <box top='5' left='10' width='40' height='20' ignore='1'><part name='00' x='20' y='10'/></box>
-</image><image file='1.png'><box top='0' left='0' width='60' height='40'><part name='01' x='40' y='11'/></box></image>
+</image>
+<image file='1.png'><box top='0' left='0' width='60' height='40'>
+<part name='01' x='40' y='11'/></box></image>
 </images></dataset>"""
 
 

@@ -110,10 +110,22 @@ def test_a_finished_or_foreign_run_is_not_overwritten() -> None:
 
 
 def test_a_last_batch_of_one_image_is_left_out_for_batchnorm(caplog: pytest.LogCaptureFixture) -> None:
-    result = train(compose(*SMALL, "data.limit=290", "batch_size=26", "data.val_fraction=0.1", "epochs=1", "run_dir=one"))
+    result = train(
+        compose(*SMALL, "data.limit=290", "batch_size=26", "data.val_fraction=0.1", "epochs=1", "run_dir=one")
+    )
     assert result["steps"] == 10  # 261 images: ten batches of 26 and one image
 
 
 def test_early_stopping_and_limit_batches() -> None:
-    result = train(compose(*SMALL, "model=mlp", "optimizer.lr=0", "early_stopping=2", "epochs=9", "limit_batches=2", "run_dir=early"))
+    result = train(
+        compose(
+            *SMALL,
+            "model=mlp",
+            "optimizer.lr=0",
+            "early_stopping=2",
+            "epochs=9",
+            "limit_batches=2",
+            "run_dir=early",
+        )
+    )
     assert result["epochs"] == 3 and result["steps"] == 6

@@ -11,7 +11,14 @@ from cnntrain.report import figures
 def test_curves_draw_train_beside_val_and_mark_the_best():
     top1 = [0.5, 0.9, 0.7]
     rows = [
-        {"epoch": e + 1, "step": e, "train/loss": 1 / (e + 1), "val/loss": 2.0, "val/top1": top1[e], "lr": 0.1}
+        {
+            "epoch": e + 1,
+            "step": e,
+            "train/loss": 1 / (e + 1),
+            "val/loss": 2.0,
+            "val/top1": top1[e],
+            "lr": 0.1,
+        }
         for e in range(3)
     ]
     figure = figures.curves(rows, ("top1", "max"))

@@ -1,0 +1,240 @@
+"""Ask a checkpoint about images of your own: answers as CSV and JSON, masks as PNG, and drawn on the images.
+
+`cnntrain predict checkpoint=RUN images=FILE|FOLDER`. Images of any size and mode are brought onto the canvas as in
+training; the data set itself is not needed. Points are given in pixels of the image as it is seen upright (after its
+EXIF orientation), x to the right and y down, the first pixel's centre at 0. Masks have the image's own size; what the
+network did not see gets the ignore id. Writes predictions.csv, predictions.json, masks/ and figures/.
+"""
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cnntrain.assembly import build_model, build_pipeline, build_task
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.cli import Invocation
+from cnntrain.commands.evaluate import config_of, load_judged, read_own
+from cnntrain.data import resident
+from cnntrain.data.decode import BadFile, Decoder, refuse, upright_size
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.image_folder import make_decoder
+from cnntrain.data.listing import files_below
+from cnntrain.data.store import Loader, make_loader
+from cnntrain.engine import checkpoint
+from cnntrain.engine.device import Compute, choose_compute, prepare_torch
+from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
+from cnntrain.engine.signals import StopFlag, stop_flag
+from cnntrain.errors import UserError
+from cnntrain.report.console import log_to_console
+from cnntrain.report.figures import save
+from cnntrain.saved import locate, saved_spec
+from cnntrain.settings import PredictSettings, Settings, parse
+from cnntrain.spec import Batch, DataSpec
+from cnntrain.tasks.classification import Classification
+from cnntrain.tasks.segmentation import Segmentation
+from cnntrain.tasks.task import Task
+
+log = logging.getLogger("cnntrain")
+IMAGES_PER_PAGE = 24
+Row = dict[str, Any]
+
+
+@dataclass
+class Predictor:
+    """A trained network with what it takes to ask it: no data set."""
+
+    compute: Compute
+    spec: DataSpec
+    pipeline: Pipeline
+    task: Task
+    model: nn.Module
+    decoder: Decoder
+    batch_size: int
+
+    @torch.no_grad()
+    def answer(self, loader: Loader, stop: StopFlag) -> Iterator[tuple[Batch, Tensor]]:
+        """Every batch as the network saw it, with its outputs (N, ...) float32."""
+        self.model.eval()
+        for batch in loader.batches(torch.arange(len(loader)), self.batch_size):
+            stop.check()
+            seen = self.pipeline.plain(batch)
+            with self.compute.autocast():
+                outputs = self.model(seen.images.contiguous(memory_format=self.compute.memory_format))
+            yield seen, outputs.float()
+
+
+def run(invocation: Invocation) -> int:
+    if invocation.words:
+        raise UserError(f"predict: {invocation.words[0]!r} is no override; write checkpoint=PATH images=PATH")
+    predict(parse(PredictSettings, read_own("predict", invocation)), invocation.line)
+    return 0
+
+
+def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
+    """The rows of predictions.csv, one per image.
+
+    Raises:
+        UserError: the checkpoint or any of the images can't be used; nothing has been written yet.
+    """
+    log_to_console()
+    paths, names = find_images(Path(settings.images).expanduser())
+    path = locate(Path(settings.checkpoint), "best.pt")
+    predictor = restore_predictor(checkpoint.load(path), settings)
+    examples = Examples(LazyImages(paths, predictor.decoder), {}, names)
+    if resident.fits_in_host_memory({"images": examples}):
+        examples = resident.decode({"images": examples})["images"]
+    else:
+        resident.check_headers({"images": examples})
+    loader = make_loader(examples, predictor.compute.device, settings.workers)
+    folder = Path(settings.run_dir) if settings.run_dir else None
+    with open_run_folder(folder, "predict") as run_folder, stop_flag() as stop:
+        masks = mask_names(names) if isinstance(predictor.task, Segmentation) else None
+        rows = _write(run_folder, predictor, loader, (paths, names, masks), settings.draw, stop)
+        write_rows(rows, run_folder.path / "predictions.csv")
+        listed = [nested(row, predictor) for row in rows]
+        text = json.dumps({"checkpoint": str(path), "images": listed}, indent=1)
+        (run_folder.path / "predictions.json").write_text(text + "\n")
+        run_folder.write_json("run.json", provenance(command_line))
+    loader.close()
+    print(f"{len(rows)} images: {run_folder.path / 'predictions.csv'}")
+    return rows
+
+
+def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predictor:
+    """The network of a checkpoint and its preprocessing, as in training.
+
+    Raises:
+        UserError: the parts can't be built.
+    """
+    restored, spec = parse(Settings, config_of(saved, settings)), saved_spec(saved)
+    prepare_torch(restored.threads, restored.deterministic)
+    compute = choose_compute(restored.device, restored.precision, restored.channels_last)
+    pipeline = build_pipeline(restored, spec)
+    task = build_task(restored, spec, pipeline)
+    model = build_model(restored, spec, task, pipeline.output_size).to(compute.device)
+    load_judged(model, saved)
+    model.to(memory_format=compute.memory_format)
+    data = restored.data
+    # A data set without the key has images of one size: all of an image is shown then.
+    decoder = make_decoder([spec.height, spec.width], spec.channels, data.get("resize") or "letterbox")
+    if data.get("crop", "none") != "none":
+        log.warning(
+            "predict: the training cut out each object by its %s (data.crop); whole images are shown now, so give it "
+            "images that are cut out alike", data["crop"],
+        )  # fmt: skip
+    return Predictor(compute, spec, pipeline, task, model, decoder, restored.batch_size)
+
+
+def find_images(path: Path) -> tuple[list[str], list[str]]:
+    """Paths of the images, and their names: from the folder on, or the file's own.
+
+    Raises:
+        UserError: nothing there.
+    """
+    if path.is_file():
+        return [str(path)], [path.name]
+    if not path.is_dir():
+        raise UserError(f"images: {path} does not exist; give an image, or a folder of images")
+    from PIL import Image
+
+    bad: list[BadFile] = []
+    found = files_below(path, bad)
+    known = Image.registered_extensions()
+    paths = [file for file in found if Path(file).suffix.lower() in known]
+    refuse(bad, len(found) + len(bad), path)
+    if not paths:
+        raise UserError(f"images: {path} has no images (files that end in .jpg, .png and the like)")
+    if others := len(found) - len(paths):
+        log.info("predict: %d of %d files are no images by their endings, and left out", others, len(found))
+    return paths, [os.path.relpath(file, path) for file in paths]
+
+
+def mask_names(names: list[str]) -> list[str]:
+    """A PNG's name for each image: its own with another ending, or with a second one where two would be the same."""
+    stems = [str(Path(name).with_suffix("")) for name in names]
+    return [f"{stem if stems.count(stem) == 1 else name}.png" for stem, name in zip(stems, names, strict=True)]
+
+
+def _write(
+    folder: RunFolder, predictor: Predictor, loader: Loader, files: tuple[list[str], list[str], list[str] | None],
+    draw: int | None, stop: StopFlag,
+) -> list[Row]:  # fmt: skip
+    """Rows of all images; masks and drawings are written on the way."""
+    paths, names, masks = files
+    rows: list[Row] = []
+    page = 0
+    mean, std = predictor.pipeline.mean, predictor.pipeline.std
+    for batch, outputs in predictor.answer(loader, stop):
+        matrices = torch.eye(3, dtype=torch.float64).repeat(len(batch), 1, 1) if batch.to_canvas is None else batch.to_canvas
+        truth = {"to_canvas": matrices}
+        start, own = len(rows), names[len(rows) : len(rows) + len(batch)]
+        answers = predictor.task.answers(outputs, truth)
+        rows += [{"image_name": name, **answer} for name, answer in zip(own, answers, strict=True)]
+        if isinstance(predictor.task, Classification):
+            chances = predictor.task.logits(outputs).softmax(1).tolist()
+            for row, chance in zip(rows[start:], chances, strict=True):
+                row |= {f"probability/{n}": p for n, p in zip(predictor.spec.classes, chance, strict=True)}
+        if isinstance(predictor.task, Segmentation) and masks is not None:
+            size = (batch.images.shape[-2], batch.images.shape[-1])
+            ids = predictor.task.masks(outputs, size).numpy()
+            for i, mask in enumerate(ids):
+                rows[start + i]["mask"] = f"masks/{masks[start + i]}"
+                target = folder.path / "masks" / masks[start + i]
+                write_mask(mask, matrices[i], upright_size(paths[start + i]), predictor.pipeline.ignore_index, target)
+        wanted = len(batch) if draw is None else max(0, min(len(batch), draw - start))
+        for first in range(0, wanted, IMAGES_PER_PAGE):
+            part = slice(first, min(first + IMAGES_PER_PAGE, wanted))
+            page += 1
+            figure = predictor.task.draw(batch.images[part], outputs[part], {}, own[part], mean, std)
+            save(figure, folder.figures / f"predictions-{page:03}.png")
+    return rows
+
+
+def write_mask(mask: np.ndarray, to_canvas: Tensor, size: tuple[int, int], outside: int, target: Path) -> None:
+    """A mask of ids on the canvas as a PNG of the image's own size (width, height), by nearest neighbour.
+
+    Args:
+        to_canvas: (3, 3) from the image's pixels; scales and shifts only.
+        outside: the id of pixels that did not come onto the canvas.
+    """
+    from PIL import Image
+
+    rows, columns = (
+        np.rint(np.arange(side) * float(to_canvas[axis, axis]) + float(to_canvas[axis, 2])).astype(np.int64)
+        for axis, side in ((1, size[1]), (0, size[0]))
+    )
+    height, width = mask.shape
+    ids = mask[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)[None, :]].copy()
+    ids[(rows < 0) | (rows >= height), :] = outside
+    ids[:, (columns < 0) | (columns >= width)] = outside
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(ids).save(target)
+
+
+def write_rows(rows: list[Row], target: Path) -> None:
+    with target.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def nested(row: Row, predictor: Predictor) -> Row:
+    """A row for JSON: probabilities and points by name, below one key each."""
+    result = {key: value for key, value in row.items() if not key.startswith("probability/")}
+    if isinstance(predictor.task, Classification):
+        result["probabilities"] = {name: row[f"probability/{name}"] for name in predictor.spec.classes}
+    if predictor.spec.keypoints:
+        axes = [(name, [f"{name}_x", f"{name}_y"]) for name in predictor.spec.keypoints]
+        result = {k: v for k, v in result.items() if not any(k in keys for _, keys in axes)}
+        result["points"] = {name: [row[key] for key in keys] for name, keys in axes}
+    return result
