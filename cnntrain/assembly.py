@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 from cnntrain.anatomy.preflight import preflight
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.build import build, resolve
+from cnntrain.data.examples import Examples
 from cnntrain.data.load import Data, load_data
 from cnntrain.data.source import Source
 from cnntrain.data.store import Loader, make_loader
@@ -55,9 +55,16 @@ class Assembly:
         self.task.prepare(data.train.targets)
         return data
 
-    def loader(self, examples: Any) -> Loader:
-        chosen = self.data_settings
-        return make_loader(examples, self.compute.device, chosen.workers, chosen.timeout_s, chosen.store)
+    def loader(self, examples: Examples, augmented: bool = False) -> Loader:
+        """Batches of a split; with `augmented`, by workers where a transform of torchvision wants single images."""
+        chosen, per_sample = self.data_settings, augmented and bool(self.pipeline.per_sample)
+        if per_sample:
+            log.info(
+                "augment: %s change single images, so workers read them", ", ".join(self.pipeline.per_sample)
+            )
+        return make_loader(
+            examples, self.compute.device, chosen.workers, chosen.timeout_s, chosen.store, per_sample
+        )
 
 
 def assemble(settings: Settings, known: DataSpec | None = None) -> Assembly:
@@ -75,6 +82,10 @@ def assemble(settings: Settings, known: DataSpec | None = None) -> Assembly:
     spec = known or source.spec()
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
+    if pipeline.mirrors and not spec.mirror_safe:
+        log.warning(
+            "augment: a mirrored image of these data means something else (digits, text); take the flip out"
+        )
     model = build_model(settings, spec, task, pipeline.output_size)
     return Assembly(settings, compute, source, data_settings, spec, task, model.to(compute.device), pipeline)
 
@@ -99,6 +110,7 @@ def build_task(settings: Settings, spec: DataSpec, pipeline: Pipeline) -> Task:
 
 
 def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
+    """The configured augmentations, for images as `spec` has them."""
     nodes = dict(settings.augment)
     border = nodes.pop("border", "zero")
     built = {

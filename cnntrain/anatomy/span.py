@@ -133,10 +133,9 @@ def interpolation(size_in: int, size_out: int, mode: str, align_corners: bool) -
     """torch's interpolate by `nearest`, `nearest-exact`, `linear` (two neighbours) or `cubic` (four)."""
     corners = align_corners and size_out > 1
     ratio = Fraction(size_in - 1, size_out - 1) if corners else Fraction(size_in, size_out)
+    shift = Fraction(0) if corners or mode == "nearest" else (ratio - 1) / 2
     if mode == "nearest-exact":
         shift = ratio / 2
-    else:
-        shift = Fraction(0) if corners or mode == "nearest" else (ratio - 1) / 2
 
     def taps(o: int) -> Iterable[int]:
         source = o * ratio + shift

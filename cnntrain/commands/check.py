@@ -1,8 +1,8 @@
 """Judge one thing that trainings often get wrong, on your own data; exit code 1 when it is wrong.
 
 `cnntrain check flip data=...` holds the mirror partners of the keypoints against the data: pairs that undo themselves,
-names that trade left for right, and a mirrored and relabelled mean shape that lies nearer to the mean shape than with
-names kept or with any two points' partners exchanged. Trains nothing, decodes no image. Writes check.json and a picture.
+names that trade left for right, and a mirrored and relabelled mean shape that lies nearer to the mean shape than
+with names kept or with any two points' partners exchanged. Trains nothing. Writes check.json and a picture.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cnntrain.assembly import build_source
-from cnntrain.checks.flip import draw_symmetry, judge_flip
+from cnntrain.checks.flip import judge_flip
+from cnntrain.checks.flip_picture import draw_symmetry
 from cnntrain.cli import Invocation
 from cnntrain.config import read_settings
 from cnntrain.data.splits import limit_rows
@@ -28,10 +29,14 @@ MOST_EXAMPLES = 20_000  # more would not make the mean shape any surer
 def run(invocation: Invocation) -> int:
     checks: dict[str, Callable[[Settings, str], dict[str, Any]]] = {"flip": check_flip}
     if len(invocation.words) != 1:
-        raise UserError(f"check: needs one name of a check ({', '.join(checks)}), as: cnntrain check flip data=...")
+        raise UserError(
+            f"check: needs one name of a check ({', '.join(checks)}), as: cnntrain check flip data=..."
+        )
     word = invocation.words[0]
     if word not in checks:
-        raise UserError(f"check: no check {word!r}{suggest(word, list(checks))} (there is {', '.join(checks)})")
+        raise UserError(
+            f"check: no check {word!r}{suggest(word, list(checks))} (there is {', '.join(checks)})"
+        )
     settings = read_settings(invocation.overrides, invocation.config_dir)
     return 0 if checks[word](settings, invocation.line)["verdict"] != "FAIL" else 1
 
@@ -46,9 +51,13 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     source, chosen = build_source(settings)
     spec = source.spec()
     if not spec.keypoints:
-        raise UserError("check flip: these data have no keypoints, so nothing trades names; choose data with points")
+        raise UserError(
+            "check flip: these data have no keypoints, so nothing trades names; choose data with points"
+        )
     train = source.load()["train"]
-    rows = limit_rows(len(train), min(chosen.limit or MOST_EXAMPLES, MOST_EXAMPLES), chosen.split_seed, "train")
+    rows = limit_rows(
+        len(train), min(chosen.limit or MOST_EXAMPLES, MOST_EXAMPLES), chosen.split_seed, "train"
+    )
     points, visible = (train.targets[name] for name in ("points", "visible"))
     if rows is not None:
         points, visible = points[rows], visible[rows]
@@ -56,7 +65,9 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     data = settings.choices["data"]
     report = {"check": "flip", "data": data, "examples": len(points), **summarise(findings)}
     mirror = enumerate(spec.mirror or ())
-    report["pairs"] = [[spec.keypoints[i], spec.keypoints[k]] for i, k in mirror if i < k < len(spec.keypoints)]
+    report["pairs"] = [
+        [spec.keypoints[i], spec.keypoints[k]] for i, k in mirror if i < k < len(spec.keypoints)
+    ]
     folder = Path(settings.run_dir) if settings.run_dir else None
     with open_run_folder(folder, f"check-flip-{data}") as run_folder:
         run_folder.write_json("run.json", provenance(command_line))

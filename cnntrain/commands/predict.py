@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from cnntrain.engine.signals import StopFlag, stop_flag
 from cnntrain.errors import UserError
 from cnntrain.report.console import log_to_console
 from cnntrain.report.figures import save
+from cnntrain.report.mask_files import mask_names, write_mask
 from cnntrain.saved import locate, saved_spec
 from cnntrain.settings import PredictSettings, Settings, parse
 from cnntrain.spec import Batch, DataSpec
@@ -158,12 +158,6 @@ def find_images(path: Path) -> tuple[list[str], list[str]]:
     return paths, [os.path.relpath(file, path) for file in paths]
 
 
-def mask_names(names: list[str]) -> list[str]:
-    """A PNG's name for each image: its own with another ending, or with a second one where two would be the same."""
-    stems = [str(Path(name).with_suffix("")) for name in names]
-    return [f"{stem if stems.count(stem) == 1 else name}.png" for stem, name in zip(stems, names, strict=True)]
-
-
 def _write(
     folder: RunFolder, predictor: Predictor, loader: Loader, files: tuple[list[str], list[str], list[str] | None],
     draw: int | None, stop: StopFlag,
@@ -174,7 +168,11 @@ def _write(
     page = 0
     mean, std = predictor.pipeline.mean, predictor.pipeline.std
     for batch, outputs in predictor.answer(loader, stop):
-        matrices = torch.eye(3, dtype=torch.float64).repeat(len(batch), 1, 1) if batch.to_canvas is None else batch.to_canvas
+        matrices = (
+            torch.eye(3, dtype=torch.float64).repeat(len(batch), 1, 1)
+            if batch.to_canvas is None
+            else batch.to_canvas
+        )
         truth = {"to_canvas": matrices}
         start, own = len(rows), names[len(rows) : len(rows) + len(batch)]
         answers = predictor.task.answers(outputs, truth)
@@ -189,7 +187,9 @@ def _write(
             for i, mask in enumerate(ids):
                 rows[start + i]["mask"] = f"masks/{masks[start + i]}"
                 target = folder.path / "masks" / masks[start + i]
-                write_mask(mask, matrices[i], upright_size(paths[start + i]), predictor.pipeline.ignore_index, target)
+                write_mask(
+                    mask, matrices[i], upright_size(paths[start + i]), predictor.pipeline.ignore_index, target
+                )
         wanted = len(batch) if draw is None else max(0, min(len(batch), draw - start))
         for first in range(0, wanted, IMAGES_PER_PAGE):
             part = slice(first, min(first + IMAGES_PER_PAGE, wanted))
@@ -197,27 +197,6 @@ def _write(
             figure = predictor.task.draw(batch.images[part], outputs[part], {}, own[part], mean, std)
             save(figure, folder.figures / f"predictions-{page:03}.png")
     return rows
-
-
-def write_mask(mask: np.ndarray, to_canvas: Tensor, size: tuple[int, int], outside: int, target: Path) -> None:
-    """A mask of ids on the canvas as a PNG of the image's own size (width, height), by nearest neighbour.
-
-    Args:
-        to_canvas: (3, 3) from the image's pixels; scales and shifts only.
-        outside: the id of pixels that did not come onto the canvas.
-    """
-    from PIL import Image
-
-    rows, columns = (
-        np.rint(np.arange(side) * float(to_canvas[axis, axis]) + float(to_canvas[axis, 2])).astype(np.int64)
-        for axis, side in ((1, size[1]), (0, size[0]))
-    )
-    height, width = mask.shape
-    ids = mask[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)[None, :]].copy()
-    ids[(rows < 0) | (rows >= height), :] = outside
-    ids[:, (columns < 0) | (columns >= width)] = outside
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(ids).save(target)
 
 
 def write_rows(rows: list[Row], target: Path) -> None:

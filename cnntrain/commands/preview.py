@@ -1,9 +1,9 @@
-"""Look at the training images as the network would see them: plain, and as augmented over several epochs; trains nothing.
+"""Look at the training images as the network would see them, plain and augmented over several epochs; trains nothing.
 
 `cnntrain preview data=... augment=...` draws the same few images, plain in the first column and as the first epochs of
 a training with this seed would show them in the others: keypoints named and joined, masks laid over the images. For
-keypoints a second picture shows the flip with names, plain beside mirrored and relabelled. PNG, and TensorBoard images in
-the run folder. `preview.images=3 preview.epochs=8` draws other numbers of them. No network is built.
+keypoints a second picture shows the flip with names, plain beside mirrored and relabelled. PNG, and TensorBoard
+images in the run folder. `preview.images=3 preview.epochs=8` draws other numbers of them. No network is built.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from cnntrain.settings import Settings
 from cnntrain.spec import Batch
 
 log = logging.getLogger("cnntrain")
-FLIPPED_IMAGES = 3
+FLIPPED_IMAGES = 2
 
 
 def run(invocation: Invocation) -> int:
@@ -77,12 +77,19 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     elif data.spec.keypoints:
         shown = _best_seen(next(loader.batches(rows, count)), FLIPPED_IMAGES)
         flip = Pipeline(data.spec, {"flip": HorizontalFlip(probability=1.0)})
-        both = [Pipeline(data.spec, {}).plain(shown), flip(shown, settings.seed, 0)]
-        pictures["flip"] = draw_flip(*both, [data.train.names[row] for row in shown.index.tolist()], data.spec)
+        straight = Pipeline(data.spec, {}).plain(shown)
+        pictures["flip"] = draw_flip(
+            straight,
+            flip(shown, settings.seed, 0),
+            [data.train.names[row] for row in shown.index.tolist()],
+            data.spec,
+        )
     folder = Path(settings.run_dir) if settings.run_dir else None
     written = []
     with open_run_folder(folder, f"preview-{settings.choices['data']}") as run_folder:
-        (run_folder.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+        (run_folder.path / "config.yaml").write_text(
+            yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
+        )
         run_folder.write_json("run.json", provenance(command_line))
         with Events(run_folder.path) as events:
             for name, figure in pictures.items():

@@ -113,7 +113,7 @@ def _train_in(
     def save(name: str) -> None:
         checkpoint.save({"state": state.state_dict(), **facts}, run.checkpoints / f"{name}.pt")
 
-    training = assembly.loader(data.train)
+    training = assembly.loader(data.train, augmented=True)
     validation = assembly.loader(data.val) if data.val else None
     with _journal(run, assembly, plan, state) as journal:
         hparams = flat(

@@ -70,7 +70,7 @@ def read_table(file: Path) -> Table:
 
 
 def find_table(file: str | None, root: str | None, what: str) -> Path:
-    """The CSV file that `data.file` names (from here, or from `data.root`), or the only one in `data.root`.
+    """The CSV file that `data.file` names (from here, or in `data.root`), or the only one in `data.root`.
 
     Raises:
         UserError: neither was given, or there is none, or more than one to choose from.
@@ -78,7 +78,7 @@ def find_table(file: str | None, root: str | None, what: str) -> Path:
     folder = Path(root).expanduser() if root else None
     if file is not None:
         given = Path(file).expanduser()
-        tried = [given] if folder is None else [given, folder / given]
+        tried = [given] if folder is None else [given, folder / given, folder / given.name]
         for path in tried:
             if path.is_file():
                 return path

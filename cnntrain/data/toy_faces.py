@@ -51,7 +51,7 @@ class ToyFaces(Source):
         seed: another seed draws other cats.
     """
 
-    def __init__(self, size: int = 64, train_count: int = 1000, test_count: int = 500, seed: int = 0) -> None:
+    def __init__(self, size: int = 64, train_count: int = 800, test_count: int = 400, seed: int = 0) -> None:
         if not 16 <= size <= 512:
             raise UserError(f"data.size: must be from 16 to 512 px, got {size!r}")
         if train_count < 2 or test_count < 1:
@@ -166,8 +166,8 @@ class _Canvas:
 
 
 def _colour(random: np.random.Generator, low: int, high: int) -> Colour:
-    red, green, blue = random.integers(low, high, 3).tolist()
-    return red, green, blue
+    red, green, blue = (low + (high - low) * random.random(3)).tolist()
+    return int(red), int(green), int(blue)
 
 
 def _shade(colour: Colour, factor: float) -> Colour:

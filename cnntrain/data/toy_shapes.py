@@ -100,8 +100,8 @@ def _outline(random: np.random.Generator, fine: int, kind: int) -> tuple[Points,
 
 
 def _colour(random: np.random.Generator) -> tuple[int, int, int]:
-    red, green, blue = random.integers(20, 256, 3).tolist()
-    return red, green, blue
+    red, green, blue = (20 + 236 * random.random(3)).tolist()
+    return int(red), int(green), int(blue)
 
 
 def _ground(random: np.random.Generator, size: int) -> "Image.Image":

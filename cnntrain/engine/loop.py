@@ -100,7 +100,8 @@ def fit(
             raise
 
         row = {"epoch": float(progress.epoch + 1), "step": float(progress.step)}
-        row |= {f"train/{name}": value for name, value in train_metrics.items()}
+        # Mixed labels have no right answer to count.
+        row |= {f"train/{k}": v for k, v in train_metrics.items() if k == "loss" or not pipeline.mixes_labels}
         row |= {f"val/{name}": value for name, value in val_metrics.items()}
         row["lr"] = state.optimizer.param_groups[0]["lr"]
         row["images_per_s"] = (plan.batches_per_epoch - first_batch) * plan.batch_size / train_seconds
@@ -138,7 +139,13 @@ def train_epoch(
     recent = torch.zeros(2, device=compute.device)  # loss sum and count since the last reading
     group_count = torch.zeros((), device=compute.device)  # what counts in the batches of this step so far
     since, images_since = time.perf_counter(), 0
-    for batch in training.batches(order, plan.batch_size, progress.batch, plan.drop_last):
+    for batch in training.batches(
+        order,
+        plan.batch_size,
+        progress.batch,
+        plan.drop_last,
+        transform=pipeline.sample_transform(plan.seed, progress.epoch),
+    ):
         stop.check()
         if progress.batch >= plan.batches_per_epoch or progress.step >= plan.total_steps:
             break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -114,8 +114,17 @@ def _draw_named(
         if not many or numbered:
             text = str(k) if many else spec.keypoints[k]
             box = {"boxstyle": "round,pad=0.12", "facecolor": "black", "alpha": 0.6, "linewidth": 0}
-            place = {"xytext": (2.5, 2.5), "textcoords": "offset points", "fontsize": font, "color": colour}
-            ax.annotate(text, points[k], bbox=box, zorder=6, annotation_clip=True, **place)
+            inward = -1 if points[k][0] > 0.7 * size[1] else 1  # a name must not reach into the next picture
+            place = {
+                "xytext": (2.5 * inward, 2.5),
+                "textcoords": "offset points",
+                "fontsize": font,
+                "color": colour,
+            }
+            note = ax.annotate(
+                text, points[k], bbox=box, zorder=6, ha="left" if inward > 0 else "right", **place
+            )
+            note.set_in_layout(False)
     ax.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
 
 
@@ -169,7 +178,7 @@ def _cell(pictures: np.ndarray) -> float:
     return 1.5 if pictures.shape[2] < 100 else 1.9
 
 
-def _legend(figure: Figure, entries: Sequence[tuple[str, object]], marker: str) -> Figure:
+def _legend(figure: Figure, entries: Sequence[tuple[str, Any]], marker: str) -> Figure:
     from matplotlib.lines import Line2D
 
     with style():

@@ -242,3 +242,11 @@ def test_faults_in_a_csv_name_file_and_line(make_folder, text):
         source.spec()
     assert CSV_FAULTS[text] in str(caught.value)
     assert "list.csv" in str(caught.value)
+
+
+def test_a_table_that_moved_is_found_in_the_new_root(make_folder):
+    root = make_folder("train")
+    write_csv(root, "path,label\ntrain/cat/0.png,a\ntrain/cat/1.png,b\n")
+    moved = ImageCsv("/where/it/was/list.csv", root=str(root))
+    assert moved.spec().classes == ("a", "b")
+    assert ImageCsv(root=str(root)).spec().classes == ("a", "b")

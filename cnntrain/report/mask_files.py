@@ -1,0 +1,37 @@
+"""Predicted masks as files: class ids in the size of the image that they belong to."""
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+
+def mask_names(names: list[str]) -> list[str]:
+    """A PNG's name for each image: its own with another ending, or with a second one where two would be the same."""
+    stems = [str(Path(name).with_suffix("")) for name in names]
+    return [
+        f"{stem if stems.count(stem) == 1 else name}.png" for stem, name in zip(stems, names, strict=True)
+    ]
+
+
+def write_mask(
+    mask: np.ndarray, to_canvas: Tensor, size: tuple[int, int], outside: int, target: Path
+) -> None:
+    """A mask of ids on the canvas as a PNG of the image's own size (width, height), by nearest neighbour.
+
+    Args:
+        to_canvas: (3, 3) from the image's pixels; scales and shifts only.
+        outside: the id of pixels that did not come onto the canvas.
+    """
+    from PIL import Image
+
+    rows, columns = (
+        np.rint(np.arange(side) * float(to_canvas[axis, axis]) + float(to_canvas[axis, 2])).astype(np.int64)
+        for axis, side in ((1, size[1]), (0, size[0]))
+    )
+    height, width = mask.shape
+    ids = mask[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)[None, :]].copy()
+    ids[(rows < 0) | (rows >= height), :] = outside
+    ids[:, (columns < 0) | (columns >= width)] = outside
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(ids).save(target)
