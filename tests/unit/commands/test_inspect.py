@@ -1,0 +1,30 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from cnntrain.cli import main
+
+
+def test_one_network_is_opened_without_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "model=lenet5", "data=fashion_mnist", "data.root=nowhere", "run_dir=one"]) == 0
+    anatomy = json.loads(Path("one/anatomy.json").read_text())
+    assert anatomy["totals"]["parameters"] == 1_256_080
+    with Path("one/layers.csv").open(newline="") as file:
+        assert sum(int(row["parameters"]) for row in csv.DictReader(file)) == 1_256_080
+    assert Path("one/anatomy.png").exists()
+    assert "1,256,080" in capsys.readouterr().out
+
+
+def test_several_are_compared_at_another_size() -> None:
+    size = ["inspect.image_size=224", "inspect.channels=3", "inspect.num_outputs=1000"]
+    assert main(["inspect", "model=resnet18,resnet34", *size, "run_dir=two"]) == 0
+    rows = {row["network"]: row for row in json.loads(Path("two/comparison.json").read_text())}
+    assert rows["resnet18"]["parameters"] == 11_689_512 and rows["resnet34"]["parameters"] == 21_797_672
+
+
+def test_what_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "model=torchvision", "model.name=alexnet", "data=mnist"]) == 2
+    assert "model.features" in capsys.readouterr().err
+    assert main(["inspect", "inspect.image_size=0"]) == 2
