@@ -18,6 +18,7 @@ from cnntrain.cli import Invocation
 from cnntrain.config import read_settings
 from cnntrain.data.load import Data
 from cnntrain.data.store import Loader
+from cnntrain.data.stream import explain_worker_error
 from cnntrain.engine import checkpoint
 from cnntrain.engine.ema import MovingAverage
 from cnntrain.engine.evaluate import evaluate
@@ -120,7 +121,17 @@ def _train_in(
             {k: v for k, v in facts["config"].items() if k not in ("run_dir", "resume", "log", "expect")}
         )
         journal.start(hparams, (run.path / "config.yaml").read_text(), data.test is not None)
-        fit(state, training, validation, assembly.pipeline, task, compute, plan, journal, save, stop)
+        try:
+            fit(state, training, validation, assembly.pipeline, task, compute, plan, journal, save, stop)
+        except (
+            RuntimeError,
+            OSError,
+            EOFError,
+        ) as error:  # a worker's death shows wherever the main process is
+            explained = explain_worker_error(error, assembly.data_settings.timeout_s)
+            if explained is None:
+                raise
+            raise explained from error
 
         best = state.judged
         kept = checkpoint.load(run.best)["state"]

@@ -137,7 +137,9 @@ def check_gradients(name: str, channels: int, size: tuple[int, int], images: int
     torch.manual_seed(0)
     outputs = 3
     model = build(name, channels, outputs, size)
-    for module in model.modules():  # a block that starts as the identity passes no gradient on until its norm opens
+    for (
+        module
+    ) in model.modules():  # a block that starts as the identity passes no gradient on until its norm opens
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
             nn.init.ones_(module.weight)
     answer = model(torch.randn(images, channels, *size))
