@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -149,11 +150,18 @@ def build_model(settings: Settings, spec: DataSpec, task: Task, image_size: tupl
         if finding.verdict == "SKIP":
             continue
         if finding.verdict == "FAIL":
-            raise UserError(f"{finding.evidence}\n{finding.remedy}")
+            raise UserError(
+                f"{finding.evidence}\n{size_remedy(finding.remedy, 'data.size', 'size' in settings.data)}"
+            )
         log.warning("%s: %s", finding.evidence, finding.remedy)
-    if isinstance(stem := getattr(model, "stem", None), str):
-        log.info("model: %s stem for images of %dx%d px", stem, *image_size)
     return model
+
+
+def size_remedy(remedy: str, key: str, there: bool) -> str:
+    """Pre-flight's advice with the key that sets the image size here, or without it where there is none."""
+    return re.sub(r"set data\.size=(\d+)", rf"set {key}=\1", remedy) if there else re.sub(
+        r"set data\.size=\d+(, | or )?", "", remedy
+    )  # fmt: skip
 
 
 def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimizer, Schedule]:
@@ -202,4 +210,7 @@ def make_optimizer(settings: Settings, model: nn.Module, compute: Compute) -> Op
             raise UserError(f"optimizer.{key}: must be a finite number >= 0, got {value!r}")
     fused = True if supports_fused(compute.device) else None
     factory = resolve(node, "optimizer", "optimizer", settings.trusted_packages, fused=fused)
-    return build_optimizer(factory, model, node.get("weight_decay", 0.0), decay_norms_and_biases)
+    try:
+        return build_optimizer(factory, model, node.get("weight_decay", 0.0), decay_norms_and_biases)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"optimizer: {node['_target_']} refused its arguments: {error}") from error

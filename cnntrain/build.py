@@ -27,7 +27,7 @@ def build(node: Mapping[str, Any], role: str, key: str, trusted: Sequence[str] =
     factory = resolve(node, role, key, trusted, **facts)
     try:
         return factory()
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
         raise UserError(f"{key}: {node['_target_']} refused its arguments: {error}") from error
 
 

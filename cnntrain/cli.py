@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnntrain.errors import CnntrainError, UserError, suggest
+from cnntrain.errors import CnntrainError, MachineError, UserError, suggest
 
 DEFAULT_COMMAND = "train"
 
@@ -173,7 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # `cnntrain --help | head`
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+            return MachineError.exit_code
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

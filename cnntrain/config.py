@@ -74,8 +74,12 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def _syntax(error: Exception) -> str:
-    line = next(line for line in str(error).splitlines() if line.strip())
-    return f"{line}\nan override is written KEY=VALUE, as epochs=20; quote it when it has brackets or spaces"
+    override = re.search(r"Error parsing override '(.*?)'\n", str(error), re.DOTALL)
+    shown = override[1] if override else str(error).strip().splitlines()[0].partition(": ")[2]
+    return (
+        f"can't read {shown!r}\nan override is written KEY=VALUE, as epochs=20; a value with spaces or special "
+        "characters needs quotes of its own inside the shell's, as \"data.root='my photos'\""
+    )
 
 
 def expand_grid(overrides: Sequence[str]) -> list[list[str]]:
@@ -112,9 +116,18 @@ def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
 def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: Path | None) -> str:
     """One message for what Hydra or OmegaConf could not do."""
     text = str(error)
-    if text.startswith("Error parsing override"):
+    if "override_grammar" in text:
         return _syntax(error)
+    if "hydra.searchpath" not in text and (
+        match := re.search(r"Could not (?:load|find) '([^'/]+)/([^']+)'", text)
+    ):
+        options = group_options(config_dir).get(match[1], [])
+        return f"{match[1]}: no such option {match[2]!r}{suggest(match[2], options)} (there is {', '.join(options)})"
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match[1]}: several values; -m runs them all, [brackets] make them a list"
     if match := re.search(r"Could not override '([^']+)'", text):
+        if name != "config" and match[1] in group_options(config_dir):
+            return f"{match[1]}: `{name}` takes it from the checkpoint"
         known = _all_keys(name, overrides, config_dir)
         return f"{match[1]}: no such key{suggest(match[1], known)}"
     if match := re.search(r"In '([^']*)': Could not find '([^'/]+)/([^']+)'", text):

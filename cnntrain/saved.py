@@ -72,9 +72,9 @@ def run_folder_of(path: Path) -> Path:
 
 def finished_results(saved: Mapping[str, Any], folder: Path, settings: Settings) -> dict[str, Any] | None:
     """What a run that is at its end came to; None when there is more to train."""
-    before, results = saved["config"], folder / "results.json"
-    longer = (settings.epochs, settings.steps) != (before["epochs"], before["steps"])
-    if not saved["state"]["progress"]["finished"] or longer or not results.is_file():
+    progress, results = saved["state"]["progress"], folder / "results.json"
+    longer = settings.steps > progress["step"] if settings.steps else settings.epochs > progress["epoch"]
+    if not progress["finished"] or longer or not results.is_file():
         return None
     return {**json.loads(results.read_text()), "run_dir": str(folder)}
 

@@ -109,7 +109,7 @@ class Settings:
     channels_last: bool
     threads: Annotated[int | None, Within(1, 1024)]
     deterministic: bool
-    ema_decay: Annotated[float | None, Within(0, 1)]
+    ema_decay: Annotated[float | None, Within(0, 0.999999)]
     early_stopping: Annotated[int | None, Within(1)]
     run_dir: str | None
     resume: str

@@ -56,7 +56,8 @@ def run_sweep(invocation: Invocation, job: Callable[[Settings, str], Mapping[str
         row["time_s"] = round(time.perf_counter() - started, 1)
         rows.append(row)
         _write(folder, rows)
-    print_rows(rows, title="sweep", console=console)
+    shown = [{k: str(v)[:60] if k in ("error", "cause") and v else v for k, v in row.items()} for row in rows]
+    print_rows(shown, title="sweep", console=console)
     print(f"sweep folder: {folder}")
     return 0 if all(row["status"] == "done" for row in rows) else 1
 

@@ -47,11 +47,7 @@ def preflight(
     try:
         model = as_meta(model_or_builder)
     except CnntrainError as error:
-        return [
-            Finding(
-                "preflight", "FAIL", str(error), "the network can't be built", "see the message", ("model",)
-            )
-        ]
+        return [Finding("preflight", "FAIL", str(error), "the network can't be built", "", ("model",))]
     name = name or {"Sequential": "this network"}.get(type(model).__name__, type(model).__name__.lower())
     try:
         _train_once(model, in_channels, size, batch_size)

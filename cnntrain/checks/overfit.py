@@ -225,7 +225,7 @@ def judge(trial: Trial, example: str) -> list[Finding]:
             "take the softmax out of the network", ("model",),
         ),
         _finding(
-            "image matters", trial.output_difference > SMALLEST_DIFFERENCE,
+            "image matters", not trial.output_difference <= SMALLEST_DIFFERENCE,
             f"outputs for another image differ by {trial.output_difference:.2g}",
             "the output ignores the image: another image gets the same output",
             "look for what overwrites or averages away the features", ("model",),

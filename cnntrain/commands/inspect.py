@@ -13,7 +13,7 @@ from pathlib import Path
 from cnntrain.anatomy.layers import Anatomy, analyse
 from cnntrain.anatomy.preflight import preflight
 from cnntrain.anatomy.report import report
-from cnntrain.assembly import build_pipeline, build_source, build_task, make_model
+from cnntrain.assembly import build_pipeline, build_source, build_task, make_model, size_remedy
 from cnntrain.cli import Invocation
 from cnntrain.config import expand_grid, read_settings
 from cnntrain.engine.run_folder import open_run_folder
@@ -60,7 +60,7 @@ def open_network(settings: Settings) -> Anatomy:
     classification = bool(spec.classes) and options.image_size is None
     for finding in preflight(make, channels, image_size, classification=classification, name=name):
         if finding.verdict == "FAIL":
-            raise UserError(f"{finding.evidence}\n{finding.remedy}")
+            raise UserError(f"{finding.evidence}\n{size_remedy(finding.remedy, 'inspect.image_size', True)}")
         log.warning("%s: %s", finding.evidence, finding.remedy)
     return analyse(make, (channels, *image_size), name)
 

@@ -107,7 +107,8 @@ def pick_examples(assembly: Assembly, data: Data, count: int) -> tuple[Batch, Ba
     first = dataclasses.replace(first, images=images)
     others = [row for row in range(1, len(first)) if not _same_target(first, 0, row)] or [len(first) - 1]
     batch = _rows(first, range(min(count, len(first))))
-    return batch, _rows(first, others[:1]), data.train.names[int(batch.index[0])]
+    name = data.train.names[int(batch.index[0])]
+    return batch, _rows(first, others[:1]), name if len(batch) == 1 else f"{name} and {len(batch) - 1} more"
 
 
 def summarise(trial: Trial, findings: list[Finding], example: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag
 from cnntrain.engine.state import TrainState
 from cnntrain.errors import UserError
-from cnntrain.expectations import judge_expectations
+from cnntrain.expectations import judge_expectations, parse_expectation
 from cnntrain.report.console import log_to_console
 from cnntrain.report.journal import RunJournal, statistics
 from cnntrain.report.table import print_findings, print_run_summary
@@ -64,7 +64,11 @@ def run(invocation: Invocation) -> int:
     if settings.expect:
         experiment = [o for o in invocation.overrides if o.startswith("experiment=")]
         own = dataclasses.asdict(read_settings(experiment, invocation.config_dir))
-        changed = [key for key, _, _ in differences(own, dataclasses.asdict(settings))]
+        changed = [
+            key
+            for key, _, _ in differences(own, dataclasses.asdict(settings))
+            if key.split(".")[0] != "expect"
+        ]
         findings = judge_expectations(settings.expect, results, changed)
         print_findings(findings)
     return 1 if any(finding.verdict == "FAIL" for finding in findings) else 0
@@ -83,21 +87,30 @@ def train(settings: Settings, command_line: str = "") -> dict[str, Any]:
     if saved and folder and (done := finished_results(saved, folder, settings)):
         log.info("%s: this run is finished, nothing to do (a larger epochs= would go on)", source)
         return done
+    for name, wanted in (settings.expect or {}).items():
+        parse_expectation(name, wanted)
     assembly = assemble(settings)
-    with open_run_folder(folder, settings.label) as run, stop_flag() as stop:
+    data = assembly.load()
+    plan, state = _prepare(assembly, data, saved)
+    with (
+        open_run_folder(folder, settings.label) as run,
+        stop_flag() as stop,
+    ):  # all that can be refused has been
+        if saved is None and run.last.exists():
+            raise UserError(
+                f"run_dir: {run.path} got a run of another process meanwhile; choose another folder"
+            )
         (run.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
         run.write_json("run.json", provenance(command_line))
-        data = assembly.load()
-        results = _train_in(run, assembly, data, saved, stop)
+        results = _train_in(run, assembly, data, plan, state, stop)
         run.write_json("results.json", results)
     print_run_summary(results, run.path, assembly.task.monitor[0])
     return {**results, "run_dir": str(run.path)}
 
 
-def _train_in(
-    run: RunFolder, assembly: Assembly, data: Data, saved: Mapping[str, Any] | None, stop: StopFlag
-) -> dict[str, Any]:
-    settings, compute, task = assembly.settings, assembly.compute, assembly.task
+def _prepare(assembly: Assembly, data: Data, saved: Mapping[str, Any] | None) -> tuple[Plan, TrainState]:
+    """How long to train, and where the training stands: at its start, or where the checkpoint left it."""
+    settings, compute = assembly.settings, assembly.compute
     plan, optimizer, schedule = build_training_parts(assembly, data)
     assembly.model.to(memory_format=compute.memory_format)
     state = TrainState(
@@ -109,6 +122,13 @@ def _train_in(
     )
     if saved:
         resume(state, saved, assembly, data)
+    return plan, state
+
+
+def _train_in(
+    run: RunFolder, assembly: Assembly, data: Data, plan: Plan, state: TrainState, stop: StopFlag
+) -> dict[str, Any]:
+    settings, compute, task = assembly.settings, assembly.compute, assembly.task
     facts = checkpoint_facts(assembly, data)
 
     def save(name: str) -> None:
@@ -123,11 +143,8 @@ def _train_in(
         journal.start(hparams, (run.path / "config.yaml").read_text(), data.test is not None)
         try:
             fit(state, training, validation, assembly.pipeline, task, compute, plan, journal, save, stop)
-        except (
-            RuntimeError,
-            OSError,
-            EOFError,
-        ) as error:  # a worker's death shows wherever the main process is
+        except (RuntimeError, OSError, EOFError) as error:
+            # A worker's death shows wherever the main process is.
             explained = explain_worker_error(error, assembly.data_settings.timeout_s)
             if explained is None:
                 raise

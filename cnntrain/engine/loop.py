@@ -69,7 +69,7 @@ def fit(
         StoppedError: a signal came; the state has been saved.
     """
     progress = state.progress
-    while not progress.finished:
+    while not progress.finished and progress.step < plan.total_steps:
         started, seconds_before, first_batch = time.perf_counter(), progress.wall_s, progress.batch
         meter = task.meter()
         if progress.batch and state.meter:

@@ -44,6 +44,8 @@ def open_run_folder(path: Path | None, label: str) -> Iterator[RunFolder]:
         UserError: another process is at work in it.
     """
     folder = unused_folder(Path("outputs") / f"{datetime.date.today()}", label) if path is None else path
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run_dir: {folder} is a file; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")

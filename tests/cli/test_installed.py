@@ -82,6 +82,15 @@ def test_wrong_input_is_one_clear_message_and_leaves_nothing_behind() -> None:
     assert "Traceback" in cnntrain("modle=mlp", code=1, HYDRA_FULL_ERROR="1").stderr
 
 
+def test_what_can_not_be_written_is_the_machines_fault() -> None:
+    assert COMMAND
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 4 and "Traceback" not in done.stderr
+
+
 def test_python_m_and_help() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "cnntrain", "overfit", "--help"], capture_output=True, text=True, check=True

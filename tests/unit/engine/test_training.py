@@ -109,6 +109,18 @@ def test_a_finished_or_foreign_run_is_not_overwritten() -> None:
     assert (Path("done") / "checkpoints" / "best.pt").read_bytes() == before
 
 
+def test_a_finished_run_is_neither_shortened_nor_rewritten() -> None:
+    train(compose(*SMALL, "epochs=2", "run_dir=done"))
+    names = ("metrics.csv", "config.yaml", "run.json", "results.json")
+    before = {name: (Path("done") / name).read_bytes() for name in names}
+    train(compose(*SMALL, "epochs=1", "run_dir=done", "resume=auto"))
+    with pytest.raises(UserError, match="another network"):
+        train(compose(*SMALL, "epochs=3", "run_dir=done", "resume=auto", "model=mlp"))
+    assert before == {name: (Path("done") / name).read_bytes() for name in names}
+    longer = train(compose(*SMALL, "epochs=3", "run_dir=done", "resume=auto"))
+    assert longer["epochs"] == 3 and len(rows("done").splitlines()) == 4
+
+
 def test_a_last_batch_of_one_image_is_left_out_for_batchnorm(caplog: pytest.LogCaptureFixture) -> None:
     result = train(
         compose(*SMALL, "data.limit=290", "batch_size=26", "data.val_fraction=0.1", "epochs=1", "run_dir=one")
