@@ -24,6 +24,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "_bas
 MASKS = ("fcn", "torchvision_segmentation", "unet", "unet_small")
 # Smallest image (square, px) that a network takes, where 8 is too small.
 SMALLEST_PX = {
+    "keypoint_cnn": 16,
     "alexnet": 67,
     "alexnet_torchvision": 63,
     "densenet121": 29,
