@@ -173,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except SystemExit:  # how rich ends a program whose reader has gone: `cnntrain | head -1`
+        return 0
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
