@@ -25,7 +25,7 @@ def classifier(
         UserError: timm is not installed; an unknown name, with the near miss; weights that can't be had.
     """
     try:
-        import timm
+        import timm  # pyright: ignore[reportMissingImports]  (an optional extra)
     except ImportError as error:
         raise UserError("model=timm needs timm: pip install cnntrain[timm]") from error
     if not timm.is_model(name):
