@@ -5,13 +5,12 @@ own settings: `total_steps` and `steps_per_epoch`.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from cnntrain.errors import UserError
 
 
-class Schedule(ABC):
+class Schedule:
     """A learning rate over time.
 
     Args:
@@ -35,9 +34,9 @@ class Schedule(ABC):
         remaining = max(self.total_steps - self.warmup_steps, 1)
         return self.shape(min((step - self.warmup_steps) / remaining, 1.0))
 
-    @abstractmethod
     def shape(self, progress: float) -> float:
         """The factor once warm-up is over; `progress` in [0, 1) is the part of the rest that lies behind."""
+        return 1.0
 
     def momentum(self, step: int) -> float | None:
         """The momentum (SGD) or first beta (Adam) at this step; None leaves it as configured."""
@@ -56,9 +55,6 @@ class Schedule(ABC):
 
 class Constant(Schedule):
     """The learning rate as configured, from first step to last."""
-
-    def shape(self, progress: float) -> float:
-        return 1.0
 
 
 class Step(Schedule):
@@ -85,9 +81,6 @@ class Step(Schedule):
         passed = sum(step >= round(milestone * self.total_steps) for milestone in self.milestones)
         warmup = (step + 1) / self.warmup_steps if step < self.warmup_steps else 1.0
         return warmup * self.gamma**passed
-
-    def shape(self, progress: float) -> float:
-        raise NotImplementedError("milestones are counted over the whole training, see factor()")
 
 
 class Cosine(Schedule):
@@ -139,9 +132,6 @@ class OneCycle(Schedule):
 
     def momentum(self, step: int) -> float | None:
         return self._anneal(step, (0.95, 0.85, 0.95))
-
-    def shape(self, progress: float) -> float:
-        return self.factor(round(progress * self.total_steps))
 
 
 class Plateau(Schedule):
