@@ -141,3 +141,21 @@ def test_early_stopping_and_limit_batches() -> None:
         )
     )
     assert result["epochs"] == 3 and result["steps"] == 6
+
+
+@pytest.mark.parametrize(("direction", "chosen"), [("max", 0.9), ("min", 0.2)])
+def test_the_best_epoch_is_the_one_that_the_monitor_says(direction: str, chosen: float) -> None:
+    best: dict[str, float] = {}
+    for value in (0.5, 0.9, 0.2, 0.4):
+        row = {"val/score": value, "train/loss": 1 - value}
+        if loop.is_better(row, best, ("score", direction)):
+            best = row
+    assert best["val/score"] == chosen
+    assert loop.is_better({"val/score": 0.1}, {"val/score": float("nan")}, ("score", direction))
+
+
+def test_a_run_keeps_the_weights_of_its_best_epoch() -> None:
+    result = train(compose(*SMALL, "model=lenet5", "run_dir=best"))
+    column = rows("best").splitlines()[0].split(",").index("val/top1")
+    values = [float(line.split(",")[column]) for line in rows("best").splitlines()[1:]]
+    assert result["best"]["val/top1"] == pytest.approx(max(values))
