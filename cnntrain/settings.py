@@ -157,6 +157,7 @@ class PredictSettings:
 
     checkpoint: str
     images: str
+    boxes: str | None
     draw: Annotated[int | None, Within(0)]
     batch_size: Annotated[int | None, Within(1)]
     workers: Annotated[int, Within(0, 256)]

@@ -20,7 +20,6 @@ from cnntrain.findings import Finding
 from cnntrain.spec import Batch
 from cnntrain.tasks.task import Task
 
-NEAR_FLOOR = 0.02  # part of the way from an uninformed answer's loss down to the floor that may be left
 NEGLIGIBLE = 1e-8  # gradient norm, beside the largest of the same step
 LARGEST_JUMP = 10.0  # factor by which one step may change a tensor's norm
 LARGEST_OUTPUT = 1e3
@@ -34,6 +33,7 @@ class Trial:
 
     floor: float
     uninformed: float
+    target: float  # the loss that counts as learned
     losses: list[float] = field(default_factory=list)  # before each step, and after the last
     reached_at: int | None = None  # the step after which the loss was near its floor
     gradient_share: dict[str, float] = field(
@@ -48,11 +48,6 @@ class Trial:
     dead: list[str] = field(default_factory=list)
     probabilities: bool = False
     learning_rate: float = 0.0
-
-    @property
-    def target(self) -> float:
-        """The loss that counts as learned."""
-        return self.floor + NEAR_FLOOR * max(self.uninformed - self.floor, 0.0)
 
 
 def calibrate_norms(model: nn.Module, images: Tensor) -> int:
@@ -97,7 +92,8 @@ def learn_by_heart(
         steps: optimizer steps at most.
         allowed_frozen: parameters that are frozen on purpose.
     """
-    trial = Trial(task.lowest_loss(), task.uninformed_loss(batch.targets, model(batch.images).detach()))
+    uninformed = task.uninformed_loss(batch.targets, model(batch.images).detach())
+    trial = Trial(task.lowest_loss(), uninformed, task.learned_loss(uninformed))
     trial.learning_rate = max(float(group["lr"]) for group in optimizer.param_groups)
     trial.pixel_deviation = float(batch.images.float().std(dim=(1, 2, 3)).min())
     trial.frozen = [n for n, p in model.named_parameters() if not p.requires_grad and n not in allowed_frozen]

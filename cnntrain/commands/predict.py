@@ -23,6 +23,7 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.cli import Invocation
 from cnntrain.commands.evaluate import config_of, load_judged, read_own
 from cnntrain.data import resident
+from cnntrain.data.boxes import frame, read_boxes
 from cnntrain.data.decode import BadFile, Decoder, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import make_decoder
@@ -39,8 +40,6 @@ from cnntrain.report.mask_files import mask_names, write_mask
 from cnntrain.saved import locate, saved_spec
 from cnntrain.settings import PredictSettings, Settings, parse
 from cnntrain.spec import Batch, DataSpec
-from cnntrain.tasks.classification import Classification
-from cnntrain.tasks.segmentation import Segmentation
 from cnntrain.tasks.task import Task
 
 log = logging.getLogger("cnntrain")
@@ -59,6 +58,8 @@ class Predictor:
     model: nn.Module
     decoder: Decoder
     batch_size: int
+    crops: bool  # objects were cut out of their images
+    crop_margin: float  # share of a box's longer side that was added on each side
 
     @torch.no_grad()
     def answer(self, loader: Loader, stop: StopFlag) -> Iterator[tuple[Batch, Tensor]]:
@@ -89,7 +90,15 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
     paths, names = find_images(Path(settings.images).expanduser())
     path = locate(Path(settings.checkpoint), "best.pt")
     predictor = restore_predictor(checkpoint.load(path), settings)
-    examples = Examples(LazyImages(paths, predictor.decoder), {}, names)
+    boxes = None
+    if settings.boxes is not None:
+        paths, names, boxes = _cut_out(Path(settings.boxes).expanduser(), paths, names, predictor)
+    elif predictor.crops:
+        log.warning(
+            "predict: the training cut out each object (data.crop); whole images are shown now: give boxes=FILE, or "
+            "images that are cut out alike"
+        )
+    examples = Examples(LazyImages(paths, predictor.decoder, boxes), {}, names)
     if resident.fits_in_host_memory({"images": examples}):
         examples = resident.decode({"images": examples})["images"]
     else:
@@ -97,8 +106,7 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
     loader = make_loader(examples, predictor.compute.device, settings.workers)
     folder = Path(settings.run_dir) if settings.run_dir else None
     with open_run_folder(folder, "predict") as run_folder, stop_flag() as stop:
-        masks = mask_names(names) if isinstance(predictor.task, Segmentation) else None
-        rows = _write(run_folder, predictor, loader, (paths, names, masks), settings.draw, stop)
+        rows = _write(run_folder, predictor, loader, (paths, names), settings.draw, stop)
         write_rows(rows, run_folder.path / "predictions.csv")
         listed = [nested(row, predictor) for row in rows]
         text = json.dumps({"checkpoint": str(path), "images": listed}, indent=1)
@@ -124,14 +132,11 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
     load_judged(model, saved)
     model.to(memory_format=compute.memory_format)
     data = restored.data
+    crops = data.get("crop", "none") != "none"
     # A data set without the key has images of one size: all of an image is shown then.
     decoder = make_decoder([spec.height, spec.width], spec.channels, data.get("resize") or "letterbox")
-    if data.get("crop", "none") != "none":
-        log.warning(
-            "predict: the training cut out each object by its %s (data.crop); whole images are shown now, so give it "
-            "images that are cut out alike", data["crop"],
-        )  # fmt: skip
-    return Predictor(compute, spec, pipeline, task, model, decoder, restored.batch_size)
+    margin = float(data.get("crop_margin") or 0.0) if crops else 0.0
+    return Predictor(compute, spec, pipeline, task, model, decoder, restored.batch_size, crops, margin)
 
 
 def find_images(path: Path) -> tuple[list[str], list[str]]:
@@ -158,12 +163,29 @@ def find_images(path: Path) -> tuple[list[str], list[str]]:
     return paths, [os.path.relpath(file, path) for file in paths]
 
 
+def _cut_out(
+    file: Path, paths: list[str], names: list[str], predictor: Predictor
+) -> tuple[list[str], list[str], Tensor]:
+    """Paths, names and boxes (N, 4) of the objects that a file lists, in its order."""
+    found = read_boxes(file, names)
+    place = dict(zip(names, paths, strict=True))
+    canvas = (predictor.spec.height, predictor.spec.width)
+    boxes = [frame(box, predictor.crop_margin, canvas) for _, box in found]
+    listed = [name for name, _ in found]
+    counted = [
+        f"{name}:{listed[:i].count(name)}" if listed.count(name) > 1 else name
+        for i, name in enumerate(listed)
+    ]
+    return [place[name] for name in listed], counted, torch.tensor(boxes, dtype=torch.float64)
+
+
 def _write(
-    folder: RunFolder, predictor: Predictor, loader: Loader, files: tuple[list[str], list[str], list[str] | None],
+    folder: RunFolder, predictor: Predictor, loader: Loader, files: tuple[list[str], list[str]],
     draw: int | None, stop: StopFlag,
 ) -> list[Row]:  # fmt: skip
     """Rows of all images; masks and drawings are written on the way."""
-    paths, names, masks = files
+    paths, names = files
+    masks = mask_names(names)
     rows: list[Row] = []
     page = 0
     mean, std = predictor.pipeline.mean, predictor.pipeline.std
@@ -177,14 +199,13 @@ def _write(
         start, own = len(rows), names[len(rows) : len(rows) + len(batch)]
         answers = predictor.task.answers(outputs, truth)
         rows += [{"image_name": name, **answer} for name, answer in zip(own, answers, strict=True)]
-        if isinstance(predictor.task, Classification):
-            chances = predictor.task.logits(outputs).softmax(1).tolist()
-            for row, chance in zip(rows[start:], chances, strict=True):
+        chances = predictor.task.probabilities(outputs)
+        if chances is not None:
+            for row, chance in zip(rows[start:], chances.tolist(), strict=True):
                 row |= {f"probability/{n}": p for n, p in zip(predictor.spec.classes, chance, strict=True)}
-        if isinstance(predictor.task, Segmentation) and masks is not None:
-            size = (batch.images.shape[-2], batch.images.shape[-1])
-            ids = predictor.task.masks(outputs, size).numpy()
-            for i, mask in enumerate(ids):
+        ids = predictor.task.masks(outputs, (batch.images.shape[-2], batch.images.shape[-1]))
+        if ids is not None:
+            for i, mask in enumerate(ids.numpy()):
                 rows[start + i]["mask"] = f"masks/{masks[start + i]}"
                 target = folder.path / "masks" / masks[start + i]
                 write_mask(
@@ -210,8 +231,11 @@ def write_rows(rows: list[Row], target: Path) -> None:
 def nested(row: Row, predictor: Predictor) -> Row:
     """A row for JSON: probabilities and points by name, below one key each."""
     result = {key: value for key, value in row.items() if not key.startswith("probability/")}
-    if isinstance(predictor.task, Classification):
-        result["probabilities"] = {name: row[f"probability/{name}"] for name in predictor.spec.classes}
+    chances = {
+        key.removeprefix("probability/"): p for key, p in row.items() if key.startswith("probability/")
+    }
+    if chances:
+        result["probabilities"] = chances
     if predictor.spec.keypoints:
         axes = [(name, [f"{name}_x", f"{name}_y"]) for name in predictor.spec.keypoints]
         result = {k: v for k, v in result.items() if not any(k in keys for _, keys in axes)}

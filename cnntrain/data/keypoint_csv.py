@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
+from cnntrain.data.boxes import SIDES
 from cnntrain.data.canvas import Resize
 from cnntrain.data.keypoints import KeypointSource, Labelled
 from cnntrain.data.table import Table, find_table, read_table
 from cnntrain.errors import UserError, suggest
 
-BOX = ("box_left", "box_top", "box_right", "box_bottom")
-OTHERS = ("split", "group", *BOX)
+OTHERS = ("split", "group", *SIDES)
 SPLITS = ("train", "val", "test")
 UNLABELLED = ("", "")
 
@@ -57,7 +57,7 @@ class KeypointCsv(KeypointSource):
             image = cells[0]
             if not image or not (self.root / image).is_file():
                 table.complaints.add(line, f"no file {image!r} in {self.root}")
-            key = (image, *(cells[place[side]] for side in BOX if side in place))
+            key = (image, *(cells[place[side]] for side in SIDES if side in place))
             if key in seen:
                 table.complaints.add(line, f"{image!r} stands in line {seen[key]} already")
             seen.setdefault(key, line)
@@ -85,10 +85,10 @@ def point_names(table: Table) -> tuple[str, ...]:
         UserError: names the column that is out of place.
     """
     columns = [name for name in table.columns[1:] if name not in OTHERS]
-    given = [side for side in BOX if side in table.columns]
+    given = [side for side in SIDES if side in table.columns]
     if given and len(given) < 4:
         raise UserError(
-            f"data: {table.file}:1: a box needs all of {', '.join(BOX)}; there is {', '.join(given)}"
+            f"data: {table.file}:1: a box needs all of {', '.join(SIDES)}; there is {', '.join(given)}"
         )
     names = []
     for i in range(0, len(columns), 2):
@@ -130,7 +130,7 @@ def _numbers(
         empty = (cells[place[f"{name}_x"]], cells[place[f"{name}_y"]]) == UNLABELLED
         pairs.append((0.0, 0.0) if empty else (number(f"{name}_x"), number(f"{name}_y")))
         labelled.append(not empty)
-    sides = [number(side) for side in BOX if side in place]
+    sides = [number(side) for side in SIDES if side in place]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         expected = "expected pixels (leave both cells of a point empty when it is not labelled)"

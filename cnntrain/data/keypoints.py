@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cnntrain.data.boxes import frame
 from cnntrain.data.canvas import Box, Resize, box_around, move, place, widen
 from cnntrain.data.decode import BadFile, refuse
 from cnntrain.data.examples import Examples, LazyImages
@@ -162,9 +163,7 @@ class KeypointSource(Source):
         if one.box is None or one.box[2] <= one.box[0] or one.box[3] <= one.box[1]:
             bad.append(BadFile(one.path, "has no box; set data.crop=points or none"))
             return 0.0, 0.0, 1.0, 1.0
-        left, top, right, bottom = one.box
-        more = self.crop_margin * max(right - left, bottom - top)
-        return widen((left - more, top - more, right + more, bottom + more), canvas)
+        return frame(one.box, self.crop_margin, canvas)
 
 
 def inside(points: Tensor, size: tuple[int, int]) -> Tensor:

@@ -78,6 +78,9 @@ class Classification(Task):
         outputs = outputs.float()
         return torch.cat([torch.zeros_like(outputs), outputs], 1) if self.binary else outputs
 
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        return self.logits(outputs).softmax(1)
+
     def losses(self, outputs: Tensor, targets: Targets, plain: bool = False) -> tuple[Tensor, Tensor]:
         logits = self.logits(outputs)
         weights = None if plain else self._weights_on(logits.device)
@@ -136,7 +139,7 @@ class Classification(Task):
 
     def answers(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
         """`predicted` class and its `probability`."""
-        probability, predicted = self.logits(outputs.detach()).softmax(1).max(1)
+        probability, predicted = self.probabilities(outputs.detach()).max(1)
         pairs = zip(predicted.tolist(), probability.tolist(), strict=True)
         return [{"predicted": self.spec.classes[p], "probability": chance} for p, chance in pairs]
 
@@ -151,7 +154,7 @@ class Classification(Task):
     @torch.no_grad()
     def mistake_score(self, outputs: Tensor, targets: Targets) -> Tensor:
         """Probability of the predicted class where it is wrong, else 0."""
-        probability, predicted = self.logits(outputs).softmax(1).max(1)
+        probability, predicted = self.probabilities(outputs).max(1)
         return probability * (predicted != targets["label"])
 
     def figures(self, meter: Meter) -> dict[str, Figure]:

@@ -22,6 +22,8 @@ from cnntrain.tasks.task import Targets, Task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LEARNED_ERROR = 0.02  # half canvases
+
 
 class Keypoints(Task):
     """Where K points are. Points that are not visible (unlabelled, or off the canvas) count nowhere.
@@ -122,6 +124,12 @@ class Keypoints(Task):
 
     def lowest_loss(self) -> float:
         return 0.0
+
+    def learned_loss(self, uninformed: float) -> float:
+        """Of coordinates, what an error of 1 % of the canvas costs: losses differ too much near zero for a share."""
+        if self.head == "heatmap":
+            return super().learned_loss(uninformed)
+        return float(self._distance(torch.tensor(LEARNED_ERROR)))
 
     def output_shape(self) -> tuple[int, ...] | None:
         return None if self.head == "heatmap" else (self.num_outputs,)

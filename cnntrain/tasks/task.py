@@ -67,6 +67,11 @@ class Task(ABC):
     def lowest_loss(self) -> float:
         """The smallest mean training loss that any outputs can reach."""
 
+    def learned_loss(self, uninformed: float) -> float:
+        """The mean plain loss at which examples count as learned by heart: a fiftieth of the way left from
+        `uninformed`, the loss of an answer that knows nothing, to the lowest."""
+        return self.lowest_loss() + 0.02 * max(uninformed - self.lowest_loss(), 0.0)
+
     @torch.no_grad()
     def uninformed_loss(self, targets: Targets, outputs: Tensor | None = None) -> float:
         """Mean loss of the answer that knows nothing: all outputs zero (ln C for C classes).
@@ -90,6 +95,14 @@ class Task(ABC):
     def answers(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
         """What the outputs say, one row per example, for people and CSV files. Needs no truth in `targets`
         (keypoints: `to_canvas` is used where present, to answer in the source image's pixels)."""
+
+    def probabilities(self, outputs: Tensor) -> Tensor | None:
+        """(N, C): how likely each class is, for a task that gives an image one class; None for others."""
+        return None
+
+    def masks(self, outputs: Tensor, size: tuple[int, int]) -> Tensor | None:
+        """(N, H, W) uint8 on the CPU: the answer's ids for images of `size`, for a task of pixels; None for others."""
+        return None
 
     @abstractmethod
     def rows(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:

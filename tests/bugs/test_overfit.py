@@ -80,3 +80,21 @@ def test_the_verdict_is_the_exit_code_and_is_written_down(tmp_path: Path) -> Non
 
 def test_several_examples(tmp_path: Path) -> None:
     assert verdict(tmp_path, "model=sound", "overfit.examples=8")["verdict"] == "PASS"
+
+
+OTHER_TASKS = {
+    "wing": ["data=toy_faces"],
+    "mse": ["data=toy_faces", "task.loss=mse"],
+    "l1": ["data=toy_faces", "task.loss=l1"],
+    "smooth_l1": ["data=toy_faces", "task.loss=smooth_l1"],
+    "heat maps": ["data=toy_faces", "task.head=heatmap", "model=unet_small", "data.size=32"],
+    "masks": ["data=toy_shapes", "data.size=32"],
+    "masks, sum": ["data=toy_shapes", "task.loss=sum", "data.size=32"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_TASKS)
+def test_points_and_masks_are_learned_too(tmp_path: Path, name: str) -> None:
+    result = verdict(tmp_path, *OTHER_TASKS[name], "data.train_count=40", "data.test_count=1")
+    assert result["verdict"] == "PASS", result["line"]

@@ -154,3 +154,45 @@ def test_slips(arguments: list[str], message: str, capsys: pytest.CaptureFixture
     Image.new("L", (4, 4)).save("one.png")
     assert main(["predict", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_objects_are_cut_out_by_given_boxes_as_in_training() -> None:
+    make_checkpoint("data=toy_faces", *FEW, "model=mlp", data={"crop": "points", "crop_margin": 0.25})
+    make_images()
+    lines = ["wide.png,10,5,30,25", "wide.png,30,10,50,20", "below/tall.png,0,0,20,20"]
+    Path("boxes.csv").write_text(
+        "image_name,box_left,box_top,box_right,box_bottom\n" + "\n".join(lines) + "\n"
+    )
+    rows, told = predict("images=mine", "boxes=boxes.csv")
+    assert [row["image_name"] for row in rows] == ["wide.png:0", "wide.png:1", "below/tall.png"]
+    for row, centre in zip(
+        rows, [(19.5, 14.5), (39.5, 14.5), (9.5, 9.5)], strict=True
+    ):  # the canvas's centre
+        point = (float(row["left_eye_x"]), float(row["left_eye_y"]))
+        assert point == pytest.approx(centre, abs=1e-4)
+    assert told["images"][1]["points"]["left_eye"] == pytest.approx([39.5, 14.5], abs=1e-4)
+
+
+def test_every_wrong_line_of_boxes_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    make_checkpoint("data=toy_faces", *FEW, "model=mlp")
+    make_images()
+    lines = [
+        "wide.png,10,5,30,25",
+        "nobody.png,1,1,2,2",
+        "wide.png,5,5,5,9",
+        "wide.png,a,1,2,3",
+        "wide.png,1,2",
+    ]
+    Path("boxes.csv").write_text(
+        "image_name,box_left,box_top,box_right,box_bottom\n" + "\n".join(lines) + "\n"
+    )
+    assert main(["predict", "checkpoint=run", "images=mine", "boxes=boxes.csv", "run_dir=out"]) == 2
+    told = capsys.readouterr().err
+    for line, problem in (
+        (3, "none of the images"),
+        (4, "the box is empty"),
+        (5, "four sides"),
+        (6, "3 columns"),
+    ):
+        assert any(f"boxes.csv:{line}: " in part and problem in part for part in told.splitlines()), told
+    assert not Path("out").exists()
