@@ -73,7 +73,7 @@ def load_data(
     if store == "stream" or (store == "auto" and not resident.fits_in_host_memory(splits)):
         resident.check_headers(splits)
         needed = sum(map(resident.decoded_bytes, splits.values())) / 2**20
-        logger.info("data: images stay on disk (%.0f MiB decoded) and are read by workers", needed)
+        logger.info("data: images are read from disk as they are needed (decoded they take %.0f MiB)", needed)
     else:
         splits = resident.decode(splits)
     spec = source.spec()
