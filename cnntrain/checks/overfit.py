@@ -6,6 +6,7 @@ image.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -48,6 +49,7 @@ class Trial:
     dead: list[str] = field(default_factory=list)
     probabilities: bool = False
     learning_rate: float = 0.0
+    late: bool = False  # time was over before it was learned
 
 
 def calibrate_norms(model: nn.Module, images: Tensor) -> int:
@@ -83,6 +85,7 @@ def learn_by_heart(
     steps: int,
     allowed_frozen: Sequence[str] = (),
     stop: StopFlag | None = None,
+    ends_at: float = math.inf,
 ) -> Trial:
     """Train `model` (in eval mode, norms calibrated) on `batch` until its loss is near the floor.
 
@@ -91,6 +94,7 @@ def learn_by_heart(
         other: examples with other targets, to see whether the answer depends on the image.
         steps: optimizer steps at most.
         allowed_frozen: parameters that are frozen on purpose.
+        ends_at: time.monotonic() at which to give up.
     """
     uninformed = task.uninformed_loss(batch.targets, model(batch.images).detach())
     trial = Trial(task.lowest_loss(), uninformed, task.learned_loss(uninformed))
@@ -111,8 +115,9 @@ def learn_by_heart(
         if not math.isfinite(trial.losses[-1]):
             return trial
         if trial.losses[-1] <= trial.target and trial.reached_at is None:
-            trial.reached_at = step
-        if step == steps or trial.jump or trial.losses[-1] < trial.floor - abs(trial.target) - 1:
+            trial.reached_at, trial.largest_output = step, float(outputs.detach().abs().max())
+        trial.late = trial.reached_at is None and time.monotonic() > ends_at
+        if step == steps or trial.jump or trial.late or trial.losses[-1] < trial.floor - abs(trial.target) - 1:
             break
         if trial.reached_at is not None and step >= trial.reached_at + 2 and step >= 5:
             break  # a few more steps than needed: whatever has a gradient at all has shown it
@@ -151,7 +156,8 @@ def _look_at_answers(
 ) -> None:
     with compute.autocast():
         mine, theirs = model(batch.images[:1]).float(), model(other.images[:1]).float()
-    trial.largest_output = float(mine.abs().max())
+    if trial.reached_at is None:  # what comes after it was learned is no longer needed
+        trial.largest_output = float(mine.abs().max())
     trial.output_difference = float((mine - theirs).norm() / mine.norm().clamp(min=1e-12))
     both = torch.cat((mine, theirs))
     if both.ndim > 1 and both.shape[1] > 1:

@@ -1,22 +1,49 @@
-"""Watching a forward pass: which rectifiers are dead."""
+"""Watching a forward pass: rectifiers, signals, what is drawn at random, and where the gradient is cut."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-RECTIFIERS = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, nn.functional.relu, nn.functional.relu6)
+RECTIFIERS = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu, functional.relu6)
+DROPOUTS = (
+    functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
+    functional.feature_alpha_dropout, torch.dropout, torch.dropout_,
+)  # fmt: skip
+Weighted = nn.Linear | nn.modules.conv._ConvNd
+
+
+@contextmanager
+def naming(model: nn.Module) -> Iterator[list[str]]:
+    """A stack whose last entry is the name of the module that runs."""
+    stack, hooks = [""], []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        hooks.append(module.register_forward_hook(lambda *_: _drop_last(stack)))
+    try:
+        yield stack
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _drop_last(stack: list[str]) -> None:
+    stack.pop()  # a hook that returned it would replace the output
 
 
 class _RectifierWatch(TorchFunctionMode):
-    """Notes for every rectifier call whether any of its outputs is above zero."""
+    """Notes for every rectifier call which of its units give more than zero anywhere."""
 
     def __init__(self, current_layer: Callable[[], str]) -> None:
         super().__init__()
         self.current_layer = current_layer
-        self.alive: dict[tuple[str, int], bool] = {}  # (layer, which call in it)
+        self.alive: dict[tuple[str, int], Tensor] = {}  # (layer, which call in it): (units,) bool
         self.calls: dict[str, int] = {}
 
     def __torch_function__(
@@ -26,31 +53,158 @@ class _RectifierWatch(TorchFunctionMode):
         if func in RECTIFIERS:
             name = self.current_layer()
             self.calls[name] = self.calls.get(name, 0) + 1
-            self.alive[name, self.calls[name]] = bool((result > 0).any())
+            units = 1 if result.ndim in (2, 4) else result.ndim - 1  # (N,C,H,W) and (N,F), else (..., F)
+            self.alive[name, self.calls[name]] = (result > 0).movedim(units, 0).flatten(1).any(1)
         return result
 
 
 @torch.no_grad()
-def dead_rectifiers(model: nn.Module, images: Tensor) -> list[str]:
-    """Names of the layers whose rectifier gives zero at every place of every image.
+def alive_units(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """For each rectifier, by its layer's name, which of its units (channels) give more than zero for any image.
 
     Args:
         images: (N, C, H, W) normalised.
     """
-    stack: list[str] = [""]
-    hooks = []
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: stack.pop() and None))
-    watch = _RectifierWatch(lambda: stack[-1])
+    with naming(model) as stack, _RectifierWatch(lambda: stack[-1]) as watch:
+        model(images)
+    return {
+        f"{name or 'the network itself'}{f' (rectifier {call})' if watch.calls[name] > 1 else ''}": alive
+        for (name, call), alive in watch.alive.items()
+    }
+
+
+def dead_rectifiers(model: nn.Module, images: Tensor) -> list[str]:
+    """Names of the layers whose rectifier gives zero at every place of every image."""
+    return [name for name, alive in alive_units(model, images).items() if not alive.any()]
+
+
+def signal(values: Tensor) -> float:
+    """Standard deviation over the images (N, ...), the root mean square over all else."""
+    values = values.float()
+    largest = float(values.abs().max())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * float((values / largest).std(dim=0, correction=0).square().mean().sqrt())
+
+
+@torch.no_grad()
+def signals(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """How much the output of each convolution and dense layer differs from image to image, in running order.
+
+    Layers whose weights are all zero (a residual branch or a head that starts at nothing) are left out.
+    """
+    found: dict[str, float] = {}
+
+    def look(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim > 1:
+            found[name] = signal(output)
+
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: look(name, output))
+        for name, module in model.named_modules()
+        if isinstance(module, Weighted) and module.weight.any()
+    ]
     try:
-        with watch:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@dataclass
+class Calls:
+    """What a forward pass did that depends on the mode.
+
+    dropouts: those at work, as (layer, probability). batch_norms: layers that used the statistics of the batch.
+    """
+
+    dropouts: list[tuple[str, float]] = field(default_factory=list)
+    batch_norms: list[str] = field(default_factory=list)
+    drew: bool = False
+
+
+class _ModeWatch(TorchFunctionMode):
+    def __init__(self, calls: Calls, current_layer: Callable[[], str]) -> None:
+        super().__init__()
+        self.calls, self.current_layer = calls, current_layer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(zip(_arguments(func), args, strict=False)) | (kwargs or {})
+        if func in DROPOUTS and named.get("training", named.get("train", True)):
+            self.calls.dropouts.append((self.current_layer(), float(named.get("p", 0.5))))
+        tracks = func is functional.instance_norm and named.get("running_mean") is not None
+        if (func is functional.batch_norm and named.get("training", False)) or (
+            tracks and named.get("use_input_stats", True)
+        ):
+            self.calls.batch_norms.append(self.current_layer())
+        return func(*args, **(kwargs or {}))
+
+
+def _arguments(func: Any) -> Sequence[str]:
+    if func is functional.batch_norm:
+        return ("input", "running_mean", "running_var", "weight", "bias", "training")
+    if func is functional.instance_norm:
+        return ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats")
+    return ("input", "p", "training")
+
+
+@torch.no_grad()
+def watch_modes(model: nn.Module, images: Tensor) -> tuple[Tensor, Calls]:
+    """The outputs, and what in the pass depends on the mode: dropouts, batch statistics, random draws."""
+    calls, before = Calls(), _random_state(images)
+    with naming(model) as stack, _ModeWatch(calls, lambda: stack[-1]):
+        outputs = model(images)
+    calls.drew = not torch.equal(before, _random_state(images))
+    return outputs.float(), calls
+
+
+def _random_state(images: Tensor) -> Tensor:
+    states = [torch.get_rng_state()]
+    if images.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(images.device))
+    return torch.cat(states)
+
+
+def gradient_cut(model: nn.Module, images: Tensor) -> str:
+    """Where the graph from the image to the output breaks, in words; empty where no module shows it."""
+    ran: list[tuple[str, bool, bool]] = []  # (layer, its input has a gradient, its output has)
+
+    def look(name: str, inputs: Any, output: Any) -> None:
+        takes = [
+            part.requires_grad for part in inputs if isinstance(part, Tensor) and part.is_floating_point()
+        ]
+        ran.append((name, any(takes) or not takes, getattr(output, "requires_grad", True)))
+
+    leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
+    hooks = [m.register_forward_hook(lambda _m, i, o, name=n: look(name, i, o)) for n, m in leaves]
+    try:
+        with torch.enable_grad():
+            model(images.detach().requires_grad_())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    before = ""
+    for name, takes, gives in ran:
+        if not takes:
+            return f"the graph is cut between {before or 'the image'} and {name}"
+        if not gives:
+            return f"the graph is cut inside {name}"
+        before = name
+    return ""
+
+
+def never_called(model: nn.Module, images: Tensor) -> list[str]:
+    """Names of the modules with parameters of their own that a forward pass does not run."""
+    called: set[str] = set()
+    own = [(n, m) for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
+    hooks = [m.register_forward_pre_hook(lambda *_, name=n: called.add(name)) for n, m in own]
+    try:
+        with torch.no_grad():
             model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return [
-        f"{name or 'the network itself'}{f' (rectifier {call})' if watch.calls[name] > 1 else ''}"
-        for (name, call), alive in watch.alive.items()
-        if not alive
-    ]
+    return [name for name, _ in own if name not in called]

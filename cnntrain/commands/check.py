@@ -1,44 +1,155 @@
-"""Judge one thing that trainings often get wrong, on your own data; exit code 1 when it is wrong.
+"""Judge a set-up before the time is spent: data, initialisation, wiring, learning, machinery; exit code 1 on any FAIL.
 
-`cnntrain check flip data=...` holds the mirror partners of the keypoints against the data: pairs that undo themselves,
-names that trade left for right, and a mirrored and relabelled mean shape that lies nearer to the mean shape than
-with names kept or with any two points' partners exchanged. Trains nothing. Writes check.json and a picture.
+`cnntrain check model=... data=...` runs every check that fits, in about a minute for a small network on a CPU
+(`check.budget_s`), and prints each one's verdict, the numbers it rests on, the likely cause and the remedy. `cnntrain
+check leakage gradients data=...` runs some, a topic (`cnntrain check data`) all of one kind; `checks=leakage,gradients`
+says the same. `cnntrain check checkpoint=RUN` judges trained weights. `cnntrain check flip data=...` alone tells more
+about the mirror partners and draws them. `check.first=true` makes a training run the checks first and stop on a FAIL.
+Nothing of a run is changed. Writes check.json and pictures. docs/checks.md explains every check.
 """
 
-from collections.abc import Callable
+import dataclasses
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnntrain.assembly import build_source
+from rich.progress import Progress
+
+from cnntrain.assembly import Assembly, assemble, build_source, build_training_parts, make_optimizer, notice
+from cnntrain.checks.bench import Bench
 from cnntrain.checks.flip import judge_flip
 from cnntrain.checks.flip_picture import draw_symmetry
+from cnntrain.checks.run import choose, run_checks
 from cnntrain.cli import Invocation
+from cnntrain.commands.evaluate import read_own, restore
 from cnntrain.config import read_settings
 from cnntrain.data.splits import limit_rows
-from cnntrain.engine.run_folder import open_run_folder, provenance
-from cnntrain.errors import UserError, suggest
+from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
+from cnntrain.engine.signals import StopFlag, stop_flag
+from cnntrain.errors import UserError
 from cnntrain.findings import Finding
-from cnntrain.report.console import log_to_console
+from cnntrain.report.check_picture import draw_curves
+from cnntrain.report.console import console, log_to_console
 from cnntrain.report.figures import save
+from cnntrain.report.journal import statistics
 from cnntrain.report.table import print_findings
-from cnntrain.settings import Settings
+from cnntrain.saved import locate, read_saved
+from cnntrain.settings import EvaluateSettings, Settings, parse
 
 MOST_EXAMPLES = 20_000  # more would not make the mean shape any surer
+BUDGET_OF_A_CHECKPOINT_S = 60.0
+DRAWN_IMAGES = 12
 
 
 def run(invocation: Invocation) -> int:
-    checks: dict[str, Callable[[Settings, str], dict[str, Any]]] = {"flip": check_flip}
-    if len(invocation.words) != 1:
-        raise UserError(
-            f"check: needs one name of a check ({', '.join(checks)}), as: cnntrain check flip data=..."
+    words: list[str] = list(invocation.words)
+    overrides: list[str] = []
+    for override in invocation.overrides:
+        if override.startswith("checks="):
+            words += [word for word in override.removeprefix("checks=").strip("[]").split(",") if word]
+        else:
+            overrides.append(override)
+    invocation = dataclasses.replace(invocation, overrides=tuple(overrides), words=tuple(words))
+    if words == ["flip"]:
+        settings = read_settings(overrides, invocation.config_dir)
+        return 0 if check_flip(settings, invocation.line)["verdict"] != "FAIL" else 1
+    choose(words)  # a slip is told before anything is read
+    if any(override.startswith("checkpoint=") for override in overrides):
+        report = check_checkpoint(
+            parse(EvaluateSettings, read_own("evaluate", invocation)), words, invocation.line
         )
-    word = invocation.words[0]
-    if word not in checks:
-        raise UserError(
-            f"check: no check {word!r}{suggest(word, list(checks))} (there is {', '.join(checks)})"
-        )
-    settings = read_settings(invocation.overrides, invocation.config_dir)
-    return 0 if checks[word](settings, invocation.line)["verdict"] != "FAIL" else 1
+    else:
+        report = check(read_settings(overrides, invocation.config_dir), words, invocation.line)
+    return 0 if report["verdict"] != "FAIL" else 1
+
+
+def check(settings: Settings, words: Sequence[str] = (), command_line: str = "") -> dict[str, Any]:
+    """What check.json holds: `verdict`, `line` and the findings with their seconds, and `run_dir`.
+
+    Raises:
+        UserError: the parts can't be built, or the data can't be read.
+    """
+    log_to_console()
+    ends_at = time.monotonic() + settings.check.budget_s
+    assembly = assemble(settings)
+    with stop_flag() as stop:
+        bench = build_bench(assembly, ends_at, stop, command_line)
+        with open_run_folder(_folder(settings.run_dir), f"check-{settings.label}") as run_folder:
+            return _judge(bench, words, run_folder, command_line, settings.log.pictures)
+
+
+def check_checkpoint(
+    settings: EvaluateSettings, words: Sequence[str] = (), command_line: str = ""
+) -> dict[str, Any]:
+    """As `check`, of the weights in a checkpoint."""
+    log_to_console()
+    ends_at = time.monotonic() + BUDGET_OF_A_CHECKPOINT_S
+    assembly = restore(read_saved(locate(Path(settings.checkpoint), "best.pt")), settings)
+    with stop_flag() as stop:
+        bench = build_bench(assembly, ends_at, stop, command_line, trained=True)
+        with open_run_folder(_folder(settings.run_dir), "check-checkpoint") as run_folder:
+            return _judge(bench, words, run_folder, command_line, pictures=True)
+
+
+def build_bench(
+    assembly: Assembly, ends_at: float, stop: StopFlag, command_line: str = "", trained: bool = False
+) -> Bench:
+    """The parts of a run laid out for the checks; reads the data."""
+    data = assembly.load()
+    plan, _, _ = build_training_parts(assembly, data)
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    return Bench(
+        spec=assembly.spec,
+        task=assembly.task,
+        pipeline=assembly.pipeline,
+        compute=assembly.compute,
+        network=assembly.model,
+        make_optimizer=lambda model: make_optimizer(assembly.settings, model, assembly.compute),
+        loaders={name: assembly.loader(split) for name, split in splits.items() if split},
+        plan=plan,
+        config=dataclasses.asdict(assembly.settings),
+        trained=trained,
+        ends_at=ends_at,
+        stop=stop,
+        notes=notice(assembly, data, plan, command_line),
+    )
+
+
+def _folder(run_dir: str | None) -> Path | None:
+    return Path(run_dir) if run_dir else None
+
+
+def _judge(
+    bench: Bench, words: Sequence[str], run_folder: RunFolder, command_line: str, pictures: bool
+) -> dict[str, Any]:
+    chosen = choose(words)
+    seconds: dict[str, float] = {}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("checks", total=len(chosen))
+
+        def tell(finding: Finding, took_s: float) -> None:
+            seconds[finding.name] = round(took_s, 2)
+            progress.update(bar, advance=1, description=f"checked {finding.name}")
+
+        findings = run_checks(bench, chosen, tell)
+    report = summarise(findings)
+    for row in report["findings"]:
+        row["seconds"] = seconds[row["name"]]
+    run_folder.write_json("run.json", provenance(command_line))
+    run_folder.write_json("check.json", report)
+    if pictures:
+        shown = bench.plain(count=DRAWN_IMAGES)
+        names = [bench.loaders["train"].examples.names[int(i)] for i in shown.index]
+        figure = bench.task.draw(shown.images, None, shown.truth, names, *statistics(bench.spec))
+        save(figure, run_folder.figures / "images.png")
+        if bench.curves:
+            save(draw_curves(bench.curves), run_folder.figures / "check.png")
+    print_findings(findings)
+    counts = [f"{sum(f.verdict == v for f in findings)} {v}" for v in ("PASS", "WARN", "FAIL", "SKIP")]
+    print(f"{report['verdict']}: {', '.join(counts)} in {sum(seconds.values()):.0f} s")
+    print(f"run folder: {run_folder.path}")
+    return {**report, "run_dir": str(run_folder.path)}
 
 
 def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
@@ -68,8 +179,7 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     report["pairs"] = [
         [spec.keypoints[i], spec.keypoints[k]] for i, k in mirror if i < k < len(spec.keypoints)
     ]
-    folder = Path(settings.run_dir) if settings.run_dir else None
-    with open_run_folder(folder, f"check-flip-{data}") as run_folder:
+    with open_run_folder(_folder(settings.run_dir), f"check-flip-{data}") as run_folder:
         run_folder.write_json("run.json", provenance(command_line))
         run_folder.write_json("check.json", report)
         if symmetry is not None and settings.log.pictures:

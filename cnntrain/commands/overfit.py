@@ -7,12 +7,13 @@ likely cause is named. Writes overfit.json and a picture. `overfit.examples=8` l
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cnntrain.assembly import Assembly, assemble, make_optimizer
+from cnntrain.assembly import Assembly, assemble, build_training_parts, make_optimizer
 from cnntrain.checks.overfit import Trial, calibrate_norms, judge, learn_by_heart
 from cnntrain.cli import Invocation
 from cnntrain.config import read_settings
@@ -26,7 +27,6 @@ from cnntrain.report.figures import learning, save
 from cnntrain.report.table import print_findings
 from cnntrain.settings import Settings
 from cnntrain.spec import Batch
-from cnntrain.sweep import run_sweep
 
 log = logging.getLogger("cnntrain")
 CALIBRATION_IMAGES = 32
@@ -42,7 +42,10 @@ def run(invocation: Invocation) -> int:
             f"overfit: {invocation.words[0]!r} is no override; write KEY=VALUE, as model=resnet18"
         )
     if invocation.multirun:
-        return run_sweep(invocation, overfit)
+        from cnntrain.sweep.perform import Job  # imports optuna, which a single run does without
+        from cnntrain.sweep.run import run_sweep
+
+        return run_sweep(invocation, Job(overfit_trial))
     settings = read_settings(invocation.overrides, invocation.config_dir)
     return 0 if overfit(settings, invocation.line)["verdict"] == "PASS" else 1
 
@@ -62,13 +65,15 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
     )
     assembly = assemble(settings)
     frozen = [n for n, p in assembly.model.named_parameters() if not p.requires_grad]
+    data = assembly.load()
+    if settings.optimizer.get("lr") == "auto":
+        build_training_parts(assembly, data)  # finds it
+    optimizer = make_optimizer(assembly.settings, assembly.model, assembly.compute)
     folder = Path(settings.run_dir) if settings.run_dir else None
     with open_run_folder(folder, f"overfit-{settings.label}") as run_folder, stop_flag() as stop:
         run_folder.write_json("run.json", provenance(command_line))
-        data = assembly.load()
         batch, other, example = pick_examples(assembly, data, settings.overfit.examples)
         log.info(WHAT_IS_OFF)
-        optimizer = make_optimizer(settings, assembly.model, assembly.compute)
         trial = learn_by_heart(
             assembly.model, assembly.task, optimizer, batch, other, assembly.compute, settings.overfit.steps,
             frozen if settings.model.get("freeze") else (), stop,
@@ -87,6 +92,13 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
     print(f"{report['verdict']}: {report['line']}")
     print(f"run folder: {run_folder.path}")
     return {**report, "run_dir": str(run_folder.path)}
+
+
+def overfit_trial(
+    settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]
+) -> dict[str, Any]:
+    """One run of a sweep; there are no epochs to watch."""
+    return overfit(settings, command_line)
 
 
 def pick_examples(assembly: Assembly, data: Data, count: int) -> tuple[Batch, Batch, str]:

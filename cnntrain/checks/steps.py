@@ -1,0 +1,160 @@
+"""Are the optimizer's steps of a sensible size: the learning rate, and the weight decay beside it?"""
+
+import dataclasses
+import time
+
+import torch
+
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.checks.bench import Bench
+from cnntrain.checks.learning_rate import LEAST_FALL, RangeTest, range_test
+from cnntrain.checks.short_training import step_seconds, without_decay
+from cnntrain.checks.verdicts import failed, passed, skipped, warned
+from cnntrain.findings import Finding
+
+LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 84  # 12 steps a decade
+RANGE_SHARE = 0.25  # of the seconds left
+SMALLEST_BATCH = 8
+TOO_HIGH = 2.0  # times the rate of divergence
+TOO_LOW = 300.0  # times below a tenth of it
+SHORTEST = 100  # steps of a training that is meant to come to something
+STRONG_PULL, ABSURD_PULL = 1.0, 3.0  # of weight decay, beside the loss's gradient
+STRONG_DECAY, ABSURD_DECAY = 0.5, 1.0  # decoupled
+NOTICED = 0.9  # of their size, to which decay alone may shrink weights before its strength matters
+NO_GRADIENT = "the loss has no gradient"
+LR, DECAY = "optimizer.lr", "optimizer.weight_decay"
+
+
+def learning_rate(bench: Bench) -> Finding:
+    """The configured rate against what a range test finds."""
+    if bench.trained:
+        return skipped("the weights are trained already")
+    rate = configured_rate(bench)
+    test = range_of(bench)
+    if test is None or not test.complete:
+        return skipped(
+            "the budget (check.budget_s) does not suffice for a range test, or the loss has no gradient"
+        )
+    bench.curves["range test: loss over learning rate"] = {
+        "mini-batch": (test.rates, test.losses),
+        "smoothed": (test.rates, test.smoothed),
+    }
+    diverged, suggestion = test.diverged_at, test.suggestion
+    evidence = (
+        f"{LR} is {rate:.3g}; from {test.start:.3g} the loss falls by {max(test.fall, 0):.0%} and diverges at "
+        f"{f'{diverged:.2g}' if diverged else f'no rate up to {test.rates[-1]:.2g}'}"
+    )
+    if diverged and rate >= _limit(bench, diverged):
+        again = _measure(bench, bench.plan.seed + 1)  # one noisy curve is not enough to say the worst
+        if again and again.diverged_at and rate >= _limit(bench, again.diverged_at):
+            cause = (
+                f"the learning rate is too high: {rate / diverged:.3g} times that at which the loss diverges"
+            )
+            return failed(evidence, cause, f"try {LR}={diverged / 10:.1g}, or a longer warm-up", LR)
+    if suggestion is None or test.first_way is None:
+        return skipped(f"{evidence}: less than {LEAST_FALL:.0%} at any rate, which tells nothing")
+    way = rate * bench.plan.total_steps
+    if way < test.first_way and bench.plan.total_steps >= SHORTEST:
+        cause = (
+            f"the learning rate is too low: all {bench.plan.total_steps:,} steps together go {way:.2g} far (steps times "
+            f"rate), and the loss begins to fall after {test.first_way:.2g}"
+        )
+        return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR, "epochs")
+    if rate * TOO_LOW <= suggestion:
+        cause = f"the learning rate is too low: {suggestion / rate:.3g} times below a tenth of the rate of divergence"
+        return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR)
+    return passed(f"{evidence} (a tenth: {suggestion:.2g}; falls most steeply at {test.steepest:.2g})")
+
+
+def _limit(bench: Bench, diverged: float) -> float:
+    """The highest rate that may pass; a smaller batch than the run's bears less (Goyal et al. 2017)."""
+    of_run = bench.plan.batch_size * bench.plan.accumulate
+    return TOO_HIGH * diverged * max(of_run / bench.found["range batch"], 1)
+
+
+def configured_rate(bench: Bench) -> float:
+    """The peak of the schedule."""
+    return max(group["peak_lr"] for group in bench.make_optimizer(bench.model()).param_groups)
+
+
+def usable_rate(bench: Bench) -> float:
+    """The configured rate where a range test finds it good, else the suggested one: each fault has its own check."""
+    rate, test = configured_rate(bench), range_of(bench)
+    if test is None or test.suggestion is None:
+        return rate or 1e-3
+    fits = test.suggestion / 30 <= rate <= test.suggestion * 5
+    return rate if fits else test.suggestion
+
+
+def range_of(bench: Bench) -> RangeTest | None:
+    """The range test of this bench, done once; None where there is no time for it."""
+    if "range test" not in bench.found:
+        bench.found["range test"] = _measure(bench, bench.plan.seed)
+    return bench.found["range test"]
+
+
+def _measure(bench: Bench, seed: int) -> RangeTest | None:
+    """With the batch that the time allows."""
+    if not bench.loss(bench.model(), bench.plain("train", 2)).requires_grad:
+        return None
+    seconds, loader, pipeline = RANGE_SHARE * bench.seconds_left, bench.loaders["train"], bench.pipeline
+    size = min(bench.plan.batch_size, len(loader), int(8 * seconds / (STEPS * step_seconds(bench))))
+    if size < min(SMALLEST_BATCH, bench.plan.batch_size):
+        return None
+    bench.found["range batch"] = size
+    plan = dataclasses.replace(
+        bench.plan, seed=seed, batch_size=size, accumulate=1, drop_last=True, limit_batches=None,
+        batches_per_epoch=len(loader) // size, steps_per_epoch=len(loader) // size,
+    )  # fmt: skip
+    if pipeline.per_sample:  # only workers can apply them
+        kept = {k: v for k, v in pipeline.augmentations.items() if k not in pipeline.per_sample}
+        pipeline = Pipeline(bench.spec, kept, pipeline.border)
+    return range_test(
+        bench.model(), lambda model: without_decay(bench.make_optimizer(model)), loader, pipeline, bench.task,
+        bench.compute, plan, bench.stop, LOWEST, HIGHEST, STEPS, time.monotonic() + 2 * seconds,
+    )  # fmt: skip
+
+
+def weight_decay(bench: Bench) -> Finding:
+    """The pull of the decay towards zero against that of the loss, or how fast it shrinks the weights by itself."""
+    model = bench.model().train()
+    optimizer = bench.make_optimizer(model)
+    groups = [group for group in optimizer.param_groups if group.get("weight_decay")]
+    if not groups:
+        return passed("no weight decay")
+    if bench.trained:
+        return skipped("the weights are trained already")
+    strongest = max(groups, key=lambda group: group["weight_decay"])
+    decay, rate = float(strongest["weight_decay"]), float(strongest["peak_lr"])
+    if isinstance(optimizer, torch.optim.AdamW) or strongest.get("decoupled_weight_decay"):
+        return _decoupled(decay, rate, bench.plan.total_steps)
+    batch = bench.plain("train", 32)
+    bench.reseed("weight decay")
+    loss = bench.loss(model, batch)
+    if not loss.requires_grad:
+        return skipped(NO_GRADIENT)
+    loss.backward()
+    decayed = [p for group in groups for p in group["params"] if p.grad is not None]
+    gradient = torch.stack([p.grad.norm() for p in decayed if p.grad is not None]).norm()
+    pull = decay * float(torch.stack([p.detach().norm() for p in decayed]).norm() / gradient.clamp(min=1e-12))
+    evidence = (
+        f"{DECAY} is {decay:.3g}: it pulls at the weights {pull:.2g} times as strongly as the loss does"
+    )
+    if not pull >= STRONG_PULL:
+        return passed(evidence)
+    cause = "weight decay is stronger than what there is to learn: the weights go to zero"
+    remedy = f"1e-5 to 1e-3 are usual for a decay that is added to the gradient; set {DECAY}=5e-4"
+    return (failed if pull >= ABSURD_PULL else warned)(evidence, cause, remedy, DECAY)
+
+
+def _decoupled(decay: float, rate: float, steps: int) -> Finding:
+    """Decay that shrinks weights by itself, lr * weight_decay a step (Loshchilov and Hutter 2019)."""
+    left = max(1 - rate * decay, 0.0) ** steps
+    evidence = (
+        f"{DECAY} is {decay:.3g}: by itself it leaves {left:.2g} of each weight after {steps:,} steps at "
+        f"{LR}={rate:.3g}"
+    )
+    if decay < STRONG_DECAY or left > NOTICED:
+        return passed(evidence)
+    cause = f"the weight decay is far above what is usual (0.01 to 0.1): it holds every weight below {1 / decay:.2g}"
+    return (failed if decay >= ABSURD_DECAY else warned)(evidence, cause, f"set {DECAY}=0.05", DECAY, LR)

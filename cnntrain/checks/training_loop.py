@@ -1,0 +1,179 @@
+"""Does the loop train as the textbook says? The real one against a slow one written out here."""
+
+import copy
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from cnntrain.checks.bench import Bench
+from cnntrain.checks.practice import distance, few, trainable
+from cnntrain.checks.verdicts import failed, passed, skipped, some
+from cnntrain.engine import loop
+from cnntrain.engine.device import seed_step
+from cnntrain.engine.loop import Plan
+from cnntrain.engine.schedule import Schedule
+from cnntrain.engine.state import TrainState
+from cnntrain.errors import DivergedError
+from cnntrain.findings import Finding
+from cnntrain.randomness import epoch_order
+from cnntrain.spec import Batch
+
+STEPS = 3
+NOTICED = 1e-3  # relative size of the loop's first step
+AGREES = 0.02  # of the way
+ROUNDING = 10.0  # times as far as rounding alone takes the weights
+
+
+class _Falling(Schedule):
+    """1, 1/2, 1/3, ...: no step has the learning rate of another."""
+
+    def factor(self, step: int) -> float:
+        return 1 / (step + 1)
+
+
+class _NoJournal:
+    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
+    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
+    def batch_seen(self, step: int, batch: Batch) -> None: ...
+
+
+def loop_agrees(bench: Bench) -> Finding:
+    """The loop that trains ends with the weights of a slow one written out here, and evaluates as it does.
+
+    With one batch a step, and with two where the run accumulates several.
+    """
+    found: list[str] = []
+    model, remedy = bench.model(), "report this as a bug of cnntrain"
+    for accumulate in (1, 2) if bench.plan.accumulate > 1 else (1,):
+        if len(bench.loaders["train"]) < accumulate * STEPS * _images(bench):
+            return skipped("fewer training images than the trial needs")
+        batches = _batches(bench, STEPS * accumulate)
+        rate = _rate(bench, batches[0])
+        if rate is None:
+            return skipped("the loss has no gradient; see gradients and loss sign")
+        by_hand, model = bench.model(), bench.model()
+        _by_hand(bench, by_hand, batches, accumulate, rate)
+        try:
+            _by_loop(bench, model, accumulate, rate)
+        except DivergedError as error:
+            return skipped(f"{str(error).splitlines()[0]}; see initial loss")
+        apart = _apart(bench, by_hand, model)
+        found.append(f"by {apart:.1g} of the way with accumulate={accumulate}")
+        if not apart <= AGREES:
+            evidence, again = f"after {STEPS} steps the weights differ {' and '.join(found)}", bench.model()
+            _by_hand(bench, again, batches, accumulate, rate, scale=3.0)
+            rounding = _apart(bench, by_hand, again)
+            if apart <= ROUNDING * rounding:  # norms of a few pixels make much of the last digits
+                return skipped(f"{evidence}, but rounding alone makes it {rounding:.1g}")
+            cause = "the loop does not do zero_grad, forward in training mode, backward, clip, step "
+            cause += (
+                "at the schedule's learning rate" if accumulate == 1 else "with the mean of several batches"
+            )
+            return failed(evidence, cause, remedy)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    expected, loss = _validate(bench, model)
+    changed = [name for name, value in model.named_buffers() if not torch.equal(value, before[name])]
+    evidence = f"after {STEPS} steps the weights differ {' and '.join(found)}; "
+    evidence += f"then the validation loss by {abs(loss - expected):.1g}"
+    if changed or not abs(loss - expected) <= AGREES * max(abs(expected), 1e-6):
+        cause = "validation runs in training mode" + (f": it changes {some(changed)}" if changed else "")
+        return failed(evidence, cause, remedy)
+    return passed(evidence)
+
+
+def _apart(bench: Bench, one: nn.Module, other: nn.Module) -> float:
+    """How far two trainings end from one another, beside the way that the first has gone."""
+    start = _weights(bench.network).to(_weights(one))
+    return distance(_weights(one) - start, _weights(other) - start)
+
+
+def _images(bench: Bench) -> int:
+    """Of a batch."""
+    return few(bench, 4, 2)
+
+
+def _batches(bench: Bench, count: int) -> list[Batch]:
+    """The first batches of the run's first epoch, augmented."""
+    loader, seed, size = bench.loaders["train"], bench.plan.seed, _images(bench)
+    order = epoch_order(seed, 0, len(loader))[: count * size]
+    transform = bench.pipeline.sample_transform(seed, 0)
+    return [bench.pipeline(batch, seed, 0) for batch in loader.batches(order, size, transform=transform)]
+
+
+def _loss(bench: Bench, model: nn.Module, batch: Batch, plain: bool = False) -> tuple[Tensor, Tensor]:
+    images = batch.images.contiguous(memory_format=bench.compute.memory_format)
+    return bench.task.loss(model(images).float(), batch.truth, plain)
+
+
+def _rate(bench: Bench, batch: Batch) -> float | None:
+    """The learning rate whose first step changes the weights by NOTICED of their size; None without gradients."""
+    model = bench.model().train()
+    total, count = _loss(bench, model, batch)
+    if not total.requires_grad:
+        return None
+    gradients = torch.autograd.grad(total / count, list(trainable(model).values()), allow_unused=True)
+    size = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
+    return NOTICED * float(_weights(model).norm()) / max(size, 1e-12)
+
+
+def _by_hand(
+    bench: Bench, model: nn.Module, batches: list[Batch], accumulate: int, rate: float, scale: float = 1.0
+) -> None:
+    """A training as the textbook has it.
+
+    Args:
+        scale: the loss is multiplied by it and the gradients divided by it: the same but for rounding.
+    """
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=rate, momentum=0.9)
+    model.train()
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = rate / (step + 1)
+        sums, counts = [], []
+        for number in range(step * accumulate, (step + 1) * accumulate):
+            seed_step(bench.plan.seed, "step", 0, number)
+            total, count = _loss(bench, model, batches[number])
+            sums.append(total)
+            counts.append(count)
+        model.zero_grad(set_to_none=True)
+        (scale * torch.stack(sums).sum() / torch.stack(counts).sum()).backward()
+        for parameter in trainable(model).values():
+            if parameter.grad is not None and scale != 1:
+                parameter.grad /= scale
+        if bench.plan.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(trainable(model).values(), bench.plan.clip_grad_norm)
+        optimizer.step()
+
+
+def _by_loop(bench: Bench, model: nn.Module, accumulate: int, rate: float) -> None:
+    """The same by what trains for users."""
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=rate, momentum=0.9)
+    optimizer.param_groups[0]["peak_lr"] = rate
+    plan = Plan(
+        seed=bench.plan.seed, batch_size=_images(bench), batches_per_epoch=STEPS * accumulate, steps_per_epoch=STEPS,
+        total_steps=STEPS, accumulate=accumulate, clip_grad_norm=bench.plan.clip_grad_norm,
+    )  # fmt: skip
+    state = TrainState(model, optimizer, _Falling(total_steps=STEPS, steps_per_epoch=STEPS))
+    compute = dataclasses.replace(bench.compute, precision="fp32")
+    loop.fit(
+        state, bench.loaders["train"], None, bench.pipeline, bench.task, compute, plan, _NoJournal(),
+        lambda name: None, bench.stop,
+    )  # fmt: skip
+
+
+def _validate(bench: Bench, model: nn.Module) -> tuple[float, float]:
+    """The loss of the first validation images, by hand and by what evaluates for users."""
+    loader, size = bench.loaders["val"], _images(bench)
+    batch = bench.pipeline.plain(next(loader.batches(torch.arange(min(size, len(loader))), size)))
+    with torch.no_grad():
+        total, count = _loss(bench, copy.deepcopy(model).eval(), batch, plain=True)
+    compute = dataclasses.replace(bench.compute, precision="fp32")
+    meter = loop.evaluate(
+        model.train(), loader, bench.pipeline, bench.task, compute, size, limit_batches=1, stop=bench.stop
+    )
+    return float(total / count), meter.compute()["loss"]
+
+
+def _weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])

@@ -1,0 +1,38 @@
+"""A bench for checks from overrides as on the command line, and what chosen checks find on it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cnntrain import compose
+from cnntrain.assembly import assemble
+from cnntrain.checks.bench import Bench
+from cnntrain.checks.run import choose, run_checks
+from cnntrain.commands.check import build_bench
+from cnntrain.engine.signals import StopFlag
+from cnntrain.findings import Finding
+
+PLANTED = Path(__file__).parent / "planted"
+
+
+@pytest.fixture(scope="session")
+def bench_of() -> Callable[..., Bench]:
+    """`bench_of("model=mlp", ...)`: the parts of that run, laid out for checks; `planted/` is its config folder."""
+
+    def make(*overrides: str) -> Bench:
+        settings = compose("threads=1", "log.pictures=false", *overrides, config_dir=PLANTED)
+        return build_bench(assemble(settings), time.monotonic() + 600, StopFlag())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def judge() -> Callable[..., dict[str, Finding]]:
+    """`judge(bench, "start", "loss-sign")`: the findings of checks and topics, by name."""
+
+    def run(bench: Bench, *words: str) -> dict[str, Finding]:
+        return {finding.name: finding for finding in run_checks(bench, choose(words), lambda *_: None)}
+
+    return run

@@ -1,0 +1,166 @@
+"""Data with one thing wrong, each the way it goes wrong in real life."""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cnntrain.data.digits import Digits
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.toy_faces import ToyFaces
+from cnntrain.data.toy_shapes import ToyShapes
+from cnntrain.spec import DataSpec
+
+Splits = dict[str, Examples]
+
+
+def with_images(examples: Examples, images: Tensor | LazyImages) -> Examples:
+    return dataclasses.replace(examples, images=images)
+
+
+def with_target(examples: Examples, name: str, target: Tensor) -> Examples:
+    return dataclasses.replace(examples, targets={**examples.targets, name: target})
+
+
+class Unnormalised(Digits):
+    """Pixels from 0 to 255 reach the network."""
+
+    def spec(self) -> DataSpec:
+        return dataclasses.replace(super().spec(), mean=(0.0,), std=(1 / 255,))
+
+
+class OneOnly(Digits):
+    """Every validation image is the same."""
+
+    def load(self) -> Splits:
+        splits = super().load()
+        images = splits["test"].images
+        return {
+            "train": splits["train"],
+            "val": with_images(splits["test"], images[:1].expand(len(images), -1, -1, -1)),
+        }
+
+
+class Black(Digits):
+    """Validation images were not found and are black."""
+
+    def load(self) -> Splits:
+        splits = super().load()
+        return {"train": splits["train"], "val": with_images(splits["test"], splits["test"].images * 0)}
+
+
+class TestInTrain(Digits):
+    """Half of the test images are trained on as well."""
+
+    def load(self) -> Splits:
+        splits = super().load()
+        train, test = splits["train"], splits["test"]
+        rows = torch.arange(0, len(test), 2)
+        more = test.subset(rows)
+        label = torch.cat((train.targets["label"], more.targets["label"]))
+        joined = Examples(
+            torch.cat((train.images, more.images)), {"label": label}, [*train.names, *more.names]
+        )
+        return {"train": joined, "test": test}
+
+
+class BrighterInTrain(TestInTrain):
+    """The same, saved a little brighter and noisier."""
+
+    def load(self) -> Splits:
+        splits = super().load()
+        train = splits["train"]
+        noise = torch.randint(0, 3, train.images.shape, generator=torch.Generator().manual_seed(0))
+        images = (train.images.float() * 0.9 + 5 + noise).clamp(0, 255).to(torch.uint8)
+        return {**splits, "train": with_images(train, images)}
+
+
+class NoThrees(Digits):
+    """Training has no three, and the network has an output for it."""
+
+    def load(self) -> Splits:
+        splits = super().load()
+        rows = (splits["train"].targets["label"] != 3).nonzero().flatten()
+        return {**splits, "train": splits["train"].subset(rows)}
+
+
+class Reshaped(ToyShapes):
+    """(N, H, W, C) became (N, C, H, W) by a reshape where a permute belongs."""
+
+    def load(self) -> Splits:
+        splits = super().load()
+        return {
+            name: with_images(part, part.images.movedim(1, -1).reshape(part.images.shape))
+            for name, part in splits.items()
+        }
+
+
+class Noisy:
+    """A decoder that augments by itself, validation too."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
+
+    def __call__(self, path: str, box: object = None) -> tuple[Tensor, Tensor]:
+        image = torch.from_numpy(np.asarray(Image.open(path)).copy())[None]
+        noise = torch.randint(0, 20, image.shape, dtype=torch.uint8)
+        return image // 2 + noise, torch.eye(3, dtype=torch.float64)
+
+
+class RandomValidation(Digits):
+    """Images change whenever they are looked at."""
+
+    def load(self) -> Splits:
+        self.folder = tempfile.TemporaryDirectory()
+        splits = {name: part.subset(torch.arange(60)) for name, part in super().load().items()}
+        for name, part in splits.items():
+            paths = [f"{self.folder.name}/{name}-{i}.png" for i in range(len(part))]
+            for path, image in zip(paths, part.images, strict=True):
+                Image.fromarray(image[0].numpy()).save(path)
+            splits[name] = with_images(part, LazyImages(paths, Noisy(part.images.shape[1:])))
+        return splits
+
+
+class Unrelabelled(ToyFaces):
+    """Every point is its own mirror partner, so a flipped cat's left eye is still called left."""
+
+    def spec(self) -> DataSpec:
+        spec = super().spec()
+        return dataclasses.replace(spec, mirror=tuple(range(len(spec.keypoints))))
+
+
+class RowsFirst(ToyFaces):
+    """Points are (y, x)."""
+
+    def load(self) -> Splits:
+        return {
+            name: with_target(part, "points", part.targets["points"].flip(-1))
+            for name, part in super().load().items()
+        }
+
+
+class PointsFromZeroToOne(ToyFaces):
+    """Points are shares of the image, not pixels: the task scales them once more."""
+
+    def load(self) -> Splits:
+        return {
+            name: with_target(part, "points", part.targets["points"] / (self.size - 1))
+            for name, part in super().load().items()
+        }
+
+
+class NothingLabelled(ToyShapes):
+    """Every pixel has the id that counts for nothing."""
+
+    def spec(self) -> DataSpec:
+        return dataclasses.replace(super().spec(), ignore_index=255)
+
+    def load(self) -> Splits:
+        return {
+            name: with_target(part, "mask", torch.full_like(part.targets["mask"], 255))
+            for name, part in super().load().items()
+        }

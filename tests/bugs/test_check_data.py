@@ -1,0 +1,95 @@
+"""`check data` names what is wrong with the data, and has nothing to say about sound ones."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cnntrain import compose, train
+from cnntrain.cli import main
+from cnntrain.commands.check import check
+from cnntrain.errors import CheckFailedError
+
+PLANTED = Path(__file__).parent / "planted"
+FACES, SHAPES = (
+    ("data.train_count=200", "data.test_count=20"),
+    ("data.train_count=60", "data.test_count=10", "data.size=32"),
+)
+
+
+def findings(tmp_path: Path, *overrides: str) -> dict[str, dict[str, Any]]:
+    quick = ("log.pictures=false", "threads=1", f"run_dir={tmp_path / 'run'}")
+    report = check(compose(*quick, *overrides, config_dir=PLANTED), ["data"])
+    return {finding["name"]: finding for finding in report["findings"]}
+
+
+BROKEN = {
+    "pixels from 0 to 255": (["data=unnormalised"], "normalised inputs", "pixels from 0 to 255"),
+    "normalised twice": (["model=normalises_again"], "normalised inputs", "normalised twice"),
+    "scale from 0 to 1": (["model=takes_it_back"], "normalised inputs", "from 0 to 1 and not normalised"),
+    "reshape for permute": (["data=reshaped", *SHAPES], "layout", "reshaped where a permute belongs"),
+    "one image only": (["data=one_only"], "blank images", "blank or the same"),
+    "black images": (["data=black"], "blank images", "blank or the same (digits/"),
+    "augmented validation": (
+        ["data=random_validation", "data.store=stream", "data.workers=0"], "validation", "augmented too",
+    ),
+    "test images in train": (["data=test_in_train"], "leakage", "digits/"),
+    "test images in train, brighter": (["data=brighter_in_train"], "leakage", "digits/"),
+    "a class never seen": (["data=no_threes"], "classes", "training never sees 3"),
+    "no relabelling": (["data=unrelabelled_toy_faces", *FACES], "flip", "left_eye stays"),
+    "points as (y, x)": (["data=rows_first", *FACES], "points", "(y, x)"),
+    "points normalised already": (["data=points_from_zero_to_one", *FACES], "points", "not in pixels"),
+    "nothing labelled": (["data=nothing_labelled", *SHAPES], "masks", "no pixel is labelled"),
+    "images wiped out": (
+        ["augment=erasing", *(f"augment.erasing.{key}" for key in ("probability=1", "area=[0.999,1]", "ratio=[1,1]"))],
+        "augmentation", "wipes images out",
+    ),
+    "mirrored digits": (["data=digits", "augment=flip"], "augmentation", "mirrored digits"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_wrong_with_the_data_is_named(tmp_path: Path, name: str) -> None:
+    overrides, wanted, cause = BROKEN[name]
+    found = findings(tmp_path, *overrides)
+    assert found[wanted]["verdict"] in ("WARN", "FAIL"), found[wanted]
+    assert cause in found[wanted]["cause"] + found[wanted]["evidence"], found[wanted]
+    related = {"flip", "points", "augmentation"} if wanted == "points" else {wanted}
+    others = {n: f for n, f in found.items() if f["verdict"] in ("WARN", "FAIL") and n not in related}
+    assert not others
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data=digits"],
+        ["data=toy_faces", *FACES],
+        ["data=toy_shapes", *SHAPES],
+        ["data=digits", "model=resnet18"],
+    ],
+)
+def test_sound_data_pass(tmp_path: Path, overrides: list[str]) -> None:
+    assert {f["verdict"] for f in findings(tmp_path, *overrides).values()} <= {"PASS", "SKIP"}
+
+
+def test_a_training_checks_first_and_stops_on_a_failure(tmp_path: Path) -> None:
+    settings = compose(
+        "data=black", "check.first=true", "epochs=1", "threads=1", f"run_dir={tmp_path}/r", config_dir=PLANTED
+    )
+    with pytest.raises(CheckFailedError, match="blank images failed"):
+        train(settings)
+    assert not (tmp_path / "r" / "checkpoints").exists()
+    assert (tmp_path / "r" / "check" / "check.json").is_file()
+
+
+def test_the_run_is_not_changed_by_checks_before_it(tmp_path: Path) -> None:
+    common = ("data.limit=100", "epochs=1", "threads=1", "log.pictures=false")
+    plain = train(compose(*common, f"run_dir={tmp_path}/a"))
+    checked = train(compose(*common, "check.first=true", f"run_dir={tmp_path}/b"))
+    assert plain["best"]["val/loss"] == checked["best"]["val/loss"]
+
+
+def test_slips_in_names_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "leakag", "data=digits"]) == 2
+    assert "did you mean 'leakage'?" in capsys.readouterr().err
+    assert main(["check", "checks=flip,wron"]) == 2

@@ -1,0 +1,211 @@
+"""`check wiring` names what is joined wrongly, and has nothing to say about what is sound."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cnntrain.engine import loop
+
+FACES = ("data=toy_faces", "data.train_count=60", "data.test_count=4", "data.size=32")
+SHAPES = ("data=toy_shapes", "data.train_count=60", "data.test_count=4", "data.size=32")
+
+
+def planted(name: str, *overrides: str) -> list[str]:
+    return ["model=sound", f"model._target_=planted_wiring.{name}", *overrides]
+
+
+def task(name: str) -> list[str]:
+    return ["model=sound", f"task._target_=planted_losses.{name}"]
+
+
+def optimizer(name: str) -> list[str]:
+    return ["model=sound", "optimizer=sgd", f"optimizer._target_=planted_wiring.{name}"]
+
+
+BROKEN = {
+    "a block in a list": (planted("InAList"), "registered", "FAIL", "not registered: blocks[0]"),
+    "a parameter in a dict": (planted("ParameterInADict"), "registered", "FAIL", "not registered: extras['scale']"),
+    "one block three times": (planted("RepeatedBlock"), "shared weights", "WARN", "layers.2.0.weight = layers.3"),
+    "borrowed storage": (planted("BorrowedStorage"), "shared weights", "WARN", "second.weight = extra.weight"),
+    "frozen by mistake": (["model=frozen_first"], "frozen", "FAIL", "first.weight, first.bias"),
+    "random weights frozen": (["model=cifar_resnet", "model.freeze=backbone"], "frozen", "WARN", "freezes random"),
+    "dropped by the optimizer": (optimizer("Forgetful"), "optimizer", "FAIL", "does not know first.weight"),
+    "learning rate 0": (["model=sound", "optimizer.lr=0"], "optimizer", "FAIL", "is 0: no step changes them"),
+    "a step that does nothing": (optimizer("Stuck"), "gradients", "FAIL", "leave first.bias, second.bias, head.bias"),
+    "dropped by the optimizer, steps": (optimizer("Forgetful"), "gradients", "FAIL", "leave first.weight as they are"),
+    "detach in the middle": (
+        ["model=detached"], "gradients", "FAIL",
+        "no gradient reaches first.weight, first.bias: the graph is cut between first and second",
+    ),
+    "no_grad around the features": (planted("NoGrad"), "gradients", "FAIL", "the graph is cut inside first"),
+    "all detached": (planted("AllDetached"), "gradients", "FAIL", "something detaches them"),
+    "never called": (planted("NeverCalled"), "gradients", "FAIL", "forward() never calls forgotten"),
+    "dead biases": (planted("DeadBiases"), "gradients", "FAIL", "exactly zero: dead ReLUs"),
+    "mean over dim 0": (planted("MixesBatch"), "examples apart", "FAIL", "mixes the batch"),
+    "reshape over the images": (planted("WrongReshape"), "examples apart", "FAIL", "mixes the batch"),
+    "reshape over the images, order": (planted("WrongReshape"), "batch order", "FAIL", "place in the batch matters"),
+    "squeeze": (planted("Squeezes"), "examples apart", "FAIL", "squeeze()"),
+    "place in the batch": (planted("PlaceMatters"), "batch order", "FAIL", "place in the batch matters"),
+    "batch statistics in eval": (planted("BatchStatisticsInEval"), "examples apart", "FAIL", "mixes the batch"),
+    "a loss that mixes": (task("MixedLosses"), "examples apart", "FAIL", "losses() mixes the examples"),
+    "softmax": (["model=softmax_inside"], "output layer", "FAIL", "a softmax before the loss"),
+    "softmax written out": (planted("HiddenSoftmax"), "output layer", "FAIL", "a softmax before the loss"),
+    "log-softmax": (planted("LogSoftmaxInside"), "output layer", "WARN", "a log-softmax before the loss"),
+    "sigmoid": (planted("SigmoidInside"), "output layer", "FAIL", "a sigmoid before the loss"),
+    "tanh": (planted("TanhInside"), "output layer", "FAIL", "a tanh before the loss"),
+    "ReLU on logits": (planted("ReluOutput"), "output layer", "FAIL", "a ReLU on the outputs"),
+    "ReLU on coordinates": (planted("ReluOutput", *FACES), "output layer", "FAIL", "left of the centre"),
+    "sigmoid on coordinates": (planted("SigmoidInside", *FACES), "output layer", "FAIL", "left of the centre"),
+    "positive coordinates": (planted("AbsOutput", *FACES), "output layer", "FAIL", "something on the outputs keeps"),
+    "dropout in evaluation": (planted("DropoutInEval"), "modes", "FAIL", "dropout is at work in the network itself"),
+    "a layer made in forward": (planted("LayerInForward"), "modes", "FAIL", "something is drawn at random"),
+    "eval when training": (planted("EvalWhenTraining"), "modes", "FAIL", "evaluation mode in training: norm"),
+    "train in forward": (planted("TrainsInForward"), "modes", "FAIL", "training mode in evaluation: norm"),
+    "learns in evaluation": (planted("LearnsInEval"), "modes", "FAIL", "something learns in evaluation"),
+    "other in training": (planted("OtherInTraining"), "modes", "WARN", "something else in training"),
+    "BatchNorm momentum 0": (planted("Normed", "+model.momentum=0.0"), "modes", "FAIL", "never move"),
+    "BatchNorm momentum 1": (planted("Normed", "+model.momentum=1.0"), "modes", "FAIL", "last batch alone"),
+    "dropout 0.99": (planted("Normed", "+model.dropout=0.99"), "modes", "FAIL", "dropout leaves 1 % of the features"),
+    "dropout 0.85": (planted("Normed", "+model.dropout=0.85"), "modes", "WARN", "dropout leaves 15 % of the features"),
+    "sum instead of mean": (task("SumLoss"), "loss scale", "FAIL", "a sum over the batch, not a mean"),
+    "divided twice": (task("MeanOfMean"), "loss scale", "FAIL", "divided by the size of the batch twice"),
+    "flipped sign": (["model=sound", "task=flipped_sign"], "loss sign", "FAIL", "its sign is flipped"),
+    "softmax in the loss": (task("SoftmaxInLoss"), "loss sign", "FAIL", "a softmax inside a loss"),
+    "no derivative": (task("NotDifferentiable"), "loss sign", "FAIL", "can't be differentiated"),
+    "off by one in the loss": (task("OffByOneInLoss"), "loss sign", "FAIL", "does not make the answers right"),
+    "label never seen": (["model=sound", "task=blind_to_label"], "loss sees labels", "FAIL", "never sees it"),
+    "wrong backward": (planted("WrongBackward"), "derivative", "FAIL",
+                       "wrong for first.weight, first.bias, right"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_joined_wrongly_is_named(name: str, bench_of, judge) -> None:
+    overrides, check, verdict, words = BROKEN[name]
+    finding = judge(bench_of(*overrides), check.replace(" ", "-"))[check]
+    assert finding.verdict == verdict, finding
+    assert words in finding.cause, finding
+
+
+SOUND = {
+    "sound": ["model=sound"],
+    "norm and dropout": planted("Normed"),
+    "one logit": ["model=sound", "task.binary=false"],
+    "zero head": ["model=sound", "model._target_=planted_start.ZeroHead"],
+    "lenet5": ["model=lenet5", "accumulate=2", "clip_grad_norm=1"],
+    "mlp": ["model=mlp", "optimizer=sgd", "seed=1"],
+    "sequential": ["model=sequential", "seed=2", "task.label_smoothing=0.1", "augment=mixup"],
+    "fmnist_cnn": ["model=fmnist_cnn", "optimizer=adam"],
+    "cifar_resnet": ["model=cifar_resnet", "task.class_weights=balanced"],
+    "faces": FACES,
+    "faces, mse": [*FACES, "task.loss=mse", "model=lenet5"],
+    "faces, heat maps": [*FACES, "task.head=heatmap", "model=unet_small", "model.width=4"],
+    "shapes, dice": [*SHAPES, "task.loss=sum", "model.width=4"],
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_what_is_sound_passes(name: str, bench_of, judge) -> None:
+    found = judge(bench_of(*SOUND[name]), "wiring")
+    assert {f.name: f"{f.cause} {f.evidence}" for f in found.values() if f.verdict in ("WARN", "FAIL")} == {}
+    assert found["loop"].verdict == found["derivative"].verdict == found["loss sign"].verdict == "PASS", found
+
+
+def test_a_frozen_backbone_that_was_trained_passes(bench_of, judge) -> None:
+    bench = bench_of("model=cifar_resnet", "model.freeze=backbone", "model.depth=8")
+    bench.network.pretrained_from = "another training"
+    found = judge(bench, "wiring")
+    assert {f.name: f.cause for f in found.values() if f.verdict in ("WARN", "FAIL")} == {}
+    assert "2 of 2 trainable" in found["optimizer"].evidence
+
+
+def without_zeroing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim.SGD, "zero_grad", lambda self, set_to_none=True: None)
+
+
+def dividing_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def apply_gradients(state, plan, group_count, *rest, **more):
+        group_count = torch.as_tensor(float(plan.batch_size))
+        return real(state, plan, group_count, *rest, **more)
+
+    real = loop.apply_gradients
+    monkeypatch.setattr(loop, "apply_gradients", apply_gradients)
+
+
+def evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_epoch(state, *rest, **more):
+        train, state.model.train = state.model.train, lambda mode=True: nn.Module.train(state.model, False)
+        try:
+            return real(state, *rest, **more)
+        finally:
+            state.model.train = train
+
+    real = loop.train_epoch
+    monkeypatch.setattr(loop, "train_epoch", train_epoch)
+
+
+def wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.set_learning_rate
+    monkeypatch.setattr(
+        loop, "set_learning_rate", lambda optimizer, schedule, step: real(optimizer, schedule, step + 1)
+    )
+
+
+def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.utils, "clip_grads_with_norm_", lambda *rest, **more: None)
+
+
+def validation_in_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(model, *rest, **more):
+        evaluation, model.eval = model.eval, lambda: model.train()
+        try:
+            return real(model, *rest, **more)
+        finally:
+            model.eval = evaluation
+
+    real = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+
+
+DOUBLES = {
+    "gradients not reset": (without_zeroing, "zero_grad"),
+    "accumulation without division": (dividing_wrongly, "with the mean of several batches"),
+    "evaluation mode in training": (evaluation_mode, "forward in training mode"),
+    "schedule one step early": (wrong_schedule, "at the schedule's learning rate"),
+    "no clipping": (no_clipping, "clip"),
+    "training mode in validation": (
+        validation_in_training_mode,
+        "validation runs in training mode: it changes norm.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOUBLES)
+def test_a_broken_loop_is_found(name: str, bench_of, judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, words = DOUBLES[name]
+    extra = {"no clipping": ["clip_grad_norm=0.01"], "accumulation without division": ["accumulate=2"]}
+    bench = bench_of(*planted("Normed"), *extra.get(name, []))
+    assert judge(bench, "loop")["loop"].verdict == "PASS"
+    plant(monkeypatch)
+    finding = judge(bench, "loop")["loop"]
+    assert finding.verdict == "FAIL" and words in finding.cause, finding
+
+
+def test_no_check_leaves_a_trace(bench_of, judge) -> None:
+    bench = bench_of(*planted("Normed"))
+    before = {name: value.clone() for name, value in bench.network.state_dict().items()}
+    training = [module.training for module in bench.network.modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in bench.network.modules()]
+    stored = bench.loaders["train"].examples.images.clone()
+    draws = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    judge(bench, "start", "wiring")
+    assert torch.equal(draws[0], torch.get_rng_state())
+    assert (draws[1] == np.random.get_state()[1]).all() and draws[2] == random.getstate()
+    assert all(torch.equal(value, before[name]) for name, value in bench.network.state_dict().items())
+    assert training == [module.training for module in bench.network.modules()]
+    assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in bench.network.modules()]
+    assert all(parameter.grad is None for parameter in bench.network.parameters())
+    assert torch.equal(stored, bench.loaders["train"].examples.images)
