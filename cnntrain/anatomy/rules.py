@@ -157,6 +157,11 @@ def _reduce(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup:
     return tuple(change(axis) for axis in seen(args[0], lookup))
 
 
+def _norm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
+    """A vector norm is a reduction whose order stands before its dimensions."""
+    return _reduce((args[0], *args[2:]), kwargs, out, lookup)
+
+
 def _softmax(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
     shape = args[0].shape
     dim = (args[1] if len(args) > 1 else -1) % len(shape) - len(shape)
@@ -193,6 +198,7 @@ RULES: dict[str, Rule] = {
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,
     **dict.fromkeys(REDUCTIONS, _reduce),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), _norm),
     **dict.fromkeys(SOFTMAXES, _softmax),
     **dict.fromkeys(MATRIX_PRODUCTS, _product),
     **MOVES,

@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups without weight decay on norms and biases, and learning rates set per step."""
+"""Optimizers: parameter groups by weight decay and by depth, and learning rates set per step."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 from cnntrain.engine.schedule import Schedule
 from cnntrain.errors import UserError, suggest
+from cnntrain.models.prepare import in_head
+
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.fx.GraphModule)
 
 
 def by_name(
@@ -39,26 +42,78 @@ def by_name(
 
 
 def build_optimizer(
-    factory: Callable[..., Optimizer], model: nn.Module, weight_decay: float, decay_norms_and_biases: bool
+    factory: Callable[..., Optimizer],
+    model: nn.Module,
+    weight_decay: float,
+    decay_norms_and_biases: bool,
+    layer_decay: float | None = None,
 ) -> Optimizer:
-    """The optimizer over the model's trainable parameters, in groups with and without weight decay.
+    """The optimizer over all of the model's parameters, in groups with and without weight decay.
 
-    Norms and biases are told by their shape: one dimension or none (as in Goyal et al. 2017, section 5.3).
+    Norms and biases are told by their shape: one dimension or none (as in Goyal et al. 2017, section 5.3). A frozen
+    parameter gets no gradient, and is passed over until it is set free (`model.unfreeze`).
+
+    Args:
+        layer_decay: the learning rate of a layer is this to the power of its distance from the last layer, times the
+            last one's (Bao et al. 2022, BEiT); None: the same for all. Each group says its `lr_scale`.
+
+    Raises:
+        UserError: nothing is trainable.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
+    if not any(p.requires_grad for p in model.parameters()):
         raise UserError("model: no parameter is trainable; unfreeze some (model.freeze=null)")
-    if decay_norms_and_biases or not weight_decay:
-        groups = [{"params": trainable}]
-    else:
-        groups = [
-            {"params": [p for p in trainable if p.ndim > 1]},
-            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+    layers = [list(model.parameters())] if layer_decay is None else layers_of(model)
+    split = bool(weight_decay) and not decay_norms_and_biases
+    groups: list[dict[str, Any]] = []
+    for distance, layer in enumerate(
+        reversed(layers)
+    ):  # the head first: its learning rate is the one reported
+        scale = {} if layer_decay is None else {"lr_scale": layer_decay**distance}
+        matrices, vectors = [p for p in layer if p.ndim > 1], [p for p in layer if p.ndim <= 1]
+        if split:
+            groups += [{"params": matrices, **scale}, {"params": vectors, "weight_decay": 0.0, **scale}]
+        else:
+            groups.append({"params": layer, **scale})
     optimizer = factory([group for group in groups if group["params"]])
     for group in optimizer.param_groups:
-        group["peak_lr"] = float(group["lr"])
+        group["lr"] = group["peak_lr"] = float(group["lr"]) * group.get("lr_scale", 1.0)
     return optimizer
+
+
+def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters layer by layer, from the images to the head, each in one layer.
+
+    A layer is a child of the network, in the order in which they were made. A list of modules (Sequential, ModuleList,
+    ModuleDict), a traced network and what merely wraps the whole are opened, so that each block of a stage is a layer.
+    What has vectors alone (a norm after its convolution) belongs to the layer before it. The head, where the network
+    names it (`head_names`), is the last layer.
+    """
+    heads = getattr(model, "head_names", ())
+    found: dict[str, list[nn.Parameter]] = {}
+    head: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        layer = head if in_head(name, heads) else found.setdefault(_layer_name(model, name), [])
+        layer.append(parameter)
+    layers: list[list[nn.Parameter]] = []
+    for layer in found.values():
+        if layers and all(p.ndim <= 1 for p in layer):
+            layers[-1] += layer
+        else:
+            layers.append(layer)
+    return [*layers, head] if head else layers
+
+
+def _layer_name(model: nn.Module, parameter: str) -> str:
+    """The first module on the way down to a parameter that is not opened."""
+    module, path, count = model, [], len(list(model.parameters()))
+    for part in parameter.split(".")[:-1]:
+        module = module.get_submodule(part)
+        path.append(part)
+        # A traced network (torch.fx) holds its parts in plain Modules.
+        opened = isinstance(module, _LISTS) or type(module) is nn.Module
+        if not opened and len(list(module.parameters())) < count:
+            break
+    return ".".join(path)
 
 
 def set_learning_rate(optimizer: Optimizer, schedule: Schedule, step: int) -> float:

@@ -20,6 +20,7 @@ def prepare(
     activation: str | None = None,
     init: str = "default",
     freeze: str | None = None,
+    unfreeze: int | None = None,
 ) -> nn.Module:
     """Apply the common keys of a model's YAML, in this order; null and 'default' leave the network as it is.
 
@@ -28,10 +29,13 @@ def prepare(
         activation: relu, gelu, tanh, ... in place of every activation.
         init: he, xavier or lecture, for every convolution and dense layer.
         freeze: backbone (only the head is trained).
+        unfreeze: epoch from which the backbone is trained too; read by the loop, which calls `unfreeze`.
 
     Raises:
         UserError: an unknown word, or one that this network has no place for.
     """
+    if unfreeze is not None and freeze is None:
+        raise UserError(f"model.unfreeze={unfreeze}: nothing is frozen; set model.freeze=backbone too")
     if norm is not None:
         swap_norm(model, norm)
     if activation is not None:
@@ -86,9 +90,9 @@ def freeze_backbone(model: nn.Module) -> None:
             "head_names = ('fc',), the names of its last layers"
         )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_in_head(name, heads))
+        parameter.requires_grad_(in_head(name, heads))
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and not _in_head(name, heads):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not in_head(name, heads):
             module.eval()
             module.register_forward_pre_hook(_stay_in_eval)
 
@@ -103,7 +107,8 @@ def unfreeze(model: nn.Module) -> None:
     model.train(model.training)
 
 
-def _in_head(name: str, heads: tuple[str, ...]) -> bool:
+def in_head(name: str, heads: tuple[str, ...]) -> bool:
+    """Whether a parameter or module of this name lies in one of the modules that are the head."""
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.error import URLError
 
-import torch
 from torch import Tensor, nn
 
 from cnntrain.errors import UserError, suggest
+from cnntrain.tensor_file import read_tensors
 
 
 def load_pretrained(model: nn.Module, architecture: str, pretrained: str) -> None:
@@ -40,7 +40,7 @@ def load_pretrained(model: nn.Module, architecture: str, pretrained: str) -> Non
             f"model.pretrained: {pretrained!r} does not fit {architecture}: {foreign[0]} is missing "
             f"or has another shape ({len(foreign)} layers in all)"
         )
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict({**ours, **fitting})
     model.pretrained_from = f"{architecture} {pretrained}"  # type: ignore[assignment]
     logging.getLogger("cnntrain").info(
         "loaded %s; new from scratch: %s", pretrained, ", ".join(afresh) or "nothing"
@@ -53,8 +53,11 @@ def read_state(architecture: str, pretrained: str) -> Mapping[str, Tensor]:
     if path.suffix in (".pt", ".pth", ".bin"):
         if not path.is_file():
             raise UserError(f"model.pretrained: no file {path.absolute()}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return state.get("model", state) if isinstance(state.get("model"), Mapping) else state
+        state = read_tensors(path)
+        state = state["model"] if isinstance(state, dict) and isinstance(state.get("model"), dict) else state
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise UserError(f"model.pretrained: {path} holds no state dict (tensors by the names of their layers)")
+        return state
     from torchvision import models
 
     weights = models.get_model_weights(architecture)

@@ -18,7 +18,7 @@ from functools import cache, partial
 
 from torch import Tensor, nn
 
-from cnntrain.errors import UserError, suggest
+from cnntrain.errors import MachineError, UserError, is_out_of_memory, suggest
 from cnntrain.models import pointwise, windows
 from cnntrain.models.blocks import Branches, PadShortcut, Residual
 from cnntrain.models.elements import ACTIVATIONS
@@ -142,7 +142,8 @@ def _build_layer(entry: object, place: Place) -> Shaped:
         built = builder(place, **arguments)
         module, shape = built if isinstance(built, tuple) else (built, output_shape(built, place.shape))
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
-        raise UserError(f"{described}: {str(error).strip().splitlines()[0]}") from error
+        kind = MachineError if is_out_of_memory(error) else UserError
+        raise kind(f"{described}: {str(error).strip().splitlines()[0]}") from error
     module.in_config = described  # type: ignore[assignment]  # what a message calls this layer
     return module, shape
 

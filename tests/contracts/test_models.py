@@ -1,44 +1,19 @@
-"""What every file of conf/model keeps to; a new one is under the contract as soon as it lies there.
-
-A file's header states its parameters and its native size: `N parameters at its native CxHxW and K classes`.
-"""
+"""What every file of conf/model keeps to; a new one is under the contract as soon as it lies there."""
 
 import copy
 import importlib
-import re
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from cnntrain.engine.optim import layers_of
 from cnntrain.errors import UserError
 from cnntrain.models.prepare import freeze_backbone, prepare
+from tests.contracts.networks import FOLDER, MASKS, NAMES, SMALLEST_PX, header
 
-FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "_base")
-MASKS = ("fcn", "torchvision_segmentation", "unet", "unet_small")
-# Smallest image (square, px) that a network takes, where 8 is too small.
-SMALLEST_PX = {
-    "keypoint_cnn": 16,
-    "alexnet": 67,
-    "alexnet_torchvision": 63,
-    "densenet121": 29,
-    "densenet161": 29,
-    "densenet169": 29,
-    "densenet201": 29,
-    "dogs_cats_cnn": 24,
-    "googlenet": 31,
-    "inception_v3": 75,
-    "lenet5_1998": 16,
-    "squeezenet": 21,
-    "unet": 16,
-    "unet_small": 16,
-} | {name: 32 for name in NAMES if name.startswith("vgg")}
 # The others take a second or more each.
 QUICK = (
     *("mlp", "lenet5", "lenet5_1998", "batchnorm_cnn", "fmnist_cnn", "sequential"),
@@ -46,30 +21,12 @@ QUICK = (
 )
 
 
-class Header(NamedTuple):
-    parameters: int
-    channels: int
-    size: tuple[int, int]
-    outputs: int
-
-
-@cache
-def header(name: str) -> Header:
-    text = (FOLDER / f"{name}.yaml").read_text().split("defaults")[0]
-    found = re.search(
-        r"([\d,]+) parameters at its native (\d+)x(\d+)x(\d+) and (\d+) (?:classes|output)", text
-    )
-    assert found, f"{name}.yaml does not state its parameters and native size"
-    parameters, channels, height, width, outputs = (int(group.replace(",", "")) for group in found.groups())
-    return Header(parameters, channels, (height, width), outputs)
-
-
 def build(name: str, channels: int, outputs: int, size: tuple[int, int], *overrides: str) -> nn.Module:
     leaves = [OmegaConf.load(FOLDER / f"{stem}.yaml") for stem in ("_base", name)]
     config = OmegaConf.create({"model": OmegaConf.merge(*leaves, OmegaConf.from_dotlist(list(overrides)))})
     node = OmegaConf.to_container(config, resolve=True)["model"]
     node.pop("defaults")
-    common = {key: node.pop(key) for key in ("norm", "activation", "init", "freeze")}
+    common = {key: node.pop(key) for key in ("norm", "activation", "init", "freeze", "unfreeze")}
     module, _, attribute = node.pop("_target_").rpartition(".")
     target = getattr(importlib.import_module(module), attribute)
     if name == "timm":
@@ -191,6 +148,21 @@ def test_a_frozen_backbone_leaves_the_head(name: str) -> None:
     copy.deepcopy(model)
 
 
+@pytest.mark.parametrize("name", MARKED)
+def test_layers_hold_every_parameter_once_and_the_head_is_the_last(name: str) -> None:
+    """What `optimizer.layer_decay` goes by; a network that were one layer would not decay at all."""
+    size = (SMALLEST_PX.get(name, 8),) * 2
+    with torch.device("meta"):
+        model = build(name, 3, 3, size)
+    layers = layers_of(model)
+    held = [id(parameter) for layer in layers for parameter in layer]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(parameter) for parameter in model.parameters()}
+    heads = [model.get_submodule(head) for head in model.head_names]
+    assert {id(p) for p in layers[-1]} == {id(p) for head in heads for p in head.parameters()}
+    assert len(layers) > 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "layer", "instance", "group", "none"])
 @pytest.mark.parametrize(
@@ -226,7 +198,12 @@ def test_googlenet_counts() -> None:
 
 @pytest.mark.parametrize(
     ("name", "statistics", "keras"),
-    [("fmnist_cnn", 1408, 1_679_082), ("mobilenet_v1", 21_888, 4_253_864), ("xception", 54_528, 22_910_480)],
+    [
+        ("fmnist_cnn", 1408, 1_679_082),
+        ("batchnorm_cnn", 448, 1_200_778),
+        ("mobilenet_v1", 21_888, 4_253_864),
+        ("xception", 54_528, 22_910_480),
+    ],
 )
 def test_counts_with_running_statistics(name: str, statistics: int, keras: int) -> None:
     """The lecture's table and keras.io/api/applications count BatchNorm's running mean and variance too."""

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cnntrain.anatomy.layers import analyse
 from cnntrain.anatomy.meta import as_meta, images
+from cnntrain.models.sequential import Sequential
 
 
 def conv(ins: int, outs: int, kernel: int, **options: Any) -> nn.Module:
@@ -40,6 +41,30 @@ def test_a_1x1_reduction_makes_a_5x5_cheap() -> None:
     direct = cost(conv(192, 32, 5), 192, 28, 28)
     reduced = cost(nn.Sequential(conv(192, 16, 1), conv(16, 32, 5)), 192, 28, 28)
     assert (direct, reduced) == (120_422_400, 12_443_648)
+
+
+def test_the_lectures_inception_example() -> None:
+    """Lecture, Inception: 471,040,000 multiply-adds directly, 40,960,000 by way of a 1x1 convolution.
+
+    Both numbers come from 92 filters of 5x5 on 32x32x200, "same", and a reduction to 16 channels: 32*32*92*5*5*200, and
+    32*32*16*200 + 32*32*92*5*5*16. (One convolution and a reduction to fewer channels than go in and come out give both
+    only so, or with the map's sides doubled or halved and every width halved or doubled.)
+    """
+    five = {"conv": {"out": 92, "kernel": 5, "padding": "same"}}
+    one = {"conv": {"out": 16, "kernel": 1}}
+    costs = []
+    for layers in ([five], [one, five]):
+        with torch.device("meta"):
+            net = Sequential(
+                layers=[*layers, {"output": {"kernel": 1}}],
+                in_channels=200,
+                num_outputs=1,
+                image_size=(32, 32),
+            )
+        rows = analyse(net, (200, 32, 32)).rows
+        costs.append([row.multiply_adds for row in rows[:-1]])
+    assert costs == [[471_040_000], [3_276_800, 37_683_200]]
+    assert sum(costs[1]) == 40_960_000
 
 
 def test_depthwise_separable() -> None:
@@ -114,15 +139,31 @@ CLASSIFIERS = [
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_torchvisions_published_numbers(name: str) -> None:
     """Parameters to the digit, billions of multiply-adds as rounded there; torch's counter."""
+    agrees_with_torchvision(name)
+
+
+@pytest.mark.long
+def test_every_other_classifier_of_torchvision() -> None:
     from torchvision import models
 
-    published = models.get_model_weights(name).DEFAULT.meta  # type: ignore[attr-defined]
-    crop = {"inception_v3": 299}.get(name, 224)
+    others = [name for name in models.list_models(module=models) if name not in CLASSIFIERS]
+    assert len(others) > 50
+    for name in others:
+        agrees_with_torchvision(name)
+
+
+def agrees_with_torchvision(name: str) -> None:
+    from torchvision import models
+
+    weights = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    published, crop = weights.meta, weights.transforms().crop_size[0]
     options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name == "googlenet":
         options["aux_logits"] = False
+    if name.startswith("vit"):
+        options["image_size"] = crop
     net = as_meta(lambda: models.get_model(name, weights=None, **options))
     anatomy = analyse(net, (3, crop, crop))
-    assert anatomy.parameters() == published["num_params"]
+    assert anatomy.parameters() == published["num_params"], name
     agree(net, 3, crop)
-    assert anatomy.multiply_adds / 1e9 == pytest.approx(published["_ops"], abs=1e-3)
+    assert anatomy.multiply_adds / 1e9 == pytest.approx(published["_ops"], abs=1e-3), name

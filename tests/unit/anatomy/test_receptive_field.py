@@ -219,6 +219,24 @@ def test_a_global_pool_on_one_path_sees_everything() -> None:
     assert (row.receptive_field, row.local_field, row.whole) == ((40, 40), (5, 5), True)
 
 
+@pytest.mark.parametrize("order", [1, 2.0, float("inf")])
+def test_dividing_by_a_norm_over_the_channels_moves_no_window(order: float) -> None:
+    """As in the cosine attention of Swin v2; a norm over the map sees all of it."""
+
+    class Divided(nn.Module):
+        def __init__(self, dim: int | tuple[int, int]) -> None:
+            super().__init__()
+            self.dim = dim
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / torch.linalg.vector_norm(x, order, dim=self.dim, keepdim=True)
+
+    over_channels = analyse(nn.Sequential(nn.Conv2d(3, 4, 5), Divided(1)), (3, 40, 40))
+    over_map = analyse(nn.Sequential(nn.Conv2d(3, 4, 5), Divided((2, 3))), (3, 40, 40))
+    assert (over_channels.rows[-1].receptive_field, over_channels.rows[-1].whole) == ((5, 5), False)
+    assert (over_map.rows[-1].receptive_field, over_map.rows[-1].whole) == ((40, 40), True)
+
+
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_padding_modes_see_what_zeros_see(mode: str) -> None:
     """Where the border comes from moves no window; what wraps round counts as lying beyond the border."""

@@ -97,6 +97,7 @@ def test_misspelt_stem_and_unknown_depth() -> None:
         (20, "pad", 269_722),
         (56, "none", 853_018),
         (56, "pad", 853_018),
+        (110, "none", 1_727_962),
         (110, "pad", 1_727_962),
         (20, "projection", 272_474),
         (56, "projection", 855_770),

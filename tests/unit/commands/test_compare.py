@@ -1,0 +1,83 @@
+"""Runs side by side."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from cnntrain import compose, train
+from cnntrain.cli import main
+from cnntrain.comparison import differing_keys, find_runs, fold, read_run, table
+from cnntrain.errors import UserError
+from cnntrain.report.metrics import read_metrics
+
+QUICK = ("data.limit=60", "batch_size=16", "threads=1", "log.pictures=false", "log.tensorboard=false")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four runs: two settings, two seeds each."""
+    folder = tmp_path_factory.mktemp("runs")
+    for model in ("mlp", "lenet5"):
+        for seed in (0, 1):
+            name = folder / f"{model}-{seed}"
+            train(compose(*QUICK, f"model={model}", f"seed={seed}", "epochs=2", f"run_dir={name}"))
+    return folder
+
+
+def test_seeds_are_folded_and_a_group_stands_for_its_keys(runs: Path) -> None:
+    records = [read_run(place) for place in find_runs(runs)]
+    assert len(records) == 4
+    keys = differing_keys(records)
+    assert keys == ["choices.model"]  # not the networks' own keys, which the choice brings along
+    groups = fold(records, keys)
+    assert [(group.name, len(group.runs)) for group in groups] == [("model=lenet5", 2), ("model=mlp", 2)]
+    row = table(groups, "top1", ("top1", "max"))[0]
+    values = [run.results["best"]["val/top1"] for run in groups[0].runs]
+    assert row["val/top1"] == pytest.approx(sum(values) / 2) and row["runs"] == 2
+    assert row["val/top1 std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+def test_the_command_writes_a_table_and_a_picture(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(runs), "run_dir=c"]) == 0
+    said = capsys.readouterr().out
+    assert "lenet5" in said and "val/top1" in said
+    with Path("c/compare.csv").open(newline="") as file:
+        assert [row["model"] for row in csv.DictReader(file)] == ["lenet5", "mlp"]
+    assert Path("c/curves.png").stat().st_size > 5000 and "curves.png" in Path("c/compare.md").read_text()
+    assert main(["compare", str(runs / "mlp-0"), str(runs / "mlp-1"), "metric=loss", "run_dir=d"]) == 0
+    assert "val/loss" in capsys.readouterr().out
+
+
+def test_a_key_that_varies_within_a_choice_is_shown(runs: Path) -> None:
+    train(compose(*QUICK, "model=mlp", "optimizer.lr=0.5", "epochs=1", "run_dir=other"))
+    records = [read_run(place) for place in (*find_runs(runs), Path("other"))]
+    assert differing_keys(records) == ["choices.model", "optimizer.lr", "epochs"]
+
+
+def test_a_run_that_is_not_done_counts_as_far_as_it_got(runs: Path) -> None:
+    place = Path("half")
+    place.mkdir()
+    for name in ("config.yaml", "metrics.csv"):
+        (place / name).write_text((runs / "mlp-0" / name).read_text())
+    row = table(fold([read_run(place)], []), "top1", ("top1", "max"))[0]
+    known = read_metrics(runs / "mlp-0" / "metrics.csv")
+    assert row["val/top1"] == max(each["val/top1"] for each in known) and "parameters" not in row
+
+
+def test_what_is_no_run_is_named(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="no run there"):
+        find_runs(Path.cwd())
+    assert main(["compare"]) == 2 and main(["compare", "nowhere"]) == 2
+    assert main(["compare", str(runs), "metric=top11"]) == 2
+    assert "did you mean 'top1'" in capsys.readouterr().err
+    broken = Path("broken")
+    broken.mkdir()
+    (broken / "metrics.csv").write_text("epoch\n1\n")
+    with pytest.raises(UserError, match="can't be read"):
+        read_run(broken)
+    (broken / "config.yaml").write_text("seed: 1\n")
+    (broken / "results.json").write_text(json.dumps({"best": None})[:-1])
+    with pytest.raises(UserError, match="can't be read"):
+        read_run(broken)
