@@ -7,6 +7,10 @@ class CnntrainError(Exception):
     exit_code = 1
 
 
+class CheckFailedError(CnntrainError):
+    """A check that was to come first failed: the training was not begun."""
+
+
 class UserError(CnntrainError):
     """The config, the data or the command line is wrong: refused before the first step."""
 
@@ -25,6 +29,24 @@ class MachineError(CnntrainError):
     exit_code = 4
 
 
+def explain_machine(error: BaseException) -> str | None:
+    """What an error of Python's or torch's says about the machine: out of memory, a disk, a worker; else None."""
+    text = str(error).strip() or type(error).__name__
+    if is_out_of_memory(error):
+        return f"out of memory ({text.splitlines()[0]}); lower batch_size, take a smaller model, or data.store=stream"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'output'}: {error.strerror or error}"
+    return f"data: a worker process died ({text.splitlines()[0]})" if "DataLoader worker" in text else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Torch says so by a class of its own on GPUs, and in words on CPUs."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    )
+
+
 def suggest(wrong: str, known: list[str] | tuple[str, ...]) -> str:
     """`; did you mean 'lenet5'?` for the nearest of `known`, or an empty string when none is near."""
     import difflib
@@ -39,3 +61,7 @@ class StoppedError(CnntrainError):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class PrunedError(CnntrainError):
+    """A sweep gave the training up: it fell behind the others on validation data. Its state has been saved."""

@@ -7,21 +7,51 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cnntrain.assembly import Assembly
+from cnntrain.config import compose
 from cnntrain.data.load import Data
 from cnntrain.engine import checkpoint
-from cnntrain.engine.state import TrainState
+from cnntrain.engine.state import Progress
 from cnntrain.errors import UserError
-from cnntrain.settings import Settings
+from cnntrain.settings import Settings, parse
 from cnntrain.spec import DataSpec
 
 log = logging.getLogger("cnntrain")
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """The content of a run's checkpoint, as `checkpoint_facts` and `TrainState.state_dict` made it.
+
+    Raises:
+        UserError: damaged, or not of that form.
+    """
+    saved = checkpoint.load(path)
+    try:
+        state, config = saved["state"], saved["config"]
+        sound = all(
+            isinstance(state[name], dict) for name in ("model", "optimizer", "schedule", "progress", "meter")
+        )
+        weights = [*state["model"].values(), *(state["average"] or {}).values()]
+        sound = sound and all(isinstance(value, torch.Tensor) for value in weights)
+        sound = sound and isinstance(config["choices"], dict) and isinstance(saved["fingerprint"], str)
+        saved_spec(saved)
+        parse(Progress, state["progress"])
+    except (TypeError, LookupError, AttributeError, UserError) as error:
+        raise UserError(f"{path}: not the checkpoint of a training ({error})") from error
+    if not sound:
+        raise UserError(f"{path}: not the checkpoint of a training")
+    # Sections that the program did not know yet have their defaults.
+    return {**saved, "config": {**compose("config", ()), **config}}
 
 
 def checkpoint_facts(assembly: Assembly, data: Data) -> dict[str, Any]:
     """What a checkpoint says beside its state: enough to evaluate it elsewhere."""
     return {
         "config": dataclasses.asdict(assembly.settings),
+        # What `auto` and null came to; a resumed run takes these.
+        "resolved": {"precision": assembly.compute.precision, "threads": torch.get_num_threads()},
         "spec": dataclasses.asdict(data.spec),
         "fingerprint": data.fingerprint,
         "versions": checkpoint.versions(),
@@ -79,38 +109,20 @@ def finished_results(saved: Mapping[str, Any], folder: Path, settings: Settings)
     return {**json.loads(results.read_text()), "run_dir": str(folder)}
 
 
-def resume(state: TrainState, saved: Mapping[str, Any], assembly: Assembly, data: Data) -> None:
-    """Put `state` where the checkpoint left it.
-
-    Raises:
-        UserError: the checkpoint is of another network or of other classes.
-    """
-    before = saved_spec(saved)
-    if before.classes != data.spec.classes or before.keypoints != data.spec.keypoints:
-        raise UserError(
-            f"resume: the checkpoint knows {_listed(before.classes or before.keypoints)}, "
-            f"the data have {_listed(data.spec.classes or data.spec.keypoints)}"
-        )
-    if saved["fingerprint"] != data.fingerprint:
-        log.warning("resume: the data have changed since the checkpoint (%s, now %s)",
-                    saved["fingerprint"], data.fingerprint)  # fmt: skip
-    for key, then, now in differences(saved["config"], dataclasses.asdict(assembly.settings)):
-        if key.split(".")[0] not in ("resume", "run_dir", "log", "checkpoint", "device", "threads"):
-            log.warning("resume: %s was %s, is now %s", key, then, now)
-    load_weights(state.model, saved["state"]["model"])
-    state.load_state_dict(saved["state"])
-    progress = state.progress
-    progress.finished = False  # this call may ask for more epochs
-    log.info("resume: epoch %d, step %d", progress.epoch, progress.step)
-
-
 def load_weights(model: Any, weights: Mapping[str, Any]) -> None:
     """Weights of a checkpoint into a model, every one of them.
 
     Raises:
         UserError: another architecture; names what differs, in a few lines.
     """
-    mine = model.state_dict()
+    if problems := misfits(weights, model.state_dict()):
+        shown = [*problems[:6], *([f"and {len(problems) - 6} more"] if len(problems) > 6 else [])]
+        raise UserError("\n  ".join(["the checkpoint is of another network than model=...:", *shown]))
+    model.load_state_dict(weights)
+
+
+def misfits(weights: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """What keeps a checkpoint's weights from being those of a network with the weights `mine`; empty when they fit."""
     problems = [f"only in the checkpoint: {name}" for name in weights if name not in mine]
     problems += [f"only in the network: {name}" for name in mine if name not in weights]
     problems += [
@@ -118,10 +130,7 @@ def load_weights(model: Any, weights: Mapping[str, Any]) -> None:
         for name, value in mine.items()
         if name in weights and weights[name].shape != value.shape
     ]
-    if problems:
-        shown = [*problems[:6], *([f"and {len(problems) - 6} more"] if len(problems) > 6 else [])]
-        raise UserError("\n  ".join(["the checkpoint is of another network than model=...:", *shown]))
-    model.load_state_dict(weights)
+    return problems
 
 
 def differences(
@@ -144,7 +153,3 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return f"{len(names)} names ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"

@@ -12,7 +12,7 @@ import torch
 from cnntrain.data.canvas import Box, Resize
 from cnntrain.data.keypoints import KeypointSource, Labelled
 from cnntrain.data.source import given_folder
-from cnntrain.data.table import Complaints
+from cnntrain.data.table import Complaints, read_annotations
 from cnntrain.errors import UserError
 
 
@@ -78,7 +78,7 @@ class CocoFile:
     def __init__(self, file: Path, images: Path, split: str) -> None:
         self.file, self.images, self.split = file, images, split
         try:
-            content = json.loads(file.read_bytes())
+            content = json.loads(read_annotations(file))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"data: {file}: can't be read as JSON ({error})") from error
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}

@@ -10,7 +10,7 @@ import torch
 from cnntrain.data.canvas import Resize
 from cnntrain.data.keypoints import KeypointSource, Labelled
 from cnntrain.data.source import given_folder
-from cnntrain.data.table import Complaints
+from cnntrain.data.table import Complaints, read_annotations
 from cnntrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _parse(file: Path) -> "Element":
     from xml.etree import ElementTree
 
     try:
-        content = file.read_bytes()
+        content = read_annotations(file)
         if b"<!ENTITY" in content:  # entities can unfold to gigabytes; dlib writes none
             raise UserError(f"data: {file}: has entity declarations, which no annotation needs")
         return ElementTree.fromstring(content)

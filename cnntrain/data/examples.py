@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from cnntrain.data.canvas import Box
+from cnntrain.errors import UserError
+from cnntrain.spec import DataSpec
 
 
 class Decodes(Protocol):
@@ -109,3 +111,29 @@ class Examples:
             values = (target.double() * 100).round() if target.is_floating_point() else target
             digest.update(name.encode() + values.to(torch.int64).contiguous().numpy().tobytes())
         return f"{len(self)}-{digest.hexdigest()[:16]}"
+
+
+def check_examples(split: str, examples: Examples, spec: DataSpec) -> None:
+    """Refuse examples that are not what their data set says of itself: those of a source of one's own may be anything.
+
+    Raises:
+        UserError: names the split and what is wrong.
+    """
+    images, count = examples.images, len(examples)
+    shape = (count, spec.channels, spec.height, spec.width)
+    if tuple(images.shape) != shape or (isinstance(images, Tensor) and images.dtype != torch.uint8):
+        kind = images.dtype if isinstance(images, Tensor) else "files"
+        raise UserError(
+            f"data: the {split} images are {kind} {tuple(images.shape)}; expected uint8 {shape}, as spec() says"
+        )
+    for name, target in examples.targets.items():
+        if len(target) != count:
+            raise UserError(f"data: the {split} split has {count} images and {len(target)} of {name!r}")
+    label = examples.targets.get("label")
+    if label is not None and label.dtype == torch.int64 and spec.classes:
+        wrong = ((label < 0) | (label >= len(spec.classes))).nonzero().flatten().tolist()
+        if wrong:
+            shown = ", ".join(f"{int(label[row])} ({examples.names[row]})" for row in wrong[:5])
+            raise UserError(
+                f"data: {len(wrong)} of {count} {split} labels are out of range, 0 to {len(spec.classes) - 1}: {shown}"
+            )

@@ -4,7 +4,8 @@ import logging
 from dataclasses import dataclass
 
 from cnntrain.data import resident
-from cnntrain.data.examples import Examples
+from cnntrain.data.examples import Examples, check_examples
+from cnntrain.data.scan import Scan, scan
 from cnntrain.data.source import Source
 from cnntrain.data.splits import check_groups_apart, limit_rows, split_train_val
 from cnntrain.data.statistics import measure
@@ -23,6 +24,7 @@ class Data:
         train, val: never None; `val` decides which checkpoint is best.
         test: used once, at the end; None where the data set has none.
         fingerprint: 'count-hash' over the names and targets of all splits, before val was held out of train.
+        own_val: val is the data set's own, not held out of train.
     """
 
     spec: DataSpec
@@ -30,6 +32,7 @@ class Data:
     val: Examples
     test: Examples | None
     fingerprint: str
+    own_val: bool = False
 
 
 def load_data(
@@ -40,6 +43,7 @@ def load_data(
     split_seed: int = 0,
     limit: int | None = None,
     store: str = "auto",
+    how: Scan = "headers",
 ) -> Data:
     """Load, limit, split, decode if they fit, and measure mean and std on train where the source states none.
 
@@ -47,6 +51,7 @@ def load_data(
         val_fraction, folds, fold, split_seed: see `split_train_val`; a val split of the source's own wins.
         limit: at most so many examples of each split that the source has.
         store: 'stream' leaves images on disk, 'auto' those that would take more than half of the free memory.
+        how: how much of the files that stay on disk is looked at now; the rest is refused when it is met.
 
     Raises:
         UserError: the data can't be had, or are not as they should be; all faulty files in one message.
@@ -56,12 +61,14 @@ def load_data(
         if name in splits and len(splits[name]) == 0:
             raise UserError(f"data: the {name} split has no examples")
     for name, examples in splits.items():
+        check_examples(name, examples, source.spec())
         rows = limit_rows(len(examples), limit, split_seed, name)
         splits[name] = examples if rows is None else examples.subset(rows)
     check_groups_apart({name: examples.groups for name, examples in splits.items()})
     fingerprint = _fingerprint(splits)
 
-    if "val" not in splits:
+    own_val = "val" in splits
+    if not own_val:
         train_rows, val_rows = split_train_val(splits["train"], val_fraction, folds, fold, split_seed)
         pool = splits["train"]
         splits = {**splits, "train": pool.subset(train_rows), "val": pool.subset(val_rows)}
@@ -71,7 +78,7 @@ def load_data(
             "set data.folds=null, or move its examples into train"
         )
     if store == "stream" or (store == "auto" and not resident.fits_in_host_memory(splits)):
-        resident.check_headers(splits)
+        scan(splits, how)
         needed = sum(map(resident.decoded_bytes, splits.values())) / 2**20
         logger.info("data: images are read from disk as they are needed (decoded they take %.0f MiB)", needed)
     else:
@@ -79,7 +86,7 @@ def load_data(
     spec = source.spec()
     if spec.mean is None or spec.std is None:
         spec = spec.with_statistics(*measure(splits["train"], split_seed))
-    return Data(spec, splits["train"], splits["val"], splits.get("test"), fingerprint)
+    return Data(spec, splits["train"], splits["val"], splits.get("test"), fingerprint, own_val)
 
 
 def _fingerprint(splits: dict[str, Examples]) -> str:

@@ -1,4 +1,4 @@
-"""Decoding whole data sets into memory, if they fit; checking headers of those that don't."""
+"""Decoding whole data sets into memory, if they fit."""
 
 import logging
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from cnntrain.data.decode import BadFile, refuse, upright_size
@@ -16,6 +18,7 @@ from cnntrain.data.examples import Examples, LazyImages
 
 T = TypeVar("T")
 R = TypeVar("R")
+ITEMS_AT_ONCE = 1024  # handed to the threads; the bar moves once for so many
 SHARE_OF_MEMORY = 0.5  # of what is free; the network and its activations need the rest
 logger = logging.getLogger("cnntrain")
 
@@ -62,7 +65,7 @@ def decode(splits: dict[str, Examples]) -> dict[str, Examples]:
     """
     bad: list[BadFile] = []
     decoded = {name: _decode_split(examples, bad) for name, examples in splits.items()}
-    refuse(bad, _count_files(splits), _common_folder(splits))
+    refuse(bad, _count_files(splits), common_folder(splits))
     return decoded
 
 
@@ -88,7 +91,7 @@ def _decode_images(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor
         except BadFile as problem:
             bad.append(problem)
 
-    in_threads(one, range(len(lazy)))
+    in_threads(one, range(len(lazy)), f"decoding {len(lazy):,} files")
     return images, matrices
 
 
@@ -103,36 +106,41 @@ def read_sizes(paths: list[str]) -> tuple[list[tuple[int, int]], list[BadFile]]:
             bad.append(problem)
             return 0, 0
 
-    return in_threads(one, paths), bad
+    return in_threads(one, paths, f"reading the headers of {len(paths):,} files"), bad
 
 
-def in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`work` of each item, by as many threads as there are cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
-        return list(pool.map(work, items))
+def in_threads(work: Callable[[T], R], items: Sequence[T], what: str = "") -> list[R]:
+    """`work` of each item, by as many threads as there are cores that this process may use.
 
-
-def check_headers(splits: dict[str, Examples]) -> None:
-    """Open every file that stays on disk as far as its header.
-
-    Raises:
-        UserError: names all the files that can't be used.
+    Args:
+        what: what a bar on the terminal calls it; none is drawn without.
     """
-    paths = {path for lazy in _lazy(splits) for path in lazy.paths}
-    _, bad = read_sizes(sorted(paths))
-    refuse(bad, _count_files(splits), _common_folder(splits))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    done: list[R] = []
+    console = Console(stderr=True)
+    pool = ThreadPoolExecutor(cores)
+    try:
+        with Progress(console=console, transient=True, disable=not (what and console.is_terminal)) as bar:
+            task = bar.add_task(what, total=len(items))
+            for start in range(0, len(items), ITEMS_AT_ONCE):
+                done += pool.map(work, items[start : start + ITEMS_AT_ONCE])
+                bar.update(task, completed=len(done))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what has not begun
+    return done
 
 
-def _lazy(splits: dict[str, Examples]) -> list[LazyImages]:
+def lazy_images(splits: dict[str, Examples]) -> list[LazyImages]:
+    """All images and masks that are still in their files."""
     everything = [i for e in splits.values() for i in (e.images, *e.lazy_targets.values())]
     return [images for images in everything if isinstance(images, LazyImages)]
 
 
 def _count_files(splits: dict[str, Examples]) -> int:
-    return len({path for lazy in _lazy(splits) for path in lazy.paths})
+    return len({path for lazy in lazy_images(splits) for path in lazy.paths})
 
 
-def _common_folder(splits: dict[str, Examples]) -> str | None:
-    paths = {os.path.dirname(path) for lazy in _lazy(splits) for path in lazy.paths}
+def common_folder(splits: dict[str, Examples]) -> str | None:
+    """The folder that all of these files lie in, None where there are none."""
+    paths = {os.path.dirname(path) for lazy in lazy_images(splits) for path in lazy.paths}
     return os.path.commonpath(paths) if paths else None

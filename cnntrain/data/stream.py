@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cnntrain.data.decode import BadFile, refuse
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.errors import MachineError, UserError
+from cnntrain.errors import CnntrainError, MachineError, UserError
 
 Transform = Callable[[Tensor, int], Tensor]  # (uint8 (C,H,W), position in the epoch) -> uint8 (C,H,W)
 # Rows of a batch, their positions, what to do to each image. Lists, for a tensor would need a socket.
@@ -61,7 +61,7 @@ class WorkerPool:
         self.requests.waiting = requests
         try:
             for got in self.loader:
-                if isinstance(got, UserError):  # as a value: torch would add the worker's traceback to it
+                if isinstance(got, CnntrainError):  # as a value: torch would add the worker's traceback to it
                     raise got
                 yield got
         except (RuntimeError, OSError, EOFError) as error:
@@ -149,11 +149,20 @@ class _Decoded(Dataset[Any]):
         self.lazy_targets = examples.lazy_targets
         self.with_matrices = with_matrices
 
-    def __getitem__(self, request: Request) -> dict[str, Tensor] | UserError:
+    def __getitem__(self, request: Request) -> dict[str, Tensor] | UserError | MachineError:
         try:
-            return self._decode(*request)
+            batch = self._decode(*request)
+            if get_worker_info() is not None:  # here, for the thread that sends it would print an error and drop it
+                for tensor in batch.values():
+                    tensor.share_memory_()
+            return batch
         except UserError as error:
             return error
+        except RuntimeError as error:
+            known = explain_worker_error(error, 0)
+            if known is None:
+                raise
+            return known
 
     def _decode(
         self, rows: list[int], positions: list[int], transform: Transform | None
@@ -191,8 +200,6 @@ def _as_it_is(batch: Any) -> Any:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # sent to the whole group: the main process decides what to do
+    # Sent to the whole group: the main process decides what to do.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 """Reading CSV files strictly: every complaint names file and line, and all come together."""
 
 import csv
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,17 @@ class Complaints:
             more = len(self.found) - SHOWN_LINES
             shown = self.found[:SHOWN_LINES] + ([f"... and {more} more"] if more > 0 else [])
             raise UserError("data: " + "\n  ".join(shown))
+
+
+def read_annotations(file: Path) -> bytes:
+    """What an annotation file holds.
+
+    Raises:
+        OSError: it can't be read, or is none: a FIFO would wait for ever, a device never end.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError("is no regular file")
+    return file.read_bytes()
 
 
 @dataclass

@@ -39,7 +39,7 @@ class ToyShapes(Source):
         self.counts = {"train": train_count, "test": test_count}
 
     def spec(self) -> DataSpec:
-        return DataSpec(3, self.size, self.size, CLASSES, ignore_index=255)
+        return DataSpec(3, self.size, self.size, CLASSES, per_pixel=True, ignore_index=255)
 
     def load(self) -> dict[str, Examples]:
         splits = {}

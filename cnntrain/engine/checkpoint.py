@@ -4,13 +4,13 @@ import contextlib
 import io
 import os
 import platform
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cnntrain.errors import MachineError, UserError
+from cnntrain.tensor_file import read_tensors
 
 FORMAT = 1
 
@@ -23,21 +23,33 @@ def save(state: dict[str, Any], path: Path) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, buffer.getbuffer())
+    except OSError as error:
+        raise MachineError(
+            f"{path}: can't write the checkpoint: {error.strerror}; the previous one is intact"
+        ) from error
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file aside, bring it to the disk, then put it in place: `path` is the old one or the new one, whole.
+
+    Raises:
+        OSError: it can't be written; no temporary is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
         with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise MachineError(
-            f"{path}: can't write the checkpoint: {error.strerror}; the previous one is intact"
-        ) from error
+        raise
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -48,26 +60,21 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # a flipped byte would load silently
-        if damaged:
-            raise UserError(f"{path}: damaged (checksum of {damaged} is wrong); use another checkpoint")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a foreign file makes the unpickler raise
-        raise UserError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); use another one"
-        ) from error
+    state = read_tensors(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of cnntrain's, or of another version")
     return state
 
 
+def keep_newest(folder: Path, count: int) -> None:
+    """Delete all but the `count` newest of the checkpoints that are named by their epoch."""
+    for old in sorted(folder.glob("epoch-*.pt"))[:-count]:
+        old.unlink(missing_ok=True)
+
+
 def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed process left half written. Only for the holder of the run folder's lock."""
-    for leftover in folder.glob(".*.tmp"):
+    """Delete what a killed process left half written in a run's folder. Only for the holder of its lock."""
+    for leftover in (*folder.glob("checkpoints/.*.pt.*.tmp"), *folder.glob(".*.json.*.tmp")):
         leftover.unlink(missing_ok=True)
 
 

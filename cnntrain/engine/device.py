@@ -81,7 +81,8 @@ def prepare_torch(threads: int | None, deterministic: bool) -> None:
     """Process-wide settings of torch: CPU threads, determinism, TF32 where fp32 is chosen."""
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.set_float32_matmul_precision("highest" if deterministic else "high")

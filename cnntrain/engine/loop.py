@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.store import Loader
 from cnntrain.engine.device import Compute, seed_step
+from cnntrain.engine.divergence import Finiteness, diverged, diverged_in_validation, step_unless
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.optim import set_learning_rate
 from cnntrain.engine.signals import StopFlag
 from cnntrain.engine.state import TrainState
-from cnntrain.errors import DivergedError, StoppedError
+from cnntrain.errors import StoppedError
+from cnntrain.models.prepare import unfreeze
 from cnntrain.randomness import epoch_order
 from cnntrain.spec import Batch
 from cnntrain.tasks.task import Meter, Task
@@ -46,6 +49,7 @@ class Plan:
     save_every_steps: int | None = None
     limit_batches: int | None = None
     drop_last: bool = False
+    unfreeze_epoch: int | None = None  # counted from 1, as users see it
 
 
 def fit(
@@ -65,10 +69,12 @@ def fit(
     `save("last")` and `save("best")` write checkpoints; never after a loss that is not finite.
 
     Raises:
-        DivergedError: the loss is no longer finite.
+        DivergedError: a loss or a gradient is no longer finite.
         StoppedError: a signal came; the state has been saved.
     """
     progress = state.progress
+    explain = partial(diverged, state, training, pipeline, task, compute, plan)
+    finite = Finiteness(compute.device, state.scaler is not None, explain)
     while not progress.finished and progress.step < plan.total_steps:
         started, seconds_before, first_batch = time.perf_counter(), progress.wall_s, progress.batch
         meter = task.meter()
@@ -76,16 +82,18 @@ def fit(
             meter.load_state(state.meter)
 
         def keep(meter: Meter = meter, started: float = started, before: float = seconds_before) -> None:
+            finite.check()
             state.meter, progress.wall_s = meter.state(), before + time.perf_counter() - started
             save("last")
 
         try:
-            train_epoch(state, training, pipeline, task, compute, plan, journal, meter, keep, stop)
+            train_epoch(state, training, pipeline, task, compute, plan, journal, meter, keep, stop, finite)
+            finite.check()
             train_metrics = meter.compute()
             train_seconds = time.perf_counter() - started
             val_metrics = {}
             if validation is not None:
-                val_metrics = evaluate(
+                val_meter = evaluate(
                     state.judged,
                     validation,
                     pipeline,
@@ -94,7 +102,10 @@ def fit(
                     plan.batch_size,
                     plan.limit_batches,
                     stop,
-                ).compute()
+                )
+                if not val_meter.loss_is_finite():
+                    raise diverged_in_validation(state, validation, pipeline, compute, plan)
+                val_metrics = val_meter.compute()
         except StoppedError:
             keep()
             raise
@@ -131,10 +142,13 @@ def train_epoch(
     meter: Meter,
     keep: Callable[[], None],
     stop: StopFlag,
+    finite: Finiteness,
 ) -> None:
     """The rest of one epoch. Nothing in it waits for the device except a reading every so many steps."""
     progress, model, optimizer = state.progress, state.model, state.optimizer
     order = epoch_order(plan.seed, progress.epoch, len(training))
+    if plan.unfreeze_epoch is not None and progress.epoch + 1 >= plan.unfreeze_epoch:
+        unfreeze(model)  # again in each epoch: a resumed run has a model that was just frozen
     model.train()
     recent = torch.zeros(2, device=compute.device)  # loss sum and count since the last reading
     group_count = torch.zeros((), device=compute.device)  # what counts in the batches of this step so far
@@ -146,7 +160,8 @@ def train_epoch(
         plan.drop_last,
         transform=pipeline.sample_transform(plan.seed, progress.epoch),
     ):
-        stop.check()
+        if progress.batch % plan.accumulate == 0:  # between them there are gradients, which are not saved
+            stop.check()
         if progress.batch >= plan.batches_per_epoch or progress.step >= plan.total_steps:
             break
         learning_rate = set_learning_rate(optimizer, state.schedule, progress.step)
@@ -167,6 +182,7 @@ def train_epoch(
             meter.update(outputs.detach().float(), batch.truth, loss_sum.detach(), count)
             recent += torch.stack((loss_sum.detach(), count)).to(recent.dtype)
             group_count += count
+            finite.note(loss_sum.isfinite(), progress.batch)
         progress.batch += 1
         progress.images += len(batch)
         images_since += len(batch)
@@ -174,34 +190,32 @@ def train_epoch(
             continue
 
         reads = (progress.step + 1) % plan.read_every_steps == 0 or progress.batch >= plan.batches_per_epoch
-        norm = apply_gradients(state, plan, group_count, measure=reads)
+        norm = apply_gradients(state, plan, group_count, finite)
         group_count.zero_()
         progress.step += 1
         if state.average:
             state.average.update(model, progress.step)
 
-        saves = plan.save_every_steps is not None and progress.step % plan.save_every_steps == 0
-        if reads or saves:
-            values = torch.cat((recent, norm.reshape(1).to(recent))).tolist()  # the one wait
-            mean_loss = values[0] / max(values[1], 1e-12)
-            require_finite(mean_loss, progress.epoch, progress.step, learning_rate)
+        if reads:
+            finite.check()
+            loss, counted, grad_norm = torch.cat((recent, norm.reshape(1).to(recent))).tolist()
             elapsed = time.perf_counter() - since
             reading = {
-                "loss": mean_loss,
+                "loss": loss / max(counted, 1e-12),
                 "lr": learning_rate,
                 "images_per_s": images_since / max(elapsed, 1e-9),
+                "grad_norm": grad_norm,
             }
-            if reads:
-                reading["grad_norm"] = values[2]
-                journal.reading(progress.step, progress.epoch, progress.batch, reading)
-                recent.zero_()
-                since, images_since = time.perf_counter(), 0
-            if saves and progress.batch < plan.batches_per_epoch:
-                keep()
+            journal.reading(progress.step, progress.epoch, progress.batch, reading)
+            recent.zero_()
+            since, images_since = time.perf_counter(), 0
+        saves = plan.save_every_steps is not None and progress.step % plan.save_every_steps == 0
+        if saves and progress.batch < plan.batches_per_epoch:
+            keep()
 
 
-def apply_gradients(state: TrainState, plan: Plan, group_count: Tensor, measure: bool) -> Tensor:
-    """One optimizer step; the gradient norm before clipping, when it was needed, else NaN."""
+def apply_gradients(state: TrainState, plan: Plan, group_count: Tensor, finite: Finiteness) -> Tensor:
+    """One optimizer step, or none where something is not finite; the gradient norm before clipping."""
     optimizer, scaler = state.optimizer, state.scaler
     if scaler:
         scaler.unscale_(optimizer)
@@ -209,28 +223,16 @@ def apply_gradients(state: TrainState, plan: Plan, group_count: Tensor, measure:
     if plan.accumulate > 1 and gradients:
         scale = plan.batch_size / group_count.clamp(min=1e-12)
         torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
-    norm = torch.full((), math.nan, device=group_count.device)
-    if gradients and (measure or plan.clip_grad_norm is not None):
-        norm = nn.utils.get_total_norm(gradients)
-        if plan.clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(
-                [p for g in optimizer.param_groups for p in g["params"]], plan.clip_grad_norm, norm
-            )
+    norm = nn.utils.get_total_norm(gradients).to(group_count.device)
+    if plan.clip_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(
+            [p for g in optimizer.param_groups for p in g["params"]], plan.clip_grad_norm, norm
+        )
+    step_unless(finite.skip(norm, state.progress.batch - 1), optimizer)
     if scaler:
-        scaler.step(optimizer)
         scaler.update()
-    else:
-        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def require_finite(loss: float, epoch: int, step: int, learning_rate: float) -> None:
-    if not math.isfinite(loss):
-        raise DivergedError(
-            f"the loss is {loss} by step {step} (epoch {epoch}, learning rate {learning_rate:.3g})\n"
-            "try a lower optimizer.lr, clip_grad_norm=1, or a longer warm-up; `cnntrain overfit` finds wiring faults"
-        )
 
 
 def is_better(row: dict[str, float], best: dict[str, float], monitor: tuple[str, str]) -> bool:

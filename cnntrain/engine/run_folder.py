@@ -4,13 +4,12 @@ import contextlib
 import datetime
 import fcntl
 import json
-import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cnntrain.engine.checkpoint import remove_temporaries, versions
+from cnntrain.engine.checkpoint import remove_temporaries, versions, write_whole
 from cnntrain.errors import MachineError, UserError
 
 
@@ -27,9 +26,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         target = self.path / name
-        temporary = target.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=True) + "\n")
-        os.replace(temporary, target)
+        write_whole(target, (json.dumps(content, indent=2, allow_nan=True) + "\n").encode())
         return target
 
 
@@ -59,8 +56,7 @@ def open_run_folder(path: Path | None, label: str) -> Iterator[RunFolder]:
                 f"run_dir: another process is at work in {folder}; choose another folder"
             ) from error
         run = RunFolder(folder)
-        if run.checkpoints.is_dir():
-            remove_temporaries(run.checkpoints)
+        remove_temporaries(folder)
         yield run
 
 

@@ -1,6 +1,10 @@
-"""SIGINT and SIGTERM set a flag that the loop reads after every batch; a second SIGINT ends the process at once."""
+"""SIGINT and SIGTERM set a flag that the loop reads after every batch; a second SIGINT ends the process at once.
+
+Under Slurm SIGUSR1 does so too, which `sbatch --signal=USR1@60` sends a minute before the time is over.
+"""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +35,7 @@ def stop_flag() -> Iterator[StopFlag]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next Ctrl-C ends it at once
 
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])):
         with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it handles signals
             before[number] = signal.signal(number, handle)
     try:

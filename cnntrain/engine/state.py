@@ -66,11 +66,18 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take weights, moments and position from `state`; learning rate and the like stay as configured."""
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.load_state_dict(state["average"] or state["model"])
+        configured = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state(state["schedule"])
+        for group, own in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update({**own, "lr": group["lr"]})  # settings stay as configured; `lr` is the last step's
+        if (
+            state["schedule"].keys() == self.schedule.state().keys()
+        ):  # else another schedule, which begins afresh
+            self.schedule.load_state(state["schedule"])
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])

@@ -1,0 +1,204 @@
+"""Divergence: noted on the device without waiting for it, and traced to a layer by replaying the batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.data.store import Loader
+from cnntrain.engine.device import Compute, seed_step
+from cnntrain.engine.optim import set_learning_rate
+from cnntrain.errors import DivergedError
+from cnntrain.randomness import epoch_order
+from cnntrain.spec import Batch
+from cnntrain.tasks.task import Task
+
+if TYPE_CHECKING:
+    from cnntrain.engine.loop import Plan
+    from cnntrain.engine.state import TrainState
+
+MOST_SKIPPED = 20  # fp16 steps in a row that may be skipped while the scale is looked for
+SHOWN_EXAMPLES = 64
+REMEDY = (
+    "try a lower optimizer.lr, clip_grad_norm=1, or a longer warm-up; `cnntrain overfit` finds wiring faults"
+)
+
+
+class Finiteness:
+    """Whether a training is still finite, as tensors on its device: noting something never waits.
+
+    Once a batch was not finite, every later update is left out. So the weights stay those that the batch met, until
+    the host reads the flag and replays it.
+
+    Args:
+        scaled: gradients are scaled (fp16): a step whose gradients overflow is skipped, and counts only after 20 in
+            a row.
+        explain: finds out what happened at a batch.
+
+    Attributes:
+        first_bad: int64 scalar, the batch of its epoch that was not finite; -1 while all are.
+    """
+
+    def __init__(self, device: torch.device, scaled: bool, explain: Callable[[int], DivergedError]) -> None:
+        self.scaled, self.explain = scaled, explain
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def note(self, finite: Tensor, batch: int) -> None:
+        """`finite`, a scalar truth value on the device, holds for batch number `batch` of the epoch."""
+        self.first_bad = torch.where((self.first_bad < 0) & ~finite, batch, self.first_bad)
+
+    def skip(self, norm: Tensor, batch: int) -> Tensor:
+        """1.0 where the update with gradients of this `norm` must be left out, else 0.0."""
+        fits = norm.isfinite()
+        if self.scaled:
+            self.skipped = torch.where(fits, 0, self.skipped + 1)
+            self.note(self.skipped < MOST_SKIPPED, batch)
+        else:
+            self.note(fits, batch)
+        return ((self.first_bad >= 0) | ~fits).float()
+
+    def check(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            DivergedError: a batch of this epoch was not finite.
+        """
+        if (first_bad := int(self.first_bad)) >= 0:
+            raise self.explain(first_bad)
+
+
+@torch.no_grad()
+def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
+    """`optimizer.step()`, which changes no weight where the device's `skip` is 1."""
+    if getattr(
+        optimizer, "_step_supports_amp_scaling", False
+    ):  # torch's fused kernels ask the flag themselves
+        first = not optimizer.state
+        optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+        if first:  # SGD's momentum is whatever the memory held, when its first step is skipped
+            for state in optimizer.state.values():
+                if isinstance(momentum := state.get("momentum_buffer"), Tensor):
+                    momentum.copy_(torch.where(skip > 0, 0.0, momentum))
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    before = [p.detach().clone() for p in parameters]
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.copy_(torch.where(skip > 0, 0.0, parameter.grad))
+    optimizer.step()
+    for parameter, old in zip(parameters, before, strict=True):
+        parameter.copy_(torch.where(skip > 0, old, parameter))
+
+
+def diverged(
+    state: TrainState,
+    training: Loader,
+    pipeline: Pipeline,
+    task: Task,
+    compute: Compute,
+    plan: Plan,
+    first_bad: int,
+) -> DivergedError:
+    """What happened at batch `first_bad` of this epoch, found by replaying its step; the weights are those it met."""
+    epoch, start = state.progress.epoch, first_bad - first_bad % plan.accumulate
+    step = epoch * plan.steps_per_epoch + first_bad // plan.accumulate
+    learning_rate = set_learning_rate(state.optimizer, state.schedule, step)
+    order = epoch_order(plan.seed, epoch, len(training))
+    transform = pipeline.sample_transform(plan.seed, epoch)
+    batches = training.batches(order, plan.batch_size, start, plan.drop_last, transform=transform)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss, where, rows = float("nan"), None, torch.zeros(0, dtype=torch.int64)
+    for number, batch in zip(range(start, first_bad + 1), batches, strict=False):
+        seen = pipeline(batch, plan.seed, epoch)
+        seed_step(plan.seed, "step", epoch, number)
+        loss, where = _replay(state, seen, task, compute)
+        rows = batch.index
+        if where is not None:
+            break
+    what = "the gradient is not finite" if torch.tensor(loss).isfinite() else f"the loss is {loss}"
+    names = [training.examples.names[row] for row in rows.tolist()]
+    more = f" and {len(names) - SHOWN_EXAMPLES} more" if len(names) > SHOWN_EXAMPLES else ""
+    return DivergedError(
+        f"{what} at step {step + 1} (epoch {epoch + 1}, learning rate {learning_rate:.3g})\n"
+        f"first not finite: {where or 'not found again, for sums on this device vary (deterministic=true)'}\n"
+        f"examples of that batch: {', '.join(names[:SHOWN_EXAMPLES])}{more}\n{REMEDY}"
+    )
+
+
+def _replay(state: TrainState, batch: Batch, task: Task, compute: Compute) -> tuple[float, str | None]:
+    """The loss of a batch as the training meets it, and what was the first not to be finite."""
+    if not batch.images.isfinite().all():
+        return float("nan"), "the images"
+    model = state.model.train()
+    with watch_layers(model) as found:
+        with compute.autocast():
+            outputs = model(batch.images.contiguous(memory_format=compute.memory_format))
+        loss_sum, count = task.loss(outputs.float(), batch.truth)
+        loss = loss_sum / count.clamp(min=1e-12)
+        if not found and not loss.isfinite():
+            found.append("the loss itself, of finite outputs")
+        (state.scaler.scale(loss) if state.scaler else loss).backward()
+    for name, parameter in reversed(list(model.named_parameters())):
+        if not found and parameter.grad is not None and not parameter.grad.isfinite().all():
+            found.append(f"the gradient of {name}")
+    return loss.item(), found[0] if found else None
+
+
+@contextlib.contextmanager
+def watch_layers(model: nn.Module) -> Iterator[list[str]]:
+    """Fills a list with the layers whose activation, then those whose gradient is not finite, as they turn up."""
+    found: list[str] = []
+
+    def gradient(layer: str, value: Tensor) -> None:
+        if not value.isfinite().all():
+            found.append(f"the gradient at the output of {layer}, counted from the loss")
+
+    def activation(layer: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        for output in outputs if isinstance(outputs, tuple | list) else (outputs,):
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(f"the activation of {layer}")
+            elif isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(partial(gradient, layer))
+
+    hooks = [
+        module.register_forward_hook(
+            partial(activation, f"{name or 'the network'} ({type(module).__name__})")
+        )
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def diverged_in_validation(
+    state: TrainState, loader: Loader, pipeline: Pipeline, compute: Compute, plan: Plan
+) -> DivergedError:
+    """Which validation batch, and which layer, first gave what is not finite after the epoch under way."""
+    model, progress = state.judged.eval(), state.progress
+    where, names = "the loss itself, of finite outputs", "all"
+    for batch in loader.batches(torch.arange(len(loader)), plan.batch_size):
+        seen = pipeline.plain(batch)
+        with watch_layers(model) as found, compute.autocast():
+            model(seen.images.contiguous(memory_format=compute.memory_format))
+        if found:
+            where = found[0]
+            names = ", ".join(loader.examples.names[row] for row in batch.index[:SHOWN_EXAMPLES].tolist())
+            break
+    return DivergedError(
+        f"the validation loss is not finite after step {progress.step} (epoch {progress.epoch + 1}, learning rate "
+        f"{state.optimizer.param_groups[0]['lr']:.3g})\n"
+        f"first not finite: {where}\nexamples of that batch: {names}\n{REMEDY}"
+    )

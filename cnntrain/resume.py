@@ -1,0 +1,162 @@
+"""Going on from a checkpoint: the state comes from the checkpoint, the settings from the command line.
+
+What changes neither the network nor which images come next may change: freely where it leaves the numbers alone
+(epochs, paths, logging, workers, device), from here on where it does not (learning rate, schedule, augmentation, ...:
+the value given now wins, and the log says so). What the saved state would not fit, or would mean something else by, is
+refused: network, data set and splits, batch size, seed, kind of optimizer.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cnntrain.assembly import Assembly
+from cnntrain.data.load import Data
+from cnntrain.engine import checkpoint
+from cnntrain.engine.state import TrainState
+from cnntrain.errors import UserError
+from cnntrain.saved import differences, load_weights, misfits, saved_spec
+from cnntrain.settings import Settings
+from cnntrain.spec import DataSpec
+
+log = logging.getLogger("cnntrain")
+# By the longest beginning of a key: `free` changes no number, `new` holds from here on, `fixed` must stay.
+RULE = {
+    "": "new",
+    **dict.fromkeys(
+        ("epochs", "steps", "early_stopping", "run_dir", "resume", "checkpoint", "log", "device", "threads",
+         "deterministic", "expect", "trusted_packages", "choices", "check", "bench", "overfit", "lr_find", "inspect",
+         "preview", "sweep"),
+        "free",
+    ),
+    **dict.fromkeys(("seed", "batch_size", "accumulate", "limit_batches", "task._target_"), "fixed"),
+    "data": "fixed",
+    **dict.fromkeys(("data.root", "data.file", "data.workers", "data.store", "data.scan", "data.timeout_s"), "free"),
+    "model": "fixed",
+    "model.pretrained": "free",  # the weights are the checkpoint's
+    **dict.fromkeys(("model.freeze", "model.unfreeze"), "new"),
+    **dict.fromkeys(("optimizer._target_", "optimizer.name"), "fixed"),
+}  # fmt: skip
+GROUP_KEYS = (
+    "keep optimizer.layer_decay, optimizer.decay_norms_and_biases and a weight decay of 0 as they were"
+)
+SHOWN_DIFFERENCES = 4
+
+
+def keep_choices(settings: Settings, saved: Mapping[str, Any]) -> Settings:
+    """The settings with what `auto` and null meant when the checkpoint was written: precision, threads, batch, rate."""
+    resolved = saved.get("resolved", {})
+    if settings.precision == "auto" and "precision" in resolved:
+        settings = dataclasses.replace(settings, precision=resolved["precision"])
+    if settings.threads is None and "threads" in resolved:
+        settings = dataclasses.replace(settings, threads=resolved["threads"])
+    if settings.batch_size == "auto":
+        settings = dataclasses.replace(settings, batch_size=saved["config"]["batch_size"])
+    if settings.optimizer.get("lr") == "auto" and "lr" in saved["config"]["optimizer"]:
+        rate = saved["config"]["optimizer"]["lr"]
+        settings = dataclasses.replace(settings, optimizer={**settings.optimizer, "lr": rate})
+    return settings
+
+
+def resume(state: TrainState, saved: Mapping[str, Any], source: Path, assembly: Assembly, data: Data) -> None:
+    """Put `state` where the checkpoint `source`, whose content is `saved`, left it.
+
+    Raises:
+        UserError: the checkpoint is of another training, which is described beside this one.
+    """
+    config = dataclasses.asdict(assembly.settings)
+    changed = differences(saved["config"], config)
+    weights, before = saved["state"]["model"], saved_spec(saved)
+    mine = assembly.model.state_dict()
+    problems = [
+        (key, f"{key}: was {_short(then)}, is {_short(now)}")
+        for key, then, now in changed
+        if rule(key) == "fixed"
+    ]
+    problems += [("model", problem) for problem in misfits(weights, mine)]
+    problems += [("data", problem) for problem in _other_names(_names(before), _names(data.spec))]
+    if saved["fingerprint"] != data.fingerprint:
+        problems.append(
+            ("data", f"examples: were {saved['fingerprint']}, are {data.fingerprint} (count-hash)")
+        )
+    if problems:
+        kind = {"model": "network", "data": "data set"}.get(problems[0][0].partition(".")[0], "training")
+        lines = [
+            f"resume: {source} is of another {kind}",
+            f"checkpoint: {_describe(saved['config'], before, weights)}",
+            f"now:        {_describe(config, data.spec, mine)}",
+            *(problem for _, problem in problems[:SHOWN_DIFFERENCES]),
+            *(
+                [f"and {len(problems) - SHOWN_DIFFERENCES} more differences"]
+                * (len(problems) > SHOWN_DIFFERENCES)
+            ),
+            "give the settings of that training (run.json has its command), or begin another in a new run_dir",
+        ]
+        raise UserError("\n  ".join(lines))
+    load_weights(state.model, weights)
+    try:
+        state.load_state_dict(saved["state"])
+    except ValueError as error:  # torch's words for an optimizer that was built in another way
+        raise UserError(
+            f"resume: the optimizer's parameter groups are not the checkpoint's; {GROUP_KEYS}"
+        ) from error
+    except (TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"resume: the state in {source} does not fit ({type(error).__name__}: {error})"
+        ) from error
+    state.progress.finished = False  # this call may ask for more epochs
+    at = f"epoch {state.progress.epoch + 1}, step {state.progress.step}"
+    log.info("resume: state from %s (%s), settings from the command line", source, at)
+    for key, then, now in changed:
+        if rule(key) == "new" and not (then == "auto" and now == saved.get("resolved", {}).get(key)):
+            log.warning(
+                "resume: %s was %s, is now %s, which holds from here on", key, _short(then), _short(now)
+            )
+
+
+def bring_best(source: Path, target: Path, state: TrainState) -> None:
+    """Copy the best checkpoint beside `source` to where a run that goes on in another folder will look for it."""
+    beside = source.with_name("best.pt")
+    if state.progress.best and beside.is_file():
+        checkpoint.save(checkpoint.load(beside), target)
+    elif state.progress.best:
+        log.warning("resume: no best.pt beside %s; the best epoch is looked for anew", source)
+        state.progress.best = {}
+
+
+def rule(key: str) -> str:
+    """What a change of `key` means: free, new or fixed."""
+    while key not in RULE:
+        key = key.rpartition(".")[0]
+    return RULE[key]
+
+
+def _names(spec: DataSpec) -> tuple[str, ...]:
+    return spec.classes or spec.keypoints
+
+
+def _other_names(before: tuple[str, ...], now: tuple[str, ...]) -> list[str]:
+    gone, new = [n for n in before if n not in now], [n for n in now if n not in before]
+    if gone or new:
+        parts = [
+            f"{what}: {_short(', '.join(names))}"
+            for what, names in (("no longer there", gone), ("new", new))
+            if names
+        ]
+        return ["names " + "; ".join(parts)]
+    return ["names in another order"] if before != now else []
+
+
+def _describe(config: Mapping[str, Any], spec: DataSpec, weights: Mapping[str, Any]) -> str:
+    choices, names = config["choices"], _names(spec)
+    kind = "classes" if spec.classes else "points"
+    listed = f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+    count = sum(value.numel() for value in weights.values())
+    return f"model={choices.get('model')} ({count:,} weights), data={choices.get('data')}, {listed}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,118 @@
+"""A checkpoint is whole, of this training, and runs no code; what is not is refused in a few lines."""
+
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+LAST = Path("run/checkpoints/last.pt")
+
+
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, ("touched",)
+
+
+def flip_a_byte() -> None:
+    content = bytearray(LAST.read_bytes())
+    with zipfile.ZipFile(LAST) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    LAST.write_bytes(content)
+
+
+def nothing_but_the_format() -> None:
+    torch.save({"format": 1, "state": {"model": {}}, "config": {}, "spec": {}}, LAST)
+
+
+SPOILT: dict[str, Callable[[], object]] = {
+    "a flipped byte": flip_a_byte,
+    "half a file": lambda: LAST.write_bytes(LAST.read_bytes()[: LAST.stat().st_size // 2]),
+    "a web page": lambda: LAST.write_text("<html><body>404 Not Found</body></html>"),
+    "a pickle": lambda: LAST.write_bytes(pickle.dumps(Evil())),
+    "a pickle in a checkpoint": lambda: torch.save({"format": 1, "state": Evil()}, LAST),
+    "nothing but the format": nothing_but_the_format,
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_spoilt_checkpoint_is_refused_and_runs_no_code(cnntrain, trained: Path, how: str) -> None:
+    SPOILT[how]()
+    said = cnntrain.refused(*cnntrain.quick, "run_dir=run", "resume=auto")
+    assert str(LAST) in said and not Path("touched").exists()
+
+
+def change(**config: object) -> None:
+    """Write other settings into the checkpoint, as a stranger might."""
+    saved = torch.load(LAST, weights_only=True)
+    saved["config"].update(config)
+    torch.save(saved, LAST)
+
+
+def test_the_config_of_a_checkpoint_is_data(cnntrain, trained: Path) -> None:
+    """Neither what it names nor what it trusts is run, and no environment variable is read."""
+    change(model={"_target_": "os.mkdir", "path": "touched"}, trusted_packages=["os"])
+    said = cnntrain.refused("evaluate", f"checkpoint={LAST}", "threads=1")
+    assert "model._target_: 'os.mkdir' can't be a model" in said and not Path("touched").exists()
+
+
+def test_a_checkpoints_config_reads_no_environment(cnntrain, trained: Path) -> None:
+    change(data={**torch.load(LAST, weights_only=True)["config"]["data"], "root": "${oc.env:SECRET}"})
+    said = cnntrain.refused("evaluate", f"checkpoint={LAST}", "threads=1", SECRET="hunter2")
+    assert "hunter2" not in said
+
+
+def test_another_architecture_is_described_beside_this_one(cnntrain, trained: Path) -> None:
+    said = cnntrain.refused(*cnntrain.quick, "model=lenet5", "epochs=2", "run_dir=run", "resume=auto")
+    assert "model=mlp" in said and "model=lenet5" in said and "another network" in said
+    assert len(said.splitlines()) <= 10
+
+
+@pytest.mark.slow
+def test_other_classes_are_described_beside_these(cnntrain, make_images) -> None:
+    root = make_images()
+    arguments = ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8",
+                 "log.pictures=false", "log.tensorboard=false", "run_dir=run")  # fmt: skip
+    cnntrain(*arguments, "epochs=1")
+    (root / "train" / "light").rename(root / "train" / "bright")
+    said = cnntrain.refused(*arguments, "epochs=2", "resume=auto")
+    assert (
+        "2 classes (dark, light)" in said
+        and "2 classes (bright, dark)" in said
+        and "another data set" in said
+    )
+    assert len(said.splitlines()) <= 10
+
+
+def test_a_run_is_not_overwritten(cnntrain, trained: Path) -> None:
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    assert "resume=auto" in cnntrain.refused(*cnntrain.quick, "run_dir=run")
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_has_nothing_to_do(cnntrain, trained: Path) -> None:
+    before = LAST.stat().st_mtime_ns
+    done = cnntrain(*cnntrain.quick, "epochs=1", "run_dir=run", "resume=auto")
+    assert "nothing to do" in done.stderr and LAST.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_leftovers_go_and_older_checkpoints_stay(cnntrain, trained: Path) -> None:
+    (trained / "checkpoints" / ".last.pt.4321.tmp").write_bytes(b"half")
+    (trained / ".results.json.4321.tmp").write_bytes(b"half")
+    mine = trained / ".mine.tmp"
+    mine.touch()
+    cnntrain(*cnntrain.quick, "epochs=4", "run_dir=run", "resume=auto", "checkpoint.keep=2")
+    kept = sorted(path.name for path in LAST.parent.iterdir())
+    assert kept == ["best.pt", "epoch-00003.pt", "epoch-00004.pt", "last.pt"]
+    assert mine.exists() and not (trained / ".results.json.4321.tmp").exists()
+    shutil.copy(LAST.with_name("epoch-00003.pt"), "older.pt")
+    cnntrain(*cnntrain.quick, "epochs=4", "run_dir=other", "resume=older.pt")
+    assert Path("other/checkpoints/best.pt").exists()

@@ -1,0 +1,102 @@
+"""Nobody gets in: what a config may name, what a YAML file may cost, what listens."""
+
+import os
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+TOUCH = "import pathlib\npathlib.Path('touched').touch()\nclass Net: ...\n"
+NAMED = {
+    "a function of torch's": ("model._target_=torch.load", "'torch.load' can't be a model"),
+    "the hub": ("model._target_=torch.hub.load", "'torch.hub.load' can't be a model"),
+    "a builtin": ("task._target_=builtins.eval", "'builtins.eval' can't be a task"),
+    "the system": ("optimizer._target_=os.system", "'os.system' can't be a optimizer"),
+    "an optimizer where data belong": ("data._target_=torch.optim.SGD", "'torch.optim.SGD' can't be a data"),
+    "what a module imported": ("model._target_=torch.nn.modules.module.OrderedDict", "can't be a model"),
+    "a function of torch.nn's": ("model._target_=torch.nn.utils.get_total_norm", "can't be a model"),
+    "code of one's own": ("schedule._target_=evil.Net", "add trusted_packages=[evil]"),
+}
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_a_target_must_suit_its_slot(cnntrain, what: str) -> None:
+    override, expected = NAMED[what]
+    Path("evil.py").write_text(TOUCH)
+    assert expected in cnntrain.refused("threads=1", override) and not Path("touched").exists()
+
+
+def test_trust_is_given_on_the_command_line_alone(cnntrain) -> None:
+    Path("evil.py").write_text(TOUCH)
+    Path("own/experiment").mkdir(parents=True)
+    Path("own/experiment/given.yaml").write_text(
+        "# @package _global_\ntrusted_packages: [evil]\nmodel: {_target_: evil.Net}\n"
+    )
+    said = cnntrain.refused("--config-dir", "own", "experiment=given", "threads=1")
+    assert "model._target_: 'evil.Net' can't be a model" in said and not Path("touched").exists()
+
+
+FLOW = ", ".join(["*a{}"] * 9)
+BOMB = "a0: &a0 [x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{FLOW.replace('{}', str(i - 1))}]\n" for i in range(1, 10)
+)
+FILES = {
+    "a bomb": (BOMB, "bad.yaml:6: holds more than 100,000 values"),
+    "an alias of itself": ("layers: &a [*a]\n", "bad.yaml:1: *a stands inside itself"),
+    "nested beyond measure": (
+        "layers: " + "[" * 5000 + "]" * 5000,
+        "bad.yaml:1: is nested more than 50 deep",
+    ),
+    "a key twice": ("width: 1\nlayers: []\nwidth: 2\n", 'bad.yaml", line 3'),
+    "no syntax": ("layers: [a, b\nwidth: 3\n", 'bad.yaml", line 2'),
+    "a tab": ("layers:\n\t- output\n", 'bad.yaml", line 2'),
+    "no text": ("layers: [output]\nname: \udcff\n", "bad.yaml:2: is no UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_bad_yaml_file_is_told_with_its_line_in_seconds(cnntrain, what: str) -> None:
+    content, expected = FILES[what]
+    Path("own/model").mkdir(parents=True)
+    Path("own/model/bad.yaml").write_text(content, errors="surrogateescape")
+    started = time.monotonic()
+    said = cnntrain.refused("--config-dir", "own", "model=bad")
+    assert expected in said and time.monotonic() - started < 30
+
+
+def test_a_pipe_in_a_config_folder_is_refused(cnntrain) -> None:
+    Path("own/model").mkdir(parents=True)
+    os.mkfifo("own/model/bad.yaml")
+    assert "bad.yaml: is no regular file" in cnntrain.refused("--config-dir", "own", "model=bad")
+
+
+def listeners(pid: int) -> list[str]:
+    """Internet sockets of the process's network namespace, whatever their state."""
+    found = []
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        path = Path(f"/proc/{pid}/net/{table}")
+        found += path.read_text().splitlines()[1:] if path.exists() else []
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_needs_no_network_and_listens_to_nobody(cnntrain, make_images, inside_namespace) -> None:
+    """In a network namespace that has not even a loopback: any socket that is opened shows in its tables."""
+    alone = inside_namespace("true", "--net")
+    run = cnntrain.start(
+        "model=mlp", "threads=1", "data=image_folder", f"data.root={make_images(count=30)}", "data.size=8",
+        "data.store=stream", "data.workers=2", "epochs=3", "run_dir=run", around=alone,
+    )  # fmt: skip
+    seen, looked = [], 0
+    while run.poll() is None:
+        with suppress(OSError):  # it has just ended
+            if os.readlink(f"/proc/{run.pid}/ns/net") != os.readlink("/proc/self/ns/net"):
+                seen += listeners(run.pid)
+                looked += 1
+        time.sleep(0.02)
+    cnntrain.end(run, 0)
+    assert seen == [] and looked > 20
+    own = subprocess.run([*alone, "cat", "/proc/net/tcp"], capture_output=True, text=True, check=True)
+    assert len(own.stdout.splitlines()) == 1, "the namespace is not empty: the test proves nothing"

@@ -1,0 +1,55 @@
+"""A worker that is killed, stuck or without shared memory ends the run with 4 and a message, and leaves no orphans."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+LAST = Path("run/checkpoints/last.pt")
+
+
+def streaming(root: Path) -> tuple[str, ...]:
+    return ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8", "data.store=stream",
+            "data.workers=2", "data.timeout_s=3", "batch_size=4", "epochs=100000", "log.pictures=false",
+            "log.tensorboard=false", "run_dir=run")  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    """Direct children of `pid`, from /proc."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listed.read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stuck"])
+def test_a_lost_worker_ends_the_run_with_a_message(
+    cnntrain, wait_for, make_images, number: signal.Signals
+) -> None:
+    run = cnntrain.start(*streaming(make_images(count=40)))
+    wait_for(LAST.exists, run)
+    wait_for(lambda: len(children(run.pid)) >= 2, run)
+    workers = children(run.pid)
+    lost = time.monotonic()
+    for worker in workers if number == signal.SIGSTOP else workers[:1]:
+        os.kill(worker, number)
+    said = cnntrain.end(run, 4, timeout_s=60).stderr
+    assert time.monotonic() - lost < 3 + 57  # 3 s to notice; the rest is for a busy machine
+    assert "error: data: " in said and ("worker" in said)
+    assert ("data.timeout_s" in said) == (number == signal.SIGSTOP)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()], "orphans"
+    assert torch.load(LAST, weights_only=True)["state"]["progress"]["epoch"] >= 1
+
+
+@pytest.mark.slow
+def test_a_small_shared_memory_is_named_with_the_remedy(cnntrain, make_images, inside_namespace) -> None:
+    small = inside_namespace("mount -t tmpfs -o size=64k none /dev/shm", "--mount")
+    root = make_images(count=100)
+    arguments = [
+        a.replace("data.size=8", "data.size=128").replace("batch_size=4", "batch_size=64")
+        for a in streaming(root)
+    ]
+    said = cnntrain(*arguments, code=4, around=small).stderr
+    assert "/dev/shm" in said and "--shm-size" in said and "data.workers=0" in said

@@ -1,0 +1,243 @@
+"""Annotations, images and checkpoints with anything in them: read as they are, or refused."""
+
+import copy
+import io
+import json
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cnntrain.assembly import build_source
+from cnntrain.cli import main
+from cnntrain.commands.evaluate import restore
+from cnntrain.config import compose, read_settings
+from cnntrain.data.decode import BadFile, Decoder, upright_size
+from cnntrain.data.load import load_data
+from cnntrain.saved import read_saved
+from cnntrain.settings import EvaluateSettings, Settings, parse
+
+pytestmark = pytest.mark.long
+# `FUZZ_EXAMPLES=20000 python -m pytest -m long tests/fuzz` takes an hour.
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
+FUZZ = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+JUNK = [
+    b"",
+    b" ",
+    b"\n",
+    b"\xef\xbb\xbf",
+    *b"""\0 -1 1e999 nan 999999999999 " , < & { ] null \xff ' ../ /dev/zero \xe2\x80\xae
+true ; [[[[""".split(),
+]
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
+    """`content` with a few places overwritten, cut out, repeated or filled with junk."""
+    data = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, max(len(data) - 1, 0)))
+        length = draw(st.integers(0, min(20, len(data) - start)))
+        kind = draw(st.sampled_from(["junk", "bytes", "repeat", "cut", "flip"]))
+        if kind == "cut":
+            del data[start : start + draw(st.integers(0, len(data) - start))]
+        elif kind == "repeat":
+            data[start:start] = data[start : start + length] * draw(st.integers(1, 50))
+        elif kind == "flip" and data:
+            data[start] ^= 1 << draw(st.integers(0, 7))
+        else:
+            data[start : start + length] = draw(
+                st.sampled_from(JUNK) if kind == "junk" else st.binary(max_size=20)
+            )
+    return bytes(data)
+
+
+CSV = b"path,label,split,group\na.png,cat,train,1\nb.png,dog,train,2\na.png,cat,val,3\n"
+POINTS = b"image_name,left_eye_x,left_eye_y,right_eye_x,right_eye_y,split\na.png,1,2,5.5,2,train\nb.png,,,6,3,train\n"
+BOX = b"<box top='1' left='1' width='6' height='6'><part name='0' x='2' y='3'/><part name='1' x='5' y='3'/></box>"
+XML = b"<?xml version='1.0'?><dataset><images>" + b"".join(
+    b"<image file='%s.png'>%s</image>" % (name, BOX) for name in (b"a", b"b")
+) + b"</images></dataset>"  # fmt: skip
+COCO = json.dumps(
+    {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
+        "annotations": [
+            {
+                "id": i,
+                "image_id": i,
+                "category_id": 1,
+                "keypoints": [1, 2, 2, 5, 2, 1],
+                "bbox": [0, 0, 7, 7],
+                "iscrowd": 0,
+            }
+            for i in (1, 2)
+        ],
+        "categories": [{"id": 1, "keypoints": ["left_eye", "right_eye"], "skeleton": [[1, 2]]}],
+    }
+).encode()
+CAT = b"9 1 1 2 2 3 3 4 4 5 5 6 6 7 7 1 7 7 1 "
+SOURCES = {
+    "image_csv": (CSV, "t.csv", ["data.file=t.csv"]),
+    "keypoint_csv": (POINTS, "t.csv", ["data.file=t.csv", "data.crop=none"]),
+    "dlib_xml": (
+        XML,
+        "t.xml",
+        ["data.root=.", "data.train=t.xml", "data.test=null", "data.scheme=null", "data.mirror={}"],
+    ),
+    "coco_keypoints": (
+        COCO,
+        "t.json",
+        ["data.root=.", "data.train=t.json", "data.val=null", "data.train_images=."],
+    ),
+    "cat_folder": (CAT, "a.png.cat", ["data.root=."]),
+}
+
+
+@cache
+def settings_of(kind: str) -> Settings:
+    return read_settings([f"data={kind}", "data.size=8", *SOURCES[kind][2]])
+
+
+def load(kind: str) -> None:
+    source, _ = build_source(settings_of(kind))
+    source.spec()
+    load_data(source, val_fraction=0.5)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@FUZZ
+@given(data=st.data())
+def test_annotations(kind: str, data: st.DataObject, outcome: Any) -> None:
+    content, name, _ = SOURCES[kind]
+    for image in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8), (90, 120, 30)).save(image)
+    Path(name).write_bytes(data.draw(spoilt(content)))
+    assert outcome(load, kind) in (0, 2)
+
+
+def test_the_annotations_are_sound_to_begin_with() -> None:
+    for kind, (content, name, _) in SOURCES.items():
+        for image in ("a.png", "b.png"):
+            Image.new("RGB", (8, 8), (90, 120, 30)).save(image)
+        Path(name).write_bytes(content)
+        if kind not in ("image_csv", "cat_folder"):  # one image is twice there; one has no points beside it
+            load(kind)
+
+
+KINDS = """RGB-PNG P-PNG I;16-PNG RGBA-PNG 1-PNG RGB-JPEG CMYK-JPEG P-GIF RGB-BMP RGB-TIFF F-TIFF RGBA-WEBP RGB-PPM
+RGBA-ICO RGB-TGA RGB-PCX"""
+
+
+def image_bytes(kind: str) -> bytes:
+    """A small picture; those that may have an EXIF block have an empty one."""
+    mode, format = kind.split("-")
+    plain = Image.linear_gradient("L").resize((16, 12)).convert("I" if mode == "I;16" else mode)
+    note = {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"} if format in ("JPEG", "WEBP") else {}
+    buffer = io.BytesIO()
+    plain.convert(mode).save(buffer, format, **note)
+    return buffer.getvalue()
+
+
+IMAGES = {kind: image_bytes(kind) for kind in KINDS.split()}
+
+
+@FUZZ
+@given(data=st.data())
+def test_images(data: st.DataObject) -> None:
+    Path("image").write_bytes(data.draw(spoilt(IMAGES[data.draw(st.sampled_from(sorted(IMAGES)))])))
+    for channels in (1, 3):
+        with suppress(BadFile):
+            assert min(upright_size("image")) > 0
+            pixels, matrix = Decoder(8, 8, channels)("image")
+            assert pixels.shape == (channels, 8, 8) and matrix.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    run = tmp_path_factory.mktemp("run")
+    quick = (
+        "model=mlp",
+        "model.values.width=4",
+        "threads=1",
+        "epochs=1",
+        "data.limit=40",
+        "log.pictures=false",
+        "device=cpu",
+    )
+    assert main([*quick, "log.tensorboard=false", f"run_dir={run}"]) == 0
+    return (run / "checkpoints" / "last.pt").read_bytes()
+
+
+@FUZZ
+@given(data=st.data())
+def test_bytes_of_a_checkpoint(data: st.DataObject, whole: bytes, outcome: Any) -> None:
+    Path("last.pt").write_bytes(data.draw(spoilt(whole)))
+    assert outcome(read_saved, Path("last.pt")) in (0, 2)
+
+
+@cache
+def evaluate_settings() -> EvaluateSettings:
+    composed = compose("evaluate", ["checkpoint=last.pt", "threads=1", "device=cpu"])
+    return parse(EvaluateSettings, {key: value for key, value in composed.items() if key != "choices"})
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in nested dictionaries and lists."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path, *(place for key, value in items for place in places(value, (*path, key)))][not path :]
+
+
+@FUZZ
+@given(data=st.data())
+def test_content_of_a_checkpoint(data: st.DataObject, whole: bytes, outcome: Any) -> None:
+    """Something else in one place of a sound file: it is refused, or it does no harm."""
+    saved = torch.load(io.BytesIO(whole), weights_only=True)
+    where = data.draw(
+        st.sampled_from(places({k: v for k, v in saved.items() if k not in ("versions", "format")}))
+    )
+    parent = saved
+    for key in where[:-1]:
+        parent = parent[key]
+    junk = [
+        None,
+        "",
+        "x",
+        -1,
+        2**70,
+        0.5,
+        float("nan"),
+        [],
+        {},
+        [None],
+        {"a": 1},
+        True,
+        torch.zeros(2),
+        torch.zeros(0),
+        (1, 2),
+    ]
+    parent[where[-1]] = copy.deepcopy(data.draw(st.sampled_from(junk)))
+    torch.save(saved, "last.pt")
+
+    def evaluate() -> None:
+        restore(read_saved(Path("last.pt")), evaluate_settings())
+
+    assert outcome(evaluate) in (0, 2, 4)
+    quick = (
+        "model=mlp",
+        "model.values.width=4",
+        "threads=1",
+        "epochs=2",
+        "data.limit=40",
+        "log.pictures=false",
+        "device=cpu",
+    )
+    assert main([*quick, "log.tensorboard=false", "run_dir=again", "resume=last.pt"]) in (0, 2, 3, 4)
