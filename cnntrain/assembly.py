@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import re
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 from torch.optim import Optimizer
@@ -11,17 +12,23 @@ from torch.optim import Optimizer
 from cnntrain.anatomy.preflight import preflight
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.build import build, resolve
-from cnntrain.data.examples import Examples
+from cnntrain.checks.learning_rate import RangeTest, range_test, settle
+from cnntrain.checks.lint import Facts, lint, typed_keys
+from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.load import Data, load_data
 from cnntrain.data.source import Source
 from cnntrain.data.store import Loader, make_loader
+from cnntrain.engine.batch_size import choose_batch_size
 from cnntrain.engine.device import Compute, choose_compute, prepare_torch, seed_step
 from cnntrain.engine.loop import Plan
 from cnntrain.engine.optim import build_optimizer, supports_fused
+from cnntrain.engine.rig import Rig, make_rig
 from cnntrain.engine.schedule import Schedule
+from cnntrain.engine.signals import StopFlag
 from cnntrain.errors import UserError
+from cnntrain.findings import Finding
 from cnntrain.models.prepare import prepare
-from cnntrain.settings import DataSettings, ModelSettings, Node, Settings, parse
+from cnntrain.settings import DataSettings, ModelSettings, Node, OptimizerSettings, Settings, parse
 from cnntrain.spec import DataSpec
 from cnntrain.tasks.task import Task
 
@@ -46,7 +53,7 @@ class Assembly:
         chosen = self.data_settings
         data = load_data(
             self.source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit,
-            chosen.store,
+            chosen.store, chosen.scan,
         )  # fmt: skip
         if self.spec.mean is None:
             self.spec = data.spec
@@ -80,7 +87,7 @@ def assemble(settings: Settings, known: DataSpec | None = None) -> Assembly:
     prepare_torch(settings.threads, settings.deterministic)
     compute = choose_compute(settings.device, settings.precision, settings.channels_last)
     source, data_settings = build_source(settings)
-    spec = known or source.spec()
+    spec = known or with_chosen_statistics(source.spec(), data_settings)
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
     if pipeline.mirrors and not spec.mirror_safe:
@@ -95,6 +102,19 @@ def build_source(settings: Settings) -> tuple[Source, DataSettings]:
     """The data set, not yet read, and the keys that every data set has."""
     node, common = split_common(settings.data, DataSettings)
     return build(node, "data", "data", settings.trusted_packages), parse(DataSettings, common, "data.")
+
+
+def with_chosen_statistics(spec: DataSpec, chosen: DataSettings) -> DataSpec:
+    """The facts with the mean and standard deviation that the config gives, if it gives any."""
+    if chosen.mean is None and chosen.std is None:
+        return spec
+    for key, values in (("mean", chosen.mean), ("std", chosen.std)):
+        good = values is not None and len(values) == spec.channels and all(0 <= v <= 1 for v in values)
+        if not good or (key == "std" and 0 in (values or ())):
+            raise UserError(
+                f"data.{key}: must be {spec.channels} numbers from 0 to 1, one per channel, got {values!r}"
+            )
+    return spec.with_statistics(tuple(chosen.mean or ()), tuple(chosen.std or ()))
 
 
 def split_common(node: Node, cls: type) -> tuple[Node, Node]:
@@ -143,7 +163,7 @@ def build_model(settings: Settings, spec: DataSpec, task: Task, image_size: tupl
     seed_step(settings.seed, "weights")
     model = make_model(settings, spec.channels, task.num_outputs, image_size)
     findings = preflight(
-        model, spec.channels, image_size, task.output_shape(), batch_size=min(settings.batch_size, 32),
+        model, spec.channels, image_size, task.output_shape(), batch_size=min(settings.known_batch_size or 32, 32),
         classification=bool(spec.classes) and not spec.keypoints, name=settings.model.get("name"),
     )  # fmt: skip
     for finding in findings:
@@ -165,19 +185,29 @@ def size_remedy(remedy: str, key: str, there: bool) -> str:
 
 
 def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimizer, Schedule]:
-    """How long to train, and with what: resolved from settings and the number of training images."""
+    """How long to train, and with what: resolved from settings and the number of training images.
+
+    `batch_size=auto` and `optimizer.lr=auto` become numbers here, in `assembly.settings` too.
+
+    Raises:
+        UserError: no learning rate can be found.
+    """
     settings, count = assembly.settings, len(data.train)
+    if rate_is_sought := settings.optimizer.get("lr") == "auto":
+        settings = assembly.settings = with_rate(settings, 1.0)  # stands in until it is found
+    batch_size = settings.known_batch_size or find_batch_size(assembly, data)
+    settings = assembly.settings = dataclasses.replace(settings, batch_size=batch_size)
     has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in assembly.model.modules())
-    drop_last = has_norm and count % settings.batch_size == 1 and count > 1
+    drop_last = has_norm and count % batch_size == 1 and count > 1
     if drop_last:
         log.info("the last batch of each epoch would hold one image, which BatchNorm can't use: left out")
-    batches = count // settings.batch_size if drop_last else -(-count // settings.batch_size)
+    batches = count // batch_size if drop_last else -(-count // batch_size)
     if settings.limit_batches is not None:
         batches = min(batches, settings.limit_batches)
     steps_per_epoch = -(-batches // settings.accumulate)
     plan = Plan(
         seed=settings.seed,
-        batch_size=settings.batch_size,
+        batch_size=batch_size,
         batches_per_epoch=batches,
         steps_per_epoch=steps_per_epoch,
         total_steps=settings.steps or settings.epochs * steps_per_epoch,
@@ -188,29 +218,81 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
         save_every_steps=settings.checkpoint.every_steps,
         limit_batches=settings.limit_batches,
         drop_last=drop_last,
+        unfreeze_epoch=settings.model.get("unfreeze"),
     )
+    if plan.unfreeze_epoch and (plan.unfreeze_epoch - 1) * steps_per_epoch >= plan.total_steps:
+        log.warning("model.unfreeze=%d: the training ends before that epoch", plan.unfreeze_epoch)
     schedule = build(
         settings.schedule, "schedule", "schedule", settings.trusted_packages,
         total_steps=plan.total_steps, steps_per_epoch=steps_per_epoch,
     )  # fmt: skip
+    if rate_is_sought:
+        settings = assembly.settings = with_rate(settings, settle(try_learning_rates(assembly, data, plan, StopFlag())))
     return plan, make_optimizer(settings, assembly.model, assembly.compute), schedule
 
 
+def find_batch_size(assembly: Assembly, data: Data) -> int:
+    """What `batch_size=auto` comes to, by steps of copies; see `choose_batch_size`."""
+    loader = assembly.loader(data.train, augmented=True)
+
+    def rig(size: int) -> Rig:
+        plan = Plan(assembly.settings.seed, size, batches_per_epoch=1, steps_per_epoch=1, total_steps=1)
+        return make_rig(assembly.model, partial(make_optimizer, assembly.settings), assembly.task,
+                        assembly.compute, plan, loader, assembly.pipeline, assembly.settings.ema_decay)  # fmt: skip
+
+    size = choose_batch_size(rig, assembly.compute.device, len(data.train))
+    loader.close()
+    return size
+
+
+def try_learning_rates(assembly: Assembly, data: Data, plan: Plan, stop: StopFlag) -> RangeTest:
+    """The range test that `lr_find` asks for, on a copy."""
+    chosen, loader = assembly.settings.lr_find, assembly.loader(data.train, augmented=True)
+    try:
+        return range_test(
+            assembly.model, lambda model: make_optimizer(assembly.settings, model, assembly.compute), loader,
+            assembly.pipeline, assembly.task, assembly.compute, plan, stop, chosen.lowest, chosen.highest, chosen.steps,
+        )  # fmt: skip
+    finally:
+        loader.close()
+
+
+def with_rate(settings: Settings, rate: float) -> Settings:
+    """The settings with this learning rate."""
+    return dataclasses.replace(settings, optimizer={**settings.optimizer, "lr": rate})
+
+
+def notice(assembly: Assembly, data: Data, plan: Plan, command_line: str) -> list[Finding]:
+    """What lint says about the config, now that the data have been read."""
+    norms = [m for m in assembly.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return lint(
+        Facts(
+            dataclasses.asdict(assembly.settings), typed_keys(command_line), plan, assembly.spec, len(data.train),
+            any(norm.weight is None or norm.weight.requires_grad for norm in norms), data.own_val,
+            isinstance(data.train.images, LazyImages) or bool(assembly.pipeline.per_sample),
+            assembly.compute.device.type,
+        )
+    )  # fmt: skip
+
+
 def make_optimizer(settings: Settings, model: nn.Module, compute: Compute) -> Optimizer:
-    """The configured optimizer over the model's trainable parameters.
+    """The configured optimizer over the model's parameters.
 
     Raises:
         UserError: `optimizer.lr` or `optimizer.weight_decay` is no number that it can use.
     """
-    node = dict(settings.optimizer)
-    decay_norms_and_biases = node.pop("decay_norms_and_biases", False)
+    node, common = split_common(settings.optimizer, OptimizerSettings)
+    chosen = parse(OptimizerSettings, common, "optimizer.")
     for key in ("lr", "weight_decay"):
         value = node.get(key, 0.0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise UserError(f"optimizer.{key}: must be a finite number >= 0, got {value!r}")
+            auto = "" if key != "lr" else "; `auto` is for trainings and checks"
+            raise UserError(f"optimizer.{key}: must be a finite number >= 0, got {value!r}{auto}")
     fused = True if supports_fused(compute.device) else None
     factory = resolve(node, "optimizer", "optimizer", settings.trusted_packages, fused=fused)
     try:
-        return build_optimizer(factory, model, node.get("weight_decay", 0.0), decay_norms_and_biases)
+        return build_optimizer(
+            factory, model, node.get("weight_decay", 0.0), chosen.decay_norms_and_biases, chosen.layer_decay
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optimizer: {node['_target_']} refused its arguments: {error}") from error

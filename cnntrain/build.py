@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cnntrain.errors import UserError, suggest
+from cnntrain.errors import UserError, is_out_of_memory, suggest
 
 # What each slot accepts. A name counts as a package's own only when it is defined there: `torch.load` is in torch too.
 ROLES: dict[str, tuple[str, ...]] = {
@@ -28,6 +28,8 @@ def build(node: Mapping[str, Any], role: str, key: str, trusted: Sequence[str] =
     try:
         return factory()
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{key}: {node['_target_']} refused its arguments: {error}") from error
 
 

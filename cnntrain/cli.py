@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnntrain.errors import CnntrainError, MachineError, UserError, suggest
+from cnntrain.errors import CnntrainError, MachineError, UserError, explain_machine, suggest
 
 DEFAULT_COMMAND = "train"
 
@@ -175,11 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except SystemExit:  # how rich ends a program whose reader has gone: `cnntrain | head -1`
         return 0
-    except OSError as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         if not isinstance(error, BrokenPipeError):
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            cause = explain_machine(error)
+            if cause is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+            print(f"error: {cause}", file=sys.stderr)
             return MachineError.exit_code
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

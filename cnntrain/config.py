@@ -11,7 +11,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +20,8 @@ from yaml import YAMLError
 from cnntrain.build import trust_folder
 from cnntrain.errors import UserError, suggest
 from cnntrain.settings import Settings, parse
+from cnntrain.space import Axis, grid
+from cnntrain.yaml_files import check_yaml_files
 
 
 def conf_folder() -> Path:
@@ -51,6 +53,8 @@ def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None)
     Raises:
         UserError: a group, an option, a key or a value is wrong; names it and suggests the near miss.
     """
+    if config_dir:
+        check_yaml_files(config_dir)
     with hydra_session():
         try:
             composed = hydra_compose(name, [*search_path(config_dir), *overrides], return_hydra_config=True)
@@ -58,7 +62,7 @@ def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None)
             with open_dict(composed):
                 del composed["hydra"]
             plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
             raise UserError(_explain(error, name, overrides, config_dir)) from error
     assert isinstance(plain, dict) and isinstance(chosen, dict)
     choices = {str(group): option for group, option in chosen.items() if not str(group).startswith("hydra")}
@@ -71,35 +75,89 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise UserError(_syntax(error)) from error
+    except RecursionError as error:
+        deepest = max(overrides, key=lambda override: override.count("[") + override.count("{"))
+        raise UserError(f"{deepest.partition('=')[0]}: is nested too deep to be read") from error
 
 
 def _syntax(error: Exception) -> str:
     override = re.search(r"Error parsing override '(.*?)'\n", str(error), re.DOTALL)
-    shown = override[1] if override else str(error).strip().splitlines()[0].partition(": ")[2]
+    shown = override[1] if override else getattr(error, "override", None) or str(error).strip().splitlines()[0]
     return (
         f"can't read {shown!r}\nan override is written KEY=VALUE, as epochs=20; a value with spaces or special "
         "characters needs quotes of its own inside the shell's, as \"data.root='my photos'\""
     )
 
 
-def expand_grid(overrides: Sequence[str]) -> list[list[str]]:
-    """Every combination of the values swept over, in Hydra's grammar: `a=1,2 b=range(0,3)` makes six.
+def read_space(overrides: Sequence[str], config_dir: Path | None = None) -> tuple[list[str], list[Axis]]:
+    """The overrides with one value, and an axis for each key with several, in Hydra's grammar.
+
+    `a,b`, `choice(a,b)` and `glob(*)` list values; `range(0,3)` is 0, 1, 2; `interval(0.1,0.5)` is continuous, and
+    `int(interval(1,9))` whole numbers from 1 to 8; `tag(log, interval(...))` spreads over magnitudes.
+
+    Raises:
+        UserError: an empty or impossible range.
+    """
+    fixed, axes = [], []
+    for override in parse_overrides(overrides):
+        if override.is_sweep_override():
+            axes.append(_axis(override, config_dir))
+        else:
+            fixed.append(override.input_line or override.get_key_element())
+    return fixed, axes
+
+
+def expand_grid(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
+    """Every combination of the values swept over: `a=1,2 b=range(0,3)` makes six lists of overrides.
 
     Raises:
         UserError: a continuous range, which a grid can't enumerate.
     """
-    import itertools
+    fixed, axes = read_space(overrides, config_dir)
+    return [[*fixed, *(f"{k}={v}" for k, v in values.items())] for values in grid(axes)]
 
-    axes: list[list[str]] = []
-    for override in parse_overrides(overrides):
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            axes.append([override.input_line or key])
-        elif override.is_discrete_sweep():
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            raise UserError(f"{key}: a grid needs listed values, as {key}=0.1,0.01 or {key}=range(0,3)")
-    return [list(combination) for combination in itertools.product(*axes)]
+
+def _axis(override: Override, config_dir: Path | None) -> Axis:
+    key, value = override.get_key_element(), override.value()
+    tags = getattr(value, "tags", set())
+    if wrong := tags - {"log"}:
+        raise UserError(
+            f"{key}: no tag {min(wrong)!r}; there is log, as {key}='tag(log, interval(1e-4,1e-1))'"
+        )
+    if getattr(value, "shuffle", False):
+        raise UserError(f"{key}: no shuffle here; sweep.sampler=random draws values in random order")
+    if isinstance(value, IntervalSweep):
+        low, high, whole = value.start or 0, value.end or 0, isinstance(value.start, int)
+        high = high - 1 if whole else high
+        if low >= high or (tags and low <= 0):
+            raise UserError(
+                f"{key}: interval({low},{high}) needs a low end {'above 0 and ' * bool(tags)}below the high"
+            )
+        return Axis(key, (), low, high, None, bool(tags), whole)
+    if isinstance(value, Glob):
+        values = value.filter(group_options(config_dir).get(key, []))
+    else:
+        values = list(override.sweep_string_iterator())
+    if not values:
+        raise UserError(f"{key}: {override.get_value_string()} holds no value")
+    if isinstance(value, RangeSweep) and len(values) > 1:
+        numbers = sorted(float(each) for each in values)
+        whole = isinstance(value.start, int) and isinstance(value.step, int)
+        return Axis(key, tuple(values), numbers[0], numbers[-1], numbers[1] - numbers[0], bool(tags), whole)
+    return Axis(key, tuple(values))
+
+
+def add_swept_keys(overrides: Sequence[str], config_dir: Path | None = None) -> list[str]:
+    """The overrides, and what the config sweeps over by itself."""
+    fixed, axes = read_space(overrides, config_dir)
+    settings = read_settings([*fixed, *(f"{axis.key}={axis.first}" for axis in axes)], config_dir)
+    return [*overrides, *(f"{key}={values}" for key, values in swept_by_itself(settings, overrides).items())]
+
+
+def swept_by_itself(settings: Settings, overrides: Sequence[str]) -> dict[str, Any]:
+    """The keys that the config sweeps over (`sweep.over`) and the overrides don't name."""
+    typed = {override.get_key_element() for override in parse_overrides(overrides)}
+    return {key: values for key, values in settings.sweep.over.items() if key not in typed}
 
 
 def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
@@ -116,6 +174,8 @@ def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
 def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: Path | None) -> str:
     """One message for what Hydra or OmegaConf could not do."""
     text = str(error)
+    if isinstance(error, RecursionError):
+        return "the config is nested too deep to be read"
     if "override_grammar" in text:
         return _syntax(error)
     if "hydra.searchpath" not in text and (
@@ -166,8 +226,7 @@ def check_early(command: str, overrides: Sequence[str], config_dir: Path | None)
         UserError: see `read_settings`.
     """
     if not (conf_folder() / f"{command}.yaml").exists():
-        for each in expand_grid(overrides)[:1]:
-            read_settings(each, config_dir)
+        add_swept_keys(overrides, config_dir)
 
 
 def read_settings(overrides: Sequence[str], config_dir: Path | None = None) -> Settings:

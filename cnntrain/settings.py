@@ -49,6 +49,28 @@ class OverfitSettings:
 
 
 @dataclass(frozen=True)
+class CheckSettings:
+    budget_s: Annotated[float, Within(1)]
+    first: bool
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    budget_s: Annotated[float, Within(1)]
+
+
+@dataclass(frozen=True)
+class LrFindSettings:
+    lowest: Annotated[float, Within(1e-12)]
+    highest: Annotated[float, Within(1e-12)]
+    steps: Annotated[int, Within(20)]
+
+    def __post_init__(self) -> None:
+        if self.highest <= self.lowest:
+            raise UserError(f"lr_find.highest: must be above lr_find.lowest ({self.lowest}), got {self.highest}")
+
+
+@dataclass(frozen=True)
 class InspectSettings:
     image_size: Any
     channels: Annotated[int | None, Within(1)]
@@ -64,6 +86,20 @@ class PreviewSettings:
 
 
 @dataclass(frozen=True)
+class SweepSettings:
+    over: dict[str, Any]
+    sampler: Literal["grid", "random", "tpe"]
+    trials: Annotated[int | None, Within(1)]
+    timeout_s: Annotated[float | None, Within(0)]
+    seed: Annotated[int, Within(0, 2**62)]
+    seeds: Annotated[int, Within(1)]
+    jobs: Annotated[int, Within(1, 256)]
+    pruner: Literal["none", "median", "asha", "hyperband"]
+    on_error: Literal["continue", "stop"]
+    storage: str | None
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """Keys that every data set has; the rest of `data` belongs to the source."""
 
@@ -73,7 +109,10 @@ class DataSettings:
     fold: Annotated[int, Within(0)]
     split_seed: int
     limit: Annotated[int | None, Within(2)]
+    mean: list[float] | None
+    std: list[float] | None
     store: Literal["auto", "device", "host", "stream"]
+    scan: Literal["full", "headers", "off"]
     timeout_s: Annotated[int, Within(1)]
 
 
@@ -85,6 +124,15 @@ class ModelSettings:
     activation: str | None = None
     init: str = "default"
     freeze: str | None = None
+    unfreeze: Annotated[int | None, Within(2)] = None
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Keys that every optimizer has; the rest of `optimizer` belongs to torch's class."""
+
+    decay_norms_and_biases: bool = False
+    layer_decay: Annotated[float | None, Within(1e-6, 1)] = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +148,7 @@ class Settings:
     seed: Annotated[int, Within(0, 2**62)]
     epochs: Annotated[int, Within(1)]
     steps: Annotated[int | None, Within(1)]
-    batch_size: Annotated[int, Within(1)]
+    batch_size: Annotated[int | Literal["auto"], Within(1)]
     limit_batches: Annotated[int | None, Within(1)]
     accumulate: Annotated[int, Within(1)]
     clip_grad_norm: Annotated[float | None, Within(1e-12)]
@@ -116,11 +164,20 @@ class Settings:
     checkpoint: CheckpointSettings
     log: LogSettings
     overfit: OverfitSettings
+    check: CheckSettings
+    bench: BenchSettings
+    lr_find: LrFindSettings
     inspect: InspectSettings
     preview: PreviewSettings
+    sweep: SweepSettings
     expect: dict[str, Any] | None
     trusted_packages: list[str]
     choices: dict[str, Any]  # group -> option, as they were chosen
+
+    @property
+    def known_batch_size(self) -> int | None:
+        """Images a batch; None as long as that is `auto`."""
+        return None if self.batch_size == "auto" else self.batch_size
 
     @property
     def label(self) -> str:
@@ -149,6 +206,14 @@ class EvaluateSettings:
     threads: Annotated[int | None, Within(1, 1024)]
     run_dir: str | None
     trusted_packages: list[str]
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Everything that `cnntrain compare` needs to know beside the folders."""
+
+    metric: str | None
+    run_dir: str | None
 
 
 @dataclass(frozen=True)
@@ -200,8 +265,11 @@ def _convert(value: Any, hint: Any, key: str, limits: Within = ANYTHING, or_null
         options = get_args(hint)
         if value is None and type(None) in options:
             return None
-        inner = next(option for option in options if option is not type(None))
-        return _convert(value, inner, key, limits, " or null")
+        words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
+        if value in words:
+            return value
+        inner = next(o for o in options if o is not type(None) and get_origin(o) is not Literal)
+        return _convert(value, inner, key, limits, f" or {' or '.join(words) or 'null'}")
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise UserError(f"{key}: needs keys below it, as {key}.NAME=...; got {value!r}")

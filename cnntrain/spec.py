@@ -20,6 +20,7 @@ class DataSpec:
         mirror: for each keypoint the index of its partner under a mirror image (itself when it lies on the axis),
             or None when the data set does not say.
         skeleton: pairs of keypoint indices to join by lines in drawings.
+        per_pixel: whether the classes are the pixels': images have masks.
         ignore_index: the mask id that counts neither as right nor as wrong.
         mean, std: per channel on the 0-1 scale; None until the training images have been measured.
         mirror_safe: whether a mirrored image still means the same (False for digits and text).
@@ -32,6 +33,7 @@ class DataSpec:
     keypoints: tuple[str, ...] = ()
     mirror: tuple[int, ...] | None = None
     skeleton: tuple[tuple[int, int], ...] = ()
+    per_pixel: bool = False
     ignore_index: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None

@@ -117,9 +117,15 @@ class Pipeline:
         return SampleTransform(self.per_sample, seed, epoch) if self.per_sample else None
 
     def plain(self, batch: Batch) -> Batch:
-        """The batch normalised, on the same canvas as the augmented ones, with nothing random done to it."""
+        """The batch normalised, with nothing random done to it.
+
+        It is on the same canvas as the augmented ones; images with masks, whose every pixel is judged, stay whole.
+        """
         with torch.no_grad(), torch.autocast(batch.images.device.type, enabled=False):
-            if self.output_size != self.spec.image_size or not torch.equal(self._rest, torch.eye(3).double()):
+            moves = self.output_size != self.spec.image_size or not torch.equal(
+                self._rest, torch.eye(3).double()
+            )
+            if moves and not self.spec.per_pixel:
                 whole_pixel = bool(torch.equal(self._rest, self._rest.round())) and self._resize is None
                 batch = self._move(batch, self._rest.repeat(len(batch), 1, 1), whole_pixel)
             return replace(batch, images=normalise(batch.images, self.mean, self.std))

@@ -15,7 +15,6 @@ from cnntrain.assembly import Assembly, assemble
 from cnntrain.build import trust_folder
 from cnntrain.cli import Invocation
 from cnntrain.config import compose, parse_overrides
-from cnntrain.engine import checkpoint
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.run_folder import open_run_folder, provenance
 from cnntrain.engine.signals import stop_flag
@@ -23,7 +22,7 @@ from cnntrain.errors import UserError
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.figures import save
 from cnntrain.report.table import print_rows
-from cnntrain.saved import load_weights, locate, run_folder_of, saved_spec
+from cnntrain.saved import load_weights, locate, read_saved, run_folder_of, saved_spec
 from cnntrain.settings import EvaluateSettings, PredictSettings, Settings, parse
 from cnntrain.spec import Batch
 
@@ -62,7 +61,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     """
     log_to_console()
     path = locate(Path(settings.checkpoint), "best.pt")
-    saved = checkpoint.load(path)
+    saved = read_saved(path)
     assembly = restore(saved, settings)
     data = assembly.load()
     if data.fingerprint != saved["fingerprint"]:
@@ -84,9 +83,10 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     with open_run_folder(folder, "evaluate") as run_folder, stop_flag() as stop:
         meter = evaluate(
             assembly.model, assembly.loader(examples), assembly.pipeline, assembly.task, assembly.compute,
-            assembly.settings.batch_size, None, stop, look,
+            assembly.settings.known_batch_size or saved["config"]["batch_size"], None, stop, look,
         )  # fmt: skip
-        metrics = {f"{settings.split}/{name}": value for name, value in meter.compute().items()}
+        figures = {**meter.compute(), **meter.details()}
+        metrics = {f"{settings.split}/{name}": value for name, value in figures.items()}
         rows.sort(key=lambda row: -float(row["loss"]))
         with (run_folder.path / "examples.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

@@ -28,8 +28,8 @@ from cnntrain.data.decode import BadFile, Decoder, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import make_decoder
 from cnntrain.data.listing import files_below
+from cnntrain.data.scan import scan
 from cnntrain.data.store import Loader, make_loader
-from cnntrain.engine import checkpoint
 from cnntrain.engine.device import Compute, choose_compute, prepare_torch
 from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag
@@ -37,7 +37,7 @@ from cnntrain.errors import UserError
 from cnntrain.report.console import log_to_console
 from cnntrain.report.figures import save
 from cnntrain.report.mask_files import mask_names, write_mask
-from cnntrain.saved import locate, saved_spec
+from cnntrain.saved import locate, read_saved, saved_spec
 from cnntrain.settings import PredictSettings, Settings, parse
 from cnntrain.spec import Batch, DataSpec
 from cnntrain.tasks.task import Task
@@ -89,7 +89,7 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
     log_to_console()
     paths, names = find_images(Path(settings.images).expanduser())
     path = locate(Path(settings.checkpoint), "best.pt")
-    predictor = restore_predictor(checkpoint.load(path), settings)
+    predictor = restore_predictor(read_saved(path), settings)
     boxes = None
     if settings.boxes is not None:
         paths, names, boxes = _cut_out(Path(settings.boxes).expanduser(), paths, names, predictor)
@@ -102,7 +102,7 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
     if resident.fits_in_host_memory({"images": examples}):
         examples = resident.decode({"images": examples})["images"]
     else:
-        resident.check_headers({"images": examples})
+        scan({"images": examples}, "headers")
     loader = make_loader(examples, predictor.compute.device, settings.workers)
     folder = Path(settings.run_dir) if settings.run_dir else None
     with open_run_folder(folder, "predict") as run_folder, stop_flag() as stop:
@@ -136,7 +136,8 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
     # A data set without the key has images of one size: all of an image is shown then.
     decoder = make_decoder([spec.height, spec.width], spec.channels, data.get("resize") or "letterbox")
     margin = float(data.get("crop_margin") or 0.0) if crops else 0.0
-    return Predictor(compute, spec, pipeline, task, model, decoder, restored.batch_size, crops, margin)
+    batch_size = restored.known_batch_size or saved["config"]["batch_size"]
+    return Predictor(compute, spec, pipeline, task, model, decoder, batch_size, crops, margin)
 
 
 def find_images(path: Path) -> tuple[list[str], list[str]]:

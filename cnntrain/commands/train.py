@@ -5,7 +5,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,27 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from cnntrain.assembly import Assembly, assemble, build_training_parts
+from cnntrain.assembly import Assembly, assemble, build_training_parts, notice
 from cnntrain.cli import Invocation
-from cnntrain.config import read_settings
+from cnntrain.commands.evaluate import evaluate_checkpoint
+from cnntrain.config import compose, read_settings, swept_by_itself
 from cnntrain.data.load import Data
 from cnntrain.data.store import Loader
 from cnntrain.data.stream import explain_worker_error
 from cnntrain.engine import checkpoint
 from cnntrain.engine.ema import MovingAverage
 from cnntrain.engine.evaluate import evaluate
+from cnntrain.engine.keeper import Keeper
 from cnntrain.engine.loop import Plan, fit
 from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag
 from cnntrain.engine.state import TrainState
-from cnntrain.errors import UserError
+from cnntrain.errors import CheckFailedError, DivergedError, StoppedError, UserError
 from cnntrain.expectations import judge_expectations, parse_expectation
 from cnntrain.report.console import log_to_console
 from cnntrain.report.journal import RunJournal, statistics
 from cnntrain.report.table import print_findings, print_run_summary
+from cnntrain.resume import bring_best, keep_choices, resume
 from cnntrain.saved import (
     checkpoint_facts,
     differences,
@@ -38,12 +41,11 @@ from cnntrain.saved import (
     finished_results,
     flat,
     load_weights,
-    resume,
+    read_saved,
     run_folder_of,
 )
-from cnntrain.settings import Settings
+from cnntrain.settings import EvaluateSettings, Settings, parse
 from cnntrain.spec import Batch
-from cnntrain.sweep import run_sweep
 from cnntrain.tasks.meter import Worst
 
 log = logging.getLogger("cnntrain")
@@ -54,8 +56,15 @@ def run(invocation: Invocation) -> int:
     if invocation.words:
         raise UserError(f"train: {invocation.words[0]!r} is no override; write KEY=VALUE, as model=resnet18")
     if invocation.multirun:
-        return run_sweep(invocation, train)
+        from cnntrain.sweep.perform import Job  # imports optuna, which a single run does without
+        from cnntrain.sweep.run import run_sweep
+
+        return run_sweep(invocation, Job(train_trial, test_trial))
     settings = read_settings(invocation.overrides, invocation.config_dir)
+    if swept := swept_by_itself(settings, invocation.overrides):
+        raise UserError(
+            f"sweep.over: this config sweeps over {', '.join(swept)}; add -m, or give each one value"
+        )
     if invocation.print_config:
         print(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), end="")
         return 0
@@ -74,24 +83,44 @@ def run(invocation: Invocation) -> int:
     return 1 if any(finding.verdict == "FAIL" for finding in findings) else 0
 
 
-def train(settings: Settings, command_line: str = "") -> dict[str, Any]:
+def train(
+    settings: Settings,
+    command_line: str = "",
+    test: bool = True,
+    watch: Callable[[dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
     """Train as `settings` say, in a run folder of its own; what results.json holds, with `run_dir`.
+
+    Args:
+        test: whether the test set is used at the end; a sweep keeps it for its winner.
+        watch: shown every epoch's row, as in metrics.csv; what it raises ends the training, its state saved.
 
     Raises:
         UserError, DivergedError, MachineError, StoppedError: see cnntrain.errors.
     """
     log_to_console()
     source = find_checkpoint(settings)
-    saved = checkpoint.load(source) if source else None
+    saved = read_saved(source) if source else None
     folder = Path(settings.run_dir) if settings.run_dir else run_folder_of(source) if source else None
     if saved and folder and (done := finished_results(saved, folder, settings)):
         log.info("%s: this run is finished, nothing to do (a larger epochs= would go on)", source)
         return done
     for name, wanted in (settings.expect or {}).items():
         parse_expectation(name, wanted)
-    assembly = assemble(settings)
+    if settings.check.first and saved is None:
+        _check_first(settings, command_line)
+    assembly = assemble(keep_choices(settings, saved) if saved else settings)
     data = assembly.load()
-    plan, state = _prepare(assembly, data, saved)
+    if not test:
+        data.test = None
+    plan, state = _prepare(assembly, data)
+    settings = dataclasses.replace(  # which may have been `auto`
+        settings, batch_size=plan.batch_size, optimizer=assembly.settings.optimizer
+    )
+    for finding in notice(assembly, data, plan, command_line):
+        log.warning("config: %s: %s; %s", finding.evidence, finding.cause, finding.remedy)
+    if saved and source:
+        resume(state, saved, source, assembly, data)
     with (
         open_run_folder(folder, settings.label) as run,
         stop_flag() as stop,
@@ -100,16 +129,53 @@ def train(settings: Settings, command_line: str = "") -> dict[str, Any]:
             raise UserError(
                 f"run_dir: {run.path} got a run of another process meanwhile; choose another folder"
             )
+        if source and not run.best.exists():
+            bring_best(source, run.best, state)
         (run.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
         run.write_json("run.json", provenance(command_line))
-        results = _train_in(run, assembly, data, plan, state, stop)
+        results = _train_in(run, assembly, data, plan, state, stop, watch)
         run.write_json("results.json", results)
     print_run_summary(results, run.path, assembly.task.monitor[0])
     return {**results, "run_dir": str(run.path)}
 
 
-def _prepare(assembly: Assembly, data: Data, saved: Mapping[str, Any] | None) -> tuple[Plan, TrainState]:
-    """How long to train, and where the training stands: at its start, or where the checkpoint left it."""
+def _check_first(settings: Settings, command_line: str) -> None:
+    """All checks, in a folder `check` of the run's (or one of their own).
+
+    Raises:
+        CheckFailedError: one of them failed.
+    """
+    from cnntrain.commands.check import check
+
+    folder = str(Path(settings.run_dir) / "check") if settings.run_dir else None
+    report = check(dataclasses.replace(settings, run_dir=folder), (), command_line)
+    if failed := [finding["name"] for finding in report["findings"] if finding["verdict"] == "FAIL"]:
+        raise CheckFailedError(
+            f"check.first: {', '.join(failed)} failed (above, and in {report['run_dir']}), so the training was not "
+            "begun; mend it, or set check.first=false"
+        )
+
+
+def train_trial(
+    settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]
+) -> dict[str, Any]:
+    """One run of a sweep, which leaves the test set alone."""
+    return train(settings, command_line, test=False, watch=watch)
+
+
+def test_trial(settings: Settings, command_line: str) -> dict[str, float]:
+    """The test set's metrics by the best checkpoint in the run's folder."""
+    defaults = compose("evaluate", ("checkpoint=here",))
+    defaults.pop("choices")
+    about = dataclasses.replace(
+        parse(EvaluateSettings, defaults), checkpoint=str(settings.run_dir), device=settings.device,
+        threads=settings.threads, trusted_packages=settings.trusted_packages,
+    )  # fmt: skip
+    return evaluate_checkpoint(about, command_line)
+
+
+def _prepare(assembly: Assembly, data: Data) -> tuple[Plan, TrainState]:
+    """How long to train, and the training at its start."""
     settings, compute = assembly.settings, assembly.compute
     plan, optimizer, schedule = build_training_parts(assembly, data)
     assembly.model.to(memory_format=compute.memory_format)
@@ -120,29 +186,41 @@ def _prepare(assembly: Assembly, data: Data, saved: Mapping[str, Any] | None) ->
         torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None,
         MovingAverage(assembly.model, settings.ema_decay) if settings.ema_decay else None,
     )
-    if saved:
-        resume(state, saved, assembly, data)
     return plan, state
 
 
 def _train_in(
-    run: RunFolder, assembly: Assembly, data: Data, plan: Plan, state: TrainState, stop: StopFlag
+    run: RunFolder,
+    assembly: Assembly,
+    data: Data,
+    plan: Plan,
+    state: TrainState,
+    stop: StopFlag,
+    watch: Callable[[dict[str, float]], None] | None,
 ) -> dict[str, Any]:
     settings, compute, task = assembly.settings, assembly.compute, assembly.task
     facts = checkpoint_facts(assembly, data)
 
-    def save(name: str) -> None:
-        checkpoint.save({"state": state.state_dict(), **facts}, run.checkpoints / f"{name}.pt")
+    save = Keeper(run, state, facts, settings.checkpoint.keep)
 
     training = assembly.loader(data.train, augmented=True)
     validation = assembly.loader(data.val) if data.val else None
-    with _journal(run, assembly, plan, state) as journal:
+    with _journal(run, assembly, plan, state, watch) as journal:
         hparams = flat(
-            {k: v for k, v in facts["config"].items() if k not in ("run_dir", "resume", "log", "expect")}
+            {
+                k: v
+                for k, v in facts["config"].items()
+                if k not in ("run_dir", "resume", "log", "expect", "sweep")
+            }
         )
         journal.start(hparams, (run.path / "config.yaml").read_text(), data.test is not None)
         try:
             fit(state, training, validation, assembly.pipeline, task, compute, plan, journal, save, stop)
+        except StoppedError as error:
+            how = f"its state is saved; to go on: the same command with run_dir={run.path} resume=auto"
+            raise StoppedError(error.exit_code - 128, f"{error} at step {state.progress.step}; {how}") from error
+        except DivergedError as error:
+            raise DivergedError(f"{error}\nlast good checkpoint: {save.last_good}") from error
         except (RuntimeError, OSError, EOFError) as error:
             # A worker's death shows wherever the main process is.
             explained = explain_worker_error(error, assembly.data_settings.timeout_s)
@@ -164,7 +242,13 @@ def _train_in(
     return _summary(state, best, test)
 
 
-def _journal(run: RunFolder, assembly: Assembly, plan: Plan, state: TrainState) -> RunJournal:
+def _journal(
+    run: RunFolder,
+    assembly: Assembly,
+    plan: Plan,
+    state: TrainState,
+    watch: Callable[[dict[str, float]], None] | None,
+) -> RunJournal:
     progress, settings = state.progress, assembly.settings
     return RunJournal(
         run.path,
@@ -176,6 +260,7 @@ def _journal(run: RunFolder, assembly: Assembly, plan: Plan, state: TrainState) 
         progress.epoch,
         settings.log.tensorboard,
         settings.log.pictures,
+        watch,
     )
 
 

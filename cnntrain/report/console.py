@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 
 from rich.console import Console
 
@@ -17,9 +18,10 @@ class _StderrHandler(logging.Handler):
 
 
 def log_to_console() -> logging.Logger:
-    """The program's logger, set up once."""
+    """The program's logger, set up once; warnings come through it too, without the line of code that gave them."""
     log = logging.getLogger("cnntrain")
     if not log.handlers:
+        warnings.showwarning = lambda message, *where: log.warning("%s", message)
         log.addHandler(_StderrHandler())
         log.setLevel(logging.INFO)
         log.propagate = False

@@ -184,8 +184,12 @@ def save(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
-    aside.write_bytes(png(figure))
-    aside.replace(path)
+    try:
+        aside.write_bytes(png(figure))
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def png(figure: Figure) -> bytes:

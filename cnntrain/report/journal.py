@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from cnntrain.errors import CnntrainError
 from cnntrain.report.figures import batch_grid, curves, filters, save
-from cnntrain.report.metrics import MetricsFile, read_metrics
+from cnntrain.report.metrics import MetricsFile
 from cnntrain.report.progress import Bar
 from cnntrain.report.tensorboard import Events
 from cnntrain.spec import Batch, DataSpec
@@ -41,6 +43,7 @@ class RunJournal:
         total_steps, epochs: of the whole training, for the bar.
         done_steps, done_epochs: where a resumed training stands.
         tensorboard, pictures: whether to write events, and to draw.
+        watch: shown every epoch's row once all is written; what it raises ends the training.
     """
 
     def __init__(
@@ -54,14 +57,18 @@ class RunJournal:
         done_epochs: int = 0,
         tensorboard: bool = True,
         pictures: bool = True,
+        watch: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         self.folder, self.task, self.spec, self.pictures = folder, task, spec, pictures
+        self.watch = watch
         self.metrics = MetricsFile(folder / "metrics.csv", done_epochs + 1 if done_steps else None)
         self.bar = Bar(total_steps, epochs, done_steps, watch=(task.monitor[0],))
         self.events = (
             Events(folder, purge_step=done_steps + 1 if done_steps else None) if tensorboard else None
         )
         self.best: float | None = None
+        self._warned = False
+        self.first_batch: tuple[int, Batch] | None = None
 
     def __enter__(self) -> RunJournal:
         self.bar.__enter__()
@@ -71,6 +78,8 @@ class RunJournal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.__exit__(kind, error, trace)
+        if kind is None or issubclass(kind, CnntrainError):  # it ended before the first reading
+            self._draw_batch()
         if self.events:
             self.events.finish(success=kind is None)
             self.events.close()
@@ -93,21 +102,28 @@ class RunJournal:
         self.bar.reading(step, epoch, values)
         if self.events:
             self.events.scalars({f"steps/{name}": value for name, value in values.items()}, step)
+        self._draw_batch()
 
     def batch_seen(self, step: int, batch: Batch) -> None:
-        if self.pictures:
-            shown = slice(0, 32)
-            mean, std = statistics(self.spec)
-            targets = {name: target[shown] for name, target in batch.targets.items()}
-            names = [f"#{row}" for row in batch.index[shown].tolist()]
-            if self.spec.keypoints or "mask" in targets:
-                figure = self.task.draw(batch.images[shown], None, targets, names, mean, std)
-            else:
-                labels = targets["label"].tolist() if "label" in targets else []
-                captions = [self.spec.classes[i] for i in labels] if self.spec.classes else names
-                title = "first batch, as the network sees it"
-                figure = batch_grid(batch.images[shown], captions, mean, std, title)
-            self.figure("first_batch", figure, step)
+        """Keeps the batch, to be drawn at the next reading: importing matplotlib would hold up the first step."""
+        self.first_batch = (step, batch) if self.pictures else None
+
+    def _draw_batch(self) -> None:
+        if self.first_batch is None:
+            return
+        (step, batch), self.first_batch = self.first_batch, None
+        shown = slice(0, 32)
+        mean, std = statistics(self.spec)
+        targets = {name: target[shown] for name, target in batch.targets.items()}
+        names = [f"#{row}" for row in batch.index[shown].tolist()]
+        if self.spec.keypoints or "mask" in targets:
+            figure = self.task.draw(batch.images[shown], None, targets, names, mean, std)
+        else:
+            labels = targets["label"].tolist() if "label" in targets else []
+            captions = [self.spec.classes[i] for i in labels] if self.spec.classes else names
+            title = "first batch, as the network sees it"
+            figure = batch_grid(batch.images[shown], captions, mean, std, title)
+        self.figure("first_batch", figure, step)
 
     def epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
         self.metrics.append(row)
@@ -115,6 +131,8 @@ class RunJournal:
         if self.events:
             tags = {name: value for name, value in row.items() if name not in ("epoch", "step")}
             self.events.scalars(tags, step)
+        if self.watch:
+            self.watch(row)
 
     def finish(
         self,
@@ -140,7 +158,7 @@ class RunJournal:
             self.events.scalars({**chosen, **test}, step)
         if not self.pictures:
             return
-        self.figure("curves", curves(read_metrics(self.metrics.path), self.task.monitor), step)
+        self.figure("curves", curves(self.metrics.rows, self.task.monitor), step)
         for name, figure in self.task.figures(meter).items():
             self.figure(name, figure, step)
         if mistakes is not None:
@@ -150,7 +168,12 @@ class RunJournal:
             self.figure("filters", filters(first.weight), step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        save(figure, self.folder / "figures" / f"{name}.png")
+        try:
+            save(figure, self.folder / "figures" / f"{name}.png")
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"figures in {self.folder} are not being written: {error}", stacklevel=2)
         if self.events:
             self.events.figure(name, figure, step)
 

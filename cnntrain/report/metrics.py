@@ -3,12 +3,16 @@
 import csv
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
 class MetricsFile:
     """Appends rows to a CSV file; a column that turns up later is added, with earlier cells empty.
+
+    A disk that is full or gone is warned of once, and the training goes on; what could not be written is written with
+    the next row that can be.
 
     Args:
         path: the file; its folder is made where it isn't there.
@@ -18,32 +22,43 @@ class MetricsFile:
 
     def __init__(self, path: Path | str, resume_epoch: int | None = None) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        self.rows: list[dict[str, float]] = []
         if resume_epoch is not None and self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row.get("epoch", math.inf) < resume_epoch]
-        self._columns = list(dict.fromkeys(name for row in kept for name in row))
-        self._rewrite(kept)
+            self.rows = [row for row in read_metrics(self.path) if row.get("epoch", math.inf) < resume_epoch]
+        self._columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        self._behind = self._warned = False
+        self._write(self._rewrite)
 
     def append(self, row: Mapping[str, float]) -> None:
         """Add one epoch's figures; `epoch` is one of them."""
         new = [name for name in row if name not in self._columns]
-        if new:
-            rows = read_metrics(self.path)
-            self._columns += new
-            self._rewrite([*rows, dict(row)])
-            return
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([_cell(row.get(name)) for name in self._columns])
+        self._columns += new
+        self.rows.append(dict(row))
+        self._write(self._rewrite if new or self._behind else self._append)
 
-    def _rewrite(self, rows: list[dict[str, float]]) -> None:
+    def _write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+            self._behind = False
+        except OSError as error:
+            self._behind = True
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"{self.path} is not being written: {error}", stacklevel=4)
+
+    def _append(self) -> None:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow([_cell(self.rows[-1].get(name)) for name in self._columns])
+
+    def _rewrite(self) -> None:
         """Write everything aside, then put it in place: a reader never sees half a table."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_name(self.path.name + ".part")
         with aside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if self._columns:
                 writer.writerow(self._columns)
-            writer.writerows([_cell(row.get(name)) for name in self._columns] for row in rows)
+            writer.writerows([_cell(row.get(name)) for name in self._columns] for row in self.rows)
         os.replace(aside, self.path)
 
 

@@ -58,6 +58,16 @@ def print_rows(
     console.print(rows_table(rows, title, columns))
 
 
+def markdown(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows as a Markdown table."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for row in rows:
+        cells = [value_text(row.get(key)).replace("|", "\\|") for key in columns]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if columns else ""
+
+
 def print_run_summary(
     results: Mapping[str, object], run_dir: Path, monitor: str, console: Console | None = None
 ) -> None:

@@ -65,6 +65,10 @@ class Meter(ABC):
         values = self.read()
         return {"loss": ratio(values["loss_sum"], values["loss_count"]), **self._metrics(values)}
 
+    def loss_is_finite(self) -> bool:
+        """Whether the sum of the losses is; waits for the device. True where nothing was counted."""
+        return "loss_sum" not in self._sums or bool(self._sums["loss_sum"].isfinite())
+
     def read(self) -> dict[str, Tensor]:
         """Sums and rows as float64 on the CPU, in a single transfer. Needs at least one `update`."""
         state = self.state()

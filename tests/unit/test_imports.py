@@ -10,15 +10,17 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "cnntrain"
 FLOORS = [  # each may import what stands before it, and itself; what shares a line may not import one another
     {"errors", "findings"},
-    {"settings", "randomness", "spec"},
+    {"settings", "randomness", "space", "spec", "tensor_file", "yaml_files"},
     {"tasks", "augment", "data", "models"},
     {"engine", "anatomy", "report"},
     {"checks", "build", "expectations"},
     {"config"},
     {"assembly"},
     {"saved"},
+    {"resume"},
     {"cli"},
-    {"sweep"},
+    {"comparison"},
+    {"fresh", "sweep"},
     {"commands"},
 ]
 SPEAK_HYDRA = {"cli", "config", "commands"}

@@ -194,3 +194,19 @@ def test_plain_is_the_middle_on_the_same_canvas(make_batch):
     # The box is the largest square in the middle: columns 5 to 25, on its edges.
     edges = plain.to_canvas[0] @ torch.tensor([[4.5, 24.5], [-0.5, 19.5], [1, 1]], dtype=torch.float64)
     torch.testing.assert_close(edges[:2], torch.tensor([[-0.5, 9.5], [-0.5, 9.5]]).double())
+
+
+def test_images_with_masks_are_judged_whole_however_small_the_training_windows_are() -> None:
+    spec = DataSpec(1, 12, 16, ("a", "b"), per_pixel=True, ignore_index=255)
+    pipeline = Pipeline(spec, {"crop": Crop(size=[6, 8], padding_px=0)})
+    rows = torch.arange(2)
+    batch = Batch(
+        torch.rand(2, 1, 12, 16).mul(255).byte(),
+        {"mask": torch.randint(0, 2, (2, 12, 16)).byte()},
+        rows,
+        rows,
+    )
+    assert pipeline(batch, 0, 0).images.shape[-2:] == (6, 8)
+    plain = pipeline.plain(batch)
+    assert plain.images.shape[-2:] == (12, 16)
+    assert torch.equal(plain.targets["mask"], batch.targets["mask"])

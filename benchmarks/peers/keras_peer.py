@@ -1,0 +1,74 @@
+"""Keras on its torch backend, `compile` and `fit`: pip install keras
+
+    python benchmarks/peers/keras_peer.py --root DATA --model fmnist_cnn --precision bf16
+
+Keras' images are (N, H, W, C) by default, and reach torch as channels_last without being copied, so --channels-last
+changes nothing.
+"""
+
+import os
+import time
+
+os.environ["KERAS_BACKEND"] = "torch"
+
+import keras
+from common import BATCH_SIZE, DENSE_DROPOUT, DROPOUT, fashion_mnist, normalised, parse, tell
+from keras import layers
+
+
+def network(name: str) -> keras.Model:
+    """The layers of `common.network`."""
+
+    def block(out: int) -> list[layers.Layer]:
+        return [
+            layers.Conv2D(out, 3, padding="same", activation="relu"), layers.BatchNormalization(),
+            layers.Conv2D(out, 3, padding="same", activation="relu"), layers.BatchNormalization(),
+            layers.MaxPooling2D(), layers.Dropout(DROPOUT),
+        ]  # fmt: skip
+
+    lenet5 = [
+        layers.Conv2D(20, 5, padding="same", activation="relu"), layers.MaxPooling2D(),
+        layers.Conv2D(50, 5, padding="same", activation="relu"), layers.MaxPooling2D(),
+        layers.Flatten(), layers.Dense(500, activation="relu"),
+    ]  # fmt: skip
+    fmnist_cnn = [
+        *block(32), *block(64), layers.Flatten(), layers.Dense(512, activation="relu"), layers.BatchNormalization(),
+        layers.Dropout(DENSE_DROPOUT),
+    ]  # fmt: skip
+    body = lenet5 if name == "lenet5" else fmnist_cnn
+    return keras.Sequential([keras.Input((28, 28, 1)), *body, layers.Dense(10, dtype="float32")])
+
+
+class Clock(keras.callbacks.Callback):
+    """Seconds of every epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def on_epoch_begin(self, epoch: int, logs: object = None) -> None:
+        self.started = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: object = None) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+
+
+def main() -> None:
+    options = parse(__doc__)
+    if options.precision == "bf16":
+        keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    images, labels = fashion_mnist(options)
+    x, y = normalised(images).permute(0, 2, 3, 1).numpy(), labels.numpy()
+    model = network(options.model)
+    model.compile(
+        optimizer=keras.optimizers.AdamW(1e-3),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    clock = Clock()
+    model.fit(x, y, batch_size=BATCH_SIZE, epochs=options.epochs, callbacks=[clock], verbose=2)
+    tell(clock.seconds, len(images))
+
+
+if __name__ == "__main__":
+    main()

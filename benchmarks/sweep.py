@@ -1,0 +1,111 @@
+"""What a sweep costs beside its trainings run one by one, and what TPE finds in a third of a grid's trainings.
+
+    python benchmarks/sweep.py cost             # 12 trainings alone, then as a sweep with one job and with two
+    python benchmarks/sweep.py search           # a grid of 48 settings, then TPE, 16 trials, median pruning, 5 seeds
+    python benchmarks/sweep.py cost --epochs 1 --limit 100      # a smoke run; `search` takes the same
+
+Everything is the command `cnntrain` in processes of its own, on digits, start-up included, one thread a training, no
+pictures; one job runs on one core, two jobs on two.
+"""
+
+import argparse
+import csv
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+COMMAND = shutil.which("cnntrain", path=os.path.dirname(sys.executable)) or "cnntrain"
+COST_SPACE = ("model=lenet5,fmnist_cnn", "optimizer.lr=0.01,0.1")
+SEEDS = 3
+SEARCH_SPACE = (
+    "model=lenet5,mlp", "optimizer.lr=0.0003,0.001,0.003,0.01", "batch_size=32,64,128", "augment=none,digits",
+)  # fmt: skip
+GRID, DRAWN = 48, 16
+
+
+def cnntrain(*arguments: str, cores: int = 1) -> float:
+    """Seconds that the command takes on so many cores."""
+    mine = sorted(os.sched_getaffinity(0))[:cores]
+    started = time.perf_counter()
+    subprocess.run(
+        [COMMAND, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: os.sched_setaffinity(0, mine),
+    )  # fmt: skip
+    return time.perf_counter() - started
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cost(fixed: list[str], folder: Path) -> None:
+    """A sweep beside the sum of its trainings."""
+    swept = ["-m", *COST_SPACE, f"sweep.seeds={SEEDS}", *fixed]
+    one = cnntrain(*swept, f"run_dir={folder / 'one'}")
+    two = cnntrain(*swept, "sweep.jobs=2", f"run_dir={folder / 'two'}", cores=2)
+    alone, keys = 0.0, [axis.split("=")[0] for axis in COST_SPACE]
+    for row in rows(folder / "one"):
+        values = [f"{key}={row[key]}" for key in (*keys, "seed")]
+        alone += cnntrain(*values, *fixed, f"run_dir={folder / 'alone' / row['trial'] / row['seed']}")
+    inside = sum(float(row["time_s"]) for row in rows(folder / "one"))
+    equal = [r["val/loss"] for r in rows(folder / "one")] == [r["val/loss"] for r in rows(folder / "two")]
+    print(f"{len(rows(folder / 'one'))} trainings alone, one after the other: {alone:.1f} s")
+    print(f"the sweep, one job on one core:   {one:.1f} s, {one / alone:.2f} x (asked: below 1.1 x)")
+    print(f"the sweep, two jobs on two cores: {two:.1f} s, {two / alone:.2f} x (asked: below 0.6 x)")
+    print(f"the sum of the trainings inside the sweep, without any start-up: {inside:.1f} s; one job takes "
+          f"{one / inside:.2f} x, two take {two / inside:.2f} x of that")  # fmt: skip
+    print(f"both sweeps have the same losses: {equal}")
+
+
+def search(fixed: list[str], folder: Path) -> None:
+    """TPE's best setting beside the grid's, on validation data, and that one's deviation over seeds."""
+    common = ["-m", *fixed, "sweep.jobs=2"]
+    taken = cnntrain(*common, *SEARCH_SPACE, f"run_dir={folder / 'grid'}", cores=2)
+    found = sorted(rows(folder / "grid"), key=lambda row: -float(row["val/top1"]))
+    assert len(found) == GRID
+    best = float(found[0]["val/top1"])
+    keys = [axis.split("=")[0] for axis in SEARCH_SPACE]
+    again = [f"{key}={found[0][key]}" for key in keys]
+    cnntrain(*common, *again, "sweep.seeds=5", f"run_dir={folder / 'best'}", cores=2)
+    values = [float(row["val/top1"]) for row in rows(folder / "best")]
+    deviation = statistics.stdev(values)
+    print(f"grid: {GRID} trainings, {taken:.0f} s; best {' '.join(again)}: {best:.4f}, over 5 seeds "
+          f"{statistics.fmean(values):.4f} ± {deviation:.4f}")  # fmt: skip
+    reached = []
+    for seed in range(5):
+        name = folder / f"tpe{seed}"
+        drawn = ["sweep.sampler=tpe", f"sweep.trials={DRAWN}", "sweep.pruner=median", f"sweep.seed={seed}"]
+        taken = cnntrain(*common, *SEARCH_SPACE, *drawn, f"run_dir={name}", cores=2)
+        done = [row for row in rows(name) if row["status"] == "done"]
+        reached.append(max(float(row["val/top1"]) for row in done))
+        print(f"tpe, sweep.seed={seed}: {len(rows(name))} trainings, {len(rows(name)) - len(done)} of them pruned, "
+              f"{taken:.0f} s; best {reached[-1]:.4f}")  # fmt: skip
+    short = best - statistics.median(reached)
+    print(f"median over 5 seeds: {statistics.median(reached):.4f}, {short:.4f} short of the grid's best "
+          f"(asked: at most one standard deviation, {deviation:.4f})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["cost", "search"])
+    parser.add_argument("--epochs", type=int, help="null: 20 for cost, 6 for search")
+    parser.add_argument("--limit", default="null", help="images of each split")
+    chosen = parser.parse_args()
+    epochs = chosen.epochs or {"cost": 20, "search": 6}[chosen.what]
+    asked = [
+        f"epochs={epochs}",
+        f"data.limit={chosen.limit}",
+        "data=digits",
+        "threads=1",
+        "log.pictures=false",
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        {"cost": cost, "search": search}[chosen.what](asked, Path(temporary))

@@ -1,0 +1,134 @@
+"""Images/s of a whole `cnntrain` training, all logging on, beside the bare step: forward, backward and optimizer step
+written by hand, on one batch that lies on the device, in the same precision and layout.
+
+    python benchmarks/throughput.py                       # fmnist_cnn, resnet18, lenet5; a stand-in for the data
+    python benchmarks/throughput.py --root DATA           # Fashion-MNIST's files
+    python benchmarks/throughput.py --precision fp32 --models lenet5 --window-s 3
+    python benchmarks/throughput.py --batch-size 512      # on a GPU
+
+Both take turns in one process: a window of the bare step after every epoch. Windows in which another process took CPU
+time do not count; up to three times as many are taken until there are enough clean ones. Prints medians and their
+ratio: it should be 0.97 or more for fmnist_cnn and resnet18, 0.95 for lenet5 (on a GPU 0.95, batches of 512).
+"""
+
+import argparse
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from fashion import add_root, fashion_mnist
+from torch.nn.functional import cross_entropy
+
+from cnntrain import compose
+from cnntrain.assembly import assemble
+from cnntrain.commands.train import train
+from cnntrain.engine.cpu_load import others_cores, read_cpu
+from cnntrain.engine.timing import Windows
+from cnntrain.settings import Settings
+
+MODELS = ("fmnist_cnn", "resnet18", "lenet5")
+
+
+class EnoughError(Exception):
+    """There are as many clean windows as were asked for."""
+
+
+class BareStep:
+    """The same network and optimizer without anything around them."""
+
+    def __init__(self, settings: Settings, batch_size: int) -> None:
+        assembly = assemble(settings)
+        self.compute = compute = assembly.compute
+        self.model = assembly.model.to(memory_format=compute.memory_format).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        images = torch.randn(batch_size, 1, 28, 28, device=compute.device)
+        self.images = images.contiguous(memory_format=compute.memory_format)
+        self.labels = torch.arange(batch_size, device=compute.device) % 10
+
+    def window(self, steps: int) -> tuple[int, float]:
+        """Images and seconds of some steps."""
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(steps):
+            with self.compute.autocast():
+                outputs = self.model(self.images)
+            cross_entropy(outputs.float(), self.labels).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self._wait()
+        return steps * len(self.images), time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.compute.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(model: str, root: Path, options: argparse.Namespace) -> dict[str, Windows]:
+    """Windows of the training and of the bare step, in turns."""
+    most = 3 * options.windows
+    common = [
+        f"model={model}", "data=fashion_mnist", f"data.root={root}", f"batch_size={options.batch_size}",
+        f"precision={options.precision}", f"device={options.device}", f"epochs={most + 1}",
+        *([f"threads={options.threads}"] if options.threads else []),
+    ]  # fmt: skip
+    bare = BareStep(compose(*common), options.batch_size)
+    bare.window(2)
+    images, seconds = bare.window(3)
+    steps = max(
+        2, min(round(options.window_s * images / seconds / options.batch_size), 54_000 // options.batch_size)
+    )
+    found = {"cnntrain": Windows(), "bare": Windows()}
+    before = read_cpu()
+
+    def watch(row: dict[str, float]) -> None:
+        nonlocal before
+        others = others_cores(before, read_cpu())
+        before = read_cpu()
+        taken = bare.window(steps)
+        if row["epoch"] > 1:  # the first one warms up
+            found["cnntrain"].add(1, 1 / row["images_per_s"], others)
+            found["bare"].add(*taken, others_cores(before, read_cpu()))
+        if all(len(windows.clean) >= options.windows for windows in found.values()):
+            raise EnoughError
+        before = read_cpu()
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = compose(*common, f"limit_batches={steps}", f"run_dir={folder}/run")
+        with suppress(EnoughError):
+            train(settings, test=False, watch=watch)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add_root(parser)
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=5, help="clean ones that are asked for")
+    parser.add_argument("--window-s", type=float, default=8.0, help="seconds of a window")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    rows = []
+    with fashion_mnist(options.root) as root:
+        for model in options.models:
+            found = measure(model, root, options)
+            rows.append((model, found["cnntrain"], found["bare"]))
+    print(
+        f"\nbatch {options.batch_size}, precision {options.precision}, images/s (medians of the clean windows)"
+    )
+    print(f"{'model':<12}{'cnntrain':>10}{'bare step':>11}{'ratio':>8}   clean windows")
+    for model, ours, bare in rows:
+        ratio = ours.images_per_s / bare.images_per_s
+        counts = " / ".join(f"{len(each.clean)} of {len(each.others)}" for each in (ours, bare))
+        warning = "" if ours.clean and bare.clean else "   BUSY: these figures say nothing"
+        print(
+            f"{model:<12}{ours.images_per_s:>10,.0f}{bare.images_per_s:>11,.0f}{ratio:>8.3f}   {counts}{warning}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Runs side by side: which settings differ, what they came to, and seeds folded into one line."""
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cnntrain.assembly import build_pipeline, build_task
+from cnntrain.errors import UserError
+from cnntrain.expectations import NEUTRAL
+from cnntrain.report.metrics import read_metrics
+from cnntrain.saved import flat, read_saved, saved_spec
+from cnntrain.settings import Settings, parse
+
+# What tells where a run was and not what it was.
+LEFT_OUT = NEUTRAL | {"expect"}
+SECTIONS_LEFT_OUT = ("log", "checkpoint", "sweep", "preview", "inspect", "overfit", "check")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's folder, read.
+
+    Attributes:
+        settings: flat, by key.
+        rows: of metrics.csv.
+        results: of results.json; empty while the run isn't done.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    rows: list[dict[str, float]]
+    results: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    values: Mapping[str, Any]
+    runs: list[RunRecord]
+
+    @property
+    def name(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.values.items()) or self.runs[0].folder.name
+
+
+def find_runs(path: Path) -> list[Path]:
+    """The run's folder, or those inside a sweep's, in the order of their names.
+
+    Raises:
+        UserError: no run there.
+    """
+    if (path / "metrics.csv").is_file():
+        return [path]
+    found = sorted(each.parent for each in path.glob("*/metrics.csv"))
+    if not found:
+        raise UserError(f"{path}: no run there (a folder with metrics.csv), and no sweep of runs")
+    return found
+
+
+def read_run(folder: Path) -> RunRecord:
+    """What a run's folder says."""
+    results = folder / "results.json"
+    try:
+        settings = flat(yaml.safe_load((folder / "config.yaml").read_text()))
+        known = json.loads(results.read_text()) if results.is_file() else {}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: config.yaml or results.json can't be read ({error})") from error
+    return RunRecord(folder, settings, read_metrics(folder / "metrics.csv"), known)
+
+
+def monitor_of(folder: Path) -> tuple[str, str] | None:
+    """The metric that chose the run's best epoch, with its better end; None where no checkpoint was saved."""
+    path = next(
+        (p for name in ("best", "last") if (p := folder / "checkpoints" / f"{name}.pt").is_file()), None
+    )
+    if path is None:
+        return None
+    saved = read_saved(path)
+    settings, spec = parse(Settings, saved["config"]), saved_spec(saved)
+    return build_task(settings, spec, build_pipeline(settings, spec)).monitor
+
+
+def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
+    """Keys whose values are not the same in all runs; a chosen group stands for the keys that it brings along."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    found = [
+        key for key in keys if not _is_left_out(key) and len({str(r.settings.get(key)) for r in runs}) > 1
+    ]
+    chosen = {key.removeprefix("choices.") for key in found if key.startswith("choices.")}
+    kept = []
+    for key in found:
+        group = key.split(".")[0]
+        if group in chosen and not _varies_within(key, f"choices.{group}", runs):
+            continue
+        kept.append(key)
+    return sorted(kept, key=lambda key: not key.startswith("choices."))
+
+
+def fold(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[Group]:
+    """Runs with the same values of `keys` together, in the order in which they come."""
+    groups: dict[str, Group] = {}
+    for run in runs:
+        values = {key.removeprefix("choices."): run.settings.get(key) for key in keys}
+        groups.setdefault(str(values), Group(values, [])).runs.append(run)
+    return list(groups.values())
+
+
+def table(groups: Sequence[Group], metric: str, monitor: tuple[str, str]) -> list[dict[str, Any]]:
+    """One row a group: the settings that differ, the best epoch on validation data, the test set where it was used,
+    the cost; means over the seeds, with the standard deviation of the metric.
+
+    Args:
+        metric: which is shown.
+        monitor: by which the best epoch of a run that isn't done is told, with its better end.
+    """
+    rows = []
+    for group in groups:
+        best = [b for run in group.runs if (b := _best(run, *monitor))]
+        tests = [run.results["test"] for run in group.runs if run.results.get("test")]
+        row: dict[str, Any] = {**group.values} or {"run": group.runs[0].folder.name}
+        row["runs"] = len(group.runs)
+        row |= _mean(best, f"val/{metric}", with_std=True) | _mean(best, "val/loss") | _mean(best, "epoch")
+        row |= _mean(tests, f"test/{metric}", with_std=True)
+        for key in ("parameters", "wall_s"):
+            row |= _mean([run.results for run in group.runs], key)
+        rows.append(row)
+    return rows
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows under all the columns that any of them has."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _best(run: RunRecord, metric: str, better: str) -> Mapping[str, float] | None:
+    if run.results.get("best"):
+        return run.results["best"]
+    rows = [row for row in run.rows if f"val/{metric}" in row]
+    pick = max if better == "max" else min
+    return pick(rows, key=lambda row: row[f"val/{metric}"]) if rows else None
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str, with_std: bool = False) -> dict[str, float]:
+    values = [float(row[key]) for row in rows if row.get(key) is not None]
+    if not values:
+        return {}
+    spread = {f"{key} std": statistics.stdev(values)} if with_std and len(values) > 1 else {}
+    return {key: statistics.fmean(values), **spread}
+
+
+def _varies_within(key: str, choice: str, runs: Sequence[RunRecord]) -> bool:
+    """Whether a key has several values among runs that chose the same option."""
+    seen: dict[Any, set[str]] = {}
+    for run in runs:
+        seen.setdefault(run.settings.get(choice), set()).add(str(run.settings.get(key)))
+    return any(len(values) > 1 for values in seen.values())
+
+
+def _is_left_out(key: str) -> bool:
+    return key in LEFT_OUT or key.split(".")[0] in SECTIONS_LEFT_OUT

@@ -1,0 +1,248 @@
+"""A sweep from its command line to its answer; read it from top to bottom."""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from cnntrain.cli import Invocation
+from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
+from cnntrain.engine.signals import StopFlag, stop_flag
+from cnntrain.errors import CnntrainError, StoppedError, UserError
+from cnntrain.report.console import console, log_to_console
+from cnntrain.report.table import print_rows
+from cnntrain.report.tensorboard import Events
+from cnntrain.sweep.answer import (
+    Answer,
+    draw,
+    find_answer,
+    ranking_rows,
+    sentences,
+    write_csv_of_runs,
+    write_report,
+)
+from cnntrain.sweep.board import Board, setting_name
+from cnntrain.sweep.perform import Job, test_quietly
+from cnntrain.sweep.plan import Plan, Run, read_plan
+from cnntrain.sweep.storage import ABOUT, open_study
+from cnntrain.sweep.study import Outcome, Study, Trial
+from cnntrain.sweep.workers import Here, Processes
+
+log = logging.getLogger("cnntrain")
+
+
+def run_sweep(invocation: Invocation, job: Job) -> int:
+    """Run `job` for every setting that the sweep tries; the exit code: 0, or 1 when a run failed or was killed, a
+    verdict was FAIL, or nothing came to its end.
+
+    Raises:
+        UserError: something is wrong that can be told before anything runs.
+        StoppedError: a signal came; `resume=auto run_dir=FOLDER` goes on.
+    """
+    log_to_console()
+    plan = read_plan(invocation, ranked=job.test is not None)
+    if invocation.print_config:
+        print(yaml.safe_dump(dataclasses.asdict(plan.base), sort_keys=False), end="")
+        return 0
+    place = _folder(plan)
+    if place and (place / ABOUT).exists() and plan.base.resume == "none":
+        raise UserError(
+            f"run_dir: {place} already holds a sweep; go on with resume=auto, or choose another folder"
+        )
+    with open_run_folder(place, "sweep") as folder, stop_flag() as stop:
+        study = open_study(plan, folder.path, None if plan.base.steps else plan.base.epochs)
+        if not (folder.path / "run.json").exists():
+            folder.write_json("run.json", provenance(invocation.line))
+        try:
+            over = _work_off(plan, job, study, folder.path, stop)
+        finally:
+            write_csv_of_runs(folder.path, plan, study.trials())
+        stop.check()
+        answer = find_answer(plan, study)
+        again = _judge_winner(answer, job, folder.path, over)
+        if plan.base.log.pictures:
+            answer.pictures = draw(answer, folder.path)
+        write_report(answer, folder.path, invocation.line, again)
+    _print(answer, study, folder.path, again)
+    return _exit_code(answer)
+
+
+def _folder(plan: Plan) -> Path | None:
+    """Where the sweep lives, as `run_dir` or `resume` say; None for a new folder under outputs/."""
+    if plan.base.resume not in ("none", "auto"):
+        folder = Path(plan.base.resume)
+        if not (folder / ABOUT).is_file():
+            raise UserError(f"resume: {folder} holds no sweep; resume=auto run_dir=FOLDER goes on with one")
+        return folder
+    return Path(plan.base.run_dir) if plan.base.run_dir else None
+
+
+def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag) -> bool:
+    """Ask, run and tell until nothing is left to try, or it is time to stop; whether the sweep is over by that: all
+    tried, here and on other machines, or all the time used that it was given."""
+    board, queue = Board(plan), Queue(plan, study, folder)
+    monitor, jobs = plan.monitor[0] if plan.monitor else None, plan.sweep.jobs
+    for trial in study.trials():
+        for seed, outcome in trial.outcomes.items():
+            board.note(outcome, setting_name(trial.values, seed))
+    deadline = math.inf if plan.sweep.timeout_s is None else time.monotonic() + plan.sweep.timeout_s
+
+    def report(run: Run, epoch: int, value: float) -> bool:
+        """What a run hears after each epoch: whether to give up. The first seed decides for its setting."""
+        board.epoch(run, epoch, value)
+        return (
+            plan.sweep.pruner != "none"
+            and run.seed == plan.seeds[0]
+            and study.report(run.trial, epoch, value)
+        )
+
+    pool = Processes(job.run, monitor, report, jobs) if jobs > 1 else Here(job.run, monitor, report)
+    try:
+        with board:
+            while True:
+                if stop.number is not None:
+                    queue.close("stopped")
+                    pool.stop()
+                elif time.monotonic() > deadline:
+                    queue.close(f"sweep.timeout_s={plan.sweep.timeout_s:g} is over")
+                while pool.free and (run := queue.next()):
+                    board.started(run)
+                    board.to_come = queue.left
+                    pool.start(run)
+                if not pool.busy:
+                    break
+                for run, outcome in pool.ended():
+                    if outcome.status == "stopped":
+                        continue  # it goes on when the sweep does
+                    queue.ended(run, outcome)
+                    board.to_come = queue.left
+                    board.ended(run, outcome)
+                    write_csv_of_runs(folder, plan, study.trials())
+                    if outcome.status in ("failed", "killed") and plan.sweep.on_error == "stop":
+                        queue.close("sweep.on_error=stop")
+    except StoppedError:
+        queue.close("stopped")
+        raise
+    finally:
+        pool.close()
+        if queue.closed and (queue.left or queue.closed == "stopped"):
+            log.info("%s: nothing more is begun; resume=auto run_dir=%s goes on", queue.closed, folder)
+    return time.monotonic() > deadline or all(trial.state == "ended" for trial in study.trials())
+
+
+@dataclass
+class _Open:
+    """A trial under way: the seeds that have not begun, and those that run."""
+
+    trial: Trial
+    waiting: list[int]
+    running: set[int] = field(default_factory=set)
+
+
+class Queue:
+    """Which run comes next. With a pruner, a setting's other seeds wait until its first one has come through."""
+
+    def __init__(self, plan: Plan, study: Study, folder: Path) -> None:
+        self.plan, self.study, self.folder = plan, study, folder
+        self.closed = ""
+        self._open: dict[int, _Open] = {}
+
+    def next(self) -> Run | None:
+        """A run to begin now, or None."""
+        while not self.closed:
+            for each in self._open.values():
+                if each.waiting and not self._held(each):
+                    seed = each.waiting.pop(0)
+                    each.running.add(seed)
+                    return self.plan.run(each.trial.number, each.trial.values, seed, self.folder)
+            trial = self.study.ask()
+            if trial is None:
+                return None
+            pruned = any(outcome.status == "pruned" for outcome in trial.outcomes.values())
+            waiting = [seed for seed in self.plan.seeds if seed not in trial.outcomes and not pruned]
+            self._open[trial.number] = _Open(trial, waiting)
+            self._close_if_over(trial.number)
+        return None
+
+    def ended(self, run: Run, outcome: Outcome) -> None:
+        """Write down how a run ended; its setting is told once all its runs have."""
+        self.study.record(run.trial, run.seed, outcome)
+        each = self._open[run.trial]
+        each.running.discard(run.seed)
+        if outcome.status == "pruned":
+            each.waiting.clear()
+        self._close_if_over(run.trial)
+
+    def close(self, reason: str) -> None:
+        """Begin nothing more."""
+        self.closed = self.closed or reason
+
+    @property
+    def left(self) -> int:
+        """Runs that have not begun, at most."""
+        begun = sum(len(each.waiting) for each in self._open.values())
+        return begun + self.study.waiting * len(self.plan.seeds)
+
+    def _held(self, each: _Open) -> bool:
+        return self.plan.sweep.pruner != "none" and self.plan.seeds[0] in each.running
+
+    def _close_if_over(self, number: int) -> None:
+        each = self._open[number]
+        if not each.waiting and not each.running:
+            self.study.finish(number)
+            del self._open[number]
+
+
+def _judge_winner(answer: Answer, job: Job, folder: Path, over: bool) -> str | None:
+    """Use the test set, once the sweep is over: for every seed of the winning setting. The command that trains the
+    winner again."""
+    if not answer.standings or job.test is None:
+        return None
+    winner, plan = answer.standings[0], answer.plan
+    runs = [plan.run(winner.trial.number, winner.trial.values, seed, folder) for seed in winner.values]
+    if over and all((run.folder / "results.json").is_file() for run in runs):  # else another machine has them
+        try:
+            answer.test = [_test_metrics(run, job, plan.base.log.tensorboard) for run in runs]
+        except CnntrainError as error:  # most often: these data have no test set
+            log.info("the best has no figure on the test set: %s", str(error).splitlines()[0])
+    return runs[0].command
+
+
+def _test_metrics(run: Run, job: Job, tensorboard: bool) -> dict[str, float]:
+    """The test set's metrics, from the run's results.json, where they are put when they are known."""
+    results = json.loads((run.folder / "results.json").read_text())
+    if not results.get("test"):
+        results["test"] = test_quietly(job, run)
+        RunFolder(run.folder).write_json("results.json", results)
+        if tensorboard:
+            with Events(run.folder) as events:
+                events.scalars(results["test"], results["steps"])
+    return results["test"]
+
+
+def _print(answer: Answer, study: Study, folder: Path, again: str | None) -> None:
+    rows = [
+        {key: value[:60] if isinstance(value, str) else value for key, value in row.items()}
+        for row in ranking_rows(answer)
+    ]
+    print_rows(rows, title="sweep", console=console)
+    for line in sentences(answer):
+        print(line)
+    if study.repeats:
+        print(f"{study.repeats} settings were drawn again, and not trained again")
+    if again:
+        print(f"the best again: {again}")
+    print(f"sweep folder: {folder} (results.md, results.csv{', figures/' if answer.pictures else ''})")
+    print(f"look next:    tensorboard --logdir {folder}")
+
+
+def _exit_code(answer: Answer) -> int:
+    """A run that diverged is a result, the worst; one that failed or was killed is none."""
+    outcomes = [outcome for trial in answer.trials for outcome in trial.outcomes.values()]
+    failed = any(o.status in ("failed", "killed") or o.figures.get("verdict") == "FAIL" for o in outcomes)
+    return 1 if failed or not any(o.status == "done" for o in outcomes) else 0

@@ -1,0 +1,55 @@
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from cnntrain.cli import parse_arguments
+from cnntrain.sweep.plan import Plan, read_plan
+
+QUICK = (
+    "epochs=1",
+    "data.limit=60",
+    "batch_size=16",
+    "threads=1",
+    "log.pictures=false",
+    "log.tensorboard=false",
+)
+
+
+@pytest.fixture
+def plan() -> Callable[..., Plan]:
+    """Reads a sweep's command line."""
+
+    def read(*arguments: str, ranked: bool = True) -> Plan:
+        return read_plan(parse_arguments(["-m", *QUICK, *arguments]), ranked)
+
+    return read
+
+
+@pytest.fixture
+def nets(own_folder: Path) -> Path:
+    """A folder of networks that raise, that die, and that are well, for `--config-dir`."""
+    folder = own_folder / "mine"
+    (folder / "model").mkdir(parents=True)
+    (folder / "badnets.py").write_text(
+        "import os, signal\n"
+        "import torch\n"
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_outputs, image_size, ill):\n"
+        "        super().__init__()\n"
+        "        self.ill, self.fc = ill, nn.Linear(image_size[0] * image_size[1], num_outputs)\n"
+        "    def forward(self, x):\n"
+        "        if x.device.type == 'cpu' and type(x) is torch.Tensor:\n"
+        "            if self.ill == 'raises':\n"
+        "                raise IndexError('a slip of the author')\n"
+        "            if self.ill == 'dies':\n"
+        "                os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return self.fc(x.flatten(1))\n"
+    )
+    (folder / "model" / "ill.yaml").write_text("_target_: badnets.Net\nill: no\n")
+    return folder
+
+
+def columns(rows: Sequence[dict[str, str]], *names: str) -> list[tuple[str, ...]]:
+    return [tuple(row[name] for name in names) for row in rows]

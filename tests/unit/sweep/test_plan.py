@@ -1,0 +1,152 @@
+"""What a command line asks for."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cnntrain.cli import main, parse_arguments
+from cnntrain.config import read_space
+from cnntrain.errors import UserError
+from cnntrain.space import Axis, grid
+from cnntrain.sweep.plan import Plan, read_plan, share_of, short
+from cnntrain.sweep.workers import visible_gpus
+
+Read = Callable[..., Plan]
+
+AXES = {
+    "model=lenet5,mlp": Axis("model", ("lenet5", "mlp")),
+    "model=choice(lenet5,mlp)": Axis("model", ("lenet5", "mlp")),
+    "model=glob(lenet*)": Axis("model", ("lenet5", "lenet5_1998")),
+    "augment=[flip,crop],none": Axis("augment", ("[flip,crop]", "none")),
+    "epochs=range(1,4)": Axis("epochs", ("1", "2", "3"), 1, 3, 1, whole=True),
+    "epochs=range(9,1,-4)": Axis("epochs", ("9", "5"), 5, 9, 4, whole=True),
+    "ema_decay=range(0,0.5,0.25)": Axis("ema_decay", ("0.0", "0.25"), 0, 0.25, 0.25),
+    "optimizer.lr=interval(0.1,0.5)": Axis("optimizer.lr", (), 0.1, 0.5),
+    "optimizer.lr=tag(log,interval(1e-4,1e-1))": Axis("optimizer.lr", (), 1e-4, 1e-1, log=True),
+    "batch_size=int(interval(8,64))": Axis("batch_size", (), 8, 63, whole=True),
+    "batch_size=tag(log,int(interval(8,64)))": Axis("batch_size", (), 8, 63, log=True, whole=True),
+}
+
+
+@pytest.mark.parametrize("override", AXES)
+def test_hydras_grammar(override: str) -> None:
+    assert read_space([override, "seed=1"]) == (["seed=1"], [AXES[override]])
+
+
+SLIPS = {
+    "epochs=range(3,3)": "epochs: .* holds no value",
+    "model=glob(zzz*)": "model: .* holds no value",
+    "optimizer.lr=interval(1,0.1)": "optimizer.lr: interval.* needs a low end below the high",
+    "optimizer.lr=tag(log,interval(0,1))": "above 0 and below",
+    "optimizer.lr=tag(lgo,interval(0.1,1))": "no tag 'lgo'; there is log",
+    "seed=shuffle(1,2)": "sweep.sampler=random",
+    "optimizer.lr=interval(0.1,0.5)": "a grid needs listed values.*sweep.sampler=random",
+    "model=lenet5,lenet6": "model: no such option 'lenet6'",
+    "epochs=1,0": "epochs: must be a whole number >= 1",
+    "sweep.sampler=tpee": "sweep.sampler: 'tpee' is not one of grid, random, tpe; did you mean 'tpe'",
+    "sweep.jobs=0": "sweep.jobs: must be a whole number >= 1",
+    "sweep.sampler=tpe": "nothing to draw for tpe",
+    "seed=1,2 sweep.seeds=3": "seed: repeats are listed.*or counted by sweep.seeds",
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_is_named_before_anything_runs(slip: str, plan: Read) -> None:
+    with pytest.raises(UserError, match=SLIPS[slip]):
+        plan(*slip.split())
+
+
+def test_a_grid_turns_its_last_key_fastest(plan: Read) -> None:
+    asked = plan("model=lenet5,mlp", "optimizer.lr=0.1,0.2")
+    assert [list(values.values()) for values in asked.grid() or []] == [
+        ["lenet5", "0.1"], ["lenet5", "0.2"], ["mlp", "0.1"], ["mlp", "0.2"],
+    ]  # fmt: skip
+    assert plan("model=lenet5,mlp", "sweep.trials=1").trials == 1
+    assert grid([]) == [{}]
+
+
+def test_seeds_repeat_a_setting_however_they_are_asked_for(plan: Read) -> None:
+    for asked in (plan("model=mlp,lenet5", "seed=5", "sweep.seeds=2"), plan("model=mlp,lenet5", "seed=5,6")):
+        assert asked.seeds == (5, 6) and [axis.key for axis in asked.axes] == ["model"]
+
+
+def test_an_experiment_may_say_what_it_sweeps_over_and_the_command_line_wins(plan: Read) -> None:
+    asked = plan("experiment=plain_vs_residual", "data=digits")
+    assert [(axis.key, axis.values) for axis in asked.axes] == [
+        ("model", ("cifar_plain", "cifar_resnet")), ("model.depth", ("20", "56")),
+    ]  # fmt: skip
+    assert len(asked.grid() or []) == 4
+    shorter = plan("experiment=plain_vs_residual", "data=digits", "model.depth=8")
+    assert [axis.key for axis in shorter.axes] == ["model"] and "model.depth=8" in shorter.fixed
+
+
+def test_without_m_an_experiment_that_sweeps_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment=plain_vs_residual"]) == 2
+    assert "sweeps over model, model.depth; add -m" in capsys.readouterr().err
+
+
+def test_a_runs_command_repeats_it_alone(plan: Read) -> None:
+    asked = plan("model=mlp,lenet5", "sweep.seeds=2", "run_dir=there", "augment=[shift]")
+    run = asked.run(3, {"model": "mlp"}, 1, Path("there"))
+    kept = "epochs=1 data.limit=60 batch_size=16 threads=1 log.pictures=false log.tensorboard=false"
+    assert run.command == f"cnntrain {kept} 'augment=[shift]' model=mlp seed=1"
+    settings = run.settings()
+    assert settings.seed == 1 and settings.run_dir == "there/003-mlp-seed1" and settings.resume == "auto"
+
+
+def test_the_metric_is_the_tasks_own_and_none_where_tasks_differ(plan: Read) -> None:
+    assert plan("model=mlp,lenet5").monitor == ("top1", "max")
+    assert plan("data=toy_faces", "model=keypoint_cnn", "optimizer.lr=0.1,0.01").monitor == ("nme", "min")
+    assert plan("data=digits,toy_shapes", "model=unet_small").monitor is None
+    with pytest.raises(UserError, match=r"sweep\.sampler: these runs have no one metric"):
+        plan("model=mlp,lenet5", "sweep.sampler=tpe", ranked=False)
+
+
+@pytest.mark.parametrize(
+    ("jobs", "cores", "shares"),
+    [
+        (2, [0, 1], [[0], [1]]),
+        (2, [4, 5, 6, 7, 8], [[4, 5, 6], [7, 8]]),
+        (3, [0, 1], [[0], [1], [0]]),
+        (1, [0, 1], [[0, 1]]),
+        (2, [], [[], []]),
+    ],
+)
+def test_every_core_has_one_worker_where_there_are_enough(
+    jobs: int, cores: list[int], shares: list[list[int]]
+) -> None:
+    assert [share_of(worker, jobs, cores) for worker in range(jobs)] == shares
+
+
+@pytest.mark.parametrize(
+    "override", [o for o in AXES if "range" not in o and "glob" not in o and "choice" not in o]
+)
+def test_an_axis_is_said_as_it_is_typed(override: str) -> None:
+    said = str(read_space([override])[1][0]).replace(" ", "")
+    assert read_space([said]) == read_space([override])
+
+
+def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert visible_gpus() == ["2", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+
+
+def test_cfg_shows_the_first_setting_and_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", "--cfg", "model=mlp,lenet5", "seed=3"]) == 0
+    said = yaml.safe_load(capsys.readouterr().out)
+    assert said["choices"]["model"] == "mlp" and said["seed"] == 3 and not list(Path.cwd().iterdir())
+
+
+def test_long_numbers_are_cut_for_people() -> None:
+    assert [short(v) for v in ("0.0031622776601683794", "0.1", "lenet5", "[flip,crop]")] == [
+        "0.003162", "0.1", "lenet5", "[flip,crop]",
+    ]  # fmt: skip
+
+
+def test_values_that_sweep_differently_are_refused() -> None:
+    with pytest.raises(UserError, match="differ in what to sweep over"):
+        read_plan(parse_arguments(["-m", "sweep.trials=1,2", "model=mlp"]), True)
