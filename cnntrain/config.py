@@ -62,7 +62,7 @@ def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None)
             with open_dict(composed):
                 del composed["hydra"]
             plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError, RecursionError, ValueError) as error:
             raise UserError(_explain(error, name, overrides, config_dir)) from error
     assert isinstance(plain, dict) and isinstance(chosen, dict)
     choices = {str(group): option for group, option in chosen.items() if not str(group).startswith("hydra")}
@@ -82,7 +82,9 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 def _syntax(error: Exception) -> str:
     override = re.search(r"Error parsing override '(.*?)'\n", str(error), re.DOTALL)
-    shown = override[1] if override else getattr(error, "override", None) or str(error).strip().splitlines()[0]
+    shown = (
+        override[1] if override else getattr(error, "override", None) or str(error).strip().splitlines()[0]
+    )
     return (
         f"can't read {shown!r}\nan override is written KEY=VALUE, as epochs=20; a value with spaces or special "
         "characters needs quotes of its own inside the shell's, as \"data.root='my photos'\""
@@ -176,6 +178,15 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
     text = str(error)
     if isinstance(error, RecursionError):
         return "the config is nested too deep to be read"
+    if "Config group override must be" in text:  # Hydra doesn't say which
+        groups = {
+            o.key_or_group: o.value()
+            for o in parse_overrides(overrides)
+            if o.key_or_group in group_options(config_dir)
+        }
+        return "; ".join(
+            f"{k}: {v!r} is no option's name" for k, v in groups.items() if not isinstance(v, str | list)
+        )
     if "override_grammar" in text:
         return _syntax(error)
     if "hydra.searchpath" not in text and (

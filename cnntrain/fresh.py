@@ -1,6 +1,7 @@
 """Answer images with saved weights, in a process that knows nothing else, for `cnntrain check reload`.
 
-`python -m cnntrain.fresh CHECKPOINT IMAGES OUT`: IMAGES holds normalised images (N, C, H, W), OUT will hold the outputs.
+`python -m cnntrain.fresh CHECKPOINT IMAGES OUT`: IMAGES holds normalised images
+(N, C, H, W), OUT will hold the outputs.
 """
 
 import sys

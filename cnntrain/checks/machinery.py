@@ -19,17 +19,18 @@ from cnntrain.findings import Finding
 
 BUDGET = "the budget (check.budget_s) is used up"
 IMAGES = 8
+MANY_IMAGES = 32  # norms that are calibrated on fewer divide by next to nothing
 STEPS = 3
 BATCHES, BATCH = 3, 8  # read by workers
-FRESH_S = 120  # seconds that a fresh process may take
+START_S, FRESH_S = 5, 120  # seconds that a fresh process takes to begin, and may take at most
 # How far two answers may be apart, beside their size.
-PRECISION = {"bf16": 0.1, "fp16": 0.02}
+PRECISION = {"bf16": 0.2, "fp16": 0.05}
 SAME_ON_CPU, SAME_ON_GPU = 1e-3, 2e-2  # TensorFloat-32 has ten bits of mantissa
 
 
 def reload(bench: Bench) -> Finding:
     """Saved, and loaded by a fresh process, the network gives the same answers."""
-    if bench.seconds_left <= 0:
+    if bench.seconds_left < START_S:
         return skipped(BUDGET)
     model = bench.model()
     if not bench.trained:  # what is a function of the seed alone would come back even if it were not saved
@@ -44,11 +45,19 @@ def reload(bench: Bench) -> Finding:
         spec = dataclasses.asdict(bench.spec)
         checkpoint.save({"state": {"model": model.state_dict()}, "config": config, "spec": spec}, saved)
         torch.save(images.cpu(), shown)
-        done = subprocess.run(
-            [sys.executable, "-m", "cnntrain.fresh", str(saved), str(shown), str(answered)],
-            capture_output=True, text=True, check=False, timeout=FRESH_S,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )  # fmt: skip
+        command = [sys.executable, "-m", "cnntrain.fresh", str(saved), str(shown), str(answered)]
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=FRESH_S,
+                env={**os.environ, **paths},
+            )
+        except subprocess.TimeoutExpired:
+            return skipped(f"a fresh process gave no answer in {FRESH_S} s")
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
             cause = "a fresh process can't load what was saved"
@@ -126,7 +135,7 @@ def precision(bench: Bench) -> Finding:
         return skipped("fp32 is the precision")
     if bench.seconds_left <= 0:
         return skipped(BUDGET)
-    batch = bench.plain(count=IMAGES)
+    batch = bench.plain(count=MANY_IMAGES)
     exact = dataclasses.replace(bench, compute=dataclasses.replace(bench.compute, precision="fp32"))
     found = []
     for each in (exact, bench):
@@ -140,7 +149,7 @@ def precision(bench: Bench) -> Finding:
         found.append((outputs.detach(), torch.cat(gradients)))
     apart = distance(found[0][0], found[1][0])
     turned = 1 - float(nn.functional.cosine_similarity(found[0][1].double(), found[1][1].double(), dim=0))
-    evidence = f"answers in {chosen} are {apart:.2g} from those in fp32, gradients turned by {turned:.1g}"
+    evidence = f"answers in {chosen} are {apart:.2g} from those in fp32, gradients {turned:.1g} (1 - cosine)"
     if apart <= PRECISION[chosen] and turned <= PRECISION[chosen]:
         return passed(f"{evidence} ({PRECISION[chosen]:g} is allowed)")
     cause = f"{chosen} does not suffice: values too large for it, or small differences of large numbers"

@@ -56,8 +56,8 @@ def learning_rate(bench: Bench) -> Finding:
     way = rate * bench.plan.total_steps
     if way < test.first_way and bench.plan.total_steps >= SHORTEST:
         cause = (
-            f"the learning rate is too low: all {bench.plan.total_steps:,} steps together go {way:.2g} far (steps times "
-            f"rate), and the loss begins to fall after {test.first_way:.2g}"
+            f"the learning rate is too low: all {bench.plan.total_steps:,} steps together go {way:.2g} far "
+            f"(steps times rate), and the loss begins to fall after {test.first_way:.2g}"
         )
         return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR, "epochs")
     if rate * TOO_LOW <= suggestion:
@@ -131,10 +131,11 @@ def weight_decay(bench: Bench) -> Finding:
     batch = bench.plain("train", 32)
     bench.reseed("weight decay")
     loss = bench.loss(model, batch)
-    if not loss.requires_grad:
-        return skipped(NO_GRADIENT)
-    loss.backward()
+    if loss.requires_grad:
+        loss.backward()
     decayed = [p for group in groups for p in group["params"] if p.grad is not None]
+    if not decayed:
+        return skipped(NO_GRADIENT)
     gradient = torch.stack([p.grad.norm() for p in decayed if p.grad is not None]).norm()
     pull = decay * float(torch.stack([p.detach().norm() for p in decayed]).norm() / gradient.clamp(min=1e-12))
     evidence = (

@@ -163,15 +163,17 @@ def _by_loop(bench: Bench, model: nn.Module, accumulate: int, rate: float) -> No
 
 
 def _validate(bench: Bench, model: nn.Module) -> tuple[float, float]:
-    """The loss of the first validation images, by hand and by what evaluates for users."""
-    loader, size = bench.loaders["val"], _images(bench)
-    batch = bench.pipeline.plain(next(loader.batches(torch.arange(min(size, len(loader))), size)))
-    with torch.no_grad():
-        total, count = _loss(bench, copy.deepcopy(model).eval(), batch, plain=True)
-    compute = dataclasses.replace(bench.compute, precision="fp32")
+    """The loss of a few validation images, by hand and by what evaluates for users."""
+    loader, evaluated = bench.loaders["val"], copy.deepcopy(model).eval()
+    compute, rows = dataclasses.replace(bench.compute, precision="fp32"), list[Tensor]()
     meter = loop.evaluate(
-        model.train(), loader, bench.pipeline, bench.task, compute, size, limit_batches=1, stop=bench.stop
-    )
+        model.train(), loader, bench.pipeline, bench.task, compute, _images(bench), 1, bench.stop,
+        look=lambda batch, _: rows.append(batch.index),
+    )  # fmt: skip
+    order = torch.cat(rows)
+    with torch.no_grad():
+        batch = bench.pipeline.plain(next(loader.batches(order, len(order))))
+        total, count = _loss(bench, evaluated, batch, plain=True)
     return float(total / count), meter.compute()["loss"]
 
 

@@ -152,8 +152,11 @@ def upright_size(path: str) -> tuple[int, int]:
 
 def _orientation(image: "Image.Image") -> int:
     """EXIF orientation, 1 to 8; 1 where there is none or its block is damaged (the pixels may be sound)."""
+    from PIL import Image
+
     try:
-        value = image.getexif().get(0x0112, 1)
+        # The header's. PNG's own getexif decodes the pixels too, and what fails then fails only once.
+        value = Image.Image.getexif(image).get(0x0112, 1)
     except DAMAGE:
         return 1
     return value if value in range(1, 9) else 1

@@ -31,10 +31,10 @@ def parallel_coordinates(points: Sequence[Point], axes: Sequence[Axis], metric: 
     low, high = min(values), max(values)
     worst_first = sorted(points, key=lambda point: point[1], reverse=better == "min")
     with style():
-        figure = new_figure(1.9 * (len(axes) + 1) + 1.2, 4.2)
+        figure = new_figure(1.9 * (len(axes) + 1) + 1.7, 4.2)
         ax = figure.subplots()
         ax.axis("off")
-        ax.set_xlim(-0.35, len(axes) + 0.5)
+        ax.set_xlim(-0.62, len(axes) + 0.5)
         ax.set_ylim(-0.09, 1.14)
         scales = [_Scale(axis, [setting[axis.key] for setting, _ in points]) for axis in axes]
         for x, (axis, scale) in enumerate(zip(axes, scales, strict=True)):
@@ -143,7 +143,8 @@ def _upright(ax: Axes, x: float, title: str, ticks: Sequence[tuple[float, str]])
     ax.plot([x, x], [0, 1], color="#b8c1ca", linewidth=1.2, zorder=1)
     ax.text(x, 1.06, title, ha="center", va="bottom", fontsize=9, fontweight="bold", color=INK)
     for height, name in ticks:
-        ax.text(x + 0.04, height, name, ha="left", va="center", fontsize=8, color=SOFT, zorder=4,
+        side = -1 if x == 0 else 1  # no line crosses what stands outside the first
+        ax.text(x + 0.04 * side, height, name, ha="right" if x == 0 else "left", va="center", fontsize=8, color=SOFT, zorder=4,
                 bbox={"facecolor": "white", "alpha": 0.85, "pad": 0.6, "linewidth": 0})  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def test_a_training_checks_first_and_stops_on_a_failure(tmp_path: Path) -> None:
     settings = compose(
         "data=black", "check.first=true", "epochs=1", "threads=1", f"run_dir={tmp_path}/r", config_dir=PLANTED
     )
-    with pytest.raises(CheckFailedError, match="blank images failed"):
+    with pytest.raises(CheckFailedError, match="blank images"):
         train(settings)
     assert not (tmp_path / "r" / "checkpoints").exists()
     assert (tmp_path / "r" / "check" / "check.json").is_file()

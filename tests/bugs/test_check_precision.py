@@ -1,4 +1,4 @@
-"""No check of start and wiring has anything to say about sound set-ups: shipped networks on bundled data, three seeds."""
+"""Start and wiring have nothing to say about sound set-ups: shipped networks on bundled data, three seeds."""
 
 import pytest
 

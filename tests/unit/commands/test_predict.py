@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cnntrain.cli import main
 from cnntrain.config import read_settings
 from cnntrain.data.canvas import place
 from cnntrain.engine import checkpoint
+from cnntrain.engine.state import Progress
 from cnntrain.report.mask_files import mask_names, write_mask
 from cnntrain.saved import checkpoint_facts
 
@@ -29,7 +31,8 @@ def make_checkpoint(*overrides: str, data: dict[str, Any] | None = None) -> Path
             parameter.zero_()
     facts = checkpoint_facts(assembly, assembly.load())
     facts["config"]["data"] |= data or {}
-    state = {"model": assembly.model.state_dict(), "average": None}
+    rest = {"optimizer": {}, "schedule": {}, "progress": asdict(Progress()), "meter": {}}
+    state = {"model": assembly.model.state_dict(), "average": None, **rest}
     checkpoint.save({"state": state, **facts}, Path("run/checkpoints/best.pt"))
     return Path("run")
 

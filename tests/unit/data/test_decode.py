@@ -161,7 +161,15 @@ def half_a_jpeg() -> bytes:
     return buffer.getvalue()[: len(buffer.getvalue()) // 2]
 
 
+def half_a_png() -> bytes:
+    """Pillow decodes it when it is asked for the EXIF block, and says so only then."""
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    return buffer.getvalue()[: len(buffer.getvalue()) // 2]
+
+
 BAD_FILES = {
+    "half a PNG": (half_a_png(), "truncated"),
     "empty": (b"", "is empty"),
     "text": (b"<html>404</html>", "no image"),
     "half": (half_a_jpeg(), "truncated"),

@@ -54,7 +54,7 @@ def test_the_flag_stays_and_waits_for_nothing() -> None:
     for batch, norm in enumerate((1.0, float("inf"), 1.0, float("nan"))):
         skipped.append(float(finite.skip(torch.tensor(norm), batch)))
     assert skipped == [0, 1, 1, 1]
-    with pytest.raises(DivergedError, match="^1$"):
+    with pytest.raises(DivergedError, match=r"^1$"):
         finite.check()
 
 
@@ -67,11 +67,11 @@ def test_with_scaled_gradients_only_twenty_skipped_steps_in_a_row_count() -> Non
     for batch in range(MOST_SKIPPED):
         finite.skip(overflow, batch)
     assert finite.skip(torch.tensor(1.0), 20) == 1, "sticky"
-    with pytest.raises(DivergedError, match=f"^{MOST_SKIPPED - 1}$"):
+    with pytest.raises(DivergedError, match=rf"^{MOST_SKIPPED - 1}$"):
         finite.check()
     finite = Finiteness(torch.device("cpu"), True, explain)
     finite.note(torch.tensor(float("nan")).isfinite(), 7)
-    with pytest.raises(DivergedError, match="^7$"):
+    with pytest.raises(DivergedError, match=r"^7$"):
         finite.check()
 
 
@@ -93,9 +93,12 @@ class Root(nn.Module):
 
 @pytest.mark.parametrize(
     ("layer", "named"),
-    [(Divides(0.0), "the activation of 2 (Divides)"), (Root(), "the gradient at the output of 1 (ReLU), counted from the loss")],
+    [
+        (Divides(0.0), "the activation of 2 (Divides)"),
+        (Root(), "the gradient at the output of 1 (ReLU), counted from the loss"),
+    ],
     ids=["activation", "gradient"],
-)  # fmt: skip
+)
 def test_the_first_layer_is_named(layer: nn.Module, named: str) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), layer, nn.Linear(4, 1))
     with watch_layers(model) as found:
@@ -105,7 +108,7 @@ def test_the_first_layer_is_named(layer: nn.Module, named: str) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Set one weight to infinity before `step`, once: the batch meets it, and so does the replay."""
+    """Make one weight NaN before `step`, once: the batch meets it, and so does the replay."""
     original: Callable[..., float] = loop.set_learning_rate
     met = []
 
@@ -113,7 +116,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         if now == step and not met:
             met.append(now)
             with torch.no_grad():
-                optimizer.param_groups[0]["params"][0][0, 0] = float("inf")
+                optimizer.param_groups[0]["params"][0][0, 0] = float("nan")
         return original(optimizer, schedule, now)
 
     monkeypatch.setattr(loop, "set_learning_rate", poisoning)

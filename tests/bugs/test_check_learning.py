@@ -1,0 +1,146 @@
+"""`check learning` tells what does not learn, or learns nothing that holds, from what is sound."""
+
+import time
+
+import pytest
+
+FACES = ("data=toy_faces", "data.train_count=300", "data.test_count=4", "data.size=32")
+SHAPES = ("data=toy_shapes", "data.train_count=200", "data.test_count=4", "data.size=32")
+NOT_THEIRS = "targets are not those of their images"
+
+
+def planted(name: str, *overrides: str) -> list[str]:
+    return ["model=sound", f"model._target_=planted_wiring.{name}", *overrides]
+
+
+def decayed(optimizer: str) -> list[str]:
+    return ["model=mlp", f"optimizer={optimizer}", "optimizer.weight_decay=1"]
+
+
+BROKEN = {
+    "shuffled labels": (["data=shuffled_labels"], "generalises", "FAIL", NOT_THEIRS),
+    "shuffled labels, fmnist_cnn": (["data=shuffled_labels", "model=fmnist_cnn"], "generalises", "FAIL", NOT_THEIRS),
+    "labels of another image": (["data=labels_of_another"], "generalises", "FAIL", NOT_THEIRS),
+    "validation labels of another": (["data=validation_of_another"], "generalises", "FAIL", "not for validation's"),
+    "images of noise": (["data=noise"], "generalises", "FAIL", "do not show what is asked"),
+    "the mean image only": (["data=mean_images"], "generalises", "FAIL", "all images are the same"),
+    "detached, one example": (["model=detached"], "one example", "FAIL", "no gradient reaches first.weight"),
+    "softmax, one example": (["model=softmax_inside"], "one example", "FAIL", "the outputs are probabilities"),
+    "ignores the image, eight": (["model=ignores_image"], "eight examples", "FAIL", "ignores the image"),
+    "learning rate 1000x too low, eight": (["optimizer.lr=1e-6"], "eight examples", "FAIL", "the loss is stuck"),
+    "learning rate 100x too high": (["optimizer.lr=0.1"], "learning rate", "FAIL", "too high"),
+    "learning rate 100x too high, Adam": (["optimizer=adam", "optimizer.lr=0.1"], "learning rate", "FAIL", "too high"),
+    "learning rate 100x too high, SGD": (["optimizer=sgd", "optimizer.lr=5"], "learning rate", "FAIL", "too high"),
+    "learning rate 1000x too low": (["optimizer.lr=1e-6"], "learning rate", "FAIL", "too low"),
+    "learning rate 1000x too low, SGD": (["optimizer=sgd", "optimizer.lr=5e-5"], "learning rate", "FAIL", "too low"),
+    "weight decay 1": (decayed("adamw"), "weight decay", "FAIL", "far above what is usual"),
+    "weight decay 1, Adam": (decayed("adam"), "weight decay", "FAIL", "stronger than what there is to learn"),
+    "weight decay 1, SGD": (decayed("sgd"), "weight decay", "FAIL", "stronger than what there is to learn"),
+    "BatchNorm momentum 0": (planted("Normed", "+model.momentum=0.0"), "batch norm gap", "FAIL", "never move"),
+    "BatchNorm momentum 1": (planted("Normed", "+model.momentum=1.0"), "batch norm gap", "FAIL", "last batch alone"),
+    "BatchNorm in eval mode": (planted("EvalWhenTraining"), "batch norm gap", "FAIL", "never move"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_does_not_learn_is_named(name: str, bench_of, judge) -> None:
+    overrides, check, verdict, words = BROKEN[name]
+    finding = judge(bench_of(*overrides), check.replace(" ", "-"))[check]
+    assert finding.verdict == verdict, finding
+    assert words in finding.cause, finding
+
+
+def test_a_norm_that_knows_other_statistics_in_evaluation_is_named(bench_of, judge) -> None:
+    bench = bench_of("model=sound", "model._target_=planted_learning.OwnNorm")
+    found = judge(bench, "generalises", "batch-norm-gap")
+    assert found["batch norm gap"].verdict == "FAIL", found
+    assert "evaluation mode loses what training mode knows" in found["batch norm gap"].cause
+
+
+def test_a_learning_rate_too_low_does_not_look_like_wrong_labels(bench_of, judge) -> None:
+    found = judge(bench_of("optimizer.lr=1e-6"), "learning-rate", "generalises")
+    assert [found[name].verdict for name in ("learning rate", "generalises")] == ["FAIL", "PASS"], found
+
+
+MISALIGNED = {
+    "points": ["data=points_of_another", *FACES[1:]],
+    "masks": ["data=masks_of_another", *SHAPES[1:3], "data.size=16"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISALIGNED)
+def test_points_and_masks_of_another_image_are_named(name: str, bench_of, judge) -> None:
+    found = judge(bench_of(*MISALIGNED[name]), "generalises")["generalises"]
+    assert found.verdict == "FAIL" and "of other images" in found.evidence + found.cause, found
+
+
+SOUND = {
+    "sound": ["model=sound"],
+    "sound with norm and dropout": planted("Normed"),
+    "lenet5": ["model=lenet5"],
+    "lenet5, SGD": ["model=lenet5", "optimizer=sgd"],
+    "mlp": ["model=mlp", "seed=1"],
+    "fmnist_cnn": ["model=fmnist_cnn", "optimizer=adam"],
+    "few classes": ["model=mlp", "data.limit=200"],
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_what_is_sound_passes(name: str, bench_of, judge) -> None:
+    found = judge(bench_of(*SOUND[name]), "learning")
+    assert {f.name: f.cause for f in found.values() if f.verdict in ("WARN", "FAIL")} == {}
+    assert found["generalises"].verdict == found["eight examples"].verdict == "PASS", found
+
+
+WIDE = {
+    f"{' '.join(pair)} {optimizer} seed {seed}": [*pair, f"optimizer={optimizer}", f"seed={seed}"]
+    for pair in (
+        ["model=lenet5"], ["model=mlp"], ["model=fmnist_cnn"], ["model=cifar_resnet"], ["model=resnet18"],
+        ["data=toy_faces"], ["data=toy_shapes"],
+    )
+    for optimizer in ("adamw", "sgd")
+    for seed in range(3)
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", WIDE)
+def test_no_false_alarm_within_a_minute(name: str, bench_of, judge) -> None:
+    bench = bench_of(*WIDE[name])
+    bench.ends_at = time.monotonic() + 60
+    found = judge(bench, "learning", "machinery")
+    assert {f.name: f.cause for f in found.values() if f.verdict in ("WARN", "FAIL")} == {}
+
+
+@pytest.mark.parametrize("model", ["detached", "dead_relus", "ignores_image", "frozen_first"])
+def test_what_is_broken_elsewhere_breaks_no_check(model: str, bench_of, judge) -> None:
+    bench = bench_of(f"model={model}")
+    bench.ends_at = time.monotonic() + 20
+    assert judge(bench, "learning", "repeat", "precision", "memory-layout")
+
+
+def test_without_time_everything_that_takes_it_is_skipped_and_says_so(bench_of, judge) -> None:
+    bench = bench_of("model=fmnist_cnn", "data.limit=300")
+    bench.ends_at = time.monotonic() - 1
+    for name in ("one example", "eight examples", "learning rate", "generalises", "repeat", "reload"):
+        finding = judge(bench, name.replace(" ", "-"))[name]
+        assert finding.verdict == "SKIP" and "budget" in finding.evidence, finding
+
+
+def test_of_trained_weights_only_what_they_know_is_asked(bench_of, judge) -> None:
+    bench = bench_of("model=fmnist_cnn")
+    judge(bench, "generalises")  # a short training
+    bench.network, bench.trained, bench.found = bench.found["short training"].model, True, {}
+    found = judge(bench, "learning")
+    passes = {name for name, finding in found.items() if finding.verdict == "PASS"}
+    assert passes == {"generalises", "batch norm gap"}, found
+    assert {finding.verdict for finding in found.values()} == {"PASS", "SKIP"}
+
+
+def test_checks_leave_the_network_as_it_was_and_draw_what_they_saw(bench_of, judge) -> None:
+    bench = bench_of("model=fmnist_cnn", "data.limit=300")
+    before = {name: value.clone() for name, value in bench.network.state_dict().items()}
+    judge(bench, "learning", "machinery")
+    assert all(value.equal(before[name]) for name, value in bench.network.state_dict().items())
+    assert {"range test: loss over learning rate", "short training: loss over step"} <= set(bench.curves)

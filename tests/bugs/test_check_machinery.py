@@ -1,0 +1,53 @@
+"""`check machinery` names what the machine does not do twice in the same way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+PLANTED = "model._target_=planted_learning."
+
+BROKEN = {
+    "state outside of the checkpoint": ([f"{PLANTED}ForgetsOnReload"], "reload", "changes something that is not saved"),
+    "a layer made while training": ([f"{PLANTED}UnknownKeys"], "reload", "can't load what was saved"),
+    "drawn from numpy's generator": ([f"{PLANTED}DrawsFromNumpy"], "repeat", "drawn from a generator"),
+    "numbers in the order of memory": ([f"{PLANTED}ReadsMemory"], "memory layout", "in which they lie in memory"),
+    "too large for half of the bits": ([f"{PLANTED}Overflows", "precision=bf16"], "precision", "bf16 does not suffice"),
+    "a decoder that draws": (["data=random_validation", "data.store=stream"], "workers", "depends on who reads it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_not_the_same_twice_is_named(name: str, bench_of, judge) -> None:
+    overrides, check, words = BROKEN[name]
+    finding = judge(bench_of("model=sound", *overrides), check.replace(" ", "-"))[check]
+    assert finding.verdict == "FAIL", finding
+    assert words in finding.cause, finding
+
+
+@pytest.mark.parametrize("model", ["lenet5", "fmnist_cnn", "sound"])
+def test_sound_machinery_passes(model: str, bench_of, judge) -> None:
+    found = judge(bench_of(f"model={model}", "precision=bf16"), "machinery")
+    verdicts = {name: finding.verdict for name, finding in found.items()}
+    assert verdicts.pop("workers") == "SKIP"
+    assert set(verdicts.values()) == {"PASS"}, found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for number in range(6):
+                pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(pixels.numpy()).save(tmp_path / split / label / f"{number}.png")
+    return tmp_path
+
+
+def test_workers_read_the_same(folder: Path, bench_of, judge) -> None:
+    stream = ("model=sound", "data=image_folder", f"data.root={folder}", "data.size=8", "data.store=stream")
+    for more in ((), ("augment=torchvision", "augment.torchvision.name=RandomAutocontrast")):
+        finding = judge(bench_of(*stream, *more), "workers")["workers"]
+        assert finding.verdict == "PASS" and "12 examples" in finding.evidence, finding
