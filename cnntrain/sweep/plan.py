@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Plan:
     def run(self, trial: int, values: Mapping[str, str], seed: int, folder: Path) -> Run:
         """The run of a setting with a seed, in its own folder inside the sweep's."""
         overrides = (*self.fixed, *(f"{key}={value}" for key, value in values.items()))
-        name = "-".join([f"{trial:03d}", *(short(value).replace("/", "_")[:24] for value in values.values())])
+        name = "-".join([f"{trial:03d}", *map(_in_a_path, values.values())])
         name += f"-seed{seed}" if len(self.seeds) > 1 else ""
         threads = None
         if self.sweep.jobs > 1 and self.base.threads is None:
@@ -192,6 +193,11 @@ def share_of(worker: int, jobs: int, available: Sequence[T]) -> list[T]:
         return [available[worker % count]] if count else []
     ends = list(itertools.accumulate(count // jobs + (i < count % jobs) for i in range(jobs)))
     return list(available[ends[worker - 1] if worker else 0 : ends[worker]])
+
+
+def _in_a_path(value: str) -> str:
+    """A value as part of a folder's name that no shell, and no `key=value`, makes anything of."""
+    return re.sub(r"[^\w.,+-]+", "_", short(value)).strip("_")[:24]
 
 
 def short(value: str) -> str:

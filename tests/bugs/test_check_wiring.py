@@ -93,7 +93,8 @@ def test_what_is_joined_wrongly_is_named(name: str, bench_of, judge) -> None:
 SOUND = {
     "sound": ["model=sound"],
     "norm and dropout": planted("Normed"),
-    "one logit": ["model=sound", "task.binary=false"],
+    "ends in a pool": planted("PooledOutputs"),
+    "loss in float32": task("RoundedLoss"),
     "zero head": ["model=sound", "model._target_=planted_start.ZeroHead"],
     "lenet5": ["model=lenet5", "accumulate=2", "clip_grad_norm=1"],
     "mlp": ["model=mlp", "optimizer=sgd", "seed=1"],
@@ -112,6 +113,17 @@ def test_what_is_sound_passes(name: str, bench_of, judge) -> None:
     found = judge(bench_of(*SOUND[name]), "wiring")
     assert {f.name: f"{f.cause} {f.evidence}" for f in found.values() if f.verdict in ("WARN", "FAIL")} == {}
     assert found["loop"].verdict == found["derivative"].verdict == found["loss sign"].verdict == "PASS", found
+
+
+def test_a_network_for_float32_alone_is_left_out(bench_of, judge) -> None:
+    finding = judge(bench_of(*planted("Float32Alone")), "derivative")["derivative"]
+    assert finding.verdict == "SKIP" and "float64" in finding.evidence
+
+
+def test_trained_weights_are_judged_too(bench_of, judge) -> None:
+    bench = bench_of("model=mlp")
+    bench.trained = True
+    assert {finding.verdict for finding in judge(bench, "wiring").values()} == {"PASS"}
 
 
 def test_a_frozen_backbone_that_was_trained_passes(bench_of, judge) -> None:

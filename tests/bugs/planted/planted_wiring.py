@@ -256,3 +256,22 @@ class Stuck(torch.optim.SGD):
         with torch.no_grad():
             for parameter, old in zip(self.param_groups[-1]["params"], kept, strict=True):
                 parameter.copy_(old)
+
+
+class Float32Alone(Sound):
+    """Sound: takes images of float32 and no others."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.to(torch.float32))
+
+
+class PooledOutputs(Sound):
+    """Sound: ends as SqueezeNet does, in a ReLU and a mean over the places."""
+
+    def __init__(self, in_channels: int, num_outputs: int) -> None:
+        super().__init__(in_channels, num_outputs)
+        self.head = nn.Conv2d(32, num_outputs, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.head(torch.relu(self.second(torch.relu(self.first(images)))))
+        return x.relu().mean(dim=(2, 3), keepdim=True).squeeze(3).flatten(1)

@@ -94,6 +94,8 @@ def test_a_runs_command_repeats_it_alone(plan: Read) -> None:
     assert run.command == f"cnntrain {kept} 'augment=[shift]' model=mlp seed=1"
     settings = run.settings()
     assert settings.seed == 1 and settings.run_dir == "there/003-mlp-seed1" and settings.resume == "auto"
+    odd = {"augment": "[flip,crop]", "data.root": "'my photos/a=b'", "optimizer.lr": "0.0031622776601683794"}
+    assert asked.run(12, odd, 0, Path("there")).folder.name == "012-flip,crop-my_photos_a_b-0.003162-seed0"
 
 
 def test_the_metric_is_the_tasks_own_and_none_where_tasks_differ(plan: Read) -> None:
