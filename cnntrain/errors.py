@@ -51,7 +51,7 @@ def suggest(wrong: str, known: list[str] | tuple[str, ...]) -> str:
     """`; did you mean 'lenet5'?` for the nearest of `known`, or an empty string when none is near."""
     import difflib
 
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.55)
+    near = difflib.get_close_matches(str(wrong), known, n=1, cutoff=0.55)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

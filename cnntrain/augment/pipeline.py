@@ -165,7 +165,7 @@ class Pipeline:
                     f"augment.{key}: {type(item).__name__} is no augmentation; derive it from Geometry, "
                     f"Colour or Effect of cnntrain.augment.augmentation"
                 )
-        if self.border not in BORDERS:
+        if not isinstance(self.border, str) or self.border not in BORDERS:
             near = suggest(self.border, tuple(BORDERS))
             raise UserError(f"augment.border: {self.border!r} is none of {', '.join(BORDERS)}{near}")
         if self.spec.keypoints:

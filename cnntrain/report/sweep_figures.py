@@ -143,7 +143,7 @@ def _upright(ax: Axes, x: float, title: str, ticks: Sequence[tuple[float, str]])
     ax.plot([x, x], [0, 1], color="#b8c1ca", linewidth=1.2, zorder=1)
     ax.text(x, 1.06, title, ha="center", va="bottom", fontsize=9, fontweight="bold", color=INK)
     for height, name in ticks:
-        # No line crosses what stands outside the first.
+        # No line crosses what stands outside.
         side, beside = (-1, "right") if x == 0 else (1, "left")
         ax.text(x + 0.04 * side, height, name, ha=beside, va="center", fontsize=8, color=SOFT, zorder=4,
                 bbox={"facecolor": "white", "alpha": 0.85, "pad": 0.6, "linewidth": 0})  # fmt: skip

@@ -52,6 +52,7 @@ def test_what_does_not_learn_is_named(name: str, bench_of, judge) -> None:
 
 def test_a_norm_that_knows_other_statistics_in_evaluation_is_named(bench_of, judge) -> None:
     bench = bench_of("model=sound", "model._target_=planted_learning.OwnNorm")
+    bench.ends_at = time.monotonic() + 30
     found = judge(bench, "generalises", "batch-norm-gap")
     assert found["batch norm gap"].verdict == "FAIL", found
     assert "evaluation mode loses what training mode knows" in found["batch norm gap"].cause
