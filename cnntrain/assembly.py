@@ -227,7 +227,9 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
         total_steps=plan.total_steps, steps_per_epoch=steps_per_epoch,
     )  # fmt: skip
     if rate_is_sought:
-        settings = assembly.settings = with_rate(settings, settle(try_learning_rates(assembly, data, plan, StopFlag())))
+        settings = assembly.settings = with_rate(
+            settings, settle(try_learning_rates(assembly, data, plan, StopFlag()))
+        )
     return plan, make_optimizer(settings, assembly.model, assembly.compute), schedule
 
 

@@ -67,7 +67,9 @@ class LrFindSettings:
 
     def __post_init__(self) -> None:
         if self.highest <= self.lowest:
-            raise UserError(f"lr_find.highest: must be above lr_find.lowest ({self.lowest}), got {self.highest}")
+            raise UserError(
+                f"lr_find.highest: must be above lr_find.lowest ({self.lowest}), got {self.highest}"
+            )
 
 
 @dataclass(frozen=True)

@@ -32,4 +32,6 @@ def read_tensors(path: Path) -> Any:
                 raise UserError(f"{path}: damaged (checksum of {damaged} is wrong); use another file")
         return torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGE as error:
-        raise UserError(f"{path}: not a readable file of tensors ({type(error).__name__}); use another one") from error
+        raise UserError(
+            f"{path}: not a readable file of tensors ({type(error).__name__}); use another one"
+        ) from error

@@ -99,7 +99,9 @@ def layout(bench: Bench) -> Finding:
         return skipped("square images of one channel have no other order to compare with")
     own = roughness(images)
     cause, other = min(((cause, roughness(each)) for cause, each in others.items()), key=lambda pair: pair[1])
-    evidence = f"neighbours differ by {own:.2f} of the images' deviation; {other:.2f} in another order of the axes"
+    evidence = (
+        f"neighbours differ by {own:.2f} of the images' deviation; {other:.2f} in another order of the axes"
+    )
     if other < SMOOTHER * own:
         return failed(
             evidence, cause, "permute the axes to (channels, height, width) where the data are read", "data"

@@ -117,7 +117,12 @@ def learn_by_heart(
         if trial.losses[-1] <= trial.target and trial.reached_at is None:
             trial.reached_at, trial.largest_output = step, float(outputs.detach().abs().max())
         trial.late = trial.reached_at is None and time.monotonic() > ends_at
-        if step == steps or trial.jump or trial.late or trial.losses[-1] < trial.floor - abs(trial.target) - 1:
+        if (
+            step == steps
+            or trial.jump
+            or trial.late
+            or trial.losses[-1] < trial.floor - abs(trial.target) - 1
+        ):
             break
         if trial.reached_at is not None and step >= trial.reached_at + 2 and step >= 5:
             break  # a few more steps than needed: whatever has a gradient at all has shown it

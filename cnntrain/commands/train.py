@@ -218,7 +218,9 @@ def _train_in(
             fit(state, training, validation, assembly.pipeline, task, compute, plan, journal, save, stop)
         except StoppedError as error:
             how = f"its state is saved; to go on: the same command with run_dir={run.path} resume=auto"
-            raise StoppedError(error.exit_code - 128, f"{error} at step {state.progress.step}; {how}") from error
+            raise StoppedError(
+                error.exit_code - 128, f"{error} at step {state.progress.step}; {how}"
+            ) from error
         except DivergedError as error:
             raise DivergedError(f"{error}\nlast good checkpoint: {save.last_good}") from error
         except (RuntimeError, OSError, EOFError) as error:

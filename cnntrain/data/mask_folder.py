@@ -54,7 +54,9 @@ class MaskSource(Source):
 
     def spec(self) -> DataSpec:
         d = self.decoder
-        return DataSpec(d.channels, d.height, d.width, self.classes, per_pixel=True, ignore_index=self.ignore_index)
+        return DataSpec(
+            d.channels, d.height, d.width, self.classes, per_pixel=True, ignore_index=self.ignore_index
+        )
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
         """The files; what doesn't pair up goes to `bad`."""

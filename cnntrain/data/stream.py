@@ -152,7 +152,9 @@ class _Decoded(Dataset[Any]):
     def __getitem__(self, request: Request) -> dict[str, Tensor] | UserError | MachineError:
         try:
             batch = self._decode(*request)
-            if get_worker_info() is not None:  # here, for the thread that sends it would print an error and drop it
+            if (
+                get_worker_info() is not None
+            ):  # here, for the thread that sends it would print an error and drop it
                 for tensor in batch.values():
                     tensor.share_memory_()
             return batch

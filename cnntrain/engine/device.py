@@ -81,7 +81,9 @@ def prepare_torch(threads: int | None, deterministic: bool) -> None:
     """Process-wide settings of torch: CPU threads, determinism, TF32 where fp32 is chosen."""
     if threads is not None:
         torch.set_num_threads(threads)
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: seconds
+    if (
+        deterministic != torch.are_deterministic_algorithms_enabled()
+    ):  # the call imports the compiler: seconds
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic

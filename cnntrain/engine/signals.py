@@ -35,7 +35,11 @@ def stop_flag() -> Iterator[StopFlag]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next Ctrl-C ends it at once
 
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])):
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []),
+    ):
         with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it handles signals
             before[number] = signal.signal(number, handle)
     try:

@@ -56,7 +56,9 @@ def read_state(architecture: str, pretrained: str) -> Mapping[str, Tensor]:
         state = read_tensors(path)
         state = state["model"] if isinstance(state, dict) and isinstance(state.get("model"), dict) else state
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise UserError(f"model.pretrained: {path} holds no state dict (tensors by the names of their layers)")
+            raise UserError(
+                f"model.pretrained: {path} holds no state dict (tensors by the names of their layers)"
+            )
         return state
     from torchvision import models
 

@@ -122,7 +122,9 @@ class Overflows(Sound):
 
     def features(self, images: Tensor) -> Tensor:
         large = self.first(images) + 1000.0
-        x = torch.relu((large.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else large).float() - 1000.0)
+        x = torch.relu(
+            (large.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else large).float() - 1000.0
+        )
         return nn.functional.adaptive_max_pool2d(torch.relu(self.second(x)), 2).flatten(1)
 
 
