@@ -11,7 +11,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -55,6 +55,7 @@ def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None)
     """
     if config_dir:
         check_yaml_files(config_dir)
+    _check_choices(overrides, config_dir)
     with hydra_session():
         try:
             composed = hydra_compose(name, [*search_path(config_dir), *overrides], return_hydra_config=True)
@@ -62,7 +63,7 @@ def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None)
             with open_dict(composed):
                 del composed["hydra"]
             plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException, YAMLError, RecursionError, ValueError) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
             raise UserError(_explain(error, name, overrides, config_dir)) from error
     assert isinstance(plain, dict) and isinstance(chosen, dict)
     choices = {str(group): option for group, option in chosen.items() if not str(group).startswith("hydra")}
@@ -78,6 +79,16 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     except RecursionError as error:
         deepest = max(overrides, key=lambda override: override.count("[") + override.count("{"))
         raise UserError(f"{deepest.partition('=')[0]}: is nested too deep to be read") from error
+
+
+def _check_choices(overrides: Sequence[str], config_dir: Path | None) -> None:
+    """Refuse what is no name where an option is chosen: Hydra stumbles over it without saying where."""
+    groups = group_options(config_dir)
+    for override in parse_overrides(overrides):
+        value = None if override.is_sweep_override() else override.value()
+        each = value if isinstance(value, list) else [] if value is None else [value]
+        if override.key_or_group in groups and not all(isinstance(name, str | QuotedString) for name in each):
+            raise UserError(f"{override.key_or_group}: {override.get_value_string()} is no option's name")
 
 
 def _syntax(error: Exception) -> str:
@@ -178,15 +189,6 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
     text = str(error)
     if isinstance(error, RecursionError):
         return "the config is nested too deep to be read"
-    if "Config group override must be" in text:  # Hydra doesn't say which
-        groups = {
-            o.key_or_group: o.value()
-            for o in parse_overrides(overrides)
-            if o.key_or_group in group_options(config_dir)
-        }
-        return "; ".join(
-            f"{k}: {v!r} is no option's name" for k, v in groups.items() if not isinstance(v, str | list)
-        )
     if "override_grammar" in text:
         return _syntax(error)
     if "hydra.searchpath" not in text and (

@@ -85,11 +85,20 @@ class RangeTest:
         return (self.start - self.smoothed[self.lowest_at]) / max(abs(self.start), 1e-12)
 
     @property
+    def _noticeable(self) -> float:
+        """A fall of the loss that is more than its noise between batches."""
+        return max(2 * float(np.std(self.losses[:QUIET_STEPS])), LEAST_FALL * abs(self.start))
+
+    @property
+    def _learned(self) -> bool:
+        return self.start - self.smoothed[self.lowest_at] >= self._noticeable  # False for NaN
+
+    @property
     def first_way(self) -> float | None:
         """Sum of the rates of all steps until the loss had fallen noticeably: how far learning has to go to begin."""
-        noise, way = 2 * float(np.std(self.losses[:QUIET_STEPS])), 0.0
+        way = 0.0
         for rate, loss in zip(self.rates, self.smoothed, strict=True):
-            if loss < self.start - max(noise, LEAST_FALL * abs(self.start)):
+            if loss < self.start - self._noticeable:
                 return way
             way += rate
         return None
@@ -97,7 +106,7 @@ class RangeTest:
     @property
     def suggestion(self) -> float | None:
         """A tenth of the rate of divergence, or of the highest; None where nothing was learned."""
-        if not self.fall >= LEAST_FALL:  # NaN too
+        if not self._learned:
             return None
         return (self.diverged_at or self.rates[-1]) / 10
 
@@ -107,7 +116,7 @@ class RangeTest:
 
         Smoothed forwards and backwards, so that it does not lag.
         """
-        if not self.fall >= LEAST_FALL:  # NaN too
+        if not self._learned:
             return None
         end = self.lowest_at + 1
         back = RangeTest(self.rates[:end], self.smoothed[:end][::-1]).smoothed[::-1]

@@ -103,7 +103,10 @@ def _gap_of_trained(bench: Bench) -> Finding:
 def _judge_gap(in_training: float, in_evaluation: float, ignorant: float, evidence: str) -> Finding:
     if in_evaluation - in_training <= LOST * (ignorant - in_training):
         return passed(evidence)
-    cause = "evaluation mode loses what training mode knows: its statistics are not those of the training's batches"
+    cause = (
+        "evaluation mode loses what training mode knows: its statistics are not those of the training's batches, "
+        "or the training was too short for them to settle"
+    )
     remedy = (
         "look for a norm with statistics of its own, or a small batch_size; batch_size=32, model.norm=group"
     )

@@ -6,6 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 PLANTED = "model._target_=planted_learning."
 
 BROKEN = {

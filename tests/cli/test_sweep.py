@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 COMMAND = shutil.which("cnntrain", path=os.path.dirname(sys.executable)) or shutil.which("cnntrain")
 QUICK = ("threads=1", "log.pictures=false", "log.tensorboard=false")
 NETS = """
@@ -93,7 +95,6 @@ def test_jobs_pin_their_threads_and_give_what_one_process_gives() -> None:
     assert without_time("two") == without_time("one")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_sweep_killed_twice_ends_as_if_it_had_not_been(jobs: int) -> None:
     asked = ("model=lenet5", "optimizer.lr=0.001,0.002,0.004,0.008", "epochs=8", f"sweep.jobs={jobs}")
@@ -118,7 +119,6 @@ def table(path: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_stopped_sweep_saves_and_goes_on(number: signal.Signals, jobs: int) -> None:
     asked = ("model=lenet5", "optimizer.lr=0.001,0.002", "epochs=4", f"sweep.jobs={jobs}", "run_dir=s")

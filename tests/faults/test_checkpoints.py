@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 LAST = Path("run/checkpoints/last.pt")
 
 
@@ -75,7 +77,6 @@ def test_another_architecture_is_described_beside_this_one(cnntrain, trained: Pa
     assert len(said.splitlines()) <= 10
 
 
-@pytest.mark.slow
 def test_other_classes_are_described_beside_these(cnntrain, make_images) -> None:
     root = make_images()
     arguments = ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8",
@@ -103,7 +104,6 @@ def test_a_finished_run_has_nothing_to_do(cnntrain, trained: Path) -> None:
     assert "nothing to do" in done.stderr and LAST.stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
 def test_leftovers_go_and_older_checkpoints_stay(cnntrain, trained: Path) -> None:
     (trained / "checkpoints" / ".last.pt.4321.tmp").write_bytes(b"half")
     (trained / ".results.json.4321.tmp").write_bytes(b"half")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 
 def huge_png(path: Path, side: int = 20_000) -> None:
     """A PNG whose header says side x side pixels; it holds next to nothing."""
@@ -82,7 +84,6 @@ def test_an_empty_class_is_refused(cnntrain, make_images) -> None:
     assert "nothing: is a class without images" in cnntrain.refused(*arguments(root))
 
 
-@pytest.mark.slow
 def test_hidden_files_are_ignored_and_labels_keep_trains_numbering(cnntrain, make_images) -> None:
     """Validation lacks the first class; its images of the second must still be of class 1."""
     root = make_images(splits=("train", "val"))
@@ -98,7 +99,6 @@ def test_hidden_files_are_ignored_and_labels_keep_trains_numbering(cnntrain, mak
     assert json.loads(Path("run/results.json").read_text())["best"]["val/top1"] == 1
 
 
-@pytest.mark.slow
 def test_what_a_scan_looks_at(cnntrain, make_images) -> None:
     """A header alone does not show that the rest is gone: then it is told when the image is met."""
     root = make_images(count=12)
@@ -113,7 +113,6 @@ def test_what_a_scan_looks_at(cnntrain, make_images) -> None:
     assert "half.png: is truncated" in cnntrain(*streaming, "data.scan=off", code=2).stderr
 
 
-@pytest.mark.slow
 def test_a_scan_remembers_what_was_sound(cnntrain, make_images) -> None:
     root = make_images(count=12)
     streaming = (*arguments(root), "data.store=stream", "data.workers=0", "data.scan=full")
@@ -129,7 +128,6 @@ def test_a_scan_remembers_what_was_sound(cnntrain, make_images) -> None:
     assert "3.png" in cnntrain.refused(*streaming)
 
 
-@pytest.mark.slow
 def test_modes_and_orientations_are_seen_alike(cnntrain, make_images) -> None:
     """One picture as 1, L, LA, P, RGBA, CMYK and 16 bits, and turned with an EXIF note: the same answer to each."""
     root = make_images()

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 
 def weights(run: str) -> dict[str, torch.Tensor]:
     state = torch.load(f"{run}/checkpoints/last.pt", weights_only=True)["state"]
@@ -30,7 +32,6 @@ def test_what_the_state_would_not_fit_is_refused(cnntrain, trained: Path) -> Non
     assert "another data set" in said and "data.val_fraction: was 0.1, is 0.2" in said
 
 
-@pytest.mark.slow
 def test_the_learning_rate_given_now_wins_and_the_log_says_so(cnntrain, trained: Path) -> None:
     done = cnntrain(
         *cnntrain.quick, "epochs=2", "run_dir=run", "resume=auto", "optimizer.lr=0.5", "schedule=constant",
@@ -43,7 +44,6 @@ def test_the_learning_rate_given_now_wins_and_the_log_says_so(cnntrain, trained:
     assert [row[0] for row in rows] == ["epoch", "1", "2"]
 
 
-@pytest.mark.slow
 def test_a_longer_run_in_two_sittings_in_two_folders(cnntrain) -> None:
     common = (*cnntrain.quick, "schedule=constant", "ema_decay=0.9", "early_stopping=9")
     cnntrain(*common, "epochs=1", "run_dir=first")

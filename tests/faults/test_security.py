@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TOUCH = "import pathlib\npathlib.Path('touched').touch()\nclass Net: ...\n"
 NAMED = {
     "a function of torch's": ("model._target_=torch.load", "'torch.load' can't be a model"),
@@ -81,7 +83,6 @@ def listeners(pid: int) -> list[str]:
     return found
 
 
-@pytest.mark.slow
 def test_a_run_needs_no_network_and_listens_to_nobody(cnntrain, make_images, inside_namespace) -> None:
     """In a network namespace that has not even a loopback: any socket that is opened shows in its tables."""
     alone = inside_namespace("true", "--net")

@@ -10,6 +10,8 @@ from cnntrain import compose, train
 from cnntrain.cli import main
 from cnntrain.report.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 QUICK = (
     "epochs=1",
     "data.limit=60",
@@ -160,7 +162,7 @@ def test_a_finished_sweep_is_not_overwritten(capsys: Said) -> None:
 
 def test_pruning_spares_epochs_and_the_other_seeds() -> None:
     assert sweep("optimizer.lr=0.003,0.0031,0.0032,0.0033,1e-9", "sweep.pruner=median", "epochs=4", "sweep.seeds=2",
-                 "model=mlp", "data.limit=200") == 0  # fmt: skip
+                 "model=mlp", "data.limit=100") == 0  # fmt: skip
     last = [r for r in rows() if r["optimizer.lr"] in ("1e-09", "1e-9")]
     assert [r["status"] for r in last] == ["pruned"]
     assert len(read_metrics("s/004-1e-09-seed0/metrics.csv")) < 4

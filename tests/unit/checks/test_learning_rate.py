@@ -1,0 +1,164 @@
+"""The range test: what is known of a parabola, and that nothing of the run is touched."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cnntrain import compose
+from cnntrain.assembly import assemble, build_training_parts, try_learning_rates
+from cnntrain.checks.learning_rate import QUIET_STEPS, RangeTest, range_test, settle
+from cnntrain.engine.device import Compute
+from cnntrain.engine.loop import Plan
+from cnntrain.engine.signals import StopFlag
+from cnntrain.errors import UserError
+from cnntrain.spec import Batch
+
+CPU = Compute(torch.device("cpu"), "fp32", channels_last=False)
+
+
+class Parabola(nn.Module):
+    """loss = curvature / 2 * (w + noise of the batch)**2: gradient descent diverges beyond 2 / curvature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.w + images.mean((1, 2, 3))
+
+
+class Noise:
+    """Loader, pipeline and task at once: all that the training step asks of them."""
+
+    def __init__(self, curvature: float, noise: float = 0.1) -> None:
+        self.curvature, self.noise = curvature, noise
+
+    def __len__(self) -> int:
+        return 64
+
+    def batches(self, order: Tensor, size: int, *rest: Any, **more: Any) -> Any:
+        generator = torch.Generator().manual_seed(int(order.sum()) + int(order[0]))
+        for rows in order.split(size):
+            images = self.noise * torch.randn(len(rows), 1, 1, 1, generator=generator)
+            yield Batch(images, {}, rows, rows)
+
+    def __call__(self, batch: Batch, seed: int, epoch: int) -> Batch:
+        return batch
+
+    def sample_transform(self, seed: int, epoch: int) -> None:
+        return None
+
+    def loss(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        return (self.curvature / 2 * outputs.square()).sum(), torch.tensor(float(len(outputs)))
+
+    def meter(self) -> "Noise":
+        return self
+
+    def update(self, *whatever: Any) -> None: ...
+
+
+def on_parabola(
+    curvature: float, momentum: float = 0.0, steps: int = 200, noise: float = 0.1, **more: Any
+) -> RangeTest:
+    def sgd(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=123.0, momentum=momentum)
+
+    world: Any = Noise(curvature, noise)
+    plan = Plan(seed=0, batch_size=8, batches_per_epoch=8, steps_per_epoch=8, total_steps=80)
+    return range_test(
+        Parabola(), sgd, world, world, world, CPU, plan, StopFlag(), **{"lowest": 1e-4, "highest": 100.0, **more},
+        steps=steps,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("curvature", [0.5, 4.0, 32.0])
+def test_a_parabola_diverges_at_two_over_its_curvature(curvature: float) -> None:
+    test = on_parabola(curvature)
+    assert test.diverged_at is not None and 1 < test.diverged_at / (2 / curvature) < 2
+    assert test.suggestion == test.diverged_at / 10
+    assert test.fall > 0.9
+    assert test.steepest is not None and test.steepest < 2 / curvature
+
+
+def test_momentum_bears_twice_one_plus_momentum() -> None:
+    """Heavy-ball descent on a parabola is stable up to 2 (1 + momentum) / curvature (Polyak 1964)."""
+    plain, heavy = on_parabola(4.0), on_parabola(4.0, momentum=0.9)
+    assert plain.diverged_at and heavy.diverged_at
+    assert 1.3 < heavy.diverged_at / plain.diverged_at < 2.8
+
+
+def test_rates_grow_by_the_same_factor_and_each_goes_with_its_loss() -> None:
+    test = on_parabola(1e-9, steps=50)  # so flat that nothing happens
+    assert test.complete and len(test.rates) == len(test.losses) == len(test.smoothed) == 50
+    assert np.allclose(np.diff(np.log(test.rates)), np.log(1e6) / 49)
+    assert test.rates[0] == pytest.approx(1e-4) and test.rates[-1] == pytest.approx(100)
+    assert test.suggestion is None and test.steepest is None and test.diverged_at is None
+
+
+def test_the_smoothed_loss_has_no_bias_at_its_start() -> None:
+    assert RangeTest([1.0] * 30, [2.0] * 30).smoothed == pytest.approx([2.0] * 30)
+
+
+def test_a_loss_that_is_not_finite_ends_the_test_as_divergence() -> None:
+    test = on_parabola(1e30, lowest=1e-7, noise=0.0, steps=40)
+    assert not np.isfinite(test.losses[-1]) or test.losses[-1] > test.start
+    assert test.diverged_at is None or test.diverged_at == test.rates[-1]
+    assert test.suggestion is None
+
+
+def test_time_that_is_over_ends_the_test_and_it_says_so() -> None:
+    test = on_parabola(1.0, ends_at=time.monotonic())
+    assert not test.complete and len(test.rates) == 1
+
+
+def test_it_stops_soon_after_divergence() -> None:
+    test = on_parabola(4.0)
+    assert test.rates[-1] == test.diverged_at
+
+
+def test_nothing_learned_can_not_be_settled() -> None:
+    flat = RangeTest(list(np.geomspace(1e-6, 1, 40)), [1.0] * 40)
+    with pytest.raises(UserError, match="falls at no learning rate"):
+        settle(flat)
+
+
+def test_a_rate_is_settled_in_two_digits() -> None:
+    losses = [2.0] * (QUIET_STEPS + 10) + [1.0] * 10 + [9.0] * 5
+    test = RangeTest(list(np.geomspace(1e-6, 1, len(losses))), losses)
+    assert settle(test) == float(f"{test.suggestion:.2g}")
+
+
+def test_weights_statistics_and_generators_are_untouched(tmp_path: Path) -> None:
+    settings = compose(
+        "model=fmnist_cnn", "data.limit=200", "threads=1", "lr_find.steps=20", "precision=bf16"
+    )
+    assembly = assemble(settings)
+    data = assembly.load()
+    plan, _, _ = build_training_parts(assembly, data)
+    model = assembly.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    mode, state = model.training, torch.get_rng_state()
+    test = try_learning_rates(assembly, data, plan, StopFlag())
+    assert QUIET_STEPS < len(test.rates) <= 20
+    assert torch.equal(state, torch.get_rng_state()) and model.training == mode
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert try_learning_rates(assembly, data, plan, StopFlag()).losses == test.losses
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_layer_keeps_its_share_of_the_rate() -> None:
+    settings = compose(
+        "model=mlp", "data.limit=200", "threads=1", "lr_find.steps=20", "optimizer.layer_decay=0.5"
+    )
+    assembly = assemble(settings)
+    data = assembly.load()
+    plan, _, _ = build_training_parts(assembly, data)
+    alike = try_learning_rates(assembly, data, plan, StopFlag())
+    assembly.settings = compose("model=mlp", "data.limit=200", "threads=1", "lr_find.steps=20")
+    assert try_learning_rates(assembly, data, plan, StopFlag()).losses[1:] != alike.losses[1:]
