@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cnntrain.checks import (
+    channel_order,
     derivative,
     images,
     leakage,
@@ -38,6 +39,7 @@ CHECKS: dict[str, dict[str, Check]] = {
     "data": {
         "normalised inputs": images.normalised_inputs,
         "layout": images.layout,
+        "channel order": channel_order.channel_order,
         "blank images": images.blank_images,
         "validation": images.validation_is_plain,
         "leakage": leakage.leakage,

@@ -1,11 +1,14 @@
 """`check data` names what is wrong with the data, and has nothing to say about sound ones."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cnntrain import compose, train
+from cnntrain.checks.practice import practise
 from cnntrain.cli import main
 from cnntrain.commands.check import check
 from cnntrain.errors import CheckFailedError
@@ -72,6 +75,7 @@ def test_sound_data_pass(tmp_path: Path, overrides: list[str]) -> None:
     assert {f["verdict"] for f in findings(tmp_path, *overrides).values()} <= {"PASS", "SKIP"}
 
 
+@pytest.mark.slow
 def test_a_training_checks_first_and_stops_on_a_failure(tmp_path: Path) -> None:
     settings = compose(
         "data=black", "check.first=true", "epochs=1", "threads=1", f"run_dir={tmp_path}/r", config_dir=PLANTED
@@ -82,6 +86,7 @@ def test_a_training_checks_first_and_stops_on_a_failure(tmp_path: Path) -> None:
     assert (tmp_path / "r" / "check" / "check.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_run_is_not_changed_by_checks_before_it(tmp_path: Path) -> None:
     common = ("data.limit=100", "epochs=1", "threads=1", "log.pictures=false")
     plain = train(compose(*common, f"run_dir={tmp_path}/a"))
@@ -93,3 +98,21 @@ def test_slips_in_names_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "leakag", "data=digits"]) == 2
     assert "did you mean 'leakage'?" in capsys.readouterr().err
     assert main(["check", "checks=flip,wron"]) == 2
+
+
+@pytest.mark.slow
+def test_red_and_blue_exchanged_before_pretrained_weights_are_told(bench_of, judge) -> None:
+    """Norms that learned from RGB know that their images come as BGR."""
+    bench = bench_of("data=toy_faces", "data.size=32", "model=cifar_resnet", "model.depth=8")
+    assert judge(bench, "channel-order")["channel order"].verdict == "SKIP"  # nothing is learned yet
+    blue = bench.loaders["train"].images[:, 2]
+    blue.copy_(blue // 3)  # in the light of a lamp, so that the colours differ
+    model = bench.model()
+    practise(bench, model, torch.optim.Adam(model.parameters(), lr=1e-3), 100)
+    bench.network, bench.trained = model, True
+    found = judge(bench, "channel-order")["channel order"]
+    assert found.verdict == "PASS", found
+    bench.loaders["train"].images.copy_(bench.loaders["train"].images.flip(1))
+    bench = dataclasses.replace(bench, _samples={})
+    found = judge(bench, "channel-order")["channel order"]
+    assert found.verdict == "WARN" and "come as BGR" in found.cause, found

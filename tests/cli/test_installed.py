@@ -65,6 +65,7 @@ def test_a_sweep_ends_with_a_table() -> None:
     assert "val/top1" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_is_said_and_the_sweep_goes_on() -> None:
     done = cnntrain(
         "-m", "optimizer=sgd", "optimizer.lr=1e30,0.01", *QUICK, "log.pictures=false", "run_dir=s"

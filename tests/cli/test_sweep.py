@@ -95,7 +95,7 @@ def test_jobs_pin_their_threads_and_give_what_one_process_gives() -> None:
     assert without_time("two") == without_time("one")
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_sweep_killed_twice_ends_as_if_it_had_not_been(jobs: int) -> None:
     asked = ("model=lenet5", "optimizer.lr=0.001,0.002,0.004,0.008", "epochs=8", f"sweep.jobs={jobs}")
     for pattern in ("00[01]-*", "00[23]-*"):
@@ -119,7 +119,9 @@ def table(path: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k != "images_per_s"} for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    ("number", "jobs"), [pytest.param(signal.SIGINT, 1, marks=pytest.mark.long), (signal.SIGTERM, 2)]
+)
 def test_a_stopped_sweep_saves_and_goes_on(number: signal.Signals, jobs: int) -> None:
     asked = ("model=lenet5", "optimizer.lr=0.001,0.002", "epochs=4", f"sweep.jobs={jobs}", "run_dir=s")
     process = start(*asked)

@@ -82,8 +82,9 @@ def test_learns_at_a_small_size(name: str, channels: int) -> None:
     check_gradients(name, channels, (SMALLEST_PX.get(name, 8),) * 2, images=4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "channels", [pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_learns_at_its_native_size(name: str, channels: int) -> None:
     size = header(name).size

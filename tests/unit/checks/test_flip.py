@@ -112,7 +112,7 @@ def test_a_right_map_passes(case: tuple[Scheme, Shapes]) -> None:
     assert symmetry is not None and symmetry.relabelled < symmetry.kept / 2
 
 
-@pytest.mark.parametrize("most", [40, pytest.param(10**6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [40, pytest.param(10**6, marks=pytest.mark.long)])
 def test_every_exchange_that_pairs_up_is_told_from_the_shapes_alone(
     case: tuple[Scheme, Shapes], most: int
 ) -> None:

@@ -50,6 +50,7 @@ def test_what_was_under_way_is_taken_up_first(plan: Read, own_folder: Path) -> N
     assert taken_up.outcomes == {0: Outcome("done", 0.5, {"val/top1": 0.5}, time_s=1.5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_draws_are_a_function_of_the_seed_and_the_number(plan: Read, own_folder: Path, sampler: str) -> None:
     space = (
@@ -86,6 +87,7 @@ def test_tpe_goes_where_it_is_good(plan: Read, own_folder: Path) -> None:
     assert sum(distance < 0.7 for distance in late) > 15 * 1.4 / 5  # as many as chance would put there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", ["median", "asha", "hyperband"])
 def test_a_hopeless_run_is_given_up(plan: Read, own_folder: Path, pruner: str) -> None:
     asked = plan("optimizer.lr=range(1,13)", f"sweep.pruner={pruner}", "epochs=9")
@@ -135,6 +137,7 @@ def test_a_journal_torn_by_a_kill_is_read_to_its_last_whole_line(plan: Read, own
     assert [t.values["optimizer.lr"] for t in open_study(asked, own_folder, 1).trials()] == ["0.1", "0.2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["shared.log", "sqlite:///shared.db"])
 def test_machines_that_share_a_storage_share_the_trials(plan: Read, own_folder: Path, storage: str) -> None:
     asked = plan("optimizer.lr=0.1,0.2,0.3,0.4", f"sweep.storage={storage}")
