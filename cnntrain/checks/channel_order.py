@@ -34,7 +34,9 @@ def channel_order(bench: Bench) -> Finding:
         return skipped("no norm keeps statistics of what it learned from")
     deep = range(len(as_is) - max(len(as_is) // 3, 1), len(as_is))
     ratio = math.exp(math.fsum(math.log(exchanged[i] / as_is[i]) for i in deep) / len(deep))
-    evidence = f"with red and blue exchanged, activations are {ratio:.2f} times as far from what the norms learned"
+    evidence = (
+        f"with red and blue exchanged, activations are {ratio:.2f} times as far from what the norms learned"
+    )
     if ratio >= NEARER or math.fsum(exchanged[i] for i in deep) / len(deep) > USUAL:
         return passed(evidence)
     cause = "the images come as BGR and the weights were learned from RGB, or the other way round"

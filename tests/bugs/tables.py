@@ -36,7 +36,7 @@ SOUND = [
     ("model=mlp", "data=digits", "optimizer=sgd", "task.label_smoothing=0.1"),
     ("model=lenet5", "data=digits", "optimizer=adam", "task.class_weights=balanced", "accumulate=2"),
     *((f"model={name}", *FASHION) for name in ("lenet5", "lenet5_1998", "mlp", "fmnist_cnn", "batchnorm_cnn")),
-    *((f"model={name}", *FASHION) for name in ("resnet18", "cifar_resnet", "mobilenet_v1", "shufflenet", "googlenet")),
+    *((f"model={name}", *FASHION) for name in ("resnet18", "cifar_resnet", "mobilenet_v1", "shufflenet")),
     ("model=fmnist_cnn", *FASHION, "optimizer=sgd", "schedule=one_cycle", "augment=[flip,crop]"),
     ("model=cifar_resnet", *FASHION, "model.norm=group", "augment=mixup"),
     *((f"model={name}", *FACES) for name in ("keypoint_cnn", "lenet5", "cifar_resnet", "resnet18", "mobilenet_v1")),
