@@ -5,7 +5,8 @@ import time
 import torch
 
 from cnntrain.checks.bench import Bench, rows_of
-from cnntrain.checks.overfit import BLANK, calibrate_norms, judge, learn_by_heart
+from cnntrain.checks.overfit import BLANK, Trial, calibrate_norms, judge, learn_by_heart
+from cnntrain.checks.practice import trainable
 from cnntrain.checks.short_training import (
     Known,
     ShortTraining,
@@ -31,6 +32,8 @@ NEEDS_TIME = (
     "logits",
     "image matters",
 )  # findings of overfit that more steps may turn
+CAREFUL_RATES = (1e-3, 1e-4)  # of Adam
+TOO_FAST = ("finite", "steady", "moderate")  # findings of overfit that a lower rate may turn
 SURE = 4.0  # standard errors by which answers must fit their own images better than others
 DOUBT = 3.0
 GAINED = 0.75  # of the loss of the answer that ignores the image: learned well enough to stop
@@ -52,19 +55,21 @@ def eight_examples(bench: Bench) -> Finding:
 
 
 def _by_heart(bench: Bench, count: int) -> Finding:
-    """As `cnntrain overfit`: plain images, no weight decay, norms frozen, the configured learning rate."""
+    """As `cnntrain overfit`: plain images, no weight decay, norms frozen, the configured learning rate.
+
+    Or, where that is too high, careful steps of Adam: frozen norms bear less than those of a training, and whether a
+    training bears the rate is asked by itself.
+    """
     if bench.trained:
         return skipped(TRAINED)
     seconds = BY_HEART_SHARE * bench.seconds_left
     if seconds < FEWEST_STEPS * step_seconds(bench) * count / 8:
         return skipped(BUDGET)
     candidates = bench.plain("train", CANDIDATES)
-    model = bench.model()
-    calibrate_norms(model, candidates.images)
-    optimizer = without_decay(bench.make_optimizer(model))
-    counts = bench.task.losses(
-        bench.outputs(model, candidates.images).detach(), candidates.targets, plain=True
-    )[1]
+    with torch.no_grad():
+        counts = bench.task.losses(
+            bench.outputs(bench.model(), candidates.images), candidates.targets, plain=True
+        )[1]
     shows = (candidates.images.float().std(dim=(1, 2, 3)) > BLANK) & (counts > 0)
     rows = shows.nonzero().flatten().tolist()
     if len(rows) < max(count, 2):
@@ -72,23 +77,43 @@ def _by_heart(bench: Bench, count: int) -> Finding:
     first = rows[0]
     other = next((row for row in rows[1:] if not _same_target(candidates, first, row)), rows[-1])
     frozen = [name for name, p in bench.network.named_parameters() if not p.requires_grad]
-    trial = learn_by_heart(
-        model, bench.task, optimizer, rows_of(candidates, torch.tensor(rows[:count])),
-        rows_of(candidates, torch.tensor([other])), bench.compute, bench.config["overfit"]["steps"],
-        frozen if bench.config["model"].get("freeze") else (), bench.stop, time.monotonic() + seconds,
-    )  # fmt: skip
+    name = bench.loaders["train"].examples.names[int(candidates.index[first])]
+    own, other_one = (
+        rows_of(candidates, torch.tensor(rows[:count])),
+        rows_of(candidates, torch.tensor([other])),
+    )
+    ends_at = time.monotonic() + seconds
+
+    def attempt(rate: float | None) -> Trial:
+        """With the configured optimizer, or with Adam at this rate."""
+        model = bench.model()
+        calibrate_norms(model, candidates.images)
+        optimizer = (
+            without_decay(bench.make_optimizer(model))
+            if rate is None
+            else torch.optim.Adam(trainable(model).values(), lr=rate)
+        )
+        return learn_by_heart(
+            model, bench.task, optimizer, own, other_one, bench.compute, bench.config["overfit"]["steps"],
+            frozen if bench.config["model"].get("freeze") else (), bench.stop, ends_at,
+        )  # fmt: skip
+
+    trial, rate = attempt(None), None
+    for careful in CAREFUL_RATES:
+        if next((f.name for f in judge(trial, name) if f.verdict == "FAIL"), "") not in TOO_FAST:
+            break
+        trial, rate = attempt(careful), careful
+    findings = judge(trial, name)
+    wrong = [finding for finding in findings if finding.verdict == "FAIL"]
     bench.curves[f"{'one example' if count == 1 else f'{count} examples'}: loss over step"] = {
         "loss": (list(range(len(trial.losses))), trial.losses)
     }
-    names = bench.loaders["train"].examples.names
-    name = names[int(candidates.index[first])]
-    findings = judge(trial, name)
-    wrong = [finding for finding in findings if finding.verdict == "FAIL"]
     if trial.late:
         wrong = [finding for finding in wrong if finding.name not in NEEDS_TIME]
     if wrong:
         return failed(wrong[0].evidence, wrong[0].cause, wrong[0].remedy, *wrong[0].keys)
     evidence = f"{name}{f' and {count - 1} more' if count > 1 else ''}: {findings[-1].evidence}"
+    evidence += f" by Adam at {rate:g}, as frozen norms do not bear the configured rate" if rate else ""
     return (
         skipped(f"not told within the budget (check.budget_s); {evidence}")
         if trial.late

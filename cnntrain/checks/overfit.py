@@ -172,7 +172,8 @@ def _look_at_answers(
     right = [float(part) for part in task.loss(mine, own, plain=True)]
     wrong = [float(part) for part in task.loss(mine, others, plain=True)]
     trial.label_matters = right != wrong
-    trial.dead = [*trial.dead, *dead_rectifiers(model, torch.cat((batch.images, other.images)))]
+    if trial.reached_at is None:  # a branch that is not needed may die of it: what matters is the image
+        trial.dead = [*trial.dead, *dead_rectifiers(model, torch.cat((batch.images, other.images)))]
 
 
 def judge(trial: Trial, example: str) -> list[Finding]:

@@ -80,6 +80,7 @@ def test_points_and_masks_of_another_image_are_named(name: str, bench_of, judge)
 
 
 SOUND = {
+    "a rate that frozen norms do not bear": ["model=fmnist_cnn", "optimizer=sgd"],
     "label smoothing": ["model=mlp", "optimizer=sgd", "task.label_smoothing=0.1"],
     "sound": ["model=sound"],
     "sound with norm and dropout": planted("Normed"),
