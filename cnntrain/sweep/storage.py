@@ -41,12 +41,18 @@ def open_study(plan: Plan, folder: Path, epochs: int | None) -> Study:
     name = "cnntrain-" + hashlib.sha256("\n".join(asked).encode()).hexdigest()[:12] if where else "sweep"
     try:
         return Study(plan, _storage(folder, where), name, owner, epochs)
-    except (OptunaError, ImportError, OSError, ValueError) as error:
-        raise UserError(f"sweep.storage: {where or folder / JOURNAL}: {error}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("sqlalchemy"):
-            raise UserError(f"sweep.storage: {where}: {str(error).splitlines()[0]}") from error
-        raise
+    except (OptunaError, ImportError, OSError, ValueError, *_database_errors(where)) as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"sweep.storage: {where or folder / JOURNAL}: {said}") from error
+
+
+def _database_errors(where: str | None) -> tuple[type[Exception], ...]:
+    """What a database raises, where one is asked for."""
+    if where is None or "://" not in where:
+        return ()
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (SQLAlchemyError,)
 
 
 def _go_on(about: Mapping[str, Any], asked: list[str], folder: Path) -> str:
