@@ -32,7 +32,7 @@ def draw_curves(curves: Mapping[str, Lines]) -> Figure:
                 ax.plot(x, y, color=COLOURS[number % len(COLOURS)], label=label, linewidth=1.3)
             xs = [value for x, _ in lines.values() for value in x]
             ys = [value for _, y in lines.values() for value in y]
-            if _wide(xs):
+            if 0 not in xs and _wide(xs):
                 ax.set_xscale("log")
             if _wide(ys):
                 ax.set_yscale("log")
@@ -45,5 +45,5 @@ def draw_curves(curves: Mapping[str, Lines]) -> Figure:
 
 
 def _wide(values: Sequence[float]) -> bool:
-    known = [value for value in values if math.isfinite(value)]
+    known = [value for value in values if math.isfinite(value) and value != 0]
     return bool(known) and min(known) > 0 and max(known) > 100 * min(known)
