@@ -201,6 +201,12 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
     if match := re.search(r"Could not override '([^']+)'", text):
         if name != "config" and match[1] in group_options(config_dir):
             return f"{match[1]}: `{name}` takes it from the checkpoint"
+        group, _, key = match[1].partition(".")
+        if key and key in _base_keys(group):
+            return (
+                f"{match[1]}: the chosen {group} has no such key; start its file with `defaults: [_base, _self_]`, "
+                "which brings the keys that every one has"
+            )
         known = _all_keys(name, overrides, config_dir)
         return f"{match[1]}: no such key{suggest(match[1], known)}"
     if match := re.search(r"In '([^']*)': Could not find '([^'/]+)/([^']+)'", text):
@@ -211,6 +217,14 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]}: missing; give it as {match[1]}=..."
     return "\n".join(line for line in text.splitlines() if line.strip())[:600]
+
+
+def _base_keys(group: str) -> list[str]:
+    """The keys of `_base.yaml`, which an option of the group may leave out by mistake."""
+    file = conf_folder() / group / "_base.yaml"
+    if not re.fullmatch(r"\w+", group) or not file.is_file():
+        return []
+    return [str(key) for key in OmegaConf.load(file)]
 
 
 def _all_keys(name: str, overrides: Sequence[str], config_dir: Path | None) -> list[str]:

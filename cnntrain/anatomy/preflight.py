@@ -22,7 +22,7 @@ def preflight(
     model_or_builder: Buildable,
     in_channels: int,
     image_size: Sequence[int],
-    expected_output_shape: Sequence[int] | None = None,
+    expected_output_shape: Sequence[int | None] | None = None,
     batch_size: int = 2,
     classification: bool = True,
     name: str | None = None,
@@ -33,7 +33,8 @@ def preflight(
         model_or_builder: a network on any device, or a function that makes one (it is called on the meta
         device).
         image_size: (H, W) in pixels; one or three numbers for signals and volumes.
-        expected_output_shape: of one image, without the batch: (10,) for ten classes, (21, H, W) for masks.
+        expected_output_shape: of one image, without the batch: (10,) for ten classes, (21, None, None) for maps
+            of any size.
         batch_size: of training; BatchNorm after a 1x1 map needs more than a few images.
         classification: the outputs go to a cross-entropy, which brings its own softmax.
         name: what messages call the network; by default the name of its class.
@@ -88,23 +89,26 @@ def _skipped(error: BaseException) -> Finding:
     )
 
 
-def _wrong_output(output: Any, expected: tuple[int, ...]) -> Finding | None:
-    wanted = f"the task needs one tensor (N, {', '.join(map(str, expected))})"
+def _wrong_output(output: Any, expected: tuple[int | None, ...]) -> Finding | None:
+    shape = ", ".join(
+        str(n) if n else name for n, name in zip(expected, ("C", "height", "width"), strict=False)
+    )
+    wanted = f"the task needs one tensor (N, {shape})"
     if not isinstance(output, Tensor):
         kind = f"a {type(output).__name__}"
         kind += f" with {', '.join(map(str, output))}" if isinstance(output, dict) else ""
         evidence, remedy = f"the network answers with {kind}; {wanted}", "return the main output alone"
-    elif tuple(output.shape[1:]) != expected:
+    elif output.dim() != len(expected) + 1 or any(
+        n is not None and n != given for n, given in zip(expected, output.shape[1:], strict=True)
+    ):
         shape = ", ".join(map(str, output.shape[1:]))
         evidence = f"the network's output is (N, {shape}); {wanted}"
-        remedy = f"give its last layer {expected[0]} outputs (num_outputs)"
-        if output.dim() != len(expected) + 1:
-            remedy = (
-                "end it with global pooling or flatten"
-                if output.dim() > len(expected) + 1
-                else "keep the map"
-            )
-            remedy += f", and {expected[0]} outputs"
+        if output.dim() > len(expected) + 1:
+            remedy = f"end it with global pooling or flatten, and {expected[0]} outputs"
+        elif output.dim() < len(expected) + 1:
+            remedy = "choose a network that answers with a map (model=unet_small, model=fcn)"
+        else:
+            remedy = f"give its last layer {expected[0]} outputs (num_outputs)"
     else:
         return None
     return Finding("preflight", "FAIL", evidence, "network and task disagree", remedy, ("model", "task"))

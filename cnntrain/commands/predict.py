@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,10 +37,11 @@ from cnntrain.engine.signals import StopFlag, stop_flag
 from cnntrain.errors import UserError
 from cnntrain.report.console import log_to_console
 from cnntrain.report.figures import save
-from cnntrain.report.mask_files import mask_names, write_mask
+from cnntrain.report.mask_files import mask_names, outside_image, write_mask
 from cnntrain.saved import locate, read_saved, saved_spec
 from cnntrain.settings import PredictSettings, Settings, parse
 from cnntrain.spec import Batch, DataSpec
+from cnntrain.tasks.segmentation import Segmentation
 from cnntrain.tasks.task import Task
 
 log = logging.getLogger("cnntrain")
@@ -113,7 +115,7 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
         (run_folder.path / "predictions.json").write_text(text + "\n")
         run_folder.write_json("run.json", provenance(command_line))
     loader.close()
-    print(f"{len(rows)} images: {run_folder.path / 'predictions.csv'}")
+    print(f"{len(rows)} image{'s' if len(rows) > 1 else ''}: {run_folder.path / 'predictions.csv'}")
     return rows
 
 
@@ -205,18 +207,30 @@ def _write(
             for row, chance in zip(rows[start:], chances.tolist(), strict=True):
                 row |= {f"probability/{n}": p for n, p in zip(predictor.spec.classes, chance, strict=True)}
         ids = predictor.task.masks(outputs, (batch.images.shape[-2], batch.images.shape[-1]))
+        shown: dict[str, Tensor] = {}
         if ids is not None:
+            canvas = (ids.shape[-2], ids.shape[-1])
+            sizes = [upright_size(path) for path in paths[start : start + len(batch)]]
+            outside = [outside_image(m, s, canvas) for m, s in zip(matrices, sizes, strict=True)]
+            shown["outside"] = torch.from_numpy(np.stack(outside))
             for i, mask in enumerate(ids.numpy()):
                 rows[start + i]["mask"] = f"masks/{masks[start + i]}"
                 target = folder.path / "masks" / masks[start + i]
-                write_mask(
-                    mask, matrices[i], upright_size(paths[start + i]), predictor.pipeline.ignore_index, target
-                )
+                on_image = write_mask(mask, matrices[i], sizes[i], predictor.pipeline.ignore_index, target)
+                if isinstance(predictor.task, Segmentation):
+                    rows[start + i] |= predictor.task.shares(on_image)
         wanted = len(batch) if draw is None else max(0, min(len(batch), draw - start))
         for first in range(0, wanted, IMAGES_PER_PAGE):
             part = slice(first, min(first + IMAGES_PER_PAGE, wanted))
             page += 1
-            figure = predictor.task.draw(batch.images[part], outputs[part], {}, own[part], mean, std)
+            figure = predictor.task.draw(
+                batch.images[part],
+                outputs[part],
+                {k: v[part] for k, v in shown.items()},
+                own[part],
+                mean,
+                std,
+            )
             save(figure, folder.figures / f"predictions-{page:03}.png")
     return rows
 

@@ -16,8 +16,9 @@ def mask_names(names: list[str]) -> list[str]:
 
 def write_mask(
     mask: np.ndarray, to_canvas: Tensor, size: tuple[int, int], outside: int, target: Path
-) -> None:
-    """A mask of ids on the canvas as a PNG of the image's own size (width, height), by nearest neighbour.
+) -> np.ndarray:
+    """A mask of ids on the canvas as a PNG of the image's own size (width, height), by nearest neighbour; the ids
+    written, (height, width) uint8.
 
     Args:
         to_canvas: (3, 3) from the image's pixels; scales and shifts only.
@@ -35,3 +36,21 @@ def write_mask(
     ids[:, (columns < 0) | (columns >= width)] = outside
     target.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(ids).save(target)
+    return ids
+
+
+def outside_image(to_canvas: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
+    """Which pixels of the canvas (height, width) show nothing of the image: (H, W) bool.
+
+    Args:
+        to_canvas: (3, 3) from the image's pixels; scales and shifts only. size: of the image, (width, height).
+    """
+    inside = []
+    for axis in (1, 0):
+        side, length = size[axis], canvas[1 - axis]
+        first, last = (
+            float(to_canvas[axis, axis]) * end + float(to_canvas[axis, 2]) for end in (-0.5, side - 0.5)
+        )
+        place = np.arange(length)
+        inside.append((place > first - 0.5) & (place < last + 0.5))
+    return ~(inside[0][:, None] & inside[1][None, :])

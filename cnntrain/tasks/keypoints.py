@@ -131,8 +131,12 @@ class Keypoints(Task):
             return super().learned_loss(uninformed)
         return float(self._distance(torch.tensor(LEARNED_ERROR)))
 
-    def output_shape(self) -> tuple[int, ...] | None:
-        return None if self.head == "heatmap" else (self.num_outputs,)
+    def output_shape(self) -> tuple[int | None, ...]:
+        return (self.num_outputs, None, None) if self.head == "heatmap" else (self.num_outputs,)
+
+    def prepare(self, targets: Targets) -> None:
+        if "visible" in targets and not targets["visible"].any():
+            raise UserError("data: no training image has a point that is labelled and on the canvas")
 
     def zero_outputs(self, targets: Targets) -> Tensor:
         """Heat maps of a quarter of the canvas: pass a model's own outputs where their size matters."""

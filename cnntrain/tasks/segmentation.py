@@ -61,7 +61,15 @@ class Segmentation(Task):
         self.ignore = -1 if spec.ignore_index is None else spec.ignore_index
         self.monitor = ("miou", "max")
 
+    def output_shape(self) -> tuple[int | None, ...]:
+        return (self.num_outputs, None, None)
+
     def prepare(self, targets: Targets) -> None:
+        if "mask" in targets and bool((targets["mask"] == self.ignore).all()):
+            raise UserError(
+                f"data: no pixel of the training masks is labelled: all have the id {self.ignore}, "
+                "which data.ignore_index leaves out"
+            )
         if self._balanced:
             if "mask" not in targets:
                 raise UserError(
@@ -135,10 +143,15 @@ class Segmentation(Task):
 
     @torch.no_grad()
     def answers(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
-        """The share of the pixels that each class got."""
-        predicted = outputs.argmax(1).flatten(1)
-        shares = torch.stack([(predicted == i).float().mean(1) for i in range(self.num_classes)], 1).tolist()
-        return [dict(zip(self.spec.classes, row, strict=True)) for row in shares]
+        """Nothing: the answers are masks, and `shares` counts them when they lie on the image again."""
+        return [{} for _ in outputs]
+
+    def shares(self, mask: np.ndarray) -> dict[str, float]:
+        """The share of an image's answered pixels that each class got, from its mask of ids (H, W) uint8."""
+        counts = np.bincount(mask.ravel(), minlength=256)[: self.num_classes].astype(float)
+        if 0 <= self.ignore < self.num_classes:
+            counts[self.ignore] = 0
+        return dict(zip(self.spec.classes, (counts / max(counts.sum(), 1)).tolist(), strict=True))
 
     @torch.no_grad()
     def rows(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
@@ -208,6 +221,8 @@ class Segmentation(Task):
         if outputs is not None:
             predicted = self.masks(outputs, size).numpy().astype(np.int64)
             layers["predicted"] = np.where(predicted == self.ignore, 255, predicted)
+            if "outside" in targets:  # (N, H, W) of what is no part of the image: letterbox borders
+                layers["predicted"][targets["outside"].cpu().numpy()] = 255
             if "mask" in targets:
                 wrong = self.mistake_score(outputs, targets).tolist()
                 scores = [f" {100 - 100 * share:.0f}%" for share in wrong]

@@ -43,8 +43,9 @@ class Task(ABC):
         """Learn what the task needs from the training targets (class counts for balanced weights). Call
         before the first training step; evaluation does without."""
 
-    def output_shape(self) -> tuple[int, ...] | None:
-        """The one shape that a model's output for an image may have; None where several will do (maps)."""
+    def output_shape(self) -> tuple[int | None, ...] | None:
+        """The shape that a model's output for an image must have; None for a side that may have any length (maps), or
+        where the task takes anything."""
         return None
 
     @abstractmethod

@@ -151,6 +151,8 @@ def test_output_that_the_task_does_not_expect() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     assert preflight(net, 1, (28, 28), (10,)) == []
     assert "(N, 10); the task needs one tensor (N, 7)" in only(preflight(net, 1, (28, 28), (7,))).evidence
+    flat = only(preflight(net, 1, (28, 28), (10, None, None)))
+    assert "needs one tensor (N, 10, height, width)" in flat.evidence and "unet_small" in flat.remedy
 
     class Many(nn.Module):
         def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from cnntrain.config import read_settings
 from cnntrain.data.canvas import place
 from cnntrain.engine import checkpoint
 from cnntrain.engine.state import Progress
-from cnntrain.report.mask_files import mask_names, write_mask
+from cnntrain.report.mask_files import mask_names, outside_image, write_mask
 from cnntrain.saved import checkpoint_facts
 
 FEW = ["data.train_count=4", "data.test_count=1", "data.size=32"]
@@ -199,3 +199,10 @@ def test_every_wrong_line_of_boxes_is_named(capsys: pytest.CaptureFixture[str]) 
     ):
         assert any(f"boxes.csv:{line}: " in part and problem in part for part in told.splitlines()), told
     assert not Path("out").exists()
+
+
+def test_what_is_outside_an_image_is_no_answer() -> None:
+    """A 20x10 image letterboxed onto 40x40: twice as large, with borders of 10 px above and below."""
+    matrix = torch.tensor([[2.0, 0.0, 0.5], [0.0, 2.0, 10.5], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    outside = outside_image(matrix, (20, 10), (40, 40))
+    assert outside[:10].all() and outside[30:].all() and not outside[10:30].any()

@@ -252,8 +252,8 @@ def test_rows_answers_and_scores():
         assert row == pytest.approx(values, rel=1e-6)
     scores = task.mistake_score(outputs, targets)
     assert scores.tolist() == pytest.approx([1 - float(str(row["pixel_accuracy"])) for row in rows])
-    shares = task.answers(outputs, {})[0]
-    assert sum(float(str(share)) for share in shares.values()) == pytest.approx(1)
+    shares = task.shares(task.masks(outputs, (outputs.shape[-2], outputs.shape[-1]))[0].numpy())
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -284,3 +284,10 @@ def test_drawings():
         assert sum(len(ax.images) for ax in figure.axes) == cells
         figure.canvas.draw()
     assert set(task.figures(metered(task, outputs, targets))) == {"confusion_matrix", "iou_per_class"}
+
+
+def test_masks_without_a_labelled_pixel_are_refused() -> None:
+    task = make(ignore=255)
+    task.prepare({"mask": torch.tensor([[[255, 0]]], dtype=torch.uint8)})
+    with pytest.raises(UserError, match="no pixel of the training masks is labelled"):
+        task.prepare({"mask": torch.full((1, 2, 2), 255, dtype=torch.uint8)})
