@@ -37,7 +37,8 @@ TOO_FAST = ("finite", "steady", "moderate")  # findings of overfit that a lower 
 SURE = 4.0  # standard errors by which answers must fit their own images better than others
 DOUBT = 3.0
 GAINED = 0.75  # of the loss of the answer that ignores the image: learned well enough to stop
-LITTLE = 0.3  # share of what is known of training images that carries over to others: less is nothing
+LITTLE = 0.2  # share of what is known of training images that carries over to others: less is nothing,
+UNSURE = 2.0  # where it is within so many standard errors of nothing, too
 MANY_PASSES, MANY_STEPS = 20, 300  # after which something must be known of the images trained on
 ALIKE = 1e-3  # deviation from image to image of normalised pixels
 FEWEST_JUDGED = 20  # validation images
@@ -171,7 +172,7 @@ def _told(bench: Bench, training: ShortTraining) -> Finding | None:
 
 def _little(train: Known, other: Known) -> bool:
     """Whether surely less than a share of what is known of training images is known of the others."""
-    return other.surely < SURE and other.carried + DOUBT * other.error < LITTLE * train.carried
+    return other.surely < UNSURE and other.carried + DOUBT * other.error < LITTLE * train.carried
 
 
 def _look_at_more(bench: Bench, training: ShortTraining) -> Known:

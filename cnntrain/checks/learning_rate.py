@@ -94,6 +94,12 @@ class RangeTest:
         return self.start - self.smoothed[self.lowest_at] >= self._noticeable  # False for NaN
 
     @property
+    def begins_at(self) -> float | None:
+        """The rate at which the loss had fallen noticeably; None where it never did."""
+        threshold = self.start - self._noticeable
+        return next((r for r, loss in zip(self.rates, self.smoothed, strict=True) if loss < threshold), None)
+
+    @property
     def first_way(self) -> float | None:
         """Sum of the rates of all steps until the loss had fallen noticeably: how far learning has to go to begin."""
         way = 0.0

@@ -16,7 +16,7 @@ LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 84  # 12 steps a decade
 RANGE_SHARE = 0.25  # of the seconds left
 SMALLEST_BATCH = 8
 TOO_HIGH = 2.0  # times the rate of divergence
-TOO_LOW = 300.0  # times below a tenth of it
+TOO_LOW = 50.0  # times below that at which the loss begins to fall
 SHORTEST = 100  # steps of a training that is meant to come to something
 STRONG_PULL, ABSURD_PULL = 1.0, 3.0  # of weight decay, beside the loss's gradient
 STRONG_DECAY, ABSURD_DECAY = 0.5, 1.0  # decoupled
@@ -60,8 +60,11 @@ def learning_rate(bench: Bench) -> Finding:
             f"(steps times rate), and the loss begins to fall after {test.first_way:.2g}"
         )
         return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR, "epochs")
-    if rate * TOO_LOW <= suggestion:
-        cause = f"the learning rate is too low: {suggestion / rate:.3g} times below a tenth of the rate of divergence"
+    if test.begins_at is not None and rate * TOO_LOW <= test.begins_at:
+        cause = (
+            f"the learning rate is too low: the loss begins to fall at {test.begins_at:.2g}, "
+            f"{test.begins_at / rate:.3g} times as high"
+        )
         return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR)
     return passed(f"{evidence} (a tenth: {suggestion:.2g}; falls most steeply at {test.steepest:.2g})")
 

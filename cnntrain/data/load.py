@@ -80,7 +80,9 @@ def load_data(
     if store == "stream" or (store == "auto" and not resident.fits_in_host_memory(splits)):
         scan(splits, how)
         needed = sum(map(resident.decoded_bytes, splits.values())) / 2**20
-        logger.info("data: images are made ready as they are needed (in memory they would take %.0f MiB)", needed)
+        logger.info(
+            "data: images are made ready as they are needed (in memory they would take %.0f MiB)", needed
+        )
     else:
         splits = resident.decode(splits)
     spec = source.spec()

@@ -45,7 +45,7 @@ SOUND = [
     ("model=keypoint_cnn", *FACES, "task.loss=mse"),
     ("model=keypoint_cnn", *FACES, "task.loss=l1", "optimizer=sgd"),
     ("model=unet_small", *FACES, "task.head=heatmap", "model.width=8"),
-    ("data=faces68", f"data.root={SHARED}/faces", "data.size=64"),
+    ("data=faces68", f"data.root={SHARED}/faces", "data.size=64", "batch_size=16"),
     *((f"model={name}", "data=toy_shapes", "data.size=32") for name in ("unet_small", "fcn")),
     ("model=unet", "data=toy_shapes", "data.size=32", "model.width=8"),
     ("model=unet_small", "data=toy_shapes", "data.size=32", "task.loss=dice"),
