@@ -33,7 +33,7 @@ NEEDS_TIME = (
     "image matters",
 )  # findings of overfit that more steps may turn
 CAREFUL_RATES = (1e-3, 1e-4)  # of Adam
-TOO_FAST = ("finite", "steady", "moderate")  # findings of overfit that a lower rate may turn
+TOO_FAST = ("finite", "steady", "moderate", "rectifiers")  # findings of overfit that a lower rate may turn
 SURE = 4.0  # standard errors by which answers must fit their own images better than others
 DOUBT = 3.0
 GAINED = 0.75  # of the loss of the answer that ignores the image: learned well enough to stop

@@ -172,7 +172,7 @@ def _look_at_answers(
     right = [float(part) for part in task.loss(mine, own, plain=True)]
     wrong = [float(part) for part in task.loss(mine, others, plain=True)]
     trial.label_matters = right != wrong
-    if trial.reached_at is None:  # a branch that is not needed may die of it: what matters is the image
+    if trial.reached_at is None and not trial.late:  # learned without, a branch that died was not needed
         trial.dead = [*trial.dead, *dead_rectifiers(model, torch.cat((batch.images, other.images)))]
 
 
