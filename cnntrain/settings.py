@@ -113,7 +113,7 @@ class DataSettings:
     limit: Annotated[int | None, Within(2)]
     mean: list[float] | None
     std: list[float] | None
-    store: Literal["auto", "device", "host", "stream"]
+    store: Literal["auto", "device", "host", "disk", "stream"]
     scan: Literal["full", "headers", "off"]
     timeout_s: Annotated[int, Within(1)]
 

@@ -12,6 +12,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Runs write below the working folder, so every test has its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     return tmp_path
 
 

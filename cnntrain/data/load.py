@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from cnntrain.data import resident
+from cnntrain.data.decoded import keep_decoded, worth_keeping
 from cnntrain.data.examples import Examples, check_examples
 from cnntrain.data.scan import Scan, scan
 from cnntrain.data.source import Source
@@ -50,7 +51,8 @@ def load_data(
     Args:
         val_fraction, folds, fold, split_seed: see `split_train_val`; a val split of the source's own wins.
         limit: at most so many examples of each split that the source has.
-        store: 'stream' leaves images on disk, 'auto' those that would take more than half of the free memory.
+        store: 'stream' leaves images in their files; 'disk' keeps them decoded in a file of their own, 'auto' does
+            where there are many and the disk has room, and else decodes what fits into half of the free memory.
         how: how much of the files that stay on disk is looked at now; the rest is refused when it is met.
 
     Raises:
@@ -77,7 +79,9 @@ def load_data(
             "data.folds: this data set has a val split of its own, which folds would leave out; "
             "set data.folds=null, or move its examples into train"
         )
-    if store == "stream" or (store == "auto" and not resident.fits_in_host_memory(splits)):
+    if store == "disk" or (store == "auto" and worth_keeping(splits)):
+        splits = keep_decoded(splits)
+    elif store == "stream" or (store == "auto" and not resident.fits_in_host_memory(splits)):
         scan(splits, how)
         needed = sum(map(resident.decoded_bytes, splits.values())) / 2**20
         logger.info(

@@ -13,7 +13,7 @@ from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.stream import Transform, WorkerPool
 from cnntrain.spec import Batch
 
-Store = Literal["auto", "device", "host", "stream"]
+Store = Literal["auto", "device", "host", "disk", "stream"]
 SHARE_OF_DEVICE = 0.4  # of the free device memory that images may take
 logger = logging.getLogger("cnntrain")
 
@@ -141,7 +141,7 @@ def make_loader(
     Args:
         workers: processes that decode what is not in memory; 0 decodes in this one.
         timeout_s: how long a batch may take before its worker counts as stuck.
-        store: 'device' and 'host' hold decoded images there, 'stream' sends even those through workers,
+        store: 'device', 'host' and 'disk' hold decoded images there, 'stream' sends even those through workers,
             'auto' leaves images where they are and takes the device when they fit.
         per_sample: a transform will be given for every image by itself: implies 'stream'.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from cnntrain import compose
 from cnntrain.commands.check import check
+from cnntrain.errors import CnntrainError
 from tests.bugs import test_check_data as data
 from tests.bugs import test_check_learning as learning
 from tests.bugs import test_check_machinery as machinery
@@ -59,6 +60,8 @@ def bugs() -> Iterator[tuple[str, list[str], str, str]]:
     for table in (data.BROKEN, start.BROKEN, wiring.BROKEN, learning.BROKEN, machinery.BROKEN):
         for name, (overrides, wanted, *_, words) in table.items():
             yield name, list(overrides), wanted, words
+    for name, (overrides, words) in data.REFUSED.items():
+        yield name, overrides, "refused", words
     for name, overrides in learning.MISALIGNED.items():
         yield f"{name} of another image", overrides, "generalises", learning.NOT_THEIRS
     own_norm = ["model=sound", "model._target_=planted_learning.OwnNorm"]
@@ -75,6 +78,9 @@ def judged(*overrides: str) -> dict[str, Any]:
                 "threads=1", "log.pictures=false", "run_dir=run", *overrides, config_dir=PLANTED
             )
             report = check(settings)
+        except CnntrainError as error:
+            refusal = {"name": "refused", "verdict": "FAIL", "cause": str(error), "evidence": ""}
+            report = {"verdict": "FAIL", "findings": [refusal]}
         finally:
             os.chdir(here)
     found = [row for row in report["findings"] if row["verdict"] in ("FAIL", "WARN")]

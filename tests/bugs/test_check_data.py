@@ -11,7 +11,7 @@ from cnntrain import compose, train
 from cnntrain.checks.practice import practise
 from cnntrain.cli import main
 from cnntrain.commands.check import check
-from cnntrain.errors import CheckFailedError
+from cnntrain.errors import CheckFailedError, UserError
 
 PLANTED = Path(__file__).parent / "planted"
 FACES, SHAPES = (
@@ -42,13 +42,24 @@ BROKEN = {
     "no relabelling": (["data=unrelabelled_toy_faces", *FACES], "flip", "left_eye stays"),
     "points as (y, x)": (["data=rows_first", *FACES], "points", "(y, x)"),
     "points normalised already": (["data=points_from_zero_to_one", *FACES], "points", "not in pixels"),
-    "nothing labelled": (["data=nothing_labelled", *SHAPES], "masks", "no pixel is labelled"),
     "images wiped out": (
         ["augment=erasing", *(f"augment.erasing.{key}" for key in ("probability=1", "area=[0.999,1]", "ratio=[1,1]"))],
         "augmentation", "wipes images out",
     ),
     "mirrored digits": (["data=digits", "augment=flip"], "augmentation", "mirrored digits"),
 }  # fmt: skip
+
+
+REFUSED = {
+    "nothing labelled": (["data=nothing_labelled", *SHAPES], "no pixel of the training masks is labelled"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_training_can_use_is_refused(tmp_path: Path, name: str) -> None:
+    overrides, words = REFUSED[name]
+    with pytest.raises(UserError, match=words):
+        findings(tmp_path, *overrides)
 
 
 @pytest.mark.parametrize("name", BROKEN)

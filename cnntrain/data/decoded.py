@@ -1,0 +1,158 @@
+"""Images decoded once and kept in a file, for runs to come: mapped into memory, so that a set may be larger than it."""
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnntrain.data.decode import BadFile, refuse
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.resident import common_folder, decoded_bytes, in_threads, lazy_images
+from cnntrain.data.source import default_root
+from cnntrain.errors import UserError
+
+log = logging.getLogger("cnntrain")
+FORMAT = 1  # of the files; another one makes them anew
+FEWEST = 2_000  # files that are worth keeping decoded; fewer take a second or two
+SHARE_OF_DISK = 0.5  # of what is free
+MATRIX = 3 * 3 * 8  # bytes
+
+
+def folder() -> Path:
+    """Where decoded images are kept; `cnntrain clean` removes it."""
+    return default_root() / "decoded"
+
+
+def worth_keeping(splits: dict[str, Examples]) -> bool:
+    """Whether there are many files to decode, and room for what they become."""
+    lazy = lazy_images(splits)
+    ours = all(
+        type(images.decoder).__module__.startswith("cnntrain.") for images in lazy
+    )  # others' code may change
+    if not ours or sum(map(len, lazy)) < FEWEST:
+        return False
+    wanted = sum(map(decoded_bytes, splits.values()))
+    with suppress(OSError):
+        folder().mkdir(parents=True, exist_ok=True)
+        present = sum(path.stat().st_size for path in map(_file, lazy) if path.exists())
+        return wanted - present <= SHARE_OF_DISK * shutil.disk_usage(folder()).free
+    return False
+
+
+def keep_decoded(splits: dict[str, Examples]) -> dict[str, Examples]:
+    """The same examples with images and masks mapped from files, which are made where they are missing.
+
+    A file is named by what it holds (paths, sizes and times of change of the files, decoder, boxes), so it is never out
+    of date; it appears whole or not at all, and several processes may ask for it at once.
+
+    Raises:
+        UserError: names all the files that can't be used; or a decoder does not tell what it does.
+        MachineError: the disk is full.
+    """
+    for lazy in lazy_images(splits):
+        if not is_dataclass(lazy.decoder):
+            kind = type(lazy.decoder).__name__
+            raise UserError(
+                f"data.store=disk: {kind} is no dataclass, so nothing tells one from another; take host"
+            )
+    bad: list[BadFile] = []
+    kept = {name: _keep_split(examples, bad) for name, examples in splits.items()}
+    paths = {path for lazy in lazy_images(splits) for path in lazy.paths}
+    refuse({problem.path: problem for problem in bad}.values(), len(paths), common_folder(splits))
+    size = sum(map(decoded_bytes, splits.values())) / 2**20
+    log.info("data: decoded images are kept in %s (%.0f MiB); `cnntrain clean` removes them", folder(), size)
+    return kept
+
+
+def _keep_split(examples: Examples, bad: list[BadFile]) -> Examples:
+    images, to_canvas = examples.images, examples.to_canvas
+    if isinstance(images, LazyImages):
+        images, matrices = _keep(images, bad)
+        to_canvas = matrices if to_canvas is None else to_canvas
+    masks = {name: _keep(lazy, bad)[0] for name, lazy in examples.lazy_targets.items()}
+    return replace(
+        examples, images=images, to_canvas=to_canvas, targets={**examples.targets, **masks}, lazy_targets={}
+    )
+
+
+def _keep(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
+    """uint8 (N, ...) and float64 (N, 3, 3), mapped from their file; black where a file can't be used."""
+    target = _file(lazy)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        with _alone(target.with_suffix(".lock")):
+            if not target.exists():  # another process may have made it meanwhile
+                _make(lazy, target, bad)
+    if not target.exists():  # there are files that can't be used, and all will be refused
+        return torch.zeros(lazy.shape, dtype=torch.uint8), torch.zeros(len(lazy), 3, 3, dtype=torch.float64)
+    return _map(target, lazy.shape, "c")
+
+
+def _make(lazy: LazyImages, target: Path, bad: list[BadFile]) -> None:
+    aside = target.with_suffix(".part")  # whoever made one that is left behind is gone: we have the lock
+    found: list[BadFile] = []
+    try:
+        with aside.open("wb") as file:
+            file.truncate(len(lazy) * MATRIX + int(np.prod(lazy.shape)))
+        images, matrices = _map(aside, lazy.shape, "r+")
+
+        def one(index: int) -> None:
+            try:
+                images[index], matrices[index] = lazy.read(index)
+            except BadFile as problem:
+                found.append(problem)
+
+        in_threads(one, range(len(lazy)), f"decoding {len(lazy):,} files, this once")
+        if found:
+            bad += found
+            return
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _map(path: Path, shape: tuple[int, ...], mode: str) -> tuple[Tensor, Tensor]:
+    """Pixels and matrices of a file; `c`: what is written to them stays in this process."""
+    matrices = np.memmap(path, np.float64, mode, 0, (shape[0], 3, 3))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    pixels = np.memmap(path, np.uint8, mode, shape[0] * MATRIX, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return torch.from_numpy(pixels), torch.from_numpy(matrices)
+
+
+def _file(lazy: LazyImages) -> Path:
+    """Named by all that decides what is in it."""
+    from PIL import __version__ as pillow
+
+    digest = hashlib.sha256(f"{FORMAT} {pillow} {lazy.decoder!r} {lazy.shape}".encode())
+    if lazy.boxes is not None:
+        digest.update(lazy.boxes.double().contiguous().numpy().tobytes())
+    for path in lazy.paths:
+        try:
+            about = os.stat(path)
+        except OSError:
+            size, changed = -1, -1  # decoding will say what is wrong with it
+        else:
+            size, changed = about.st_size, about.st_mtime_ns
+        digest.update(f"{os.path.abspath(path)}\0{size} {changed}\n".encode(errors="surrogateescape"))
+    return folder() / f"{digest.hexdigest()[:32]}.u8"
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process makes the same file."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

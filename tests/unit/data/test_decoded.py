@@ -1,0 +1,135 @@
+"""Decoded images are kept in a file: the same pixels, made once, never out of date, whole or not at all."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cnntrain.cli import main
+from cnntrain.data import decoded, resident
+from cnntrain.data.decode import Decoder
+from cnntrain.data.decoded import folder, keep_decoded, worth_keeping
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.errors import UserError
+
+
+@pytest.fixture
+def splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Examples]:
+    """Five pictures of different sizes, letterboxed onto 8x12; one object cut out of the last."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    paths = []
+    for number in range(5):
+        pixels = random.integers(0, 256, (6 + number, 20 - number, 3), dtype=np.uint8)
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    decoder = Decoder(8, 12, 3)
+    masks = LazyImages(paths[:4], Decoder(8, 12, 1))
+    boxes = torch.tensor([[1.0, 1.0, 9.0, 6.0]], dtype=torch.float64)
+    train = LazyImages(paths[:4], decoder)
+    return {
+        "train": Examples(train, {"label": torch.arange(4)}, paths[:4], lazy_targets={"mask": masks}),
+        "val": Examples(LazyImages(paths[4:], decoder, boxes), {"label": torch.zeros(1)}, paths[4:]),
+    }  # fmt: skip
+
+
+def same(one: dict[str, Examples], other: dict[str, Examples]) -> bool:
+    pairs = [(one[name], other[name]) for name in one]
+    return all(
+        torch.equal(tensor(a.images), tensor(b.images))
+        and torch.equal(tensor(a.to_canvas), tensor(b.to_canvas))
+        and all(torch.equal(a.targets[name], b.targets[name]) for name in b.targets)
+        for a, b in pairs
+    )
+
+
+def tensor(value: object) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value
+
+
+def test_what_is_kept_is_what_decoding_gives(splits: dict[str, Examples]) -> None:
+    first, plain = keep_decoded(splits), resident.decode(splits)
+    assert same(first, plain) and first["train"].lazy_targets == {}
+    assert len(list(folder().glob("*.u8"))) == 3 and len(list(folder().iterdir())) == 3
+
+
+def test_the_second_time_nothing_is_decoded(
+    splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = keep_decoded(splits)
+
+    def never(*_: object) -> None:
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(Decoder, "__call__", never)
+    assert same(keep_decoded(splits), first)
+
+
+def test_a_changed_file_is_decoded_again(splits: dict[str, Examples]) -> None:
+    before = keep_decoded(splits)
+    images = splits["train"].images
+    assert isinstance(images, LazyImages)
+    Image.new("RGB", (9, 9), (200, 10, 10)).save(images.paths[1])
+    after = keep_decoded(splits)
+    assert not torch.equal(tensor(after["train"].images)[1], tensor(before["train"].images)[1])
+    assert torch.equal(tensor(after["train"].images)[0], tensor(before["train"].images)[0])
+
+
+def test_what_is_written_to_the_images_stays_in_the_process(splits: dict[str, Examples]) -> None:
+    first = tensor(keep_decoded(splits)["train"].images)
+    before = first.clone()
+    first.zero_()
+    assert torch.equal(tensor(keep_decoded(splits)["train"].images), before)
+
+
+def test_files_that_can_not_be_used_are_all_named_and_nothing_is_kept(splits: dict[str, Examples]) -> None:
+    for name in ("train", "val"):
+        images = splits[name].images
+        assert isinstance(images, LazyImages)
+        Path(images.paths[0]).write_bytes(b"no image")
+    with pytest.raises(UserError, match="2 of") as told:
+        keep_decoded(splits)
+    assert "0.png" in str(told.value) and "4.png" in str(told.value)
+    assert list(folder().iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_not_taken_for_whole(splits: dict[str, Examples]) -> None:
+    keep_decoded(splits)
+    whole = sorted(folder().glob("*.u8"))
+    contents = [path.read_bytes() for path in whole]
+    for path in whole:
+        path.rename(path.with_suffix(".part"))
+        path.with_suffix(".part").write_bytes(b"half")
+    keep_decoded(splits)
+    assert [path.read_bytes() for path in whole] == contents and len(list(folder().iterdir())) == 3
+
+
+@dataclass(frozen=True)
+class Own(Decoder):
+    """Its code may change while it looks the same."""
+
+
+def test_what_auto_keeps(splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not worth_keeping(splits)  # a few are quickly decoded
+    monkeypatch.setattr(decoded, "FEWEST", 1)
+    assert worth_keeping(splits)
+    monkeypatch.setattr(decoded, "SHARE_OF_DISK", 0.0)
+    assert not worth_keeping(splits)
+    keep_decoded(splits)
+    assert worth_keeping(splits)  # there already
+    images = splits["train"].images
+    assert isinstance(images, LazyImages)
+    images.decoder = Own(8, 12, 3)
+    assert not worth_keeping(splits)
+
+
+def test_clean_removes_it(splits: dict[str, Examples], capsys: pytest.CaptureFixture[str]) -> None:
+    keep_decoded(splits)
+    assert main(["clean"]) == 0
+    assert "3 files" in capsys.readouterr().out and not folder().exists()
+    assert main(["clean"]) == 0 and main(["clean", "all"]) == 2
