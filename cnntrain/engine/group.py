@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -89,6 +90,16 @@ def is_lost(error: BaseException) -> bool:
     )
 
 
+def _meet(store: Any, count: int) -> None:
+    """Until all have come; torch itself would wait for as long as it waits in a transfer."""
+    store.add("here", 1)
+    ends = time.monotonic() + MEET_S
+    while (here := store.add("here", 0)) < count:
+        if time.monotonic() > ends:
+            raise RuntimeError(f"after {MEET_S} s {here} of {count} had come")
+        time.sleep(0.05)
+
+
 @contextlib.contextmanager
 def joined(place: Place, cuda: bool, launched: bool = False) -> Iterator[Ranks]:
     """This process in its group while the block runs; none leaves before all are done.
@@ -110,6 +121,7 @@ def joined(place: Place, cuda: bool, launched: bool = False) -> Iterator[Ranks]:
             place.address, place.port, place.count, keeper, datetime.timedelta(seconds=MEET_S),
             wait_for_workers=False,
         )  # fmt: skip
+        _meet(PrefixStore(f"{prefix}/group", store), place.count)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=PrefixStore(f"{prefix}/group", store),
             rank=place.rank, world_size=place.count, timeout=PATIENCE,

@@ -104,7 +104,7 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Watche
             return elastic_launch(config, entry)(home, *arguments)[0]
         except SignalException as error:
             raise _failure(folder) or StoppedError(
-                error.sigval, f"stopped by {error.sigval.name}, before there was anything to save"
+                error.sigval, f"stopped by {error.sigval.name} before its state could be saved"
             ) from None
         except ChildFailedError as error:
             rank, first = error.get_first_failure()
@@ -153,9 +153,7 @@ def _failure(folder: Path) -> CnntrainError | None:
 
 def _killed(rank: int, count: int, code: int) -> CnntrainError:
     if code in (-signal.SIGTERM, -signal.SIGINT):
-        return StoppedError(
-            -code, f"stopped by {signal.Signals(-code).name}, before there was anything to save"
-        )
+        return StoppedError(-code, f"stopped by {signal.Signals(-code).name} before its state could be saved")
     if code < 0:
         return MachineError(lost(rank, count).replace("killed", f"killed by {signal.Signals(-code).name}"))
     return MachineError(lost(rank, count)) if code == MachineError.exit_code else ElsewhereError(code)

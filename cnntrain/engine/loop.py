@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.store import Loader
-from cnntrain.engine.combine import accompany, combine, has_synchronised_norms
+from cnntrain.engine.combine import accompany, align, combine, has_synchronised_norms
 from cnntrain.engine.device import Compute, seed_step
 from cnntrain.engine.divergence import Finiteness, diverged, diverged_in_validation, step_unless
 from cnntrain.engine.evaluate import evaluate
@@ -110,6 +110,7 @@ def fit(
         try:
             train_epoch(state, training, pipeline, task, compute, plan, journal, meter, keep, stop, finite)
             finite.check()
+            align(state.model, ranks)
             train_metrics = merge(meter, task.meter(), ranks).compute()
             train_seconds = time.perf_counter() - started
             val_metrics = {}
