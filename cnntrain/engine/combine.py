@@ -83,7 +83,7 @@ def align(model: nn.Module, ranks: Ranks) -> None:
     """
     if ranks.count == 1:
         return
-    sums = ranks.gather([float(value.double().sum()) for value in model.parameters()])
+    sums = ranks.gather(torch.stack([p.detach().double().sum() for p in model.parameters()]).tolist())
     if any(each != sums[0] for each in sums):
         log.warning("the processes' weights have drifted apart in this epoch; the first one's are taken")
         ranks.copy_weights(model)

@@ -117,7 +117,7 @@ def diverged(
     learning_rate = set_learning_rate(state.optimizer, state.schedule, step)
     order = epoch_order(plan.seed, epoch, len(training))
     transform = pipeline.sample_transform(plan.seed, epoch)
-    share = compute.ranks.share(leader=pipeline.mixes_labels)
+    share = compute.ranks.share(pipeline)
     batches = training.batches(
         order, plan.batch_size, start, plan.drop_last, transform=transform, share=share
     )

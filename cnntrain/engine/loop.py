@@ -175,7 +175,7 @@ def train_epoch(
     recent = torch.zeros(2, device=compute.device)  # loss sum and count since the last reading
     sums = torch.zeros(2, device=compute.device)  # the same, of the batches of this step so far
     ranks = compute.ranks
-    share, had_images = ranks.share(leader=pipeline.mixes_labels), False
+    share, had_images = ranks.share(pipeline), False
     since, images_since = time.perf_counter(), 0
     for batch in training.batches(
         order,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.share import Share
 from cnntrain.engine.signals import StopFlag
 from cnntrain.errors import UserError
@@ -104,9 +105,10 @@ class Ranks:
         """What makes this process's own draws (dropout) differ from the first one's."""
         return (self.rank,) if self.rank else ()
 
-    def share(self, leader: bool = False) -> Share:
-        """This process's part of every batch; see `Share`."""
-        return Share(self.rank, self.count, leader and self.count > 1)
+    def share(self, pipeline: Pipeline | None = None) -> Share:
+        """This process's part of every batch, with what `pipeline` mixes into it; see `Share`."""
+        leader = self.count > 1 and pipeline is not None and pipeline.mixes_labels
+        return Share(self.rank, self.count, leader)
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes its sum over the processes, in place; one message, and no host sync."""
