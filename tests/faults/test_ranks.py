@@ -44,6 +44,18 @@ def gone(pids: list[int]) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def listening(pid: int) -> list[str]:
+    """Addresses, in hexadecimal, at which a process waits for connections."""
+    held = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in held:
+                found.append(fields[1].rpartition(":")[0])
+    return found
+
+
 def weights(folder: str) -> dict[str, torch.Tensor]:
     return checkpoint.load(Path(folder) / "checkpoints" / "last.pt")["state"]["model"]
 
@@ -111,6 +123,16 @@ def test_a_killed_launcher_leaves_no_orphans(cnntrain, started) -> None:
         assert time.monotonic() < until, "orphans"
         time.sleep(0.1)
     assert weights("run")
+
+
+def test_nobody_outside_can_reach_it(cnntrain, started) -> None:
+    process, ranks = started
+    addresses = [address for pid in (process.pid, *ranks) for address in listening(pid)]
+    assert addresses and set(addresses) <= {
+        "0100007F",
+        "0000000000000000FFFF00000100007F",
+        "0" * 24 + "01000000",
+    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
@@ -251,6 +273,20 @@ def test_torchrun_and_srun_are_recognised(cnntrain, tmp_path) -> None:
     for task in tasks:
         cnntrain.end(task, 0)
     assert rows("srun") == rows("torchrun")
+
+
+def test_a_sweep_that_is_stopped_stops_the_processes_of_its_run(cnntrain, wait_for) -> None:
+    process = cnntrain.start(
+        *TWO, "-m", "optimizer.lr=0.001,0.01", "epochs=1000000", "schedule=constant", "run_dir=sweep"
+    )
+    wait_for(lambda: list(Path("sweep").glob("*/checkpoints/best.pt")), process)
+    ranks = ranks_of(process)
+    process.send_signal(signal.SIGTERM)
+    cnntrain.end(process, 143, timeout_s=60)
+    assert len(ranks) == 2 and gone(ranks)
+    assert "at step" in next(Path("sweep").glob("*/log.txt")).read_text() or list(
+        Path("sweep").glob("*/checkpoints/last.pt")
+    )
 
 
 def test_a_sweep_of_trainings_in_two_processes_each(cnntrain) -> None:
