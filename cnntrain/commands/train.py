@@ -132,19 +132,19 @@ def _one_of_several(home: "Home", settings: Settings, command_line: str, test: b
 
     def work() -> dict[str, Any]:
         log_to_console()
-        with _joined(home.place(), settings, launched=True) as ranks:
+        with _joined(home.place(), settings, launched=True, end=home.end) as ranks:
             return _train(settings, command_line, test, home.watch if home.rows else None, ranks)
 
     return in_rank(home, work)
 
 
 @contextlib.contextmanager
-def _joined(place: Place, settings: Settings, launched: bool = False) -> Iterator[Ranks]:
+def _joined(place: Place, settings: Settings, **more: Any) -> Iterator[Ranks]:
     from cnntrain.engine.group import joined
 
     if place.rank:
         silence_log()
-    with joined(place, uses_gpus(settings.device), launched) as ranks:
+    with joined(place, uses_gpus(settings.device), **more) as ranks:
         yield ranks
 
 

@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from cnntrain.engine.ranks import Place, Ranks
-from cnntrain.engine.watch import Watch, connect, lost
+from cnntrain.engine.watch import Watch, connect, end_process, lost
 from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, StoppedError, explain_machine
 
 MEET_S = 300  # for all processes to come together
@@ -101,12 +101,15 @@ def _meet(store: Any, count: int) -> None:
 
 
 @contextlib.contextmanager
-def joined(place: Place, cuda: bool, launched: bool = False) -> Iterator[Ranks]:
+def joined(
+    place: Place, cuda: bool, launched: bool = False, end: Callable[[int, str | None], None] = end_process
+) -> Iterator[Ranks]:
     """This process in its group while the block runs; none leaves before all are done.
 
     Args:
         cuda: tensors on GPUs are sent too, each process's from the GPU that its local rank names.
         launched: by this program, which tells its user itself when a process is killed.
+        end: see `Watch`.
 
     Raises:
         MachineError: the others did not come, or one of them was lost.
@@ -127,7 +130,7 @@ def joined(place: Place, cuda: bool, launched: bool = False) -> Iterator[Ranks]:
             rank=place.rank, world_size=place.count, timeout=PATIENCE,
             device_id=torch.device("cuda", place.local_rank) if cuda else None,
         )  # fmt: skip
-        watch = Watch(connect(place.address, place.port, f"{prefix}/watch"), place.rank, place.count)
+        watch = Watch(connect(place.address, place.port, f"{prefix}/watch"), place.rank, place.count, end)
     except (RuntimeError, ValueError) as error:
         raise MachineError(
             f"launch: the {place.count} processes could not meet at {place.address}:{place.port} "

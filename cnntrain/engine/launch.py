@@ -56,6 +56,12 @@ class Home:
         numbers = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
         return Place(*numbers, address="127.0.0.1", port=self.port)
 
+    def end(self, code: int, message: str | None) -> None:
+        """End this process at once, from any of its threads; the message is left for the one that started it."""
+        if message is not None:
+            leave_failure(self.folder, MachineError.__name__, message, code)
+        os._exit(code)
+
     def watch(self, row: Row) -> None:
         """Show a row to whoever watches, in the process that started this one."""
         if self.rows is not None:
@@ -84,6 +90,8 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Watche
         logging.CRITICAL
     )  # we tell what happened ourselves
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
+    # Torch would keep a second store, for the processes to share, at an address that others reach too.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     caught = "SIGTERM,SIGINT,SIGHUP,SIGQUIT" + (",SIGUSR1" if "SLURM_JOB_ID" in os.environ else "")
     options: dict[str, Any] = {"signals_to_handle": caught} if "signals_to_handle" in known else {}
     with (

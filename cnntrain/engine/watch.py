@@ -67,11 +67,8 @@ class Watch:
         end: ends the process at once, with an exit code and a message (None where another process gives one).
     """
 
-    def __init__(
-        self, store: Any, rank: int, count: int, end: Callable[[int, str | None], None] | None = None
-    ) -> None:
-        self.store, self.rank, self.count = store, rank, count
-        self.end = end or end_process
+    def __init__(self, store: Any, rank: int, count: int, end: Callable[[int, str | None], None]) -> None:
+        self.store, self.rank, self.count, self.end = store, rank, count, end
         self.flag = AgreedStop()
         self.lock = threading.Lock()
         self.failed: int | None = None  # the exit code of the process that failed first

@@ -25,6 +25,14 @@ QUIET = (
     "device=cpu",
 )
 TWO = (*QUIET, "data.limit=200", "batch_size=32", "launch.devices=2")
+TORCHRUN = (
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    "--no-python",
+)
 ENDLESS = (*TWO, "epochs=1000000", "schedule=constant", "run_dir=run")
 
 
@@ -34,10 +42,13 @@ def rows(folder: str) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "images_per_s"} for row in found]
 
 
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of the ranks, by rank, that the command started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def gone(pids: list[int]) -> bool:
@@ -123,6 +134,31 @@ def test_a_killed_launcher_leaves_no_orphans(cnntrain, started) -> None:
         assert time.monotonic() < until, "orphans"
         time.sleep(0.1)
     assert weights("run")
+
+
+def test_one_that_answers_no_more_ends_all(cnntrain, started) -> None:
+    """As on a machine that was cut off: it is not dead, and the other one waits for it in a transfer."""
+    process, ranks = started
+    os.kill(ranks[1], signal.SIGSTOP)
+    until = time.monotonic() + 25
+    while Path(f"/proc/{ranks[0]}/stat").read_text().split()[2] != "Z" and not gone(ranks[:1]):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    said = cnntrain.end(process, 4, timeout_s=60).stderr  # torch kills the other one after another 30 s
+    assert said.count("error: ") == 1 and "process 2 of 2 was killed or cut off" in said
+    assert gone(ranks)
+
+
+def test_under_torchrun_the_others_say_that_one_was_killed(cnntrain, wait_for) -> None:
+    settings = (*TWO[:-1], "epochs=1000000", "schedule=constant", "run_dir=run")
+    process = cnntrain.start(*settings, around=TORCHRUN)
+    wait_for(lambda: Path("run/metrics.csv").exists(), process)
+    ranks = children(process)
+    os.kill(ranks[1], signal.SIGKILL)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 1  # torchrun's own
+    assert said.count("error: ") == 1 and "one of its processes was killed or cut off" in said
+    assert gone(ranks)
 
 
 def test_nobody_outside_can_reach_it(cnntrain, started) -> None:
@@ -252,15 +288,7 @@ def test_errors_in_the_data_are_told_once(cnntrain, make_images) -> None:
 
 def test_torchrun_and_srun_are_recognised(cnntrain, tmp_path) -> None:
     settings = (*TWO[:-1], "epochs=1")
-    torchrun = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "--no-python",
-    )
-    cnntrain(*settings, "run_dir=torchrun", around=torchrun)
+    cnntrain(*settings, "run_dir=torchrun", around=TORCHRUN)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

@@ -16,7 +16,7 @@ from cnntrain.data.share import Share
 from cnntrain.data.store import make_loader
 from cnntrain.engine import watch as watching
 from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place, first_node, pack_states, unpack_state
-from cnntrain.engine.watch import Watch
+from cnntrain.engine.watch import Watch, end_process
 from cnntrain.errors import StoppedError, UserError
 from cnntrain.tasks.meter import Meter
 
@@ -114,7 +114,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("asks", [(1,), (0, 1, 2)])
 def test_all_stop_at_the_same_call_although_some_are_ahead(asks) -> None:
     store, stopped = Numbers(), {}
-    watches = [Watch(store, rank, 3) for rank in range(3)]
+    watches = [Watch(store, rank, 3, end_process) for rank in range(3)]
 
     def train(rank: int) -> None:
         calls = 0
