@@ -22,6 +22,7 @@ from cnntrain.engine.batch_size import choose_batch_size
 from cnntrain.engine.device import Compute, choose_compute, prepare_torch, seed_step
 from cnntrain.engine.loop import Plan
 from cnntrain.engine.optim import build_optimizer, supports_fused
+from cnntrain.engine.ranks import ALONE, Ranks
 from cnntrain.engine.rig import Rig, make_rig
 from cnntrain.engine.schedule import Schedule
 from cnntrain.engine.signals import StopFlag
@@ -75,17 +76,18 @@ class Assembly:
         )
 
 
-def assemble(settings: Settings, known: DataSpec | None = None) -> Assembly:
+def assemble(settings: Settings, known: DataSpec | None = None, ranks: Ranks = ALONE) -> Assembly:
     """Build everything that needs no data, and run the network on shapes alone.
 
     Args:
         known: facts that hold whatever the data say now (a checkpoint's: classes, mean and std).
+        ranks: the processes that train together.
 
     Raises:
         UserError: a part can't be built, or the network does not fit its input; nothing has been read yet.
     """
-    prepare_torch(settings.threads, settings.deterministic)
-    compute = choose_compute(settings.device, settings.precision, settings.channels_last)
+    prepare_torch(settings.threads, settings.deterministic, ranks)
+    compute = choose_compute(settings.device, settings.precision, settings.channels_last, ranks)
     source, data_settings = build_source(settings)
     spec = known or with_chosen_statistics(source.spec(), data_settings)
     pipeline = build_pipeline(settings, spec)
@@ -192,15 +194,22 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
     Raises:
         UserError: no learning rate can be found.
     """
-    settings, count = assembly.settings, len(data.train)
+    settings, count, ranks = assembly.settings, len(data.train), assembly.compute.ranks
     if rate_is_sought := settings.optimizer.get("lr") == "auto":
         settings = assembly.settings = with_rate(settings, 1.0)  # stands in until it is found
     batch_size = settings.known_batch_size or find_batch_size(assembly, data)
     settings = assembly.settings = dataclasses.replace(settings, batch_size=batch_size)
     has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in assembly.model.modules())
-    drop_last = has_norm and count % batch_size == 1 and count > 1
+    drop_last = has_norm and count > batch_size and leaves_one_image(count % batch_size, assembly.compute)
     if drop_last:
-        log.info("the last batch of each epoch would hold one image, which BatchNorm can't use: left out")
+        log.info(
+            "the last batch of each epoch would leave BatchNorm a single image, which it can't use: left out"
+        )
+    if has_norm and ranks.count > 1 and assembly.compute.device.type != "cuda":
+        log.info(
+            "BatchNorm on CPUs uses each process's own share of a batch (%d images), not all of it; GPUs synchronise",
+            batch_size // ranks.count,
+        )
     batches = count // batch_size if drop_last else -(-count // batch_size)
     if settings.limit_batches is not None:
         batches = min(batches, settings.limit_batches)
@@ -219,6 +228,7 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
         limit_batches=settings.limit_batches,
         drop_last=drop_last,
         unfreeze_epoch=settings.model.get("unfreeze"),
+        processes=ranks.count,
     )
     if plan.unfreeze_epoch and (plan.unfreeze_epoch - 1) * steps_per_epoch >= plan.total_steps:
         log.warning("model.unfreeze=%d: the training ends before that epoch", plan.unfreeze_epoch)
@@ -227,10 +237,16 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
         total_steps=plan.total_steps, steps_per_epoch=steps_per_epoch,
     )  # fmt: skip
     if rate_is_sought:
-        settings = assembly.settings = with_rate(
-            settings, settle(try_learning_rates(assembly, data, plan, StopFlag()))
-        )
+        # The leader alone tries them, as one process would.
+        rate = settle(try_learning_rates(assembly, data, plan, StopFlag())) if ranks.leads else None
+        settings = assembly.settings = with_rate(settings, ranks.tell(rate))
     return plan, make_optimizer(settings, assembly.model, assembly.compute), schedule
+
+
+def leaves_one_image(rest: int, compute: Compute) -> bool:
+    """Whether a last batch of `rest` images leaves one to a BatchNorm by itself; GPUs' BatchNorms see all of them."""
+    count = 1 if compute.device.type == "cuda" else compute.ranks.count
+    return 0 < rest < 2 * count
 
 
 def find_batch_size(assembly: Assembly, data: Data) -> int:
@@ -250,10 +266,12 @@ def find_batch_size(assembly: Assembly, data: Data) -> int:
 def try_learning_rates(assembly: Assembly, data: Data, plan: Plan, stop: StopFlag) -> RangeTest:
     """The range test that `lr_find` asks for, on a copy."""
     chosen, loader = assembly.settings.lr_find, assembly.loader(data.train, augmented=True)
+    compute = dataclasses.replace(assembly.compute, ranks=ALONE)
+    plan = dataclasses.replace(plan, processes=1)
     try:
         return range_test(
-            assembly.model, lambda model: make_optimizer(assembly.settings, model, assembly.compute), loader,
-            assembly.pipeline, assembly.task, assembly.compute, plan, stop, chosen.lowest, chosen.highest, chosen.steps,
+            assembly.model, lambda model: make_optimizer(assembly.settings, model, compute), loader, assembly.pipeline,
+            assembly.task, compute, plan, stop, chosen.lowest, chosen.highest, chosen.steps,
         )  # fmt: skip
     finally:
         loader.close()

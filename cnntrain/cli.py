@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnntrain.errors import CnntrainError, MachineError, UserError, explain_machine, suggest
+from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, UserError, explain_machine, suggest
 
 DEFAULT_COMMAND = "train"
 
@@ -168,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CnntrainError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, ElsewhereError):
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

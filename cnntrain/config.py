@@ -252,6 +252,8 @@ def check_early(command: str, overrides: Sequence[str], config_dir: Path | None)
     Raises:
         UserError: see `read_settings`.
     """
+    if command != "train" and any(override.lstrip("+").startswith("launch.") for override in overrides):
+        raise UserError(f"launch.devices: `{command}` is done by one process; leave it out")
     if not (conf_folder() / f"{command}.yaml").exists():
         add_swept_keys(overrides, config_dir)
 

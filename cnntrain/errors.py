@@ -65,3 +65,11 @@ class StoppedError(CnntrainError):
 
 class PrunedError(CnntrainError):
     """A sweep gave the training up: it fell behind the others on validation data. Its state has been saved."""
+
+
+class ElsewhereError(CnntrainError):
+    """Another process of this training failed, and has said why: this one ends with its exit code and no word."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this training failed")
+        self.exit_code = exit_code

@@ -3,7 +3,8 @@
 What changes neither the network nor which images come next may change: freely where it leaves the numbers alone
 (epochs, paths, logging, workers, device), from here on where it does not (learning rate, schedule, augmentation, ...:
 the value given now wins, and the log says so). What the saved state would not fit, or would mean something else by, is
-refused: network, data set and splits, batch size, seed, kind of optimizer.
+refused: network, data set and splits, batch size, seed, kind of optimizer. The number of processes may change between
+epochs only: within one, what each has seen is its own.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ log = logging.getLogger("cnntrain")
 RULE = {
     "": "new",
     **dict.fromkeys(
-        ("epochs", "steps", "early_stopping", "run_dir", "resume", "checkpoint", "log", "device", "threads",
+        ("epochs", "steps", "early_stopping", "launch", "run_dir", "resume", "checkpoint", "log", "device", "threads",
          "deterministic", "expect", "trusted_packages", "choices", "check", "bench", "overfit", "lr_find", "inspect",
          "preview", "sweep"),
         "free",
@@ -80,6 +81,13 @@ def resume(state: TrainState, saved: Mapping[str, Any], source: Path, assembly: 
     if saved["fingerprint"] != data.fingerprint:
         problems.append(
             ("data", f"examples: were {saved['fingerprint']}, are {data.fingerprint} (count-hash)")
+        )
+    processes, now = saved.get("resolved", {}).get("processes", 1), assembly.compute.ranks.count
+    if saved["state"]["progress"]["batch"] and processes != now and not problems:
+        raise UserError(
+            f"resume: {source} was saved by {processes} process{'es' * (processes > 1)} in the middle of epoch "
+            f"{saved['state']['progress']['epoch'] + 1}, and can't go on with {now}; launch.devices={processes} "
+            "goes on, and from the end of an epoch any number does"
         )
     if problems:
         kind = {"model": "network", "data": "data set"}.get(problems[0][0].partition(".")[0], "training")

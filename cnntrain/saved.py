@@ -51,7 +51,11 @@ def checkpoint_facts(assembly: Assembly, data: Data) -> dict[str, Any]:
     return {
         "config": dataclasses.asdict(assembly.settings),
         # What `auto` and null came to; a resumed run takes these.
-        "resolved": {"precision": assembly.compute.precision, "threads": torch.get_num_threads()},
+        "resolved": {
+            "precision": assembly.compute.precision,
+            "threads": torch.get_num_threads(),
+            "processes": assembly.compute.ranks.count,
+        },
         "spec": dataclasses.asdict(data.spec),
         "fingerprint": data.fingerprint,
         "versions": checkpoint.versions(),

@@ -36,6 +36,11 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class LaunchSettings:
+    devices: Annotated[int, Within(1, 1024)]
+
+
+@dataclass(frozen=True)
 class LogSettings:
     every_steps: Annotated[int, Within(1)]
     tensorboard: bool
@@ -163,6 +168,7 @@ class Settings:
     early_stopping: Annotated[int | None, Within(1)]
     run_dir: str | None
     resume: str
+    launch: LaunchSettings
     checkpoint: CheckpointSettings
     log: LogSettings
     overfit: OverfitSettings

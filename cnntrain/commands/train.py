@@ -3,11 +3,12 @@
 `train` is the command word that may be left out: `cnntrain model=resnet18 data=fashion_mnist` trains.
 """
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -21,16 +22,19 @@ from cnntrain.data.load import Data
 from cnntrain.data.store import Loader
 from cnntrain.data.stream import explain_worker_error
 from cnntrain.engine import checkpoint
+from cnntrain.engine.combine import synchronise_norms
 from cnntrain.engine.ema import MovingAverage
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.keeper import Keeper
-from cnntrain.engine.loop import Plan, fit
+from cnntrain.engine.loop import Plan, Silent, fit
+from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place
 from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag
 from cnntrain.engine.state import TrainState
 from cnntrain.errors import CheckFailedError, DivergedError, StoppedError, UserError
 from cnntrain.expectations import judge_expectations, parse_expectation
-from cnntrain.report.console import log_to_console
+from cnntrain.processes import check_processes, uses_gpus
+from cnntrain.report.console import log_to_console, silence_log
 from cnntrain.report.journal import RunJournal, statistics
 from cnntrain.report.table import print_findings, print_run_summary
 from cnntrain.resume import bring_best, keep_choices, resume
@@ -48,6 +52,9 @@ from cnntrain.settings import EvaluateSettings, Settings, parse
 from cnntrain.spec import Batch
 from cnntrain.tasks.meter import Worst
 
+if TYPE_CHECKING:
+    from cnntrain.engine.launch import Home
+
 log = logging.getLogger("cnntrain")
 MISTAKES_SHOWN = 24
 
@@ -56,6 +63,10 @@ def run(invocation: Invocation) -> int:
     if invocation.words:
         raise UserError(f"train: {invocation.words[0]!r} is no override; write KEY=VALUE, as model=resnet18")
     if invocation.multirun:
+        if find_place():
+            raise UserError(
+                "-m: a sweep is one process; start it without torchrun or srun, with launch.devices=N"
+            )
         from cnntrain.sweep.perform import Job  # imports optuna, which a single run does without
         from cnntrain.sweep.run import run_sweep
 
@@ -70,7 +81,7 @@ def run(invocation: Invocation) -> int:
         return 0
     results = train(settings, invocation.line)
     findings = []
-    if settings.expect:
+    if settings.expect and results:
         experiment = [o for o in invocation.overrides if o.startswith("experiment=")]
         own = dataclasses.asdict(read_settings(experiment, invocation.config_dir))
         changed = [
@@ -95,10 +106,56 @@ def train(
         test: whether the test set is used at the end; a sweep keeps it for its winner.
         watch: shown every epoch's row, as in metrics.csv; what it raises ends the training, its state saved.
 
+    With `launch.devices` above 1 it starts as many processes, which train together; started by torchrun or srun it is
+    one of them, and all but the first return {}.
+
     Raises:
         UserError, DivergedError, MachineError, StoppedError: see cnntrain.errors.
+        ElsewhereError: another process failed, and has said why.
     """
     log_to_console()
+    if place := find_place():
+        check_processes(settings, place)
+        with _joined(place, settings) as ranks:
+            return _train(settings, command_line, test, watch, ranks)
+    if settings.launch.devices == 1:
+        return _train(settings, command_line, test, watch, ALONE)
+    check_processes(settings, None)
+    from cnntrain.engine.launch import launch  # what a single process does without
+
+    return launch(_one_of_several, settings.launch.devices, settings, command_line, test, watch=watch)
+
+
+def _one_of_several(home: "Home", settings: Settings, command_line: str, test: bool) -> dict[str, Any]:
+    """A process that `train` started."""
+    from cnntrain.engine.launch import in_rank
+
+    def work() -> dict[str, Any]:
+        log_to_console()
+        with _joined(home.place(), settings, launched=True, end=home.end) as ranks:
+            return _train(settings, command_line, test, home.watch if home.rows else None, ranks)
+
+    return in_rank(home, work)
+
+
+@contextlib.contextmanager
+def _joined(place: Place, settings: Settings, **more: Any) -> Iterator[Ranks]:
+    from cnntrain.engine.group import joined
+
+    if place.rank:
+        silence_log()
+    with joined(place, uses_gpus(settings.device), **more) as ranks:
+        yield ranks
+
+
+def _train(
+    settings: Settings,
+    command_line: str,
+    test: bool,
+    watch: Callable[[dict[str, float]], None] | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """One process's training: the only one's, or its part of several's."""
     source = find_checkpoint(settings)
     saved = read_saved(source) if source else None
     folder = Path(settings.run_dir) if settings.run_dir else run_folder_of(source) if source else None
@@ -107,9 +164,14 @@ def train(
         return done
     for name, wanted in (settings.expect or {}).items():
         parse_expectation(name, wanted)
-    if settings.check.first and saved is None:
+    found = ranks.gather(saved["state"]["progress"]["step"] if saved else None)
+    if len(set(found)) > 1:
+        raise UserError(
+            f"resume: not all processes see the same checkpoint (steps {found}); use a shared folder"
+        )
+    if settings.check.first and saved is None and ranks.leads:
         _check_first(settings, command_line)
-    assembly = assemble(keep_choices(settings, saved) if saved else settings)
+    assembly = assemble(keep_choices(settings, saved) if saved else settings, ranks=ranks)
     data = assembly.load()
     if not test:
         data.test = None
@@ -121,10 +183,14 @@ def train(
         log.warning("config: %s: %s; %s", finding.evidence, finding.cause, finding.remedy)
     if saved and source:
         resume(state, saved, source, assembly, data)
+    ranks.copy_weights(state.model)
     with (
-        open_run_folder(folder, settings.label) as run,
-        stop_flag() as stop,
+        _run_folder(folder, settings.label, ranks) as run,
+        stop_flag(ranks.stop if ranks.count > 1 else None) as stop,
     ):  # all that can be refused has been
+        if not ranks.leads:
+            _train_in(run, assembly, data, plan, state, stop, None)
+            return {}
         if saved is None and run.last.exists():
             raise UserError(
                 f"run_dir: {run.path} got a run of another process meanwhile; choose another folder"
@@ -137,6 +203,17 @@ def train(
         run.write_json("results.json", results)
     print_run_summary(results, run.path, assembly.task.monitor[0])
     return {**results, "run_dir": str(run.path)}
+
+
+@contextlib.contextmanager
+def _run_folder(folder: Path | None, label: str, ranks: Ranks) -> Iterator[RunFolder]:
+    """The run's folder, which the leader holds; the others only know its name."""
+    if not ranks.leads:
+        yield RunFolder(Path(ranks.tell(None)))
+        return
+    with open_run_folder(folder, label) as run:
+        ranks.tell(str(run.path))
+        yield run
 
 
 def _check_first(settings: Settings, command_line: str) -> None:
@@ -178,6 +255,8 @@ def _prepare(assembly: Assembly, data: Data) -> tuple[Plan, TrainState]:
     """How long to train, and the training at its start."""
     settings, compute = assembly.settings, assembly.compute
     plan, optimizer, schedule = build_training_parts(assembly, data)
+    if compute.ranks.count > 1 and compute.device.type == "cuda":
+        assembly.model = synchronise_norms(assembly.model)
     assembly.model.to(memory_format=compute.memory_format)
     state = TrainState(
         assembly.model,
@@ -199,13 +278,13 @@ def _train_in(
     watch: Callable[[dict[str, float]], None] | None,
 ) -> dict[str, Any]:
     settings, compute, task = assembly.settings, assembly.compute, assembly.task
-    facts = checkpoint_facts(assembly, data)
+    facts, ranks = checkpoint_facts(assembly, data), assembly.compute.ranks
 
-    save = Keeper(run, state, facts, settings.checkpoint.keep)
+    save = Keeper(run, state, facts, settings.checkpoint.keep, ranks.leads)
 
     training = assembly.loader(data.train, augmented=True)
     validation = assembly.loader(data.val) if data.val else None
-    with _journal(run, assembly, plan, state, watch) as journal:
+    with _journal(run, assembly, plan, state, watch) if ranks.leads else contextlib.nullcontext() as journal:
         hparams = flat(
             {
                 k: v
@@ -213,9 +292,11 @@ def _train_in(
                 if k not in ("run_dir", "resume", "log", "expect", "sweep")
             }
         )
-        journal.start(hparams, (run.path / "config.yaml").read_text(), data.test is not None)
+        if journal:
+            journal.start(hparams, (run.path / "config.yaml").read_text(), data.test is not None)
         try:
-            fit(state, training, validation, assembly.pipeline, task, compute, plan, journal, save, stop)
+            told = journal or Silent()
+            fit(state, training, validation, assembly.pipeline, task, compute, plan, told, save, stop)
         except StoppedError as error:
             how = f"its state is saved; to go on: the same command with run_dir={run.path} resume=auto"
             raise StoppedError(
@@ -231,14 +312,18 @@ def _train_in(
             raise explained from error
 
         best = state.judged
-        kept = checkpoint.load(run.best)["state"]
-        load_weights(best, kept["average"] or kept["model"])
+        if ranks.leads:
+            kept = checkpoint.load(run.best)["state"]
+            load_weights(best, kept["average"] or kept["model"])
+        ranks.copy_weights(best)
         judged = validation or training
         meter, worst = _judge(best, assembly, judged, plan, stop)
         test = {}
         if data.test is not None:
             test_meter, _ = _judge(best, assembly, assembly.loader(data.test), plan, stop)
             test = {f"test/{name}": value for name, value in test_meter.compute().items()}
+        if not journal:
+            return {}
         mistakes = _draw_mistakes(best, assembly, judged, worst) if settings.log.pictures else None
         journal.finish(best, meter, mistakes, state.progress.best, test, state.progress.step)
     return _summary(state, best, test)
@@ -268,7 +353,7 @@ def _journal(
 
 def _judge(model: nn.Module, assembly: Assembly, loader: Loader, plan: Plan, stop: StopFlag):
     """Metrics over a split, and which of its examples are answered worst."""
-    worst = Worst(MISTAKES_SHOWN)
+    worst, ranks = Worst(MISTAKES_SHOWN), assembly.compute.ranks
 
     def look(batch: Batch, outputs: Tensor) -> None:
         worst.update(assembly.task.mistake_score(outputs, batch.truth), batch.index)
@@ -277,6 +362,9 @@ def _judge(model: nn.Module, assembly: Assembly, loader: Loader, plan: Plan, sto
         model, loader, assembly.pipeline, assembly.task, assembly.compute, plan.batch_size, plan.limit_batches,
         stop, look,
     )  # fmt: skip
+    for rank, (scores, rows) in enumerate(ranks.gather(worst.state()) if ranks.count > 1 else ()):
+        if rank != ranks.rank and len(scores):
+            worst.update(scores, rows)
     return meter, worst
 
 

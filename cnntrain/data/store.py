@@ -3,6 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cnntrain.data import resident
 from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.share import WHOLE, Share
 from cnntrain.data.stream import Transform, WorkerPool
 from cnntrain.spec import Batch
 
@@ -39,6 +41,7 @@ class Loader(ABC):
         drop_last: bool = False,
         positions: Tensor | None = None,
         transform: Transform | None = None,
+        share: Share = WHOLE,
     ) -> Iterator[Batch]:
         """The batches of one pass, images uint8 on the device.
 
@@ -50,6 +53,8 @@ class Loader(ABC):
                 several).
             transform: called as `transform(image, position)` for every image where it is decoded; only a
                 streaming loader takes one (see `make_loader`), and it must pickle.
+            share: this process's part of each batch, which may be empty; `batch_size` is that of all processes
+                together.
 
         Raises:
             UserError: an image that is read now can't be used.
@@ -60,7 +65,17 @@ class Loader(ABC):
         stop = count - count % batch_size if drop_last else count
         starts = range(start_batch * batch_size, stop, batch_size)
         chunks = [slice(start, min(start + batch_size, stop)) for start in starts]
-        yield from self._batches(order, positions, chunks, transform)
+        if share == WHOLE or not chunks:
+            yield from self._batches(order, positions, chunks, transform)
+            return
+        rows = [share.rows(chunk.start, chunk.stop) for chunk in chunks]
+        filled, mine = [len(each) for each in rows if len(each)], torch.cat(rows)
+        ends = list(accumulate(filled))
+        chunks = [slice(end - length, end) for end, length in zip(ends, filled, strict=True)]
+        yield from self._batches(order[mine], positions[mine], chunks, transform)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        for _ in range(len(rows) - len(filled)):  # only the last batch can be too short to go round
+            yield Batch(torch.zeros(0, device=self.device), {}, nothing, nothing)
 
     @abstractmethod
     def _batches(

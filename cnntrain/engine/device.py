@@ -1,11 +1,13 @@
-"""Where and in what precision to compute."""
+"""Where, in what precision, and together with whom to compute."""
 
 import contextlib
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
 
+from cnntrain.engine.ranks import ALONE, Ranks
 from cnntrain.errors import UserError
 from cnntrain.randomness import hash_seed
 
@@ -14,11 +16,13 @@ log = logging.getLogger("cnntrain")
 
 @dataclass(frozen=True)
 class Compute:
-    """The device, the number format of the forward pass, and the memory layout of images and 4-D weights."""
+    """The device, the number format of the forward pass, the memory layout of images and 4-D weights, and the
+    processes that train together."""
 
     device: torch.device
     precision: str  # fp32 | bf16 | fp16
     channels_last: bool
+    ranks: Ranks = ALONE
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -31,8 +35,8 @@ class Compute:
         return torch.autocast(self.device.type, dtype)
 
 
-def choose_compute(device: str, precision: str, channels_last: bool) -> Compute:
-    """Resolve `auto`.
+def choose_compute(device: str, precision: str, channels_last: bool, ranks: Ranks = ALONE) -> Compute:
+    """Resolve `auto`; of several processes each takes a GPU of its own.
 
     Raises:
         UserError: the device is not there, or does not compute in that precision.
@@ -42,7 +46,10 @@ def choose_compute(device: str, precision: str, channels_last: bool) -> Compute:
         precision = _fast_precision(chosen)
     if precision == "fp16" and chosen.type != "cuda":
         raise UserError(f"precision: fp16 needs a CUDA device, this is {chosen}; use bf16, fp32 or auto")
-    return Compute(chosen, precision, channels_last)
+    if ranks.count > 1 and chosen.type == "cuda":
+        chosen = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(chosen)
+    return Compute(chosen, precision, channels_last, ranks)
 
 
 def _choose_device(name: str) -> torch.device:
@@ -77,8 +84,12 @@ def _fast_precision(device: torch.device) -> str:
     return "fp32"
 
 
-def prepare_torch(threads: int | None, deterministic: bool) -> None:
-    """Process-wide settings of torch: CPU threads, determinism, TF32 where fp32 is chosen."""
+def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE) -> None:
+    """Process-wide settings of torch: CPU threads (the cores are divided between processes), determinism, TF32 where
+    fp32 is chosen."""
+    if threads is None and ranks.count > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // ranks.local_count)
     if threads is not None:
         torch.set_num_threads(threads)
     if (

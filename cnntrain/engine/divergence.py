@@ -108,22 +108,31 @@ def diverged(
     plan: Plan,
     first_bad: int,
 ) -> DivergedError:
-    """What happened at batch `first_bad` of this epoch, found by replaying its step; the weights are those it met."""
+    """What happened at batch `first_bad` of this epoch, found by replaying its step; the weights are those it met.
+
+    Each process replays its own share, and the one that finds the cause says it.
+    """
     epoch, start = state.progress.epoch, first_bad - first_bad % plan.accumulate
     step = epoch * plan.steps_per_epoch + first_bad // plan.accumulate
     learning_rate = set_learning_rate(state.optimizer, state.schedule, step)
     order = epoch_order(plan.seed, epoch, len(training))
     transform = pipeline.sample_transform(plan.seed, epoch)
-    batches = training.batches(order, plan.batch_size, start, plan.drop_last, transform=transform)
+    share = compute.ranks.share(pipeline)
+    batches = training.batches(
+        order, plan.batch_size, start, plan.drop_last, transform=transform, share=share
+    )
     state.optimizer.zero_grad(set_to_none=True)
     loss, where, rows = float("nan"), None, torch.zeros(0, dtype=torch.int64)
     for number, batch in zip(range(start, first_bad + 1), batches, strict=False):
-        seen = pipeline(batch, plan.seed, epoch)
-        seed_step(plan.seed, "step", epoch, number)
+        if not len(batch):
+            continue
+        seen = share.trim(pipeline(batch, plan.seed, epoch))
+        seed_step(plan.seed, "step", epoch, number, *compute.ranks.seed)
         loss, where = _replay(state, seen, task, compute)
-        rows = batch.index
+        rows = seen.index
         if where is not None:
             break
+    compute.ranks.accuse(where is not None)
     what = "the gradient is not finite" if torch.tensor(loss).isfinite() else f"the loss is {loss}"
     names = [training.examples.names[row] for row in rows.tolist()]
     more = f" and {len(names) - SHOWN_EXAMPLES} more" if len(names) > SHOWN_EXAMPLES else ""
@@ -189,14 +198,18 @@ def diverged_in_validation(
     """Which validation batch, and which layer, first gave what is not finite after the epoch under way."""
     model, progress = state.judged.eval(), state.progress
     where, names = "the loss itself, of finite outputs", "all"
-    for batch in loader.batches(torch.arange(len(loader)), plan.batch_size):
+    found: list[str] = []
+    for batch in loader.batches(torch.arange(len(loader)), plan.batch_size, share=compute.ranks.share()):
+        if not len(batch):
+            continue
         seen = pipeline.plain(batch)
-        with watch_layers(model) as found, compute.autocast():
+        with watch_layers(model) as layers, compute.autocast():
             model(seen.images.contiguous(memory_format=compute.memory_format))
-        if found:
+        if found := layers:
             where = found[0]
             names = ", ".join(loader.examples.names[row] for row in batch.index[:SHOWN_EXAMPLES].tolist())
             break
+    compute.ranks.accuse(bool(found))
     return DivergedError(
         f"the validation loss is not finite after step {progress.step} (epoch {progress.epoch + 1}, learning rate "
         f"{state.optimizer.param_groups[0]['lr']:.3g})\n"

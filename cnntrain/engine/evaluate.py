@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.store import Loader
 from cnntrain.engine.device import Compute
+from cnntrain.engine.ranks import merge
 from cnntrain.engine.signals import StopFlag
 from cnntrain.spec import Batch
 from cnntrain.tasks.task import Meter, Task
@@ -25,20 +26,23 @@ def evaluate(
     stop: StopFlag | None = None,
     look: Callable[[Batch, Tensor], None] | None = None,
 ) -> Meter:
-    """Metrics of `model` over all examples of `loader`, in their own order.
+    """Metrics of `model` over all examples of `loader`, in their own order; of several processes each judges its share
+    of every batch, and all get the metrics of the whole.
 
     Args:
         limit_batches: judge no more than these, spread evenly: files often lie sorted by class.
-        look: shown every batch (normalised images) with its outputs, (N, ...) float32.
+        look: shown every batch of this process's (normalised images) with its outputs, (N, ...) float32.
     """
     was_training = model.training
     model.eval()
     meter = task.meter()
     count = len(loader) if limit_batches is None else min(len(loader), limit_batches * batch_size)
     order = torch.linspace(0, len(loader) - 1, count, dtype=torch.float64).round().long()
-    for batch in loader.batches(order, batch_size):
+    for batch in loader.batches(order, batch_size, share=compute.ranks.share()):
         if stop is not None:
             stop.check()
+        if not len(batch):
+            continue
         batch = pipeline.plain(batch)
         images = batch.images.contiguous(memory_format=compute.memory_format)
         with compute.autocast():
@@ -49,4 +53,4 @@ def evaluate(
         if look is not None:
             look(batch, outputs)
     model.train(was_training)
-    return meter
+    return merge(meter, task.meter(), compute.ranks)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.store import Loader
+from cnntrain.engine.combine import accompany, align, combine, has_synchronised_norms
 from cnntrain.engine.device import Compute, seed_step
 from cnntrain.engine.divergence import Finiteness, diverged, diverged_in_validation, step_unless
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.optim import set_learning_rate
+from cnntrain.engine.ranks import merge, pack_states, states_of, unpack_state
 from cnntrain.engine.signals import StopFlag
 from cnntrain.engine.state import TrainState
 from cnntrain.errors import StoppedError
@@ -33,9 +35,20 @@ class Journal(Protocol):
     def batch_seen(self, step: int, batch: Batch) -> None: ...
 
 
+class Silent:
+    """A journal that keeps nothing."""
+
+    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
+    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
+    def batch_seen(self, step: int, batch: Batch) -> None: ...
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How a training runs: plain numbers, resolved from the settings and the data."""
+    """How a training runs: plain numbers, resolved from the settings and the data.
+
+    `batch_size` is that of all processes together, whatever their number.
+    """
 
     seed: int
     batch_size: int
@@ -50,6 +63,12 @@ class Plan:
     limit_batches: int | None = None
     drop_last: bool = False
     unfreeze_epoch: int | None = None  # counted from 1, as users see it
+    processes: int = 1
+
+    @property
+    def sums_losses(self) -> bool:
+        """Whether what a step's gradients are divided by is known only when all of its batches have been seen."""
+        return self.accumulate > 1 or self.processes > 1
 
 
 def fit(
@@ -72,24 +91,27 @@ def fit(
         DivergedError: a loss or a gradient is no longer finite.
         StoppedError: a signal came; the state has been saved.
     """
-    progress = state.progress
+    progress, ranks = state.progress, compute.ranks
     explain = partial(diverged, state, training, pipeline, task, compute, plan)
     finite = Finiteness(compute.device, state.scaler is not None, explain)
     while not progress.finished and progress.step < plan.total_steps:
         started, seconds_before, first_batch = time.perf_counter(), progress.wall_s, progress.batch
         meter = task.meter()
         if progress.batch and state.meter:
-            meter.load_state(state.meter)
+            meter.load_state(unpack_state(state.meter, ranks))
 
         def keep(meter: Meter = meter, started: float = started, before: float = seconds_before) -> None:
             finite.check()
-            state.meter, progress.wall_s = meter.state(), before + time.perf_counter() - started
+            state.meter = pack_states(states_of(meter, ranks))
+            progress.wall_s = before + time.perf_counter() - started
             save("last")
+            ranks.wait()  # for the one that writes
 
         try:
             train_epoch(state, training, pipeline, task, compute, plan, journal, meter, keep, stop, finite)
             finite.check()
-            train_metrics = meter.compute()
+            align(state.model, ranks)
+            train_metrics = merge(meter, task.meter(), ranks).compute()
             train_seconds = time.perf_counter() - started
             val_metrics = {}
             if validation is not None:
@@ -151,7 +173,9 @@ def train_epoch(
         unfreeze(model)  # again in each epoch: a resumed run has a model that was just frozen
     model.train()
     recent = torch.zeros(2, device=compute.device)  # loss sum and count since the last reading
-    group_count = torch.zeros((), device=compute.device)  # what counts in the batches of this step so far
+    sums = torch.zeros(2, device=compute.device)  # the same, of the batches of this step so far
+    ranks = compute.ranks
+    share, had_images = ranks.share(pipeline), False
     since, images_since = time.perf_counter(), 0
     for batch in training.batches(
         order,
@@ -159,39 +183,54 @@ def train_epoch(
         progress.batch,
         plan.drop_last,
         transform=pipeline.sample_transform(plan.seed, progress.epoch),
+        share=share,
     ):
         if progress.batch % plan.accumulate == 0:  # between them there are gradients, which are not saved
             stop.check()
         if progress.batch >= plan.batches_per_epoch or progress.step >= plan.total_steps:
             break
         learning_rate = set_learning_rate(optimizer, state.schedule, progress.step)
-        batch = pipeline(batch, plan.seed, progress.epoch)
-        if progress.step == 0 and progress.batch == 0:
-            journal.batch_seen(0, batch)
-        seed_step(plan.seed, "step", progress.epoch, progress.batch)
+        if len(batch):
+            batch = share.trim(pipeline(batch, plan.seed, progress.epoch))
+            if progress.step == 0 and progress.batch == 0:
+                journal.batch_seen(0, batch)
+            seed_step(plan.seed, "step", progress.epoch, progress.batch, *ranks.seed)
 
-        images = batch.images.contiguous(memory_format=compute.memory_format)
-        with compute.autocast():
-            outputs = model(images)
-        loss_sum, count = task.loss(outputs.float(), batch.truth)
-        # Alone, a batch is divided by what counts in it. Together, batches are summed, and divided once at the step.
-        loss = loss_sum / (count.clamp(min=1e-12) if plan.accumulate == 1 else plan.batch_size)
-        (state.scaler.scale(loss) if state.scaler else loss).backward()
+            images = batch.images.contiguous(memory_format=compute.memory_format)
+            with compute.autocast():
+                outputs = model(images)
+            loss_sum, count = task.loss(outputs.float(), batch.truth)
+            # Alone, a batch is divided by what counts in it. Together, batches are summed, and divided at the step.
+            loss = loss_sum / (plan.batch_size if plan.sums_losses else count.clamp(min=1e-12))
+            (state.scaler.scale(loss) if state.scaler else loss).backward()
 
-        with torch.no_grad():
-            meter.update(outputs.detach().float(), batch.truth, loss_sum.detach(), count)
-            recent += torch.stack((loss_sum.detach(), count)).to(recent.dtype)
-            group_count += count
-            finite.note(loss_sum.isfinite(), progress.batch)
+            with torch.no_grad():
+                meter.update(outputs.detach().float(), batch.truth, loss_sum.detach(), count)
+                sums += torch.stack((loss_sum.detach(), count)).to(sums.dtype)
+                finite.note(loss_sum.isfinite(), progress.batch)
+            had_images = True
+        elif has_synchronised_norms(model):  # a short last batch did not go round
+            with compute.autocast():
+                nothing = torch.zeros(
+                    0, training.examples.images.shape[1], *pipeline.output_size, device=compute.device
+                )
+                accompany(model, nothing)
+        # What all processes saw of the batch together.
+        rest = len(training) - progress.batch * plan.batch_size
+        images_seen = len(batch) if ranks.count == 1 else min(plan.batch_size, rest)
         progress.batch += 1
-        progress.images += len(batch)
-        images_since += len(batch)
+        progress.images += images_seen
+        images_since += images_seen
         if progress.batch % plan.accumulate and progress.batch < plan.batches_per_epoch:
             continue
 
         reads = (progress.step + 1) % plan.read_every_steps == 0 or progress.batch >= plan.batches_per_epoch
-        norm = apply_gradients(state, plan, group_count, finite)
-        group_count.zero_()
+        if ranks.count > 1:
+            combine(state, sums, had_images, finite, progress.batch - 1, ranks)
+        norm = apply_gradients(state, plan, sums[1], finite)
+        recent += sums
+        sums.zero_()
+        had_images = False
         progress.step += 1
         if state.average:
             state.average.update(model, progress.step)
@@ -220,7 +259,7 @@ def apply_gradients(state: TrainState, plan: Plan, group_count: Tensor, finite: 
     if scaler:
         scaler.unscale_(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if plan.accumulate > 1 and gradients:
+    if plan.sums_losses and gradients:
         scale = plan.batch_size / group_count.clamp(min=1e-12)
         torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
     norm = nn.utils.get_total_norm(gradients).to(group_count.device)

@@ -17,7 +17,7 @@ from cnntrain.data.store import Loader
 from cnntrain.engine.device import Compute
 from cnntrain.engine.divergence import Finiteness
 from cnntrain.engine.ema import MovingAverage
-from cnntrain.engine.loop import Journal, Plan, train_epoch
+from cnntrain.engine.loop import Journal, Plan, Silent, train_epoch
 from cnntrain.engine.schedule import Constant
 from cnntrain.engine.signals import StopFlag
 from cnntrain.engine.state import Progress, TrainState
@@ -92,7 +92,7 @@ class Rig:
         A part's cost is what it adds: what runs beside the device's work, and so costs nothing, counts as nothing.
         """
         untouched = cast("Pipeline", _Untouched())
-        held, silent = Held(self.ready), _Silent()
+        held, silent = Held(self.ready), Silent()
         parts = {
             "step": self.bare,
             "metrics": lambda: self._loop(held, untouched, silent),
@@ -170,7 +170,7 @@ def make_rig(
         torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None,
         MovingAverage(model, ema_decay) if ema_decay else None,
     )
-    return Rig(state, task, compute, plan, loader, pipeline, journal or _Silent())
+    return Rig(state, task, compute, plan, loader, pipeline, journal or Silent())
 
 
 class Endless(Loader):
@@ -221,15 +221,7 @@ class _Untouched:
         return None
 
 
-class _Silent:
-    """A journal that keeps nothing."""
-
-    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
-    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
-    def batch_seen(self, step: int, batch: Batch) -> None: ...
-
-
-class _Stamps(_Silent):
+class _Stamps(Silent):
     """Notes when each reading was over."""
 
     def __init__(self, journal: Journal) -> None:

@@ -26,9 +26,9 @@ class StopFlag:
 
 
 @contextlib.contextmanager
-def stop_flag() -> Iterator[StopFlag]:
-    """A flag that signals set while the block runs; the handlers before it are restored after."""
-    flag = StopFlag()
+def stop_flag(flag: StopFlag | None = None) -> Iterator[StopFlag]:
+    """A flag (a new one unless given) that signals set while the block runs; the handlers before are restored after."""
+    flag = StopFlag() if flag is None else flag
 
     def handle(number: int, frame: FrameType | None) -> None:
         flag.number = number

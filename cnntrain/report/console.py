@@ -17,6 +17,11 @@ class _StderrHandler(logging.Handler):
         print(f"{prefix}{self.format(record)}", file=sys.stderr)
 
 
+def silence_log() -> None:
+    """Of several processes that train together one speaks for all."""
+    log_to_console().setLevel(logging.CRITICAL + 1)
+
+
 def log_to_console() -> logging.Logger:
     """The program's logger, set up once; warnings come through it too, without the line of code that gave them."""
     log = logging.getLogger("cnntrain")

@@ -130,13 +130,20 @@ class Worst:
         scores = scores.detach().float()
         index = index.to(scores.device, non_blocking=True)
         if self._scores is not None and self._rows is not None:
+            scores, index = scores.to(self._scores.device), index.to(self._rows.device)
             scores, index = torch.cat([self._scores, scores]), torch.cat([self._rows, index])
         self._scores, best = scores.topk(min(self.count, len(scores)))
         self._rows = index[best]
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        """Scores and rows on the CPU, which another process's `update` takes."""
+        if self._scores is None or self._rows is None:
+            return torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+        return self._scores.cpu(), self._rows.cpu()
 
     def rows(self) -> Tensor:
         """(M,) int64 on the CPU, worst first, M <= count; only what is a mistake at all (score above 0)."""
         if self._scores is None or self._rows is None:
             return torch.zeros(0, dtype=torch.int64)
-        scores, rows = self._scores.cpu(), self._rows.cpu()
+        scores, rows = self.state()
         return rows[scores > 0]

@@ -16,7 +16,7 @@ FLOORS = [  # each may import what stands before it, and itself; what shares a l
     {"checks", "build", "expectations"},
     {"config"},
     {"assembly"},
-    {"saved"},
+    {"saved", "processes"},
     {"resume"},
     {"cli"},
     {"comparison"},

@@ -1,0 +1,107 @@
+"""What processes that train together exchange at an optimizer step: one sum."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from cnntrain.engine.divergence import Finiteness
+from cnntrain.engine.ranks import Ranks
+from cnntrain.engine.state import TrainState
+
+log = logging.getLogger("cnntrain")
+
+
+@torch.no_grad()
+def combine(
+    state: TrainState, sums: Tensor, had_images: bool, finite: Finiteness, batch: int, ranks: Ranks
+) -> None:
+    """Gradients, and what belongs to them, become those of all processes together.
+
+    One flat message of sums: every gradient, and whether it is there; the batches' losses, and what counted in them;
+    whether something was not finite; BatchNorm's running statistics where each process has its own. Gradients are of
+    sums of losses, and are divided afterwards by the global count, so a process with fewer keypoints or more ignored
+    pixels weighs exactly what it should. torch's DistributedDataParallel averages gradients instead: a mean of means;
+    it reduces at every backward unless told otherwise, knows nothing of counts, and renames the weights. Its one
+    advantage, sending while backward still computes, is small for networks of the size that one GPU trains.
+
+    fp16's gradients are summed while they are still scaled, by the same number in all processes: what overflows does so
+    in all, and they skip the same steps.
+
+    Args:
+        sums: (2,) loss and count of this step's batches; becomes global.
+        had_images: whether this process had a share of the step. Without one it takes part with zeros, and takes the
+            others' gradients. (With one it knows which parameters have gradients; a network that uses some of them
+            for some images only would have to tell.)
+        batch: the step's last batch, which is at fault where something is not finite.
+    """
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.requires_grad]
+    mine = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    there = on_device(tuple(p.grad is not None for p in parameters), sums.device).clone()
+    flag = (finite.first_bad >= 0).to(sums.dtype).reshape(1)
+    averaged = running_statistics(state.model)
+    for value in averaged:
+        value /= ranks.count
+    ranks.add([*mine, there, sums, flag, *averaged])
+    if not had_images:  # once an epoch at most, so this process may wait for its device
+        for parameter, gradient, count in zip(parameters, mine, there.tolist(), strict=True):
+            # The optimizer leaves alone what has no gradient, in all processes alike.
+            parameter.grad = gradient if count else None
+    finite.note(flag[0] == 0, batch)
+
+
+@lru_cache(maxsize=8)
+def on_device(flags: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Flags as float32; kept, for bringing them to a GPU waits for it."""
+    return torch.tensor(flags, dtype=torch.float32, device=device)
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Running means and variances that a training step has changed, each process's from its own share.
+
+    Their mean over the processes is what validation uses and a checkpoint holds. With SyncBatchNorm they are the same
+    in all processes already.
+    """
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
+    found = (
+        value
+        for norm in norms
+        if not isinstance(norm, nn.SyncBatchNorm)
+        for value in (norm.running_mean, norm.running_var)
+    )
+    return [value for value in found if value is not None]
+
+
+def align(model: nn.Module, ranks: Ranks) -> None:
+    """Warn where the processes' weights are no longer the same bits, and take the leader's.
+
+    They stay the same as long as all compute alike: not on GPUs of different kinds, nor with a network that goes
+    different ways for different images. Waits for the device.
+    """
+    if ranks.count == 1:
+        return
+    sums = ranks.gather(torch.stack([p.detach().double().sum() for p in model.parameters()]).tolist())
+    if any(each != sums[0] for each in sums):
+        log.warning("the processes' weights have drifted apart in this epoch; the first one's are taken")
+        ranks.copy_weights(model)
+
+
+def synchronise_norms(model: nn.Module) -> nn.Module:
+    """BatchNorm over the images of all processes; parameters, buffers and their names stay what they were."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def has_synchronised_norms(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.SyncBatchNorm) and module.training for module in model.modules())
+
+
+def accompany(model: nn.Module, images: Tensor) -> None:
+    """Forward and backward without an image, for the sake of the others' SyncBatchNorm.
+
+    Args:
+        images: (0, C, H, W), float.
+    """
+    (model(images).float().sum() * 0).backward()

@@ -1,0 +1,332 @@
+"""Several processes on one machine, through the command line: equal to one, and ended together however one ends."""
+
+import csv
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cnntrain.engine import checkpoint
+
+pytestmark = pytest.mark.slow
+QUIET = (
+    "model=mlp",
+    "threads=1",
+    "log.pictures=false",
+    "log.tensorboard=false",
+    "precision=fp32",
+    "device=cpu",
+)
+TWO = (*QUIET, "data.limit=200", "batch_size=32", "launch.devices=2")
+TORCHRUN = (
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    "--no-python",
+)
+ENDLESS = (*TWO, "epochs=1000000", "schedule=constant", "run_dir=run")
+
+
+def rows(folder: str) -> list[dict[str, float]]:
+    with (Path(folder) / "metrics.csv").open() as file:
+        found = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    return [{name: value for name, value in row.items() if name != "images_per_s"} for row in found]
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks, by rank, that the command started."""
+    return [pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def listening(pid: int) -> list[str]:
+    """Addresses, in hexadecimal, at which a process waits for connections."""
+    held = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in held:
+                found.append(fields[1].rpartition(":")[0])
+    return found
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return checkpoint.load(Path(folder) / "checkpoints" / "last.pt")["state"]["model"]
+
+
+@pytest.fixture
+def started(cnntrain, wait_for):
+    """A training of two processes that has ended its second epoch, and the processes."""
+    process = cnntrain.start(*ENDLESS)
+    wait_for(lambda: Path("run/metrics.csv").exists() and len(rows("run")) > 1, process)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    return process, ranks
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_same_losses_and_metrics_as_one_process(cnntrain, processes: int) -> None:
+    """With 180 images in batches of 32, of which the last has 20; two batches a step; mixed labels; 20 to validate."""
+    settings = (*QUIET, "data.limit=200", "batch_size=32", "epochs=2", "accumulate=2", "augment=[crop,mixup]",
+                "ema_decay=0.9", "clip_grad_norm=1", "log.every_steps=1")  # fmt: skip
+    cnntrain(*settings, "run_dir=one")
+    cnntrain(*settings, "run_dir=several", f"launch.devices={processes}")
+    for one, several in zip(rows("one"), rows("several"), strict=True):
+        assert several == pytest.approx(one, rel=1e-5)
+    torch.testing.assert_close(weights("several"), weights("one"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_103_validation_images_are_counted_once_each(cnntrain, make_images, processes: int) -> None:
+    """In batches of 5: the last one has 3 images, for 4 processes."""
+    make_images(splits=("train",), count=8)
+    make_images(splits=("val",), count=52)
+    next(Path("images/val/light").iterdir()).unlink()
+    data = (
+        "data=image_folder",
+        "data.root=images",
+        "data.size=8",
+        "data.scan=off",
+        "epochs=2",
+        "batch_size=5",
+    )
+    cnntrain(*QUIET, *data, "run_dir=one")
+    cnntrain(*QUIET, *data, "run_dir=several", f"launch.devices={processes}")
+    one, several = rows("one"), rows("several")
+    assert [row["val/top1"] for row in several] == [row["val/top1"] for row in one]
+    assert several[0] == pytest.approx(one[0], rel=1e-5)
+    assert abs(one[0]["val/top1"] * 103 % 1 - 0.5) == pytest.approx(0.5, abs=1e-4)  # it is a share of 103
+
+
+def test_a_killed_process_ends_all_with_one_message(cnntrain, started) -> None:
+    process, ranks = started
+    before = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    said = cnntrain.end(process, 4, timeout_s=30).stderr
+    assert time.monotonic() - before < 30
+    assert said.count("error: ") == 1 and "process 2 of 2 was killed by SIGKILL" in said
+    assert gone(ranks)
+    assert weights("run")  # whole
+
+
+def test_a_killed_launcher_leaves_no_orphans(cnntrain, started) -> None:
+    process, ranks = started
+    process.kill()
+    until = time.monotonic() + 30
+    while not gone(ranks):
+        assert time.monotonic() < until, "orphans"
+        time.sleep(0.1)
+    assert weights("run")
+
+
+def test_one_that_answers_no_more_ends_all(cnntrain, started) -> None:
+    """As on a machine that was cut off: it is not dead, and the other one waits for it in a transfer."""
+    process, ranks = started
+    os.kill(ranks[1], signal.SIGSTOP)
+    until = time.monotonic() + 25
+    while Path(f"/proc/{ranks[0]}/stat").read_text().split()[2] != "Z" and not gone(ranks[:1]):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    said = cnntrain.end(process, 4, timeout_s=60).stderr  # torch kills the other one after another 30 s
+    assert said.count("error: ") == 1 and "process 2 of 2 was killed or cut off" in said
+    assert gone(ranks)
+
+
+def test_under_torchrun_the_others_say_that_one_was_killed(cnntrain, wait_for) -> None:
+    settings = (*TWO[:-1], "epochs=1000000", "schedule=constant", "run_dir=run")
+    process = cnntrain.start(*settings, around=TORCHRUN)
+    wait_for(lambda: Path("run/metrics.csv").exists(), process)
+    ranks = children(process)
+    os.kill(ranks[1], signal.SIGKILL)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 1  # torchrun's own
+    assert said.count("error: ") == 1 and "one of its processes was killed or cut off" in said
+    assert gone(ranks)
+
+
+def test_nobody_outside_can_reach_it(cnntrain, started) -> None:
+    process, ranks = started
+    addresses = [address for pid in (process.pid, *ranks) for address in listening(pid)]
+    assert addresses and set(addresses) <= {
+        "0100007F",
+        "0000000000000000FFFF00000100007F",
+        "0" * 24 + "01000000",
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("who", ["launcher", "first", "second"])
+def test_a_signal_to_any_stops_all_at_the_same_step(cnntrain, started, number: int, who: str) -> None:
+    process, ranks = started
+    os.kill({"launcher": process.pid, "first": ranks[0], "second": ranks[1]}[who], number)
+    said = cnntrain.end(process, 128 + number, timeout_s=30).stderr
+    assert said.count("error: ") == 1 and f"stopped by {signal.Signals(number).name} at step" in said
+    assert gone(ranks)
+    progress = checkpoint.load(Path("run/checkpoints/last.pt"))["state"]["progress"]
+    assert f"at step {progress['step']};" in said
+
+
+def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(cnntrain, wait_for) -> None:
+    settings = (*TWO, "schedule=constant", "augment=crop", "checkpoint.every_steps=4")  # 6 steps an epoch
+    process, last = (
+        cnntrain.start(*settings, "epochs=1000000", "run_dir=run"),
+        Path("run/checkpoints/last.pt"),
+    )
+    Path("cut/checkpoints").mkdir(parents=True)
+
+    def in_the_middle() -> bool:
+        if not last.exists():
+            return False
+        shutil.copy(last, "cut/checkpoints/last.pt")
+        return bool(checkpoint.load(Path("cut/checkpoints/last.pt"))["state"]["progress"]["batch"])
+
+    wait_for(in_the_middle, process)
+    process.kill()
+    epoch = checkpoint.load(Path("cut/checkpoints/last.pt"))["state"]["progress"]["epoch"]
+    settings = (*settings, f"epochs={epoch + 2}", "run_dir=cut", "resume=auto")
+    for count in (1, 4):
+        said = cnntrain(*settings, f"launch.devices={count}", code=2).stderr
+        assert f"in the middle of epoch {epoch + 1}" in said and "launch.devices=2" in said
+    cnntrain(*settings)
+    cnntrain(*settings, "run_dir=unbroken")
+    broken, unbroken = ({**rows(each)[-1]} for each in ("cut", "unbroken"))
+    assert broken == unbroken
+    for name, value in weights("unbroken").items():
+        assert torch.equal(weights("cut")[name], value), name
+
+
+def test_between_epochs_it_goes_on_with_any_number_of_processes(cnntrain) -> None:
+    settings = (*TWO, "schedule=constant", "augment=crop")
+    cnntrain(*settings, "epochs=1", "run_dir=run")
+    cnntrain(*settings, "epochs=2", "run_dir=run", "resume=auto", "launch.devices=3")
+    cnntrain(*settings, "epochs=3", "run_dir=run", "resume=auto", "launch.devices=1")
+    cnntrain(*settings, "epochs=3", "run_dir=one", "launch.devices=1")
+    assert rows("run")[-1] == pytest.approx(rows("one")[-1], rel=1e-5)
+
+
+REFUSED = {
+    "more processes than images in a batch": (
+        ("batch_size=2", "launch.devices=3"),
+        "launch.devices: 3 processes",
+    ),
+    "no batch size": (("batch_size=auto", "launch.devices=2"), "batch_size: auto"),
+    "one GPU for two": (("device=cuda:0", "launch.devices=2"), "device: 2 processes"),
+    "no process": (("launch.devices=0",), "launch.devices"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_makes_no_sense_is_refused(cnntrain, what: str) -> None:
+    arguments, said = REFUSED[what]
+    assert said in cnntrain.refused(*QUIET[:-1], *arguments)
+
+
+WRONG_ON_ONE = """
+import torch
+from torch import nn
+class Wrong(nn.Sequential):
+    def __init__(self, *, in_channels, num_outputs, image_size, kind):
+        super().__init__(nn.Flatten(), nn.Linear(in_channels * image_size[0] * image_size[1], num_outputs))
+        self.kind, self.calls = kind, 0
+    def forward(self, images):
+        import os
+        self.calls += self.training and not images.is_meta
+        if os.environ.get("RANK") == "1" and self.calls > 8:
+            if self.kind == "raise":
+                raise TypeError("a slip of the user's own")
+            if self.kind == "memory":
+                raise MemoryError
+            images = images * float("nan")
+        return super().forward(images)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "said"),
+    [
+        ("raise", 1, "TypeError: a slip of the user's own"),
+        ("memory", 4, "error: out of memory"),
+        ("nan", 3, "first not finite: the activation of 0 (Flatten)"),
+    ],
+)
+def test_an_error_of_one_process_is_that_of_all(cnntrain, kind: str, code: int, said: str) -> None:
+    Path("mine/model").mkdir(parents=True)
+    Path("mine/wrong.py").write_text(WRONG_ON_ONE)
+    Path("mine/model/wrong.yaml").write_text(f"_target_: wrong.Wrong\nkind: {kind}\n")
+    process = cnntrain.start("--config-dir", "mine", *TWO[1:], "model=wrong", "epochs=1000", "run_dir=run")
+    _, error = process.communicate(timeout=90)
+    assert process.returncode == code, error
+    assert error.count(said) == 1 and error.count("Traceback") == (code == 1)
+    assert error.count("error: ") == (code != 1)
+
+
+def test_errors_in_the_data_are_told_once(cnntrain, make_images) -> None:
+    make_images(count=4)
+    Path("images/train/dark/0.png").write_bytes(b"no image")
+    said = cnntrain(
+        *TWO[:-3], "launch.devices=2", "data=image_folder", "data.root=images", "data.size=8", code=2
+    )
+    assert said.stderr.count("error: ") == 1 and "0.png" in said.stderr
+
+
+def test_torchrun_and_srun_are_recognised(cnntrain, tmp_path) -> None:
+    settings = (*TWO[:-1], "epochs=1")
+    cnntrain(*settings, "run_dir=torchrun", around=TORCHRUN)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "here",
+             "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": str(port)}  # fmt: skip
+    tasks = [
+        cnntrain.start(*settings, "run_dir=srun", **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        for rank in ("1", "0")
+    ]
+    for task in tasks:
+        cnntrain.end(task, 0)
+    assert rows("srun") == rows("torchrun")
+
+
+def test_a_sweep_that_is_stopped_stops_the_processes_of_its_run(cnntrain, wait_for) -> None:
+    process = cnntrain.start(
+        *TWO, "-m", "optimizer.lr=0.001,0.01", "epochs=1000000", "schedule=constant", "run_dir=sweep"
+    )
+    wait_for(lambda: list(Path("sweep").glob("*/checkpoints/best.pt")), process)
+    ranks = ranks_of(process)
+    process.send_signal(signal.SIGTERM)
+    cnntrain.end(process, 143, timeout_s=60)
+    assert len(ranks) == 2 and gone(ranks)
+    assert "at step" in next(Path("sweep").glob("*/log.txt")).read_text() or list(
+        Path("sweep").glob("*/checkpoints/last.pt")
+    )
+
+
+def test_a_sweep_of_trainings_in_two_processes_each(cnntrain) -> None:
+    said = cnntrain(
+        *TWO,
+        "-m",
+        "optimizer.lr=0.001,0.01",
+        "epochs=3",
+        "run_dir=sweep",
+        "sweep.pruner=median",
+        timeout_s=300,
+    )
+    assert "epoch 1/3" not in said.stdout + said.stderr  # each run speaks in its own log
+    assert "best: optimizer.lr=" in said.stdout
+    assert len(list(Path("sweep").glob("*/results.json"))) == 2
