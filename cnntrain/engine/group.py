@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -62,7 +63,11 @@ class Group(Ranks):
     def explain(self, error: BaseException) -> BaseException:
         """What this process ends with, so that one message and one exit code come of an error of any of them."""
         if is_lost(error):
-            # Told by the launcher to go: it knows who died, and says it.
+            if not self.launched:
+                with contextlib.suppress(ValueError):  # not in the main thread
+                    # torchrun would not let it say what happened.
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            # Told by our own launcher to go: it knows who died, and says it.
             code = self.watch.await_failure(5, lambda: self.launched and self.stop.number is not None)
             if code is None and self.launched and self.stop.number is not None:
                 code = MachineError.exit_code

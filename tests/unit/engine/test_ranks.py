@@ -15,6 +15,7 @@ from cnntrain.data.examples import Examples
 from cnntrain.data.share import Share
 from cnntrain.data.store import make_loader
 from cnntrain.engine import watch as watching
+from cnntrain.engine.combine import has_synchronised_norms, running_statistics, synchronise_norms
 from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place, first_node, pack_states, unpack_state
 from cnntrain.engine.watch import Watch, end_process
 from cnntrain.errors import StoppedError, UserError
@@ -270,3 +271,13 @@ print(dist.is_initialized(), [t.name for t in threading.enumerate() if t.name ==
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-2:] == ["set()", "False []"], done.stdout + done.stderr
+
+
+def test_synchronised_norms_keep_the_names_of_a_checkpoint() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    assert len(running_statistics(model)) == 2 and not has_synchronised_norms(model)
+    model = synchronise_norms(model)
+    assert list(model.state_dict()) == names and has_synchronised_norms(model)
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    assert running_statistics(model) == [] and not has_synchronised_norms(model.eval())
