@@ -16,6 +16,7 @@ import torch
 from cnntrain.engine import checkpoint
 
 pytestmark = pytest.mark.slow
+LONG = pytest.mark.long  # each of these starts and stops several processes
 QUIET = (
     "model=mlp",
     "threads=1",
@@ -81,7 +82,7 @@ def started(cnntrain, wait_for):
     return process, ranks
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=LONG)])
 def test_the_same_losses_and_metrics_as_one_process(cnntrain, processes: int) -> None:
     """With 180 images in batches of 32, of which the last has 20; two batches a step; mixed labels; 20 to validate."""
     settings = (*QUIET, "data.limit=200", "batch_size=32", "epochs=2", "accumulate=2", "augment=[crop,mixup]",
@@ -93,7 +94,7 @@ def test_the_same_losses_and_metrics_as_one_process(cnntrain, processes: int) ->
     torch.testing.assert_close(weights("several"), weights("one"), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=LONG)])
 def test_103_validation_images_are_counted_once_each(cnntrain, make_images, processes: int) -> None:
     """In batches of 5: the last one has 3 images, for 4 processes."""
     make_images(splits=("train",), count=8)
@@ -126,6 +127,7 @@ def test_a_killed_process_ends_all_with_one_message(cnntrain, started) -> None:
     assert weights("run")  # whole
 
 
+@LONG
 def test_a_killed_launcher_leaves_no_orphans(cnntrain, started) -> None:
     process, ranks = started
     process.kill()
@@ -136,6 +138,7 @@ def test_a_killed_launcher_leaves_no_orphans(cnntrain, started) -> None:
     assert weights("run")
 
 
+@LONG
 def test_one_that_answers_no_more_ends_all(cnntrain, started) -> None:
     """As on a machine that was cut off: it is not dead, and the other one waits for it in a transfer."""
     process, ranks = started
@@ -149,6 +152,7 @@ def test_one_that_answers_no_more_ends_all(cnntrain, started) -> None:
     assert gone(ranks)
 
 
+@LONG
 def test_under_torchrun_the_others_say_that_one_was_killed(cnntrain, wait_for) -> None:
     settings = (*TWO[:-1], "epochs=1000000", "schedule=constant", "run_dir=run")
     process = cnntrain.start(*settings, around=TORCHRUN)
@@ -171,8 +175,12 @@ def test_nobody_outside_can_reach_it(cnntrain, started) -> None:
     }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-@pytest.mark.parametrize("who", ["launcher", "first", "second"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=LONG)], ids=lambda n: n.name
+)
+@pytest.mark.parametrize(
+    "who", [pytest.param("launcher", marks=LONG), pytest.param("first", marks=LONG), "second"]
+)
 def test_a_signal_to_any_stops_all_at_the_same_step(cnntrain, started, number: int, who: str) -> None:
     process, ranks = started
     os.kill({"launcher": process.pid, "first": ranks[0], "second": ranks[1]}[who], number)
@@ -212,6 +220,7 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(cnntrain, 
         assert torch.equal(weights("cut")[name], value), name
 
 
+@LONG
 def test_between_epochs_it_goes_on_with_any_number_of_processes(cnntrain) -> None:
     settings = (*TWO, "schedule=constant", "augment=crop")
     cnntrain(*settings, "epochs=1", "run_dir=run")
@@ -277,6 +286,7 @@ def test_an_error_of_one_process_is_that_of_all(cnntrain, kind: str, code: int, 
     assert error.count("error: ") == (code != 1)
 
 
+@LONG
 def test_errors_in_the_data_are_told_once(cnntrain, make_images) -> None:
     make_images(count=4)
     Path("images/train/dark/0.png").write_bytes(b"no image")
@@ -286,6 +296,7 @@ def test_errors_in_the_data_are_told_once(cnntrain, make_images) -> None:
     assert said.stderr.count("error: ") == 1 and "0.png" in said.stderr
 
 
+@LONG
 def test_torchrun_and_srun_are_recognised(cnntrain, tmp_path) -> None:
     settings = (*TWO[:-1], "epochs=1")
     cnntrain(*settings, "run_dir=torchrun", around=TORCHRUN)
@@ -303,6 +314,7 @@ def test_torchrun_and_srun_are_recognised(cnntrain, tmp_path) -> None:
     assert rows("srun") == rows("torchrun")
 
 
+@LONG
 def test_a_sweep_that_is_stopped_stops_the_processes_of_its_run(cnntrain, wait_for) -> None:
     process = cnntrain.start(
         *TWO, "-m", "optimizer.lr=0.001,0.01", "epochs=1000000", "schedule=constant", "run_dir=sweep"
@@ -317,6 +329,7 @@ def test_a_sweep_that_is_stopped_stops_the_processes_of_its_run(cnntrain, wait_f
     )
 
 
+@LONG
 def test_a_sweep_of_trainings_in_two_processes_each(cnntrain) -> None:
     said = cnntrain(
         *TWO,
