@@ -85,10 +85,16 @@ def _check_choices(overrides: Sequence[str], config_dir: Path | None) -> None:
     """Refuse what is no name where an option is chosen: Hydra stumbles over it without saying where."""
     groups = group_options(config_dir)
     for override in parse_overrides(overrides):
-        value = None if override.is_sweep_override() else override.value()
-        each = value if isinstance(value, list) else [] if value is None else [value]
-        if override.key_or_group in groups and not all(isinstance(name, str | QuotedString) for name in each):
-            raise UserError(f"{override.key_or_group}: {override.get_value_string()} is no option's name")
+        if override.key_or_group not in groups or override.is_sweep_override() or override.is_delete():
+            continue
+        value = override.value()
+        each = value if isinstance(value, list) else [value]
+        if not all(
+            isinstance(name, str | QuotedString) and str(getattr(name, "text", name)) for name in each
+        ):
+            raise UserError(
+                f"{override.key_or_group}: {override.get_value_string() or 'nothing'} is no option's name"
+            )
 
 
 def _syntax(error: Exception) -> str:

@@ -229,6 +229,7 @@ def in_group(rank: int, port: int, results) -> None:
     results.put((rank, found))
 
 
+@pytest.mark.slow
 def test_what_two_processes_sum_gather_and_copy() -> None:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
