@@ -1,6 +1,7 @@
 """All checks in their order, and what runs them."""
 
 import dataclasses
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,8 @@ from cnntrain.checks import (
     wiring,
 )
 from cnntrain.checks.bench import Bench
-from cnntrain.errors import UserError, suggest
+from cnntrain.checks.verdicts import failed
+from cnntrain.errors import CnntrainError, UserError, suggest
 from cnntrain.findings import Finding
 
 Check = Callable[[Bench], Finding]
@@ -131,10 +133,25 @@ def run_checks(
         started = time.perf_counter()
         with untouched():
             bench.reseed(name)
-            finding = dataclasses.replace(check(bench), name=name)
+            finding = dataclasses.replace(_judge(check, bench), name=name)
         findings.append(finding)
         tell(finding, time.perf_counter() - started)
     return findings
+
+
+def _judge(check: Check, bench: Bench) -> Finding:
+    """What the check finds; where the network or the loss raise, that is what was found, and the others go on."""
+    try:
+        return check(bench)
+    except CnntrainError:
+        raise
+    except Exception as error:  # code of the user's own may raise anything
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        cause = "the network, the loss or the data raise an error here"
+        remedy = "see the other findings; HYDRA_FULL_ERROR=1 shows where"
+        return failed(f"{type(error).__name__}: {said}", cause, remedy, "model", "task")
 
 
 @contextmanager

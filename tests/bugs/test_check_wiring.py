@@ -221,3 +221,11 @@ def test_no_check_leaves_a_trace(bench_of, judge) -> None:
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in bench.network.modules()]
     assert all(parameter.grad is None for parameter in bench.network.parameters())
     assert torch.equal(stored, bench.loaders["train"].examples.images)
+
+
+def test_a_network_that_raises_breaks_no_other_check(bench_of, judge) -> None:
+    """`squeeze()` answers a single image with (10,), which no loss takes."""
+    found = judge(bench_of(*planted("Squeezes")), "examples-apart", "one-example", "optimizer")
+    assert found["examples apart"].verdict == "FAIL" and "squeeze()" in found["examples apart"].cause
+    assert found["one example"].verdict == "FAIL" and "raise an error" in found["one example"].cause
+    assert found["optimizer"].verdict == "PASS"

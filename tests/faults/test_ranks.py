@@ -56,6 +56,14 @@ def gone(pids: list[int]) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def ended(pid: int) -> bool:
+    """Gone, or a zombie that nobody has waited for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def listening(pid: int) -> list[str]:
     """Addresses, in hexadecimal, at which a process waits for connections."""
     held = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()}
@@ -144,7 +152,7 @@ def test_one_that_answers_no_more_ends_all(cnntrain, started) -> None:
     process, ranks = started
     os.kill(ranks[1], signal.SIGSTOP)
     until = time.monotonic() + 25
-    while Path(f"/proc/{ranks[0]}/stat").read_text().split()[2] != "Z" and not gone(ranks[:1]):
+    while not ended(ranks[0]):
         assert time.monotonic() < until
         time.sleep(0.1)
     said = cnntrain.end(process, 4, timeout_s=60).stderr  # torch kills the other one after another 30 s
