@@ -260,7 +260,11 @@ def check_early(command: str, overrides: Sequence[str], config_dir: Path | None)
     """
     if command != "train" and any(override.lstrip("+").startswith("launch.") for override in overrides):
         raise UserError(f"launch.devices: `{command}` is done by one process; leave it out")
-    if not (conf_folder() / f"{command}.yaml").exists():
+    own = (conf_folder() / f"{command}.yaml").exists()
+    if command == "check":  # of a checkpoint, whose config comes with it; `checks=` is the command's own word
+        own = any(override.startswith("checkpoint=") for override in overrides)
+        overrides = [override for override in overrides if not override.startswith("checks=")]
+    if not own:
         add_swept_keys(overrides, config_dir)
 
 

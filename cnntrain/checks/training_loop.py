@@ -45,7 +45,7 @@ def loop_agrees(bench: Bench) -> Finding:
     With one batch a step, and with two where the run accumulates several.
     """
     found: list[str] = []
-    model, remedy = bench.model(), "report this as a bug of cnntrain"
+    model, remedy = bench.model(), "where `repeat` and `modes` pass, report this as a bug of cnntrain"
     for accumulate in (1, 2) if bench.plan.accumulate > 1 else (1,):
         if len(bench.loaders["train"]) < accumulate * STEPS * _images(bench):
             return skipped("fewer training images than the trial needs")

@@ -159,6 +159,10 @@ def _replay(state: TrainState, batch: Batch, task: Task, compute: Compute) -> tu
     for name, parameter in reversed(list(model.named_parameters())):
         if not found and parameter.grad is not None and not parameter.grad.isfinite().all():
             found.append(f"the gradient of {name}")
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not found and gradients and not nn.utils.get_total_norm(gradients).isfinite():
+        largest = max(float(gradient.abs().max()) for gradient in gradients)
+        found.append(f"the norm of all gradients together, of which the largest is {largest:.2g}")
     return loss.item(), found[0] if found else None
 
 

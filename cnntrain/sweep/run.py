@@ -238,7 +238,8 @@ def _print(answer: Answer, study: Study, folder: Path, again: str | None) -> Non
     if again:
         print(f"the best again: {again}")
     print(f"sweep folder: {folder} (results.md, results.csv{', figures/' if answer.pictures else ''})")
-    print(f"look next:    tensorboard --logdir {folder}")
+    if answer.plan.base.log.tensorboard and answer.standings:
+        print(f"look next:    tensorboard --logdir {folder}")
 
 
 def _exit_code(answer: Answer) -> int:

@@ -57,7 +57,8 @@ SOUND = [
 
 def bugs() -> Iterator[tuple[str, list[str], str, str]]:
     """Name, overrides, the check that must find it, and words of the cause; one row a set-up and check."""
-    for table in (data.BROKEN, start.BROKEN, wiring.BROKEN, learning.BROKEN, machinery.BROKEN):
+    of_machinery = {name: (["model=sound", *row[0]], *row[1:]) for name, row in machinery.BROKEN.items()}
+    for table in (data.BROKEN, start.BROKEN, wiring.BROKEN, learning.BROKEN, of_machinery):
         for name, (overrides, wanted, *_, words) in table.items():
             yield name, list(overrides), wanted, words
     for name, (overrides, words) in data.REFUSED.items():

@@ -127,3 +127,10 @@ def test_red_and_blue_exchanged_before_pretrained_weights_are_told(bench_of, jud
     bench = dataclasses.replace(bench, _samples={})
     found = judge(bench, "channel-order")["channel order"]
     assert found.verdict == "WARN" and "come as BGR" in found.cause, found
+
+
+def test_a_checkpoint_and_names_after_an_equals_sign_are_taken(tmp_path: Path) -> None:
+    """Through the command: what is refused before torch is imported must let these pass."""
+    train(compose("data.limit=60", "epochs=1", "threads=1", "log.pictures=false", f"run_dir={tmp_path}/r"))
+    assert main(["check", f"checkpoint={tmp_path}/r", "frozen", "optimizer"]) == 0
+    assert main(["check", "checks=frozen,optimizer", "data.limit=60", "threads=1"]) == 0
