@@ -71,6 +71,21 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, rows: Tensor | slice) -> "Batch":
+        """Some of the examples, by slice or by index on the CPU."""
+        there = rows if isinstance(rows, slice) else rows.to(self.images.device)
+        return Batch(
+            self.images[there],
+            {name: target[there] for name, target in self.targets.items()},
+            self.index[rows],
+            self.position[rows],
+            None if self.to_canvas is None else self.to_canvas[rows],
+        )
+
+    def same_target(self, one: int, other: int) -> bool:
+        """Whether two examples have the same targets."""
+        return all(torch.equal(target[one], target[other]) for target in self.targets.values())
+
     @property
     def truth(self) -> dict[str, Tensor]:
         """The targets, with `to_canvas` among them where the batch has it: what a task judges by."""

@@ -108,18 +108,6 @@ class Bench:
         seed_step(self.plan.seed, "check", *parts)
 
 
-def rows_of(batch: Batch, rows: Tensor | slice) -> Batch:
-    """Some of the examples of a batch, by index or slice."""
-    there = rows if isinstance(rows, slice) else rows.to(batch.images.device)
-    return Batch(
-        batch.images[there],
-        {name: target[there] for name, target in batch.targets.items()},
-        batch.index[rows],
-        batch.position[rows],
-        None if batch.to_canvas is None else batch.to_canvas[rows],
-    )
-
-
 def _copy(batch: Batch) -> Batch:
     targets = {name: target.clone() for name, target in batch.targets.items()}
     return Batch(batch.images.clone(), targets, batch.index, batch.position, batch.to_canvas)

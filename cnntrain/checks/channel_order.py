@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from cnntrain.checks.bench import Bench
 from cnntrain.checks.practice import few
 from cnntrain.checks.verdicts import passed, skipped, warned
+from cnntrain.engine.hooks import attached
 from cnntrain.findings import Finding
 
 IMAGES = 256
@@ -67,9 +68,6 @@ def surprises(model: nn.Module, images: Tensor) -> list[float]:
         found.append(max(float(each.mean()), 1e-9))
 
     hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Norm)]
-    try:
+    with attached(hooks):
         model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found

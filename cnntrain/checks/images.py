@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cnntrain.checks.bench import Bench
 from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
+from cnntrain.engine.hooks import attached
 from cnntrain.findings import Finding
 
 NORMAL_MEAN, NORMAL_STD = 0.75, (0.4, 2.0)  # what a channel's mean and deviation may be; beyond: WARN
@@ -68,12 +69,8 @@ def first_input(model: nn.Module, images: Tensor) -> Tensor | None:
         for module in model.modules()
         if next(module.parameters(recurse=False), None) is not None
     ]
-    try:
-        with torch.no_grad(), contextlib.suppress(_SeenError):
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with attached(hooks), torch.no_grad(), contextlib.suppress(_SeenError):
+        model(images)
     return caught[0] if caught else None
 
 

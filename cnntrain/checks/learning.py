@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from cnntrain.checks.bench import Bench, rows_of
+from cnntrain.checks.bench import Bench
 from cnntrain.checks.overfit import BLANK, Trial, calibrate_norms, judge, learn_by_heart
 from cnntrain.checks.practice import trainable
 from cnntrain.checks.short_training import (
@@ -19,7 +19,6 @@ from cnntrain.checks.short_training import (
 from cnntrain.checks.steps import usable_rate
 from cnntrain.checks.verdicts import failed, passed, skipped
 from cnntrain.findings import Finding
-from cnntrain.spec import Batch
 
 BUDGET = "the budget (check.budget_s) is used up"
 TRAINED = "the weights are trained already"
@@ -77,13 +76,10 @@ def _by_heart(bench: Bench, count: int) -> Finding:
     if len(rows) < max(count, 2):
         return skipped(f"{len(rows)} of {len(candidates)} examples have a target and are not blank")
     first = rows[0]
-    other = next((row for row in rows[1:] if not _same_target(candidates, first, row)), rows[-1])
+    other = next((row for row in rows[1:] if not candidates.same_target(first, row)), rows[-1])
     frozen = [name for name, p in bench.network.named_parameters() if not p.requires_grad]
     name = bench.loaders["train"].examples.names[int(candidates.index[first])]
-    own, other_one = (
-        rows_of(candidates, torch.tensor(rows[:count])),
-        rows_of(candidates, torch.tensor([other])),
-    )
+    own, other_one = candidates.take(torch.tensor(rows[:count])), candidates.take(torch.tensor([other]))
     ends_at = time.monotonic() + seconds
 
     def attempt(rate: float | None) -> Trial:
@@ -127,10 +123,6 @@ def _by_heart(bench: Bench, count: int) -> Finding:
         if trial.late
         else passed(evidence)
     )
-
-
-def _same_target(batch: Batch, one: int, other: int) -> bool:
-    return all(torch.equal(target[one], target[other]) for target in batch.targets.values())
 
 
 def generalises(bench: Bench) -> Finding:

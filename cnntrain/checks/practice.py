@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.bench import Bench, rows_of
+from cnntrain.checks.bench import Bench
 from cnntrain.checks.overfit import calibrate_norms
 
 PRACTICE_IMAGES = 16  # of a batch
@@ -56,7 +56,7 @@ def practise(
         start = step % batches * count
         bench.reseed("practice", step)
         optimizer.zero_grad(set_to_none=True)
-        loss = bench.loss(model, rows_of(sample, slice(start, start + count)))
+        loss = bench.loss(model, sample.take(slice(start, start + count)))
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]) or not loss.requires_grad:
             break

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from cnntrain.engine.hooks import attached
+
 RECTIFIERS = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu, functional.relu6)
 DROPOUTS = (
     functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
@@ -26,11 +28,8 @@ def naming(model: nn.Module) -> Iterator[list[str]]:
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
         hooks.append(module.register_forward_hook(lambda *_: _drop_last(stack)))
-    try:
+    with attached(hooks):
         yield stack
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _drop_last(stack: list[str]) -> None:
@@ -104,11 +103,8 @@ def signals(model: nn.Module, images: Tensor) -> dict[str, float]:
         for name, module in model.named_modules()
         if isinstance(module, Weighted) and module.weight.any()
     ]
-    try:
+    with attached(hooks):
         model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 
@@ -180,12 +176,8 @@ def gradient_cut(model: nn.Module, images: Tensor) -> str:
 
     leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
     hooks = [m.register_forward_hook(lambda _m, i, o, name=n: look(name, i, o)) for n, m in leaves]
-    try:
-        with torch.enable_grad():
-            model(images.detach().requires_grad_())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with attached(hooks), torch.enable_grad():
+        model(images.detach().requires_grad_())
     before = ""
     for name, takes, gives in ran:
         if not takes:
@@ -201,10 +193,6 @@ def never_called(model: nn.Module, images: Tensor) -> list[str]:
     called: set[str] = set()
     own = [(n, m) for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     hooks = [m.register_forward_pre_hook(lambda *_, name=n: called.add(name)) for n, m in own]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with attached(hooks), torch.no_grad():
+        model(images)
     return [name for name, _ in own if name not in called]

@@ -117,10 +117,14 @@ def pick_examples(assembly: Assembly, data: Data, count: int) -> tuple[Batch, Ba
             "overfit: %d norms calibrated once on %d plain training images, then frozen", norms, len(images)
         )
     first = dataclasses.replace(first, images=images)
-    others = [row for row in range(1, len(first)) if not _same_target(first, 0, row)] or [len(first) - 1]
-    batch = _rows(first, range(min(count, len(first))))
+    others = [row for row in range(1, len(first)) if not first.same_target(0, row)] or [len(first) - 1]
+    batch = first.take(torch.arange(min(count, len(first))))
     name = data.train.names[int(batch.index[0])]
-    return batch, _rows(first, others[:1]), name if len(batch) == 1 else f"{name} and {len(batch) - 1} more"
+    return (
+        batch,
+        first.take(torch.tensor(others[:1])),
+        name if len(batch) == 1 else f"{name} and {len(batch) - 1} more",
+    )
 
 
 def summarise(trial: Trial, findings: list[Finding], example: str) -> dict[str, Any]:
@@ -140,19 +144,3 @@ def summarise(trial: Trial, findings: list[Finding], example: str) -> dict[str, 
         "findings": [finding.as_dict() for finding in findings],
         "losses": trial.losses,
     }
-
-
-def _rows(batch: Batch, rows: range | list[int]) -> Batch:
-    picked = torch.as_tensor(list(rows))
-    there = picked.to(batch.images.device)
-    return Batch(
-        batch.images[there],
-        {name: target[there] for name, target in batch.targets.items()},
-        batch.index[picked],
-        batch.position[picked],
-        None if batch.to_canvas is None else batch.to_canvas[picked],
-    )
-
-
-def _same_target(batch: Batch, one: int, other: int) -> bool:
-    return all(torch.equal(target[one], target[other]) for target in batch.targets.values())

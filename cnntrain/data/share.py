@@ -1,6 +1,6 @@
 """One process's share of every batch, where several train together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,14 +43,7 @@ class Share:
         """The batch without its leader, which has served."""
         if not self.leader or not len(batch):
             return batch
-        return replace(
-            batch,
-            images=batch.images[1:],
-            targets={name: target[1:] for name, target in batch.targets.items()},
-            index=batch.index[1:],
-            position=batch.position[1:],
-            to_canvas=None if batch.to_canvas is None else batch.to_canvas[1:],
-        )
+        return batch.take(slice(1, None))
 
 
 WHOLE = Share()
