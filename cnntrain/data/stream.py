@@ -3,9 +3,11 @@
 import atexit
 import errno
 import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -59,13 +61,16 @@ class WorkerPool:
             MachineError: a worker was lost, got stuck, or has no shared memory.
         """
         self.requests.waiting = requests
+        patience = _Patience(self.loader, self.timeout_s)
         try:
-            for got in self.loader:
-                if isinstance(got, CnntrainError):  # as a value: torch would add the worker's traceback to it
-                    raise got
-                yield got
+            with patience:
+                for got in self.loader:
+                    if isinstance(got, CnntrainError):  # as a value: torch would add the worker's traceback
+                        raise got
+                    with patience.suspended():
+                        yield got
         except (RuntimeError, OSError, EOFError) as error:
-            known = explain_worker_error(error, self.timeout_s)
+            known = _stuck(self.timeout_s) if patience.lost else explain_worker_error(error, self.timeout_s)
             if known is None:
                 raise
             self.close(kill=True)
@@ -91,6 +96,53 @@ class WorkerPool:
         self.close()
 
 
+class _Patience:
+    """Kills the workers when one of them blocks this process: so that it goes on, with an error.
+
+    Taking over a batch is a talk with its worker, to which torch's own time limit does not apply: if the worker
+    was stopped between, it would never end.
+    """
+
+    def __init__(self, loader: DataLoader[Any], timeout_s: int) -> None:
+        self.loader = loader
+        self.limit_s = timeout_s + 3.0  # torch's own limit comes first
+        self.waiting_since: float | None = None
+        self.ended = threading.Event()
+        self.lost = False
+        self.thread = threading.Thread(target=self._watch, daemon=True, name="cnntrain-workers")
+
+    def __enter__(self) -> None:
+        self.waiting_since = time.monotonic()
+        if self.loader.num_workers:
+            self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Nobody waits for the workers inside."""
+        self.waiting_since = None
+        yield
+        self.waiting_since = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(1):
+            since = self.waiting_since
+            if since is not None and time.monotonic() - since > self.limit_s:
+                self.lost = True
+                for process in getattr(self.loader._iterator, "_workers", []):
+                    process.kill()
+                return
+
+
+def _stuck(timeout_s: int) -> MachineError:
+    return MachineError(
+        f"data: no batch for {timeout_s} s, a worker is stuck or the disk is very slow; raise "
+        "data.timeout_s, or decode in the main process with data.workers=0"
+    )
+
+
 def explain_worker_error(error: Exception, timeout_s: int) -> MachineError | None:
     """What an error of torch's or of multiprocessing's means when it is about workers, else None.
 
@@ -98,10 +150,7 @@ def explain_worker_error(error: Exception, timeout_s: int) -> MachineError | Non
     """
     text = str(error)
     if "DataLoader timed out" in text:
-        return MachineError(
-            f"data: no batch for {timeout_s} s, a worker is stuck or the disk is very slow; raise "
-            "data.timeout_s, or decode in the main process with data.workers=0"
-        )
+        return _stuck(timeout_s)
     out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM)
     if out_of_space or "shared memory" in text or "shm" in text or "Bus error" in text:
         return MachineError(

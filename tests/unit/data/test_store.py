@@ -156,6 +156,22 @@ def test_a_killed_worker_ends_the_run():
         go_through()
 
 
+def test_a_worker_stopped_while_it_hands_over_a_batch_ends_the_run():
+    train = load_data(Digits()).train
+    loader = make_loader(train, "cpu", workers=2, store="stream", timeout_s=1)
+    assert isinstance(loader, StreamLoader)
+
+    def go_through():
+        for i, _ in enumerate(loader.batches(torch.arange(len(train)), 2)):
+            if i == 1:
+                time.sleep(0.5)  # what was asked for in advance waits in the queue: to take it needs its worker
+                for worker in loader.pool.loader._iterator._workers:
+                    os.kill(worker.pid, signal.SIGSTOP)
+
+    with pytest.raises(MachineError, match=r"a worker is stuck.*data\.timeout_s"):
+        go_through()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_breaks_later_is_named(make_folder, workers):
     root = make_folder("train", "val")
