@@ -21,14 +21,14 @@ from cnntrain.data.store import Loader, make_loader
 from cnntrain.engine.batch_size import choose_batch_size
 from cnntrain.engine.device import Compute, choose_compute, prepare_torch, seed_step
 from cnntrain.engine.loop import Plan
-from cnntrain.engine.optim import build_optimizer, supports_fused
+from cnntrain.engine.optim import build_optimizer, check_that_it_steps, supports_fused
 from cnntrain.engine.ranks import ALONE, Ranks
 from cnntrain.engine.rig import Rig, make_rig
 from cnntrain.engine.schedule import Schedule
 from cnntrain.engine.signals import StopFlag
 from cnntrain.errors import UserError
 from cnntrain.findings import Finding
-from cnntrain.models.prepare import prepare
+from cnntrain.models.prepare import materialise, prepare
 from cnntrain.settings import DataSettings, ModelSettings, Node, OptimizerSettings, Settings, parse
 from cnntrain.spec import DataSpec
 from cnntrain.tasks.task import Task
@@ -153,6 +153,7 @@ def make_model(settings: Settings, channels: int, num_outputs: int, image_size: 
         "image_size": image_size,
     }
     model = build(node, "model", "model", settings.trusted_packages, **facts)
+    materialise(model, channels, image_size)
     return prepare(model, **dataclasses.asdict(parse(ModelSettings, common, "model.")))
 
 
@@ -311,8 +312,10 @@ def make_optimizer(settings: Settings, model: nn.Module, compute: Compute) -> Op
     fused = True if supports_fused(compute.device) else None
     factory = resolve(node, "optimizer", "optimizer", settings.trusted_packages, fused=fused)
     try:
+        check_that_it_steps(factory)
         return build_optimizer(
             factory, model, node.get("weight_decay", 0.0), chosen.decay_norms_and_biases, chosen.layer_decay
         )
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"optimizer: {node['_target_']} refused its arguments: {error}") from error
+        name = node.get("name", node["_target_"])
+        raise UserError(f"optimizer: {name} refused its arguments: {error}") from error

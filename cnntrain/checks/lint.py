@@ -113,6 +113,12 @@ def _quarrels(facts: Facts) -> Iterator[Finding]:
             f"batch_size={plan.batch_size} is more than the {facts.images} training images",
             "an epoch is one step", "take a smaller batch_size", "batch_size", "data",
         )  # fmt: skip
+    if plan.accumulate > plan.batches_per_epoch:
+        yield _warn(
+            f"accumulate={plan.accumulate} is more than the {plan.batches_per_epoch} batches of an epoch",
+            "an epoch is one step, over fewer batches than asked for", "take a smaller accumulate or batch_size",
+            "accumulate", "batch_size",
+        )  # fmt: skip
     decay = config["ema_decay"]
     if decay and plan.total_steps < 1 / (1 - decay):
         yield _warn(

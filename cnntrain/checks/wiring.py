@@ -119,7 +119,7 @@ def optimizer(bench: Bench) -> Finding:
     still = [name for name, parameter in wanted.items() if rates.get(id(parameter)) == 0]
     evidence = (
         f"{type(built).__name__} has {len(wanted) - len(missing)} of {len(wanted)} trainable tensors, "
-        f"in {len(built.param_groups)} groups"
+        f"in {(n := len(built.param_groups))} group{'s' * (n > 1)}"
     )
     remedy = "give it all of model.parameters() that have requires_grad"
     if missing:

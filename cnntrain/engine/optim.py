@@ -41,6 +41,23 @@ def by_name(
     return cls(params, **arguments)
 
 
+def check_that_it_steps(factory: Callable[..., Optimizer]) -> None:
+    """Let it do one step on a matrix of its own.
+
+    Raises:
+        ValueError: it can't, as one that wants the loss anew (LBFGS) or sparse gradients (SparseAdam).
+    """
+    matrix = nn.Parameter(torch.ones(2, 2))
+    optimizer = factory([matrix])
+    matrix.grad = torch.ones(2, 2)
+    try:
+        optimizer.step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        wants_loss = "closure" in str(error)
+        why = "it computes the loss itself, several times a step (closure)" if wants_loss else str(error)
+        raise ValueError(f"it can't do a step from gradients alone: {why}") from error
+
+
 def build_optimizer(
     factory: Callable[..., Optimizer],
     model: nn.Module,

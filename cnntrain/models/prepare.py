@@ -4,7 +4,9 @@ backbone.
 These are the common keys of `conf/model/_base.yaml`; no network needs to know them.
 """
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from cnntrain.errors import UserError
 from cnntrain.models.elements import check_word
@@ -46,6 +48,26 @@ def prepare(
         check_word("freeze", freeze, ("backbone",))
         freeze_backbone(model)
     return model
+
+
+def materialise(model: nn.Module, channels: int, image_size: tuple[int, int]) -> None:
+    """Give torch's lazy layers (`nn.LazyLinear`) their shapes, by two black images of `image_size` (height, width).
+
+    Raises:
+        UserError: the network can't take them.
+    """
+    if not any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params() for m in model.modules()):
+        return
+    mode = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, channels, *image_size))
+    except Exception as error:  # whatever the user's own network raises
+        raise UserError(
+            f"model: its lazy layers take their shapes from a first batch, and the network raised on one of shape "
+            f"{(2, channels, *image_size)}: {type(error).__name__}: {error}"
+        ) from error
+    model.train(mode)
 
 
 def initialise(model: nn.Module, init: str) -> None:

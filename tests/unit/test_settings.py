@@ -46,6 +46,8 @@ BUILD_SLIPS = {
     "optimizer.weight_decay=-1": r"optimizer\.weight_decay: must be a finite number >= 0, got -1",
     "optimizer.betas=3": r"optimizer: torch\.optim\.AdamW refused its arguments",
     "optimizer=sgd optimizer.momentum=0": r"optimizer: .*Nesterov",
+    "optimizer=torch optimizer.name=LBFGS": r"optimizer: LBFGS refused its arguments: .*computes the loss itself",
+    "optimizer=torch optimizer.name=SparseAdam": r"SparseAdam .*can't do a step from gradients alone",
     "data.folds=5 data.fold=9": r"data\.fold",
     "schedule=cosine schedule.final=7": r"schedule\.final",
     "device=gpu": r"device: 'gpu' is not one of",

@@ -37,6 +37,7 @@ QUARRELS = {
     f"{SHAPES} batch_size=1": ("batch_size", "model.norm"),
     "batch_size=5000": ("batch_size", "data"),
     "ema_decay=0.9999": ("ema_decay", "epochs"),
+    "accumulate=100": ("accumulate", "batch_size"),
     "optimizer=sgd optimizer.lr=5": ("optimizer.lr", "batch_size"),
     "optimizer.lr=1e-8": ("optimizer.lr", "batch_size"),
 }  # fmt: skip

@@ -10,7 +10,7 @@ from torch import nn
 from cnntrain.errors import UserError
 from cnntrain.models.cifar_resnet import CifarResNet
 from cnntrain.models.elements import make_norm
-from cnntrain.models.prepare import freeze_backbone, initialise, prepare, unfreeze
+from cnntrain.models.prepare import freeze_backbone, initialise, materialise, prepare, unfreeze
 from cnntrain.models.sequential import Sequential
 
 
@@ -130,3 +130,20 @@ def test_a_copy_of_a_frozen_network_is_frozen_and_unfreezing_sets_all_free() -> 
     assert model.bn1.training
     assert not torch.equal(model.bn1.running_mean, before)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_lazy_layers_get_their_shapes_and_nothing_else_changes() -> None:
+    def lazy(outputs: int = 10) -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(outputs))
+
+    model = lazy()
+    materialise(model, 3, (8, 12))
+    assert model.training
+    assert [tuple(p.shape) for p in model.parameters()] == [(4, 3, 3, 3), (4,), (4,), (4,), (10, 240), (10,)]
+    assert int(model[1].num_batches_tracked) == 0
+    other = lazy()
+    materialise(other, 3, (8, 12))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(UserError, match=r"lazy layers .* \(2, 3, 2, 2\): RuntimeError: .*[Kk]ernel"):
+        materialise(lazy(), 3, (2, 2))
