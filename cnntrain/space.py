@@ -1,6 +1,7 @@
 """What a sweep varies: one axis per key, in plain values."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,14 @@ class Axis:
     def first(self) -> str:
         """One value that may stand for all, to compose a config with."""
         return self.values[0] if self.values else self.text(self.low or 0.0)
+
+    @property
+    def size(self) -> float:
+        """How many values there are; infinite for a continuous range."""
+        if self.values:
+            return len(self.values)
+        step = 1 if self.whole else self.step
+        return math.inf if step is None else ((self.high or 0) - (self.low or 0)) // step + 1
 
     def __str__(self) -> str:
         """As on the command line."""

@@ -89,7 +89,8 @@ class Study:
     def ask(self) -> Trial | None:
         """The next trial: first those that were under way when the sweep broke off; None when all have been taken.
 
-        A setting that a sampler draws again is not trained again: its earlier result is told once more.
+        A setting that a sampler draws again is not trained again: its earlier result is told once more, and another is
+        drawn instead, at most as often as there are trials.
         """
         while True:
             if self._unfinished:
@@ -113,6 +114,9 @@ class Study:
             asked.set_user_attr("same as", twin.number)
             known = twin.value if twin.state == TrialState.COMPLETE else None
             self.study.tell(asked, known, TrialState.FAIL if known is None else None)
+            wanted = min(self.plan.trials, math.prod(axis.size for axis in self.plan.axes))
+            if self.repeats <= self.plan.trials and len(self._trials()) - self.repeats < wanted:
+                self.study.enqueue_trial({})
 
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Note a trial's metric after an epoch (from 1); whether to give the trial up."""
@@ -186,7 +190,8 @@ def _sampler(plan: Plan, number: int) -> optuna.samplers.BaseSampler:
 
 def _pruner(name: str, epochs: int | None) -> optuna.pruners.BasePruner:
     if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=4)
+        # Not before a third of the training: what learns slowly at first may end best.
+        return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(1, (epochs or 0) // 3))
     if name == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
     if name == "hyperband":
