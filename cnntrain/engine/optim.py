@@ -48,7 +48,7 @@ def check_that_it_steps(factory: Callable[..., Optimizer]) -> None:
         ValueError: it can't, as one that wants the loss anew (LBFGS) or sparse gradients (SparseAdam).
     """
     matrix = nn.Parameter(torch.ones(2, 2))
-    optimizer = factory([matrix])
+    optimizer = factory([{"params": [matrix]}])
     matrix.grad = torch.ones(2, 2)
     try:
         optimizer.step()
