@@ -280,11 +280,12 @@ def _train_in(
     settings, compute, task = assembly.settings, assembly.compute, assembly.task
     facts, ranks = checkpoint_facts(assembly, data), assembly.compute.ranks
 
-    save = Keeper(run, state, facts, settings.checkpoint.keep, ranks.leads)
-
     training = assembly.loader(data.train, augmented=True)
     validation = assembly.loader(data.val) if data.val else None
-    with _journal(run, assembly, plan, state, watch) if ranks.leads else contextlib.nullcontext() as journal:
+    with (
+        Keeper(run, state, facts, settings.checkpoint.keep, ranks.leads) as save,
+        _journal(run, assembly, plan, state, watch) if ranks.leads else contextlib.nullcontext() as journal,
+    ):
         hparams = flat(
             {
                 k: v
@@ -312,6 +313,7 @@ def _train_in(
             raise explained from error
 
         best = state.judged
+        save.flush()
         if ranks.leads:
             kept = checkpoint.load(run.best)["state"]
             load_weights(best, kept["average"] or kept["model"])

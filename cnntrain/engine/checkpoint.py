@@ -21,11 +21,25 @@ def save(state: dict[str, Any], path: Path) -> None:
     Raises:
         MachineError: the file can't be written (disk full); the old one is intact and no temporary is left.
     """
+    write(pack(state), path)
+
+
+def pack(state: dict[str, Any]) -> memoryview:
+    """A checkpoint's bytes: a copy of `state`, which may change from then on."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
+    return buffer.getbuffer()
+
+
+def write(packed: memoryview, path: Path) -> None:
+    """Put a checkpoint's bytes in place, as `save` does.
+
+    Raises:
+        MachineError: see `save`.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, buffer.getbuffer())
+        write_whole(path, packed)
     except OSError as error:
         raise MachineError(
             f"{path}: can't write the checkpoint: {error.strerror}; the previous one is intact"

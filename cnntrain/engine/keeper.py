@@ -1,7 +1,8 @@
 """Which checkpoints a run keeps: the last, the best, and where asked for the newest few by their epoch."""
 
 from collections.abc import Mapping
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Self
 
 from cnntrain.engine import checkpoint
 from cnntrain.engine.run_folder import RunFolder
@@ -9,37 +10,68 @@ from cnntrain.engine.state import TrainState
 
 
 class Keeper:
-    """Writes checkpoints by name, `keeper("last")` or `keeper("best")`.
+    """Writes checkpoints by name, `keeper("last")` or `keeper("best")`, while the training goes on.
+
+    What is written is the state of the call's instant. Files come to the disk one after the other, in the order of the
+    calls, one at a time; all of them by the end of the `with` block.
 
     Args:
         facts: what a checkpoint says beside the state.
         keep: how many checkpoints of ended epochs to keep beside last.pt and best.pt.
         writes: whether this process does; of several that train together only the leader.
 
-    Attributes:
-        last_good: where the last one is and of which step, for messages.
+    Raises:
+        MachineError: by a call or at the end, a file could not be written; the one before is intact.
     """
 
     def __init__(
         self, run: RunFolder, state: TrainState, facts: Mapping[str, Any], keep: int, writes: bool = True
     ) -> None:
         self.run, self.state, self.facts, self.keep, self.writes = run, state, facts, keep, writes
-        self.last_good = self._place() if run.last.exists() else "none was written yet"
+        self._last_good = self._place() if run.last.exists() else "none was written yet"
+        self._writer = ThreadPoolExecutor(1, "cnntrain-checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.flush()
+        finally:
+            self._writer.shutdown()
 
     def __call__(self, name: str) -> None:
-        """Raises MachineError when the file can't be written; the one before is intact."""
-        self._write(name)
-        if name == "last":
-            self.last_good = self._place()
-            if self.keep and self.writes and not self.state.progress.batch:  # an epoch has ended
-                self._write(f"epoch-{self.state.progress.epoch:05}")
-                checkpoint.keep_newest(self.run.checkpoints, self.keep)
-
-    def _write(self, name: str) -> None:
         if not self.writes:
+            if name == "last":
+                self._last_good = self._place()
             return
-        content = {"state": self.state.state_dict(), **self.facts}
-        checkpoint.save(content, self.run.checkpoints / f"{name}.pt")
+        packed = checkpoint.pack({"state": self.state.state_dict(), **self.facts})
+        self.flush()
+        names = [name]
+        if name == "last" and self.keep and not self.state.progress.batch:  # an epoch has ended
+            names.append(f"epoch-{self.state.progress.epoch:05}")
+        self._under_way = self._writer.submit(self._write, packed, names, self._place())
+
+    def flush(self) -> None:
+        """Wait until all is on the disk."""
+        under_way, self._under_way = self._under_way, None
+        if under_way:
+            under_way.result()
+
+    @property
+    def last_good(self) -> str:
+        """Where the newest last.pt is and of which step, for messages."""
+        self.flush()
+        return self._last_good
+
+    def _write(self, packed: memoryview, names: list[str], place: str) -> None:
+        for name in names:
+            checkpoint.write(packed, self.run.checkpoints / f"{name}.pt")
+        if names[0] == "last":
+            self._last_good = place
+        if len(names) > 1:
+            checkpoint.keep_newest(self.run.checkpoints, self.keep)
 
     def _place(self) -> str:
         return f"{self.run.last} (step {self.state.progress.step})"

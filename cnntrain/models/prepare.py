@@ -4,9 +4,11 @@ backbone.
 These are the common keys of `conf/model/_base.yaml`; no network needs to know them.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from cnntrain.errors import UserError
 from cnntrain.models.elements import check_word
@@ -56,7 +58,7 @@ def materialise(model: nn.Module, channels: int, image_size: tuple[int, int]) ->
     Raises:
         UserError: the network can't take them.
     """
-    if not any(isinstance(m, LazyModuleMixin) and m.has_uninitialized_params() for m in model.modules()):
+    if not any(map(is_lazy, chain(model.parameters(), model.buffers()))):
         return
     mode = model.training
     try:
