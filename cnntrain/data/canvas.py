@@ -4,7 +4,7 @@ Coordinates are (x, y) at pixel centres: the first pixel's centre is 0. Resizing
 that x' = (x + 0.5) s - 0.5. Boxes count from the image's edge: the whole image is (0, 0, width, height).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -36,6 +36,11 @@ class Placement:
         shift_x = (0.5 - left) * scale_x - 0.5 + self.left
         shift_y = (0.5 - top) * scale_y - 0.5 + self.top
         return torch.tensor([[scale_x, 0, shift_x], [0, scale_y, shift_y], [0, 0, 1]], dtype=torch.float64)
+
+    def reduced(self, divisor: int) -> "Placement":
+        """The same for a source that was made smaller by this."""
+        left, top, right, bottom = (side / divisor for side in self.box)
+        return replace(self, box=(left, top, right, bottom))
 
 
 def place(

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 LARGEST_PIXELS = 100_000_000  # a few kilobytes of PNG can unpack to terabytes: refused from the header
 SHOWN_FILES = 20
+FINER = (
+    2  # a JPEG that is decoded at a fraction has at least so many times the pixels per side that are needed
+)
 # What Pillow's readers raise on damaged files, apart from its DecompressionBombError.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
           struct.error, zlib.error)  # fmt: skip
@@ -85,12 +88,15 @@ class Decoder:
         """
         from PIL import Image
 
+        canvas, mode = (self.height, self.width), "L" if self.channels == 1 else "RGB"
         with reading(path) as image:
-            upright = turn_upright(image)
-            placement = place(*upright.size, (self.height, self.width), self.resize, box)
-            mode = "L" if self.channels == 1 else "RGB"
-            plain = to_eight_bits(upright).convert(mode)
-            pixels = cut(plain, placement, (self.height, self.width), Image.Resampling.BILINEAR, 0)
+            orientation = _orientation(image)
+            width, height = image.size[::-1] if orientation >= 5 else image.size
+            placement = place(width, height, canvas, self.resize, box)
+            reduced = placement.reduced(_reduce(image, placement, orientation > 1))
+            plain = to_eight_bits(turn_upright(image, orientation))
+            plain = plain if plain.mode == mode else plain.convert(mode)
+            pixels = cut(plain, reduced, canvas, Image.Resampling.BILINEAR, 0)
         array = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return torch.from_numpy(np.array(array, order="C")), placement.matrix()
 
@@ -105,9 +111,10 @@ class reading:
         from PIL import Image, UnidentifiedImageError
 
         try:
-            if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a FIFO would wait for ever
+            about = os.stat(self.path)
+            if not stat.S_ISREG(about.st_mode):  # opening a FIFO would wait for ever
                 raise BadFile(self.path, "is no regular file")
-            if os.path.getsize(self.path) == 0:
+            if about.st_size == 0:
                 raise BadFile(self.path, "is empty")
             self.image = Image.open(self.path)
         except UnidentifiedImageError:
@@ -154,6 +161,8 @@ def _orientation(image: "Image.Image") -> int:
     """EXIF orientation, 1 to 8; 1 where there is none or its block is damaged (the pixels may be sound)."""
     from PIL import Image
 
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
+        return 1
     try:
         # The header's. PNG's own getexif decodes the pixels too, and what fails then fails only once.
         value = Image.Image.getexif(image).get(0x0112, 1)
@@ -162,14 +171,33 @@ def _orientation(image: "Image.Image") -> int:
     return value if value in range(1, 9) else 1
 
 
-def turn_upright(image: "Image.Image") -> "Image.Image":
-    """The image as the camera was held (EXIF 2.32, section 4.6.4: orientation)."""
+def _reduce(image: "Image.Image", placement: Placement, turned: bool) -> int:
+    """Have an opened JPEG decoded at 1/2, 1/4 or 1/8 of its size where that is still finer than is needed; the divisor.
+
+    libjpeg leaves the high frequencies of each 8x8 block out: a resampling without aliasing, and much less work.
+    """
+    if image.format != "JPEG":
+        return 1
+    left, top, right, bottom = placement.box
+    spare = min((right - left) / placement.width, (bottom - top) / placement.height) / FINER
+    width, height = image.size
+    # A last column of less than `divisor` pixels counts as a whole one: right, unless turning makes it the first.
+    whole = [d for d in (8, 4, 2) if not (turned and (width % d or height % d))]
+    divisor = next((d for d in whole if d <= spare and min(width, height) >= 16 * d), 1)
+    if divisor == 1:
+        return 1
+    image.draft(image.mode, (width // divisor, height // divisor))  # pyright: ignore[reportArgumentType]
+    return divisor if image.size == (-(-width // divisor), -(-height // divisor)) else 1
+
+
+def turn_upright(image: "Image.Image", orientation: int | None = None) -> "Image.Image":
+    """The image as the camera was held (EXIF 2.32, section 4.6.4: orientation), which is read where it is not given."""
     from PIL.Image import Transpose
 
     turns = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
              5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
              8: Transpose.ROTATE_90}  # fmt: skip
-    orientation = _orientation(image)
+    orientation = orientation or _orientation(image)
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
@@ -195,9 +223,9 @@ def to_eight_bits(image: "Image.Image") -> "Image.Image":
         clear = image.convert("RGBA")
         white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, clear).convert("RGB")
-    if image.mode in ("1", "L"):
-        return image.convert("L")
-    return image.convert("RGB")
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
 
 
 def cut(
@@ -215,6 +243,8 @@ def cut(
         image = ImageOps.expand(image, tuple(beyond), fill if image.mode == "L" else (fill,) * 3)
         left, top, right, bottom = left + beyond[0], top + beyond[1], right + beyond[0], bottom + beyond[1]
     box = (left, top, min(right, image.width), min(bottom, image.height))
+    if box == (0, 0, *image.size) and image.size == canvas[::-1]:
+        return np.asarray(image)
     resized = image.resize((placement.width, placement.height), filter, box=box)
     if (placement.height, placement.width) == canvas:
         return np.asarray(resized)

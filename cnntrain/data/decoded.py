@@ -7,22 +7,22 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import is_dataclass, replace
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cnntrain.data.decode import BadFile, refuse
+from cnntrain.data.decode import BadFile
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.resident import common_folder, decoded_bytes, in_threads, lazy_images
+from cnntrain.data.parallel import MANY, decode_into
+from cnntrain.data.resident import decoded_bytes, lazy_images, read_all
 from cnntrain.data.source import default_root
 from cnntrain.errors import UserError
 
 log = logging.getLogger("cnntrain")
-FORMAT = 1  # of the files; another one makes them anew
-FEWEST = 2_000  # files that are worth keeping decoded; fewer take a second or two
+FORMAT = 2  # of the files; another one makes them anew
 SHARE_OF_DISK = 0.5  # of what is free
 MATRIX = 3 * 3 * 8  # bytes
 
@@ -38,7 +38,7 @@ def worth_keeping(splits: dict[str, Examples]) -> bool:
     ours = all(
         type(images.decoder).__module__.startswith("cnntrain.") for images in lazy
     )  # others' code may change
-    if not ours or sum(map(len, lazy)) < FEWEST:
+    if not ours or sum(map(len, lazy)) < MANY:
         return False
     wanted = sum(map(decoded_bytes, splits.values()))
     with suppress(OSError):
@@ -64,24 +64,10 @@ def keep_decoded(splits: dict[str, Examples]) -> dict[str, Examples]:
             raise UserError(
                 f"data.store=disk: {kind} is no dataclass, so nothing tells one from another; take host"
             )
-    bad: list[BadFile] = []
-    kept = {name: _keep_split(examples, bad) for name, examples in splits.items()}
-    paths = {path for lazy in lazy_images(splits) for path in lazy.paths}
-    refuse({problem.path: problem for problem in bad}.values(), len(paths), common_folder(splits))
+    kept = read_all(splits, _keep)
     size = sum(map(decoded_bytes, splits.values())) / 2**20
     log.info("data: decoded images are kept in %s (%.0f MiB); `cnntrain clean` removes them", folder(), size)
     return kept
-
-
-def _keep_split(examples: Examples, bad: list[BadFile]) -> Examples:
-    images, to_canvas = examples.images, examples.to_canvas
-    if isinstance(images, LazyImages):
-        images, matrices = _keep(images, bad)
-        to_canvas = matrices if to_canvas is None else to_canvas
-    masks = {name: _keep(lazy, bad)[0] for name, lazy in examples.lazy_targets.items()}
-    return replace(
-        examples, images=images, to_canvas=to_canvas, targets={**examples.targets, **masks}, lazy_targets={}
-    )
 
 
 def _keep(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
@@ -99,19 +85,11 @@ def _keep(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
 
 def _make(lazy: LazyImages, target: Path, bad: list[BadFile]) -> None:
     aside = target.with_suffix(".part")  # whoever made one that is left behind is gone: we have the lock
-    found: list[BadFile] = []
     try:
         with aside.open("wb") as file:
             file.truncate(len(lazy) * MATRIX + int(np.prod(lazy.shape)))
         images, matrices = _map(aside, lazy.shape, "r+")
-
-        def one(index: int) -> None:
-            try:
-                images[index], matrices[index] = lazy.read(index)
-            except BadFile as problem:
-                found.append(problem)
-
-        in_threads(one, range(len(lazy)), f"decoding {len(lazy):,} files, this once")
+        found = decode_into(images, matrices, lazy, f"decoding {len(lazy):,} files, this once")
         if found:
             bad += found
             return

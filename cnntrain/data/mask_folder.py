@@ -9,7 +9,7 @@ from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import make_decoder
 from cnntrain.data.listing import files_below
 from cnntrain.data.masks import MaskDecoder
-from cnntrain.data.resident import in_threads
+from cnntrain.data.parallel import in_threads
 from cnntrain.data.source import Source, given_folder
 from cnntrain.errors import UserError
 from cnntrain.spec import DataSpec

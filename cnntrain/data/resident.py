@@ -2,23 +2,17 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from cnntrain.data.decode import BadFile, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.parallel import decode_into, in_threads, shared_zeros
 
-T = TypeVar("T")
-R = TypeVar("R")
-ITEMS_AT_ONCE = 1024  # handed to the threads; the bar moves once for so many
 SHARE_OF_MEMORY = 0.5  # of what is free; the network and its activations need the rest
 logger = logging.getLogger("cnntrain")
 
@@ -58,40 +52,47 @@ def fits_in_host_memory(splits: dict[str, Examples]) -> bool:
 
 
 def decode(splits: dict[str, Examples]) -> dict[str, Examples]:
-    """The same examples with every image and mask decoded, by as many threads as there are cores.
+    """The same examples with every image and mask decoded, by all cores.
+
+    Raises:
+        UserError: names all the files, of all splits, that can't be used.
+        MachineError: a process that decodes them died.
+    """
+    return read_all(splits, _decode)
+
+
+Read = Callable[[LazyImages, list[BadFile]], tuple[Tensor, Tensor]]
+
+
+def read_all(splits: dict[str, Examples], read: Read) -> dict[str, Examples]:
+    """The same examples with `read`, which adds to a list what can't be used, of every image and mask.
 
     Raises:
         UserError: names all the files, of all splits, that can't be used.
     """
     bad: list[BadFile] = []
-    decoded = {name: _decode_split(examples, bad) for name, examples in splits.items()}
-    refuse(bad, _count_files(splits), common_folder(splits))
-    return decoded
+    whole = {name: _read_split(examples, read, bad) for name, examples in splits.items()}
+    paths = {path for lazy in lazy_images(splits) for path in lazy.paths}
+    refuse({problem.path: problem for problem in bad}.values(), len(paths), common_folder(splits))
+    return whole
 
 
-def _decode_split(examples: Examples, bad: list[BadFile]) -> Examples:
+def _read_split(examples: Examples, read: Read, bad: list[BadFile]) -> Examples:
     images, to_canvas = examples.images, examples.to_canvas
     if isinstance(images, LazyImages):
-        images, matrices = _decode_images(images, bad)
+        images, matrices = read(images, bad)
         to_canvas = matrices if to_canvas is None else to_canvas
-    masks = {name: _decode_images(lazy, bad)[0] for name, lazy in examples.lazy_targets.items()}
+    masks = {name: read(lazy, bad)[0] for name, lazy in examples.lazy_targets.items()}
     return replace(
         examples, images=images, to_canvas=to_canvas, targets={**examples.targets, **masks}, lazy_targets={}
     )
 
 
-def _decode_images(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
+def _decode(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
     """uint8 (N, ...) and the matrices (N, 3, 3); what can't be used stays black and is added to `bad`."""
-    images = torch.zeros(lazy.shape, dtype=torch.uint8)
-    matrices = torch.eye(3, dtype=torch.float64).repeat(len(lazy), 1, 1)
-
-    def one(index: int) -> None:
-        try:
-            images[index], matrices[index] = lazy.read(index)
-        except BadFile as problem:
-            bad.append(problem)
-
-    in_threads(one, range(len(lazy)), f"decoding {len(lazy):,} files")
+    images = shared_zeros(lazy.shape, torch.uint8)
+    matrices = shared_zeros((len(lazy), 3, 3), torch.float64)
+    bad += decode_into(images, matrices, lazy, f"decoding {len(lazy):,} files")
     return images, matrices
 
 
@@ -109,35 +110,10 @@ def read_sizes(paths: list[str]) -> tuple[list[tuple[int, int]], list[BadFile]]:
     return in_threads(one, paths, f"reading the headers of {len(paths):,} files"), bad
 
 
-def in_threads(work: Callable[[T], R], items: Sequence[T], what: str = "") -> list[R]:
-    """`work` of each item, by as many threads as there are cores that this process may use.
-
-    Args:
-        what: what a bar on the terminal calls it; none is drawn without.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    done: list[R] = []
-    console = Console(stderr=True)
-    pool = ThreadPoolExecutor(cores)
-    try:
-        with Progress(console=console, transient=True, disable=not (what and console.is_terminal)) as bar:
-            task = bar.add_task(what, total=len(items))
-            for start in range(0, len(items), ITEMS_AT_ONCE):
-                done += pool.map(work, items[start : start + ITEMS_AT_ONCE])
-                bar.update(task, completed=len(done))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what has not begun
-    return done
-
-
 def lazy_images(splits: dict[str, Examples]) -> list[LazyImages]:
     """All images and masks that are still in their files."""
     everything = [i for e in splits.values() for i in (e.images, *e.lazy_targets.values())]
     return [images for images in everything if isinstance(images, LazyImages)]
-
-
-def _count_files(splits: dict[str, Examples]) -> int:
-    return len({path for lazy in lazy_images(splits) for path in lazy.paths})
 
 
 def common_folder(splits: dict[str, Examples]) -> str | None:

@@ -9,7 +9,8 @@ from typing import Literal
 
 from cnntrain.data.decode import BadFile, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.resident import common_folder, in_threads, lazy_images
+from cnntrain.data.parallel import in_threads
+from cnntrain.data.resident import common_folder, lazy_images
 from cnntrain.data.source import default_root
 
 Scan = Literal["full", "headers", "off"]

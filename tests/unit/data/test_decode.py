@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from cnntrain.data.canvas import canvas_size, move, place
 from cnntrain.data.decode import BadFile, Decoder, upright_size
@@ -81,6 +82,39 @@ def test_shrinking_is_antialiased(tmp_path, save):
     image, _ = Decoder(8, 8, 1)(str(save(tmp_path / "stripes.png", stripes)))
     assert int(image.min()) > 100
     assert int(image.max()) < 155
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("resize", ["letterbox", "short_side", "stretch"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_large_jpeg_decoded_at_a_fraction_is_the_same_picture_at_the_same_place(
+    tmp_path, monkeypatch, mode, resize, orientation
+):
+    """Against the whole picture resized by Pillow: waves that the canvas can show."""
+    ys, xs = np.mgrid[:731, :1003] if orientation == 1 else np.mgrid[:732, :1004]
+    waves = 127 + 60 * np.sin(xs / 60 + ys / 90) + 60 * np.cos(ys / 70 - xs / 200)
+    plain = Image.fromarray(np.rint(waves).astype(np.uint8)).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    plain.save(tmp_path / "large.jpg", quality=95, exif=exif)
+    decoder, path = Decoder(60, 48, 1 if mode == "L" else 3, resize), str(tmp_path / "large.jpg")
+    used, draft = [], JpegImageFile.draft
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *a: used.append(a[2]) or draft(*a))
+    reduced, matrix = decoder(path)
+    assert used, "it was decoded whole"
+    monkeypatch.setattr("cnntrain.data.decode.FINER", 1e9)
+    whole, same_matrix = decoder(path)
+    assert len(used) == 1 and torch.equal(matrix, same_matrix)
+    difference = (reduced.double() - whole.double()).abs()
+    assert float(difference.mean()) < 0.6 and float(difference.max()) <= 6
+
+
+def test_a_large_jpeg_that_is_turned_and_leaves_a_rest_is_decoded_whole(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("L", (1003, 731), 99).save(tmp_path / "a.jpg", exif=exif)
+    monkeypatch.setattr(JpegImageFile, "draft", None)
+    assert int(Decoder(16, 16, 1, "stretch")(str(tmp_path / "a.jpg"))[0].float().mean()) == 99
 
 
 def modes() -> dict[str, Image.Image]:

@@ -116,7 +116,7 @@ class Own(Decoder):
 
 def test_what_auto_keeps(splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not worth_keeping(splits)  # a few are quickly decoded
-    monkeypatch.setattr(decoded, "FEWEST", 1)
+    monkeypatch.setattr(decoded, "MANY", 1)
     assert worth_keeping(splits)
     monkeypatch.setattr(decoded, "SHARE_OF_DISK", 0.0)
     assert not worth_keeping(splits)
