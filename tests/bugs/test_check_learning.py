@@ -73,7 +73,7 @@ MISALIGNED = {
 }
 
 
-@pytest.mark.parametrize("name", MISALIGNED)
+@pytest.mark.parametrize("name", ["points", pytest.param("masks", marks=pytest.mark.long)])
 def test_points_and_masks_of_another_image_are_named(name: str, bench_of, judge) -> None:
     found = judge(bench_of(*MISALIGNED[name]), "generalises")["generalises"]
     assert found.verdict == "FAIL" and "of other images" in found.evidence + found.cause, found

@@ -28,7 +28,7 @@ def test_what_is_not_the_same_twice_is_named(name: str, bench_of, judge) -> None
     assert words in finding.cause, finding
 
 
-@pytest.mark.parametrize("model", ["lenet5", "fmnist_cnn", "sound"])
+@pytest.mark.parametrize("model", ["lenet5", pytest.param("fmnist_cnn", marks=pytest.mark.long), "sound"])
 def test_sound_machinery_passes(model: str, bench_of, judge) -> None:
     found = judge(bench_of(f"model={model}", "precision=bf16"), "machinery")
     verdicts = {name: finding.verdict for name, finding in found.items()}

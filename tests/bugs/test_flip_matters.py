@@ -16,7 +16,7 @@ def nme(tmp_path: Path, name: str, *overrides: str) -> float:
     return train(settings)["test"]["test/nme"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_flip_helps_and_without_relabelling_it_ruins(tmp_path: Path) -> None:
     """The README's figures come from the same runs with 60 epochs and three seeds."""
     relabelled = nme(tmp_path, "relabelled", "data=toy_faces", "augment=flip")

@@ -11,6 +11,17 @@ from typing import NamedTuple
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "_base")
 MASKS = ("fcn", "torchvision_segmentation", "unet", "unet_small")
+# Their smaller sisters are built of the same parts, in a fraction of the time.
+COSTLY = (
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "resnet101",
+    "resnet152",
+    "vgg16",
+    "vgg19",
+    "wide_resnet50",
+)
 # Smallest image (square, px) that a network takes, where 8 is too small.
 SMALLEST_PX = {
     "keypoint_cnn": 16,

@@ -12,7 +12,7 @@ from torch import nn
 from cnntrain.engine.optim import layers_of
 from cnntrain.errors import UserError
 from cnntrain.models.prepare import freeze_backbone, prepare
-from tests.contracts.networks import FOLDER, MASKS, NAMES, SMALLEST_PX, header
+from tests.contracts.networks import COSTLY, FOLDER, MASKS, NAMES, SMALLEST_PX, header
 
 # The others take a second or more each.
 QUICK = (
@@ -48,7 +48,13 @@ DEEP = (
     "timm",
     "xception",
 )
-MARKED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
+
+
+def mark(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return (pytest.mark.long,) if name in COSTLY else () if name in QUICK else (pytest.mark.slow,)
+
+
+MARKED = [pytest.param(name, marks=mark(name)) for name in NAMES]
 
 
 def expected_shape(name: str, images: int, outputs: int, size: tuple[int, int]) -> tuple[int, ...]:
@@ -85,7 +91,9 @@ def test_learns_at_a_small_size(name: str, channels: int) -> None:
 @pytest.mark.parametrize(
     "channels", [pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in COSTLY else ()) for name in NAMES]
+)
 def test_learns_at_its_native_size(name: str, channels: int) -> None:
     size = header(name).size
     check_gradients(name, channels, (188, 188) if name == "unet" else size, images=2)

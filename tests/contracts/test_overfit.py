@@ -10,7 +10,7 @@ from PIL import Image
 
 from cnntrain import compose, overfit
 from cnntrain.data.digits import read_digits
-from tests.contracts.networks import MASKS, NAMES, SMALLEST_PX
+from tests.contracts.networks import COSTLY, MASKS, NAMES, SMALLEST_PX
 
 QUICK_MODELS = ["mlp", "lenet5", "fmnist_cnn", "sequential"]
 DEEP_MODELS = ["resnet18", "resnet34", "resnet50", "torchvision"]
@@ -135,7 +135,11 @@ def test_real_fashion_mnist(model: str, shared_data: Path) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [pytest.param(n, marks=() if n in INSTANT else pytest.mark.slow) for n in NAMES if n not in OTHER_TASKS],
+    [
+        pytest.param(n, marks=pytest.mark.long if n in COSTLY else () if n in INSTANT else pytest.mark.slow)
+        for n in NAMES
+        if n not in OTHER_TASKS
+    ],
 )
 def test_every_classifier_at_its_smallest_size(model: str, tmp_path: Path) -> None:
     """Each file of conf/model learns one colour image, as small as it takes them."""
@@ -151,7 +155,7 @@ def test_every_classifier_at_its_smallest_size(model: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param(n, marks=pytest.mark.long if n.startswith("torchvision") else pytest.mark.slow)
+        pytest.param(n, marks=pytest.mark.long if n.startswith(("torchvision", "fcn")) else pytest.mark.slow)
         for n in OTHER_TASKS
     ],
 )

@@ -199,6 +199,7 @@ def test_a_signal_to_any_stops_all_at_the_same_step(cnntrain, started, number: i
     assert f"at step {progress['step']};" in said
 
 
+@LONG
 def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(cnntrain, wait_for) -> None:
     settings = (*TWO, "schedule=constant", "augment=crop", "checkpoint.every_steps=4")  # 6 steps an epoch
     process, last = (
@@ -279,8 +280,8 @@ class Wrong(nn.Sequential):
     ("kind", "code", "said"),
     [
         ("raise", 1, "TypeError: a slip of the user's own"),
-        ("memory", 4, "error: out of memory"),
-        ("nan", 3, "first not finite: the activation of 0 (Flatten)"),
+        pytest.param("memory", 4, "error: out of memory", marks=LONG),
+        pytest.param("nan", 3, "first not finite: the activation of 0 (Flatten)", marks=LONG),
     ],
 )
 def test_an_error_of_one_process_is_that_of_all(cnntrain, kind: str, code: int, said: str) -> None:
