@@ -43,8 +43,11 @@ def worth_keeping(splits: dict[str, Examples]) -> bool:
     wanted = sum(map(decoded_bytes, splits.values()))
     with suppress(OSError):
         folder().mkdir(parents=True, exist_ok=True)
+        room = SHARE_OF_DISK * shutil.disk_usage(folder()).free
+        if wanted <= room:
+            return True
         present = sum(path.stat().st_size for path in map(_file, lazy) if path.exists())
-        return wanted - present <= SHARE_OF_DISK * shutil.disk_usage(folder()).free
+        return wanted - present <= room
     return False
 
 
