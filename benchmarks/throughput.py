@@ -72,6 +72,7 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> dict[str, Wi
         f"model={model}", "data=fashion_mnist", f"data.root={root}", f"batch_size={options.batch_size}",
         f"precision={options.precision}", f"device={options.device}", f"epochs={most + 1}",
         *([f"threads={options.threads}"] if options.threads else []),
+        *([f"augment={options.augment}"] if options.augment else []),
     ]  # fmt: skip
     bare = BareStep(compose(*common), options.batch_size)
     bare.window(2)
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--window-s", type=float, default=8.0, help="seconds of a window")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--augment", help="null: the data set's own, crop with padding and flip")
     options = parser.parse_args()
     rows = []
     with fashion_mnist(options.root) as root:

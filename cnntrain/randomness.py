@@ -36,6 +36,19 @@ def hash_seed(*parts: int | str) -> int:
     return int(_chain(*parts)[0] >> np.uint64(1))
 
 
+def seed_generators(seed: int) -> None:
+    """Seed torch's generators, on the devices that are in use.
+
+    `torch.manual_seed` remembers each call, with its traceback, for every device that has not been used yet: a
+    millisecond, and memory that only grows.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
+
+
 def uniform(seed: int, epoch: int, positions: Tensor, name: str, count: int) -> Tensor:
     """Draws for whole images: float64 (N, count), uniform in [0, 1).
 

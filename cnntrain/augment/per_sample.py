@@ -78,7 +78,7 @@ class TorchvisionTransform(Augmentation):
             UserError: the transform changed the image's shape or type.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             result = self._transform(image)
         if not isinstance(result, Tensor) or result.shape != image.shape or result.dtype != torch.uint8:
             got = (

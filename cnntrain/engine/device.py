@@ -9,7 +9,7 @@ import torch
 
 from cnntrain.engine.ranks import ALONE, Ranks
 from cnntrain.errors import UserError
-from cnntrain.randomness import hash_seed
+from cnntrain.randomness import hash_seed, seed_generators
 
 log = logging.getLogger("cnntrain")
 
@@ -103,4 +103,4 @@ def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE
 
 def seed_step(*parts: int | str) -> None:
     """Make what torch draws next (weights, dropout) a function of `parts` alone."""
-    torch.manual_seed(hash_seed(*parts))
+    seed_generators(hash_seed(*parts))

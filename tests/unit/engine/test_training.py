@@ -9,6 +9,7 @@ import torch
 from cnntrain import compose, train
 from cnntrain.engine import checkpoint, loop
 from cnntrain.errors import DivergedError, StoppedError, UserError
+from cnntrain.randomness import seed_generators
 
 SMALL = (
     "data.limit=300", "epochs=3", "batch_size=32", "log.pictures=false", "log.tensorboard=false", "threads=1",
@@ -159,3 +160,13 @@ def test_a_run_keeps_the_weights_of_its_best_epoch() -> None:
     column = rows("best").splitlines()[0].split(",").index("val/top1")
     values = [float(line.split(",")[column]) for line in rows("best").splitlines()[1:]]
     assert result["best"]["val/top1"] == pytest.approx(max(values))
+
+
+def test_seeding_draws_what_torch_draws_and_remembers_nothing() -> None:
+    torch.manual_seed(77)
+    expected = torch.rand(5)
+    remembered = len(torch.cuda._queued_calls)
+    for _ in range(100):
+        seed_generators(77)
+    assert torch.equal(torch.rand(5), expected)
+    assert len(torch.cuda._queued_calls) == remembered
