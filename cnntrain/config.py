@@ -4,6 +4,8 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from cnntrain.build import trust_folder
 from cnntrain.errors import UserError, suggest
 from cnntrain.settings import Settings, parse
 from cnntrain.space import Axis, grid
-from cnntrain.yaml_files import check_yaml_files
+from cnntrain.yaml_files import check_yaml_files, yaml_files
 
 
 def conf_folder() -> Path:
@@ -53,6 +55,19 @@ def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None)
     Raises:
         UserError: a group, an option, a key or a value is wrong; names it and suggests the near miss.
     """
+    return deepcopy(_compose(name, tuple(overrides), config_dir, _stamps(config_dir)))
+
+
+def _stamps(config_dir: Path | None) -> tuple[tuple[str, int, int], ...]:
+    """What tells that a file in the user's own folder has changed."""
+    files = [file for file in yaml_files(config_dir) if file.exists()] if config_dir else []
+    return tuple((str(file), (about := file.stat()).st_mtime_ns, about.st_size) for file in files)
+
+
+@lru_cache(maxsize=1)  # a command's config is checked before torch is imported, and composed once more after
+def _compose(
+    name: str, overrides: tuple[str, ...], config_dir: Path | None, stamps: tuple[tuple[str, int, int], ...]
+) -> dict[str, Any]:
     if config_dir:
         check_yaml_files(config_dir)
     _check_choices(overrides, config_dir)

@@ -14,13 +14,18 @@ MOST_VALUES = 100_000  # with every alias written out
 DEEPEST = 50
 
 
+def yaml_files(folder: Path) -> list[Path]:
+    """The YAML files of a folder of config groups."""
+    return sorted(chain(folder.glob("*.yaml"), folder.glob("*/*.yaml"), folder.glob("*/*/*.yaml")))
+
+
 def check_yaml_files(folder: Path) -> None:
     """Look through a folder of config groups.
 
     Raises:
         UserError: a file is no text or none at all (a FIFO), or unfolds to too much; names file and line.
     """
-    for file in sorted(chain(folder.glob("*.yaml"), folder.glob("*/*.yaml"), folder.glob("*/*/*.yaml"))):
+    for file in yaml_files(folder):
         if not stat.S_ISREG(file.stat().st_mode):  # opening a FIFO would wait for ever
             raise UserError(f"{file}: is no regular file")
         if file.stat().st_size > LARGEST_BYTES:

@@ -64,8 +64,11 @@ def _strata(units: list[Unit], labels: Tensor | None, seed: int) -> list[list[Un
     by_label: dict[int, list[Unit]] = {}
     values = labels.tolist() if labels is not None and labels.ndim == 1 else None
     for unit in units:
-        of_unit = [0] if values is None else [values[row] for row in unit]
-        most = of_unit[0] if len(of_unit) == 1 else max(sorted(set(of_unit)), key=of_unit.count)
+        if values is None or len(unit) == 1:
+            most = values[unit[0]] if values else 0
+        else:
+            of_unit = [values[row] for row in unit]
+            most = max(sorted(set(of_unit)), key=of_unit.count)
         by_label.setdefault(most, []).append(unit)
     generator = torch.Generator().manual_seed(hash_seed(seed, "split"))
     shuffled = []
