@@ -174,8 +174,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except SystemExit:  # how rich ends a program whose reader has gone: `cnntrain | head -1`
-        return 0
+    except SystemExit as ended:
+        if isinstance(
+            ended.__context__, BrokenPipeError
+        ):  # rich's way when its reader has gone: `cnntrain | head -1`
+            return 0
+        print("error: code of the user's own ended the program (SystemExit)", file=sys.stderr)
+        return 1
     except (OSError, RuntimeError, MemoryError) as error:
         if not isinstance(error, BrokenPipeError):
             cause = explain_machine(error)

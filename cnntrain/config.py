@@ -87,6 +87,9 @@ def _compose(
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Hydra's own grammar, with its syntax errors turned into ours."""
+    for override in overrides:
+        if override.startswith("="):
+            raise UserError(f"{override!r} has no key; write KEY=VALUE, as epochs=5")
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:

@@ -74,6 +74,8 @@ def find_checkpoint(settings: Settings) -> Path | None:
         UserError: there is none where one was named, or a run would be overwritten.
     """
     last_here = Path(settings.run_dir) / "checkpoints" / "last.pt" if settings.run_dir else None
+    if last_here and last_here.exists() and not last_here.is_file():
+        raise UserError(f"{last_here}: is no file; remove it, or choose another run_dir")
     if settings.resume == "none":
         if last_here and last_here.exists():
             raise UserError(

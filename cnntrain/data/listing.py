@@ -16,7 +16,7 @@ def is_ignored(name: str) -> bool:
 
 def folders_in(folder: Path) -> list[str]:
     """Names of the folders directly below, sorted."""
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not is_ignored(e.name))
+    return sorted(e.name for e in os.scandir(folder) if os.path.isdir(e.path) and not is_ignored(e.name))
 
 
 def files_below(folder: Path, bad: list[BadFile]) -> list[str]:
@@ -30,14 +30,14 @@ def _walk(folder: str, above: set[str], found: list[str], bad: list[BadFile]) ->
     for entry in os.scandir(folder):
         if is_ignored(entry.name):
             continue
-        if entry.is_dir():
+        if os.path.isdir(entry.path):  # False for a link to itself, where the entry would raise
             real = os.path.realpath(entry.path)
             if real in above or os.path.realpath(folder).startswith(real.rstrip(os.sep) + os.sep):
                 bad.append(BadFile(entry.path, "is a link that leads back to a folder above it"))
             else:
                 _walk(entry.path, above | {real}, found, bad)
         elif not os.path.exists(entry.path):
-            bad.append(BadFile(entry.path, "is a link to nothing"))
+            bad.append(BadFile(entry.path, "is a link to nothing, or to itself"))
         elif not stat.S_ISREG(entry.stat().st_mode):  # a FIFO or a device would wait for ever
             bad.append(BadFile(entry.path, "is no regular file"))
         else:

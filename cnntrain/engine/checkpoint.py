@@ -38,12 +38,13 @@ def write(packed: memoryview, path: Path) -> None:
         MachineError: see `save`.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(
+            exist_ok=True
+        )  # not its parents: a run's folder that is gone is not to be half there again
         write_whole(path, packed)
     except OSError as error:
-        raise MachineError(
-            f"{path}: can't write the checkpoint: {error.strerror}; the previous one is intact"
-        ) from error
+        intact = "; the previous one is intact" if path.is_file() else ""
+        raise MachineError(f"{path}: can't write the checkpoint: {error.strerror}{intact}") from error
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 MOST_SKIPPED = 20  # fp16 steps in a row that may be skipped while the scale is looked for
 SHOWN_EXAMPLES = 64
+NOT_AGAIN = {  # by whether it is the CPU
+    True: "not found again: something is drawn or counted outside of torch's generators and the checkpoint",
+    False: "not found again, for sums on this device vary (deterministic=true)",
+}
 REMEDY = (
     "try a lower optimizer.lr, clip_grad_norm=1, or a longer warm-up; `cnntrain overfit` finds wiring faults"
 )
@@ -139,7 +143,7 @@ def diverged(
     more = f" and {len(names) - SHOWN_EXAMPLES} more" if len(names) > SHOWN_EXAMPLES else ""
     return DivergedError(
         f"{what} at step {step + 1} (epoch {epoch + 1}, learning rate {learning_rate:.3g})\n"
-        f"first not finite: {where or 'not found again, for sums on this device vary (deterministic=true)'}\n"
+        f"first not finite: {where or NOT_AGAIN[compute.device.type == 'cpu']}\n"
         f"examples of that batch: {', '.join(names[:SHOWN_EXAMPLES])}{more}\n{REMEDY}"
     )
 

@@ -94,7 +94,8 @@ def fit(
     progress, ranks = state.progress, compute.ranks
     explain = partial(diverged, state, training, pipeline, task, compute, plan)
     finite = Finiteness(compute.device, state.scaler is not None, explain)
-    while not progress.finished and progress.step < plan.total_steps:
+    # Stopped after the last step, an epoch is still to be judged.
+    while not progress.finished and (progress.step < plan.total_steps or progress.batch):
         started, seconds_before, first_batch = time.perf_counter(), progress.wall_s, progress.batch
         meter = task.meter()
         if progress.batch and state.meter:

@@ -23,8 +23,12 @@ def by_name(
     Raises:
         UserError: no such optimizer, or it does not take one of the options.
     """
-    known = [n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, Optimizer)]
-    if name not in known or name == "Optimizer":
+    known = [
+        n
+        for n, c in vars(torch.optim).items()
+        if inspect.isclass(c) and issubclass(c, Optimizer) and c is not Optimizer
+    ]
+    if name not in known:
         raise UserError(f"optimizer.name: torch.optim has no {name!r}{suggest(name, known)}")
     cls = getattr(torch.optim, name)
     accepted = list(inspect.signature(cls).parameters)

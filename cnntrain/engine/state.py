@@ -10,6 +10,12 @@ from torch.optim import Optimizer
 from cnntrain.engine.ema import MovingAverage
 from cnntrain.engine.schedule import Schedule
 
+# What torch's optimizers keep of each element of a parameter.
+MOMENTS = (
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "sum", "square_avg", "grad_avg",
+    "acc_delta", "prev", "step_size", "ax", "slow_momentum",
+)  # fmt: skip
+
 
 @dataclass
 class Progress:
@@ -66,12 +72,17 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take weights, moments and position from `state`; learning rate and the like stay as configured."""
+        """Take weights, moments and position from `state`; learning rate and the like stay as configured.
+
+        Raises:
+            ValueError, TypeError, LookupError, AttributeError, RuntimeError: the state is not one of such a training.
+        """
         self.model.load_state_dict(state["model"])
         if self.average:
             self.average.load_state_dict(state["average"] or state["model"])
         configured = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        _check_moments(self.optimizer)
         for group, own in zip(self.optimizer.param_groups, configured, strict=True):
             group.update({**own, "lr": group["lr"]})  # settings stay as configured; `lr` is the last step's
         if (
@@ -81,4 +92,22 @@ class TrainState:
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        if min(self.progress.epoch, self.progress.batch, self.progress.step) < 0:
+            raise TypeError("it stands before the first step")
         self.meter = state["meter"]
+        if not all(isinstance(value, Tensor) for value in self.meter.values()):
+            raise TypeError("its sums are no tensors")
+
+
+def _check_moments(optimizer: Optimizer) -> None:
+    """Refuse moments of another shape than their parameter's: a fused kernel would read and write beyond them."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return  # one of the user's own knows what it keeps
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if (
+                name in MOMENTS
+                and value is not None
+                and (not isinstance(value, Tensor) or value.shape != parameter.shape)
+            ):
+                raise TypeError(f"{name} is not of its parameter's shape {tuple(parameter.shape)}")

@@ -69,7 +69,9 @@ def perform(command: Command, run: Run, monitor: str | None, report: Callable[[i
             status = next((word for kind, word in kinds.items() if isinstance(raised, kind)), "failed")
             error = str(raised).splitlines()[0]
             print(f"error: {raised}")
-        except Exception as raised:  # a network or an augmentation of the user's own may raise anything
+        except (Exception, SystemExit) as raised:  # what is the user's own may raise anything
+            if isinstance(raised.__context__, BrokenPipeError):
+                raise
             lines = str(raised).splitlines() or [""]
             status, error = "failed", f"{type(raised).__name__}: {lines[0]}"
             traceback.print_exc()

@@ -78,7 +78,9 @@ def test_a_second_interrupt_ends_it_at_once(cnntrain, wait_for) -> None:
         "batch_size=800", "checkpoint.every_steps=1", "epochs=100", "run_dir=run",
     )  # fmt: skip
     wait_for(LAST.exists, run)
-    while run.poll() is None:  # impatient fingers: Python hears of a signal when an operation of torch's is over
+    while (
+        run.poll() is None
+    ):  # impatient fingers: Python hears of a signal when an operation of torch's is over
         run.send_signal(signal.SIGINT)
         time.sleep(0.05)
     assert run.returncode == -signal.SIGINT, "it saved first"

@@ -12,6 +12,7 @@ from cnntrain.settings import Settings
 
 # What a user may get wrong, and what the message must say.
 SLIPS = {
+    "=3": r"'=3' has no key; write KEY=VALUE",
     "epohcs=3": r"epohcs: no such key; did you mean 'epochs'\?",
     "optimizer.lrr=3": r"optimizer\.lrr: no such key; did you mean 'optimizer\.lr'\?",
     "model=resnet81": r"model: no such option 'resnet81'; did you mean 'resnet18'\?",

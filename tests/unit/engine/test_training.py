@@ -1,5 +1,7 @@
 """Properties of whole trainings, small and real."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 
 from cnntrain import compose, train
 from cnntrain.engine import checkpoint, loop
-from cnntrain.errors import DivergedError, StoppedError, UserError
+from cnntrain.errors import DivergedError, MachineError, StoppedError, UserError
 from cnntrain.randomness import seed_generators
 
 SMALL = (
@@ -70,6 +72,74 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_as_if_unbroken(
     assert whole["best"]["val/loss"] == pytest.approx(
         checkpoint.load(Path("broken/checkpoints/last.pt"))["state"]["progress"]["best"]["val/loss"]
     )
+
+
+@pytest.mark.parametrize("steps", [27, 20], ids=["of the last epoch", "in its middle"])
+def test_stopped_after_its_last_step_a_run_still_judges_that_epoch(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = ("epochs=3",) if steps == 27 else (f"steps={steps}",)
+    train(compose(*SMALL, *length, "run_dir=whole"))
+    evaluate, seen = loop.evaluate, []
+
+    def stopping(*arguments: Any) -> Any:
+        seen.append(0)
+        if len(seen) == 3:
+            raise StoppedError(15, "stopped")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", stopping)
+    with pytest.raises(StoppedError):
+        train(compose(*SMALL, *length, "run_dir=broken"))
+    state = checkpoint.load(Path("broken/checkpoints/last.pt"))["state"]
+    assert state["progress"]["step"] == steps and state["progress"]["batch"] > 0
+    train(compose(*SMALL, *length, "run_dir=broken", "resume=auto"))
+    assert_same(weights("whole"), weights("broken"))
+    assert rows("whole") == rows("broken") and rows("broken").count("\n") == 3
+
+
+def spoil(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = checkpoint.load(path)
+    change(content["state"])
+    checkpoint.save(content, path)
+
+
+FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "short moments": (
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+        "exp_avg is not of its parameter's shape",
+    ),
+    "sums that are none": (lambda state: state.update(meter={"loss": 1}), "its sums are no tensors"),
+    "before the start": (lambda state: state["progress"].update(step=-5), "it stands before the first step"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_state_that_is_none_of_such_a_training_is_refused(kind: str) -> None:
+    change, said = FOREIGN[kind]
+    train(compose(*SMALL, "epochs=1", "run_dir=run"))
+    spoil(Path("run/checkpoints/last.pt"), change)
+    with pytest.raises(UserError, match=said):
+        train(compose(*SMALL, "epochs=2", "run_dir=run", "resume=auto"))
+
+
+def test_a_run_whose_folder_is_taken_away_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = loop.evaluate
+
+    def and_remove(*arguments: Any) -> Any:
+        shutil.rmtree("run", ignore_errors=True)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(loop, "evaluate", and_remove)
+    with pytest.raises(MachineError, match=r"can't write the checkpoint: No such file or directory$"):
+        train(compose(*SMALL, "run_dir=run"))
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_is_named() -> None:
+    Path("run/checkpoints/last.pt").mkdir(parents=True)
+    for resume in ("none", "auto"):
+        with pytest.raises(UserError, match=r"run/checkpoints/last\.pt: is no file; remove it"):
+            train(compose(*SMALL, "run_dir=run", f"resume={resume}"))
 
 
 def test_same_seed_same_bits_and_other_seed_other_bits() -> None:
