@@ -38,9 +38,8 @@ def write(packed: memoryview, path: Path) -> None:
         MachineError: see `save`.
     """
     try:
-        path.parent.mkdir(
-            exist_ok=True
-        )  # not its parents: a run's folder that is gone is not to be half there again
+        # Not its parents: a run's folder that is gone is not to be half there again.
+        path.parent.mkdir(exist_ok=True)
         write_whole(path, packed)
     except OSError as error:
         intact = "; the previous one is intact" if path.is_file() else ""
