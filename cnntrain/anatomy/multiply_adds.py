@@ -5,9 +5,9 @@ from math import prod
 from typing import Any
 
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 from cnntrain.anatomy.moves import names
+from cnntrain.anatomy.rules import is_pointwise
 
 # Operations that take one small step per number: 'no multiply-adds' is an honest count for them.
 _ELEMENTWISE = names("""
@@ -48,5 +48,9 @@ def multiply_adds(
         return args[0].numel() * args[1].shape[-1]
     if name in ("addmm", "baddbmm"):
         return args[1].numel() * args[2].shape[-1]
+    if is_elementwise(name, is_pointwise(operation)):
+        return None
+    from torch.utils.flop_counter import flop_registry  # imports triton
+
     formula = flop_registry.get(operation._overloadpacket)
     return formula(*args, **kwargs, out_val=out) // 2 if formula is not None else None

@@ -77,6 +77,10 @@ class Trace(TorchDispatchMode):
                 continue
             self._remember(parameter, _Known(parameter=name))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch would import its compiler, seconds long, to be told that it has no part in this
+
     def known(self, tensor: Tensor) -> _Known:
         return self._known.get(_key(tensor), _Known())
 
