@@ -12,11 +12,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from cnntrain.engine.hooks import attached
+from cnntrain.models.dropout import dropout
 
 RECTIFIERS = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu, functional.relu6)
 DROPOUTS = (
     functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
-    functional.feature_alpha_dropout, torch.dropout, torch.dropout_,
+    functional.feature_alpha_dropout, torch.dropout, torch.dropout_, dropout,
 )  # fmt: skip
 Weighted = nn.Linear | nn.modules.conv._ConvNd
 

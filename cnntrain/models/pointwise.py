@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from cnntrain.models.dropout import Dropout
 from cnntrain.models.elements import ChannelShuffle, make_norm
 from cnntrain.models.shapes import Place, sizes
 
@@ -40,7 +41,7 @@ def lrn(place: Place, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k:
 
 def dropout(place: Place, probability: float = 0.5) -> nn.Module:
     """Sets single numbers to zero in training."""
-    return nn.Dropout(probability)
+    return Dropout(probability)
 
 
 def dropout1d(place: Place, probability: float = 0.5) -> nn.Module:

@@ -1,0 +1,80 @@
+"""Our dropout against its definition, and in the eyes of the checks."""
+
+import pytest
+import torch
+from torch import nn
+
+from cnntrain.checks.watch import watch_modes
+from cnntrain.models.dropout import Dropout, dropout
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.97])
+def test_zeros_and_scale_are_those_of_the_probability(p):
+    torch.manual_seed(0)
+    outputs = dropout(torch.ones(1_000_000), p)
+    assert outputs.eq(0).double().mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / 1e6) ** 0.5)
+    kept = outputs[outputs != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)), rtol=2**-12, atol=0)
+
+
+def test_neighbours_are_drawn_independently():
+    """Four numbers come out of one draw of the generator: all 16 combinations must be equally frequent."""
+    torch.manual_seed(0)
+    kept = dropout(torch.ones(400_000), 0.5).view(-1, 4).ne(0).long()
+    counts = torch.bincount(kept @ torch.tensor([1, 2, 4, 8]), minlength=16).double()
+    chi_squared = ((counts - 6250) ** 2 / 6250).sum().item()
+    assert chi_squared < 37.7  # 15 degrees of freedom: exceeded once in a thousand
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.randn(3, 5, 7, 2),
+        torch.randn(3, 5, 7, 2).to(memory_format=torch.channels_last),
+        torch.randn(4, 6)[:, ::2],
+        torch.randn(1, 6).expand(4, 6),
+        torch.randn(0, 6),
+        torch.randn(()),
+        torch.randn(3, 5).bfloat16(),
+        torch.randn(3, 5).double(),
+    ],
+    ids=["plain", "channels_last", "strided", "expanded", "empty", "scalar", "bf16", "fp64"],
+)
+def test_gradient_passes_where_the_number_did(inputs):
+    inputs = inputs.detach().requires_grad_()
+    outputs = dropout(inputs, 0.25)
+    (gradient,) = torch.autograd.grad(outputs.sum(), inputs)
+    assert outputs.dtype == inputs.dtype and outputs.shape == inputs.shape
+    assert torch.equal(outputs, inputs * gradient)
+    assert set(gradient.unique().tolist()) <= {0.0, torch.tensor(4 / 3, dtype=inputs.dtype).item()}
+
+
+def test_layout_stays():
+    images = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)
+    assert dropout(images).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_seed_decides():
+    layer, inputs = Dropout(0.3), torch.randn(100)
+
+    def draw(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return layer(inputs)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def test_evaluation_none_and_all():
+    inputs = torch.randn(50)
+    assert Dropout(0.5).eval()(inputs) is inputs
+    assert torch.equal(dropout(inputs, 0.0), inputs)
+    assert torch.equal(dropout(inputs, 1.0), torch.zeros(50))
+
+
+def test_checks_see_it():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), Dropout(0.3)).train()
+    _, calls = watch_modes(model, torch.randn(2, 1, 8, 8))
+    assert calls.dropouts == [("1", 0.3)]
+    _, calls = watch_modes(model.eval(), torch.randn(2, 1, 8, 8))
+    assert not calls.dropouts and not calls.drew
