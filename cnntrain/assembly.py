@@ -87,7 +87,9 @@ def assemble(settings: Settings, known: DataSpec | None = None, ranks: Ranks = A
         UserError: a part can't be built, or the network does not fit its input; nothing has been read yet.
     """
     prepare_torch(settings.threads, settings.deterministic, ranks)
-    compute = choose_compute(settings.device, settings.precision, settings.channels_last, ranks)
+    compute = choose_compute(
+        settings.device, settings.precision, settings.channels_last, ranks, settings.compile
+    )
     source, data_settings = build_source(settings)
     spec = known or with_chosen_statistics(source.spec(), data_settings)
     pipeline = build_pipeline(settings, spec)
@@ -253,11 +255,12 @@ def leaves_one_image(rest: int, compute: Compute) -> bool:
 def find_batch_size(assembly: Assembly, data: Data) -> int:
     """What `batch_size=auto` comes to, by steps of copies; see `choose_batch_size`."""
     loader = assembly.loader(data.train, augmented=True)
+    compute = dataclasses.replace(assembly.compute, compile="off")  # each size would be compiled
 
     def rig(size: int) -> Rig:
         plan = Plan(assembly.settings.seed, size, batches_per_epoch=1, steps_per_epoch=1, total_steps=1)
         return make_rig(assembly.model, partial(make_optimizer, assembly.settings), assembly.task,
-                        assembly.compute, plan, loader, assembly.pipeline, assembly.settings.ema_decay)  # fmt: skip
+                        compute, plan, loader, assembly.pipeline, assembly.settings.ema_decay)  # fmt: skip
 
     size = choose_batch_size(rig, assembly.compute.device, len(data.train))
     loader.close()

@@ -1,4 +1,4 @@
-"""Time the training step beside the bare step, and tell the fastest settings: precision, layout, batch size.
+"""Time the training step beside the bare step, and tell the fastest settings: precision, layout, batch size, compile.
 
 `cnntrain bench model=... data=...` trains nothing: it times copies. A table tells for each setting the images/s of the
 training as it is (batches, augmentation, metrics, logging), of the bare step (forward, backward and optimizer step on
@@ -112,15 +112,19 @@ class Timings:
         parts: dict[str, Windows] = {}
         speeds = [self._time(here, batch_size, self.budget_s * (1 - SHARE_OF_PARTS) / 6, parts)]
         for precision, channels_last in self._layouts():
-            compute = dataclasses.replace(here, precision=precision, channels_last=channels_last)
+            compute = dataclasses.replace(
+                here, precision=precision, channels_last=channels_last, compile="off"
+            )
             if compute != here:
                 speeds.append(self._time(compute, batch_size, self._share(6 - len(speeds))))
         fastest = max(speeds, key=lambda speed: speed.loop or 0)
-        compute = dataclasses.replace(here, precision=fastest.precision, channels_last=fastest.channels_last)
+        compute = dataclasses.replace(
+            here, precision=fastest.precision, channels_last=fastest.channels_last, compile=fastest.compile
+        )
         for size in self._batch_sizes():
             reason = self._too_large(size, speeds)
             speeds.append(
-                Speed(compute.precision, compute.channels_last, size, note=reason)
+                Speed(compute.precision, compute.channels_last, compute.compile, size, note=reason)
                 if reason
                 else self._time(compute, size, self._share(2))
             )
@@ -162,7 +166,7 @@ class Timings:
         self, compute: Compute, batch_size: int, share_s: float, parts: dict[str, Windows] | None = None
     ) -> Speed:
         """One setting, in about `share_s` seconds; fills `parts` where they are asked for."""
-        speed = Speed(compute.precision, compute.channels_last, batch_size)
+        speed = Speed(compute.precision, compute.channels_last, compute.compile, batch_size)
         if share_s <= 0:
             return dataclasses.replace(speed, note="not timed: bench.budget_s is used up")
         forget_peak(compute.device)

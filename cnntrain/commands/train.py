@@ -257,7 +257,7 @@ def _prepare(assembly: Assembly, data: Data) -> tuple[Plan, TrainState]:
     plan, optimizer, schedule = build_training_parts(assembly, data)
     if compute.ranks.count > 1 and compute.device.type == "cuda":
         assembly.model = synchronise_norms(assembly.model)
-    assembly.model.to(memory_format=compute.memory_format)
+    compute.place(assembly.model)
     state = TrainState(
         assembly.model,
         optimizer,

@@ -3,15 +3,20 @@
 import contextlib
 import logging
 import os
+import shutil
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import nn
 
+from cnntrain.engine.lean import spare_the_compiler
 from cnntrain.engine.ranks import ALONE, Ranks
-from cnntrain.errors import UserError
+from cnntrain.errors import MachineError, UserError
 from cnntrain.randomness import hash_seed, seed_generators
 
 log = logging.getLogger("cnntrain")
+COMPILERS = ("g++", "clang++", "c++", "cl")  # one that torch.compile may use
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,29 @@ class Compute:
     precision: str  # fp32 | bf16 | fp16
     channels_last: bool
     ranks: Ranks = ALONE
+    compile: str = "off"  # or a mode of torch.compile
 
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def place(self, model: nn.Module) -> None:
+        """Bring a model that will be trained to the device, in the layout; compile its calls where that is asked for.
+
+        It stays the module it is: its parameters, names and state dict are those of the network as it was written.
+
+        Raises:
+            MachineError: there is no compiler.
+        """
+        model.to(self.device).to(memory_format=self.memory_format)
+        if self.compile != "off":
+            if not any(map(shutil.which, COMPILERS)):
+                raise MachineError(
+                    f"compile: {self.compile} needs a C++ compiler ({', '.join(COMPILERS)}), none is on the PATH; use "
+                    "compile=off"
+                )
+            torch.compiler.reset()  # what an earlier training of this process compiled
+            model.compile(mode=self.compile)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.precision == "fp32":
@@ -35,7 +59,13 @@ class Compute:
         return torch.autocast(self.device.type, dtype)
 
 
-def choose_compute(device: str, precision: str, channels_last: bool, ranks: Ranks = ALONE) -> Compute:
+def choose_compute(
+    device: str,
+    precision: str,
+    channels_last: bool,
+    ranks: Ranks = ALONE,
+    compile: str | Literal[False] = "off",
+) -> Compute:
     """Resolve `auto`; of several processes each takes a GPU of its own.
 
     Raises:
@@ -49,7 +79,9 @@ def choose_compute(device: str, precision: str, channels_last: bool, ranks: Rank
     if ranks.count > 1 and chosen.type == "cuda":
         chosen = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(chosen)
-    return Compute(chosen, precision, channels_last, ranks)
+    return Compute(
+        chosen, precision, channels_last, ranks, compile or "off"
+    )  # YAML reads a bare off as false
 
 
 def _choose_device(name: str) -> torch.device:
@@ -87,6 +119,7 @@ def _fast_precision(device: torch.device) -> str:
 def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE) -> None:
     """Process-wide settings of torch: CPU threads (the cores are divided between processes), determinism, TF32 where
     fp32 is chosen."""
+    spare_the_compiler()
     if threads is None and ranks.count > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, cores // ranks.local_count)

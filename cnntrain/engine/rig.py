@@ -162,7 +162,8 @@ def make_rig(
     journal: Journal | None = None,
 ) -> Rig:
     """A rig of copies: nothing that is done to it reaches `model`."""
-    model = copy.deepcopy(model).to(memory_format=compute.memory_format)
+    model = copy.deepcopy(model)
+    compute.place(model)
     state = TrainState(
         model,
         make_optimizer(model, compute),

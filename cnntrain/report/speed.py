@@ -27,6 +27,7 @@ class Speed:
 
     precision: str
     channels_last: bool
+    compile: str
     batch_size: int
     loop: float | None = None
     bare: float | None = None
@@ -41,6 +42,7 @@ class Speed:
         return {
             "precision": self.precision,
             "channels_last": str(self.channels_last).lower(),
+            "compile": self.compile,
             "batch_size": str(self.batch_size),
         }
 
@@ -96,7 +98,7 @@ def recommend(speeds: Sequence[Speed]) -> str:
     if gain < NOTICEABLE:
         same, text = (
             configured,
-            "keep precision and layout as they are: nothing tried here is noticeably faster",
+            "keep precision, layout and compile as they are: nothing tried here is noticeably faster",
         )
     else:
         text = f"type {_changes(configured, same)}: {gain:.2f} x the images/s of now"

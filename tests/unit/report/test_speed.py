@@ -6,7 +6,7 @@ import pytest
 
 from cnntrain.report.speed import Speed, load_line, part_rows, recommend, speed_rows
 
-HERE = Speed("fp32", True, 64, loop=100.0, bare=110.0, peak_mib=700.0, clean=5, windows=5)
+HERE = Speed("fp32", True, "off", 64, loop=100.0, bare=110.0, peak_mib=700.0, clean=5, windows=5)
 
 
 def test_the_parts_add_up_to_the_whole() -> None:
@@ -20,7 +20,7 @@ def test_the_parts_add_up_to_the_whole() -> None:
 
 
 def test_shares_are_of_the_bare_step_and_what_was_not_timed_is_a_gap() -> None:
-    rows = speed_rows([HERE, Speed("bf16", True, 64, note="out of memory")])
+    rows = speed_rows([HERE, Speed("bf16", True, "off", 64, note="out of memory")])
     assert rows[0]["share"] == pytest.approx(100 / 110, abs=1e-3)
     assert rows[0]["remark"] == "configured, fastest" and rows[0]["clean windows"] == "5 of 5"
     assert rows[1]["share"] is None and rows[1]["images/s"] is None and rows[1]["remark"] == "out of memory"
