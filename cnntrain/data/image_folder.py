@@ -8,7 +8,7 @@ import torch
 from cnntrain.data.canvas import Resize, canvas_size
 from cnntrain.data.decode import BadFile, Decoder, refuse
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.listing import files_below, folders_in
+from cnntrain.data.listing import files_below, folders_in, seen_from
 from cnntrain.data.source import Source, given_folder
 from cnntrain.errors import UserError, suggest
 from cnntrain.spec import DataSpec
@@ -64,9 +64,8 @@ class ImageFolder(Source):
             count += len(paths)
             if not paths:
                 bad.append(BadFile(folder, "has no images"))
-            names = [str(Path(path).relative_to(self.root)) for path in paths]
             targets = {"label": torch.tensor(labels, dtype=torch.int64)}
-            splits[split] = Examples(LazyImages(paths, self.decoder), targets, names)
+            splits[split] = Examples(LazyImages(paths, self.decoder), targets, seen_from(self.root, paths))
         refuse(bad, count + len(bad), self.root)
         return splits
 

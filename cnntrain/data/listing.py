@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from cnntrain.data.decode import BadFile
@@ -26,11 +27,21 @@ def files_below(folder: Path, bad: list[BadFile]) -> list[str]:
     return sorted(found)
 
 
+def seen_from(folder: Path, paths: Sequence[str]) -> list[str]:
+    """The paths without the folder, which they all begin with."""
+    start = len(str(folder / "_")) - 1
+    return [path[start:] for path in paths]
+
+
 def _walk(folder: str, above: set[str], found: list[str], bad: list[BadFile]) -> None:
     for entry in os.scandir(folder):
         if is_ignored(entry.name):
             continue
-        if os.path.isdir(entry.path):  # False for a link to itself, where the entry would raise
+        if entry.is_file(
+            follow_symlinks=False
+        ):  # the folder says so itself: the many files cost no call each
+            found.append(entry.path)
+        elif os.path.isdir(entry.path):  # False for a link to itself, where the entry would raise
             real = os.path.realpath(entry.path)
             if real in above or os.path.realpath(folder).startswith(real.rstrip(os.sep) + os.sep):
                 bad.append(BadFile(entry.path, "is a link that leads back to a folder above it"))

@@ -7,7 +7,7 @@ from cnntrain.data.canvas import Resize
 from cnntrain.data.decode import BadFile, reading, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import make_decoder
-from cnntrain.data.listing import files_below
+from cnntrain.data.listing import files_below, seen_from
 from cnntrain.data.masks import MaskDecoder
 from cnntrain.data.parallel import in_threads
 from cnntrain.data.source import Source, given_folder
@@ -73,7 +73,7 @@ class MaskSource(Source):
             if files:
                 images = LazyImages([image for image, _ in files], self.decoder)
                 masks = LazyImages([mask for _, mask in files], self.mask_decoder)
-                names = [str(Path(image).relative_to(self.root)) for image, _ in files]
+                names = seen_from(self.root, images.paths)
                 splits[split] = Examples(images, {}, names, lazy_targets={"mask": masks})
         if "train" not in splits:
             raise UserError(f"data.root: {self.root} has no images with masks for train")

@@ -72,8 +72,9 @@ def read_all(splits: dict[str, Examples], read: Read) -> dict[str, Examples]:
     """
     bad: list[BadFile] = []
     whole = {name: _read_split(examples, read, bad) for name, examples in splits.items()}
-    paths = {path for lazy in lazy_images(splits) for path in lazy.paths}
-    refuse({problem.path: problem for problem in bad}.values(), len(paths), common_folder(splits))
+    if bad:
+        paths = {path for lazy in lazy_images(splits) for path in lazy.paths}
+        refuse({problem.path: problem for problem in bad}.values(), len(paths), common_folder(splits))
     return whole
 
 
