@@ -9,7 +9,7 @@ Each peer is one script in benchmarks/peers/, written as its users would write i
 and optimizer, no augmentation. Every run is a process of its own; they take turns, and a round has one of each. A run's
 figure is that of its steady state: the median of its epochs but the first. Runs during which another process took CPU
 time do not count while there are clean ones. Tables: cnntrain as it comes against the peers as they come (fp32), then
-at equal precision and layout.
+at equal precision and layout: fp32 with NCHW, and with NHWC in bf16 where the machine computes in it, else in fp32.
 """
 
 import argparse
@@ -24,15 +24,17 @@ from pathlib import Path
 from fashion import COMMAND, add_root, fashion_mnist
 
 from cnntrain.engine.cpu_load import others_cores, read_cpu
+from cnntrain.engine.device import choose_compute
 from cnntrain.engine.timing import Windows
 
 SCRIPTS = Path(__file__).parent / "peers"
 PEERS = {"dataloader": "torch", "lightning_peer": "lightning", "keras_peer": "keras", "fastai_peer": "fastai"}
+FAST = choose_compute("auto", "auto", channels_last=True).precision  # bf16 where this machine computes in it
 LAYOUTS = {
     "fp32": ([], ["precision=fp32", "channels_last=false"]),
-    "bf16, channels_last": (
-        ["--precision", "bf16", "--channels-last"],
-        ["precision=bf16", "channels_last=true"],
+    f"{FAST}, channels_last": (
+        ["--precision", FAST, "--channels-last"],
+        [f"precision={FAST}", "channels_last=true"],
     ),
 }
 DEFAULTS = "as they come"

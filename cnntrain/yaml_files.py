@@ -26,6 +26,8 @@ def check_yaml_files(folder: Path) -> None:
         UserError: a file is no text or none at all (a FIFO), or unfolds to too much; names file and line.
     """
     for file in yaml_files(folder):
+        if not file.exists():
+            raise UserError(f"{file}: is a link to nothing, or to itself")
         if not stat.S_ISREG(file.stat().st_mode):  # opening a FIFO would wait for ever
             raise UserError(f"{file}: is no regular file")
         if file.stat().st_size > LARGEST_BYTES:

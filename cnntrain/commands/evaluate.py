@@ -18,7 +18,7 @@ from cnntrain.config import compose, parse_overrides
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.run_folder import open_run_folder, provenance
 from cnntrain.engine.signals import stop_flag
-from cnntrain.errors import UserError
+from cnntrain.errors import DivergedError, UserError
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.figures import save
 from cnntrain.report.table import print_rows
@@ -58,6 +58,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
 
     Raises:
         UserError: the checkpoint or the data can't be used, or there is no such split.
+        DivergedError: the loss over the split is not finite.
     """
     log_to_console()
     path = locate(Path(settings.checkpoint), "best.pt")
@@ -85,6 +86,11 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
             assembly.model, assembly.loader(examples), assembly.pipeline, assembly.task, assembly.compute,
             assembly.settings.known_batch_size or saved["config"]["batch_size"], None, stop, look,
         )  # fmt: skip
+        if not meter.loss_is_finite():
+            weights = assembly.model.named_parameters()
+            broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
+            cause = f"{broken} holds NaN or inf" if broken else "the weights are finite: look at the images"
+            raise DivergedError(f"evaluate: the loss over {settings.split} is not finite; {cause}")
         figures = {**meter.compute(), **meter.details()}
         metrics = {f"{settings.split}/{name}": value for name, value in figures.items()}
         rows.sort(key=lambda row: -float(row["loss"]))

@@ -83,6 +83,13 @@ class TrainState:
         configured = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         _check_moments(self.optimizer)
+        # With fp16 the first steps may all have been skipped.
+        if (
+            state["progress"]["step"]
+            and not (self.optimizer.state or self.scaler)
+            and _keeps_moments(self.optimizer)
+        ):
+            raise TypeError("the optimizer's moments are missing")
         for group, own in zip(self.optimizer.param_groups, configured, strict=True):
             group.update({**own, "lr": group["lr"]})  # settings stay as configured; `lr` is the last step's
         if (
@@ -97,6 +104,14 @@ class TrainState:
         self.meter = state["meter"]
         if not all(isinstance(value, Tensor) for value in self.meter.values()):
             raise TypeError("its sums are no tensors")
+
+
+def _keeps_moments(optimizer: Optimizer) -> bool:
+    """Whether it is one of torch's that keeps something of each parameter from its first step on."""
+    plain_sgd = isinstance(optimizer, torch.optim.SGD) and not any(
+        g["momentum"] for g in optimizer.param_groups
+    )
+    return type(optimizer).__module__.startswith("torch.optim") and not plain_sgd
 
 
 def _check_moments(optimizer: Optimizer) -> None:

@@ -34,6 +34,12 @@ def nothing_but_the_format() -> None:
     torch.save({"format": 1, "state": {"model": {}}, "config": {}, "spec": {}}, LAST)
 
 
+def without_moments() -> None:
+    saved = torch.load(LAST, weights_only=True)
+    saved["state"]["optimizer"]["state"] = {}
+    torch.save(saved, LAST)
+
+
 SPOILT: dict[str, Callable[[], object]] = {
     "a flipped byte": flip_a_byte,
     "half a file": lambda: LAST.write_bytes(LAST.read_bytes()[: LAST.stat().st_size // 2]),
@@ -41,6 +47,7 @@ SPOILT: dict[str, Callable[[], object]] = {
     "a pickle": lambda: LAST.write_bytes(pickle.dumps(Evil())),
     "a pickle in a checkpoint": lambda: torch.save({"format": 1, "state": Evil()}, LAST),
     "nothing but the format": nothing_but_the_format,
+    "no moments": without_moments,
 }
 
 
@@ -49,6 +56,15 @@ def test_a_spoilt_checkpoint_is_refused_and_runs_no_code(cnntrain, trained: Path
     SPOILT[how]()
     said = cnntrain.refused(*cnntrain.quick, "run_dir=run", "resume=auto")
     assert str(LAST) in said and not Path("touched").exists()
+
+
+def test_weights_that_are_not_numbers_are_not_judged(cnntrain, trained: Path) -> None:
+    saved = torch.load(LAST, weights_only=True)
+    name = next(iter(saved["state"]["model"]))
+    saved["state"]["model"][name].view(-1)[0] = float("nan")
+    torch.save(saved, LAST)
+    done = cnntrain("evaluate", f"checkpoint={LAST}", "threads=1", code=3)
+    assert f"{name} holds NaN or inf" in done.stderr and not list(trained.rglob("results.json"))[1:]
 
 
 def change(**config: object) -> None:

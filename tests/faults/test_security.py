@@ -72,6 +72,11 @@ def test_a_pipe_in_a_config_folder_is_refused(cnntrain) -> None:
     Path("own/model").mkdir(parents=True)
     os.mkfifo("own/model/bad.yaml")
     assert "bad.yaml: is no regular file" in cnntrain.refused("--config-dir", "own", "model=bad")
+    Path("own/model/bad.yaml").unlink()
+    Path("own/model/bad.yaml").symlink_to("bad.yaml")
+    assert "bad.yaml: is a link to nothing, or to itself" in cnntrain.refused(
+        "--config-dir", "own", "model=bad"
+    )
 
 
 def listeners(pid: int) -> list[str]:

@@ -14,6 +14,7 @@ from cnntrain.settings import Settings
 SLIPS = {
     "=3": r"'=3' has no key; write KEY=VALUE",
     "epohcs=3": r"epohcs: no such key; did you mean 'epochs'\?",
+    "hydra.run.dir=x": r"hydra\.run\.dir: Hydra composes the config here and does no more; a run's folder is run_dir",
     "optimizer.lrr=3": r"optimizer\.lrr: no such key; did you mean 'optimizer\.lr'\?",
     "model=resnet81": r"model: no such option 'resnet81'; did you mean 'resnet18'\?",
     "modle=mlp": r"modle: no such key; did you mean 'model'\?",
