@@ -20,13 +20,14 @@ from cnntrain.engine.run_folder import open_run_folder, provenance
 from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import DivergedError, UserError
 from cnntrain.report.console import console, log_to_console
-from cnntrain.report.figures import save
+from cnntrain.report.figures import save, sign
 from cnntrain.report.table import print_rows
 from cnntrain.saved import load_weights, locate, read_saved, run_folder_of, saved_spec
 from cnntrain.settings import EvaluateSettings, PredictSettings, Settings, parse
 from cnntrain.spec import Batch
 
 log = logging.getLogger("cnntrain")
+NAMES = {"train": "training", "val": "validation", "test": "test"}  # as pictures call the splits
 
 
 def run(invocation: Invocation) -> int:
@@ -99,7 +100,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
             writer.writeheader()
             writer.writerows(rows)
         for name, figure in assembly.task.figures(meter).items():
-            save(figure, run_folder.figures / f"{name}.png")
+            save(sign(figure, NAMES[settings.split]), run_folder.figures / f"{name}.png")
         run_folder.write_json("run.json", provenance(command_line))
         run_folder.write_json("results.json", metrics)
     print_rows([{"metric": name, "value": value} for name, value in metrics.items()], console=console)

@@ -327,7 +327,8 @@ def _train_in(
         if not journal:
             return {}
         mistakes = _draw_mistakes(best, assembly, judged, worst) if settings.log.pictures else None
-        journal.finish(best, meter, mistakes, state.progress.best, test, state.progress.step)
+        split = "validation" if validation else "training"
+        journal.finish(best, meter, mistakes, split, state.progress.best, test, state.progress.step)
     return _summary(state, best, test)
 
 

@@ -1,5 +1,6 @@
 """From an image file of any kind to uint8 pixels on the canvas."""
 
+import io
 import os
 import stat
 import struct
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cnntrain.data.canvas import Box, Placement, Resize, place
+from cnntrain.data.spans import Span, span_of
 from cnntrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,13 +112,14 @@ class reading:
     def __enter__(self) -> "Image.Image":
         from PIL import Image, UnidentifiedImageError
 
+        span = span_of(self.path)
         try:
-            about = os.stat(self.path)
+            about = os.stat(span.file)
             if not stat.S_ISREG(about.st_mode):  # opening a FIFO would wait for ever
                 raise BadFile(self.path, "is no regular file")
             if about.st_size == 0:
                 raise BadFile(self.path, "is empty")
-            self.image = Image.open(self.path)
+            self.image = Image.open(self.path if span.size is None else _part(span))
         except UnidentifiedImageError:
             raise BadFile(self.path, "is no image that Pillow can read") from None
         except (*DAMAGE, Image.DecompressionBombError) as error:
@@ -131,6 +134,11 @@ class reading:
         self.image.close()
         if kind is not None and issubclass(kind, DAMAGE):
             raise BadFile(self.path, _reason(error)) from None
+
+
+def _part(span: Span) -> io.BytesIO:
+    with open(span.file, "rb") as file:
+        return io.BytesIO(os.pread(file.fileno(), span.size or 0, span.offset or 0))
 
 
 def _reason(error: BaseException | None) -> str:

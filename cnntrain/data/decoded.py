@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.parallel import MANY, decode_into
 from cnntrain.data.resident import decoded_bytes, lazy_images, read_all
 from cnntrain.data.source import default_root
+from cnntrain.data.spans import span_of
 from cnntrain.errors import UserError
 
 log = logging.getLogger("cnntrain")
@@ -117,15 +119,20 @@ def _file(lazy: LazyImages) -> Path:
     digest = hashlib.sha256(f"{FORMAT} {pillow} {lazy.decoder!r} {lazy.shape}".encode())
     if lazy.boxes is not None:
         digest.update(lazy.boxes.double().contiguous().numpy().tobytes())
+    about = cache(_about)  # of a shard once
     for path in lazy.paths:
-        try:
-            about = os.stat(path)
-        except OSError:
-            size, changed = -1, -1  # decoding will say what is wrong with it
-        else:
-            size, changed = about.st_size, about.st_mtime_ns
+        size, changed = about(span_of(path).file)
         digest.update(f"{os.path.abspath(path)}\0{size} {changed}\n".encode(errors="surrogateescape"))
     return folder() / f"{digest.hexdigest()[:32]}.u8"
+
+
+def _about(file: str) -> tuple[int, int]:
+    """Bytes, and the time of the last change in ns; -1 where decoding will say what is wrong with it."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.parallel import in_threads
 from cnntrain.data.resident import common_folder, lazy_images
 from cnntrain.data.source import default_root
+from cnntrain.data.spans import span_of
 
 Scan = Literal["full", "headers", "off"]
 Stamp = list[int]  # bytes, time of the last change in ns
@@ -59,7 +60,7 @@ def scan(splits: dict[str, Examples], how: Scan) -> None:
 
 def _stamp(path: str) -> Stamp | None:
     try:
-        about = os.stat(path)
+        about = os.stat(span_of(path).file)
     except OSError:
         return None
     return [about.st_size, about.st_mtime_ns]

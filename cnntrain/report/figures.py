@@ -42,6 +42,7 @@ __all__ = [
     "learning",
     "png",
     "save",
+    "sign",
     "unnormalise",
 ]
 
@@ -161,6 +162,12 @@ def batch_grid(
 ) -> Figure:
     """A batch as the network sees it: (N, C, H, W) normalised floats, shown on the 0-1 scale."""
     return image_grid(unnormalise(images, mean, std), captions, title=title)
+
+
+def sign(figure: Figure, split: str) -> Figure:
+    """The same figure, which says below on the right what data it shows."""
+    figure.supxlabel(f"{split} data", x=0.99, ha="right", fontsize=7, color=SOFT)
+    return figure
 
 
 def filters(weight: Tensor, title: str = "First layer's filters", limit: int = 64) -> Figure:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cnntrain.errors import CnntrainError
-from cnntrain.report.figures import batch_grid, curves, filters, save
+from cnntrain.report.figures import batch_grid, curves, filters, save, sign
 from cnntrain.report.metrics import MetricsFile
 from cnntrain.report.progress import Bar
 from cnntrain.report.tensorboard import Events
@@ -139,6 +139,7 @@ class RunJournal:
         model: nn.Module,
         meter: Meter,
         mistakes: Figure | None,
+        split: str,
         best: Mapping[str, float],
         test: Mapping[str, float],
         step: int,
@@ -147,8 +148,9 @@ class RunJournal:
 
         Args:
             model: the best one; its first convolution is drawn.
-            meter: of the best model on validation data.
-            mistakes: the most confident ones, drawn.
+            meter: of the best model on the data that chose it.
+            mistakes: the most confident ones among them, drawn.
+            split: what these data are called.
             best: metrics of the best epoch, `val/...`.
             test: metrics of the test set, `test/...`; empty where there is none.
         """
@@ -160,9 +162,9 @@ class RunJournal:
             return
         self.figure("curves", curves(self.metrics.rows, self.task.monitor), step)
         for name, figure in self.task.figures(meter).items():
-            self.figure(name, figure, step)
+            self.figure(name, sign(figure, split), step)
         if mistakes is not None:
-            self.figure("mistakes", mistakes, step)
+            self.figure("mistakes", sign(mistakes, split), step)
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
         if first is not None:
             self.figure("filters", filters(first.weight), step)

@@ -1,0 +1,188 @@
+"""Tar shards as the webdataset library writes them, read where they lie: a thousand large files instead of millions."""
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cnntrain.data.canvas import Resize
+from cnntrain.data.decode import DAMAGE, BadFile, refuse
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.image_folder import make_decoder
+from cnntrain.data.parallel import in_threads
+from cnntrain.data.source import Source, given_folder
+from cnntrain.data.spans import path_within
+from cnntrain.errors import UserError
+from cnntrain.spec import DataSpec
+
+LAYOUT = "train*.tar, and where there are any val*.tar and test*.tar, with KEY.jpg beside KEY.cls or KEY.json"
+IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"}
+LARGEST_LABEL = 65_536  # bytes of a .cls or .json
+
+
+class Item(NamedTuple):
+    """One example: its name, where its image is, and its label as it is written."""
+
+    name: str
+    path: str
+    label: str
+
+
+class TarShards(Source):
+    """`root/train-000.tar` and so on: members of one key (their path up to the first dot) are one example.
+
+    A label is the text of KEY.cls, or `label` (else `cls`) in KEY.json: a class's number where all labels are whole
+    numbers, else its name. Nothing is unpacked: an image is read from its place in the shard.
+
+    Args:
+        root: the folder of the shards.
+        classes: names by number; null: the numbers, or train's names, sorted.
+        size, channels, resize: as for `ImageFolder`.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        classes: Sequence[str] | None = None,
+        size: int | list[int] = 64,
+        channels: int = 3,
+        resize: Resize = "short_side",
+        mirror_safe: bool = True,
+    ) -> None:
+        self.root = given_folder(root, LAYOUT)
+        self.chosen = None if classes is None else tuple(map(str, classes))
+        self.decoder = make_decoder(size, channels, resize)
+        self.mirror_safe = mirror_safe
+
+    def spec(self) -> DataSpec:
+        d = self.decoder
+        return DataSpec(d.channels, d.height, d.width, self.classes, mirror_safe=self.mirror_safe)
+
+    @cached_property
+    def items(self) -> dict[str, list[Item]]:
+        """The examples of each split in the order of the shards, whose headers are read once."""
+        bad: list[BadFile] = []
+        found: dict[str, list[Item]] = {}
+        count = 0
+        for split in ("train", "val", "test"):
+            shards = sorted(self.root.glob(f"{split}*.tar"))
+            count += len(shards)
+            if shards:
+                parts = in_threads(_read_shard, shards, f"reading the headers of {len(shards):,} shards")
+                bad += [problem for _, problems in parts for problem in problems]
+                found[split] = [item for items, _ in parts for item in items]
+        if "train" not in found:
+            packed = [path.name for path in sorted(self.root.glob("train*.tar.*"))][:3]
+            hint = (
+                f"; {', '.join(packed)} must be unpacked to .tar first, to be read in place" if packed else ""
+            )
+            raise UserError(f"data.root: {self.root} has no train*.tar; it must have {LAYOUT}{hint}")
+        refuse(bad, count + sum(map(len, found.values())), self.root)
+        return found
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        labels = {item.label for item in self.items["train"]}
+        everywhere = labels | {item.label for items in self.items.values() for item in items}
+        if all(label.isdecimal() and len(label) < 7 for label in everywhere):
+            largest = max(map(int, everywhere), default=0)
+            names = self.chosen or tuple(map(str, range(largest + 1)))
+            if largest >= len(names):
+                raise UserError(f"data.classes: has {len(names)} names, but there are labels up to {largest}")
+        else:
+            names = self.chosen or tuple(sorted(labels))
+            if foreign := sorted(everywhere - set(names)):
+                where = "data.classes" if self.chosen else "train"
+                raise UserError(f"data: {where} has no class {', '.join(map(repr, foreign[:5]))}")
+        if len(names) < 2:
+            raise UserError(
+                f"data: the labels of {self.root} are of {len(names)} class; at least 2 are needed"
+            )
+        return names
+
+    def load(self) -> dict[str, Examples]:
+        names = self.classes
+        numbers = {name: number for number, name in enumerate(names)}
+        if all(item.label.isdecimal() for items in self.items.values() for item in items):
+            numbers = {label: int(label) for items in self.items.values() for _, _, label in items}
+        return {
+            split: Examples(
+                LazyImages([item.path for item in items], self.decoder),
+                {"label": torch.tensor([numbers[item.label] for item in items], dtype=torch.int64)},
+                [item.name for item in items],
+            )
+            for split, items in self.items.items()
+        }
+
+
+def _read_shard(shard: Path) -> tuple[list[Item], list[BadFile]]:
+    """What a shard has, and what in it can't be used."""
+    bad: list[BadFile] = []
+    images: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    if not shard.is_file():  # opening a FIFO would wait for ever
+        return [], [BadFile(shard, "is no regular file")]
+    try:
+        with tarfile.open(shard, "r:") as archive, shard.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for member, key, ending in _members(archive):
+                within = path_within(shard, member.name, member.offset_data, member.size)
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError("unexpected end of data")
+                if ending in IMAGES:
+                    if key in images:
+                        bad.append(BadFile(within, f"is a second image of {key}"))
+                    images.setdefault(key, within)
+                elif ending in ("cls", "json"):
+                    if member.size > LARGEST_LABEL:
+                        bad.append(BadFile(within, "is too long for a label"))
+                        continue
+                    try:
+                        labels[key] = _label(os.pread(file.fileno(), member.size, member.offset_data), ending)
+                    except (ValueError, LookupError, TypeError, RecursionError):
+                        bad.append(BadFile(within, "holds no label"))
+    except (tarfile.TarError, *DAMAGE) as error:
+        return [], [BadFile(shard, f"is no whole tar archive ({error})")]
+    bad += [
+        BadFile(path, "has no .cls and no .json beside it")
+        for key, path in images.items()
+        if key not in labels
+    ]
+    bad += [BadFile(f"{shard}/{key}", "has a label and no image") for key in labels if key not in images]
+    if not images and not bad:
+        bad.append(BadFile(shard, "has no images"))
+    return [
+        Item(f"{shard.name}/{key}", path, labels[key]) for key, path in images.items() if key in labels
+    ], bad
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """Regular members with their key and their ending in small letters; hidden ones are passed over."""
+    for member in archive:
+        folder, _, file = member.name.rpartition("/")
+        stem, _, ending = file.partition(".")
+        if member.isreg() and not member.issparse() and stem:
+            yield member, f"{folder}/{stem}" if folder else stem, ending.lower()
+
+
+def _label(content: bytes, ending: str) -> str:
+    """The label as text.
+
+    Raises:
+        ValueError, LookupError, TypeError: there is none.
+    """
+    text = content.decode().strip()
+    if ending == "json":
+        told: Any = json.loads(text)
+        value = told["label"] if "label" in told else told["cls"]
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise TypeError(value)
+        text = str(value).strip()
+    if not text:
+        raise ValueError("empty")
+    return str(int(text)) if text.isdecimal() else text
