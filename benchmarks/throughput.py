@@ -6,9 +6,10 @@ written by hand, on one batch that lies on the device, in the same precision and
     python benchmarks/throughput.py --precision fp32 --models lenet5 --window-s 3
     python benchmarks/throughput.py --batch-size 512      # on a GPU
 
-Both take turns in one process: a window of the bare step after every epoch. Windows in which another process took CPU
-time do not count; up to three times as many are taken until there are enough clean ones. Prints medians and their
-ratio: it should be 0.97 or more for fmnist_cnn and resnet18, 0.95 for lenet5 (on a GPU 0.95, batches of 512).
+Both take turns in one process: a window of the bare step after every reading of the loss, in epochs of full length, so
+that validation and checkpoints come as often as they do. Windows in which another process took CPU time do not count;
+up to three times as many are taken until there are enough clean ones. Prints medians and their ratio: it should be 0.97
+or more for fmnist_cnn and resnet18, 0.95 for lenet5 (on a GPU 0.95, batches of 512).
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from fashion import add_root, fashion_mnist
@@ -26,6 +28,7 @@ from cnntrain.assembly import assemble
 from cnntrain.commands.train import train
 from cnntrain.engine.cpu_load import others_cores, read_cpu
 from cnntrain.engine.timing import Windows
+from cnntrain.report.journal import RunJournal
 from cnntrain.settings import Settings
 
 MODELS = ("fmnist_cnn", "resnet18", "lenet5")
@@ -66,39 +69,43 @@ class BareStep:
 
 
 def measure(model: str, root: Path, options: argparse.Namespace) -> dict[str, Windows]:
-    """Windows of the training and of the bare step, in turns."""
+    """Windows of the training, from one reading of the loss to the next, and of the bare step, in turns."""
     most = 3 * options.windows
     common = [
         f"model={model}", "data=fashion_mnist", f"data.root={root}", f"batch_size={options.batch_size}",
-        f"precision={options.precision}", f"device={options.device}", f"epochs={most + 1}",
+        f"precision={options.precision}", f"device={options.device}", "epochs=1000",
         *([f"threads={options.threads}"] if options.threads else []),
         *([f"augment={options.augment}"] if options.augment else []),
     ]  # fmt: skip
     bare = BareStep(compose(*common), options.batch_size)
     bare.window(2)
     images, seconds = bare.window(3)
-    steps = max(
-        2, min(round(options.window_s * images / seconds / options.batch_size), 54_000 // options.batch_size)
-    )
+    steps = max(2, round(options.window_s * images / seconds / options.batch_size))
     found = {"cnntrain": Windows(), "bare": Windows()}
-    before = read_cpu()
+    before, read = read_cpu(), RunJournal.reading
 
-    def watch(row: dict[str, float]) -> None:
+    def read_and_time(
+        journal: RunJournal, step: int, epoch: int, batch: int, values: dict[str, float]
+    ) -> None:
         nonlocal before
+        read(journal, step, epoch, batch, values)
         others = others_cores(before, read_cpu())
         before = read_cpu()
         taken = bare.window(steps)
-        if row["epoch"] > 1:  # the first one warms up
-            found["cnntrain"].add(1, 1 / row["images_per_s"], others)
+        if step > steps:  # the first one warms up
+            found["cnntrain"].add(1, 1 / values["images_per_s"], others)
             found["bare"].add(*taken, others_cores(before, read_cpu()))
-        if all(len(windows.clean) >= options.windows for windows in found.values()):
+        counts = [len(windows.clean) for windows in found.values()]
+        if min(counts) >= options.windows or len(found["bare"].others) >= most:
             raise EnoughError
         before = read_cpu()
 
-    with tempfile.TemporaryDirectory() as folder:
-        settings = compose(*common, f"limit_batches={steps}", f"run_dir={folder}/run")
-        with suppress(EnoughError):
-            train(settings, test=False, watch=watch)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        suppress(EnoughError),
+        patch.object(RunJournal, "reading", read_and_time),
+    ):
+        train(compose(*common, f"log.every_steps={steps}", f"run_dir={folder}/run"), test=False)
     return found
 
 

@@ -5,6 +5,7 @@ that x' = (x + 0.5) s - 0.5. Boxes count from the image's edge: the whole image 
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -31,18 +32,26 @@ class Placement:
 
     def matrix(self) -> Tensor:
         """(3, 3) float64, from source to canvas pixel centres."""
-        left, top, right, bottom = self.box
-        scale_x, scale_y = self.width / (right - left), self.height / (bottom - top)
-        shift_x = (0.5 - left) * scale_x - 0.5 + self.left
-        shift_y = (0.5 - top) * scale_y - 0.5 + self.top
-        return torch.tensor([[scale_x, 0, shift_x], [0, scale_y, shift_y], [0, 0, 1]], dtype=torch.float64)
+        return _matrix(self).clone()
 
     def reduced(self, divisor: int) -> "Placement":
         """The same for a source that was made smaller by this."""
+        if divisor == 1:
+            return self
         left, top, right, bottom = (side / divisor for side in self.box)
         return replace(self, box=(left, top, right, bottom))
 
 
+@lru_cache(maxsize=64)  # most images of a set are of a few sizes
+def _matrix(placement: Placement) -> Tensor:
+    left, top, right, bottom = placement.box
+    scale_x, scale_y = placement.width / (right - left), placement.height / (bottom - top)
+    shift_x = (0.5 - left) * scale_x - 0.5 + placement.left
+    shift_y = (0.5 - top) * scale_y - 0.5 + placement.top
+    return torch.tensor([[scale_x, 0, shift_x], [0, scale_y, shift_y], [0, 0, 1]], dtype=torch.float64)
+
+
+@lru_cache(maxsize=64)
 def place(
     width: int, height: int, canvas: tuple[int, int], resize: Resize, box: Box | None = None
 ) -> Placement:

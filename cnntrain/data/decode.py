@@ -1,6 +1,7 @@
 """From an image file of any kind to uint8 pixels on the canvas."""
 
 import io
+import math
 import os
 import stat
 import struct
@@ -200,13 +201,15 @@ def _reduce(image: "Image.Image", placement: Placement, turned: bool) -> int:
 
 def turn_upright(image: "Image.Image", orientation: int | None = None) -> "Image.Image":
     """The image as the camera was held (EXIF 2.32, section 4.6.4: orientation), which is read where it is not given."""
+    orientation = orientation or _orientation(image)
+    if orientation == 1:
+        return image
     from PIL.Image import Transpose
 
     turns = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
              5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
              8: Transpose.ROTATE_90}  # fmt: skip
-    orientation = orientation or _orientation(image)
-    return image.transpose(turns[orientation]) if orientation in turns else image
+    return image.transpose(turns[orientation])
 
 
 def to_eight_bits(image: "Image.Image") -> "Image.Image":
@@ -244,7 +247,7 @@ def cut(
 
     left, top, right, bottom = placement.box
     width, height = image.size
-    beyond = [int(np.ceil(max(0.0, side))) for side in (-left, -top, right - width, bottom - height)]
+    beyond = [math.ceil(max(0.0, side)) for side in (-left, -top, right - width, bottom - height)]
     if any(beyond):  # Pillow resizes only what lies inside
         if (width + beyond[0] + beyond[2]) * (height + beyond[1] + beyond[3]) > LARGEST_PIXELS:
             raise Unusable("its box reaches too far outside the image")
