@@ -5,7 +5,7 @@
 
 `model=mlp`, one epoch. Counted is memory that can't be given back (anonymous and shared pages, as in /proc/PID/status)
 of the command and all processes that it starts, looked at every 20 ms; pages of a mapped file are the system's to drop.
-For disk and stream the larger set should take no more than a tenth of its decoded size above what the smaller one takes.
+For disk and stream the larger set should take no more than a tenth of its decoded size above what the smaller takes.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def peak_mib(root: Path, store: str, folder: Path) -> float:
     """The most that a training of one epoch held."""
     command = [
         str(COMMAND), "model=mlp", "model.values.width=8", "data=image_folder", f"data.root={root}",
-        f"data.size={SIDE}", f"data.store={store}", "epochs=1", "batch_size=16", "threads=1", "log.pictures=false", f"run_dir={folder}/run",
+        f"data.size={SIDE}", f"data.store={store}", "epochs=1", "batch_size=16", "threads=1", "log.pictures=false",
+        f"run_dir={folder}/run",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
