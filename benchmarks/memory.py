@@ -56,16 +56,17 @@ def peak_mib(root: Path, store: str, folder: Path) -> float:
         f"data.size={SIDE}", f"data.store={store}", "epochs=1", "batch_size=16", "threads=1", "log.pictures=false",
         f"run_dir={folder}/run",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, "XDG_CACHE_HOME": f"{folder}/cache"},
-    )  # fmt: skip
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, held_mib(process.pid))
-        time.sleep(0.02)
+    log, peak = folder / "log", 0.0
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, start_new_session=True,
+            env={**os.environ, "XDG_CACHE_HOME": f"{folder}/cache"},
+        )  # fmt: skip
+        while process.poll() is None:
+            peak = max(peak, held_mib(process.pid))
+            time.sleep(0.02)
     if process.returncode:
-        sys.exit(f"a training failed:\n{process.stderr.read().decode() if process.stderr else ''}")
+        sys.exit(f"a training failed:\n{log.read_text()}")
     return peak
 
 

@@ -29,7 +29,8 @@ from cnntrain.engine.timing import Windows
 
 SCRIPTS = Path(__file__).parent / "peers"
 PEERS = {"dataloader": "torch", "lightning_peer": "lightning", "keras_peer": "keras", "fastai_peer": "fastai"}
-FAST = choose_compute("auto", "auto", channels_last=True).precision  # bf16 where this machine computes in it
+# bf16 where this machine computes in it; the peers are not written for fp16.
+FAST = "bf16" if choose_compute("auto", "auto", channels_last=True).precision == "bf16" else "fp32"
 LAYOUTS = {
     "fp32": ([], ["precision=fp32", "channels_last=false"]),
     f"{FAST}, channels_last": (

@@ -103,7 +103,7 @@ def _check_choices(overrides: Sequence[str], config_dir: Path | None) -> None:
     """Refuse what is no name where an option is chosen: Hydra stumbles over it without saying where."""
     groups = group_options(config_dir)
     for override in parse_overrides(overrides):
-        if override.key_or_group.partition(".")[0] == "hydra":
+        if re.split(r"[./@]", override.key_or_group)[0] == "hydra":
             raise UserError(
                 f"{override.key_or_group}: Hydra composes the config here and does no more; a run's folder is run_dir, "
                 "and what -m does is set by sweep.*"

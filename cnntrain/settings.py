@@ -162,7 +162,7 @@ class Settings:
     device: str
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: bool
-    compile: Literal["off", False, "default", "reduce-overhead", "max-autotune"]
+    compile: Literal["off", False, "default", "max-autotune-no-cudagraphs"]
     threads: Annotated[int | None, Within(1, 1024)]
     deterministic: bool
     ema_decay: Annotated[float | None, Within(0, 0.999999)]

@@ -88,7 +88,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
             assembly.settings.known_batch_size or saved["config"]["batch_size"], None, stop, look,
         )  # fmt: skip
         if not meter.loss_is_finite():
-            weights = assembly.model.named_parameters()
+            weights = [*assembly.model.named_parameters(), *assembly.model.named_buffers()]
             broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
             cause = f"{broken} holds NaN or inf" if broken else "the weights are finite: look at the images"
             raise DivergedError(f"evaluate: the loss over {settings.split} is not finite; {cause}")

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +119,7 @@ def _file(lazy: LazyImages) -> Path:
     digest = hashlib.sha256(f"{FORMAT} {pillow} {lazy.decoder!r} {lazy.shape}".encode())
     if lazy.boxes is not None:
         digest.update(lazy.boxes.double().contiguous().numpy().tobytes())
-    about = cache(_about)  # of a shard once
+    about = lru_cache(4096)(_about)  # of a shard once
     for path in lazy.paths:
         size, changed = about(span_of(path).file)
         digest.update(f"{os.path.abspath(path)}\0{size} {changed}\n".encode(errors="surrogateescape"))

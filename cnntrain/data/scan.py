@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,9 @@ def scan(splits: dict[str, Examples], how: Scan) -> None:
     root = common_folder(splits)
     memory = default_root() / "scans" / f"{hashlib.sha256(str(root).encode()).hexdigest()[:16]}-{how}.json"
     known = _read(memory)
-    stamps = dict(zip(paths := sorted({e[0].paths[e[1]] for e in entries}), map(_stamp, paths), strict=True))
+    about = lru_cache(4096)(_stamp)  # of a shard once
+    paths = sorted({images.paths[row] for images, row in entries})
+    stamps = {path: about(span_of(path).file) for path in paths}
     unknown = [e for e in entries if (path := e[0].paths[e[1]]) not in known or known[path] != stamps[path]]
 
     def one(entry: tuple[LazyImages, int]) -> BadFile | None:
@@ -60,7 +63,7 @@ def scan(splits: dict[str, Examples], how: Scan) -> None:
 
 def _stamp(path: str) -> Stamp | None:
     try:
-        about = os.stat(span_of(path).file)
+        about = os.stat(path)
     except OSError:
         return None
     return [about.st_size, about.st_mtime_ns]

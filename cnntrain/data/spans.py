@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-_WITHIN = re.compile(r"(.+?\.tar)/(.+)::(\d+)\+(\d+)", re.DOTALL)
+_WITHIN = re.compile(r"(.+?\.tar)//(.+)::(\d+)\+(\d+)", re.DOTALL)  # no Path has // in it
 
 
 class Span(NamedTuple):
@@ -16,8 +16,8 @@ class Span(NamedTuple):
 
 
 def path_within(archive: str | Path, name: str, offset: int, size: int) -> str:
-    """What a member is called wherever a path is wanted: ARCHIVE/NAME::OFFSET+SIZE."""
-    return f"{archive}/{name}::{offset}+{size}"
+    """What a member is called wherever a path is wanted: ARCHIVE//NAME::OFFSET+SIZE."""
+    return f"{archive}//{name}::{offset}+{size}"
 
 
 def span_of(path: str) -> Span:

@@ -14,6 +14,7 @@ from cnntrain.data.canvas import Resize
 from cnntrain.data.decode import DAMAGE, BadFile, refuse
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import make_decoder
+from cnntrain.data.listing import is_ignored
 from cnntrain.data.parallel import in_threads
 from cnntrain.data.source import Source, given_folder
 from cnntrain.data.spans import path_within
@@ -36,8 +37,8 @@ class Item(NamedTuple):
 class TarShards(Source):
     """`root/train-000.tar` and so on: members of one key (their path up to the first dot) are one example.
 
-    A label is the text of KEY.cls, or `label` (else `cls`) in KEY.json: a class's number where all labels are whole
-    numbers, else its name. Nothing is unpacked: an image is read from its place in the shard.
+    A label is the text of KEY.cls, and where there is none `label` (else `cls`) in KEY.json: a class's number where all
+    labels are whole numbers below a million, else its name. Nothing is unpacked: an image is read from its place.
 
     Args:
         root: the folder of the shards.
@@ -89,7 +90,7 @@ class TarShards(Source):
     def classes(self) -> tuple[str, ...]:
         labels = {item.label for item in self.items["train"]}
         everywhere = labels | {item.label for items in self.items.values() for item in items}
-        if all(label.isdecimal() and len(label) < 7 for label in everywhere):
+        if self._numbered:
             largest = max(map(int, everywhere), default=0)
             names = self.chosen or tuple(map(str, range(largest + 1)))
             if largest >= len(names):
@@ -105,11 +106,14 @@ class TarShards(Source):
             )
         return names
 
+    @property
+    def _numbered(self) -> bool:
+        return all(i.label.isdecimal() and len(i.label) < 7 for items in self.items.values() for i in items)
+
     def load(self) -> dict[str, Examples]:
-        names = self.classes
-        numbers = {name: number for number, name in enumerate(names)}
-        if all(item.label.isdecimal() for items in self.items.values() for item in items):
-            numbers = {label: int(label) for items in self.items.values() for _, _, label in items}
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        if self._numbered:
+            numbers = {item.label: int(item.label) for items in self.items.values() for item in items}
         return {
             split: Examples(
                 LazyImages([item.path for item in items], self.decoder),
@@ -124,7 +128,7 @@ def _read_shard(shard: Path) -> tuple[list[Item], list[BadFile]]:
     """What a shard has, and what in it can't be used."""
     bad: list[BadFile] = []
     images: dict[str, str] = {}
-    labels: dict[str, str] = {}
+    labels: dict[str, dict[str, str | BadFile]] = {"cls": {}, "json": {}}
     if not shard.is_file():  # opening a FIFO would wait for ever
         return [], [BadFile(shard, "is no regular file")]
     try:
@@ -138,51 +142,68 @@ def _read_shard(shard: Path) -> tuple[list[Item], list[BadFile]]:
                     if key in images:
                         bad.append(BadFile(within, f"is a second image of {key}"))
                     images.setdefault(key, within)
-                elif ending in ("cls", "json"):
-                    if member.size > LARGEST_LABEL:
-                        bad.append(BadFile(within, "is too long for a label"))
-                        continue
-                    try:
-                        labels[key] = _label(os.pread(file.fileno(), member.size, member.offset_data), ending)
-                    except (ValueError, LookupError, TypeError, RecursionError):
-                        bad.append(BadFile(within, "holds no label"))
-    except (tarfile.TarError, *DAMAGE) as error:
+                elif ending in labels:
+                    content = os.pread(file.fileno(), min(member.size, LARGEST_LABEL + 1), member.offset_data)
+                    labels[ending][key] = _label(content, ending, within)
+            _check_end(os.pread(file.fileno(), 2 * tarfile.RECORDSIZE, archive.offset))
+    except (tarfile.TarError, RecursionError, *DAMAGE) as error:
         return [], [BadFile(shard, f"is no whole tar archive ({error})")]
-    bad += [
-        BadFile(path, "has no .cls and no .json beside it")
-        for key, path in images.items()
-        if key not in labels
-    ]
-    bad += [BadFile(f"{shard}/{key}", "has a label and no image") for key in labels if key not in images]
+    items = []
+    for key, path in images.items():
+        label = (
+            labels["cls"].get(key)
+            or labels["json"].get(key)
+            or BadFile(path, "has no .cls and no .json beside it")
+        )
+        if isinstance(label, BadFile):
+            bad.append(label)
+        else:
+            items.append(Item(f"{shard.name}/{key}", path, label))
+    alone = dict.fromkeys(key for kind in labels.values() for key in kind if key not in images)
+    bad += [BadFile(f"{shard}/{key}", "has a label and no image") for key in alone]
     if not images and not bad:
         bad.append(BadFile(shard, "has no images"))
-    return [
-        Item(f"{shard.name}/{key}", path, labels[key]) for key, path in images.items() if key in labels
-    ], bad
+    return items, bad
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Regular members with their key and their ending in small letters; hidden ones are passed over."""
-    for member in archive:
-        folder, _, file = member.name.rpartition("/")
-        stem, _, ending = file.partition(".")
-        if member.isreg() and not member.issparse() and stem:
-            yield member, f"{folder}/{stem}" if folder else stem, ending.lower()
-
-
-def _label(content: bytes, ending: str) -> str:
-    """The label as text.
+    """Regular members with their key and their ending in small letters; hidden ones are passed over.
 
     Raises:
-        ValueError, LookupError, TypeError: there is none.
+        tarfile.ReadError: a size that leads backwards, where older Pythons would go round for ever.
     """
-    text = content.decode().strip()
-    if ending == "json":
-        told: Any = json.loads(text)
-        value = told["label"] if "label" in told else told["cls"]
-        if isinstance(value, bool) or not isinstance(value, str | int):
-            raise TypeError(value)
-        text = str(value).strip()
-    if not text:
-        raise ValueError("empty")
-    return str(int(text)) if text.isdecimal() else text
+    for member in archive:
+        if member.size < 0:
+            raise tarfile.ReadError("a member's size is below 0")
+        parts = [part for part in member.name.split("/") if part != "."]
+        stem, _, ending = parts[-1].partition(".") if parts else ("", "", "")
+        if member.isreg() and not member.issparse() and not any(map(is_ignored, parts)):
+            yield member, "/".join([*parts[:-1], stem]), ending.lower()
+
+
+def _check_end(rest: bytes) -> None:
+    """`rest`: what follows the last member. Python takes a damaged header for the end, and what is cut off for nothing.
+
+    Raises:
+        tarfile.ReadError: it is not an archive's end.
+    """
+    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+        raise tarfile.ReadError("it does not end after its last member: cut off, damaged, or several in one")
+
+
+def _label(content: bytes, ending: str, path: str) -> str | BadFile:
+    """The label as text, or why there is none."""
+    if len(content) > LARGEST_LABEL:
+        return BadFile(path, "is too long for a label")
+    try:
+        text = content.decode().strip()
+        if ending == "json":
+            told: Any = json.loads(text)
+            value = told["label"] if "label" in told else told["cls"]
+            if isinstance(value, bool) or not isinstance(value, str | int):
+                raise TypeError(value)
+            text = str(value).strip()
+        text = str(int(text)) if text.isdecimal() else text
+    except (ValueError, LookupError, TypeError, RecursionError):
+        text = ""
+    return text or BadFile(path, "holds no label")

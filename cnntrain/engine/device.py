@@ -16,7 +16,6 @@ from cnntrain.errors import MachineError, UserError
 from cnntrain.randomness import hash_seed, seed_generators
 
 log = logging.getLogger("cnntrain")
-COMPILERS = ("g++", "clang++", "c++", "cl")  # one that torch.compile may use
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ class Compute:
         """
         model.to(self.device).to(memory_format=self.memory_format)
         if self.compile != "off":
-            if not any(map(shutil.which, COMPILERS)):
+            compiler = os.environ.get("CXX", "g++")  # what torch.compile calls
+            if shutil.which(compiler) is None:
                 raise MachineError(
-                    f"compile: {self.compile} needs a C++ compiler ({', '.join(COMPILERS)}), none is on the PATH; use "
-                    "compile=off"
+                    f"compile: {self.compile} needs a C++ compiler, and there is no {compiler}; use compile=off"
                 )
             torch.compiler.reset()  # what an earlier training of this process compiled
             model.compile(mode=self.compile)

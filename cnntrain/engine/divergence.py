@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.store import Loader
 from cnntrain.engine.device import Compute, seed_step
-from cnntrain.engine.hooks import attached
+from cnntrain.engine.hooks import attached, uncompiled
 from cnntrain.engine.optim import set_learning_rate
 from cnntrain.errors import DivergedError
 from cnntrain.randomness import epoch_order
@@ -193,7 +193,7 @@ def watch_layers(model: nn.Module) -> Iterator[list[str]]:
         )
         for name, module in model.named_modules()
     ]
-    with attached(hooks):
+    with attached(hooks), uncompiled(model):
         yield found
 
 

@@ -1,8 +1,9 @@
-"""Hooks on a network that are taken off again, whatever happens."""
+"""Hooks on a network that are taken off again, whatever happens; and the network as it was written."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -15,3 +16,13 @@ def attached(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """The network's own calls, which heed hooks, instead of compiled ones."""
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled

@@ -93,6 +93,8 @@ def recommend(speeds: Sequence[Speed]) -> str:
     if configured.loop is None:
         return "nothing to recommend: the configured setting could not be timed"
     measured = [speed for speed in speeds if speed.loop is not None]
+    if len(measured) == 1:
+        return "nothing to compare with: only the configured setting could be timed"
     same = max((s for s in measured if s.batch_size == configured.batch_size), key=lambda s: s.loop or 0)
     gain = (same.loop or 0) / configured.loop
     if gain < NOTICEABLE:

@@ -90,6 +90,38 @@ def test_numbers_without_names_are_the_classes(tmp_path):
     assert TarShards(str(tmp_path)).spec().classes == ("0", "1", "2", "3")
 
 
+def test_the_text_beside_the_image_comes_before_what_is_told_of_it(tmp_path):
+    more = json.dumps({"width": 5, "label": "bird"}).encode()
+    members = {
+        "x.json": more,
+        "x.png": png(1),
+        "x.cls": b"cat",
+        "y.png": png(2),
+        "y.cls": b"dog",
+        "y.json": b"{}",
+    }
+    pack(tmp_path / "train.tar", members)
+    assert TarShards(str(tmp_path)).spec().classes == ("cat", "dog")
+
+
+def test_long_numbers_are_names(tmp_path):
+    pack(tmp_path / "train.tar", {"x.png": png(1), "x.cls": b"1440764", "y.png": png(2), "y.cls": b"1443537"})
+    source = TarShards(str(tmp_path))
+    assert source.spec().classes == ("1440764", "1443537")
+    assert source.load()["train"].targets["label"].tolist() == [0, 1]
+
+
+def test_a_folder_may_be_called_like_an_archive(tmp_path):
+    root = tmp_path / "all.tar"
+    root.mkdir()
+    pack(
+        root / "train.tar",
+        {"a/x.png": png(1), "a/x.cls": b"cat", ".b/z.png": png(3), "y.png": png(2), "y.cls": b"dog"},
+    )
+    data = load_data(TarShards(str(root)), val_fraction=0.5, store="host")
+    assert {*data.train.names, *data.val.names} == {"train.tar/a/x", "train.tar/y"}
+
+
 FAULTS: dict[str, tuple[Mapping[str, bytes], str]] = {
     "no label": ({"a.png": png(1)}, "has no .cls and no .json beside it"),
     "no image": ({"a.cls": b"1"}, "has a label and no image"),
@@ -121,9 +153,16 @@ def test_archives_that_are_none(tmp_path):
     (tmp_path / "train-2.tar").write_bytes(b"<html>404</html>" * 100)
     (tmp_path / "train-3.tar").mkdir()
     os.mkfifo(tmp_path / "train-4.tar")
+    (tmp_path / "train-5.tar").write_bytes(content[:2048])  # cut off between two examples
+    (tmp_path / "train-6.tar").write_bytes(content[:2300])  # in a header
+    (tmp_path / "train-7.tar").write_bytes(content[:2058] + b"!" + content[2059:])  # a header damaged
+    (tmp_path / "train-8.tar").write_bytes(content + content)
+    backwards = bytearray(content)
+    backwards[124:136] = (2**96 - 512).to_bytes(12, "big")  # a size of -512, as GNU's tar writes large ones
+    (tmp_path / "train-9.tar").write_bytes(backwards)
     with pytest.raises(UserError) as caught:
         TarShards(str(tmp_path)).spec()
-    for number in (1, 2, 3, 4):
+    for number in range(1, 10):
         assert f"train-{number}.tar" in str(caught.value)
 
 

@@ -1,5 +1,6 @@
 """`compile=`: faster or not, the training is the same one, and its checkpoints are the network's."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from cnntrain import compose, train
 from cnntrain.engine import checkpoint, device
-from cnntrain.errors import MachineError
+from cnntrain.errors import DivergedError, MachineError
 
 FEW = (
     "model=lenet5",
@@ -20,12 +21,16 @@ FEW = (
     "log.pictures=false",
 )
 
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here"
+)
+
 
 def test_without_a_compiler_it_is_refused_before_the_first_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(device.shutil, "which", lambda name: None)
-    with pytest.raises(MachineError, match=r"compile: default needs a C\+\+ compiler .* use compile=off"):
+    with pytest.raises(MachineError, match=r"compile: default needs a C\+\+ compiler, .* use compile=off"):
         train(compose(*FEW, "compile=default", f"run_dir={tmp_path}/run"))
     assert not (tmp_path / "run").exists()
 
@@ -38,7 +43,7 @@ def test_off_compiles_nothing(written: str, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, device.COMPILERS)), reason="no C++ compiler here")
+@NEEDS_COMPILER
 def test_a_compiled_training_is_the_same_training(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 
@@ -56,3 +61,14 @@ def test_a_compiled_training_is_the_same_training(tmp_path: Path) -> None:
         torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)
     on = train(compose(*FEW, "epochs=2", f"run_dir={tmp_path}/compiled", "resume=auto"))
     assert on["epochs"] == 2
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+def test_a_compiled_training_that_diverges_names_the_layer(tmp_path: Path) -> None:
+    """Compiled code heeds no hooks, so it is the network as it was written that is looked through."""
+    with pytest.raises(DivergedError, match=r"first not finite: the (activation|gradient)") as plain:
+        train(compose(*FEW, "optimizer.lr=1e30", f"run_dir={tmp_path}/plain"))
+    with pytest.raises(DivergedError) as compiled:
+        train(compose(*FEW, "optimizer.lr=1e30", "compile=default", f"run_dir={tmp_path}/compiled"))
+    assert str(compiled.value).replace("compiled", "plain") == str(plain.value)

@@ -78,3 +78,12 @@ def test_checks_see_it():
     assert calls.dropouts == [("1", 0.3)]
     _, calls = watch_modes(model.eval(), torch.randn(2, 1, 8, 8))
     assert not calls.dropouts and not calls.drew
+
+
+@pytest.mark.slow
+def test_the_compiler_takes_torchs_own():
+    """Which it fuses; the whole layer is one graph."""
+    compiled = torch.compile(Dropout(0.25), backend="eager", fullgraph=True)
+    outputs = compiled(torch.ones(100_000))
+    assert outputs.eq(0).double().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(outputs.unique(), torch.tensor([0.0, 4 / 3]))

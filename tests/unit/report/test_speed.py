@@ -33,6 +33,7 @@ def test_the_recommendation_is_what_to_type() -> None:
     larger = replace(faster, batch_size=128, loop=300.0)
     lines = recommend([HERE, faster, larger]).splitlines()
     assert lines[1].startswith("batch_size=128 gives 1.50 x that") and "optimizer.lr" in lines[1]
+    assert recommend([HERE, replace(HERE, loop=None)]).startswith("nothing to compare with")
     assert recommend([replace(HERE, loop=None)]).startswith("nothing to recommend")
 
 
