@@ -3,9 +3,10 @@
     python benchmarks/memory.py                  # 400 and 4,000 JPEGs, 57 and 574 MiB when they are decoded
     python benchmarks/memory.py --images 40000   # ten times as much
 
-`model=mlp`, one epoch. Counted is memory that can't be given back (anonymous and shared pages, as in /proc/PID/status)
-of the command and all processes that it starts, looked at every 20 ms; pages of a mapped file are the system's to drop.
-For disk and stream the larger set should take no more than a tenth of its decoded size above what the smaller takes.
+`model=mlp`, as many steps with either set: ten epochs of the smaller, one of the larger. Counted is memory that the
+system can't take back (anonymous and shared pages, as in /proc/PID/smaps_rollup, what processes share once) of the command
+and all processes that it starts, looked at every 50 ms; pages of a mapped file are the system's to drop. For disk and
+stream the larger set should take no more than a tenth of its decoded size above what the smaller takes.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def write_jpegs(root: Path, count: int) -> None:
 
 
 def held_mib(group: int) -> float:
-    """Memory that all processes of a process group hold together; what forked ones share counts for each."""
+    """Memory that all processes of a process group hold together."""
     total = 0
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
@@ -42,18 +43,18 @@ def held_mib(group: int) -> float:
         try:
             if os.getpgid(int(entry.name)) != group:
                 continue
-            lines = Path(entry.path, "status").read_text().splitlines()
+            lines = Path(entry.path, "smaps_rollup").read_text().splitlines()
         except (OSError, ProcessLookupError):
             continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return total / 1024
 
 
-def peak_mib(root: Path, store: str, folder: Path) -> float:
-    """The most that a training of one epoch held."""
+def peak_mib(root: Path, store: str, epochs: int, folder: Path) -> float:
+    """The most that a training held."""
     command = [
         str(COMMAND), "model=mlp", "model.values.width=8", "data=image_folder", f"data.root={root}",
-        f"data.size={SIDE}", f"data.store={store}", "epochs=1", "batch_size=16", "threads=1", "log.pictures=false",
+        f"data.size={SIDE}", f"data.store={store}", f"epochs={epochs}", "batch_size=16", "threads=1", "log.pictures=false",
         f"run_dir={folder}/run",
     ]  # fmt: skip
     log, peak = folder / "log", 0.0
@@ -64,7 +65,7 @@ def peak_mib(root: Path, store: str, folder: Path) -> float:
         )  # fmt: skip
         while process.poll() is None:
             peak = max(peak, held_mib(process.pid))
-            time.sleep(0.02)
+            time.sleep(0.05)
     if process.returncode:
         sys.exit(f"a training failed:\n{log.read_text()}")
     return peak
@@ -90,7 +91,8 @@ def main() -> None:
             for folder in folders:
                 folder.mkdir()
             small, large = (
-                peak_mib(root, store, folder) for root, folder in zip(roots, folders, strict=True)
+                peak_mib(root, store, epochs, folder)
+                for root, epochs, folder in zip(roots, (10, 1), folders, strict=True)
             )
             share = (large - small) / (decoded[1] - decoded[0])
             print(
