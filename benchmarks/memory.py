@@ -4,9 +4,9 @@
     python benchmarks/memory.py --images 40000   # ten times as much
 
 `model=mlp`, as many steps with either set: ten epochs of the smaller, one of the larger. Counted is memory that the
-system can't take back (anonymous and shared pages, as in /proc/PID/smaps_rollup, what processes share once) of the command
-and all processes that it starts, looked at every 50 ms; pages of a mapped file are the system's to drop. For disk and
-stream the larger set should take no more than a tenth of its decoded size above what the smaller takes.
+system can't take back (anonymous and shared pages, as in /proc/PID/smaps_rollup, what processes share once) of the
+command and all processes that it starts, looked at every 50 ms; pages of a mapped file are the system's to drop. For
+disk and stream the larger set should take no more than a tenth of its decoded size above what the smaller takes.
 """
 
 import argparse
@@ -54,8 +54,8 @@ def peak_mib(root: Path, store: str, epochs: int, folder: Path) -> float:
     """The most that a training held."""
     command = [
         str(COMMAND), "model=mlp", "model.values.width=8", "data=image_folder", f"data.root={root}",
-        f"data.size={SIDE}", f"data.store={store}", f"epochs={epochs}", "batch_size=16", "threads=1", "log.pictures=false",
-        f"run_dir={folder}/run",
+        f"data.size={SIDE}", f"data.store={store}", f"epochs={epochs}", "batch_size=16", "threads=1",
+        "log.pictures=false", f"run_dir={folder}/run",
     ]  # fmt: skip
     log, peak = folder / "log", 0.0
     with log.open("wb") as file:

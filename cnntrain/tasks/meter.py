@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 
+LEAST_ROOM = 4096  # rows
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """float64 where the device has it (Apple's GPUs don't): for sums over a whole data set."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -34,7 +37,7 @@ class Meter(ABC):
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._rows: dict[str, list[Tensor]] = {}
+        self._rows: dict[str, tuple[Tensor, int]] = {}  # room, and how much of it is taken
 
     @torch.no_grad()
     def update(
@@ -85,7 +88,8 @@ class Meter(ABC):
 
     def state(self) -> dict[str, Tensor]:
         """Everything collected so far, by name, on the device: what another process merges."""
-        return {**self._sums, **{f"rows/{name}": torch.cat(rows) for name, rows in self._rows.items()}}
+        rows = {f"rows/{name}": room[:taken].clone() for name, (room, taken) in self._rows.items()}
+        return {**self._sums, **rows}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Forget what was collected and take `state` instead."""
@@ -107,8 +111,16 @@ class Meter(ABC):
         self._sums[name] = value if known is None else known + value.to(known.device)
 
     def _keep(self, name: str, value: Tensor) -> None:
-        known = self._rows.setdefault(name, [])
-        known.append(value.to(known[0].device) if known else value)
+        # In one piece: a small tensor kept from every step would lie between the large ones and keep the heap from
+        # shrinking, by a batch a step.
+        room, taken = self._rows.get(name, (value.new_empty((LEAST_ROOM, *value.shape[1:])), 0))
+        end = taken + len(value)
+        if end > len(room):
+            larger = room.new_empty((max(end, 2 * len(room)), *room.shape[1:]))
+            larger[:taken] = room[:taken]
+            room = larger
+        room[taken:end] = value
+        self._rows[name] = room, end
 
 
 def ratio(total: Tensor | float, count: Tensor | float) -> float:
