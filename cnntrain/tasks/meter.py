@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-
 LEAST_ROOM = 4096  # rows
 
 
