@@ -8,11 +8,9 @@ import torch
 
 from cnntrain.data.canvas import Resize
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.image_folder import make_decoder
-from cnntrain.data.source import Source
+from cnntrain.data.image_folder import ClassifiedFiles
 from cnntrain.data.table import Table, find_table, read_table
 from cnntrain.errors import UserError, suggest
-from cnntrain.spec import DataSpec
 
 SPLITS = ("train", "val", "test")
 
@@ -25,7 +23,7 @@ class Row(NamedTuple):
     group: str
 
 
-class ImageCsv(Source):
+class ImageCsv(ClassifiedFiles):
     """A CSV file with the columns `path` and `label`, and where wanted `split` (train, val or test) and
     `group`.
 
@@ -48,12 +46,7 @@ class ImageCsv(Source):
     ) -> None:
         self.file = find_table(file, root, "a CSV file with the columns path,label")
         self.root = Path(root).expanduser() if root else self.file.parent
-        self.decoder = make_decoder(size, channels, resize)
-        self.mirror_safe = mirror_safe
-
-    def spec(self) -> DataSpec:
-        d = self.decoder
-        return DataSpec(d.channels, d.height, d.width, self.classes, mirror_safe=self.mirror_safe)
+        super().__init__(size, channels, resize, mirror_safe)
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -16,7 +16,26 @@ from cnntrain.spec import DataSpec
 LAYOUT = "train/CLASS/IMAGE, and where there are any val/ and test/ in the same way"
 
 
-class ImageFolder(Source):
+class ClassifiedFiles(Source):
+    """Images in files, each of one of the `classes`.
+
+    Args:
+        size, channels, resize: as for `ImageFolder`.
+        mirror_safe: a mirrored image means the same.
+    """
+
+    classes: tuple[str, ...] | cached_property[tuple[str, ...]]
+
+    def __init__(self, size: int | list[int], channels: int, resize: Resize, mirror_safe: bool) -> None:
+        self.decoder = make_decoder(size, channels, resize)
+        self.mirror_safe = mirror_safe
+
+    def spec(self) -> DataSpec:
+        d = self.decoder
+        return DataSpec(d.channels, d.height, d.width, self.classes, mirror_safe=self.mirror_safe)
+
+
+class ImageFolder(ClassifiedFiles):
     """`root/train/<class>/...`, optional `val/` and `test/`; the classes are train's, sorted by name.
 
     Args:
@@ -35,12 +54,7 @@ class ImageFolder(Source):
         mirror_safe: bool = True,
     ) -> None:
         self.root = given_folder(root, LAYOUT)
-        self.decoder = make_decoder(size, channels, resize)
-        self.mirror_safe = mirror_safe
-
-    def spec(self) -> DataSpec:
-        d = self.decoder
-        return DataSpec(d.channels, d.height, d.width, self.classes, mirror_safe=self.mirror_safe)
+        super().__init__(size, channels, resize, mirror_safe)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:

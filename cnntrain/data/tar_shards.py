@@ -13,13 +13,12 @@ import torch
 from cnntrain.data.canvas import Resize
 from cnntrain.data.decode import DAMAGE, BadFile, refuse
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.image_folder import make_decoder
+from cnntrain.data.image_folder import ClassifiedFiles
 from cnntrain.data.listing import is_ignored
 from cnntrain.data.parallel import in_threads
-from cnntrain.data.source import Source, given_folder
+from cnntrain.data.source import given_folder
 from cnntrain.data.spans import path_within
 from cnntrain.errors import UserError
-from cnntrain.spec import DataSpec
 
 LAYOUT = "train*.tar, and where there are any val*.tar and test*.tar, with KEY.jpg beside KEY.cls or KEY.json"
 IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"}
@@ -34,7 +33,7 @@ class Item(NamedTuple):
     label: str
 
 
-class TarShards(Source):
+class TarShards(ClassifiedFiles):
     """`root/train-000.tar` and so on: members of one key (their path up to the first dot) are one example.
 
     A label is the text of KEY.cls, and where there is none `label` (else `cls`) in KEY.json: a class's number where all
@@ -57,12 +56,7 @@ class TarShards(Source):
     ) -> None:
         self.root = given_folder(root, LAYOUT)
         self.chosen = None if classes is None else tuple(map(str, classes))
-        self.decoder = make_decoder(size, channels, resize)
-        self.mirror_safe = mirror_safe
-
-    def spec(self) -> DataSpec:
-        d = self.decoder
-        return DataSpec(d.channels, d.height, d.width, self.classes, mirror_safe=self.mirror_safe)
+        super().__init__(size, channels, resize, mirror_safe)
 
     @cached_property
     def items(self) -> dict[str, list[Item]]:
