@@ -3,21 +3,24 @@ written by hand, on one batch that lies on the device, in the same precision and
 
     python benchmarks/throughput.py                       # fmnist_cnn, resnet18, lenet5; a stand-in for the data
     python benchmarks/throughput.py --root DATA           # Fashion-MNIST's files
-    python benchmarks/throughput.py --precision fp32 --models lenet5 --window-s 3
+    python benchmarks/throughput.py --precision fp32 --models lenet5 --windows 5
     python benchmarks/throughput.py --batch-size 512      # on a GPU
 
 Both take turns in one process: a window of the bare step after every reading of the loss, in epochs of full length.
 Validation is in no window; what a checkpoint costs is where it is still being written when the next epoch has begun.
-Windows in which another process took CPU time do not count; up to three times as many are taken until there are enough
-clean ones. Prints medians and their ratio: it should be 0.97
-or more for fmnist_cnn and resnet18, 0.95 for lenet5 (on a GPU 0.95, batches of 512).
+Pairs of windows in which another process took CPU time do not count; up to three times as many are taken until there
+are enough clean ones. Prints medians, of the images/s and of the pairs' ratios (a machine that others share changes its
+speed between pairs, less within one): it should be 0.97 or more for fmnist_cnn and resnet18, 0.95 for lenet5 (on a GPU
+0.95, batches of 512).
 """
 
 import argparse
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from unittest.mock import patch
 
 import torch
@@ -27,8 +30,7 @@ from torch.nn.functional import cross_entropy
 from cnntrain import compose
 from cnntrain.assembly import assemble
 from cnntrain.commands.train import train
-from cnntrain.engine.cpu_load import others_cores, read_cpu
-from cnntrain.engine.timing import Windows
+from cnntrain.engine.cpu_load import BUSY_CORES, others_cores, read_cpu
 from cnntrain.report.journal import RunJournal
 from cnntrain.settings import Settings
 
@@ -69,9 +71,17 @@ class BareStep:
             torch.cuda.synchronize()
 
 
-def measure(model: str, root: Path, options: argparse.Namespace) -> dict[str, Windows]:
+@dataclass
+class Pair:
+    """Seconds an image of two windows, one after the other, and whether no other process took part in them."""
+
+    training: float
+    bare: float
+    clean: bool
+
+
+def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
     """Windows of the training, from one reading of the loss to the next, and of the bare step, in turns."""
-    most = 3 * options.windows
     common = [
         f"model={model}", "data=fashion_mnist", f"data.root={root}", f"batch_size={options.batch_size}",
         f"precision={options.precision}", f"device={options.device}", "epochs=1000",
@@ -83,7 +93,7 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> dict[str, Wi
     images, seconds = bare.window(3)
     steps = round(options.window_s * images / seconds / options.batch_size)
     steps = max(2, min(steps, 54_000 // options.batch_size))  # no reading goes beyond an epoch
-    found = {"cnntrain": Windows(), "bare": Windows()}
+    pairs: list[Pair] = []
     before, read = read_cpu(), RunJournal.reading
 
     def read_and_time(
@@ -91,14 +101,12 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> dict[str, Wi
     ) -> None:
         nonlocal before
         read(journal, step, epoch, batch, values)
-        others = others_cores(before, read_cpu())
-        before = read_cpu()
-        taken = bare.window(steps)
+        images, seconds = bare.window(steps)
         if step > steps:  # the first one warms up
-            found["cnntrain"].add(1, 1 / values["images_per_s"], others)
-            found["bare"].add(*taken, others_cores(before, read_cpu()))
-        counts = [len(windows.clean) for windows in found.values()]
-        if min(counts) >= options.windows or len(found["bare"].others) >= most:
+            busy = others_cores(before, read_cpu())
+            clean = busy is None or busy <= BUSY_CORES
+            pairs.append(Pair(1 / values["images_per_s"], seconds / images, clean))
+        if sum(pair.clean for pair in pairs) >= options.windows or len(pairs) >= 3 * options.windows:
             raise EnoughError
         before = read_cpu()
 
@@ -108,7 +116,7 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> dict[str, Wi
         patch.object(RunJournal, "reading", read_and_time),
     ):
         train(compose(*common, f"log.every_steps={steps}", f"run_dir={folder}/run"), test=False)
-    return found
+    return pairs
 
 
 def main() -> None:
@@ -117,28 +125,27 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=5, help="clean ones that are asked for")
-    parser.add_argument("--window-s", type=float, default=8.0, help="seconds of a window")
+    parser.add_argument("--windows", type=int, default=20, help="clean pairs that are asked for")
+    parser.add_argument("--window-s", type=float, default=2.0, help="seconds of a window")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--augment", help="null: the data set's own, crop with padding and flip")
     options = parser.parse_args()
-    rows = []
+    print(f"batch {options.batch_size}, precision {options.precision}; images/s")
+    print(f"{'model':<12}{'cnntrain':>10}{'bare step':>11}{'ratio':>8}   clean pairs of windows")
     with fashion_mnist(options.root) as root:
         for model in options.models:
-            found = measure(model, root, options)
-            rows.append((model, found["cnntrain"], found["bare"]))
-    print(
-        f"\nbatch {options.batch_size}, precision {options.precision}, images/s (medians of the clean windows)"
-    )
-    print(f"{'model':<12}{'cnntrain':>10}{'bare step':>11}{'ratio':>8}   clean windows")
-    for model, ours, bare in rows:
-        ratio = ours.images_per_s / bare.images_per_s
-        counts = " / ".join(f"{len(each.clean)} of {len(each.others)}" for each in (ours, bare))
-        warning = "" if ours.clean and bare.clean else "   BUSY: these figures say nothing"
-        print(
-            f"{model:<12}{ours.images_per_s:>10,.0f}{bare.images_per_s:>11,.0f}{ratio:>8.3f}   {counts}{warning}"
-        )
+            pairs = measure(model, root, options)
+            clean = [pair for pair in pairs if pair.clean] or pairs
+            ours, theirs, ratio = (
+                median(values)
+                for values in zip(
+                    *((1 / p.training, 1 / p.bare, p.bare / p.training) for p in clean), strict=True
+                )
+            )
+            busy = "" if any(pair.clean for pair in pairs) else "   BUSY: these figures say nothing"
+            count = f"{sum(pair.clean for pair in pairs)} of {len(pairs)}"
+            print(f"{model:<12}{ours:>10,.0f}{theirs:>11,.0f}{ratio:>8.3f}   {count}{busy}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_WORD = 0xFFFFFFFFFFFFFFFF
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
@@ -20,20 +21,21 @@ def _mix(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
-def _as_word(part: int | str) -> np.uint64:
-    return np.uint64(zlib.crc32(part.encode()) if isinstance(part, str) else part & 0xFFFFFFFFFFFFFFFF)
-
-
-def _chain(*parts: int | str) -> np.ndarray:
-    state = np.zeros(1, np.uint64)
+def _chain(*parts: int | str) -> int:
+    """A word that is a function of `parts`. In Python's own numbers, which one by one are ten times as fast."""
+    state = 0
     for part in parts:
-        state = _mix((state ^ _as_word(part)) + _GOLDEN)
+        word = zlib.crc32(part.encode()) if isinstance(part, str) else part & _WORD
+        state = ((state ^ word) + _GOLDEN) & _WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state ^= state >> 31
     return state
 
 
 def hash_seed(*parts: int | str) -> int:
     """A seed in [0, 2**63) that is a function of `parts` alone; other parts, or another order, give another."""
-    return int(_chain(*parts)[0] >> np.uint64(1))
+    return _chain(*parts) >> 1
 
 
 def seed_generators(seed: int) -> None:
@@ -57,9 +59,9 @@ def uniform(seed: int, epoch: int, positions: Tensor, name: str, count: int) -> 
         name: whose draws these are; other names draw independently.
         count: how many numbers an image needs; the first ones don't depend on it.
     """
-    base = _chain(seed, epoch, name)
-    per_image = _mix((positions.cpu().numpy().astype(np.uint64) ^ base) + _GOLDEN)  # (N,)
-    steps = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    base, golden = np.uint64(_chain(seed, epoch, name)), np.uint64(_GOLDEN)
+    per_image = _mix((positions.cpu().numpy().astype(np.uint64) ^ base) + golden)  # (N,)
+    steps = np.arange(1, count + 1, dtype=np.uint64) * golden
     words = _mix(per_image[:, None] + steps[None, :])  # (N, count)
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 

@@ -1,6 +1,6 @@
 """What rooms hand to each other: the facts about a data set, and a batch. Nothing here has an opinion."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,6 +90,20 @@ class Batch:
     def truth(self) -> dict[str, Tensor]:
         """The targets, with `to_canvas` among them where the batch has it: what a task judges by."""
         return self.targets if self.to_canvas is None else {**self.targets, "to_canvas": self.to_canvas}
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """The examples of all batches as one; they have the same targets, and all or none have `to_canvas`."""
+    if len(batches) == 1:
+        return batches[0]
+    matrices = [batch.to_canvas for batch in batches if batch.to_canvas is not None]
+    return Batch(
+        torch.cat([batch.images for batch in batches]),
+        {name: torch.cat([batch.targets[name] for batch in batches]) for name in batches[0].targets},
+        torch.cat([batch.index for batch in batches]),
+        torch.cat([batch.position for batch in batches]),
+        torch.cat(matrices) if matrices else None,
+    )
 
 
 def mirror_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) -> tuple[int, ...]:

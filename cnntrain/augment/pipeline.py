@@ -1,6 +1,6 @@
 """All augmentations of a run, on whole batches: one move, one change of colour, then effects."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -15,8 +15,9 @@ from cnntrain.augment.points import is_mirrored, move_points
 from cnntrain.augment.resample import BORDERS, Gather, GridResample
 from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import uniform
-from cnntrain.spec import Batch, DataSpec
+from cnntrain.spec import Batch, DataSpec, join
 
+MOST_TOGETHER = 1 << 20  # values of images that are augmented at once: 4 MiB of float32
 # The mask id for what no pixel of the mask covers, where the data set has no ignore id of its own.
 DEFAULT_IGNORE_INDEX = 255
 
@@ -111,6 +112,29 @@ class Pipeline:
             for key, item in self._effects.items():
                 images, targets = item.apply(images, targets, draw(key, item), self.std)
         return replace(batch, images=images, targets=targets)
+
+    def each(self, batches: Iterable[Batch], seed: int, epoch: int) -> Iterator[Batch]:
+        """Every batch augmented, as by itself; small ones several at a time, for the draws and matrices of few images
+        take as long as those of many. What has no images is passed on."""
+        group: list[Batch] = []
+        for batch in batches:
+            values = sum(each.images.numel() for each in group) + batch.images.numel()
+            if group and (self._effects or not len(batch) or values > MOST_TOGETHER):
+                yield from self._together(group, seed, epoch)
+                group = []
+            if len(batch):
+                group.append(batch)
+            else:
+                yield batch
+        yield from self._together(group, seed, epoch)
+
+    def _together(self, group: list[Batch], seed: int, epoch: int) -> Iterator[Batch]:
+        if not group:
+            return
+        augmented, start = self(join(group), seed, epoch), 0
+        for batch in group:
+            yield augmented.take(slice(start, start + len(batch)))
+            start += len(batch)
 
     def sample_transform(self, seed: int, epoch: int) -> SampleTransform | None:
         """What is done to each decoded uint8 image, f(image, position); None for most runs."""

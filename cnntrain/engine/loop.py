@@ -178,21 +178,22 @@ def train_epoch(
     ranks = compute.ranks
     share, had_images = ranks.share(pipeline), False
     since, images_since = time.perf_counter(), 0
-    for batch in training.batches(
+    stored = training.batches(
         order,
         plan.batch_size,
         progress.batch,
         plan.drop_last,
         transform=pipeline.sample_transform(plan.seed, progress.epoch),
         share=share,
-    ):
+    )
+    for batch in pipeline.each(stored, plan.seed, progress.epoch):
         if progress.batch % plan.accumulate == 0:  # between them there are gradients, which are not saved
             stop.check()
         if progress.batch >= plan.batches_per_epoch or progress.step >= plan.total_steps:
             break
         learning_rate = set_learning_rate(optimizer, state.schedule, progress.step)
         if len(batch):
-            batch = share.trim(pipeline(batch, plan.seed, progress.epoch))
+            batch = share.trim(batch)
             if progress.step == 0 and progress.batch == 0:
                 journal.batch_seen(0, batch)
             seed_step(plan.seed, "step", progress.epoch, progress.batch, *ranks.seed)

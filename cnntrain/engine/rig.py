@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -215,8 +215,8 @@ class Held(Endless):
 class _Untouched:
     """A pipeline for batches that have been through one."""
 
-    def __call__(self, batch: Batch, seed: int, epoch: int) -> Batch:
-        return batch
+    def each(self, batches: Iterable[Batch], seed: int, epoch: int) -> Iterable[Batch]:
+        return batches
 
     def sample_transform(self, seed: int, epoch: int) -> None:
         return None

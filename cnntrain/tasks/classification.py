@@ -21,6 +21,8 @@ from cnntrain.tasks.weights import ClassWeights, balanced_weights, parse_class_w
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST_WAITING = 1 << 15  # logits
+
 
 class Classification(Task):
     """Cross-entropy over C classes; with two classes, one logit (binary cross-entropy) and ranking metrics.
@@ -206,11 +208,32 @@ class ClassificationMeter(Meter):
     def __init__(self, task: Classification) -> None:
         super().__init__()
         self._task = task
+        self._waiting: list[
+            tuple[Tensor, Tensor]
+        ] = []  # logits and labels; counting few takes as long as many
 
     def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
         if "label_b" in targets:
             return  # a mixed image has no right class
-        logits, label = self._task.logits(outputs), targets["label"]
+        self._waiting.append((self._task.logits(outputs), targets["label"]))
+        if sum(logits.numel() for logits, _ in self._waiting) >= MOST_WAITING:
+            self._count()
+
+    def state(self) -> dict[str, Tensor]:
+        self._count()
+        return super().state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._waiting = []
+        super().load_state(state)
+
+    @torch.no_grad()
+    def _count(self) -> None:
+        """Add what waits to the sums."""
+        if not self._waiting:
+            return
+        logits, label = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting = []
         self._add(
             "confusion", count_pairs(label, logits.argmax(1), torch.ones_like(label), self._task.num_classes)
         )

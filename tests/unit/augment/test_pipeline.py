@@ -1,6 +1,7 @@
 """What the pipeline promises: no draw depends on the batch or on other augmentations; and what it refuses."""
 
 import contextlib
+from itertools import pairwise
 
 import pytest
 import torch
@@ -60,6 +61,43 @@ def test_an_image_does_not_depend_on_its_batch(make_batch, name, channels):
     others.images[1:] = 255 - others.images[1:]
     others.position[1:] += 1000
     assert torch.equal(pipeline(others, 1, 2).images[0], whole.images[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("names", [["flip", "crop"], ["rotation", "perspective", "jitter"], list(ITEMS)])
+def test_batches_augmented_together_are_those_augmented_alone(make_batch, monkeypatch, names, threads):
+    """Bit by bit, wherever a group begins; what has no image, and what an effect may mix, stays by itself."""
+    torch.set_num_threads(threads)
+    spec = DataSpec(3, 40, 41, mean=SPEC.mean, std=SPEC.std)
+    pipeline = Pipeline(spec, {name: ITEMS[name] for name in names})
+    nothing = torch.zeros(0, dtype=torch.int64)
+    ends = (0, 9, 18, 27, 30, 30, 41, 45)
+    batches = [
+        make_batch(stop - start, height=40, width=41, first=start)
+        if stop > start
+        else Batch(torch.zeros(0), {}, nothing, nothing)
+        for start, stop in pairwise(ends)
+    ]
+    alone = [pipeline(batch, 1, 2) if len(batch) else batch for batch in batches]
+    sizes: list[int] = []
+    augment = Pipeline.__call__
+
+    def counted(self: Pipeline, batch: Batch, seed: int, epoch: int) -> Batch:
+        sizes.append(len(batch))
+        return augment(self, batch, seed, epoch)
+
+    monkeypatch.setattr(Pipeline, "__call__", counted)
+    monkeypatch.setattr("cnntrain.augment.pipeline.MOST_TOGETHER", 20 * 3 * 40 * 41)
+    for first in range(len(batches)):
+        sizes.clear()
+        got = list(pipeline.each(iter(batches[first:]), 1, 2))
+        assert len(got) == len(batches) - first
+        for one, other in zip(got, alone[first:], strict=True):
+            assert torch.equal(one.images, other.images) and torch.equal(one.position, other.position)
+            assert one.targets.keys() == other.targets.keys()
+            assert all(torch.equal(one.targets[name], other.targets[name]) for name in other.targets)
+        if first == 0:
+            assert sizes == ([9, 9, 9, 3, 11, 4] if len(names) == len(ITEMS) else [18, 12, 15])
 
 
 def test_draws_change_with_seed_epoch_and_position_alone(make_batch):

@@ -47,8 +47,8 @@ class Noise:
             images = self.noise * torch.randn(len(rows), 1, 1, 1, generator=generator)
             yield Batch(images, {}, rows, rows)
 
-    def __call__(self, batch: Batch, seed: int, epoch: int) -> Batch:
-        return batch
+    def each(self, batches: Any, seed: int, epoch: int) -> Any:
+        return batches
 
     def sample_transform(self, seed: int, epoch: int) -> None:
         return None

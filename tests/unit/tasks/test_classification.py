@@ -151,6 +151,26 @@ def test_a_meter_goes_on_from_its_state_and_keeps_its_own():
     assert all(torch.equal(state[name], value) for name, value in meter.state().items())
 
 
+@pytest.mark.parametrize("classes", [2, 7])
+def test_what_waits_to_be_counted_is_counted_once(classes, monkeypatch):
+    task = make(classes)
+    outputs, targets = example(task)
+    monkeypatch.setattr("cnntrain.tasks.classification.MOST_WAITING", 10 * classes)
+    cuts = [4, 8, 9, 11, 30]
+    meter, now_and_then = metered(task, outputs, targets, cuts), task.meter()
+    for start, stop in pairwise([0, *cuts, len(outputs)]):
+        part = {name: value[start:stop] for name, value in targets.items()}
+        now_and_then.update(outputs[start:stop], part, *task.loss(outputs[start:stop], part))
+        assert now_and_then.confusion_matrix().sum() == stop
+    whole = metered(task, outputs, targets)
+    for each in (meter, now_and_then):
+        assert torch.equal(each.confusion_matrix(), whole.confusion_matrix())
+        assert each.compute() == pytest.approx(whole.compute(), rel=1e-6)
+    meter.update(outputs, targets, *task.loss(outputs, targets))
+    meter.load_state(whole.state())  # forgets what waited
+    assert meter.compute() == whole.compute()
+
+
 def test_metrics_against_scikit_learn():
     from sklearn import metrics
 
