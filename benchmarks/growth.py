@@ -46,13 +46,15 @@ def epoch_seconds(folder: Path, images: int, *overrides: str) -> float:
 
 
 def show(title: str, unit: str, found: Mapping[int, list[float]], power: int) -> dict[int, float]:
-    """Medians, printed with their time per unit of work, the first one's being 1."""
+    """Medians, printed with their time per unit of work, the first one's being 1: medians of what rounds say of it, for
+    the speed of a machine that others share changes less within a round than between rounds."""
     medians = {work: statistics.median(taken) for work, taken in found.items()}
     smallest = min(medians)
     print(f"\n{title}")
     print(f"  {unit:>8}{'s':>9}{'x the work':>12}{'x the time':>12}{'time / work':>13}")
     for work, median in medians.items():
-        more, longer = (work / smallest) ** power, median / medians[smallest]
+        more = (work / smallest) ** power
+        longer = statistics.median(t / s for t, s in zip(found[work], found[smallest], strict=True))
         print(f"  {work:>8,}{median:>9.2f}{more:>12.2f}{longer:>12.2f}{longer / more:>13.3f}")
     return medians
 

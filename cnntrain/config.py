@@ -86,28 +86,30 @@ def _compose(
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Hydra's own grammar, with its syntax errors turned into ours."""
+    """Hydra's own grammar, with its syntax errors turned into ours; Hydra's own keys are refused."""
     for override in overrides:
         if override.startswith("="):
             raise UserError(f"{override!r} has no key; write KEY=VALUE, as epochs=5")
     try:
-        return OverridesParser.create().parse_overrides(list(overrides))
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise UserError(_syntax(error)) from error
     except RecursionError as error:
         deepest = max(overrides, key=lambda override: override.count("[") + override.count("{"))
         raise UserError(f"{deepest.partition('=')[0]}: is nested too deep to be read") from error
+    for override in parsed:
+        if re.split(r"[./@]", override.key_or_group)[0] == "hydra":
+            raise UserError(
+                f"{override.key_or_group}: Hydra composes the config here and does no more; a run's folder is run_dir, "
+                "and what -m does is set by sweep.*"
+            )
+    return parsed
 
 
 def _check_choices(overrides: Sequence[str], config_dir: Path | None) -> None:
     """Refuse what is no name where an option is chosen: Hydra stumbles over it without saying where."""
     groups = group_options(config_dir)
     for override in parse_overrides(overrides):
-        if re.split(r"[./@]", override.key_or_group)[0] == "hydra":
-            raise UserError(
-                f"{override.key_or_group}: Hydra composes the config here and does no more; a run's folder is run_dir, "
-                "and what -m does is set by sweep.*"
-            )
         if override.key_or_group not in groups or override.is_sweep_override() or override.is_delete():
             continue
         value = override.value()

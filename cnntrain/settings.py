@@ -162,7 +162,7 @@ class Settings:
     device: str
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: bool
-    compile: Literal["off", False, "default", "max-autotune-no-cudagraphs"]
+    compile: Literal["off", "default", "max-autotune-no-cudagraphs"]
     threads: Annotated[int | None, Within(1, 1024)]
     deterministic: bool
     ema_decay: Annotated[float | None, Within(0, 0.999999)]
@@ -285,6 +285,8 @@ def _convert(value: Any, hint: Any, key: str, limits: Within = ANYTHING, or_null
         return parse(hint, value, f"{key}.")  # pyright: ignore[reportArgumentType]
     if origin is Literal:
         choices = [str(choice) for choice in get_args(hint)]
+        if value is False and "off" in choices:  # as YAML reads a bare off
+            return "off"
         if value not in get_args(hint):
             raise UserError(
                 f"{key}: {value!r} is not one of {', '.join(choices)}{suggest(str(value), choices)}"

@@ -5,7 +5,6 @@ import logging
 import os
 import shutil
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -64,7 +63,7 @@ def choose_compute(
     precision: str,
     channels_last: bool,
     ranks: Ranks = ALONE,
-    compile: str | Literal[False] = "off",
+    compile: str = "off",
 ) -> Compute:
     """Resolve `auto`; of several processes each takes a GPU of its own.
 
@@ -79,9 +78,7 @@ def choose_compute(
     if ranks.count > 1 and chosen.type == "cuda":
         chosen = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(chosen)
-    return Compute(
-        chosen, precision, channels_last, ranks, compile or "off"
-    )  # YAML reads a bare off as false
+    return Compute(chosen, precision, channels_last, ranks, compile)
 
 
 def _choose_device(name: str) -> torch.device:

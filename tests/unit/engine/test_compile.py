@@ -39,7 +39,9 @@ def test_without_a_compiler_it_is_refused_before_the_first_step(
 def test_off_compiles_nothing(written: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A bare `off` is false to YAML."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: pytest.fail("compiled"))
-    train(compose(*FEW, f"compile={written}", f"run_dir={tmp_path}/run"))
+    settings = compose(*FEW, f"compile={written}", f"run_dir={tmp_path}/run")
+    assert settings.compile == "off"
+    train(settings)
 
 
 @pytest.mark.slow
