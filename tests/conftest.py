@@ -16,6 +16,12 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def subnormal_numbers() -> None:
+    """A training in this process ends them, and Hypothesis wants them."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
