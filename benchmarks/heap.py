@@ -25,7 +25,7 @@ import resource, sys, time
 import torch
 from cnntrain import compose
 from cnntrain.assembly import make_model
-from cnntrain.engine.heap import keep_freed_memory
+from cnntrain.heap import keep_freed_memory
 
 how, name, batch, *shape = sys.argv[1:]
 if how == "kept":

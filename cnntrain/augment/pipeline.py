@@ -1,5 +1,6 @@
 """All augmentations of a run, on whole batches: one move, one change of colour, then effects."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import cast
@@ -17,7 +18,8 @@ from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import uniform
 from cnntrain.spec import Batch, DataSpec, join
 
-MOST_TOGETHER = 1 << 20  # values of images that are augmented at once: 4 MiB of float32
+MOST_TOGETHER = 1 << 20  # values of images that are augmented at once, 4 MiB of float32
+MOST_BATCHES = 4  # that are
 # The mask id for what no pixel of the mask covers, where the data set has no ignore id of its own.
 DEFAULT_IGNORE_INDEX = 255
 
@@ -113,28 +115,44 @@ class Pipeline:
                 images, targets = item.apply(images, targets, draw(key, item), self.std)
         return replace(batch, images=images, targets=targets)
 
-    def each(self, batches: Iterable[Batch], seed: int, epoch: int) -> Iterator[Batch]:
-        """Every batch augmented, as by itself; small ones several at a time, for the draws and matrices of few images
-        take as long as those of many. What has no images is passed on."""
+    def each(
+        self, batches: Iterable[Batch], seed: int, epoch: int, together: bool = False
+    ) -> Iterator[Batch]:
+        """Every batch augmented, as by itself; what has no images is passed on.
+
+        Args:
+            together: small batches are augmented several at a time, for the draws and matrices of few images take as
+                long as those of many. For batches that cost nothing to fetch: the next ones are asked for beforehand.
+        """
+        if not together or self._effects:
+            return (self(batch, seed, epoch) if len(batch) else batch for batch in batches)
+        return self._groups(batches, seed, epoch)
+
+    def _groups(self, batches: Iterable[Batch], seed: int, epoch: int) -> Iterator[Batch]:
         group: list[Batch] = []
+        room = MOST_TOGETHER // (
+            self.spec.channels * max(map(math.prod, (self.spec.image_size, self.output_size)))
+        )
         for batch in batches:
-            values = sum(each.images.numel() for each in group) + batch.images.numel()
-            if group and (self._effects or not len(batch) or values > MOST_TOGETHER):
+            if group and (
+                len(group) == MOST_BATCHES
+                or not len(batch)
+                or sum(len(each) for each in group) + len(batch) > room
+            ):
                 yield from self._together(group, seed, epoch)
                 group = []
             if len(batch):
                 group.append(batch)
             else:
                 yield batch
-        yield from self._together(group, seed, epoch)
+        if group:
+            yield from self._together(group, seed, epoch)
 
     def _together(self, group: list[Batch], seed: int, epoch: int) -> Iterator[Batch]:
-        if not group:
-            return
         augmented, start = self(join(group), seed, epoch), 0
-        for batch in group:
-            yield augmented.take(slice(start, start + len(batch)))
-            start += len(batch)
+        for count in [len(batch) for batch in group]:
+            yield augmented.take(slice(start, start + count))
+            start += count
 
     def sample_transform(self, seed: int, epoch: int) -> SampleTransform | None:
         """What is done to each decoded uint8 image, f(image, position); None for most runs."""

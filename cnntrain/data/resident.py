@@ -12,6 +12,7 @@ from torch import Tensor
 from cnntrain.data.decode import BadFile, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.parallel import decode_into, in_threads, shared_zeros
+from cnntrain.heap import give_back_freed_memory
 
 SHARE_OF_MEMORY = 0.5  # of what is free; the network and its activations need the rest
 logger = logging.getLogger("cnntrain")
@@ -30,6 +31,7 @@ def decoded_bytes(examples: Examples) -> int:
 
 def free_host_bytes() -> int:
     """Memory that this process may still take: of the machine, and of its control group, if any."""
+    give_back_freed_memory()
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

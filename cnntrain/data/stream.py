@@ -18,6 +18,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from cnntrain.data.decode import BadFile, refuse
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.errors import CnntrainError, MachineError, UserError
+from cnntrain.heap import give_back_freed_memory
 
 Transform = Callable[[Tensor, int], Tensor]  # (uint8 (C,H,W), position in the epoch) -> uint8 (C,H,W)
 # Rows of a batch, their positions, what to do to each image. Lists, for a tensor would need a socket.
@@ -62,6 +63,10 @@ class WorkerPool:
         """
         self.requests.waiting = requests
         patience = _Patience(self.loader, self.timeout_s)
+        if (
+            getattr(self.loader, "_iterator", None) is None
+        ):  # workers begin: as forks they would hold it to their end
+            give_back_freed_memory()
         try:
             with patience:
                 for got in self.loader:

@@ -4,15 +4,16 @@ import contextlib
 import logging
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from cnntrain.engine.heap import keep_freed_memory
 from cnntrain.engine.lean import spare_the_compiler
 from cnntrain.engine.ranks import ALONE, Ranks
 from cnntrain.errors import MachineError, UserError
+from cnntrain.heap import keep_freed_memory
 from cnntrain.randomness import hash_seed, seed_generators
 
 log = logging.getLogger("cnntrain")
@@ -119,11 +120,15 @@ def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE
 
     Where a weight's gradient has become zero, as in front of units that are dead, an optimizer's averages of it shrink
     until they are subnormal (below 1.2e-38), and stay so. A CPU takes a hundred times as long for such numbers: after
-    700 steps of lenet5 they made the optimizer's step 2.6 times slower. Torch's threads do as the one that starts them.
+    700 steps of lenet5 they made the optimizer's step 2.6 times slower. This is a setting of the calling thread, and of
+    those that torch starts from now on: threads that it started before, in a notebook, go on as they began.
     """
     spare_the_compiler()
     keep_freed_memory()
     torch.set_flush_denormal(True)
+    warnings.filterwarnings(
+        "ignore", "The value of the smallest subnormal"
+    )  # NumPy before 2.4 finds that it is zero
     if threads is None and ranks.count > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, cores // ranks.local_count)

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
+from cnntrain.heap import give_back_freed_memory
+
 PROC = Path("/proc/self")
 
 
 def forget_peak(device: torch.device) -> None:
     """Let `peak_mib` count from here; what is no longer used is given back first."""
     gc.collect()
+    give_back_freed_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

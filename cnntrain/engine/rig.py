@@ -175,7 +175,7 @@ def make_rig(
 
 
 class Endless(Loader):
-    """The batches of a loader, one pass after another."""
+    """The batches of a loader, one pass after another; never at hand, for each is to be augmented in its own window."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -215,7 +215,7 @@ class Held(Endless):
 class _Untouched:
     """A pipeline for batches that have been through one."""
 
-    def each(self, batches: Iterable[Batch], seed: int, epoch: int) -> Iterable[Batch]:
+    def each(self, batches: Iterable[Batch], *rest: object) -> Iterable[Batch]:
         return batches
 
     def sample_transform(self, seed: int, epoch: int) -> None:

@@ -208,32 +208,42 @@ class ClassificationMeter(Meter):
     def __init__(self, task: Classification) -> None:
         super().__init__()
         self._task = task
-        self._waiting: list[
-            tuple[Tensor, Tensor]
-        ] = []  # logits and labels; counting few takes as long as many
+        # Logits and labels that wait to be counted, in one piece each: counting few takes as long as counting many.
+        self._room: tuple[Tensor, Tensor] | None = None
+        self._waiting = 0
 
     def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
         if "label_b" in targets:
             return  # a mixed image has no right class
-        self._waiting.append((self._task.logits(outputs), targets["label"]))
-        if sum(logits.numel() for logits, _ in self._waiting) >= MOST_WAITING:
-            self._count()
+        logits, label = self._task.logits(outputs), targets["label"]
+        rows = MOST_WAITING // self._task.num_classes
+        if self._waiting + len(label) > rows:
+            self._count_waiting()
+        if 2 * len(label) > rows:
+            self._count(logits, label)
+            return
+        if self._room is None:
+            self._room = logits.new_empty(rows, self._task.num_classes), label.new_empty(rows)
+        there = slice(self._waiting, self._waiting + len(label))
+        self._room[0][there], self._room[1][there] = logits, label
+        self._waiting += len(label)
 
     def state(self) -> dict[str, Tensor]:
-        self._count()
+        self._count_waiting()
         return super().state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self._waiting = []
+        self._waiting = 0
         super().load_state(state)
 
     @torch.no_grad()
-    def _count(self) -> None:
-        """Add what waits to the sums."""
-        if not self._waiting:
-            return
-        logits, label = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-        self._waiting = []
+    def _count_waiting(self) -> None:
+        if self._room is not None and self._waiting:
+            logits, label = (part[: self._waiting] for part in self._room)
+            self._waiting = 0
+            self._count(logits, label)
+
+    def _count(self, logits: Tensor, label: Tensor) -> None:
         self._add(
             "confusion", count_pairs(label, logits.argmax(1), torch.ones_like(label), self._task.num_classes)
         )

@@ -110,8 +110,8 @@ class Meter(ABC):
         self._sums[name] = value if known is None else known + value.to(known.device)
 
     def _keep(self, name: str, value: Tensor) -> None:
-        # In one piece: a small tensor kept from every step would lie between the large ones and keep the heap from
-        # shrinking, by a batch a step.
+        # In one piece: a small tensor kept from every step would lie between the large ones, and what is freed beside
+        # it would not fit the next step: the heap would grow by a batch a step.
         room, taken = self._rows.get(name, (value.new_empty((LEAST_ROOM, *value.shape[1:])), 0))
         end = taken + len(value)
         if end > len(room):

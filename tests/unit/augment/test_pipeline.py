@@ -90,7 +90,7 @@ def test_batches_augmented_together_are_those_augmented_alone(make_batch, monkey
     monkeypatch.setattr("cnntrain.augment.pipeline.MOST_TOGETHER", 20 * 3 * 40 * 41)
     for first in range(len(batches)):
         sizes.clear()
-        got = list(pipeline.each(iter(batches[first:]), 1, 2))
+        got = list(pipeline.each(iter(batches[first:]), 1, 2, together=True))
         assert len(got) == len(batches) - first
         for one, other in zip(got, alone[first:], strict=True):
             assert torch.equal(one.images, other.images) and torch.equal(one.position, other.position)
@@ -98,6 +98,11 @@ def test_batches_augmented_together_are_those_augmented_alone(make_batch, monkey
             assert all(torch.equal(one.targets[name], other.targets[name]) for name in other.targets)
         if first == 0:
             assert sizes == ([9, 9, 9, 3, 11, 4] if len(names) == len(ITEMS) else [18, 12, 15])
+    sizes.clear()
+    asked: list[int] = []
+    for _ in pipeline.each((asked.append(len(batch)) or batch for batch in batches), 1, 2):
+        assert len(asked) == len(sizes) + asked.count(0)  # nothing is fetched beforehand
+    assert sizes == [9, 9, 9, 3, 11, 4]
 
 
 def test_draws_change_with_seed_epoch_and_position_alone(make_batch):

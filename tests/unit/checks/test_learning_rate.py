@@ -47,7 +47,9 @@ class Noise:
             images = self.noise * torch.randn(len(rows), 1, 1, 1, generator=generator)
             yield Batch(images, {}, rows, rows)
 
-    def each(self, batches: Any, seed: int, epoch: int) -> Any:
+    at_hand = True
+
+    def each(self, batches: Any, *rest: Any) -> Any:
         return batches
 
     def sample_transform(self, seed: int, epoch: int) -> None:

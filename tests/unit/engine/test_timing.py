@@ -7,11 +7,13 @@ import pytest
 
 from cnntrain import compose
 from cnntrain.assembly import assemble, build_training_parts, find_batch_size, make_optimizer
+from cnntrain.augment.pipeline import Pipeline
 from cnntrain.engine.batch_size import fastest, largest_that_fits, power_of_two
 from cnntrain.engine.rig import Rig, make_rig
 from cnntrain.engine.signals import StopFlag
 from cnntrain.engine.timing import Windows, interleave
 from cnntrain.errors import MachineError, UserError
+from cnntrain.spec import Batch
 
 
 def test_windows_in_which_others_worked_do_not_count_while_there_are_clean_ones() -> None:
@@ -76,6 +78,24 @@ def test_a_window_holds_whole_readings_and_leaves_the_weights_alone(extra: tuple
         assert got == images and seconds > 0, name
     assert list(timed.parts()) == ["step", "metrics", "logging", "augment", "data"]  # no transfer to a CPU
     assert all(value.equal(before[name]) for name, value in timed.state.model.named_parameters())
+
+
+def test_a_window_holds_the_augmentation_of_its_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a training augments small batches several at a time: else a short window would hold none."""
+    timed, count = rig("log.every_steps=1", "augment=digits"), 0
+    augment = Pipeline.__call__
+
+    def counted(self: Pipeline, batch: Batch, seed: int, epoch: int) -> Batch:
+        nonlocal count
+        count += 1
+        return augment(self, batch, seed, epoch)
+
+    monkeypatch.setattr(Pipeline, "__call__", counted)
+    timed.step_s = 100.0
+    for name in ("augment", "data"):
+        count = 0
+        timed.parts()[name]()
+        assert count == 3, name  # one of them before the window begins, one after it has ended
 
 
 def test_a_step_longer_than_a_window_is_a_window() -> None:

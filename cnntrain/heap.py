@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -11,9 +12,20 @@ def keep_freed_memory() -> None:
 
     By default glibc maps large blocks one by one, and gives back what is free at the end of its heap. Every step then
     gets its activations as pages that the system first fills with zeros: 4,000 to 280,000 page faults a step, up to a
-    third of the time of a training on the CPU (`benchmarks/heap.py`). A process stays as large as it once was.
+    third of the time of a training on the CPU (`benchmarks/heap.py`). A process stays as large as it once was, until
+    `give_back_freed_memory`.
     Elsewhere than on Linux with glibc this does nothing.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+    if mallopt := _of_glibc("mallopt"):
         mallopt(M_TRIM_THRESHOLD, -1)  # give back none of the heap
         mallopt(M_MMAP_MAX, 0)  # and keep every block in it, large ones too
+
+
+def give_back_freed_memory() -> None:
+    """Once, where it would be counted as taken, or copied by a process that is forked."""
+    if malloc_trim := _of_glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

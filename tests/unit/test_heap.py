@@ -8,7 +8,7 @@ import pytest
 CODE = """
 import resource, sys
 import torch
-from cnntrain.engine.heap import keep_freed_memory
+from cnntrain.heap import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()
@@ -19,6 +19,23 @@ for _ in range(5):
     del layers
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(faults[-1])
+"""
+
+RETURNED = """
+from pathlib import Path
+import torch
+from cnntrain.heap import give_back_freed_memory, keep_freed_memory
+
+def held_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+keep_freed_memory()
+before = held_mib()
+layers = [torch.ones(1 << 18) for _ in range(200)]
+del layers
+after = held_mib()
+give_back_freed_memory()
+print(after - before, held_mib() - before)
 """
 
 
@@ -33,4 +50,12 @@ def test_a_step_finds_the_memory_of_the_one_before() -> None:
         )
         for how in ("plain", "kept")
     )
-    assert kept < 100 and plain > 1000  # pages of 4 KiB, or fewer larger ones
+    assert 10 * kept < plain
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator is told on Linux alone")
+def test_it_is_given_back_where_it_is_in_the_way() -> None:
+    done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
+    kept, returned = map(int, done.stdout.split())
+    assert kept > 150 and returned < 50
