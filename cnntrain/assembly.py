@@ -20,8 +20,8 @@ from cnntrain.data.source import Source
 from cnntrain.data.store import Loader, make_loader
 from cnntrain.engine.batch_size import choose_batch_size
 from cnntrain.engine.device import Compute, choose_compute, prepare_torch, seed_step
-from cnntrain.engine.loop import Plan
 from cnntrain.engine.optim import build_optimizer, check_that_it_steps, supports_fused
+from cnntrain.engine.plan import Plan
 from cnntrain.engine.ranks import ALONE, Ranks
 from cnntrain.engine.rig import Rig, make_rig
 from cnntrain.engine.schedule import Schedule

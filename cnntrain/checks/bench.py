@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.store import Loader
 from cnntrain.engine.device import Compute, seed_step
-from cnntrain.engine.loop import Plan
+from cnntrain.engine.plan import Plan
 from cnntrain.engine.signals import StopFlag
 from cnntrain.findings import Finding
 from cnntrain.randomness import epoch_order

@@ -20,7 +20,8 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.store import Loader
 from cnntrain.engine.device import Compute
 from cnntrain.engine.divergence import Finiteness
-from cnntrain.engine.loop import Plan, train_epoch
+from cnntrain.engine.loop import train_epoch
+from cnntrain.engine.plan import Plan
 from cnntrain.engine.schedule import Schedule
 from cnntrain.engine.signals import StopFlag
 from cnntrain.engine.state import TrainState

@@ -7,7 +7,7 @@ from typing import Any
 
 from cnntrain.checks.bench import Bench
 from cnntrain.checks.verdicts import passed, warned
-from cnntrain.engine.loop import Plan
+from cnntrain.engine.plan import Plan
 from cnntrain.findings import Finding
 from cnntrain.spec import DataSpec
 

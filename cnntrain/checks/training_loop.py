@@ -12,7 +12,7 @@ from cnntrain.checks.practice import distance, few, trainable
 from cnntrain.checks.verdicts import failed, passed, skipped, some
 from cnntrain.engine import loop
 from cnntrain.engine.device import seed_step
-from cnntrain.engine.loop import Plan
+from cnntrain.engine.plan import Plan
 from cnntrain.engine.schedule import Schedule
 from cnntrain.engine.state import TrainState
 from cnntrain.errors import DivergedError

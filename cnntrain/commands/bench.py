@@ -27,8 +27,8 @@ from cnntrain.config import read_settings
 from cnntrain.data.resident import free_host_bytes
 from cnntrain.data.store import Loader
 from cnntrain.engine.device import Compute
-from cnntrain.engine.loop import Plan
 from cnntrain.engine.memory import forget_peak, peak_mib
+from cnntrain.engine.plan import Plan
 from cnntrain.engine.rig import Rig, make_rig
 from cnntrain.engine.run_folder import open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag

@@ -26,7 +26,8 @@ from cnntrain.engine.combine import synchronise_norms
 from cnntrain.engine.ema import MovingAverage
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.keeper import Keeper
-from cnntrain.engine.loop import Plan, Silent, fit
+from cnntrain.engine.loop import Silent, fit
+from cnntrain.engine.plan import Plan
 from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place
 from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag

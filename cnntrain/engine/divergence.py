@@ -1,11 +1,9 @@
 """Divergence: noted on the device without waiting for it, and traced to a layer by replaying the batch."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +14,12 @@ from cnntrain.data.store import Loader
 from cnntrain.engine.device import Compute, seed_step
 from cnntrain.engine.hooks import attached, uncompiled
 from cnntrain.engine.optim import set_learning_rate
+from cnntrain.engine.plan import Plan
+from cnntrain.engine.state import TrainState
 from cnntrain.errors import DivergedError
 from cnntrain.randomness import epoch_order
 from cnntrain.spec import Batch
 from cnntrain.tasks.task import Task
-
-if TYPE_CHECKING:
-    from cnntrain.engine.loop import Plan
-    from cnntrain.engine.state import TrainState
 
 MOST_SKIPPED = 20  # fp16 steps in a row that may be skipped while the scale is looked for
 SHOWN_EXAMPLES = 64

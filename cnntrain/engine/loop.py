@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -17,6 +16,7 @@ from cnntrain.engine.device import Compute, seed_step
 from cnntrain.engine.divergence import Finiteness, diverged, diverged_in_validation, step_unless
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.optim import set_learning_rate
+from cnntrain.engine.plan import Plan
 from cnntrain.engine.ranks import merge, pack_states, states_of, unpack_state
 from cnntrain.engine.signals import StopFlag
 from cnntrain.engine.state import TrainState
@@ -41,34 +41,6 @@ class Silent:
     def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
     def epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
     def batch_seen(self, step: int, batch: Batch) -> None: ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a training runs: plain numbers, resolved from the settings and the data.
-
-    `batch_size` is that of all processes together, whatever their number.
-    """
-
-    seed: int
-    batch_size: int
-    batches_per_epoch: int
-    steps_per_epoch: int
-    total_steps: int
-    accumulate: int = 1
-    clip_grad_norm: float | None = None
-    early_stopping: int | None = None
-    read_every_steps: int = 20
-    save_every_steps: int | None = None
-    limit_batches: int | None = None
-    drop_last: bool = False
-    unfreeze_epoch: int | None = None  # counted from 1, as users see it
-    processes: int = 1
-
-    @property
-    def sums_losses(self) -> bool:
-        """Whether what a step's gradients are divided by is known only when all of its batches have been seen."""
-        return self.accumulate > 1 or self.processes > 1
 
 
 def fit(

@@ -17,7 +17,8 @@ from cnntrain.data.store import Loader
 from cnntrain.engine.device import Compute
 from cnntrain.engine.divergence import Finiteness
 from cnntrain.engine.ema import MovingAverage
-from cnntrain.engine.loop import Journal, Plan, Silent, train_epoch
+from cnntrain.engine.loop import Journal, Silent, train_epoch
+from cnntrain.engine.plan import Plan
 from cnntrain.engine.schedule import Constant
 from cnntrain.engine.signals import StopFlag
 from cnntrain.engine.state import Progress, TrainState

@@ -13,7 +13,7 @@ from cnntrain import compose
 from cnntrain.assembly import assemble, build_training_parts, try_learning_rates
 from cnntrain.checks.learning_rate import QUIET_STEPS, RangeTest, range_test, settle
 from cnntrain.engine.device import Compute
-from cnntrain.engine.loop import Plan
+from cnntrain.engine.plan import Plan
 from cnntrain.engine.signals import StopFlag
 from cnntrain.errors import UserError
 from cnntrain.spec import Batch
