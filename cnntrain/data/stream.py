@@ -3,11 +3,13 @@
 import atexit
 import errno
 import signal
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -259,3 +261,12 @@ def _start_worker(worker: int) -> None:
     # Sent to the whole group: the main process decides what to do.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _say_unless_left_alone
+
+
+def _say_unless_left_alone(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A thread of a worker hands batches over: when the main process gives up in between, that is no news."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)

@@ -1,9 +1,12 @@
 """A worker that is killed, stuck or without shared memory ends the run with 4 and a message, and leaves no orphans."""
 
+import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,32 @@ def children(pid: int) -> list[int]:
     """Direct children of `pid`, from /proc."""
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in listed.read_text().split()]
+
+
+def test_a_worker_says_nothing_of_a_batch_that_nobody_took_over(capfd) -> None:
+    """The thread that hands it over calls sys.excepthook, in the worker, where the main process breaks off."""
+    from cnntrain.data.stream import _start_worker
+
+    def reset(hook_of: str) -> None:
+        _start_worker(0)
+        sys.excepthook(
+            *_raised(ConnectionResetError("by peer") if hook_of == "peer" else ValueError("a fault"))
+        )
+
+    context = multiprocessing.get_context("fork")
+    for cause, said in (("peer", ""), ("worker", "ValueError: a fault")):
+        process = context.Process(target=reset, args=(cause,))
+        process.start()
+        process.join()
+        heard = capfd.readouterr().err
+        assert process.exitcode == 0 and (said in heard if said else not heard)
+
+
+def _raised(error: Exception) -> Any:
+    try:
+        raise error
+    except type(error):
+        return sys.exc_info()
 
 
 @pytest.mark.slow
