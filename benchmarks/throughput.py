@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 
 from cnntrain import compose
 from cnntrain.assembly import assemble
+from cnntrain.augment.pipeline import MOST_BATCHES
 from cnntrain.commands.train import train
 from cnntrain.engine.cpu_load import BUSY_CORES, others_cores, read_cpu
 from cnntrain.report.journal import RunJournal
@@ -92,7 +93,10 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
     bare.window(2)
     images, seconds = bare.window(3)
     steps = round(options.window_s * images / seconds / options.batch_size)
-    steps = max(2, min(steps, 54_000 // options.batch_size))  # no reading goes beyond an epoch
+    steps = min(steps, 54_000 // options.batch_size)  # no reading goes beyond an epoch
+    steps = (
+        max(1, steps // MOST_BATCHES) * MOST_BATCHES
+    )  # every window has its share of what is augmented at once
     pairs: list[Pair] = []
     before, read = read_cpu(), RunJournal.reading
 

@@ -11,7 +11,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed, instead of giving it back to the system, for the rest of this process.
 
     By default glibc maps large blocks one by one, and gives back what is free at the end of its heap. Every step then
-    gets its activations as pages that the system first fills with zeros: 4,000 to 280,000 page faults a step, up to a
+    gets its activations as pages that the system first fills with zeros: 3,000 to 280,000 page faults a step, up to a
     third of the time of a training on the CPU (`benchmarks/heap.py`). A process stays as large as it once was, until
     `give_back_freed_memory`.
     Elsewhere than on Linux with glibc this does nothing.

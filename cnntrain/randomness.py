@@ -12,12 +12,13 @@ from torch import Tensor
 
 _WORD = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser: an avalanche over 64 bits."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(_FIRST)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(_SECOND)
     return value ^ (value >> np.uint64(31))
 
 
@@ -27,8 +28,8 @@ def _chain(*parts: int | str) -> int:
     for part in parts:
         word = zlib.crc32(part.encode()) if isinstance(part, str) else part & _WORD
         state = ((state ^ word) + _GOLDEN) & _WORD
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state = ((state ^ (state >> 30)) * _FIRST) & _WORD
+        state = ((state ^ (state >> 27)) * _SECOND) & _WORD
         state ^= state >> 31
     return state
 

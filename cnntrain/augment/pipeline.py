@@ -18,8 +18,9 @@ from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import uniform
 from cnntrain.spec import Batch, DataSpec, join
 
-MOST_TOGETHER = 1 << 20  # values of images that are augmented at once, 4 MiB of float32
-MOST_BATCHES = 4  # that are
+# What is augmented at once, where batches are small: so many of them, and so many pixel values (4 MiB of float32).
+MOST_BATCHES = 4
+MOST_TOGETHER = 1 << 20
 # The mask id for what no pixel of the mask covers, where the data set has no ignore id of its own.
 DEFAULT_IGNORE_INDEX = 255
 
@@ -130,14 +131,13 @@ class Pipeline:
 
     def _groups(self, batches: Iterable[Batch], seed: int, epoch: int) -> Iterator[Batch]:
         group: list[Batch] = []
-        room = MOST_TOGETHER // (
-            self.spec.channels * max(map(math.prod, (self.spec.image_size, self.output_size)))
-        )
+        pixels = max(math.prod(self.spec.image_size), math.prod(self.output_size))
+        most_images = MOST_TOGETHER // (self.spec.channels * pixels)
         for batch in batches:
             if group and (
                 len(group) == MOST_BATCHES
                 or not len(batch)
-                or sum(len(each) for each in group) + len(batch) > room
+                or sum(len(each) for each in group) + len(batch) > most_images
             ):
                 yield from self._together(group, seed, epoch)
                 group = []

@@ -65,9 +65,8 @@ class WorkerPool:
         """
         self.requests.waiting = requests
         patience = _Patience(self.loader, self.timeout_s)
-        if (
-            getattr(self.loader, "_iterator", None) is None
-        ):  # workers begin: as forks they would hold it to their end
+        # Workers that begin now are forks, and would hold it to their end.
+        if getattr(self.loader, "_iterator", None) is None:
             give_back_freed_memory()
         try:
             with patience:

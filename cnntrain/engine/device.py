@@ -126,9 +126,8 @@ def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE
     spare_the_compiler()
     keep_freed_memory()
     torch.set_flush_denormal(True)
-    warnings.filterwarnings(
-        "ignore", "The value of the smallest subnormal"
-    )  # NumPy before 2.4 finds that it is zero
+    # NumPy before 2.4 finds that it is zero.
+    warnings.filterwarnings("ignore", "The value of the smallest subnormal")
     if threads is None and ranks.count > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, cores // ranks.local_count)

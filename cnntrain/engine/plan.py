@@ -1,4 +1,4 @@
-"""How a training runs."""
+"""What a training follows from its first step to its last."""
 
 from dataclasses import dataclass
 
