@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cnntrain.data.canvas import Box, Placement, Resize, place
+from cnntrain.data.jpeg import plain_jpeg
 from cnntrain.data.spans import Span, span_of
 from cnntrain.errors import UserError
 
@@ -89,19 +90,45 @@ class Decoder:
         Raises:
             BadFile: the file can't be used.
         """
-        from PIL import Image
+        pixels, placement = self._plain(path, box) or self._any(path, box)
+        array = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        return torch.from_numpy(np.array(array, order="C")), placement.matrix()
 
-        canvas, mode = (self.height, self.width), "L" if self.channels == 1 else "RGB"
+    def _plain(self, path: str, box: Box | None) -> tuple[np.ndarray, Placement] | None:
+        """What `_any` returns, sooner; None for what is no plain JPEG, and for all that it has to look at or refuse."""
+        try:
+            jpeg = plain_jpeg(span_of(path))
+            if jpeg is None or jpeg.width * jpeg.height > LARGEST_PIXELS:
+                return None
+            size = jpeg.width, jpeg.height
+            placement = place(*size, (self.height, self.width), self.resize, box)
+            if _divisor(size, placement) > 1:
+                return None
+            pixels = jpeg.pixels()
+            canvas = (self.height, self.width) if self.channels == 1 else (self.height, self.width, 3)
+            if placement.box == (0, 0, *size) and pixels.shape == canvas:
+                return pixels, placement
+            from PIL import Image
+
+            return self._drawn(Image.fromarray(pixels), placement), placement
+        except DAMAGE:
+            return None
+
+    def _any(self, path: str, box: Box | None) -> tuple[np.ndarray, Placement]:
         with reading(path) as image:
             orientation = _orientation(image)
             width, height = image.size[::-1] if orientation >= 5 else image.size
-            placement = place(width, height, canvas, self.resize, box)
+            placement = place(width, height, (self.height, self.width), self.resize, box)
             reduced = placement.reduced(_reduce(image, placement, orientation > 1))
-            plain = to_eight_bits(turn_upright(image, orientation))
-            plain = plain if plain.mode == mode else plain.convert(mode)
-            pixels = cut(plain, reduced, canvas, Image.Resampling.BILINEAR, 0)
-        array = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return torch.from_numpy(np.array(array, order="C")), placement.matrix()
+            return self._drawn(to_eight_bits(turn_upright(image, orientation)), reduced), placement
+
+    def _drawn(self, image: "Image.Image", placement: Placement) -> np.ndarray:
+        """uint8 (height, width), or (height, width, 3), of the canvas."""
+        from PIL import Image
+
+        mode = "L" if self.channels == 1 else "RGB"
+        image = image if image.mode == mode else image.convert(mode)
+        return cut(image, placement, (self.height, self.width), Image.Resampling.BILINEAR, 0)
 
 
 class reading:
@@ -187,16 +214,27 @@ def _reduce(image: "Image.Image", placement: Placement, turned: bool) -> int:
     """
     if image.format != "JPEG":
         return 1
-    left, top, right, bottom = placement.box
-    spare = min((right - left) / placement.width, (bottom - top) / placement.height) / FINER
     width, height = image.size
-    # A last column of less than `divisor` pixels counts as a whole one: right, unless turning makes it the first.
-    whole = [d for d in (8, 4, 2) if not (turned and (width % d or height % d))]
-    divisor = next((d for d in whole if d <= spare and min(width, height) >= 16 * d), 1)
+    divisor = _divisor(image.size, placement, turned)
     if divisor == 1:
         return 1
     image.draft(image.mode, (width // divisor, height // divisor))  # pyright: ignore[reportArgumentType]
     return divisor if image.size == (-(-width // divisor), -(-height // divisor)) else 1
+
+
+def _divisor(size: tuple[int, int], placement: Placement, turned: bool = False) -> int:
+    """8, 4 or 2 where a JPEG of (width, height) pixels decoded at that fraction is still finer than is needed; else 1."""
+    left, top, right, bottom = placement.box
+    spare = min((right - left) / placement.width, (bottom - top) / placement.height) / FINER
+    # A last column of less than `d` pixels counts as a whole one: right, unless turning makes it the first.
+    return next(
+        (
+            d
+            for d in (8, 4, 2)
+            if d <= spare and min(size) >= 16 * d and not (turned and (size[0] % d or size[1] % d))
+        ),
+        1,
+    )
 
 
 def turn_upright(image: "Image.Image", orientation: int | None = None) -> "Image.Image":
