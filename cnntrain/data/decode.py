@@ -223,7 +223,7 @@ def _reduce(image: "Image.Image", placement: Placement, turned: bool) -> int:
 
 
 def _divisor(size: tuple[int, int], placement: Placement, turned: bool = False) -> int:
-    """8, 4 or 2 where a JPEG of (width, height) pixels decoded at that fraction is still finer than is needed; else 1."""
+    """8, 4 or 2 where a JPEG of (width, height) pixels decoded at that fraction is still finer than needed; else 1."""
     left, top, right, bottom = placement.box
     spare = min((right - left) / placement.width, (bottom - top) / placement.height) / FINER
     # A last column of less than `d` pixels counts as a whole one: right, unless turning makes it the first.

@@ -16,10 +16,10 @@ from cnntrain.data.jpeg import plain_jpeg
 from cnntrain.data.spans import path_within, span_of
 
 
-def picture(width: int, height: int, mode: str, seed: int = 0) -> Image.Image:
+def picture(size: tuple[int, int], mode: str, seed: int = 0) -> Image.Image:
     """Coarse noise, as smooth as photographs are."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
 def encoded(image: Image.Image, **how: object) -> bytes:
@@ -53,7 +53,7 @@ def by_pillow(monkeypatch):
                                  {"progressive": True}, {"restart_marker_rows": 1}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (1, 1), (96, 17)], ids=str)
 def test_pixels_are_pillows(tmp_path, mode, how, size):
-    (tmp_path / "a.jpg").write_bytes(encoded(picture(*size, mode), **how))
+    (tmp_path / "a.jpg").write_bytes(encoded(picture(size, mode), **how))
     found = plain_jpeg(span_of(str(tmp_path / "a.jpg")))
     assert found and (found.width, found.height) == size
     with Image.open(tmp_path / "a.jpg") as image:
@@ -72,8 +72,8 @@ def test_pixels_are_pillows(tmp_path, mode, how, size):
 )
 def test_the_canvas_is_what_pillow_makes_of_it(tmp_path_factory, size, canvas, channels, mode, resize, box):
     path = tmp_path_factory.mktemp("jpeg") / "a.jpg"
-    path.write_bytes(encoded(picture(*size, mode)))
-    decoder = Decoder(*canvas, channels, resize)
+    path.write_bytes(encoded(picture(size, mode)))
+    decoder = Decoder(canvas[0], canvas[1], channels, resize)
     pixels, placement = decoder._any(str(path), box)
     plain = decoder._plain(str(path), box)
     assert (plain is None) == (mode == "CMYK" or decode._divisor(size, placement) > 1)
@@ -84,7 +84,7 @@ def test_the_canvas_is_what_pillow_makes_of_it(tmp_path_factory, size, canvas, c
 def test_what_may_be_turned_is_pillows(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    (tmp_path / "a.jpg").write_bytes(encoded(picture(20, 10, "RGB"), exif=exif))
+    (tmp_path / "a.jpg").write_bytes(encoded(picture((20, 10), "RGB"), exif=exif))
     assert plain_jpeg(span_of(str(tmp_path / "a.jpg"))) is None
     image, _ = Decoder(20, 10, 3, "stretch")(str(tmp_path / "a.jpg"))
     with Image.open(tmp_path / "a.jpg") as source:
@@ -93,7 +93,7 @@ def test_what_may_be_turned_is_pillows(tmp_path):
 
 
 def test_too_many_pixels_and_files_that_never_end_are_not_read(tmp_path, monkeypatch):
-    content = bytearray(encoded(picture(32, 32, "L")))
+    content = bytearray(encoded(picture((32, 32), "L")))
     start = content.index(b"\xff\xc0") + 5
     content[start : start + 4] = b"\xff\xff\xff\xff"  # 65535 x 65535 px, by the header
     (tmp_path / "bomb.jpg").write_bytes(content)
@@ -102,12 +102,12 @@ def test_too_many_pixels_and_files_that_never_end_are_not_read(tmp_path, monkeyp
     assert outcome(Decoder(8, 8, 1), str(tmp_path / "fifo.jpg")) == "is no regular file"
     assert plain_jpeg(span_of("/dev/zero")) is None
     monkeypatch.setattr(jpeg, "LARGEST_FILE", 100)
-    (tmp_path / "a.jpg").write_bytes(encoded(picture(32, 32, "L")))
+    (tmp_path / "a.jpg").write_bytes(encoded(picture((32, 32), "L")))
     assert plain_jpeg(span_of(str(tmp_path / "a.jpg"))) is None
 
 
 def test_a_member_of_an_archive_is_read_in_its_place(tmp_path):
-    first, second = (encoded(picture(16, 16, "RGB", seed)) for seed in (1, 2))
+    first, second = (encoded(picture((16, 16), "RGB", seed)) for seed in (1, 2))
     (tmp_path / "a.tar").write_bytes(b"before" + first + second)
     within = path_within(tmp_path / "a.tar", "2.jpg", 6 + len(first), len(second))
     (tmp_path / "2.jpg").write_bytes(second)
@@ -121,7 +121,7 @@ def test_damage_is_what_pillow_says_it_is(tmp_path, by_pillow, kind):
     """Whatever is done to a file: the same pixels, or the same refusal."""
     random = np.random.default_rng(5)
     whole, path, refused = (
-        encoded(picture(40, 40, "RGB"), progressive=kind == "a hole"),
+        encoded(picture((40, 40), "RGB"), progressive=kind == "a hole"),
         tmp_path / "a.jpg",
         0,
     )
