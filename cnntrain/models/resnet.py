@@ -6,6 +6,7 @@ at its 3x3 convolution, as torchvision has it ("v1.5"); the paper has it at the 
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 
 from torch import Tensor, nn
 
@@ -139,16 +140,19 @@ class ResNet(nn.Module):
 
 
 def choose_stem(stem: str, image_size: Sequence[int]) -> str:
-    """'small' or 'imagenet'; 'auto' goes by the image's longer side and says so in the log."""
+    """'small' or 'imagenet'; 'auto' goes by the image's longer side and says so in the log, once a process."""
     check_word("stem", stem, ("auto", "small", "imagenet"))
     if stem != "auto":
         return stem
     chosen = "small" if max(image_size) <= SMALL_UP_TO_PX else "imagenet"
-    means = "3x3, stride 1, no max-pool" if chosen == "small" else "7x7, stride 2, then max-pool"
-    logging.getLogger("cnntrain").info(
-        "model.stem=auto: %s (%s) for images of %s px", chosen, means, "x".join(map(str, image_size))
-    )
+    tell_stem(chosen, "x".join(map(str, image_size)))
     return chosen
+
+
+@cache
+def tell_stem(chosen: str, size: str) -> None:
+    means = "3x3, stride 1, no max-pool" if chosen == "small" else "7x7, stride 2, then max-pool"
+    logging.getLogger("cnntrain").info("model.stem=auto: %s (%s) for images of %s px", chosen, means, size)
 
 
 def _stage(

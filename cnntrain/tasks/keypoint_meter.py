@@ -1,30 +1,29 @@
 """Metrics of keypoints: errors in source pixels, NME and PCK, exact over all visible points."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from cnntrain.tasks.meter import Meter, ratio
 
-if TYPE_CHECKING:
-    from cnntrain.tasks.keypoints import Keypoints
-
 THRESHOLDS = (0.05, 0.1)  # of PCK: the share of points whose error is at most this, relative to the norm
 
 
 class KeypointMeter(Meter):
-    """Loss; over all visible points: mean error in source pixels, NME, and PCK at 0.05 and 0.1."""
+    """Loss; over all visible points: mean error in source pixels, NME, and PCK at 0.05 and 0.1.
 
-    def __init__(self, task: Keypoints) -> None:
+    Args:
+        names: of the K points.
+        errors: of outputs and targets, as `Keypoints.errors` gives them.
+    """
+
+    def __init__(self, names: Sequence[str], errors: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
         super().__init__()
-        self._task = task
+        self._names, self._errors = names, errors
 
     def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
-        error, visible, norm = self._task.errors(outputs, targets)
+        error, visible, norm = self._errors(outputs, targets)
         self._add("error_px", error.sum(0))
         self._add("visible", visible.sum(0))
         normed = visible & (norm > 0)[:, None]
@@ -44,5 +43,5 @@ class KeypointMeter(Meter):
     def details(self) -> dict[str, float]:
         """`error_px/<point>`: mean error of that point in source pixels."""
         values = self.read()
-        pairs = zip(self._task.spec.keypoints, values["error_px"], values["visible"], strict=True)
+        pairs = zip(self._names, values["error_px"], values["visible"], strict=True)
         return {f"error_px/{name}": ratio(error, count) for name, error, count in pairs}

@@ -169,7 +169,7 @@ class Keypoints(Task):
         return torch.where(visible, error, 0.0), visible, norm
 
     def meter(self) -> KeypointMeter:
-        return KeypointMeter(self)
+        return KeypointMeter(self.spec.keypoints, self.errors)
 
     @torch.no_grad()
     def answers(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:

@@ -17,7 +17,7 @@ FLOORS = [  # each may import what stands before it, and itself; what shares a l
     {"config"},
     {"assembly"},
     {"saved", "processes"},
-    {"resume"},
+    {"resume", "training"},
     {"cli"},
     {"comparison"},
     {"fresh", "sweep"},
