@@ -30,6 +30,7 @@ from cnntrain.spec import Batch
 
 log = logging.getLogger("cnntrain")
 CALIBRATION_IMAGES = 32
+METRICS_SHOWN = 2
 WHAT_IS_OFF = (
     "overfit: off are augmentation, dropout, mixing, label smoothing, weight decay and the schedule "
     "(the learning rate stays at its peak)"
@@ -51,7 +52,7 @@ def run(invocation: Invocation) -> int:
 
 
 def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
-    """What overfit.json holds: `verdict`, `steps`, `loss`, `cause` and the findings behind them.
+    """What overfit.json holds: `verdict`, `steps`, `loss`, `metrics`, `cause` and the findings behind them.
 
     Raises:
         UserError: the parts can't be built, or the data can't be read.
@@ -79,7 +80,7 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
             frozen if settings.model.get("freeze") else (), stop,
         )  # fmt: skip
         findings = judge(trial, example)
-        report = summarise(trial, findings, example)
+        report = summarise(trial, findings, example, measure(assembly, batch))
         run_folder.write_json("overfit.json", report)
         if settings.log.pictures:
             title = f"{report['verdict']}: {example}"
@@ -127,17 +128,31 @@ def pick_examples(assembly: Assembly, data: Data, count: int) -> tuple[Batch, Ba
     )
 
 
-def summarise(trial: Trial, findings: list[Finding], example: str) -> dict[str, Any]:
+@torch.no_grad()
+def measure(assembly: Assembly, batch: Batch) -> dict[str, float]:
+    """The task's metrics on the examples that were learned."""
+    with assembly.compute.autocast():
+        outputs = assembly.model(batch.images).float()
+    meter = assembly.task.meter()
+    meter.update(outputs, batch.truth, *assembly.task.loss(outputs, batch.truth, plain=True))
+    return {name: value for name, value in meter.compute().items() if name != "loss"}
+
+
+def summarise(
+    trial: Trial, findings: list[Finding], example: str, metrics: dict[str, float]
+) -> dict[str, Any]:
     failed = [finding for finding in findings if finding.verdict == "FAIL"]
     steps, loss = len(trial.losses) - 1, trial.losses[-1]
     if failed:
         line = f"{failed[0].cause} ({example}, {steps} steps)"
     else:
-        line = f"{example} learned in {trial.reached_at} steps (loss {trial.losses[0]:.4g} -> {loss:.4g})"
+        shown = "".join(f", {name} {metrics[name]:.3g}" for name in list(metrics)[:METRICS_SHOWN])
+        line = f"{example} learned in {trial.reached_at} steps (loss {trial.losses[0]:.4g} -> {loss:.4g}{shown})"
     return {
         "verdict": "FAIL" if failed else "PASS",
         "steps": steps if trial.reached_at is None else trial.reached_at,
         "loss": loss,
+        "metrics": metrics,
         "cause": failed[0].cause if failed else None,
         "line": line,
         "example": example,

@@ -21,6 +21,7 @@ def test_a_sound_network_passes_quickly(tmp_path: Path, optimizer: str) -> None:
     assert result["verdict"] == "PASS", result["line"]
     assert result["steps"] <= 100
     assert result["cause"] is None
+    assert result["metrics"]["top1"] == 1 and result["line"].endswith("top1 1, top5 1)")
 
 
 BROKEN = {
@@ -98,3 +99,4 @@ OTHER_TASKS = {
 def test_points_and_masks_are_learned_too(tmp_path: Path, name: str) -> None:
     result = verdict(tmp_path, *OTHER_TASKS[name], "data.train_count=40", "data.test_count=1")
     assert result["verdict"] == "PASS", result["line"]
+    assert ("miou" if "masks" in name else "error_px") in result["line"]
