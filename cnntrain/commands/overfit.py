@@ -147,7 +147,9 @@ def summarise(
         line = f"{failed[0].cause} ({example}, {steps} steps)"
     else:
         shown = "".join(f", {name} {metrics[name]:.3g}" for name in list(metrics)[:METRICS_SHOWN])
-        line = f"{example} learned in {trial.reached_at} steps (loss {trial.losses[0]:.4g} -> {loss:.4g}{shown})"
+        line = (
+            f"{example} learned in {trial.reached_at} steps (loss {trial.losses[0]:.4g} -> {loss:.4g}{shown})"
+        )
     return {
         "verdict": "FAIL" if failed else "PASS",
         "steps": steps if trial.reached_at is None else trial.reached_at,
