@@ -15,7 +15,7 @@ from cnntrain.build import build, resolve
 from cnntrain.checks.learning_rate import RangeTest, range_test, settle
 from cnntrain.checks.lint import Facts, lint, typed_keys
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.load import Data, load_data
+from cnntrain.data.load import Data, load_data, number_as
 from cnntrain.data.source import Source
 from cnntrain.data.store import Loader, make_loader
 from cnntrain.engine.batch_size import choose_batch_size
@@ -58,6 +58,7 @@ class Assembly:
         )  # fmt: skip
         if self.spec.mean is None:
             self.spec = data.spec
+        number_as(self.spec, data)
         data.spec = self.spec
         self.pipeline = build_pipeline(self.settings, self.spec)
         self.task = build_task(self.settings, self.spec, self.pipeline)

@@ -10,12 +10,10 @@ from typing import Any
 
 import yaml
 
-from cnntrain.assembly import build_pipeline, build_task
 from cnntrain.errors import UserError
 from cnntrain.expectations import NEUTRAL
 from cnntrain.report.metrics import read_metrics
-from cnntrain.saved import flat, read_saved, saved_spec
-from cnntrain.settings import Settings, parse
+from cnntrain.saved import flat, read_saved
 
 # What tells where a run was and not what it was.
 LEFT_OUT = NEUTRAL | {"expect"}
@@ -82,9 +80,10 @@ def monitor_of(folder: Path) -> tuple[str, str] | None:
     )
     if path is None:
         return None
-    saved = read_saved(path)
-    settings, spec = parse(Settings, saved["config"]), saved_spec(saved)
-    return build_task(settings, spec, build_pipeline(settings, spec)).monitor
+    match read_saved(path).get("monitor"):
+        case str(metric), ("min" | "max") as better:
+            return metric, better
+    return None
 
 
 def differing_keys(runs: Sequence[RunRecord]) -> list[str]:

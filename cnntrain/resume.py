@@ -18,7 +18,7 @@ from cnntrain.data.load import Data
 from cnntrain.engine import checkpoint
 from cnntrain.engine.state import TrainState
 from cnntrain.errors import UserError
-from cnntrain.saved import differences, load_weights, misfits, saved_spec
+from cnntrain.saved import differences, is_finished, load_weights, misfits, saved_spec
 from cnntrain.settings import Settings
 from cnntrain.spec import DataSpec
 
@@ -114,7 +114,10 @@ def resume(state: TrainState, saved: Mapping[str, Any], source: Path, assembly: 
         raise UserError(
             f"resume: the state in {source} does not fit ({type(error).__name__}: {error})"
         ) from error
-    state.progress.finished = False  # this call may ask for more epochs
+    if state.progress.best and not _is_best(source.with_name("best.pt"), state.progress.best):
+        log.warning("resume: the best epoch's weights are no longer beside %s; it is looked for anew", source)
+        state.progress.best = {}
+    state.progress.finished = is_finished(saved, assembly.settings)  # this call may ask for more
     at = f"epoch {state.progress.epoch + 1}, step {state.progress.step}"
     log.info("resume: state from %s (%s), settings from the command line", source, at)
     for key, then, now in changed:
@@ -124,14 +127,19 @@ def resume(state: TrainState, saved: Mapping[str, Any], source: Path, assembly: 
             )
 
 
+def _is_best(path: Path, best: Mapping[str, float]) -> bool:
+    """Whether a checkpoint is that of the epoch with the metrics `best`: another one may have taken its place since."""
+    try:
+        return repr(checkpoint.load(path)["state"]["progress"]["best"]) == repr(best)  # NaN is NaN
+    except (UserError, LookupError, TypeError):
+        return False
+
+
 def bring_best(source: Path, target: Path, state: TrainState) -> None:
     """Copy the best checkpoint beside `source` to where a run that goes on in another folder will look for it."""
     beside = source.with_name("best.pt")
-    if state.progress.best and beside.is_file():
+    if state.progress.best and beside.resolve() != target.resolve():
         checkpoint.save(checkpoint.load(beside), target)
-    elif state.progress.best:
-        log.warning("resume: no best.pt beside %s; the best epoch is looked for anew", source)
-        state.progress.best = {}
 
 
 def rule(key: str) -> str:

@@ -58,6 +58,7 @@ def checkpoint_facts(assembly: Assembly, data: Data) -> dict[str, Any]:
         },
         "spec": dataclasses.asdict(data.spec),
         "fingerprint": data.fingerprint,
+        "monitor": assembly.task.monitor,
         "versions": checkpoint.versions(),
     }
 
@@ -108,11 +109,20 @@ def run_folder_of(path: Path) -> Path:
 
 def finished_results(saved: Mapping[str, Any], folder: Path, settings: Settings) -> dict[str, Any] | None:
     """What a run that is at its end came to; None when there is more to train."""
-    progress, results = saved["state"]["progress"], folder / "results.json"
-    longer = settings.steps > progress["step"] if settings.steps else settings.epochs > progress["epoch"]
-    if not progress["finished"] or longer or not results.is_file():
+    results = folder / "results.json"
+    if not is_finished(saved, settings) or not results.is_file():
         return None
     return {**json.loads(results.read_text()), "run_dir": str(folder)}
+
+
+def is_finished(saved: Mapping[str, Any], settings: Settings) -> bool:
+    """Whether the training came to its end, and `settings` ask for no more of it than it had."""
+    progress, patience = saved["state"]["progress"], settings.early_stopping
+    long_enough = (
+        progress["step"] >= settings.steps if settings.steps else progress["epoch"] >= settings.epochs
+    )
+    patience_over = patience is not None and progress["epochs_since_best"] >= patience
+    return progress["finished"] and (long_enough or patience_over)
 
 
 def load_weights(model: Any, weights: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ class DataSpec:
             or None when the data set does not say.
         skeleton: pairs of keypoint indices to join by lines in drawings.
         per_pixel: whether the classes are the pixels': images have masks.
-        ignore_index: the mask id that counts neither as right nor as wrong.
+        ignore_index: the mask id that counts neither as right nor as wrong; None where the masks have none.
         mean, std: per channel on the 0-1 scale; None until the training images have been measured.
         mirror_safe: whether a mirrored image still means the same (False for digits and text).
     """
@@ -43,6 +43,11 @@ class DataSpec:
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.height, self.width
+
+    @property
+    def outside(self) -> int:
+        """The mask id of what no pixel of the mask covers; it counts nowhere."""
+        return 255 if self.ignore_index is None else self.ignore_index
 
     def with_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "DataSpec":
         return replace(self, mean=mean, std=std)
@@ -114,7 +119,9 @@ def mirror_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) 
     """
     index = {name: i for i, name in enumerate(keypoints)}
     result = list(range(len(keypoints)))
-    for left, right in partners.items():
+    for left, right in (
+        (str(one), str(other)) for one, other in partners.items()
+    ):  # YAML reads 36 as a number
         for name in (left, right):
             if name not in index:
                 raise UserError(f"data.mirror: {name!r} is no keypoint{suggest(name, keypoints)}")

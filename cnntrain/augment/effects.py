@@ -120,6 +120,6 @@ def normal_field(keys: Tensor, count: int) -> Tensor:
     # Chris Wellons' lowbias32 finaliser (Hash Function Prospector, 2018), in 64 bits for want of unsigned 32.
     word = ((word ^ (word >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     word = ((word ^ (word >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    word = (word ^ (word >> 16)) >> 8  # 24 bits: as many as float32 holds
-    uniform = (word.float() + 0.5) * 2.0**-24
+    word = (word ^ (word >> 16)) >> 9  # 23 bits: float32 holds them and the half exactly, so never 0 or 1
+    uniform = (word.float() + 0.5) * 2.0**-23
     return torch.erfinv(2 * uniform - 1) * math.sqrt(2)

@@ -21,8 +21,6 @@ from cnntrain.spec import Batch, DataSpec, join
 # What is augmented at once, where batches are small: so many of them, and so many pixel values (4 MiB of float32).
 MOST_BATCHES = 4
 MOST_TOGETHER = 1 << 20
-# The mask id for what no pixel of the mask covers, where the data set has no ignore id of its own.
-DEFAULT_IGNORE_INDEX = 255
 
 
 class Pipeline:
@@ -69,7 +67,6 @@ class Pipeline:
         )
         self.mirrors = any(item.mirrors for item in self._geometries.values())
         self.mixes_labels = any(item.mixes_labels for item in self._effects.values())
-        self.ignore_index = DEFAULT_IGNORE_INDEX if spec.ignore_index is None else spec.ignore_index
         self.mean = spec.mean or (0.0,) * spec.channels
         self.std = spec.std or (1.0,) * spec.channels
         self._check()
@@ -94,10 +91,6 @@ class Pipeline:
         def draw(key: str, item: Augmentation) -> Tensor:
             return uniform(seed, epoch, batch.position, key, item.draws)
 
-        if "mask" in batch.targets:
-            for key, item in self.per_sample.items():
-                if item.moves_pixels:
-                    raise UserError(_moves_pixels(key, item, "masks"))
         device_type = batch.images.device.type
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             if self._geometries or self._resize is not None:
@@ -187,7 +180,7 @@ class Pipeline:
         mover = (Gather if whole_pixel else GridResample)(matrix, size, self.output_size, self.border, device)
         targets = dict(batch.targets)
         if "mask" in targets:
-            targets["mask"] = mover.mask(targets["mask"], self.ignore_index)
+            targets["mask"] = mover.mask(targets["mask"], self.spec.outside)
         if "points" in targets:
             targets["points"], targets["visible"] = move_points(
                 targets["points"],
@@ -212,13 +205,20 @@ class Pipeline:
             raise UserError(f"augment.border: {self.border!r} is none of {', '.join(BORDERS)}{near}")
         if self.spec.keypoints:
             self._check_keypoints()
+        what = "keypoints" if self.spec.keypoints else "masks" if self.spec.per_pixel else None
         mixing = [key for key, item in self._effects.items() if item.mixes_labels]
         if len(mixing) > 1:
             raise UserError(
                 f"augment.{mixing[0]} and augment.{mixing[1]} both mix labels; choose one, or mixup_cutmix"
             )
-        if mixing and self.spec.keypoints:
-            raise UserError(f"augment.{mixing[0]} mixes labels, and keypoints are none; take it out")
+        if mixing and what:
+            raise UserError(f"augment.{mixing[0]} mixes labels, and {what} are none; take it out")
+        for key, item in self.per_sample.items():
+            if item.moves_pixels and what:
+                raise UserError(
+                    f"augment.{key}: torchvision's {item.name} may move pixels and would leave the {what} where "
+                    "they were; use cnntrain's own geometry, or one that only changes colours"
+                )
         if self._colours and self.spec.channels not in (1, 3):
             raise UserError(
                 f"augment.{next(iter(self._colours))}: colours need images of 1 or 3 channels, these have "
@@ -233,20 +233,10 @@ class Pipeline:
                 f"names: a mirrored left eye would go on being called left. Set data.mirror, as in "
                 f"data.mirror={{left_eye: right_eye}}, or take augment.{mirroring[0]} out"
             )
-        for key, item in self.per_sample.items():
-            if item.moves_pixels:
-                raise UserError(_moves_pixels(key, item, "keypoints"))
         if self.border == "reflect":
             raise UserError(
                 "augment.border: reflect shows mirrored parts of the image that have no keypoints; use zero or edge"
             )
-
-
-def _moves_pixels(key: str, item: TorchvisionTransform, what: str) -> str:
-    return (
-        f"augment.{key}: torchvision's {item.name} may move pixels and would leave the {what} where they "
-        f"were; use cnntrain's own geometry, or one that only changes colours"
-    )
 
 
 def resize_matrix(size: tuple[int, int], output_size: tuple[int, int]) -> Tensor:

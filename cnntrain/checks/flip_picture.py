@@ -8,7 +8,7 @@ import torch
 
 from cnntrain.checks.flip import SURE, Symmetry, worst_pair
 from cnntrain.spec import DataSpec
-from cnntrain.tasks.drawing import BAD, COLOURS, INK, SOFT, new_figure, style
+from cnntrain.tasks.drawing import BAD, COLOURS, INK, SOFT, new_figure, shorten, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,9 @@ def draw_symmetry(symmetry: Symmetry, spec: DataSpec, title: str) -> Figure:
                         "color": BAD if k in faulty else INK,
                         "zorder": 5,
                     }
-                    ax.annotate(spec.keypoints[k], start, (4, 5), textcoords="offset points", **look)
+                    ax.annotate(
+                        shorten(spec.keypoints[k], 30), start, (4, 5), textcoords="offset points", **look
+                    )
             ax.scatter(
                 *shape.T,
                 s=42,

@@ -183,7 +183,7 @@ def augmentation(bench: Bench) -> Finding:
         parts.append(f"{100 * kept:.0f} % of the points stay visible")
     if "mask" in batch.targets:
         after, before = (
-            float((each.targets["mask"] != pipeline.ignore_index).float().mean())
+            float((each.targets["mask"] != pipeline.spec.outside).float().mean())
             for each in (batch, bench.stored(count=128))
         )
         kept = after / before if before else 1.0

@@ -6,6 +6,7 @@ lie elsewhere (`data.root=`). Writes results.json, examples.csv and pictures.
 
 import csv
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,10 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
             raise DivergedError(f"evaluate: the loss over {settings.split} is not finite; {cause}")
         figures = {**meter.compute(), **meter.details()}
         metrics = {f"{settings.split}/{name}": value for name, value in figures.items()}
-        rows.sort(key=lambda row: -float(row["loss"]))
-        with (run_folder.path / "examples.csv").open("w", newline="") as file:
+        rows.sort(key=_hardest_first)
+        with (run_folder.path / "examples.csv").open(
+            "w", newline="", encoding="utf-8", errors="backslashreplace"
+        ) as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -106,6 +109,12 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     print_rows([{"metric": name, "value": value} for name, value in metrics.items()], console=console)
     print(f"results: {folder}")
     return metrics
+
+
+def _hardest_first(row: dict[str, Any]) -> tuple[bool, float]:
+    """By loss; what nothing in counts, and so has none, comes last."""
+    loss = float(row["loss"])
+    return math.isnan(loss), -loss
 
 
 def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Assembly:

@@ -10,6 +10,7 @@ import csv
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,8 @@ def find_images(path: Path) -> tuple[list[str], list[str]]:
 
     bad: list[BadFile] = []
     found = files_below(path, bad)
-    known = Image.registered_extensions()
+    formats = Image.registered_extensions()
+    known = {ending for ending, name in formats.items() if name in Image.OPEN}  # not what Pillow only writes
     paths = [file for file in found if Path(file).suffix.lower() in known]
     refuse(bad, len(found) + len(bad), path)
     if not paths:
@@ -175,10 +177,11 @@ def _cut_out(
     canvas = (predictor.spec.height, predictor.spec.width)
     boxes = [frame(box, predictor.crop_margin, canvas) for _, box in found]
     listed = [name for name, _ in found]
-    counted = [
-        f"{name}:{listed[:i].count(name)}" if listed.count(name) > 1 else name
-        for i, name in enumerate(listed)
-    ]
+    times, before = Counter(listed), Counter[str]()
+    counted = []
+    for name in listed:
+        counted.append(f"{name}:{before[name]}" if times[name] > 1 else name)
+        before[name] += 1
     return [place[name] for name in listed], counted, torch.tensor(boxes, dtype=torch.float64)
 
 
@@ -216,9 +219,10 @@ def _write(
             for i, mask in enumerate(ids.numpy()):
                 rows[start + i]["mask"] = f"masks/{masks[start + i]}"
                 target = folder.path / "masks" / masks[start + i]
-                on_image = write_mask(mask, matrices[i], sizes[i], predictor.pipeline.ignore_index, target)
+                on_image = write_mask(mask, matrices[i], sizes[i], predictor.pipeline.spec.outside, target)
                 if isinstance(predictor.task, Segmentation):
-                    rows[start + i] |= predictor.task.shares(on_image)
+                    shares = predictor.task.shares(on_image)
+                    rows[start + i] |= {f"share/{name}": share for name, share in shares.items()}
         wanted = len(batch) if draw is None else max(0, min(len(batch), draw - start))
         for first in range(0, wanted, IMAGES_PER_PAGE):
             part = slice(first, min(first + IMAGES_PER_PAGE, wanted))
@@ -236,7 +240,7 @@ def _write(
 
 
 def write_rows(rows: list[Row], target: Path) -> None:
-    with target.open("w", newline="", encoding="utf-8") as file:
+    with target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from cnntrain.assembly import build_pipeline, build_source
+from cnntrain.assembly import build_pipeline, build_source, with_chosen_statistics
 from cnntrain.augment.geometry import HorizontalFlip
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.cli import Invocation
@@ -56,8 +56,10 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     build_pipeline(settings, source.spec())  # what does not fit is told before any image is read
     # Only a few images are looked at: those on disk stay there.
     data = load_data(
-        source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit, "stream"
-    )
+        source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit, "stream",
+        chosen.scan,
+    )  # fmt: skip
+    data.spec = with_chosen_statistics(data.spec, chosen)
     pipeline = build_pipeline(settings, data.spec)
     if pipeline.mixes_labels:
         log.info("preview: images are mixed with one another here; in a training with others of their batch")

@@ -6,7 +6,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,14 @@ def train(
     return launch(_one_of_several, settings.launch.devices, settings, command_line, test, watch=watch)
 
 
+def _more(saved: Mapping[str, Any]) -> str:
+    """The key that ended a finished training."""
+    config, progress = saved["config"], saved["state"]["progress"]
+    if config["steps"]:
+        return "steps" if progress["step"] >= config["steps"] else "early_stopping"
+    return "epochs" if progress["epoch"] >= config["epochs"] else "early_stopping"
+
+
 def _one_of_several(home: "Home", settings: Settings, command_line: str, test: bool) -> dict[str, Any]:
     """A process that `train` started."""
     from cnntrain.engine.launch import in_rank
@@ -142,7 +150,7 @@ def _train(
     saved = read_saved(source) if source else None
     folder = Path(settings.run_dir) if settings.run_dir else run_folder_of(source) if source else None
     if saved and folder and (done := finished_results(saved, folder, settings)):
-        log.info("%s: this run is finished, nothing to do (a larger epochs= would go on)", source)
+        log.info("%s: this run is finished, nothing to do (a larger %s= would go on)", source, _more(saved))
         return done
     for name, wanted in (settings.expect or {}).items():
         parse_expectation(name, wanted)
@@ -177,7 +185,7 @@ def _train(
             raise UserError(
                 f"run_dir: {run.path} got a run of another process meanwhile; choose another folder"
             )
-        if source and not run.best.exists():
+        if source:
             bring_best(source, run.best, state)
         (run.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
         run.write_json("run.json", provenance(command_line))
@@ -193,7 +201,7 @@ def _run_folder(folder: Path | None, label: str, ranks: Ranks) -> Iterator[RunFo
     if not ranks.leads:
         yield RunFolder(Path(ranks.tell(None)))
         return
-    with open_run_folder(folder, label) as run:
+    with open_run_folder(folder, label, trains=True) as run:
         ranks.tell(str(run.path))
         yield run
 

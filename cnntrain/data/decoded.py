@@ -21,7 +21,7 @@ from cnntrain.data.parallel import MANY, decode_into
 from cnntrain.data.resident import decoded_bytes, lazy_images, read_all
 from cnntrain.data.source import default_root
 from cnntrain.data.spans import span_of
-from cnntrain.errors import UserError
+from cnntrain.errors import MachineError, UserError
 
 log = logging.getLogger("cnntrain")
 FORMAT = 2  # of the files; another one makes them anew
@@ -56,8 +56,8 @@ def worth_keeping(splits: dict[str, Examples]) -> bool:
 def keep_decoded(splits: dict[str, Examples]) -> dict[str, Examples]:
     """The same examples with images and masks mapped from files, which are made where they are missing.
 
-    A file is named by what it holds (paths, sizes and times of change of the files, decoder, boxes), so it is never out
-    of date; it appears whole or not at all, and several processes may ask for it at once.
+    A file is named by what it holds (paths, sizes and times of change of the files, decoder, boxes), so one out of
+    date is not found; it appears whole or not at all, and several processes may ask for it at once.
 
     Raises:
         UserError: names all the files that can't be used; or a decoder does not tell what it does.
@@ -84,7 +84,8 @@ def _keep(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
             if not target.exists():  # another process may have made it meanwhile
                 _make(lazy, target, bad)
     if not target.exists():  # there are files that can't be used, and all will be refused
-        return torch.zeros(lazy.shape, dtype=torch.uint8), torch.zeros(len(lazy), 3, 3, dtype=torch.float64)
+        nothing = torch.zeros(1)
+        return nothing.byte().expand(lazy.shape), nothing.double().expand(len(lazy), 3, 3)
     return _map(target, lazy.shape, "c")
 
 
@@ -92,7 +93,7 @@ def _make(lazy: LazyImages, target: Path, bad: list[BadFile]) -> None:
     aside = target.with_suffix(".part")  # whoever made one that is left behind is gone: we have the lock
     try:
         with aside.open("wb") as file:
-            file.truncate(len(lazy) * MATRIX + int(np.prod(lazy.shape)))
+            _reserve(file.fileno(), len(lazy) * MATRIX + int(np.prod(lazy.shape)), target)
         images, matrices = _map(aside, lazy.shape, "r+")
         found = decode_into(images, matrices, lazy, f"decoding {len(lazy):,} files, this once")
         if found:
@@ -105,6 +106,20 @@ def _make(lazy: LazyImages, target: Path, bad: list[BadFile]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def _reserve(file: int, size: int, target: Path) -> None:
+    """Have so many bytes of room: a disk that is full would kill whoever writes to what is mapped."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+        else:
+            os.truncate(file, size)
+    except OSError as error:
+        raise MachineError(
+            f"data.store=disk: {target.parent} has no room for {size / 2**20:.0f} MiB of decoded images "
+            f"({error.strerror}); make room, set XDG_CACHE_HOME to another disk, or take data.store=stream"
+        ) from error
+
+
 def _map(path: Path, shape: tuple[int, ...], mode: str) -> tuple[Tensor, Tensor]:
     """Pixels and matrices of a file; `c`: what is written to them stays in this process."""
     matrices = np.memmap(path, np.float64, mode, 0, (shape[0], 3, 3))  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -115,8 +130,9 @@ def _map(path: Path, shape: tuple[int, ...], mode: str) -> tuple[Tensor, Tensor]
 def _file(lazy: LazyImages) -> Path:
     """Named by all that decides what is in it."""
     from PIL import __version__ as pillow
+    from simplejpeg import __version__ as simplejpeg
 
-    digest = hashlib.sha256(f"{FORMAT} {pillow} {lazy.decoder!r} {lazy.shape}".encode())
+    digest = hashlib.sha256(f"{FORMAT} {pillow} {simplejpeg} {lazy.decoder!r} {lazy.shape}".encode())
     if lazy.boxes is not None:
         digest.update(lazy.boxes.double().contiguous().numpy().tobytes())
     about = lru_cache(4096)(_about)  # of a shard once
@@ -135,12 +151,23 @@ def _about(file: str) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """Wait until no other process makes the same file."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+    while True:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(lock, file.fileno()):
+                continue  # who held it before has removed it, and others may hold another one now
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return

@@ -146,7 +146,7 @@ class KeypointSource(Source):
             LazyImages([one.path for one in objects], self.decoder, cut),
             {"points": torch.stack(points).float(), "visible": torch.stack(visible)},
             [one.name for one in objects],
-            groups if len(set(groups)) < len(groups) else None,
+            groups,
             torch.stack(matrices),
         )
 

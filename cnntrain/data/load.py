@@ -3,6 +3,8 @@
 import logging
 from dataclasses import dataclass
 
+import torch
+
 from cnntrain.data import resident
 from cnntrain.data.decoded import keep_decoded, worth_keeping
 from cnntrain.data.examples import Examples, check_examples
@@ -93,6 +95,30 @@ def load_data(
     if spec.mean is None or spec.std is None:
         spec = spec.with_statistics(*measure(splits["train"], split_seed))
     return Data(spec, splits["train"], splits["val"], splits.get("test"), fingerprint, own_val)
+
+
+def number_as(known: DataSpec, data: Data) -> None:
+    """Give labels the numbers that `known`, of a checkpoint, has for their names: another folder may hold fewer.
+
+    Raises:
+        UserError: names that it does not know, or points and classes of pixels that are not quite the same.
+    """
+    now, before = (spec.classes or spec.keypoints for spec in (data.spec, known))
+    if now == before:
+        return
+    new = [name for name in now if name not in before]
+    if new or known.keypoints or known.per_pixel or not known.classes:
+        what = (
+            f"{', '.join(map(repr, new[:8]))} not known to it"
+            if new
+            else "not all of them, or in another order"
+        )
+        raise UserError(
+            f"data: other names than the checkpoint was trained on ({what}); it knows {', '.join(before[:20])}"
+        )
+    numbers = torch.tensor([before.index(name) for name in now])
+    for examples in filter(None, (data.train, data.val, data.test)):
+        examples.targets = {**examples.targets, "label": numbers[examples.targets["label"]]}
 
 
 def _fingerprint(splits: dict[str, Examples]) -> str:

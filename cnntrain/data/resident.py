@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +19,10 @@ logger = logging.getLogger("cnntrain")
 
 
 def decoded_bytes(examples: Examples) -> int:
-    """Bytes that the images and masks take when all are decoded."""
+    """Bytes that the images and masks take when all are decoded, or did take."""
     total = 0
-    for images in (examples.images, *examples.lazy_targets.values()):
+    masks = [*examples.lazy_targets.values(), *(v for k, v in examples.targets.items() if k == "mask")]
+    for images in (examples.images, *masks):
         count = 1
         for side in images.shape:
             count *= side
@@ -38,15 +39,30 @@ def free_host_bytes() -> int:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 limits.append(int(line.split()[1]) * 1024)
-    for limit, used in (("memory.max", "memory.current"),
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # fmt: skip
-        try:
-            values = [(Path("/sys/fs/cgroup") / name).read_text().strip() for name in (limit, used)]
-        except OSError:
+    return min([*limits, *_left_to_control_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _left_to_control_groups(mine: Path, tree: Path) -> Iterator[int]:
+    """Bytes that the control groups of this process, and those around them, have left (man 7 cgroups).
+
+    Args:
+        mine: tells which they are; in a container it may name one that is not in its `tree`, but those above are.
+    """
+    lines = mine.read_text().splitlines() if mine.exists() else []
+    for _, kinds, path in (line.split(":", 2) for line in lines):
+        if kinds not in ("", "memory"):
             continue
-        if values[0].isdigit() and values[1].isdigit():
-            limits.append(max(0, int(values[0]) - int(values[1])))
-    return min(limits)
+        old = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = old if kinds else ("memory.max", "memory.current")
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            group = (tree / kinds).joinpath(*parts[:depth])
+            try:
+                values = [(group / name).read_text().strip() for name in (limit, used)]
+            except OSError:
+                continue
+            if values[0].isdigit() and values[1].isdigit():
+                yield max(0, int(values[0]) - int(values[1]))
 
 
 def fits_in_host_memory(splits: dict[str, Examples]) -> bool:

@@ -32,7 +32,8 @@ class Loader(ABC):
     def __init__(self, examples: Examples, device: torch.device) -> None:
         self.examples = examples
         self.device = device
-        self.targets = {name: target.to(device) for name, target in examples.targets.items()}
+        # Masks are as large as images, and stay where these are.
+        self.targets = {k: v if k == "mask" else v.to(device) for k, v in examples.targets.items()}
         self.to_canvas = _unless_identity(examples.to_canvas)
 
     def __len__(self) -> int:
@@ -101,6 +102,8 @@ class ResidentLoader(Loader):
         super().__init__(examples, device)
         assert isinstance(examples.images, Tensor)
         self.images: Tensor = examples.images.to(device) if on_device else examples.images
+        if on_device:
+            self.targets = {name: target.to(device) for name, target in self.targets.items()}
 
     def _batches(
         self, order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
@@ -109,16 +112,19 @@ class ResidentLoader(Loader):
         order_there = order.to(self.device)  # once: the step itself never waits for the host
         for chunk in chunks:
             rows, rows_there = order[chunk], order_there[chunk]
-            if self.images.device == rows_there.device:
-                images = self.images.index_select(0, rows_there)
-            else:
-                images = self.images.index_select(0, rows)
-                images = (images.pin_memory() if self.device.type == "cuda" else images).to(
-                    self.device, non_blocking=True
-                )
-            targets = {name: target.index_select(0, rows_there) for name, target in self.targets.items()}
+            images = _pick(self.images, rows, rows_there)
+            targets = {name: _pick(target, rows, rows_there) for name, target in self.targets.items()}
             matrices = None if self.to_canvas is None else self.to_canvas[rows]
             yield Batch(images, targets, rows, positions[chunk], matrices)
+
+
+def _pick(held: Tensor, rows: Tensor, rows_there: Tensor) -> Tensor:
+    """Rows, brought to the device, of what is held there or on the host; `rows_there` are on the device."""
+    if held.device == rows_there.device:
+        return held.index_select(0, rows_there)
+    picked = held.index_select(0, rows)
+    picked = picked.pin_memory() if rows_there.device.type == "cuda" else picked
+    return picked.to(rows_there.device, non_blocking=True)
 
 
 class StreamLoader(Loader):
@@ -143,7 +149,7 @@ class StreamLoader(Loader):
             if self.to_canvas is not None:
                 matrices = self.to_canvas[rows]
             rows_there = rows.to(self.device)
-            targets = {name: target.index_select(0, rows_there) for name, target in self.targets.items()}
+            targets = {name: _pick(target, rows, rows_there) for name, target in self.targets.items()}
             targets |= {name: target.to(self.device, non_blocking=True) for name, target in got.items()}
             yield Batch(images, targets, rows, positions[chunk], matrices)
 

@@ -31,18 +31,21 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run_folder(path: Path | None, label: str) -> Iterator[RunFolder]:
+def open_run_folder(path: Path | None, label: str, trains: bool = False) -> Iterator[RunFolder]:
     """The run's folder, made if need be and locked while the block runs.
 
     Args:
         path: where the user wants it, or None for a new folder outputs/DATE/TIME-label.
+        trains: it is a training's; whatever else is done does not write over one.
 
     Raises:
-        UserError: another process is at work in it.
+        UserError: another process is at work in it, or it is a training's.
     """
     folder = unused_folder(Path("outputs") / f"{datetime.date.today()}", label) if path is None else path
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir: {folder} is a file; choose another folder")
+    if not trains and (folder / "checkpoints").exists():
+        raise UserError(f"run_dir: {folder} holds a training, which stays as it is; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")

@@ -21,6 +21,7 @@ from cnntrain.tasks.drawing import (
     confusion_matrix,
     image_grid,
     new_figure,
+    shorten,
     style,
     unnormalise,
 )
@@ -151,7 +152,7 @@ def learning(losses: Sequence[float], lowest: float, uninformed: float, title: s
         known = [value for value in losses if math.isfinite(value)]
         if known and max(known) > 30 * max(min(known), 1e-12):
             ax.set_yscale("log")
-        ax.set(title=title, xlabel="step", ylabel="loss")
+        ax.set(title=shorten(title, 120), xlabel="step", ylabel="loss")
         ax.grid(True)
         ax.legend()
     return figure

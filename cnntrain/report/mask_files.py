@@ -1,5 +1,6 @@
 """Predicted masks as files: class ids in the size of the image that they belong to."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,8 @@ from torch import Tensor
 def mask_names(names: list[str]) -> list[str]:
     """A PNG's name for each image: its own with another ending, or with a second one where two would be the same."""
     stems = [str(Path(name).with_suffix("")) for name in names]
-    return [
-        f"{stem if stems.count(stem) == 1 else name}.png" for stem, name in zip(stems, names, strict=True)
-    ]
+    times = Counter(stems)
+    return [f"{stem if times[stem] == 1 else name}.png" for stem, name in zip(stems, names, strict=True)]
 
 
 def write_mask(

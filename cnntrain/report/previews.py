@@ -112,7 +112,7 @@ def _draw_named(
             *points[k], s=5 if many else 13, color=colour, edgecolors="black", linewidths=0.4, zorder=4
         )
         if not many or numbered:
-            text = str(k) if many else spec.keypoints[k]
+            text = str(k) if many else shorten(spec.keypoints[k], 30)
             box = {"boxstyle": "round,pad=0.12", "facecolor": "black", "alpha": 0.6, "linewidth": 0}
             inward = -1 if points[k][0] > 0.7 * size[1] else 1  # a name must not reach into the next picture
             place = {
@@ -170,7 +170,7 @@ def _with_masks(
     figure = image_grid(np.stack(rows), texts, columns=columns, cell=_cell(pictures))
     colours = class_colours(known)
     shown = [int(i) for i in np.unique(masks) if i < known][:24]
-    return _legend(figure, [(spec.classes[i], colours[i]) for i in shown], "s")
+    return _legend(figure, [(shorten(spec.classes[i], 40), colours[i]) for i in shown], "s")
 
 
 def _cell(pictures: np.ndarray) -> float:

@@ -122,7 +122,7 @@ def image_grid(
             if overlay is not None:
                 overlay(ax, i)
         if title:
-            figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left")
+            figure.suptitle(shorten(title, 200), fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure
 
 
@@ -230,8 +230,12 @@ def bars(values: Mapping[str, float], title: str, label: str, limit: float | Non
 
 
 def shorten(text: str, length: int) -> str:
-    """The text, its middle left out where it is longer than `length`."""
-    if len(text) <= length:
-        return text
-    keep = max(length - 1, 2)
-    return text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
+    """The text as matplotlib can draw it, its middle left out where it is longer than `length`.
+
+    Names may hold bytes that are no text, and dollars that would begin a formula.
+    """
+    text = text.encode(errors="backslashreplace").decode()
+    if len(text) > length:
+        keep = max(length - 1, 2)
+        text = text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
+    return text.replace("$", r"\$")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cnntrain.tasks.drawing import image_grid, style
+from cnntrain.tasks.drawing import image_grid, shorten, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def draw_points(
         if seen:
             box = {"boxstyle": "round,pad=0.12", "facecolor": "black", "alpha": 0.55, "linewidth": 0}
             place = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 5.5, "color": "white"}
-            ax.annotate(name, (x, y), bbox=box, zorder=6, **place)
+            ax.annotate(shorten(name, 30), (x, y), bbox=box, zorder=6, **place)
     if true is not None and predicted is not None:
         for start, end in zip(true[visible], predicted[visible], strict=True):
             ax.plot(*np.stack([start, end]).T, color=LINK_COLOUR, linewidth=0.8, alpha=0.9, zorder=3)
@@ -149,7 +149,8 @@ def _legend(figure: Figure, entries: Sequence[tuple[str, dict]]) -> None:
         return
     with style():
         handles = [
-            Line2D([], [], linestyle="none", markersize=6, label=name, **look) for name, look in entries
+            Line2D([], [], linestyle="none", markersize=6, label=shorten(name, 40), **look)
+            for name, look in entries
         ]
         columns = max(1, min(len(entries), int(figure.get_figwidth() / 1.3)))
         figure.set_figheight(figure.get_figheight() + 0.24 * -(-len(entries) // columns) + 0.1)

@@ -58,7 +58,7 @@ class Segmentation(Task):
         self._balanced = class_weights == "balanced"
         self._weights = parse_class_weights(class_weights, spec.classes)
         self.num_classes = self.num_outputs = len(spec.classes)
-        self.ignore = -1 if spec.ignore_index is None else spec.ignore_index
+        self.ignore = spec.outside
         self.monitor = ("miou", "max")
 
     def output_shape(self) -> tuple[int | None, ...]:
@@ -77,8 +77,7 @@ class Segmentation(Task):
                     " needed; set data.store=host, or give a number per class"
                 )
             counts = torch.bincount(targets["mask"].flatten().cpu(), minlength=256)
-            if self.ignore >= 0:
-                counts[self.ignore] = 0
+            counts[self.ignore] = 0
             self._weights = balanced_weights(counts[: self.num_classes])
 
     def fit(self, outputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,11 +132,9 @@ class Segmentation(Task):
     @torch.no_grad()
     def masks(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
         """Predicted ids (N, H, W) uint8 for images of `size` (height, width); where the outputs don't reach
-        (networks without padding) the ignore id, or 255."""
+        (networks without padding) the ignore id."""
         logits, _ = self.fit(outputs, torch.zeros(len(outputs), *size, device=outputs.device))
-        result = torch.full(
-            (len(outputs), *size), self.ignore if self.ignore >= 0 else 255, dtype=torch.uint8
-        )
+        result = torch.full((len(outputs), *size), self.ignore, dtype=torch.uint8)
         centre(result, *logits.shape[-2:])[:] = logits.argmax(1).to(torch.uint8).cpu()
         return result
 
@@ -149,7 +146,7 @@ class Segmentation(Task):
     def shares(self, mask: np.ndarray) -> dict[str, float]:
         """The share of an image's answered pixels that each class got, from its mask of ids (H, W) uint8."""
         counts = np.bincount(mask.ravel(), minlength=256)[: self.num_classes].astype(float)
-        if 0 <= self.ignore < self.num_classes:
+        if self.ignore < self.num_classes:
             counts[self.ignore] = 0
         return dict(zip(self.spec.classes, (counts / max(counts.sum(), 1)).tolist(), strict=True))
 
@@ -179,7 +176,7 @@ class Segmentation(Task):
         both = square.diagonal()
         either = square.sum(0) + square.sum(1) - both
         iou = both / either  # 0 / 0 is NaN
-        if 0 <= self.ignore < self.num_classes:
+        if self.ignore < self.num_classes:
             iou[self.ignore] = float("nan")
         return iou
 

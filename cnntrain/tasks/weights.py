@@ -24,11 +24,10 @@ def parse_class_weights(value: ClassWeights, classes: Sequence[str]) -> Tensor |
             f"task.class_weights: {value!r} is neither a list nor 'balanced'{suggest(value, ['balanced'])}"
         )
     if isinstance(value, Mapping):
+        value = {str(name): weight for name, weight in value.items()}  # YAML reads 0 as a number
         for name in value:
             if name not in classes:
-                raise UserError(
-                    f"task.class_weights: {name!r} is no class{suggest(str(name), list(classes))}"
-                )
+                raise UserError(f"task.class_weights: {name!r} is no class{suggest(name, list(classes))}")
         value = [value.get(name, 1.0) for name in classes]
     if len(value) != len(classes):
         raise UserError(

@@ -81,6 +81,13 @@ def test_the_config_of_a_checkpoint_is_data(cnntrain, trained: Path) -> None:
     assert "model._target_: 'os.mkdir' can't be a model" in said and not Path("touched").exists()
 
 
+def test_to_compare_runs_builds_nothing_of_theirs(cnntrain, trained: Path) -> None:
+    change(task={"_target_": "os.mkdir", "path": "touched"}, trusted_packages=["os", "posix"])
+    shutil.copy(LAST, LAST.with_name("best.pt"))
+    cnntrain("compare", "run", "run_dir=c")
+    assert not Path("touched").exists()
+
+
 def test_a_checkpoints_config_reads_no_environment(cnntrain, trained: Path) -> None:
     change(data={**torch.load(LAST, weights_only=True)["config"]["data"], "root": "${oc.env:SECRET}"})
     said = cnntrain.refused("evaluate", f"checkpoint={LAST}", "threads=1", SECRET="hunter2")

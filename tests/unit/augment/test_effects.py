@@ -76,6 +76,11 @@ def test_the_normal_field_is_white():
     assert (torch.corrcoef(field) - torch.eye(4)).abs().max() < 0.025
 
 
+def test_the_normal_field_has_no_infinity():
+    """This key's first word is the largest there is, one of 2**32."""
+    assert 5 < normal_field(torch.tensor([2882873903]), 1).abs().item() < 6
+
+
 @pytest.mark.parametrize(
     "item", [Mixup(alpha=0.4), Cutmix(), Mix(alpha=0.8, cutmix_share=0.5, probability=0.7)]
 )

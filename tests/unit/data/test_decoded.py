@@ -1,5 +1,10 @@
 """Decoded images are kept in a file: the same pixels, made once, never out of date, whole or not at all."""
 
+import errno
+import fcntl
+import os
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +16,10 @@ from torch import Tensor
 
 from cnntrain.cli import main
 from cnntrain.data import decoded, resident
-from cnntrain.data.decode import Decoder
+from cnntrain.data.decode import BadFile, Decoder
 from cnntrain.data.decoded import folder, keep_decoded, worth_keeping
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.errors import UserError
+from cnntrain.errors import MachineError, UserError
 
 
 @pytest.fixture
@@ -96,6 +101,53 @@ def test_files_that_can_not_be_used_are_all_named_and_nothing_is_kept(splits: di
         keep_decoded(splits)
     assert "0.png" in str(told.value) and "4.png" in str(told.value)
     assert list(folder().iterdir()) == []
+
+
+def test_a_file_is_named_though_the_set_is_larger_than_memory(
+    splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, bad = splits["train"].images, []
+    assert isinstance(images, LazyImages)
+    large = LazyImages(images.paths[:1] * 100_000, Decoder(8192, 8192, 3))  # 20 TB
+    monkeypatch.setattr(
+        decoded, "_make", lambda lazy, target, bad: bad.append(BadFile("0.png", "is damaged"))
+    )
+    pixels, matrices = decoded._keep(large, bad)
+    assert len(bad) == 1 and pixels.shape == large.shape and matrices.shape == (100_000, 3, 3)
+
+
+def test_a_full_disk_is_told_before_anything_is_decoded(
+    splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MachineError, match="no room for"):
+        keep_decoded(splits)
+    assert list(folder().iterdir()) == []
+
+
+def test_a_lock_that_was_removed_holds_nobody_out(tmp_path: Path) -> None:
+    lock, entered = tmp_path / "a.lock", threading.Event()
+
+    def wait() -> None:
+        with decoded._alone(lock):
+            entered.set()
+
+    with lock.open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.2)
+        lock.unlink()
+        second = lock.open("w")
+        fcntl.flock(second, fcntl.LOCK_EX)
+    assert not entered.wait(0.3)
+    lock.unlink()
+    second.close()
+    waiting.join(10)
+    assert entered.is_set() and not lock.exists()
 
 
 def test_what_a_killed_run_left_is_not_taken_for_whole(splits: dict[str, Examples]) -> None:

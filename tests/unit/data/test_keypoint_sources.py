@@ -113,6 +113,14 @@ def test_groups_boxes_and_splits_of_a_csv(photographs):
     )
 
 
+def test_a_group_in_two_splits_is_refused_though_one_has_it_once(photographs):
+    rows = [f"{i}.png,20,10,40,10,{split},{who}" for i, (split, who) in enumerate(
+        [("train", "ann"), ("train", "ann"), ("test", "ann"), ("test", "bob")])]  # fmt: skip
+    path = write(photographs, *rows, header=f"{HEADER},split,group")
+    with pytest.raises(UserError, match="ann"):
+        load_data(KeypointCsv(path, size=[20, 40]))
+
+
 CSV_FAULTS = {
     (HEADER, "0.png,20,nan,40,10"): ":2: left_eye_y is 'nan'; expected pixels",
     (HEADER, "0.png,20,,40,10"): ":2: left_eye_y is ''",

@@ -1,5 +1,6 @@
 """Properties of whole trainings, small and real."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,36 @@ def test_early_stopping_and_limit_batches() -> None:
         )
     )
     assert result["epochs"] == 3 and result["steps"] == 6
+
+
+def test_a_run_that_patience_ended_is_finished(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where it was killed between its last epoch and its results."""
+    asked = (*SMALL, "model=mlp", "optimizer.lr=0", "early_stopping=1", "limit_batches=2", "run_dir=early")
+    first = train(compose(*asked, "epochs=9"))
+    results = (Path("early") / "results.json").read_bytes()
+    with caplog.at_level(logging.INFO, "cnntrain"):
+        assert train(compose(*asked, "epochs=9", "resume=auto")) == first
+    assert "a larger early_stopping= would go on" in caplog.text
+    (Path("early") / "results.json").unlink()
+    assert train(compose(*asked, "epochs=9", "resume=auto")) == first
+    assert (Path("early") / "results.json").read_bytes() == results
+    assert (
+        train(compose(*asked[:-1], "early_stopping=2", "run_dir=early", "epochs=9", "resume=auto"))["epochs"]
+        == 3
+    )
+
+
+def test_a_run_that_was_rewound_has_no_best_epoch_of_its_other_future(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked = (*SMALL, "model=mlp", "epochs=4", "checkpoint.keep=9")
+    train(compose(*asked, "optimizer.lr=0.01", "run_dir=run"))
+    state = checkpoint.load(Path("run/checkpoints/best.pt"))["state"]
+    assert state["progress"]["epoch"] > 1
+    found = train(compose(*asked, "optimizer.lr=0", "resume=run/checkpoints/epoch-00001.pt", "run_dir=other"))
+    assert "looked for anew" in caplog.text
+    best = checkpoint.load(Path("other/checkpoints/best.pt"))["state"]["progress"]["best"]
+    assert found["best"]["epoch"] == best["epoch"] == 2
 
 
 @pytest.mark.parametrize(("direction", "chosen"), [("max", 0.9), ("min", 0.2)])

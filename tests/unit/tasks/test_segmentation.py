@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnntrain.augment.geometry import Crop
+from cnntrain.augment.pipeline import Pipeline
 from cnntrain.errors import UserError
-from cnntrain.spec import DataSpec
+from cnntrain.spec import Batch, DataSpec
 from cnntrain.tasks.dense import dice_loss, is_fraction
 from cnntrain.tasks.segmentation import Segmentation
 
@@ -23,11 +25,27 @@ def make(classes: int = 4, ignore: int | None = 255, **settings) -> Segmentation
     return Segmentation(DataSpec(3, 9, 11, classes=names, ignore_index=ignore), **settings)
 
 
+def test_what_a_crop_uncovers_counts_nowhere_though_the_masks_have_no_ignore_id():
+    spec = DataSpec(3, 12, 12, classes=("sky", "road"), per_pixel=True)
+    task, count = Segmentation(spec), 4
+    mask = torch.randint(0, 2, (count, 12, 12), dtype=torch.uint8)
+    batch = Batch(
+        torch.zeros(count, 3, 12, 12, dtype=torch.uint8),
+        {"mask": mask},
+        torch.arange(count),
+        torch.arange(count),
+    )
+    moved = Pipeline(spec, {"crop": Crop(size=12, padding_px=6)})(batch, 0, 0)
+    uncovered = int((moved.targets["mask"] == 255).sum())
+    _, counts = task.losses(torch.zeros(count, 2, 12, 12), moved.targets)
+    assert 0 < uncovered == mask.numel() - int(counts.sum())
+
+
 def example(task: Segmentation, count: int = 6, seed: int = 0, size=(9, 11)):
     generator = torch.Generator().manual_seed(seed)
     outputs = torch.randn(count, task.num_classes, *size, generator=generator)
     mask = torch.randint(0, task.num_classes, (count, *size), generator=generator).to(torch.uint8)
-    if task.ignore >= 0:
+    if task.spec.ignore_index is not None:
         mask[torch.rand(count, *size, generator=generator) < 0.3] = task.ignore
     return outputs, {"mask": mask}
 
