@@ -1,8 +1,10 @@
-"""Memory on the host that one step frees is kept for the next."""
+"""Memory on the host: what one step frees is kept for the next, and nothing is searched that holds no garbage."""
 
 import ctypes
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -25,6 +27,18 @@ def give_back_freed_memory() -> None:
     """Once, where it would be counted as taken, or copied by a process that is forked."""
     if malloc_trim := _of_glibc("malloc_trim"):
         malloc_trim(0)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Python's search for garbage put off: lists with an entry for every example would be searched time and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:

@@ -136,9 +136,10 @@ def _file(lazy: LazyImages) -> Path:
     if lazy.boxes is not None:
         digest.update(lazy.boxes.double().contiguous().numpy().tobytes())
     about = lru_cache(4096)(_about)  # of a shard once
+    here = os.getcwd()
     for path in lazy.paths:
         size, changed = about(span_of(path).file)
-        digest.update(f"{os.path.abspath(path)}\0{size} {changed}\n".encode(errors="surrogateescape"))
+        digest.update(f"{os.path.join(here, path)}\0{size} {changed}\n".encode(errors="surrogateescape"))
     return folder() / f"{digest.hexdigest()[:32]}.u8"
 
 

@@ -13,6 +13,7 @@ from cnntrain.data.source import Source
 from cnntrain.data.splits import check_groups_apart, limit_rows, split_train_val
 from cnntrain.data.statistics import measure
 from cnntrain.errors import UserError
+from cnntrain.heap import without_collector
 from cnntrain.spec import DataSpec
 
 logger = logging.getLogger("cnntrain")
@@ -60,7 +61,8 @@ def load_data(
     Raises:
         UserError: the data can't be had, or are not as they should be; all faulty files in one message.
     """
-    splits = source.load()
+    with without_collector():
+        splits = source.load()
     for name in ("train", "val", "test"):
         if name in splits and len(splits[name]) == 0:
             raise UserError(f"data: the {name} split has no examples")
@@ -73,8 +75,9 @@ def load_data(
 
     own_val = "val" in splits
     if not own_val:
-        train_rows, val_rows = split_train_val(splits["train"], val_fraction, folds, fold, split_seed)
         pool = splits["train"]
+        with without_collector():
+            train_rows, val_rows = split_train_val(pool, val_fraction, folds, fold, split_seed)
         splits = {**splits, "train": pool.subset(train_rows), "val": pool.subset(val_rows)}
     elif folds is not None:
         raise UserError(

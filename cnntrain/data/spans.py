@@ -22,5 +22,5 @@ def path_within(archive: str | Path, name: str, offset: int, size: int) -> str:
 
 def span_of(path: str) -> Span:
     """Where the bytes of `path` are, be it a file or what `path_within` made."""
-    found = _WITHIN.fullmatch(path)
+    found = _WITHIN.fullmatch(path) if "//" in path else None
     return Span(found[1], int(found[3]), int(found[4])) if found else Span(path)
