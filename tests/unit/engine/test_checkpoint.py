@@ -64,13 +64,21 @@ def test_what_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: 
 
 
 def test_a_folder_has_one_owner(tmp_path: Path) -> None:
-    with open_run_folder(tmp_path / "run", "x") as run:
+    with open_run_folder(tmp_path / "run", "x", trains=True) as run:
         (run.checkpoints).mkdir()
-        with pytest.raises(UserError, match="another process"), open_run_folder(tmp_path / "run", "x"):
+        with (
+            pytest.raises(UserError, match="another process"),
+            open_run_folder(tmp_path / "run", "x", trains=True),
+        ):
             pass
         (run.checkpoints / ".last.pt.1.tmp").touch()
-    with open_run_folder(tmp_path / "run", "x") as run:
+    with open_run_folder(tmp_path / "run", "x", trains=True) as run:
         assert not list(run.checkpoints.iterdir())
+    with (
+        pytest.raises(UserError, match="holds a training"),
+        open_run_folder(tmp_path / "run", "x"),
+    ):
+        pass
 
 
 def test_runs_started_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
