@@ -263,7 +263,8 @@ def find_batch_size(assembly: Assembly, data: Data) -> int:
         return make_rig(assembly.model, partial(make_optimizer, assembly.settings), assembly.task,
                         compute, plan, loader, assembly.pipeline, assembly.settings.ema_decay)  # fmt: skip
 
-    size = choose_batch_size(rig, assembly.compute.device, len(data.train))
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in assembly.model.modules())
+    size = choose_batch_size(rig, assembly.compute.device, len(data.train), 2 if norms else 1)
     loader.close()
     return size
 
@@ -320,6 +321,6 @@ def make_optimizer(settings: Settings, model: nn.Module, compute: Compute) -> Op
         return build_optimizer(
             factory, model, node.get("weight_decay", 0.0), chosen.decay_norms_and_biases, chosen.layer_decay
         )
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
         name = node.get("name", node["_target_"])
         raise UserError(f"optimizer: {name} refused its arguments: {error}") from error

@@ -15,6 +15,7 @@ from typing import Any
 from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, UserError, explain_machine, suggest
 
 DEFAULT_COMMAND = "train"
+SWEEPING = ("train", "overfit")  # what -m runs
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,15 @@ def _dispatch(arguments: list[str]) -> int:
         print(help_text(invocation))
         return 0
     module = invocation.command.replace("-", "_")
-    from cnntrain.config import check_early
+    if invocation.multirun and invocation.command not in SWEEPING:
+        raise UserError(f"{invocation.command}: no -m; give each key one value")
+    from cnntrain.config import check_early, composed_text
 
-    check_early(invocation.command, invocation.overrides, invocation.config_dir)
+    asked = invocation.command, invocation.overrides, invocation.config_dir
+    check_early(*asked)
+    if invocation.print_config and not invocation.multirun and invocation.command != "clean":
+        print(composed_text(*asked), end="")
+        return 0
     return importlib.import_module(f"cnntrain.commands.{module}").run(invocation)
 
 

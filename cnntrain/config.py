@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -184,7 +185,7 @@ def _axis(override: Override, config_dir: Path | None) -> Axis:
         values = list(override.sweep_string_iterator())
     if not values:
         raise UserError(f"{key}: {override.get_value_string()} holds no value")
-    if isinstance(value, RangeSweep) and len(values) > 1:
+    if isinstance(value, RangeSweep) and len(values) > 1 and not tags:  # even steps are none on a log scale
         numbers = sorted(float(each) for each in values)
         whole = isinstance(value.start, int) and isinstance(value.step, int)
         return Axis(key, tuple(values), numbers[0], numbers[-1], numbers[1] - numbers[0], bool(tags), whole)
@@ -291,6 +292,18 @@ def check_early(command: str, overrides: Sequence[str], config_dir: Path | None)
         overrides = [override for override in overrides if not override.startswith("checks=")]
     if not own:
         add_swept_keys(overrides, config_dir)
+
+
+def composed_text(command: str, overrides: Sequence[str], config_dir: Path | None = None) -> str:
+    """What a command's config comes to, as YAML: `--cfg`."""
+    if (conf_folder() / f"{command}.yaml").exists():
+        composed = compose(command, overrides, config_dir)
+        composed.pop("choices")
+    else:
+        own = ("checks=", "checkpoint=") if command == "check" else ()  # the command's own words
+        overrides = [override for override in overrides if not override.startswith(own)]
+        composed = dataclasses.asdict(read_settings(overrides, config_dir))
+    return yaml.safe_dump(composed, sort_keys=False)
 
 
 def read_settings(overrides: Sequence[str], config_dir: Path | None = None) -> Settings:

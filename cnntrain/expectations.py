@@ -51,9 +51,12 @@ def parse_expectation(name: str, wanted: Any) -> tuple[str, float]:
     if isinstance(wanted, int | float) and not isinstance(wanted, bool):
         return "==", float(wanted)
     match = re.fullmatch(r"\s*(>=|<=|>|<|==)\s*([-+0-9.eE_]+)\s*", str(wanted))
-    if not match:
-        raise UserError(f"expect.{name}: {wanted!r} is neither a number nor a comparison such as '>=0.9'")
-    return match[1], float(match[2])
+    try:
+        if match:
+            return match[1], float(match[2])
+    except ValueError:
+        pass
+    raise UserError(f"expect.{name}: {wanted!r} is neither a number nor a comparison such as '>=0.9'")
 
 
 def _is_neutral(key: str) -> bool:

@@ -277,7 +277,8 @@ def _convert(value: Any, hint: Any, key: str, limits: Within = ANYTHING, or_null
         words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
         if value in words:
             return value
-        inner = next(o for o in options if o is not type(None) and get_origin(o) is not Literal)
+        typed = [o for o in options if o is not type(None)]
+        inner = next((o for o in typed if get_origin(o) is not Literal), typed[0])
         return _convert(value, inner, key, limits, f" or {' or '.join(words) or 'null'}")
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
@@ -295,6 +296,8 @@ def _convert(value: Any, hint: Any, key: str, limits: Within = ANYTHING, or_null
     if origin in (dict, list):
         if not isinstance(value, origin):
             raise UserError(f"{key}: must be a {'list' if origin is list else 'mapping'}, got {value!r}")
+        if origin is list:
+            return [_convert(each, get_args(hint)[0], f"{key}[{i}]") for i, each in enumerate(value)]
         return value
     return _scalar(value, hint, key, limits, or_null)
 

@@ -73,6 +73,7 @@ def _without_effect(facts: Facts) -> Iterator[Finding]:
     held, memory = not facts.streams, "images that are held in memory"
     folds, own = data.get("folds"), "the data set's own val split"
     epochs, patience = _epochs(facts.plan), config["early_stopping"]
+    cycles = config["schedule"].get("_target_", "").endswith(".OneCycle")
     # Key: whether it is idle, beside what, and the key that decides.
     idle: dict[str, tuple[bool, str, str]] = {
         "task.smooth_l1_beta": (loss != "smooth_l1", f"task.loss={loss}", "task.loss"),
@@ -91,6 +92,10 @@ def _without_effect(facts: Facts) -> Iterator[Finding]:
         "deterministic": (facts.device == "cpu", "device=cpu, which always is", "device"),
         "optimizer.decay_norms_and_biases": (
             not config["optimizer"].get("weight_decay"), "optimizer.weight_decay=0", "optimizer.weight_decay",
+        ),
+        "optimizer.momentum": (cycles, "schedule=one_cycle, which moves it between 0.95 and 0.85", "schedule"),
+        "optimizer.betas": (
+            cycles, "schedule=one_cycle, which moves the first between 0.95 and 0.85", "schedule",
         ),
         "early_stopping": (patience is not None and patience >= epochs, f"{epochs} epochs", "epochs"),
     }  # fmt: skip

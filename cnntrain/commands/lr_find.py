@@ -28,8 +28,6 @@ def run(invocation: Invocation) -> int:
         raise UserError(
             f"lr-find: {invocation.words[0]!r} is no override; write KEY=VALUE, as model=resnet18"
         )
-    if invocation.multirun:
-        raise UserError("lr-find: no -m; give each key one value")
     settings = read_settings(invocation.overrides, invocation.config_dir)
     return 0 if lr_find(settings, invocation.line)["suggestion"] is not None else 1
 

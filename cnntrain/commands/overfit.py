@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cnntrain.assembly import Assembly, assemble, build_training_parts, make_optimizer
 from cnntrain.checks.overfit import Trial, calibrate_norms, judge, learn_by_heart
 from cnntrain.cli import Invocation
 from cnntrain.config import read_settings
 from cnntrain.data.load import Data
+from cnntrain.data.store import Loader
 from cnntrain.engine.run_folder import open_run_folder, provenance
 from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import UserError
@@ -108,24 +110,32 @@ def pick_examples(assembly: Assembly, data: Data, count: int) -> tuple[Batch, Ba
     The choice is fixed: the first training examples. Norms are calibrated on the first few on the way.
     """
     loader = assembly.loader(data.train)
-    first = assembly.pipeline.plain(next(iter(loader.batches(torch.arange(len(loader)), CALIBRATION_IMAGES))))
-    memory_format = assembly.compute.memory_format
-    assembly.model.to(memory_format=memory_format)
-    images = first.images.contiguous(memory_format=memory_format)
+    first = _seen(assembly, loader, torch.arange(min(len(loader), max(CALIBRATION_IMAGES, count))))
+    assembly.model.to(memory_format=assembly.compute.memory_format)
+    images = first.images[:CALIBRATION_IMAGES]
     norms = calibrate_norms(assembly.model, images)
     if norms:
         log.info(
             "overfit: %d norms calibrated once on %d plain training images, then frozen", norms, len(images)
         )
-    first = dataclasses.replace(first, images=images)
-    others = [row for row in range(1, len(first)) if not first.same_target(0, row)] or [len(first) - 1]
+    others = [row for row in range(1, len(first)) if not first.same_target(0, row)]
+    labels = data.train.targets.get("label")
+    elsewhere = [] if labels is None or others else (labels != labels[0]).nonzero()[:1, 0].tolist()
+    other = (
+        _seen(assembly, loader, torch.tensor(elsewhere))  # files often lie sorted by class
+        if elsewhere
+        else first.take(torch.tensor((others or [len(first) - 1])[:1]))
+    )
     batch = first.take(torch.arange(min(count, len(first))))
     name = data.train.names[int(batch.index[0])]
-    return (
-        batch,
-        first.take(torch.tensor(others[:1])),
-        name if len(batch) == 1 else f"{name} and {len(batch) - 1} more",
-    )
+    return batch, other, name if len(batch) == 1 else f"{name} and {len(batch) - 1} more"
+
+
+def _seen(assembly: Assembly, loader: Loader, rows: Tensor) -> Batch:
+    """Training examples as the network sees them, without augmentation."""
+    batch = assembly.pipeline.plain(next(iter(loader.batches(rows, len(rows)))))
+    images = batch.images.contiguous(memory_format=assembly.compute.memory_format)
+    return dataclasses.replace(batch, images=images)
 
 
 @torch.no_grad()

@@ -58,9 +58,6 @@ def run(invocation: Invocation) -> int:
         raise UserError(
             f"sweep.over: this config sweeps over {', '.join(swept)}; add -m, or give each one value"
         )
-    if invocation.print_config:
-        print(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), end="")
-        return 0
     results = train(settings, invocation.line)
     findings = []
     if settings.expect and results:

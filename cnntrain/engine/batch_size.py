@@ -20,7 +20,9 @@ SMALLEST_ON_CPU = 32
 TRIALS = 3
 
 
-def choose_batch_size(make_rig: Callable[[int], Rig], device: torch.device, images: int) -> int:
+def choose_batch_size(
+    make_rig: Callable[[int], Rig], device: torch.device, images: int, least: int = 1
+) -> int:
     """A power of two, found by training steps on copies; the log says why.
 
     On a GPU the largest whose step takes no more than 90 % of the free memory. On a CPU the smallest of 32 and more
@@ -30,16 +32,19 @@ def choose_batch_size(make_rig: Callable[[int], Rig], device: torch.device, imag
     Args:
         make_rig: a copy of the training with batches of that many images.
         images: in the training set.
+        least: images that a batch must have, 1 or 2: a BatchNorm may need more than one.
 
     Raises:
-        MachineError: not even one image fits.
+        MachineError: not even the least fits.
     """
-    most = power_of_two(images // FEWEST_STEPS)
+    most = max(least, power_of_two(images // FEWEST_STEPS))
     if device.type == "cuda":
         allowed = torch.cuda.memory_allocated(device) + SHARE * torch.cuda.mem_get_info(device)[0]
-        chosen, reason = largest_that_fits(lambda size: _fits(make_rig, device, size, allowed / 2**20), most)
+        chosen, reason = largest_that_fits(
+            lambda size: _fits(make_rig, device, size, allowed / 2**20), most, least
+        )
     else:
-        chosen, reason = fastest(lambda size: _images_per_s(make_rig, device, size), most)
+        chosen, reason = fastest(lambda size: _images_per_s(make_rig, device, size), most, least)
     log.info("batch_size=auto: %d images, for %s; optimizer.lr stays as it is", chosen, reason)
     return chosen
 
@@ -49,15 +54,17 @@ def power_of_two(limit: int) -> int:
     return 1 << (max(limit, 1).bit_length() - 1)
 
 
-def largest_that_fits(fits: Callable[[int], bool], most: int) -> tuple[int, str]:
-    """The largest power of two up to `most` for which `fits` holds, as it does for all smaller ones; and why.
+def largest_that_fits(fits: Callable[[int], bool], most: int, least: int = 1) -> tuple[int, str]:
+    """The largest power of two from `least` to `most` for which `fits` holds, as it does for all smaller ones; and why.
 
     Raises:
-        MachineError: it does not hold for 1.
+        MachineError: it does not hold for `least`.
     """
-    size = 1
+    size = least
     if not fits(size):
-        raise MachineError("batch_size=auto: a step with one image does not fit in the device's memory")
+        raise MachineError(
+            f"batch_size=auto: a step with {size} image(s) does not fit in the device's memory"
+        )
     while size * 2 <= most:
         if not fits(size * 2):
             return size, f"{size * 2} do not fit in the device's memory"
@@ -65,14 +72,20 @@ def largest_that_fits(fits: Callable[[int], bool], most: int) -> tuple[int, str]
     return size, f"an epoch of larger batches would have fewer than {FEWEST_STEPS} steps"
 
 
-def fastest(images_per_s: Callable[[int], float | None], most: int) -> tuple[int, str]:
-    """The smallest power of two from 32 to `most` from which doubling gains less than 5 %; and why.
+def fastest(images_per_s: Callable[[int], float | None], most: int, least: int = 1) -> tuple[int, str]:
+    """The smallest power of two from 32 to `most` from which doubling gains less than 5 %, or a smaller one where even
+    32 take too much; and why.
 
     Args:
         images_per_s: None for a batch that would take too much memory.
     """
-    size = min(SMALLEST_ON_CPU, most)
+    size = max(least, min(SMALLEST_ON_CPU, most))
     speed = images_per_s(size)
+    if speed is None:
+        while speed is None and size > least:
+            size //= 2
+            speed = images_per_s(size)
+        return size, f"{size * 2} take more than a quarter of the free memory"
     while speed is not None and size * 2 <= most:
         doubled = images_per_s(size * 2)
         if doubled is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cnntrain.engine.divergence import Finiteness
 from cnntrain.engine.ranks import Ranks
 from cnntrain.engine.state import TrainState
+from cnntrain.models.prepare import keep_in_eval, stays_in_eval
 
 log = logging.getLogger("cnntrain")
 
@@ -90,8 +91,15 @@ def align(model: nn.Module, ranks: Ranks) -> None:
 
 
 def synchronise_norms(model: nn.Module) -> nn.Module:
-    """BatchNorm over the images of all processes; parameters, buffers and their names stay what they were."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    """BatchNorm over the images of all processes; parameters, buffers, their names and what is frozen stay what they
+    were."""
+    frozen = [name for name, module in model.named_modules() if stays_in_eval(module)]
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for name in frozen:
+        module = model.get_submodule(name)
+        if not stays_in_eval(module):  # a new one
+            keep_in_eval(module)
+    return model
 
 
 def has_synchronised_norms(model: nn.Module) -> bool:

@@ -77,9 +77,14 @@ def choose_compute(
     if precision == "fp16" and chosen.type != "cuda":
         raise UserError(f"precision: fp16 needs a CUDA device, this is {chosen}; use bf16, fp32 or auto")
     if ranks.count > 1 and chosen.type == "cuda":
-        chosen = torch.device("cuda", ranks.local_rank)
+        chosen = own_gpu(ranks.local_rank)
         torch.cuda.set_device(chosen)
     return Compute(chosen, precision, channels_last, ranks, compile)
+
+
+def own_gpu(local_rank: int) -> torch.device:
+    """The GPU of one of several processes; where each sees but one (`srun --gpus-per-task=1`), all call theirs 0."""
+    return torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
 
 
 def _choose_device(name: str) -> torch.device:
@@ -128,6 +133,8 @@ def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE
     torch.set_flush_denormal(True)
     # NumPy before 2.4 finds that it is zero.
     warnings.filterwarnings("ignore", "The value of the smallest subnormal")
+    if deterministic:  # cuBLAS wants it before the first kernel (CUDA's documentation, cuBLAS, 2.1.4)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if threads is None and ranks.count > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, cores // ranks.local_count)

@@ -114,7 +114,9 @@ def diverged(
     Each process replays its own share, and the one that finds the cause says it.
     """
     epoch, start = state.progress.epoch, first_bad - first_bad % plan.accumulate
-    step = epoch * plan.steps_per_epoch + first_bad // plan.accumulate
+    seen, ended = state.progress.batch, state.progress.batch >= plan.batches_per_epoch
+    begun = state.progress.step - (-(-seen // plan.accumulate) if ended else seen // plan.accumulate)
+    step = begun + first_bad // plan.accumulate
     learning_rate = set_learning_rate(state.optimizer, state.schedule, step)
     order = epoch_order(plan.seed, epoch, len(training))
     transform = pipeline.sample_transform(plan.seed, epoch)

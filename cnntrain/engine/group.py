@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from cnntrain.engine.device import own_gpu
 from cnntrain.engine.ranks import Place, Ranks
 from cnntrain.engine.watch import Watch, connect, end_process, lost
 from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, StoppedError, explain_machine
@@ -133,7 +134,7 @@ def joined(
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=PrefixStore(f"{prefix}/group", store),
             rank=place.rank, world_size=place.count, timeout=PATIENCE,
-            device_id=torch.device("cuda", place.local_rank) if cuda else None,
+            device_id=own_gpu(place.local_rank) if cuda else None,
         )  # fmt: skip
         watch = Watch(connect(place.address, place.port, f"{prefix}/watch"), place.rank, place.count, end)
     except (RuntimeError, ValueError) as error:

@@ -192,15 +192,20 @@ def _watched(watch: Watcher | None) -> Iterator["Connection[Any, Any] | None"]:
         return
     here, there = multiprocessing.get_context("spawn").Pipe()
 
-    def answer() -> None:
+    def answer_rows() -> None:
         with contextlib.suppress(EOFError, OSError):
             while (row := here.recv()) is not None:
                 try:
-                    here.send(watch(row))
+                    answer: object = watch(row)
                 except CnntrainError as error:
-                    here.send(error)
+                    answer = error
+                except Exception as error:  # whoever waits for the answer must get one
+                    answer = MachineError(
+                        f"what watches the training failed: {type(error).__name__}: {error}"
+                    )
+                here.send(answer)
 
-    thread = Thread(target=answer, daemon=True)
+    thread = Thread(target=answer_rows, daemon=True)
     thread.start()
     try:
         yield there

@@ -68,7 +68,7 @@ def fit(
     finite = Finiteness(compute.device, state.scaler is not None, explain)
     # Stopped after the last step, an epoch is still to be judged.
     while not progress.finished and (progress.step < plan.total_steps or progress.batch):
-        started, seconds_before, first_batch = time.perf_counter(), progress.wall_s, progress.batch
+        started, seconds_before, images_before = time.perf_counter(), progress.wall_s, progress.images
         meter = task.meter()
         if progress.batch and state.meter:
             meter.load_state(unpack_state(state.meter, ranks))
@@ -110,7 +110,7 @@ def fit(
         row |= {f"train/{k}": v for k, v in train_metrics.items() if k == "loss" or not pipeline.mixes_labels}
         row |= {f"val/{name}": value for name, value in val_metrics.items()}
         row["lr"] = state.optimizer.param_groups[0]["lr"]
-        row["images_per_s"] = (plan.batches_per_epoch - first_batch) * plan.batch_size / train_seconds
+        row["images_per_s"] = (progress.images - images_before) / train_seconds
         state.schedule.observe(row.get("val/loss", row["train/loss"]))
         improved = is_better(row, progress.best, task.monitor)
         progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1

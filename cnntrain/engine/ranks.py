@@ -29,6 +29,7 @@ class Place:
     local_count: int
     address: str = "127.0.0.1"
     port: int = 0
+    by_slurm: bool = False
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -70,7 +71,7 @@ def _find_slurm(environment: Mapping[str, str], count: int) -> Place:
     return Place(
         int(environment["SLURM_PROCID"]), count, int(environment["SLURM_LOCALID"]), min(local_count, count),
         environment.get("MASTER_ADDR", "127.0.0.1" if local_count >= count else first_node(nodes)),
-        int(environment.get("MASTER_PORT", 15000 + job % 20000)),
+        int(environment.get("MASTER_PORT", 15000 + job % 20000)), by_slurm=True,
     )  # fmt: skip
 
 

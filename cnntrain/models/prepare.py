@@ -117,8 +117,17 @@ def freeze_backbone(model: nn.Module) -> None:
         parameter.requires_grad_(in_head(name, heads))
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and not in_head(name, heads):
-            module.eval()
-            module.register_forward_pre_hook(_stay_in_eval)
+            keep_in_eval(module)
+
+
+def keep_in_eval(module: nn.Module) -> None:
+    """Let a norm use its statistics and leave them as they are, whoever calls `train()`, until `unfreeze`."""
+    module.eval()
+    module.register_forward_pre_hook(_stay_in_eval)
+
+
+def stays_in_eval(module: nn.Module) -> bool:
+    return _stay_in_eval in module._forward_pre_hooks.values()
 
 
 def unfreeze(model: nn.Module) -> None:

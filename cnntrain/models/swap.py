@@ -32,14 +32,19 @@ _ACTIVATIONS = (
 
 
 def swap_norm(model: nn.Module, norm: str) -> None:
-    """Replace every batch, instance, group and layer norm of `model` in place; scale and shift start anew.
+    """Replace every batch, instance and group norm of `model` in place; scale and shift start anew.
 
     LRN, which learns nothing, stays. With 'none' a convolution that had no bias still has none.
 
     Raises:
-        UserError: an unknown name, or a network without norms.
+        UserError: an unknown name, or a network without norms, or with layer norms: those normalise the last
+            dimensions, whatever they are, and what stands there may be no channels.
     """
     make_norm(norm, 1)
+    if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
+        raise UserError(
+            f"model.norm={norm}: this network has layer norms, which can't be swapped; leave it null"
+        )
     found = _replace(model, tuple(_NORM_DIMENSIONS), lambda old: _norm_like(old, norm))
     if not found and norm != "none":
         raise UserError(f"model.norm={norm}: this network has no norm to swap; leave model.norm=null")

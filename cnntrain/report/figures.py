@@ -148,7 +148,7 @@ def learning(losses: Sequence[float], lowest: float, uninformed: float, title: s
             ax.axhline(
                 lowest, color=COLOURS[2], linestyle="--", linewidth=1.1, label=f"lowest there is {lowest:.3f}"
             )
-        ax.plot(range(1, len(losses) + 1), losses, color=COLOURS[0], label="loss")
+        ax.plot(range(len(losses)), losses, color=COLOURS[0], label="loss")  # after so many steps
         known = [value for value in losses if math.isfinite(value)]
         if known and max(known) > 30 * max(min(known), 1e-12):
             ax.set_yscale("log")

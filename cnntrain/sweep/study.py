@@ -70,7 +70,9 @@ class Study:
         else:
             self._await_layout()
         self._open: dict[int, optuna.Trial] = {}
-        self._unfinished = [t for t in self._trials(TrialState.RUNNING) if t.user_attrs.get("owner") == owner]
+        # In a storage of its own all are; a kill may have come before the name.
+        mine = (owner, None) if plan.sweep.storage is None else (owner,)
+        self._unfinished = [t for t in self._trials(TrialState.RUNNING) if t.user_attrs.get("owner") in mine]
 
     def _lay_out(self) -> None:
         """Put every trial to come into the storage: each is then taken once, by whichever process comes first."""

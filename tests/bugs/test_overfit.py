@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -81,6 +82,29 @@ def test_the_verdict_is_the_exit_code_and_is_written_down(tmp_path: Path) -> Non
 
 def test_several_examples(tmp_path: Path) -> None:
     assert verdict(tmp_path, "model=sound", "overfit.examples=8")["verdict"] == "PASS"
+    many = verdict(
+        tmp_path, "model=sound", "overfit.examples=40", "overfit.steps=1", f"run_dir={tmp_path / 'many'}"
+    )
+    assert many["example"].endswith("and 39 more")
+
+
+def test_files_sorted_by_class(tmp_path: Path) -> None:
+    """All that lie near the first are of its class: another has to be fetched from further on."""
+    for label, grey in (("dark", 40), ("light", 200)):
+        (tmp_path / "data" / "train" / label).mkdir(parents=True)
+        for number in range(60):
+            noise = np.random.default_rng(number).integers(-30, 30, (8, 8))
+            Image.fromarray((grey + noise).astype(np.uint8)).save(
+                tmp_path / "data" / "train" / label / f"{number:02}.png"
+            )
+    asked = (
+        "model=mlp",
+        "data=image_folder",
+        f"data.root={tmp_path / 'data'}",
+        "data.size=8",
+        "data.channels=1",
+    )
+    assert verdict(tmp_path, *asked)["verdict"] == "PASS"
 
 
 OTHER_TASKS = {

@@ -8,7 +8,7 @@ from cnntrain.config import compose, expand_grid, group_options, read_settings
 from cnntrain.errors import UserError
 from cnntrain.expectations import judge_expectations
 from cnntrain.randomness import epoch_order, hash_seed, uniform
-from cnntrain.settings import Settings
+from cnntrain.settings import EvaluateSettings, Settings, parse
 
 # What a user may get wrong, and what the message must say.
 SLIPS = {
@@ -46,6 +46,9 @@ BUILD_SLIPS = {
     "optimizer.lr=nan": r"optimizer\.lr: must be a finite number >= 0",
     "optimizer.lr=-1": r"optimizer\.lr: must be a finite number >= 0, got -1",
     "optimizer.weight_decay=-1": r"optimizer\.weight_decay: must be a finite number >= 0, got -1",
+    "optimizer.betas=[0.9]": r"optimizer: torch\.optim\.AdamW refused its arguments",
+    "data.mean=[a] data.std=[b]": r"data\.mean\[0\]: must be a number, got 'a'",
+    "+expect={x:'>=e'}": r"expect\.x: '>=e' is neither a number nor a comparison",
     "optimizer.betas=3": r"optimizer: torch\.optim\.AdamW refused its arguments",
     "optimizer=sgd optimizer.momentum=0": r"optimizer: .*Nesterov",
     "optimizer=torch optimizer.name=LBFGS": r"optimizer: LBFGS refused its arguments: .*computes the loss itself",
@@ -71,6 +74,25 @@ def test_a_slip_in_a_part_is_named_and_leaves_no_folder(
     assert said.startswith("error: ") and re.search(BUILD_SLIPS[slip], said), said
     assert "Traceback" not in said
     assert not Path("outputs").exists()
+
+
+def test_evaluations_precision_is_one_of_four_or_null() -> None:
+    values = compose("evaluate", ["checkpoint=x"])
+    values.pop("choices")
+    for value in ("fp64", False):
+        with pytest.raises(UserError, match=r"precision: .* is not one of auto, fp32, bf16, fp16"):
+            parse(EvaluateSettings, {**values, "precision": value})
+
+
+def test_every_command_prints_its_config_and_only_two_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "overfit", "check", "bench", "lr-find", "preview", "inspect"):
+        assert main([command, "--cfg", "model=mlp"]) == 0
+        assert "model: mlp" in capsys.readouterr().out
+    assert main(["predict", "--cfg", "checkpoint=x", "images=y"]) == 0
+    assert "checkpoint: x" in capsys.readouterr().out and not Path("outputs").exists()
+    for command in ("check", "bench", "lr-find", "preview", "inspect", "evaluate"):
+        assert main([command, "-m", "model=mlp,lenet5"]) == 2
+        assert f"{command}: no -m" in capsys.readouterr().err
 
 
 def test_defaults_stand_in_yaml_alone() -> None:

@@ -11,14 +11,19 @@ import pytest
 import torch
 from torch import nn
 
+from cnntrain import compose
 from cnntrain.data.examples import Examples
 from cnntrain.data.share import Share
 from cnntrain.data.store import make_loader
 from cnntrain.engine import watch as watching
 from cnntrain.engine.combine import has_synchronised_norms, running_statistics, synchronise_norms
+from cnntrain.engine.device import own_gpu
+from cnntrain.engine.launch import _watched
 from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place, first_node, pack_states, unpack_state
 from cnntrain.engine.watch import Watch, end_process
-from cnntrain.errors import StoppedError, UserError
+from cnntrain.errors import MachineError, StoppedError, UserError
+from cnntrain.models.prepare import freeze_backbone, unfreeze
+from cnntrain.processes import check_processes
 from cnntrain.tasks.meter import Meter
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
@@ -68,9 +73,9 @@ def test_places_are_read_from_the_environment() -> None:
     assert find_place({}) is None
     assert find_place({**TORCHRUN, "WORLD_SIZE": "1"}) is None
     assert find_place(TORCHRUN) == Place(3, 4, 1, 2, "a", 29500)
-    assert find_place(SLURM) == Place(5, 8, 1, 4, "gpu03", 15007)
+    assert find_place(SLURM) == Place(5, 8, 1, 4, "gpu03", 15007, by_slurm=True)
     one_node = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8", "MASTER_PORT": "1234"}
-    assert find_place(one_node) == Place(5, 8, 1, 8, "127.0.0.1", 1234)
+    assert find_place(one_node) == Place(5, 8, 1, 8, "127.0.0.1", 1234, by_slurm=True)
     batch_script = {name: value for name, value in SLURM.items() if not name.startswith("SLURM_STEP")}
     assert find_place(batch_script) is None, "nobody else runs a batch script"
     with pytest.raises(UserError, match="MASTER_ADDR"):
@@ -282,3 +287,57 @@ def test_synchronised_norms_keep_the_names_of_a_checkpoint() -> None:
     assert list(model.state_dict()) == names and has_synchronised_norms(model)
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
     assert running_statistics(model) == [] and not has_synchronised_norms(model.eval())
+
+
+def test_synchronised_norms_of_a_frozen_backbone_stay_frozen() -> None:
+    backbone = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten())
+    model = nn.Sequential()
+    model.add_module("backbone", backbone)
+    model.add_module("norm", nn.BatchNorm1d(72))
+    model.add_module("fc", nn.Linear(72, 3))
+    model.__dict__["head_names"] = ("fc", "norm")
+    freeze_backbone(model)
+    model = synchronise_norms(model).train()
+    before = {name: value.clone() for name, value in model.named_buffers() if name.startswith("backbone")}
+    model.backbone(torch.randn(4, 1, 8, 8))  # pyright: ignore[reportCallIssue]
+    assert len(before) == 3 and all(
+        value.equal(dict(model.named_buffers())[k]) for k, value in before.items()
+    )
+    assert model.norm.training
+    unfreeze(model)
+    model.train()
+    model.backbone(torch.randn(4, 1, 8, 8))  # pyright: ignore[reportCallIssue]
+    assert not all(value.equal(dict(model.named_buffers())[k]) for k, value in before.items())
+
+
+def test_whoever_waits_for_a_watcher_gets_an_answer() -> None:
+    def watch(row: dict[str, float]) -> None:
+        if row["epoch"] == 1:
+            raise OSError("the disk is full")
+        if row["epoch"] == 2:
+            raise UserError("no such thing")
+
+    with _watched(watch) as end:
+        assert end is not None
+        answers = []
+        for epoch in range(4):
+            end.send({"epoch": epoch})
+            assert end.poll(10)
+            answers.append(end.recv())
+    assert answers[0] is None and answers[3] is None and isinstance(answers[2], UserError)
+    assert isinstance(answers[1], MachineError) and "the disk is full" in str(answers[1])
+
+
+@pytest.mark.parametrize("by_slurm", [True, False])
+def test_tasks_that_see_one_gpu_each_have_their_own(monkeypatch: pytest.MonkeyPatch, by_slurm: bool) -> None:
+    """`srun --ntasks=4 --gpus-per-task=1`: each task's GPU is its number 0."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    settings, place = compose("device=cuda", "batch_size=32"), Place(3, 4, 3, 4, by_slurm=by_slurm)
+    assert own_gpu(3) == torch.device("cuda", 0)
+    if by_slurm:
+        check_processes(settings, place)
+    else:
+        with pytest.raises(UserError, match="4 processes, and 1 GPUs"):
+            check_processes(settings, place)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert own_gpu(3) == torch.device("cuda", 3)

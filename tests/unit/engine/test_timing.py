@@ -109,7 +109,7 @@ def test_the_largest_batch_that_fits_is_a_power_of_two_and_keeps_an_epoch_long()
     assert largest_that_fits(lambda size: size <= 100, 1024)[0] == 64
     assert largest_that_fits(lambda size: True, 128)[0] == 128
     assert largest_that_fits(lambda size: size <= 1, 128)[0] == 1
-    with pytest.raises(MachineError, match="one image"):
+    with pytest.raises(MachineError, match=r"with 1 image"):
         largest_that_fits(lambda size: False, 128)
     assert [power_of_two(n) for n in (0, 1, 2, 3, 63, 64)] == [1, 1, 2, 2, 32, 64]
 
@@ -119,6 +119,19 @@ def test_on_a_cpu_the_batch_grows_while_that_pays_and_memory_lasts() -> None:
     assert fastest(lambda size: speeds[size], 256)[0] == 64
     assert fastest(lambda size: None if size > 32 else 1.0, 256)[0] == 32
     assert fastest(lambda size: float(size), 8)[0] == 8
+    assert fastest(lambda size: None if size > 8 else 1.0, 256) == (
+        8,
+        "16 take more than a quarter of the free memory",
+    )
+    assert fastest(lambda size: None, 256, least=2)[0] == 2
+
+
+def test_a_network_with_batchnorm_is_never_tried_with_one_image() -> None:
+    assembly = assemble(compose("model=batchnorm_cnn", "data.limit=20", "batch_size=auto", "threads=1"))
+    assert find_batch_size(assembly, assembly.load()) == 2
+    tried: list[int] = []
+    assert largest_that_fits(lambda size: bool(tried.append(size) or size < 5), 1, least=2)[0] == 2
+    assert tried == [2]
 
 
 def test_auto_becomes_a_number_by_steps_that_leave_the_training_alone() -> None:

@@ -1,5 +1,6 @@
 """Properties of whole trainings, small and real."""
 
+import csv
 import logging
 import shutil
 from collections.abc import Callable
@@ -213,6 +214,18 @@ def test_early_stopping_and_limit_batches() -> None:
         )
     )
     assert result["epochs"] == 3 and result["steps"] == 6
+
+
+@pytest.mark.parametrize("extra", [("steps=2", "model=mlp"), ("batch_size=290", "epochs=1"), ("epochs=1",)])
+def test_images_per_s_counts_the_images_that_were_seen(extra: tuple[str, ...]) -> None:
+    result = train(compose(*SMALL, *extra, "run_dir=speed"))
+    with (Path("speed") / "metrics.csv").open(newline="") as file:
+        speed = float(next(csv.DictReader(file))["images_per_s"])
+    assert (
+        result["images_per_s"] < speed < 40 * result["images_per_s"]
+    )  # an epoch's wall time holds validation
+    progress = checkpoint.load(Path("speed/checkpoints/last.pt"))["state"]["progress"]
+    assert speed * progress["wall_s"] > progress["images"]
 
 
 def test_a_run_that_patience_ended_is_finished(caplog: pytest.LogCaptureFixture) -> None:

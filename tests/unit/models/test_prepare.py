@@ -32,6 +32,13 @@ def test_nothing_asked_nothing_changed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
+def test_layer_norms_are_not_swapped_in_part() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm(30))
+    with pytest.raises(UserError, match="has layer norms"):
+        prepare(model, norm="group")
+    assert isinstance(model[1], nn.BatchNorm2d)
+
+
 @pytest.mark.parametrize("norm", ["layer", "instance", "group"])
 def test_norms_know_no_other_example(norm: str) -> None:
     model = prepare(network(), norm=norm).train()

@@ -26,6 +26,7 @@ AXES = {
     "optimizer.lr=interval(0.1,0.5)": Axis("optimizer.lr", (), 0.1, 0.5),
     "optimizer.lr=tag(log,interval(1e-4,1e-1))": Axis("optimizer.lr", (), 1e-4, 1e-1, log=True),
     "batch_size=int(interval(8,64))": Axis("batch_size", (), 8, 63, whole=True),
+    "batch_size=tag(log,range(8,64,24))": Axis("batch_size", ("8", "32", "56")),
     "batch_size=tag(log,int(interval(8,64)))": Axis("batch_size", (), 8, 63, log=True, whole=True),
 }
 
