@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_WAITING = 1 << 15  # logits
+MOST_PAIRED = 2000  # classes: of more, every pair of two would take gigabytes
 
 
 class Classification(Task):
@@ -202,8 +203,8 @@ class Classification(Task):
 
 
 class ClassificationMeter(Meter):
-    """Loss, top1, top5 (from 6 classes on) and the confusion matrix; ROC AUC and average precision for one
-    logit."""
+    """Loss, top1, top5 (from 6 classes on), accuracy by class and, of up to 2,000, the confusion matrix; ROC AUC and
+    average precision for one logit."""
 
     def __init__(self, task: Classification) -> None:
         super().__init__()
@@ -244,9 +245,13 @@ class ClassificationMeter(Meter):
             self._count(logits, label)
 
     def _count(self, logits: Tensor, label: Tensor) -> None:
-        self._add(
-            "confusion", count_pairs(label, logits.argmax(1), torch.ones_like(label), self._task.num_classes)
-        )
+        predicted, ones, count = logits.argmax(1), torch.ones_like(label), self._task.num_classes
+        if count <= MOST_PAIRED:
+            self._add("confusion", count_pairs(label, predicted, ones, count))
+        else:
+            nothing = torch.zeros(count, dtype=torch.int64, device=label.device)
+            self._add("seen", nothing.index_add(0, label, ones))
+            self._add("right", nothing.index_add(0, label, (predicted == label).to(torch.int64)))
         if self._task.num_classes >= 6:
             self._add("top5", (logits.topk(5, dim=1).indices == label[:, None]).sum())
         if self._task.binary:
@@ -254,11 +259,11 @@ class ClassificationMeter(Meter):
             self._keep("positive", label)
 
     def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        if "confusion" not in values:
+        right, seen = self._by_class(values)
+        if right is None or seen is None:
             return {}
-        total = values["confusion"].sum()
-        square = values["confusion"].view(self._task.num_classes, -1)
-        metrics = {"top1": ratio(square.trace(), total)}
+        total = seen.sum()
+        metrics = {"top1": ratio(right.sum(), total)}
         if "top5" in values:
             metrics["top5"] = ratio(values["top5"], total)
         if "rows/score" in values:
@@ -269,13 +274,19 @@ class ClassificationMeter(Meter):
 
     def details(self) -> dict[str, float]:
         """`accuracy/<class>`: share of the class's examples that were recognised (its recall)."""
-        values = self.read()
-        if "confusion" not in values:
+        right, seen = self._by_class(self.read())
+        if right is None or seen is None:
             return {}
+        each = zip(self._task.spec.classes, right, seen, strict=True)
+        return {f"accuracy/{name}": ratio(hits, count) for name, hits, count in each}
+
+    def _by_class(self, values: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """How many of each class (C,) were recognised, and how many there were; None where nothing was counted."""
+        if "confusion" not in values:
+            return values.get("right"), values.get("seen")
         square = values["confusion"].view(self._task.num_classes, -1)
-        names = self._task.spec.classes
-        return {f"accuracy/{name}": ratio(square[i, i], square[i].sum()) for i, name in enumerate(names)}
+        return square.diagonal(), square.sum(1)
 
     def confusion_matrix(self) -> Tensor:
-        """(C, C) float64 counts on the CPU; row = true class, column = predicted."""
+        """(C, C) float64 counts on the CPU; row = true class, column = predicted. Of up to 2,000 classes."""
         return self.read()["confusion"].view(self._task.num_classes, -1)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cnntrain.errors import UserError
 from cnntrain.spec import DataSpec
+from cnntrain.tasks import classification
 from cnntrain.tasks.classification import Classification
 from cnntrain.tasks.meter import Meter, Worst, count_pairs
 
@@ -334,3 +335,22 @@ def test_figures_and_drawings(classes):
         .endswith("val/0")
     )
     assert task.draw(images[:1], None, targets | {"label": targets["label"][:1]}, names[:1], (0.5,), (0.5,))
+
+
+def test_of_very_many_classes_pairs_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same metrics, without a matrix that would have a row and a column for each."""
+    generator = torch.Generator().manual_seed(0)
+    names = tuple(f"c{i}" for i in range(9))
+    outputs = torch.randn(50, 9, generator=generator)
+    targets = {"label": torch.randint(0, 8, (50,), generator=generator)}  # none of the last class
+    found = []
+    for most in (9, 8):
+        monkeypatch.setattr(classification, "MOST_PAIRED", most)
+        task = Classification(DataSpec(3, 8, 8, classes=names))
+        meter = task.meter()
+        for part in (slice(0, 30), slice(30, 50)):
+            own = {"label": targets["label"][part]}
+            meter.update(outputs[part], own, *task.loss(outputs[part], own))
+        found.append((meter.compute(), meter.details()))
+        assert ("confusion" in meter.state()) == bool(task.figures(meter)) == (most == 9)
+    assert repr(found[0]) == repr(found[1]) and math.isnan(found[0][1]["accuracy/c8"])
