@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import importlib
+import io
 import os
 import shlex
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, UserError, explain_machine, suggest
 
 DEFAULT_COMMAND = "train"
-SWEEPING = ("train", "overfit")  # what -m runs
+SWEEPING = ("train", "overfit", "inspect")  # what takes several values
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ complete -o nospace -o default -F _cnntrain cnntrain"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0 done, 1 a verdict failed, 2 input, 3 diverged, 4 machine, 130/143 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(arguments)
     except CnntrainError as error:
@@ -211,13 +214,15 @@ def _dispatch(arguments: list[str]) -> int:
         print(help_text(invocation))
         return 0
     module = invocation.command.replace("-", "_")
+    if invocation.print_config and invocation.command == "clean":
+        raise UserError("clean: has no config")
     if invocation.multirun and invocation.command not in SWEEPING:
         raise UserError(f"{invocation.command}: no -m; give each key one value")
     from cnntrain.config import check_early, composed_text
 
     asked = invocation.command, invocation.overrides, invocation.config_dir
     check_early(*asked)
-    if invocation.print_config and not invocation.multirun and invocation.command != "clean":
+    if invocation.print_config and not invocation.multirun:
         print(composed_text(*asked), end="")
         return 0
     return importlib.import_module(f"cnntrain.commands.{module}").run(invocation)

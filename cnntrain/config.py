@@ -188,7 +188,7 @@ def _axis(override: Override, config_dir: Path | None) -> Axis:
     if isinstance(value, RangeSweep) and len(values) > 1 and not tags:  # even steps are none on a log scale
         numbers = sorted(float(each) for each in values)
         whole = isinstance(value.start, int) and isinstance(value.step, int)
-        return Axis(key, tuple(values), numbers[0], numbers[-1], numbers[1] - numbers[0], bool(tags), whole)
+        return Axis(key, tuple(values), numbers[0], numbers[-1], numbers[1] - numbers[0], False, whole)
     return Axis(key, tuple(values))
 
 
@@ -296,12 +296,15 @@ def check_early(command: str, overrides: Sequence[str], config_dir: Path | None)
 
 def composed_text(command: str, overrides: Sequence[str], config_dir: Path | None = None) -> str:
     """What a command's config comes to, as YAML: `--cfg`."""
+    if command == "check":
+        overrides = [override for override in overrides if not override.startswith("checks=")]
+        command = "evaluate" if any(each.startswith("checkpoint=") for each in overrides) else command
+    elif command == "inspect":
+        overrides = expand_grid(overrides, config_dir)[0]
     if (conf_folder() / f"{command}.yaml").exists():
         composed = compose(command, overrides, config_dir)
         composed.pop("choices")
     else:
-        own = ("checks=", "checkpoint=") if command == "check" else ()  # the command's own words
-        overrides = [override for override in overrides if not override.startswith(own)]
         composed = dataclasses.asdict(read_settings(overrides, config_dir))
     return yaml.safe_dump(composed, sort_keys=False)
 

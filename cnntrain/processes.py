@@ -41,7 +41,7 @@ def check_processes(settings: Settings, place: Place | None) -> None:
     if settings.device == "auto" and torch.backends.mps.is_available():
         raise UserError("device: several processes can't share Apple's GPU; launch.devices=1 or device=cpu")
     there = torch.cuda.device_count()
-    bound = place is not None and place.by_slurm and there == 1  # each task sees the one that is its own
+    bound = place is not None and place.own_gpu and there == 1  # each task sees the one that is its own
     if uses_gpus(settings.device) and here > there and not bound:
         raise UserError(
             f"launch.devices: {here} processes, and {there} GPUs; take {there} or fewer, or device=cpu"

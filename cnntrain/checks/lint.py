@@ -93,9 +93,9 @@ def _without_effect(facts: Facts) -> Iterator[Finding]:
         "optimizer.decay_norms_and_biases": (
             not config["optimizer"].get("weight_decay"), "optimizer.weight_decay=0", "optimizer.weight_decay",
         ),
-        "optimizer.momentum": (cycles, "schedule=one_cycle, which moves it between 0.95 and 0.85", "schedule"),
-        "optimizer.betas": (
-            cycles, "schedule=one_cycle, which moves the first between 0.95 and 0.85", "schedule",
+        "optimizer.momentum": (
+            cycles and bool(config["optimizer"].get("momentum")),
+            "schedule=one_cycle, which moves it between 0.95 and 0.85", "schedule",
         ),
         "early_stopping": (patience is not None and patience >= epochs, f"{epochs} epochs", "epochs"),
     }  # fmt: skip

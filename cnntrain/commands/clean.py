@@ -13,7 +13,7 @@ KEPT = ("decoded", "scans")
 
 
 def run(invocation: Invocation) -> int:
-    if invocation.words or invocation.overrides or invocation.multirun:
+    if invocation.words or invocation.overrides:
         raise UserError("clean: takes no words and no overrides")
     for name in KEPT:
         folder = default_root() / name

@@ -28,7 +28,7 @@ def run(invocation: Invocation) -> int:
     if invocation.words:
         raise UserError(f"inspect: {invocation.words[0]!r} is no override; write model=NAME")
     log_to_console()
-    combinations = expand_grid(invocation.overrides)
+    combinations = expand_grid(invocation.overrides, invocation.config_dir)
     chosen = [read_settings(each, invocation.config_dir) for each in combinations]
     anatomies = [open_network(settings) for settings in chosen]
     options, first = chosen[0].inspect, chosen[0]

@@ -105,12 +105,12 @@ def train(
     return launch(_one_of_several, settings.launch.devices, settings, command_line, test, watch=watch)
 
 
-def _more(saved: Mapping[str, Any]) -> str:
+def _more(saved: Mapping[str, Any], settings: Settings) -> str:
     """The key that ended a finished training."""
-    config, progress = saved["config"], saved["state"]["progress"]
-    if config["steps"]:
-        return "steps" if progress["step"] >= config["steps"] else "early_stopping"
-    return "epochs" if progress["epoch"] >= config["epochs"] else "early_stopping"
+    patience = settings.early_stopping
+    if patience is not None and saved["state"]["progress"]["epochs_since_best"] >= patience:
+        return "early_stopping"
+    return "steps" if settings.steps else "epochs"
 
 
 def _one_of_several(home: "Home", settings: Settings, command_line: str, test: bool) -> dict[str, Any]:
@@ -147,7 +147,11 @@ def _train(
     saved = read_saved(source) if source else None
     folder = Path(settings.run_dir) if settings.run_dir else run_folder_of(source) if source else None
     if saved and folder and (done := finished_results(saved, folder, settings)):
-        log.info("%s: this run is finished, nothing to do (a larger %s= would go on)", source, _more(saved))
+        log.info(
+            "%s: this run is finished, nothing to do (a larger %s= would go on)",
+            source,
+            _more(saved, settings),
+        )
         return done
     for name, wanted in (settings.expect or {}).items():
         parse_expectation(name, wanted)
@@ -170,6 +174,12 @@ def _train(
         log.warning("config: %s: %s; %s", finding.evidence, finding.cause, finding.remedy)
     if saved and source:
         resume(state, saved, source, assembly, data)
+        state.progress.best = ranks.tell(state.progress.best)  # not all may see the best checkpoint
+        if not state.progress.best and not state.progress.batch and state.progress.step >= plan.total_steps:
+            raise UserError(
+                f"resume: the best epoch's weights are no longer beside {source}, and nothing is left to train; "
+                "give a larger epochs=, by which a best epoch is found anew"
+            )
     ranks.copy_weights(state.model)
     with (
         _run_folder(folder, settings.label, ranks) as run,

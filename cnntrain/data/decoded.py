@@ -136,10 +136,11 @@ def _file(lazy: LazyImages) -> Path:
     if lazy.boxes is not None:
         digest.update(lazy.boxes.double().contiguous().numpy().tobytes())
     about = lru_cache(4096)(_about)  # of a shard once
-    here = os.getcwd()
+    absolute = lru_cache(4096)(os.path.abspath)  # of a folder once
     for path in lazy.paths:
         size, changed = about(span_of(path).file)
-        digest.update(f"{os.path.join(here, path)}\0{size} {changed}\n".encode(errors="surrogateescape"))
+        parent, name = os.path.split(path)
+        digest.update(f"{absolute(parent)}/{name}\0{size} {changed}\n".encode(errors="surrogateescape"))
     return folder() / f"{digest.hexdigest()[:32]}.u8"
 
 

@@ -129,6 +129,8 @@ def check_examples(split: str, examples: Examples, spec: DataSpec) -> None:
     for name, target in examples.targets.items():
         if len(target) != count:
             raise UserError(f"data: the {split} split has {count} images and {len(target)} of {name!r}")
+    if "mask" in {**examples.targets, **examples.lazy_targets} and not spec.per_pixel:
+        raise UserError(f"data: the {split} split has masks; spec() must say per_pixel=True")
     label = examples.targets.get("label")
     if label is not None and label.dtype == torch.int64 and spec.classes:
         wrong = ((label < 0) | (label >= len(spec.classes))).nonzero().flatten().tolist()

@@ -59,10 +59,15 @@ def _left_to_control_groups(mine: Path, tree: Path) -> Iterator[int]:
             group = (tree / kinds).joinpath(*parts[:depth])
             try:
                 values = [(group / name).read_text().strip() for name in (limit, used)]
-            except OSError:
+                counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
                 continue
+            # Files in the cache count as used, and make room when it is wanted.
+            cached = sum(
+                int(counts.get(f"{'total_' * bool(kinds)}{kind}_file", 0)) for kind in ("active", "inactive")
+            )
             if values[0].isdigit() and values[1].isdigit():
-                yield max(0, int(values[0]) - int(values[1]))
+                yield max(0, int(values[0]) - int(values[1]) + cached)
 
 
 def fits_in_host_memory(splits: dict[str, Examples]) -> bool:

@@ -78,6 +78,9 @@ def fastest(images_per_s: Callable[[int], float | None], most: int, least: int =
 
     Args:
         images_per_s: None for a batch that would take too much memory.
+
+    Raises:
+        MachineError: `least` would.
     """
     size = max(least, min(SMALLEST_ON_CPU, most))
     speed = images_per_s(size)
@@ -85,6 +88,10 @@ def fastest(images_per_s: Callable[[int], float | None], most: int, least: int =
         while speed is None and size > least:
             size //= 2
             speed = images_per_s(size)
+        if speed is None:
+            raise MachineError(
+                f"batch_size=auto: a step with {size} image(s) takes over a quarter of the free memory"
+            )
         return size, f"{size * 2} take more than a quarter of the free memory"
     while speed is not None and size * 2 <= most:
         doubled = images_per_s(size * 2)

@@ -29,7 +29,7 @@ class Place:
     local_count: int
     address: str = "127.0.0.1"
     port: int = 0
-    by_slurm: bool = False
+    own_gpu: bool = False  # Slurm gave each task a GPU, the only one that it sees
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -68,10 +68,11 @@ def _find_slurm(environment: Mapping[str, str], count: int) -> Place:
     local_count = int(match[0]) if (match := re.match(r"\d+", per_node)) else count
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
     job = int(environment.get("SLURM_JOB_ID", 0))
+    bound = "SLURM_GPUS_PER_TASK" in environment or environment.get("SLURM_GPU_BIND", "none") != "none"
     return Place(
         int(environment["SLURM_PROCID"]), count, int(environment["SLURM_LOCALID"]), min(local_count, count),
         environment.get("MASTER_ADDR", "127.0.0.1" if local_count >= count else first_node(nodes)),
-        int(environment.get("MASTER_PORT", 15000 + job % 20000)), by_slurm=True,
+        int(environment.get("MASTER_PORT", 15000 + job % 20000)), own_gpu=bound,
     )  # fmt: skip
 
 

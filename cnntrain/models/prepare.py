@@ -29,7 +29,8 @@ def prepare(
     """Apply the common keys of a model's YAML, in this order; null and 'default' leave the network as it is.
 
     Args:
-        norm: batch, layer, instance, group or none, in place of every norm there is.
+        norm: batch, layer, instance, group or none, in place of every norm there is; not for a network with
+            layer norms.
         activation: relu, gelu, tanh, ... in place of every activation.
         init: he, xavier or lecture, for every convolution and dense layer.
         freeze: backbone (only the head is trained).

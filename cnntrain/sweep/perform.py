@@ -98,7 +98,7 @@ def test_quietly(job: Job, run: Run) -> dict[str, float]:
 def _own_log(run: Run) -> Iterator[None]:
     run.folder.mkdir(parents=True, exist_ok=True)
     with (
-        (run.folder / LOG).open("a", buffering=1, encoding="utf-8") as log,
+        (run.folder / LOG).open("a", buffering=1, encoding="utf-8", errors="backslashreplace") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):

@@ -88,9 +88,14 @@ def test_every_command_prints_its_config_and_only_two_sweep(capsys: pytest.Captu
     for command in ("train", "overfit", "check", "bench", "lr-find", "preview", "inspect"):
         assert main([command, "--cfg", "model=mlp"]) == 0
         assert "model: mlp" in capsys.readouterr().out
+    assert main(["inspect", "--cfg", "model=mlp,lenet5"]) == 0
+    assert "model: mlp" in capsys.readouterr().out
+    assert main(["check", "--cfg", "checkpoint=x", "split=test"]) == 0
+    assert "split: test" in capsys.readouterr().out
+    assert main(["clean", "--cfg"]) == 2
     assert main(["predict", "--cfg", "checkpoint=x", "images=y"]) == 0
     assert "checkpoint: x" in capsys.readouterr().out and not Path("outputs").exists()
-    for command in ("check", "bench", "lr-find", "preview", "inspect", "evaluate"):
+    for command in ("check", "bench", "lr-find", "preview", "evaluate", "clean"):
         assert main([command, "-m", "model=mlp,lenet5"]) == 2
         assert f"{command}: no -m" in capsys.readouterr().err
 

@@ -35,7 +35,6 @@ QUARRELS = {
     ),
     "epochs=5 early_stopping=5": ("early_stopping", "epochs"),
     "optimizer=sgd optimizer.momentum=0.5": ("optimizer.momentum", "schedule"),
-    "optimizer.betas=[0.8,0.99]": ("optimizer.betas", "schedule"),
     f"{SHAPES} batch_size=1": ("batch_size", "model.norm"),
     "batch_size=5000": ("batch_size", "data"),
     "ema_decay=0.9999": ("ema_decay", "epochs"),
@@ -60,6 +59,7 @@ def test_both_keys_are_named(line: str) -> None:
         "data.folds=5 data.fold=1 optimizer=torch", f"{FEW} task.loss=wing task.wing_width=0.1",
         f"{FEW} model=unet_small task.head=heatmap task.heatmap_sigma=2", f"{SHAPES} augment.border=edge", "steps=50",
         "optimizer=sgd optimizer.lr=0.1 batch_size=256", "optimizer=sgd optimizer.momentum=0.5 schedule=cosine",
+        "optimizer=sgd optimizer.momentum=0 optimizer.nesterov=false", "optimizer.betas=[0.9,0.95]",
     ],
 )  # fmt: skip
 def test_sound_configs_are_left_alone(line: str) -> None:

@@ -30,12 +30,19 @@ def write(folder: Path, **values: object) -> None:
 )
 def test_every_control_group_around_this_process_counts(tmp_path: Path, mine: str, left: list[int]) -> None:
     tree = tmp_path / "cgroup"
-    write(tree, memory__max=1000, memory__current=100)
-    write(tree / "slice", memory__max=200, memory__current=130)
-    write(tree / "slice" / "job", memory__max=60, memory__current=20)
-    write(tree / "slice" / "other", memory__max="max", memory__current=20)
-    write(tree / "memory", memory__limit_in_bytes=600, memory__usage_in_bytes=100)
-    write(tree / "memory" / "slurm" / "job_7", memory__limit_in_bytes=50, memory__usage_in_bytes=80)
+    cached = "anon 7\nactive_file 5\ninactive_file 10"  # makes room when it is wanted
+    write(tree, memory__max=1000, memory__current=100, memory__stat="anon 100")
+    write(tree / "slice", memory__max=200, memory__current=145, memory__stat=cached)
+    write(tree / "slice" / "job", memory__max=60, memory__current=35, memory__stat=cached)
+    write(tree / "slice" / "other", memory__max="max", memory__current=20, memory__stat="anon 1")
+    old = "active_file 1\ntotal_active_file 40\ntotal_inactive_file 0"
+    write(tree / "memory", memory__limit_in_bytes=600, memory__usage_in_bytes=140, memory__stat=old)
+    write(
+        tree / "memory" / "slurm" / "job_7",
+        memory__limit_in_bytes=50,
+        memory__usage_in_bytes=80,
+        memory__stat="anon 1",
+    )
     (tmp_path / "mine").write_text(mine)
     assert list(resident._left_to_control_groups(tmp_path / "mine", tree)) == left
     assert list(resident._left_to_control_groups(tmp_path / "nowhere", tree)) == []

@@ -17,7 +17,6 @@ from cnntrain.data.share import Share
 from cnntrain.data.store import make_loader
 from cnntrain.engine import watch as watching
 from cnntrain.engine.combine import has_synchronised_norms, running_statistics, synchronise_norms
-from cnntrain.engine.device import own_gpu
 from cnntrain.engine.launch import _watched
 from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place, first_node, pack_states, unpack_state
 from cnntrain.engine.watch import Watch, end_process
@@ -73,9 +72,11 @@ def test_places_are_read_from_the_environment() -> None:
     assert find_place({}) is None
     assert find_place({**TORCHRUN, "WORLD_SIZE": "1"}) is None
     assert find_place(TORCHRUN) == Place(3, 4, 1, 2, "a", 29500)
-    assert find_place(SLURM) == Place(5, 8, 1, 4, "gpu03", 15007, by_slurm=True)
+    assert find_place(SLURM) == Place(5, 8, 1, 4, "gpu03", 15007)
     one_node = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8", "MASTER_PORT": "1234"}
-    assert find_place(one_node) == Place(5, 8, 1, 8, "127.0.0.1", 1234, by_slurm=True)
+    assert find_place(one_node) == Place(5, 8, 1, 8, "127.0.0.1", 1234)
+    for bound in ({"SLURM_GPUS_PER_TASK": "1"}, {"SLURM_GPU_BIND": "single:1"}):
+        assert find_place({**SLURM, **bound}) == Place(5, 8, 1, 4, "gpu03", 15007, own_gpu=True)
     batch_script = {name: value for name, value in SLURM.items() if not name.startswith("SLURM_STEP")}
     assert find_place(batch_script) is None, "nobody else runs a batch script"
     with pytest.raises(UserError, match="MASTER_ADDR"):
@@ -328,13 +329,13 @@ def test_whoever_waits_for_a_watcher_gets_an_answer() -> None:
     assert isinstance(answers[1], MachineError) and "the disk is full" in str(answers[1])
 
 
-@pytest.mark.parametrize("by_slurm", [True, False])
-def test_tasks_that_see_one_gpu_each_have_their_own(monkeypatch: pytest.MonkeyPatch, by_slurm: bool) -> None:
+@pytest.mark.parametrize("bound", [True, False])
+def test_tasks_that_see_one_gpu_each_have_their_own(monkeypatch: pytest.MonkeyPatch, bound: bool) -> None:
     """`srun --ntasks=4 --gpus-per-task=1`: each task's GPU is its number 0."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    settings, place = compose("device=cuda", "batch_size=32"), Place(3, 4, 3, 4, by_slurm=by_slurm)
+    settings, place = compose("device=cuda", "batch_size=32"), Place(3, 4, 3, 4, own_gpu=bound)
     assert own_gpu(3) == torch.device("cuda", 0)
-    if by_slurm:
+    if bound:
         check_processes(settings, place)
     else:
         with pytest.raises(UserError, match="4 processes, and 1 GPUs"):

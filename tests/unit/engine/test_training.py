@@ -236,6 +236,10 @@ def test_a_run_that_patience_ended_is_finished(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO, "cnntrain"):
         assert train(compose(*asked, "epochs=9", "resume=auto")) == first
     assert "a larger early_stopping= would go on" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "cnntrain"):
+        assert train(compose(*asked, "early_stopping=null", "epochs=2", "resume=auto")) == first
+    assert "a larger epochs= would go on" in caplog.text
     (Path("early") / "results.json").unlink()
     assert train(compose(*asked, "epochs=9", "resume=auto")) == first
     assert (Path("early") / "results.json").read_bytes() == results
@@ -256,6 +260,9 @@ def test_a_run_that_was_rewound_has_no_best_epoch_of_its_other_future(
     assert "looked for anew" in caplog.text
     best = checkpoint.load(Path("other/checkpoints/best.pt"))["state"]["progress"]["best"]
     assert found["best"]["epoch"] == best["epoch"] == 2
+    with pytest.raises(UserError, match="nothing is left to train"):
+        train(compose(*asked, "epochs=1", "resume=run/checkpoints/epoch-00001.pt", "run_dir=third"))
+    assert not Path("third").exists()
 
 
 @pytest.mark.parametrize(("direction", "chosen"), [("max", 0.9), ("min", 0.2)])
