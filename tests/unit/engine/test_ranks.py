@@ -17,6 +17,7 @@ from cnntrain.data.share import Share
 from cnntrain.data.store import make_loader
 from cnntrain.engine import watch as watching
 from cnntrain.engine.combine import has_synchronised_norms, running_statistics, synchronise_norms
+from cnntrain.engine.device import own_gpu
 from cnntrain.engine.launch import _watched
 from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place, first_node, pack_states, unpack_state
 from cnntrain.engine.watch import Watch, end_process
