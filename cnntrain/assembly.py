@@ -203,7 +203,7 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
         settings = assembly.settings = with_rate(settings, 1.0)  # stands in until it is found
     batch_size = settings.known_batch_size or find_batch_size(assembly, data)
     settings = assembly.settings = dataclasses.replace(settings, batch_size=batch_size)
-    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in assembly.model.modules())
+    has_norm = has_batch_norm(assembly.model)
     drop_last = has_norm and count > batch_size and leaves_one_image(count % batch_size, assembly.compute)
     if drop_last:
         log.info(
@@ -247,6 +247,10 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
     return plan, make_optimizer(settings, assembly.model, assembly.compute), schedule
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 def leaves_one_image(rest: int, compute: Compute) -> bool:
     """Whether a last batch of `rest` images leaves one to a BatchNorm by itself; GPUs' BatchNorms see all of them."""
     count = 1 if compute.device.type == "cuda" else compute.ranks.count
@@ -263,8 +267,9 @@ def find_batch_size(assembly: Assembly, data: Data) -> int:
         return make_rig(assembly.model, partial(make_optimizer, assembly.settings), assembly.task,
                         compute, plan, loader, assembly.pipeline, assembly.settings.ema_decay)  # fmt: skip
 
-    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in assembly.model.modules())
-    size = choose_batch_size(rig, assembly.compute.device, len(data.train), 2 if norms else 1)
+    size = choose_batch_size(
+        rig, assembly.compute.device, len(data.train), 1 + has_batch_norm(assembly.model)
+    )
     loader.close()
     return size
 

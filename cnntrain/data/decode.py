@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 LARGEST_PIXELS = 100_000_000  # a few kilobytes of PNG can unpack to terabytes: refused from the header
 SHOWN_FILES = 20
-FINER = (
-    2  # a JPEG that is decoded at a fraction has at least so many times the pixels per side that are needed
-)
+FINER = 2  # times the pixels per side that are needed: what a JPEG that is decoded at a fraction still has at least
 # What Pillow's readers raise on damaged files, apart from its DecompressionBombError.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
           struct.error, zlib.error)  # fmt: skip

@@ -13,10 +13,8 @@ from simplejpeg import decode_jpeg, decode_jpeg_header
 from cnntrain.data.spans import Span
 
 LARGEST_FILE = 1 << 26  # bytes: a larger one is not read whole
-MAY_TURN = (
-    b"Exif\0\0",
-    b"http://ns.adobe.com/xap/1.0/\0",
-)  # EXIF 2.32, section 4.7.2; XMP part 3, section 1.1.3
+# EXIF 2.32, section 4.7.2; XMP part 3, section 1.1.3.
+MAY_TURN = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
 COLOURS = {"Gray": "GRAY", "YCbCr": "RGB"}
 
 
