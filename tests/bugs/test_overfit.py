@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from cnntrain import compose, overfit
+from cnntrain.assembly import assemble
+from cnntrain.commands.overfit import pick_examples
 
 PLANTED = Path(__file__).parent / "planted"
 QUICK = ("log.pictures=false", "threads=1")
@@ -105,6 +107,11 @@ def test_files_sorted_by_class(tmp_path: Path) -> None:
         "data.channels=1",
     )
     assert verdict(tmp_path, *asked)["verdict"] == "PASS"
+    assembly = assemble(compose(*QUICK, *asked))
+    batch, other, name = pick_examples(assembly, assembly.load(), 1)
+    assert (
+        batch.targets["label"].tolist() == [0] and other.targets["label"].tolist() == [1] and "dark" in name
+    )
 
 
 OTHER_TASKS = {
