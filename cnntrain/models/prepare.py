@@ -14,7 +14,7 @@ from cnntrain.errors import UserError
 from cnntrain.models.elements import check_word
 from cnntrain.models.swap import swap_activation, swap_norm
 
-INITS = ("default", "he", "xavier", "lecture")
+INITS = ("default", "he", "xavier")
 
 
 def prepare(
@@ -32,7 +32,7 @@ def prepare(
         norm: batch, layer, instance, group or none, in place of every norm there is; not for a network with
             layer norms.
         activation: relu, gelu, tanh, ... in place of every activation.
-        init: he, xavier or lecture, for every convolution and dense layer.
+        init: he or xavier, for every convolution and dense layer.
         freeze: backbone (only the head is trained).
         unfreeze: epoch from which the backbone is trained too; read by the loop, which calls `unfreeze`.
 
@@ -77,8 +77,7 @@ def initialise(model: nn.Module, init: str) -> None:
     """Draw the weights of every convolution and dense layer anew, biases 0; norms keep what they have.
 
     he: N(0, 2 / fan_in) (He et al. 2015); xavier: uniform, variance 2 / (fan_in + fan_out) (Glorot and Bengio
-    2010);
-    lecture: N(0, 0.01^2), as AlexNet and VGG-A began, and as the lectures show to fade in deep networks.
+    2010).
 
     Raises:
         UserError: an unknown word, or pretrained weights, which it would throw away.
@@ -94,10 +93,8 @@ def initialise(model: nn.Module, init: str) -> None:
             continue
         if init == "he":
             nn.init.kaiming_normal_(weight, nonlinearity="relu")
-        elif init == "xavier":
-            nn.init.xavier_uniform_(weight)
         else:
-            nn.init.normal_(weight, std=0.01)
+            nn.init.xavier_uniform_(weight)
         if isinstance(bias, Tensor):
             nn.init.zeros_(bias)
 

@@ -21,9 +21,6 @@ BROKEN = {
     "ignores the image, pixels": (["model=ignores_image"], "pixels seen", "FAIL", "ignores the image"),
     "too small weights": (planted("Deep", "+model.std=0.01"), "activations", "FAIL", "die with depth, most in layers."),
     "too large weights": (planted("Deep", "+model.std=0.6"), "activations", "FAIL", "explode, most in layers."),
-    "the lecture's initialisation": (
-        ["model=vgg_a", "model.init=lecture", *FACES], "activations", "FAIL", "die with depth",
-    ),
     "dead ReLUs by bias": (["model=dead_relus"], "dead units", "FAIL", "ReLUs in the network itself (rectifier 2)"),
     "image averaged away": (planted("PooledAway"), "pixels seen", "FAIL", "only the mean of the image"),
     "image pooled to four": (planted("PooledToFour"), "pixels seen", "FAIL", "squeezed into 4 numbers"),

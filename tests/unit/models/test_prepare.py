@@ -85,7 +85,7 @@ def test_errors_name_the_key_and_the_near_miss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("init", "std"), [("he", (2 / 576) ** 0.5), ("xavier", (2 / 1152) ** 0.5), ("lecture", 0.01)]
+    ("init", "std"), [("he", (2 / 576) ** 0.5), ("xavier", (2 / 1152) ** 0.5)]
 )
 def test_initialisation(init: str, std: float) -> None:
     """Of a 3x3 convolution from 64 to 64 channels: fan in and fan out are 576."""
@@ -96,15 +96,23 @@ def test_initialisation(init: str, std: float) -> None:
     assert not conv.bias.any()
 
 
-def test_he_keeps_the_signal_where_the_lectures_fades() -> None:
+def test_he_keeps_the_signal_where_small_weights_fade() -> None:
     """He et al. 2015, section 2.2: the variance survives the layers; with std 0.01 it dies."""
     sizes = {}
-    for init in ("he", "lecture"):
+    for init in ("he", "std 0.01"):
         model = plain(*[{"conv": {"out": 32, "padding": "same"}}, "relu"] * 10)
-        initialise(model, init)
+        initialise(model, "he")
+        for module in model.modules():
+            if init == "std 0.01" and isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
         sizes[init] = model.layers[:20](torch.randn(4, 3, 32, 32)).std().item()
     assert 0.1 < sizes["he"] < 10
-    assert sizes["lecture"] < 1e-6
+    assert sizes["std 0.01"] < 1e-6
+
+
+def test_no_initialization_that_no_lecture_has() -> None:
+    with pytest.raises(UserError, match=r"model\.init: 'lecture'"):
+        prepare(network(), init="lecture")
 
 
 def test_pretrained_weights_are_not_thrown_away() -> None:
