@@ -10,8 +10,9 @@ from torch import nn
 from cnntrain.anatomy.axes import Axes
 from cnntrain.anatomy.failures import explain
 from cnntrain.anatomy.geometry import Geometry, Shape, of_module
-from cnntrain.anatomy.margin_notes import last_local
+from cnntrain.anatomy.margin_notes import is_depthwise, last_local
 from cnntrain.anatomy.meta import Buildable, as_meta, images
+from cnntrain.anatomy.moves import all_tensors
 from cnntrain.anatomy.parameters import Owner, folds
 from cnntrain.anatomy.record import Call, Operation
 from cnntrain.anatomy.run import TraceError, trace_run
@@ -55,7 +56,6 @@ class Row:
     jump: tuple[float, ...] | None = None
     start: tuple[float, ...] | None = None
     whole: bool = False
-    weighted: bool = False  # a convolution or a dense layer
     ran: bool = True
 
     def count(self, convention: Convention) -> int:
@@ -69,13 +69,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A network opened up. `uncounted` and `unfollowed`: what the numbers leave out, by layer."""
+    """A network opened up.
+
+    Attributes:
+        depth: convolutions and dense layers on the longest path from the image to the output, as networks are named
+            (ResNet-18, VGG-16); see `_depth`.
+        uncounted, unfollowed: what the numbers leave out, by layer.
+    """
 
     name: str
     input_shape: Shape
     output_shape: Shape
     rows: list[Row]
     receptive_field: Shape | None
+    depth: int = 0
     uncounted: list[str] = field(default_factory=list)
     unfollowed: list[str] = field(default_factory=list)
 
@@ -89,10 +96,6 @@ class Anatomy:
     @property
     def activations_kib(self) -> float:
         return sum(row.activations_kib for row in self.rows)
-
-    @property
-    def weighted_layers(self) -> int:
-        return sum(row.weighted for row in self.rows)
 
     def row(self, name: str) -> Row:
         """The row called `name`; KeyError when there is none."""
@@ -108,6 +111,7 @@ class Anatomy:
             "input_shape": self.input_shape,
             "output_shape": self.output_shape,
             "receptive_field": self.receptive_field,
+            "depth": self.depth,
             "convention": convention,
             "totals": {
                 "parameters": self.parameters(convention),
@@ -149,9 +153,39 @@ def analyse(model_or_builder: Buildable, input_shape: Sequence[int], name: str |
         shape or (rows[-1].output_shape if rows else ()),
         rows,
         _fields(last.axes, tuple(size))[1] if last is not None and last.axes else None,
+        _depth(trace, output),
         sorted({f"{place or 'model'}: {operation}" for place, operation in trace.unknown}),
         _unfollowed(trace),
     )
+
+
+def _depth(trace: Trace, output: object) -> int:
+    """Convolutions and dense layers on the longest path from the image to the output.
+
+    A projection on a shortcut lies beside a longer path and does not count; of an Inception module the longest branch
+    does. A depthwise convolution and the 1x1 convolution that directly follows it are one layer (Chollet 2017: 36
+    convolutions in Xception); with a norm or an activation between them they are two (Howard et al. 2017: 28 layers in
+    MobileNet).
+    """
+    depths: list[int] = []
+    for operation in trace.operations:
+        before = max((depths[i] for i in operation.inputs if i >= 0), default=0)
+        depths.append(before + (_is_weighted(operation) and not _ends_separable(trace, operation)))
+    ends = (trace.known(tensor).producer for tensor in all_tensors(output))
+    return max((depths[i] for i in ends if i is not None and i >= 0), default=0)
+
+
+def _is_weighted(operation: Operation) -> bool:
+    """Whether it is a convolution or a dense layer; a product of two activations (attention) is neither."""
+    dense = operation.name in ("addmm", "mm") and len(operation.inputs) == 1
+    return dense or operation.name == "convolution"
+
+
+def _ends_separable(trace: Trace, operation: Operation) -> bool:
+    """Whether it is the 1x1 convolution of a separable one: its input comes straight from a depthwise convolution."""
+    geometry, first = operation.geometry, operation.inputs[0] if operation.inputs else -1
+    pointwise = geometry is not None and geometry.groups == 1 and set(geometry.kernel) == {1}
+    return pointwise and first >= 0 and is_depthwise(trace.operations[first])
 
 
 def _row(event: Call | Operation, owner: Owner, size: Shape, changes: dict[int, int]) -> Row:
@@ -188,7 +222,6 @@ def _row(event: Call | Operation, owner: Owner, size: Shape, changes: dict[int, 
         jump,
         start,
         whole,
-        any(op.name in ("convolution", "addmm", "mm") for op in operations),
     )
 
 

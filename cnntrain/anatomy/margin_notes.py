@@ -88,7 +88,7 @@ def _producer(trace: Trace, operation: Operation) -> Operation | None:
     return trace.operations[first] if first >= 0 else None
 
 
-def _is_depthwise(operation: Operation) -> bool:
+def is_depthwise(operation: Operation) -> bool:
     geometry = operation.geometry
     return geometry is not None and geometry.groups > 1 and geometry.groups == operation.input_shapes[0][1]
 
@@ -100,7 +100,7 @@ def _nothing_between(trace: Trace) -> Finding | None:
         before = _producer(trace, operation)
         if before is None or operation.name != "convolution" or before.name != "convolution":
             continue
-        if _is_depthwise(operation) or _is_depthwise(before) or operation.geometry is None:
+        if is_depthwise(operation) or is_depthwise(before) or operation.geometry is None:
             continue
         if before.geometry is not None and before.geometry.transposed:
             continue

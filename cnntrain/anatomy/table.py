@@ -48,7 +48,6 @@ def _merge(group: list[Row], depth: int) -> Row:
         multiply_adds=sum(row.multiply_adds for row in group),
         elements=sum(row.elements for row in group),
         activations_kib=sum(row.activations_kib for row in group),
-        weighted=any(row.weighted for row in group),
     )
 
 
@@ -97,7 +96,7 @@ def layer_table(anatomy: Anatomy, depth: int | None = None, convention: Conventi
 
 def comparison_table(anatomies: Sequence[Anatomy], convention: Convention = "torch") -> Table:
     """One row per network."""
-    table = Table(pad_edge=False, caption=_CONVENTIONS[convention])
+    table = Table(pad_edge=False, caption=f"{_CONVENTIONS[convention]}\n{_DEPTH}")
     columns = list(compare(anatomies, convention)[0]) if anatomies else []
     for column in columns:
         table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
@@ -107,13 +106,13 @@ def comparison_table(anatomies: Sequence[Anatomy], convention: Convention = "tor
 
 
 def compare(anatomies: Sequence[Anatomy], convention: Convention = "torch") -> list[dict[str, object]]:
-    """One row per network: input, layers with weights, parameters, multiply-adds, memory, receptive field."""
+    """One row per network: input, depth, parameters, multiply-adds, memory, receptive field."""
     return [
         {
             "network": anatomy.name,
             "input": _times(anatomy.input_shape),
             "output": _times(anatomy.output_shape),
-            "weighted_layers": anatomy.weighted_layers,
+            "depth": anatomy.depth,
             "parameters": anatomy.parameters(convention),
             "multiply_adds": anatomy.multiply_adds,
             "activations_kib": round(anatomy.activations_kib, 1),
@@ -130,12 +129,19 @@ _CONVENTIONS: dict[Convention, str] = {
 }
 
 
+_DEPTH = (
+    "depth: convolutions and dense layers on the longest path; a depthwise and a 1x1 convolution with nothing between "
+    "them are one"
+)
+
+
 def caption(anatomy: Anatomy, convention: Convention) -> str:
     """What the numbers mean, and what they leave out."""
     lines = [
         f"one image, float32; multiply-adds without bias; {_CONVENTIONS[convention]}",
         "field: the largest over all paths, norms' statistics aside; 'all' sees the whole image",
     ]
+    lines.append(_DEPTH)
     if anatomy.uncounted:
         lines.append("multiply-adds not counted: " + ", ".join(anatomy.uncounted))
     if anatomy.unfollowed:
@@ -147,7 +153,7 @@ def caption(anatomy: Anatomy, convention: Convention) -> str:
 
 
 def _title(anatomy: Anatomy) -> str:
-    return f"{anatomy.name} on {_times(anatomy.input_shape)}"
+    return f"{anatomy.name} on {_times(anatomy.input_shape)}, depth {anatomy.depth}"
 
 
 def bar(share: float, width: int = _BAR) -> str:

@@ -108,7 +108,7 @@ def test_vgg_e_in_a_second() -> None:
 
     start = time.perf_counter()
     anatomy = analyse(lambda: models.vgg19(weights=None), (3, 224, 224))
-    assert (anatomy.parameters(), anatomy.weighted_layers) == (143_667_240, 19)
+    assert (anatomy.parameters(), anatomy.depth) == (143_667_240, 19)
     assert time.perf_counter() - start < 3  # a second on a quiet machine
 
 

@@ -1,0 +1,57 @@
+"""The depth that `inspect` counts is the number in a network's name, or the one that its authors state."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cnntrain.anatomy.layers import analyse
+from cnntrain.anatomy.table import compare
+from tests.contracts.networks import header
+from tests.contracts.test_models import DEEP, build
+
+PUBLISHED = {
+    **{f"resnet{n}": n for n in (18, 34, 50, 101, 152)},
+    **{"vgg_a": 11, "vgg_b": 13, "vgg_c": 16, "vgg_d": 16, "vgg_e": 19, "vgg16": 16, "vgg19": 19},
+    **{"alexnet": 8, "lenet5_1998": 5, "googlenet": 22, "mobilenet_v1": 28, "cifar_resnet": 20},
+    **{f"densenet{n}": n for n in (121, 161, 169, 201)},
+    "unet": 23,  # Ronneberger et al. 2015: "in total the network has 23 convolutional layers"
+    "xception": 37,  # Chollet 2017: 36 convolutional layers, and the classifier
+}
+MARKED = [pytest.param(name, marks=pytest.mark.slow if name in DEEP else ()) for name in PUBLISHED]
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_published_depth(name: str) -> None:
+    facts = header(name)
+    anatomy = analyse(
+        lambda: build(name, facts.channels, facts.outputs, facts.size), (facts.channels, *facts.size), name
+    )
+    assert anatomy.depth == PUBLISHED[name]
+    assert compare([anatomy])[0]["depth"] == anatomy.as_dict()["depth"] == anatomy.depth
+
+
+class Attention(nn.Module):
+    """Two dense layers, a product of activations between them, and a projection beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.beside = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x.flatten(1))
+        return {"unused": self.beside(self.beside(hidden)), "out": self.last(hidden.T @ hidden)}["out"]
+
+
+def test_a_product_of_activations_is_no_layer_and_what_the_output_does_not_need_is_left_out() -> None:
+    assert analyse(Attention(), (4, 1, 1)).depth == 2
+
+
+@pytest.mark.parametrize(("between", "depth"), [((), 1), ((nn.ReLU(),), 2)])
+def test_a_separable_convolution_is_one_layer(between: tuple[nn.Module, ...], depth: int) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), *between, nn.Conv2d(4, 8, 1))
+    assert analyse(net, (4, 8, 8)).depth == depth
+
+
+def test_a_network_without_layers() -> None:
+    with torch.device("meta"):
+        assert analyse(nn.Flatten(), (1, 2, 2)).depth == 0
