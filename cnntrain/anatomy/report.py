@@ -18,6 +18,7 @@ def report(
     depth: int | None = None,
     convention: Convention = "torch",
     console: Console | None = None,
+    pictures: bool = True,
 ) -> list[Path]:
     """Print one network's table, or a row each for several; with a folder, write CSV, JSON, pictures.
 
@@ -26,6 +27,7 @@ def report(
             0 shows every row.
         folder: made when it isn't there. One network: layers.csv (every row, not folded), anatomy.json
             and anatomy.png. Several: comparison.csv, comparison.json, and each one's picture.
+        pictures: whether to draw the PNG files.
 
     Returns:
         the paths of the files written.
@@ -44,16 +46,20 @@ def report(
         rows: list[dict[str, object]] = [flat(row, convention) for row in anatomy.rows]
         written = [write_csv(folder / "layers.csv", rows)]
         written.append(write_json(folder / "anatomy.json", anatomy.as_dict(convention)))
-        return [*written, _write_picture(folder / "anatomy.png", anatomy, depth, convention)]
+        if pictures:
+            written.append(_write_picture(folder / "anatomy.png", anatomy, depth, convention))
+        return written
     rows = compare(opened, convention)
     written = [write_csv(folder / "comparison.csv", rows), write_json(folder / "comparison.json", rows)]
+    if not pictures:
+        return written
     names = [a.name for a in opened]
     files = [n if names.count(n) == 1 else f"{n}-{names[: i + 1].count(n)}" for i, n in enumerate(names)]
-    pictures = [
+    drawn = [
         _write_picture(folder / f"{file}.png", a, depth, convention)
         for file, a in zip(files, opened, strict=True)
     ]
-    return [*written, *pictures]
+    return [*written, *drawn]
 
 
 def flat(row: Row, convention: Convention = "torch") -> dict[str, object]:

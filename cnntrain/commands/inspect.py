@@ -34,7 +34,9 @@ def run(invocation: Invocation) -> int:
     options, first = chosen[0].inspect, chosen[0]
     folder = Path(first.run_dir) if first.run_dir else None
     with open_run_folder(folder, f"inspect-{first.label}") as run_folder:
-        written = report(anatomies, run_folder.path, options.depth, options.convention, console)
+        written = report(
+            anatomies, run_folder.path, options.depth, options.convention, console, first.log.pictures
+        )
     for path in written:
         print(path)
     return 0

@@ -24,6 +24,16 @@ def test_several_are_compared_at_another_size() -> None:
     assert rows["resnet18"]["parameters"] == 11_689_512 and rows["resnet34"]["parameters"] == 21_797_672
 
 
+@pytest.mark.parametrize(
+    ("models", "files"),
+    [("lenet5", ["anatomy.json", "layers.csv"]), ("lenet5,mlp", ["comparison.csv", "comparison.json"])],
+)
+def test_without_pictures(models: str, files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", f"model={models}", "run_dir=here", "log.pictures=false"]) == 0
+    assert sorted(path.name for path in Path("here").iterdir() if not path.name.startswith(".")) == files
+    assert "png" not in capsys.readouterr().out
+
+
 def test_what_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "model=torchvision", "model.name=alexnet", "data=mnist"]) == 2
     assert "model.features" in capsys.readouterr().err
