@@ -17,6 +17,7 @@ from cnntrain.engine.ema import MovingAverage
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.keeper import Keeper
 from cnntrain.engine.loop import Silent, fit
+from cnntrain.engine.optim import learning_rate_at
 from cnntrain.engine.plan import Plan
 from cnntrain.engine.run_folder import RunFolder
 from cnntrain.engine.signals import StopFlag
@@ -141,6 +142,7 @@ def _journal(
         settings.log.tensorboard,
         settings.log.pictures,
         watch,
+        lambda step: learning_rate_at(state.optimizer, state.schedule, step),
     )
 
 

@@ -149,6 +149,11 @@ def set_learning_rate(optimizer: Optimizer, schedule: Schedule, step: int) -> fl
     return optimizer.param_groups[0]["lr"]
 
 
+def learning_rate_at(optimizer: Optimizer, schedule: Schedule, step: int) -> float:
+    """What `set_learning_rate` would set for the first group."""
+    return optimizer.param_groups[0]["peak_lr"] * schedule.factor(step)
+
+
 def supports_fused(device: torch.device) -> bool:
     """Whether torch's fused optimizer kernels run on this device."""
     return device.type in ("cuda", "cpu")

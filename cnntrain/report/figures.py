@@ -4,7 +4,7 @@ its own."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,9 +49,14 @@ __all__ = [
 
 # Not curves of learning: counters and rates of the machine.
 _NOT_PLOTTED = ("epoch", "step", "images_per_s", "wall_s", "seconds")
+_RATES_DRAWN = 2000  # points of the learning rate's line
 
 
-def curves(rows: Sequence[Mapping[str, object]], monitor: tuple[str, str] | None = None) -> Figure:
+def curves(
+    rows: Sequence[Mapping[str, object]],
+    monitor: tuple[str, str] | None = None,
+    rate_at: Callable[[int], float] | None = None,
+) -> Figure:
     """Training and validation over the epochs: one panel per metric (`train/x` with `val/x`), one for the
     rate.
 
@@ -59,6 +64,8 @@ def curves(rows: Sequence[Mapping[str, object]], monitor: tuple[str, str] | None
         rows: as in metrics.csv: `epoch`, `train/...`, `val/...`, `lr`; numbers or their text; gaps are
             allowed.
         monitor: metric and direction that chose the best epoch, which is then marked.
+        rate_at: the learning rate of a step (counted from 0); without it, only that at the end of each epoch is
+            drawn.
     """
     epochs = [_number(row.get("epoch", i + 1)) for i, row in enumerate(rows)]
     metrics: dict[str, list[str]] = {}
@@ -82,6 +89,9 @@ def curves(rows: Sequence[Mapping[str, object]], monitor: tuple[str, str] | None
                 part = key.split("/", 1)[0] if "/" in key else ""
                 colour = {"train": COLOURS[5], "val": COLOURS[1]}.get(part, COLOURS[0])
                 marker = "o" if len(rows) <= 20 else None
+                if key == "lr" and rate_at is not None:
+                    ax.plot(*rates_by_step(rows, rate_at), color=colour)
+                    continue
                 ax.plot(epochs, values, color=colour, marker=marker, markersize=3.5, label=part or None)
             _finish_panel(ax, name, [_number(row.get(key)) for key in metrics[name] for row in rows])
             if best is not None and name != "lr":
@@ -98,6 +108,31 @@ def curves(rows: Sequence[Mapping[str, object]], monitor: tuple[str, str] | None
                         ha="right" if best > sum(epochs) / len(epochs) else "left",
                     )
     return figure
+
+
+def rates_by_step(
+    rows: Sequence[Mapping[str, object]], rate_at: Callable[[int], float]
+) -> tuple[list[float], list[float]]:
+    """The learning rate over the epochs, step by step: (epochs, fractions included; learning rates).
+
+    An epoch of another schedule than `rate_at`, as after a resume with more epochs, is drawn as a straight line to the
+    rate at its end, which its row holds.
+    """
+    epochs, rates = [], []
+    before, done = 0, 0.0  # steps and epochs
+    per_epoch = max(_RATES_DRAWN // max(len(rows), 1), 2)
+    for row in rows:
+        step, epoch, last = (_number(row.get(key)) for key in ("step", "epoch", "lr"))
+        if not (math.isfinite(last) and before < step < math.inf and epoch > done):
+            continue
+        steps = [int(s) for s in np.linspace(before, step - 1, min(int(step) - before, per_epoch)).round()]
+        found = [rate_at(s) for s in steps]
+        if not math.isclose(found[-1], last, rel_tol=1e-6, abs_tol=1e-15):
+            steps, found = (steps, [last] * len(steps)) if min(found) == max(found) else (steps[-1:], [last])
+        epochs += [done + (s + 1 - before) / (step - before) * (epoch - done) for s in steps]
+        rates += found
+        before, done = int(step), epoch
+    return epochs, rates
 
 
 def _finish_panel(ax: Axes, name: str, values: Sequence[float]) -> None:

@@ -44,6 +44,7 @@ class RunJournal:
         done_steps, done_epochs: where a resumed training stands.
         tensorboard, pictures: whether to write events, and to draw.
         watch: shown every epoch's row once all is written; what it raises ends the training.
+        rate_at: the learning rate of a step, counted from 0, for the picture of the curves.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class RunJournal:
         tensorboard: bool = True,
         pictures: bool = True,
         watch: Callable[[dict[str, float]], None] | None = None,
+        rate_at: Callable[[int], float] | None = None,
     ) -> None:
         self.folder, self.task, self.spec, self.pictures = folder, task, spec, pictures
-        self.watch = watch
+        self.watch, self.rate_at = watch, rate_at
         self.metrics = MetricsFile(folder / "metrics.csv", done_epochs + 1 if done_steps else None)
         self.bar = Bar(total_steps, epochs, done_steps, watch=(task.monitor[0],))
         self.events = (
@@ -160,7 +162,7 @@ class RunJournal:
             self.events.scalars({**chosen, **test}, step)
         if not self.pictures:
             return
-        self.figure("curves", curves(self.metrics.rows, self.task.monitor), step)
+        self.figure("curves", curves(self.metrics.rows, self.task.monitor, self.rate_at), step)
         for name, figure in self.task.figures(meter).items():
             self.figure(name, sign(figure, split), step)
         if mistakes is not None:

@@ -15,6 +15,7 @@ from cnntrain import compose, train
 from cnntrain.engine import checkpoint, loop
 from cnntrain.errors import DivergedError, MachineError, StoppedError, UserError
 from cnntrain.randomness import seed_generators
+from cnntrain.report import figures, journal
 
 SMALL = (
     "data.limit=300", "epochs=3", "batch_size=32", "log.pictures=false", "log.tensorboard=false", "threads=1",
@@ -75,6 +76,23 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_as_if_unbroken(
     assert whole["best"]["val/loss"] == pytest.approx(
         checkpoint.load(Path("broken/checkpoints/last.pt"))["state"]["progress"]["best"]["val/loss"]
     )
+
+
+def test_the_learning_rate_is_drawn_of_every_step_after_a_resume_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+    monkeypatch.setattr(journal, "curves", lambda rows, monitor, rate_at: drawn.update(rows=rows, at=rate_at))
+    monkeypatch.setattr(journal, "save", lambda figure, path: None)
+    rates: list[float] = []
+    original = loop.set_learning_rate
+    monkeypatch.setattr(loop, "set_learning_rate", lambda *a: rates.append(original(*a)) or rates[-1])
+    stop_at(monkeypatch, 13)
+    asked = (*SMALL[:3], "log.tensorboard=false", "threads=1", "model=mlp", "run_dir=run")
+    with pytest.raises(StoppedError):
+        train(compose(*asked))
+    assert not drawn
+    train(compose(*asked, "resume=auto"))
+    assert len(rates) == 27 and max(rates) > 2 * rates[0]
+    assert figures.rates_by_step(drawn["rows"], drawn["at"])[1] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("steps", [27, 20], ids=["of the last epoch", "in its middle"])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from cnntrain.engine.schedule import OneCycle
 from cnntrain.report import figures
 
 
@@ -28,6 +29,32 @@ def test_curves_draw_train_beside_val_and_mark_the_best():
     assert list(lines["train"].get_ydata()) == [1.0, 0.5, 1 / 3]
     assert list(lines["val"].get_xdata()) == [1, 2, 3]
     assert panels["top1"].texts[0].get_text() == "best: epoch 2"
+
+
+def test_the_learning_rate_is_drawn_step_by_step():
+    """A one-cycle run of two epochs: warm-up and peak lie inside the first, where no row has them."""
+    cycle = OneCycle(warmup=0.3, start=0.04, final=1e-4, shape="cosine", total_steps=40, steps_per_epoch=20)
+    rates = [0.01 * cycle.factor(step) for step in range(40)]
+    rows = [{"epoch": 1, "step": 20, "lr": rates[19]}, {"epoch": 2, "step": 40, "lr": rates[39]}]
+    panel = figures.curves(rows, None, rates.__getitem__).axes[0]
+    (line,) = panel.lines
+    np.testing.assert_allclose(line.get_ydata(), rates)
+    np.testing.assert_allclose(line.get_xdata(), np.arange(1, 41) / 20)
+
+
+def test_a_rate_of_another_schedule_is_drawn_as_its_rows_have_it():
+    """After a resume with more epochs, or under a plateau's schedule, which only knows its present factor."""
+    rows = [{"epoch": e, "step": 4 * e, "lr": rate} for e, rate in ((1, 0.5), (2, 0.25), (3, 0.1))]
+    assert figures.rates_by_step(rows, lambda step: (12 - step) / 10) == (
+        [1, 2, *np.linspace(2.25, 3, 4)], [0.5, 0.25, 0.4, 0.3, 0.2, 0.1],
+    )  # fmt: skip
+    held = figures.rates_by_step(rows, lambda step: 0.1)
+    assert held == ([*np.linspace(0.25, 3, 12)], [*4 * [0.5], *4 * [0.25], *4 * [0.1]])
+
+
+def test_a_long_run_is_drawn_by_some_of_its_steps():
+    rows = [{"epoch": e + 1, "step": 10_000 * (e + 1), "lr": 1.0} for e in range(20)]
+    assert len(figures.rates_by_step(rows, lambda step: 1.0)[0]) == 2000
 
 
 @pytest.mark.parametrize("rows", [[], [{"epoch": 0}], [{"epoch": 0, "train/loss": float("nan"), "lr": 0.1}],
