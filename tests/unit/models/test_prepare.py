@@ -84,9 +84,7 @@ def test_errors_name_the_key_and_the_near_miss() -> None:
         freeze_backbone(nn.Sequential(nn.Linear(3, 2)))
 
 
-@pytest.mark.parametrize(
-    ("init", "std"), [("he", (2 / 576) ** 0.5), ("xavier", (2 / 1152) ** 0.5)]
-)
+@pytest.mark.parametrize(("init", "std"), [("he", (2 / 576) ** 0.5), ("xavier", (2 / 1152) ** 0.5)])
 def test_initialisation(init: str, std: float) -> None:
     """Of a 3x3 convolution from 64 to 64 channels: fan in and fan out are 576."""
     model = plain({"conv": 64}, {"conv": 64})
