@@ -11,14 +11,25 @@ from typing import Any
 
 from cnntrain.errors import UserError, is_out_of_memory, suggest
 
-# What each slot accepts. A name counts as a package's own only when it is defined there: `torch.load` is in torch too.
-ROLES: dict[str, tuple[str, ...]] = {
-    "model": ("cnntrain.models", "torch.nn.modules", "torchvision.models", "timm.models"),
-    "data": ("cnntrain.data",),
-    "augment": ("cnntrain.augment",),
-    "task": ("cnntrain.tasks",),
-    "optimizer": ("torch.optim", "cnntrain.engine.optim"),
-    "schedule": ("cnntrain.engine.schedule",),
+# What each slot accepts: packages, and the class from which what they define must be derived (by name: torch is
+# imported when something is built). A name counts as a package's own only when it is defined there: `torch.load` is in
+# torch too.
+ROLES: dict[str, tuple[tuple[str, ...], str]] = {
+    "model": (
+        ("cnntrain.models", "torch.nn.modules", "torchvision.models", "timm.models"),
+        "torch.nn.Module",
+    ),
+    "data": (("cnntrain.data",), "cnntrain.data.source.Source"),
+    "augment": (("cnntrain.augment",), "cnntrain.augment.augmentation.Augmentation"),
+    "task": (("cnntrain.tasks",), "cnntrain.tasks.task.Task"),
+    "optimizer": (("torch.optim", "cnntrain.engine.optim"), "torch.optim.Optimizer"),
+    "schedule": (("cnntrain.engine.schedule",), "cnntrain.engine.schedule.Schedule"),
+}
+# Functions are refused unless they stand here: a config may come from a stranger's checkpoint, and a function of a
+# package may read, fetch or unpickle a file (`timm.models.load_state_dict`).
+BUILDERS = {
+    "model": ("cnntrain.models.from_timm.classifier", "cnntrain.models.from_torchvision.classifier"),
+    "optimizer": ("cnntrain.engine.optim.by_name",),
 }
 
 
@@ -27,7 +38,9 @@ def build(node: Mapping[str, Any], role: str, key: str, trusted: Sequence[str] =
     factory = resolve(node, role, key, trusted, **facts)
     try:
         return factory()
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+    except (
+        TypeError, ValueError, LookupError, ArithmeticError, AssertionError, AttributeError, RuntimeError,
+    ) as error:  # fmt: skip
         if is_out_of_memory(error):
             raise
         raise UserError(f"{key}: {node['_target_']} refused its arguments: {error}") from error
@@ -42,7 +55,8 @@ def resolve(
         node: `_target_` and keyword arguments.
         role: the slot, a key of `ROLES`.
         key: where the node stands in the config, for messages.
-        trusted: packages of the user's that may be named besides.
+        trusted: packages of the user's that may be named besides, with any class or function of theirs; from this
+            command line, never from a checkpoint.
         facts: arguments that are passed where the signature has them and the node leaves them out or null.
 
     Raises:
@@ -53,6 +67,10 @@ def resolve(
     target = _locate(node["_target_"], role, f"{key}._target_", trusted)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
     for name, value in arguments.items():
+        if not isinstance(name, str) or name.startswith("_"):
+            raise UserError(
+                f"{key}.{name}: no argument has such a name; `_target_` is the only key of this kind"
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}.{name}: must be a finite number, got {value}")
 
@@ -76,10 +94,11 @@ def _locate(path: str, role: str, key: str, trusted: Sequence[str]) -> Callable[
 
     The check comes before the import, for importing runs code.
     """
-    allowed = (*ROLES[role], *trusted)
+    packages, kind = ROLES[role]
+    allowed = (*packages, *trusted)
     shown = ", ".join(name.removesuffix(".modules") for name in allowed)
     refused = UserError(
-        f"{key}: {path!r} can't be a {role}: allowed is what is defined in {shown}"
+        f"{key}: {path!r} can't be a {role}: allowed is a class derived from {kind} that is defined in {shown}"
         + (
             ""
             if path.startswith(("torch.", "builtins.", "os."))
@@ -87,7 +106,7 @@ def _locate(path: str, role: str, key: str, trusted: Sequence[str]) -> Callable[
         )
     )
     public = tuple(name.removesuffix(".modules") for name in allowed)
-    if not any(path == name or path.startswith(name + ".") for name in public):
+    if not _within(path, public):
         raise refused
     module_name, _, name = path.rpartition(".")
     try:
@@ -98,11 +117,17 @@ def _locate(path: str, role: str, key: str, trusted: Sequence[str]) -> Callable[
         names = [n for n in dir(sys.modules[module_name]) if not n.startswith("_")]
         raise UserError(f"{key}: {module_name} has no {name!r}{suggest(name, names)}") from error
     home = getattr(found, "__module__", "") or ""
-    if not callable(found) or not any(home == n or home.startswith(n + ".") for n in allowed):
+    if not callable(found) or not _within(home, allowed):
         raise refused
-    if home.startswith("torch.nn") and not inspect.isclass(found):
+    base = getattr(importlib.import_module(kind.rpartition(".")[0]), kind.rpartition(".")[2])
+    of_the_kind = inspect.isclass(found) and issubclass(found, base)
+    if not (_within(home, trusted) or of_the_kind or f"{home}.{name}" in BUILDERS.get(role, ())):
         raise refused
     return found
+
+
+def _within(module: str, packages: Sequence[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in packages)
 
 
 def trust_folder(folder: Path) -> list[str]:
