@@ -9,17 +9,19 @@ import torch
 from cnntrain.data.canvas import Resize
 from cnntrain.data.decode import BadFile, refuse
 from cnntrain.data.keypoints import KeypointSource, Labelled
-from cnntrain.data.listing import files_below
+from cnntrain.data.listing import files_below, split_folders, train_and_other_folders
 from cnntrain.data.schemes import CAT9
 from cnntrain.data.source import given_folder
 
+LAYOUT = "images with a .cat file beside each, in train/, val/ and test/ where they are split"
 logger = logging.getLogger("cnntrain")
 
 
 class CatFolder(KeypointSource):
     """`IMAGE.jpg` with `IMAGE.jpg.cat`, which says `9 x y x y ...`, in folders of any depth.
 
-    Folders `train/`, `val/`, `test/` in `root` are splits; without `train/` all images are for training.
+    Folders `train/`, `val/` (also called `valid/` or `validation/`) and `test/` in `root` are splits; where there
+    is none of them, all images are for training.
     Images without a `.cat` file are left out (the original download has one).
 
     Args:
@@ -38,16 +40,15 @@ class CatFolder(KeypointSource):
         mirror: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(size, channels, crop, crop_margin, resize, "cat9", mirror)
-        self.root = given_folder(root, "images with a .cat file beside each")
+        self.root = given_folder(root, LAYOUT)
 
     def read(self) -> tuple[tuple[str, ...], list[Labelled], tuple[tuple[int, int], ...]]:
         bad: list[BadFile] = []
         objects: list[Labelled] = []
         count = without = 0
-        in_splits = (self.root / "train").is_dir()
-        for split in ("train", "val", "test") if in_splits else ("train",):
-            folder = self.root / split if in_splits else self.root
-            files = files_below(folder, bad) if folder.is_dir() else []
+        folders = split_folders(self.root) and train_and_other_folders(self.root, LAYOUT)
+        for split, folder in (folders or {"train": self.root}).items():
+            files = files_below(folder, bad)
             count += len(files)
             notes = {file for file in files if file.endswith(".cat")}
             images = [file for file in files if file not in notes]

@@ -10,7 +10,7 @@ import torch
 from cnntrain.data.canvas import Resize
 from cnntrain.data.keypoints import KeypointSource, Labelled
 from cnntrain.data.source import given_folder
-from cnntrain.data.table import Complaints, read_annotations
+from cnntrain.data.table import Complaints, in_order, is_file, read_annotations
 from cnntrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ class DlibXml(KeypointSource):
             raise UserError(
                 f"data: {self.files['train']}: expected <part name=... x=... y=.../> inside every <box>"
             )
-        as_numbers = all(name.isdecimal() for name in found)
-        names = tuple(sorted(found, key=lambda name: (int(name) if as_numbers else 0, name)))
+        names = in_order(found)
         objects: list[Labelled] = []
         for split, file in self.files.items():
             objects += _objects(file, trees[split], split, {name: i for i, name in enumerate(names)})
@@ -82,7 +81,7 @@ def _objects(file: Path, tree: "Element", split: str, place: dict[str, int]) -> 
     objects = []
     for image in tree.iter("image"):
         name = image.get("file", "")
-        if not name or not (file.parent / name).is_file():
+        if not name or not is_file(file.parent / name):
             complaints.add(f"image {name!r}", f"no such file in {file.parent}")
             continue
         for number, box in enumerate(image.iter("box")):

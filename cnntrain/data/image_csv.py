@@ -9,10 +9,9 @@ import torch
 from cnntrain.data.canvas import Resize
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import ClassifiedFiles
-from cnntrain.data.table import Table, find_table, read_table
+from cnntrain.data.listing import SPLITS
+from cnntrain.data.table import Table, find_table, in_order, is_file, read_table, splits_of
 from cnntrain.errors import UserError, suggest
-
-SPLITS = ("train", "val", "test")
 
 
 class Row(NamedTuple):
@@ -24,8 +23,8 @@ class Row(NamedTuple):
 
 
 class ImageCsv(ClassifiedFiles):
-    """A CSV file with the columns `path` and `label`, and where wanted `split` (train, val or test) and
-    `group`.
+    """A CSV file with the columns `path` and `label`, and where wanted `split` (train, val or test;
+    valid and validation mean val) and `group`.
 
     The classes are train's labels, sorted (as numbers when all of them are).
 
@@ -55,19 +54,14 @@ class ImageCsv(ClassifiedFiles):
         place = {name: i for i, name in enumerate(table.columns)}
         rows: list[Row] = []
         seen: dict[str, int] = {}
-        for line, cells in table.rows:
+        for (line, cells), split in zip(table.rows, splits_of(table), strict=True):
             path, label = cells[place["path"]], cells[place["label"]]
-            split = cells[place["split"]] if "split" in place else "train"
             group = cells[place["group"]] if "group" in place else ""
             if not label:
                 table.complaints.add(line, "has no label")
-            if split not in SPLITS:
-                table.complaints.add(
-                    line, f"split {split!r} is not one of {', '.join(SPLITS)}{suggest(split, SPLITS)}"
-                )
             if path in seen:
                 table.complaints.add(line, f"{path!r} stands in line {seen[path]} already")
-            elif not path or not (self.root / path).is_file():
+            elif not path or not is_file(self.root / path):
                 table.complaints.add(line, f"no file {path!r} in {self.root}")
             seen.setdefault(path, line)
             rows.append(Row(line, path, label, split, group or f"line {line}"))
@@ -85,8 +79,7 @@ class ImageCsv(ClassifiedFiles):
             raise UserError(
                 f"data.file: {self.file}: train has {len(labels)} label(s); at least 2 are needed"
             )
-        as_numbers = all(label.lstrip("-").isdecimal() for label in labels)
-        return tuple(sorted(labels, key=lambda label: (int(label) if as_numbers else 0, label)))
+        return in_order(labels)
 
     def load(self) -> dict[str, Examples]:
         index = {label: i for i, label in enumerate(self.classes)}

@@ -1,5 +1,6 @@
 """Images in one folder per class."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -8,12 +9,20 @@ import torch
 from cnntrain.data.canvas import Resize, canvas_size
 from cnntrain.data.decode import BadFile, Decoder, refuse
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.listing import files_below, folders_in, seen_from
+from cnntrain.data.listing import (
+    IMAGE_ENDINGS,
+    ends_with,
+    files_below,
+    folders_in,
+    is_ignored,
+    seen_from,
+    train_and_other_folders,
+)
 from cnntrain.data.source import Source, given_folder
 from cnntrain.errors import UserError, suggest
 from cnntrain.spec import DataSpec
 
-LAYOUT = "train/CLASS/IMAGE, and where there are any val/ and test/ in the same way"
+LAYOUT = "train/CLASS/IMAGE, and where there are any val/ (or valid/, validation/) and test/ in the same way"
 
 
 class ClassifiedFiles(Source):
@@ -36,7 +45,8 @@ class ClassifiedFiles(Source):
 
 
 class ImageFolder(ClassifiedFiles):
-    """`root/train/<class>/...`, optional `val/` and `test/`; the classes are train's, sorted by name.
+    """`root/train/<class>/...`, optional `val/` (also called `valid/` or `validation/`) and `test/`; the classes are
+    train's, sorted by name.
 
     Args:
         root: the folder that has `train/`.
@@ -57,11 +67,13 @@ class ImageFolder(ClassifiedFiles):
         super().__init__(size, channels, resize, mirror_safe)
 
     @cached_property
+    def folders(self) -> dict[str, Path]:
+        """The splits' folders."""
+        return train_and_other_folders(self.root, LAYOUT)
+
+    @cached_property
     def classes(self) -> tuple[str, ...]:
-        if not (self.root / "train").is_dir():
-            there = ", ".join(folders_in(self.root)[:6]) or "no folders"
-            raise UserError(f"data.root: {self.root} has no train/ (there is {there}); it must have {LAYOUT}")
-        classes = tuple(folders_in(self.root / "train"))
+        classes = tuple(folders_in(self.folders["train"]))
         if len(classes) < 2:
             raise UserError(
                 f"data.root: {self.root / 'train'} has {len(classes)} class folder(s); at least 2 are needed"
@@ -70,13 +82,16 @@ class ImageFolder(ClassifiedFiles):
 
     def load(self) -> dict[str, Examples]:
         classes, bad, splits, count = self.classes, [], {}, 0
-        for split in ("train", "val", "test"):
-            folder = self.root / split
-            if not folder.is_dir():
-                continue
+        for split, folder in self.folders.items():
             paths, labels = self._list(folder, classes, bad)
             count += len(paths)
-            if not paths:
+            if outside := _images_directly_in(folder):
+                count += len(outside)
+                shown = f"{len(outside)} image(s) in no class folder, {outside[0]} for one"
+                bad.append(
+                    BadFile(folder, f"has {shown}; move them into a class's folder, or out of {self.root}")
+                )
+            elif not paths:
                 bad.append(BadFile(folder, "has no images"))
             targets = {"label": torch.tensor(labels, dtype=torch.int64)}
             splits[split] = Examples(LazyImages(paths, self.decoder), targets, seen_from(self.root, paths))
@@ -99,6 +114,13 @@ class ImageFolder(ClassifiedFiles):
             paths += found
             labels += [classes.index(name)] * len(found)
         return paths, labels
+
+
+def _images_directly_in(folder: Path) -> list[str]:
+    """Names of the image files that lie beside the class folders, sorted."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if ends_with(entry.name, IMAGE_ENDINGS) and entry.is_file()]
+    return sorted(name for name in names if not is_ignored(name))
 
 
 def make_decoder(size: int | list[int], channels: int, resize: Resize) -> Decoder:

@@ -9,11 +9,10 @@ import torch
 from cnntrain.data.boxes import SIDES
 from cnntrain.data.canvas import Resize
 from cnntrain.data.keypoints import KeypointSource, Labelled
-from cnntrain.data.table import Table, find_table, read_table
+from cnntrain.data.table import Table, find_table, is_file, read_table, splits_of
 from cnntrain.errors import UserError, suggest
 
 OTHERS = ("split", "group", *SIDES)
-SPLITS = ("train", "val", "test")
 UNLABELLED = ("", "")
 
 
@@ -21,7 +20,7 @@ class KeypointCsv(KeypointSource):
     """A header `image_name,NAME_x,NAME_y,...`, then a line per object; both cells empty: the point isn't
     labelled.
 
-    Where wanted: `split` (train, val or test), `group`, and a given box
+    Where wanted: `split` (train, val or test; valid and validation mean val), `group`, and a given box
     `box_left,box_top,box_right,box_bottom` in pixels from the image's edge. An image may have several lines
     when they have boxes.
 
@@ -53,18 +52,14 @@ class KeypointCsv(KeypointSource):
         place = {name: i for i, name in enumerate(table.columns)}
         objects: list[Labelled] = []
         seen: dict[tuple[str, ...], int] = {}
-        for line, cells in table.rows:
+        for (line, cells), split in zip(table.rows, splits_of(table), strict=True):
             image = cells[0]
-            if not image or not (self.root / image).is_file():
+            if not image or not is_file(self.root / image):
                 table.complaints.add(line, f"no file {image!r} in {self.root}")
             key = (image, *(cells[place[side]] for side in SIDES if side in place))
             if key in seen:
                 table.complaints.add(line, f"{image!r} stands in line {seen[key]} already")
             seen.setdefault(key, line)
-            split = cells[place["split"]] if "split" in place else "train"
-            if split not in SPLITS:
-                near = suggest(split, SPLITS)
-                table.complaints.add(line, f"split {split!r} is not one of {', '.join(SPLITS)}{near}")
             numbers = _numbers(table, line, cells, names, place)
             if numbers is None:
                 continue

@@ -2,11 +2,16 @@
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from cnntrain.data.decode import BadFile
+from cnntrain.errors import UserError, suggest
 
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = ("train", "val", "test")
+IMAGE_ENDINGS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"])
+RUN_FILES = {"run.json", "sweep.json"}  # mark a folder that a training wrote, whose figures are no data
 IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # left behind by file managers and archivers
 
 
@@ -18,6 +23,90 @@ def is_ignored(name: str) -> bool:
 def folders_in(folder: Path) -> list[str]:
     """Names of the folders directly below, sorted."""
     return sorted(e.name for e in os.scandir(folder) if os.path.isdir(e.path) and not is_ignored(e.name))
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders of `root` that are splits: `train`, `val` (also called `valid` or `validation`) and `test`.
+
+    Raises:
+        UserError: two folders are the same split.
+    """
+    names = one_name_each(folders_in(root), f"data.root: {root}")
+    return {split: root / name for split, name in names.items()}
+
+
+def train_and_other_folders(root: Path, layout: str) -> dict[str, Path]:
+    """The same, with a `train/` that must be there, and no folder of images beside it that is no split.
+
+    Args:
+        layout: what `root` must have, for messages.
+
+    Raises:
+        UserError: it is not so, or two folders are the same split.
+    """
+    found = split_folders(root)
+    if "train" not in found:
+        names = folders_in(root)
+        there = f"its folders are {', '.join(names[:6])}" if names else "it has no folders"
+        raise UserError(f"data.root: {root} has no train/ ({there}); it must have {layout}")
+    refuse_other_folders(root, IMAGE_ENDINGS)
+    return found
+
+
+def refuse_other_folders(root: Path, endings: Collection[str]) -> None:
+    """Refuse folders of `root` that are no split and hold examples, which nobody would use.
+
+    Args:
+        endings: of the files that hold examples, in small letters.
+
+    Raises:
+        UserError: names the first such folder.
+    """
+    for name in folders_in(root):
+        if name not in SPLIT_NAMES and (example := first_file(root / name, endings)):
+            raise UserError(
+                f"data.root: {root / name} is no split, but holds {os.path.relpath(example, root)}; the splits are "
+                f"train, val (or valid, or validation) and test{suggest(name.lower(), list(SPLIT_NAMES))}; "
+                f"rename the folder, or move it out of {root}"
+            )
+
+
+def one_name_each(names: Iterable[str], where: str) -> dict[str, str]:
+    """The name that each split goes by; names of no split are passed over.
+
+    Raises:
+        UserError: two names mean the same split.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        split = SPLIT_NAMES.get(name)
+        if split is None:
+            continue
+        if split in found:
+            raise UserError(
+                f"{where} has both {found[split]!r} and {name!r}, which mean the same split; keep one of them"
+            )
+        found[split] = name
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def first_file(folder: Path, endings: Collection[str]) -> str | None:
+    """A file below the folder whose name has one of the endings; None when there is none. Links are not followed,
+    and folders that a training wrote are passed over."""
+    for parent, folders, files in os.walk(folder):
+        if RUN_FILES.intersection(files):
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        for name in sorted(files):
+            if ends_with(name, endings) and not is_ignored(name):
+                return os.path.join(parent, name)
+    return None
+
+
+def ends_with(name: str, endings: Collection[str]) -> bool:
+    """Whether the file's name has one of the endings, which are in small letters."""
+    return name.rpartition(".")[2].lower() in endings
 
 
 def files_below(folder: Path, bad: list[BadFile]) -> list[str]:

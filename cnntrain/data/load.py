@@ -1,18 +1,21 @@
 """From a source to three honest splits, with the facts complete."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from cnntrain.data import resident
 from cnntrain.data.decoded import keep_decoded, worth_keeping
 from cnntrain.data.examples import Examples, check_examples
+from cnntrain.data.listing import SPLIT_NAMES, SPLITS, one_name_each
 from cnntrain.data.scan import Scan, scan
 from cnntrain.data.source import Source
 from cnntrain.data.splits import check_groups_apart, limit_rows, split_train_val
 from cnntrain.data.statistics import measure
-from cnntrain.errors import UserError
+from cnntrain.errors import UserError, suggest
 from cnntrain.heap import without_collector
 from cnntrain.spec import DataSpec
 
@@ -63,8 +66,9 @@ def load_data(
     """
     with without_collector():
         splits = source.load()
-    for name in ("train", "val", "test"):
-        if name in splits and len(splits[name]) == 0:
+    splits = _checked_splits(splits)
+    for name in splits:
+        if len(splits[name]) == 0:
             raise UserError(f"data: the {name} split has no examples")
     for name, examples in splits.items():
         check_examples(name, examples, source.spec())
@@ -98,6 +102,27 @@ def load_data(
     if spec.mean is None or spec.std is None:
         spec = spec.with_statistics(*measure(splits["train"], split_seed))
     return Data(spec, splits["train"], splits["val"], splits.get("test"), fingerprint, own_val)
+
+
+def _checked_splits(splits: Any) -> dict[str, Examples]:
+    """What a source loaded, by the names that splits have here: a source of one's own may return anything.
+
+    Raises:
+        UserError: it is no dictionary of examples, has no train, or a name that is no split's.
+    """
+    if not isinstance(splits, Mapping) or not all(isinstance(each, Examples) for each in splits.values()):
+        raise UserError(
+            'data: load() must return a dictionary of Examples: "train", and "val", "test" if any'
+        )
+    if unknown := [name for name in splits if name not in SPLIT_NAMES]:
+        near = suggest(str(unknown[0]), list(SPLIT_NAMES))
+        raise UserError(
+            f"data: load() returned {unknown[0]!r}, which is no split; they are {', '.join(SPLITS)}{near}"
+        )
+    names = one_name_each(splits, "data: the result of load()")
+    if "train" not in names:
+        raise UserError('data: load() returned no "train"')
+    return {split: splits[name] for split, name in names.items()}
 
 
 def number_as(known: DataSpec, data: Data) -> None:

@@ -7,7 +7,7 @@ from cnntrain.data.canvas import Resize
 from cnntrain.data.decode import BadFile, reading, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import make_decoder
-from cnntrain.data.listing import files_below, seen_from
+from cnntrain.data.listing import files_below, seen_from, train_and_other_folders
 from cnntrain.data.masks import MaskDecoder
 from cnntrain.data.parallel import in_threads
 from cnntrain.data.source import Source, given_folder
@@ -15,7 +15,10 @@ from cnntrain.errors import UserError
 from cnntrain.spec import DataSpec
 
 Pairs = dict[str, list[tuple[str, str]]]  # by split: files of an image and of its mask
-LAYOUT = "train/images/NAME.jpg with train/masks/NAME.png, where there are any val/ and test/ in the same way"
+LAYOUT = (
+    "train/images/NAME.jpg with train/masks/NAME.png, where there are any val/ (or valid/, validation/) and test/ "
+    "in the same way"
+)
 
 
 class MaskSource(Source):
@@ -95,7 +98,8 @@ class MaskSource(Source):
 
 
 class MaskFolder(MaskSource):
-    """`root/train/images/NAME.jpg` with `root/train/masks/NAME.png`, optional `val/` and `test/`.
+    """`root/train/images/NAME.jpg` with `root/train/masks/NAME.png`, optional `val/` (also called
+    `valid/` or `validation/`) and `test/`.
 
     A mask's values are its class ids, grey or palette; they are read, never converted.
 
@@ -116,14 +120,12 @@ class MaskFolder(MaskSource):
         super().__init__(given_folder(root, LAYOUT), classes, ignore_index, None, size, channels, resize)
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
-        if not (self.root / "train" / "images").is_dir():
+        folders = train_and_other_folders(self.root, LAYOUT)
+        if not (folders["train"] / "images").is_dir():
             raise UserError(f"data.root: {self.root} has no train/images/; it must have {LAYOUT}")
-        found: Pairs = {}
-        for split in ("train", "val", "test"):
-            folder = self.root / split
-            if folder.is_dir():
-                found[split] = pair_by_name(folder / "images", folder / "masks", bad)
-        return found
+        return {
+            split: pair_by_name(folder / "images", folder / "masks", bad) for split, folder in folders.items()
+        }
 
 
 def pair_by_name(images: Path, masks: Path, bad: list[BadFile]) -> list[tuple[str, str]]:

@@ -1,11 +1,15 @@
 """Reading CSV files strictly: every complaint names file and line, and all come together."""
 
 import csv
+import io
+import re
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnntrain.errors import UserError
+from cnntrain.data.listing import SPLIT_NAMES, one_name_each
+from cnntrain.errors import UserError, suggest
 
 SHOWN_LINES = 20
 
@@ -59,7 +63,7 @@ def read_table(file: Path) -> Table:
     complaints = Complaints(file)
     rows: list[tuple[int, list[str]]] = []
     try:
-        with file.open(encoding="utf-8-sig", newline="") as text:
+        with io.StringIO(read_annotations(file).decode("utf-8-sig"), newline="") as text:
             reader = csv.reader(text, strict=True)
             columns = [name.strip() for name in next(reader, [])]
             for row in reader:
@@ -81,6 +85,40 @@ def read_table(file: Path) -> Table:
     return Table(file, columns, sound, complaints)
 
 
+def splits_of(table: Table) -> list[str]:
+    """The split of each row, from the column `split`: train, val (also called valid or validation) or test. Without
+    that column every row is train's. Another word goes to the table's complaints.
+
+    Raises:
+        UserError: two words in the column mean the same split.
+    """
+    if "split" not in table.columns:
+        return ["train"] * len(table.rows)
+    place = table.columns.index("split")
+    words = [cells[place] for _, cells in table.rows]
+    one_name_each(dict.fromkeys(words), f"data: {table.file}: the column split")
+    for (line, _), word in zip(table.rows, words, strict=True):
+        if word not in SPLIT_NAMES:
+            near = suggest(word.lower(), list(SPLIT_NAMES))
+            table.complaints.add(line, f"split {word!r} is not one of {', '.join(SPLIT_NAMES)}{near}")
+    return [SPLIT_NAMES.get(word, word) for word in words]
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. A name that no file can have (too long, with a zero byte) is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, sorted: by value when all are whole numbers."""
+    distinct = set(names)
+    as_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in distinct)
+    return tuple(sorted(distinct, key=lambda name: (int(name) if as_numbers else 0, name)))
+
+
 def find_table(file: str | None, root: str | None, what: str) -> Path:
     """The CSV file that `data.file` names (from here, or in `data.root`), or the only one in `data.root`.
 
@@ -92,7 +130,7 @@ def find_table(file: str | None, root: str | None, what: str) -> Path:
         given = Path(file).expanduser()
         tried = [given] if folder is None else [given, folder / given, folder / given.name]
         for path in tried:
-            if path.is_file():
+            if is_file(path):
                 return path
         looked = " and ".join(str(path.absolute()) for path in dict.fromkeys(tried))
         raise UserError(f"data.file: no file {looked}; it must be {what}")
@@ -100,7 +138,7 @@ def find_table(file: str | None, root: str | None, what: str) -> Path:
         raise UserError(
             f"data.file: missing; give {what}, as data.file=PATH (or its folder, as data.root=PATH)"
         )
-    found = sorted(folder.glob("*.csv"))
+    found = sorted(path for path in folder.glob("*.csv") if is_file(path))
     if len(found) != 1:
         there = ", ".join(path.name for path in found) or "none"
         raise UserError(f"data.file: missing; {folder.absolute()} should hold one CSV file and holds {there}")

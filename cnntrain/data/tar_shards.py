@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +15,23 @@ from cnntrain.data.canvas import Resize
 from cnntrain.data.decode import DAMAGE, BadFile, refuse
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import ClassifiedFiles
-from cnntrain.data.listing import is_ignored
+from cnntrain.data.listing import (
+    IMAGE_ENDINGS,
+    SPLIT_NAMES,
+    is_ignored,
+    one_name_each,
+    refuse_other_folders,
+    split_folders,
+)
 from cnntrain.data.parallel import in_threads
 from cnntrain.data.source import given_folder
 from cnntrain.data.spans import path_within
 from cnntrain.errors import UserError
 
-LAYOUT = "train*.tar, and where there are any val*.tar and test*.tar, with KEY.jpg beside KEY.cls or KEY.json"
-IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"}
+LAYOUT = (
+    "train-000.tar and so on (or train/000.tar), and where there are any val (or valid, or validation) and test in the "
+    "same way, with KEY.jpg beside KEY.cls or KEY.json"
+)
 LARGEST_LABEL = 65_536  # bytes of a .cls or .json
 
 
@@ -34,7 +44,10 @@ class Item(NamedTuple):
 
 
 class TarShards(ClassifiedFiles):
-    """`root/train-000.tar` and so on: members of one key (their path up to the first dot) are one example.
+    """`root/train-000.tar` (or `root/train/000.tar`) and so on.
+
+    Members of one key (their path up to the first dot) are one example. The other splits are `val` (also called `valid`
+    or `validation`) and `test`.
 
     A label is the text of KEY.cls, and where there is none `label` (else `cls`) in KEY.json: a class's number where all
     labels are whole numbers below a million, else its name. Nothing is unpacked: an image is read from its place.
@@ -59,24 +72,53 @@ class TarShards(ClassifiedFiles):
         super().__init__(size, channels, resize, mirror_safe)
 
     @cached_property
-    def items(self) -> dict[str, list[Item]]:
-        """The examples of each split in the order of the shards, whose headers are read once."""
-        bad: list[BadFile] = []
-        found: dict[str, list[Item]] = {}
-        count = 0
-        for split in ("train", "val", "test"):
-            shards = sorted(self.root.glob(f"{split}*.tar"))
-            count += len(shards)
-            if shards:
-                parts = in_threads(_read_shard, shards, f"reading the headers of {len(shards):,} shards")
-                bad += [problem for _, problems in parts for problem in problems]
-                found[split] = [item for items, _ in parts for item in items]
+    def shards(self) -> dict[str, list[Path]]:
+        """The shards of each split: files that begin with its name, and all in a folder of its name.
+
+        Raises:
+            UserError: there are none for train, or a tar file belongs to no split.
+        """
+        beside: dict[str, list[Path]] = {}
+        for path in sorted(self.root.glob("*.tar")):
+            if not is_ignored(path.name):
+                beside.setdefault(_first_word(path.name), []).append(path)
+        names = one_name_each(beside, f"data.root: {self.root}")
+        found = {split: beside[name] for split, name in names.items()}
+        for split, folder in split_folders(self.root).items():
+            inside = sorted(path for path in folder.glob("*.tar") if not is_ignored(path.name))
+            if inside and split in found:
+                raise UserError(
+                    f"data.root: {self.root} has shards for {split} in {folder.name}/ and beside it "
+                    f"({found[split][0].name}); keep one of the two"
+                )
+            if inside:
+                found[split] = inside
         if "train" not in found:
             packed = [path.name for path in sorted(self.root.glob("train*.tar.*"))][:3]
             hint = (
                 f"; {', '.join(packed)} must be unpacked to .tar first, to be read in place" if packed else ""
             )
             raise UserError(f"data.root: {self.root} has no train*.tar; it must have {LAYOUT}{hint}")
+        refuse_other_folders(self.root, {"tar"})
+        if strangers := [paths[0].name for word, paths in beside.items() if word not in SPLIT_NAMES]:
+            raise UserError(
+                f"data.root: {self.root / strangers[0]} is of no split: names of shards begin with train, val (or "
+                "valid, or validation) or test; rename it, or move it elsewhere"
+            )
+        return found
+
+    @cached_property
+    def items(self) -> dict[str, list[Item]]:
+        """The examples of each split in the order of the shards, whose headers are read once."""
+        bad: list[BadFile] = []
+        found: dict[str, list[Item]] = {}
+        count = 0
+        read = partial(_read_shard, self.root)
+        for split, shards in self.shards.items():
+            count += len(shards)
+            parts = in_threads(read, shards, f"reading the headers of {len(shards):,} shards")
+            bad += [problem for _, problems in parts for problem in problems]
+            found[split] = [item for items, _ in parts for item in items]
         refuse(bad, count + sum(map(len, found.values())), self.root)
         return found
 
@@ -118,7 +160,12 @@ class TarShards(ClassifiedFiles):
         }
 
 
-def _read_shard(shard: Path) -> tuple[list[Item], list[BadFile]]:
+def _first_word(name: str) -> str:
+    """The letters that a file's name begins with."""
+    return re.match(r"[A-Za-z]*", name)[0]  # pyright: ignore[reportOptionalSubscript]
+
+
+def _read_shard(root: Path, shard: Path) -> tuple[list[Item], list[BadFile]]:
     """What a shard has, and what in it can't be used."""
     bad: list[BadFile] = []
     images: dict[str, str] = {}
@@ -132,7 +179,7 @@ def _read_shard(shard: Path) -> tuple[list[Item], list[BadFile]]:
                 within = path_within(shard, member.name, member.offset_data, member.size)
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("unexpected end of data")
-                if ending in IMAGES:
+                if ending in IMAGE_ENDINGS:
                     if key in images:
                         bad.append(BadFile(within, f"is a second image of {key}"))
                     images.setdefault(key, within)
@@ -152,7 +199,7 @@ def _read_shard(shard: Path) -> tuple[list[Item], list[BadFile]]:
         if isinstance(label, BadFile):
             bad.append(label)
         else:
-            items.append(Item(f"{shard.name}/{key}", path, label))
+            items.append(Item(f"{shard.relative_to(root)}/{key}", path, label))
     alone = dict.fromkeys(key for kind in labels.values() for key in kind if key not in images)
     bad += [BadFile(f"{shard}/{key}", "has a label and no image") for key in alone]
     if not images and not bad:
@@ -198,6 +245,7 @@ def _label(content: bytes, ending: str, path: str) -> str | BadFile:
                 raise TypeError(value)
             text = str(value).strip()
         text = str(int(text)) if text.isdecimal() else text
+        text.encode()  # JSON may hold halves of characters, which can't be written again
     except (ValueError, LookupError, TypeError, RecursionError):
         text = ""
     return text or BadFile(path, "holds no label")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -289,11 +290,13 @@ def test_faults_in_a_dlib_file_are_named(photographs, old, new, part):
     assert part in str(caught.value)
 
 
+CAT_LINE = "9 175 60 239 62 199 99 149 21 137 7 166 9 281 10 312 9 296 33 "
+
+
 def test_cat_files(tmp_path, save, pixels, caplog):
     for i in range(3):
         save(tmp_path / "CAT_00" / f"{i}.jpg", pixels(150, 350, seed=i))
-        line = "9 175 60 239 62 199 99 149 21 137 7 166 9 281 10 312 9 296 33 "
-        (tmp_path / "CAT_00" / f"{i}.jpg.cat").write_text(line)
+        (tmp_path / "CAT_00" / f"{i}.jpg.cat").write_text(CAT_LINE)
     save(tmp_path / "CAT_00" / "extra.jpg", pixels(10, 10))
     source = CatFolder(str(tmp_path))
     assert source.spec().mirror == (1, 0, 2, 8, 7, 6, 5, 4, 3)
@@ -306,3 +309,34 @@ def test_cat_files(tmp_path, save, pixels, caplog):
     (tmp_path / "CAT_00" / "lone.jpg.cat").write_text("9")
     with pytest.raises(UserError, match=r"(?s)1.jpg.cat: expected '9'.*lone.jpg.cat: has no image"):
         CatFolder(str(tmp_path)).spec()
+
+
+def test_cats_in_folders_of_splits(tmp_path, save, pixels):
+    def cat(folder):
+        save(tmp_path / folder / "0.jpg", pixels(150, 350))
+        (tmp_path / folder / "0.jpg.cat").write_text(CAT_LINE)
+
+    for folder in ("train/CAT_00", "train/CAT_01", "valid"):
+        cat(folder)
+    splits = CatFolder(str(tmp_path)).load()
+    assert {split: examples.names for split, examples in splits.items()} == {
+        "train": ["train/CAT_00/0.jpg", "train/CAT_01/0.jpg"],
+        "val": ["valid/0.jpg"],
+    }
+    cat("CAT_02")
+    with pytest.raises(UserError, match="CAT_02 is no split"):
+        CatFolder(str(tmp_path)).spec()
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(UserError, match="has no train/"):
+        CatFolder(str(tmp_path)).spec()
+
+
+def test_a_table_of_points_may_call_validation_by_each_of_its_names(photographs):
+    path = write(
+        photographs, "0.png,20,10,40,10,train", "1.png,20,10,40,10,validation", header=f"{HEADER},split"
+    )
+    splits = KeypointCsv(path, size=[30, 60], crop="none").load()
+    assert {split: examples.names for split, examples in splits.items()} == {
+        "train": ["0.png"],
+        "val": ["1.png"],
+    }

@@ -112,8 +112,27 @@ def test_wrong_arguments_name_their_key(root, arguments, part):
 
 
 def test_a_folder_without_images_says_how_it_must_be(tmp_path):
+    with pytest.raises(UserError, match="has no train/ "):
+        folder(tmp_path).load()
+    (tmp_path / "train" / "masks").mkdir(parents=True)
     with pytest.raises(UserError, match="has no train/images/"):
         folder(tmp_path).load()
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_a_validation_folder_is_used_under_each_of_its_names(root, name):
+    (root / "test").rename(root / name)
+    splits = folder(root).load()
+    assert {split: len(examples) for split, examples in splits.items()} == {"train": 3, "val": 1}
+    shutil.copytree(root / name, root / "val")
+    with pytest.raises(UserError, match=f"'val' and '{name}'|'{name}' and 'val'"):
+        folder(root).load()
+
+
+def test_a_folder_of_images_beside_train_that_is_no_split_is_refused(root):
+    (root / "test").rename(root / "testing")
+    with pytest.raises(UserError, match="testing is no split"):
+        folder(root).load()
 
 
 CAMVID = "sky building pole road pavement tree sign fence car pedestrian bicyclist"

@@ -197,8 +197,77 @@ def test_wrong_arguments_name_their_key(make_folder, arguments, part):
 
 def test_a_folder_without_train_says_what_is_there(tmp_path):
     (tmp_path / "training").mkdir()
-    with pytest.raises(UserError, match=r"has no train/ \(there is training\)"):
+    with pytest.raises(UserError, match=r"has no train/ \(its folders are training\)"):
         ImageFolder(str(tmp_path)).spec()
+
+
+def test_a_folder_without_folders_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"has no train/ \(it has no folders\)"):
+        ImageFolder(str(tmp_path)).spec()
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_folder_is_used_under_each_of_its_names(make_folder, name):
+    root = make_folder("train", name, "test")
+    source = ImageFolder(str(root), size=16)
+    splits = source.load()
+    assert list(splits) == ["train", "val", "test"]
+    assert splits["val"].names[0] == f"{name}/cat/0.png"
+    data = load_data(source)
+    assert data.own_val
+    assert len(data.train) == len(data.val) == 12
+
+
+def test_two_names_of_one_split_are_refused(make_folder):
+    root = make_folder("train", "val", "valid")
+    with pytest.raises(UserError, match="'val' and 'valid'"):
+        ImageFolder(str(root)).spec()
+
+
+@pytest.mark.parametrize("name", ["Valid", "test1", "dev"])
+def test_a_folder_of_images_beside_train_that_is_no_split_is_refused(make_folder, name):
+    root = make_folder("train", name)
+    with pytest.raises(UserError, match=rf"{name} is no split, but holds {name}/cat/0\.png"):
+        ImageFolder(str(root)).load()
+
+
+def test_folders_without_images_and_those_of_trainings_may_lie_beside_train(make_folder, save, pixels):
+    root = make_folder("train")
+    (root / "annotations").mkdir()
+    (root / "annotations" / "list.txt").write_text("cat\n")
+    (root / "outputs" / "a").mkdir(parents=True)
+    (root / "outputs" / "a" / "run.json").write_text("{}")
+    save(root / "outputs" / "a" / "figures" / "curves.png", pixels(4, 4))
+    save(root / ".thumbnails" / "0.png", pixels(4, 4))
+    assert list(ImageFolder(str(root)).load()) == ["train"]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_beside_the_class_folders_are_refused(make_folder, save, pixels, split):
+    root = make_folder("train")
+    save(root / split / "x.jpg", pixels(4, 4))
+    with pytest.raises(UserError, match=rf"{split}: has 1 image\(s\) in no class folder, x\.jpg"):
+        ImageFolder(str(root)).load()
+
+
+def test_a_table_may_call_validation_by_each_of_its_names(make_folder):
+    root = make_folder("train")
+    rows = [
+        f"train/{label}/{i}.png,{label},{'valid' if i > 3 else 'train'}"
+        for label in ("cat", "dog")
+        for i in range(6)
+    ]
+    text = "path,label,split\n" + "\n".join(rows)
+    splits = ImageCsv(write_csv(root, text), size=16).load()
+    assert {split: len(examples) for split, examples in splits.items()} == {"train": 8, "val": 4}
+    with pytest.raises(UserError, match="'valid' and 'val'"):
+        ImageCsv(write_csv(root, text + "\ntrain/cat/3.png,cat,val"), size=16).load()
+
+
+@pytest.mark.parametrize("label", ["--5", "9" * 5000, "\u0663"])
+def test_labels_that_only_look_like_numbers_are_names(make_folder, label):
+    text = f"path,label\ntrain/cat/0.png,{label}\ntrain/cat/1.png,7\n"
+    assert set(ImageCsv(write_csv(make_folder("train"), text), size=16).spec().classes) == {"7", label}
 
 
 def write_csv(root, text: str, encoding: str = "utf-8") -> str:
@@ -232,6 +301,7 @@ CSV_FAULTS = {
     'path,label\n"a,b\n': "can't be read as a UTF-8 CSV",
     "path,label\ntrain/cat/0.png,1\ntrain/cat/1.png,1\n": "at least 2 are needed",
     "path,path\n1,2\n": "'path' stands there twice",
+    f"path,label\n{'a' * 5000},1\n": ":2: no file",
 }
 
 

@@ -211,3 +211,41 @@ def test_workers_read_what_is_held_in_memory(make_folder, tmp_path):
         for store in ("host", "stream")
     )  # fmt: skip
     assert held["best"] == streamed["best"]
+
+
+CATS = {"x.png": png(1), "x.cls": b"cat", "y.png": png(2), "y.cls": b"dog"}
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+@pytest.mark.parametrize("place", ["{}-000.tar", "{}.tar", "{}/000.tar"])
+def test_validation_shards_are_used_under_each_of_their_names(tmp_path, name, place):
+    for split in ("train", name):
+        (tmp_path / place.format(split)).parent.mkdir(exist_ok=True)
+        pack(tmp_path / place.format(split), CATS)
+    splits = TarShards(str(tmp_path), size=8).load()
+    assert splits["val"].names == [f"{place.format(name)}/x", f"{place.format(name)}/y"]
+    assert splits["train"].names == [f"{place.format('train')}/x", f"{place.format('train')}/y"]
+
+
+@pytest.mark.parametrize(
+    ("others", "part"),
+    [
+        (["val.tar", "valid-0.tar"], "'val' and 'valid'"),
+        (["val/0.tar", "validation/0.tar"], "'val' and 'validation'"),
+        (["valid/0.tar", "val-0.tar"], r"val in valid/ and beside it \(val-0.tar\)"),
+        (["dev-0.tar"], "dev-0.tar is of no split"),
+        (["testing/0.tar"], "testing is no split"),
+    ],
+)
+def test_shards_of_no_split_or_of_one_twice_are_refused(tmp_path, others, part):
+    for name in ("train-0.tar", *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pack(tmp_path / name, CATS)
+    with pytest.raises(UserError, match=part):
+        TarShards(str(tmp_path)).spec()
+
+
+def test_a_label_that_is_no_text_is_refused(tmp_path):
+    pack(tmp_path / "train-0.tar", {**CATS, "z.png": png(3), "z.json": b'{"label": "\\ud800"}'})
+    with pytest.raises(UserError, match="holds no label"):
+        TarShards(str(tmp_path)).spec()
