@@ -167,8 +167,3 @@ def infer_mirror(keypoints: tuple[str, ...]) -> tuple[int, ...] | None:
             raise UserError(f"data.mirror: {name!r} has no partner; add {name}: {other} or rename the point")
         pairs[name] = other
     return mirror_permutation(keypoints, pairs) if pairs else None
-
-
-def channel_tensor(values: tuple[float, ...], like: Tensor) -> Tensor:
-    """Per-channel values as (1, C, 1, 1) float32 on the device of `like`."""
-    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)

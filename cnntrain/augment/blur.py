@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cnntrain.transfer import to_device
+
 
 def gaussian_blur(images: Tensor, sigma_px: Tensor) -> Tensor:
     """Each image blurred by its own Gaussian; a sigma of 0 leaves its axis alone.
@@ -25,7 +27,7 @@ def gaussian_blur(images: Tensor, sigma_px: Tensor) -> Tensor:
         taps = torch.arange(-radius, radius + 1, dtype=torch.float64)
         reach = torch.ceil(3 * sigma)[:, None]  # each image's own radius: its neighbours' must not widen it
         weights = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-6)[:, None]) ** 2) * (taps.abs() <= reach)
-        weights = (weights / weights.sum(1, keepdim=True)).to(images.device, images.dtype, non_blocking=True)
+        weights = to_device(weights / weights.sum(1, keepdim=True), images.device, images.dtype)
         margin = [radius, radius, 0, 0] if dim == 3 else [0, 0, radius, radius]
         padded = functional.pad(images, margin, mode="reflect")
         total = torch.zeros_like(images)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cnntrain.augment.augmentation import Effect, between, checked_probability, checked_range
 from cnntrain.augment.blur import gaussian_blur
+from cnntrain.transfer import arange, to_device
 
 
 def boxes_mask(box: Tensor, height: int, width: int, device: torch.device) -> Tensor:
@@ -16,9 +17,8 @@ def boxes_mask(box: Tensor, height: int, width: int, device: torch.device) -> Te
     Args:
         box: (N, 4) on the CPU: left, top, width, height in whole pixels.
     """
-    left, top, box_width, box_height = box.to(device, torch.int64, non_blocking=True).unbind(1)
-    x = torch.arange(width, device=device)
-    y = torch.arange(height, device=device)
+    left, top, box_width, box_height = to_device(box, device, torch.int64).unbind(1)
+    x, y = arange(width, device), arange(height, device)
     columns = (x >= left[:, None]) & (x < (left + box_width)[:, None])  # (N, W)
     rows = (y >= top[:, None]) & (y < (top + box_height)[:, None])  # (N, H)
     return (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
@@ -79,7 +79,7 @@ class Blur(Effect):
         chosen = (draws[:, 0] < self.probability).nonzero()[:, 0]
         if len(chosen) == 0:
             return images, targets
-        rows = chosen.to(images.device, non_blocking=True)
+        rows = to_device(chosen, images.device)
         blurred = gaussian_blur(images.index_select(0, rows), sigma_px[chosen, None].expand(-1, 2))
         return images.index_copy_(0, rows, blurred), targets
 
@@ -102,8 +102,8 @@ class Noise(Effect):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         strength = torch.where(draws[:, 0] < self.probability, between(draws[:, 1], self.low, self.high), 0.0)
         per_channel = strength[:, None] / torch.tensor(std, dtype=torch.float64)  # (N, C)
-        per_channel = per_channel.float().to(images.device, non_blocking=True)[:, :, None, None]
-        keys = (draws[:, 2] * 2**32).long().to(images.device, non_blocking=True)
+        per_channel = to_device(per_channel, images.device, torch.float32)[:, :, None, None]
+        keys = to_device(draws[:, 2] * 2**32, images.device, torch.int64)
         noise = normal_field(keys, images[0].numel()).view(images.shape)
         return images.addcmul_(noise, per_channel), targets
 

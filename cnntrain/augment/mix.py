@@ -8,6 +8,7 @@ from torch import Tensor
 from cnntrain.augment.augmentation import Effect, checked_probability
 from cnntrain.augment.effects import boxes_mask
 from cnntrain.errors import UserError
+from cnntrain.transfer import to_device
 
 
 class Mix(Effect):
@@ -53,11 +54,11 @@ class Mix(Effect):
             high.append((centre + half).clamp(0, length))
         box = torch.stack([low[0], low[1], high[0] - low[0], high[1] - low[1]], dim=1)
         weight = torch.where(cut, 1 - box[:, 2] * box[:, 3] / (height * width), weight)
-        mix = weight.float().to(device, non_blocking=True)
+        mix = to_device(weight, device, torch.float32)
         own = mix[:, None, None, None]
         if self.cutmix_share > 0:
             kept = (~boxes_mask(box, height, width, device)).float()
-            own = torch.where(cut.to(device, non_blocking=True)[:, None, None, None], kept, own)
+            own = torch.where(to_device(cut, device)[:, None, None, None], kept, own)
         # images + (partner - images) * share keeps an unmixed image's bits.
         mixed = torch.lerp(images, images.roll(1, 0), 1 - own)
         return mixed, targets | {"label_b": targets["label"].roll(1, 0), "mix": mix}

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cnntrain.transfer import constant, to_device
+
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(N, C, H, W) on the 0-255 scale, of any type -> float32, (value / 255 - mean) / std per channel."""
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32)
-    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    scale, offset = (part.to(images.device, non_blocking=True).view(1, -1, 1, 1) for part in (scale, offset))
+    scale = constant([1 / (255 * s) for s in std], images.device).view(1, -1, 1, 1)
+    offset = constant([-m / s for m, s in zip(mean, std, strict=True)], images.device).view(1, -1, 1, 1)
     # Not in place: images that are float already may belong to the caller.
     return (images.float() * scale).add_(offset)
 
@@ -45,7 +46,7 @@ def paint(
         ],
         dim=2,
     )
-    folded = folded.float().to(images.device, non_blocking=True)
+    folded = to_device(folded, images.device, torch.float32)
     pixel, of_mean, offset = folded.split((channels, channels, 1), dim=2)
     values = images.float().reshape(count, channels, height * width)
     if uses_mean:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from cnntrain.transfer import to_device
+
 
 def is_mirrored(matrix: Tensor, height: int, width: int) -> Tensor:
     """(N,) bool: whether a matrix (N, 3, 3) turns left into right.
@@ -35,10 +37,10 @@ def move_points(
     keypoints = visible.shape[1]
     if mirror is not None and bool(mirrored.any()):
         partner = torch.where(mirrored[:, None], torch.tensor(mirror), torch.arange(keypoints))
-        partner = partner.to(device, non_blocking=True)  # (N, K)
+        partner = to_device(partner, device)  # (N, K)
         points = points.gather(1, partner[:, :, None].expand(-1, -1, 2))
         visible = visible.gather(1, partner)
-    rows = matrix.to(points.dtype).to(device, non_blocking=True)[:, None]  # (N, 1, 3, 3)
+    rows = to_device(matrix, device, points.dtype)[:, None]  # (N, 1, 3, 3)
     x, y = points[..., 0, None], points[..., 1, None]
     place = rows[..., 0] * x + rows[..., 1] * y + rows[..., 2]  # (N, K, 3)
     before = place[..., 2] > 1e-6

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cnntrain.augment.blur import gaussian_blur
+from cnntrain.transfer import arange, constant, to_device
 
 BORDERS = {"zero": "zeros", "edge": "border", "reflect": "reflection"}  # ours: torch's
 # Bilinear sampling looks at two pixels a side: beyond this many pixels per step it would skip some
@@ -39,14 +40,23 @@ class Gather:
     ) -> None:
         self._border = border
         self._output_size = output_size
-        # Where each output row and column comes from: (N, H') and (N, W').
-        rows = _places(matrix[:, 1, 1], matrix[:, 1, 2], output_size[0])
-        columns = _places(matrix[:, 0, 0], matrix[:, 0, 2], output_size[1])
+        # Along each axis, output place r shows input place sign * r + start: (N, 2) int64 as (x, y).
+        sign = matrix[:, :2, :2].diagonal(dim1=1, dim2=2).long()
+        start = (sign * matrix[:, :2, 2].long()).neg_()
+        last = constant((output_size[1] - 1, output_size[0] - 1), sign.device, torch.int64)
+        end = torch.addcmul(start, sign, last)
         # How far they reach beyond the image: known on the CPU, so that asking makes no device wait.
-        self._margin = [*_reach(columns, size[1]), *_reach(rows, size[0])]
-        left, right, top, _ = self._margin
-        rows = (rows + top).mul_(size[1] + left + right).to(device, non_blocking=True)
-        columns = (columns + left).to(device, non_blocking=True)
+        low, high = torch.minimum(start, end).amin(0).tolist(), torch.maximum(start, end).amax(0).tolist()
+        left, top = (max(0, -each) for each in low)
+        right, bottom = (max(0, high[axis] - size[1 - axis] + 1) for axis in (0, 1))
+        self._margin = [left, right, top, bottom]
+        width = left + size[1] + right
+        # Three numbers per image go to the device, which computes the indices of all pixels.
+        first = start[:, 0] + start[:, 1] * width + (left + top * width)
+        steps = to_device(torch.stack([first, sign[:, 0], sign[:, 1] * width], dim=1), device)
+        first, column_step, row_step = steps.unsqueeze(2).unbind(1)  # (N, 1) each
+        rows = torch.addcmul(first, row_step, arange(output_size[0], device))  # (N, H')
+        columns = column_step * arange(output_size[1], device)  # (N, W')
         self._index = (rows[:, :, None] + columns[:, None, :]).flatten(1)  # (N, H' * W')
 
     def images(self, images: Tensor) -> Tensor:
@@ -61,17 +71,6 @@ class Gather:
         count, channels = padded.shape[:2]
         index = self._index[:, None, :].expand(-1, channels, -1)
         return padded.reshape(count, channels, -1).gather(2, index).view(count, channels, *self._output_size)
-
-
-def _places(sign: Tensor, offset: Tensor, length: int) -> Tensor:
-    """(N, length) int64: the input places of output 0, 1, ... under out = sign * in + offset, each (N,)."""
-    return (sign[:, None] * (torch.arange(length, dtype=torch.float64) - offset[:, None])).long()
-
-
-def _reach(places: Tensor, length: int) -> tuple[int, int]:
-    """How many pixels `places` go beyond either end of an image of `length` pixels."""
-    low, high = places.aminmax()
-    return max(0, -int(low)), max(0, int(high) - length + 1)
 
 
 def pad(images: Tensor, margin: list[int], border: str) -> Tensor:
@@ -137,9 +136,8 @@ def sampling_grid(
     )
     scaled = to_unit @ inverse
     projective = bool((scaled[:, 2, :2] != 0).any())
-    rows = scaled.float().to(device, non_blocking=True)
-    x = torch.arange(output_size[1], device=device, dtype=torch.float32)
-    y = torch.arange(output_size[0], device=device, dtype=torch.float32)
+    rows = to_device(scaled, device, torch.float32)
+    y, x = (arange(length, device, torch.float32) for length in output_size)
     along_x = rows[:, :, 0, None] * x  # (N, 3, W')
     along_y = rows[:, :, 1, None] * y + rows[:, :, 2, None]  # (N, 3, H')
     grid = torch.empty(len(inverse), *output_size, 2, device=device)
@@ -169,5 +167,5 @@ def prefilter(images: Tensor, step: Tensor) -> Tensor:
         return images
     step = step[shrunk]
     sigma_px = torch.where(step > _LARGEST_STEP_PX, 0.5 * (step**2 - 1).clamp(min=0).sqrt(), 0.0)
-    rows = shrunk.to(images.device, non_blocking=True)
+    rows = to_device(shrunk, images.device)
     return images.index_copy(0, rows, gaussian_blur(images.index_select(0, rows), sigma_px))

@@ -14,6 +14,7 @@ from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.share import WHOLE, Share
 from cnntrain.data.stream import Transform, WorkerPool
 from cnntrain.spec import Batch
+from cnntrain.transfer import to_device
 
 Store = Literal["auto", "device", "host", "disk", "stream"]
 SHARE_OF_DEVICE = 0.4  # of the free device memory that images may take
@@ -109,7 +110,7 @@ class ResidentLoader(Loader):
         self, order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
     ) -> Iterator[Batch]:
         assert transform is None, "images in memory are transformed batch by batch"
-        order_there = order.to(self.device)  # once: the step itself never waits for the host
+        order_there = to_device(order, self.device)  # once a pass
         for chunk in chunks:
             rows, rows_there = order[chunk], order_there[chunk]
             images = _pick(self.images, rows, rows_there)
@@ -141,6 +142,7 @@ class StreamLoader(Loader):
     def _batches(
         self, order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
     ) -> Iterator[Batch]:
+        order_there = to_device(order, self.device)  # once a pass
         requests = [(order[chunk].tolist(), positions[chunk].tolist(), transform) for chunk in chunks]
         for chunk, got in zip(chunks, self.pool.run(requests), strict=True):
             rows = order[chunk]
@@ -148,8 +150,7 @@ class StreamLoader(Loader):
             matrices = got.pop("to_canvas", None)
             if self.to_canvas is not None:
                 matrices = self.to_canvas[rows]
-            rows_there = rows.to(self.device)
-            targets = {name: _pick(target, rows, rows_there) for name, target in self.targets.items()}
+            targets = {name: _pick(target, rows, order_there[chunk]) for name, target in self.targets.items()}
             targets |= {name: target.to(self.device, non_blocking=True) for name, target in got.items()}
             yield Batch(images, targets, rows, positions[chunk], matrices)
 

@@ -23,8 +23,13 @@ class MovingAverage:
         averages: list[Tensor] = list(self.model.parameters())
         weights: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+            copies, buffers = by_dtype.setdefault(mine.dtype, ([], []))
+            copies.append(mine)
+            buffers.append(theirs)
+        for copies, buffers in by_dtype.values():  # one kernel for tensors of one type on CUDA
+            torch._foreach_copy_(copies, buffers)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.model.state_dict()

@@ -7,15 +7,17 @@ A map of h x w cells covers the canvas corner to corner, as everywhere at pixel 
 import torch
 from torch import Tensor
 
+from cnntrain.transfer import constant
+
 
 def to_cells(points: Tensor, canvas: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """Canvas pixels -> cells, (..., 2) as (x, y); `canvas` and `cells` are (height, width)."""
-    return points * points.new_tensor(_ratio(canvas, cells))
+    return points * constant(_ratio(canvas, cells), points.device, points.dtype)
 
 
 def to_pixels(points: Tensor, canvas: tuple[int, int], cells: tuple[int, int]) -> Tensor:
     """Cells -> canvas pixels, (..., 2) as (x, y)."""
-    return points / points.new_tensor(_ratio(canvas, cells))
+    return points / constant(_ratio(canvas, cells), points.device, points.dtype)
 
 
 def _ratio(canvas: tuple[int, int], cells: tuple[int, int]) -> list[float]:

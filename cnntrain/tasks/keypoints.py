@@ -18,6 +18,7 @@ from cnntrain.tasks.meter import Meter, ratio, wide_dtype
 from cnntrain.tasks.regression import make_distance
 from cnntrain.tasks.source_pixels import unmap_points
 from cnntrain.tasks.task import Targets, Task
+from cnntrain.transfer import constant
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +87,8 @@ class Keypoints(Task):
 
     def _frame(self, like: Tensor) -> tuple[Tensor, float]:
         height, width = self.spec.image_size
-        return like.new_tensor([(width - 1) / 2, (height - 1) / 2]), max(height - 1, width - 1, 1) / 2
+        centre = constant(((width - 1) / 2, (height - 1) / 2), like.device, like.dtype)
+        return centre, max(height - 1, width - 1, 1) / 2
 
     def points(self, outputs: Tensor) -> Tensor:
         """The answer in canvas pixels: (N, K, 2) float32 as (x, y)."""

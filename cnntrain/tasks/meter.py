@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from cnntrain.transfer import to_device
+
 LEAST_ROOM = 4096  # rows
 
 
@@ -139,7 +141,7 @@ class Worst:
     def update(self, scores: Tensor, index: Tensor) -> None:
         """Add a batch: scores (N,), see `Task.mistake_score`; index (N,) int64, the rows in their split."""
         scores = scores.detach().float()
-        index = index.to(scores.device, non_blocking=True)
+        index = to_device(index, scores.device)
         if self._scores is not None and self._rows is not None:
             scores, index = scores.to(self._scores.device), index.to(self._rows.device)
             scores, index = torch.cat([self._scores, scores]), torch.cat([self._rows, index])

@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from cnntrain.transfer import to_device
+
 
 def unmap_points(points: Tensor, to_canvas: Tensor) -> Tensor:
     """Points (N, K, 2) on the canvas -> (N, K, 2) in the source, by the inverse of `to_canvas` (N, 3, 3)."""
-    matrix = to_canvas.to(device=points.device, dtype=points.dtype, non_blocking=True)
+    matrix = to_device(to_canvas, points.device, points.dtype)
     inverse = inverse_3x3(matrix)
     moved = points @ inverse[:, :2, :2].mT + inverse[:, None, :2, 2]
     weight = points @ inverse[:, 2:, :2].mT + inverse[:, None, 2:, 2]  # 1 unless it is a perspective
