@@ -16,7 +16,9 @@ from typing import Any
 from cnntrain.assembly import Assembly
 from cnntrain.data.load import Data
 from cnntrain.engine import checkpoint
-from cnntrain.engine.state import TrainState
+from cnntrain.engine.device import choose_compute, count_cores
+from cnntrain.engine.ranks import Ranks
+from cnntrain.engine.state import Progress, TrainState
 from cnntrain.errors import UserError
 from cnntrain.saved import differences, is_finished, load_weights, misfits, saved_spec
 from cnntrain.settings import Settings
@@ -46,13 +48,20 @@ GROUP_KEYS = (
 SHOWN_DIFFERENCES = 4
 
 
-def keep_choices(settings: Settings, saved: Mapping[str, Any]) -> Settings:
-    """The settings with what `auto` and null meant when the checkpoint was written: precision, threads, batch, rate."""
+def keep_choices(settings: Settings, saved: Mapping[str, Any], ranks: Ranks) -> Settings:
+    """The settings with what `auto` and null meant when the checkpoint was written: precision, threads, batch, rate.
+
+    Precision and threads suit a machine: they are kept on the same type of device with the same number of processes,
+    and threads only where there are as many cores.
+    """
     resolved = saved.get("resolved", {})
-    if settings.precision == "auto" and "precision" in resolved:
-        settings = dataclasses.replace(settings, precision=resolved["precision"])
-    if settings.threads is None and "threads" in resolved:
-        settings = dataclasses.replace(settings, threads=resolved["threads"])
+    device = choose_compute(settings.device, "fp32", settings.channels_last, ranks).device.type
+    if (resolved.get("device"), resolved.get("processes")) == (device, ranks.count):
+        if settings.precision == "auto" and resolved.get("precision") in ("fp32", "bf16", "fp16"):
+            settings = dataclasses.replace(settings, precision=resolved["precision"])
+        threads = resolved.get("threads")
+        if settings.threads is None and threads in range(1, 1 + count_cores() // ranks.local_count):
+            settings = dataclasses.replace(settings, threads=threads)
     if settings.batch_size == "auto":
         settings = dataclasses.replace(settings, batch_size=saved["config"]["batch_size"])
     if settings.optimizer.get("lr") == "auto" and "lr" in saved["config"]["optimizer"]:
@@ -61,8 +70,12 @@ def keep_choices(settings: Settings, saved: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def resume(state: TrainState, saved: Mapping[str, Any], source: Path, assembly: Assembly, data: Data) -> None:
+def resume(
+    state: TrainState, saved: Mapping[str, Any], source: Path, assembly: Assembly, data: Data
+) -> Path | None:
     """Put `state` where the checkpoint `source`, whose content is `saved`, left it.
+
+    Returns the checkpoint of the best epoch so far; None where there is none, or it is lost.
 
     Raises:
         UserError: the checkpoint is of another training, which is described beside this one.
@@ -114,17 +127,33 @@ def resume(state: TrainState, saved: Mapping[str, Any], source: Path, assembly: 
         raise UserError(
             f"resume: the state in {source} does not fit ({type(error).__name__}: {error})"
         ) from error
-    if state.progress.best and not _is_best(source.with_name("best.pt"), state.progress.best):
+    best = _best_checkpoint(source, state.progress)
+    if state.progress.best and best is None:
         log.warning("resume: the best epoch's weights are no longer beside %s; it is looked for anew", source)
         state.progress.best = {}
-    state.progress.finished = is_finished(saved, assembly.settings)  # this call may ask for more
+    # This call may ask for more. What `steps` ended within an epoch is judged once more, for its row in metrics.csv.
+    state.progress.finished = is_finished(saved, assembly.settings) and not state.progress.batch
     at = f"epoch {state.progress.epoch + 1}, step {state.progress.step}"
     log.info("resume: state from %s (%s), settings from the command line", source, at)
+    then = saved.get("resolved", {}).get("precision")
+    if then not in (None, assembly.compute.precision) and "precision" not in (key for key, *_ in changed):
+        changed.append(("precision", then, assembly.compute.precision))  # `auto` came to something else here
     for key, then, now in changed:
         if rule(key) == "new" and not (then == "auto" and now == saved.get("resolved", {}).get(key)):
             log.warning(
                 "resume: %s was %s, is now %s, which holds from here on", key, _short(then), _short(now)
             )
+    return best
+
+
+def _best_checkpoint(source: Path, progress: Progress) -> Path | None:
+    """Where the best epoch's weights are: in the best.pt beside `source`, or in `source`, which is written first."""
+    beside = source.with_name("best.pt")
+    if not progress.best:
+        return None
+    if _is_best(beside, progress.best):
+        return beside
+    return source if progress.best.get("step") == progress.step else None
 
 
 def _is_best(path: Path, best: Mapping[str, float]) -> bool:
@@ -135,11 +164,10 @@ def _is_best(path: Path, best: Mapping[str, float]) -> bool:
         return False
 
 
-def bring_best(source: Path, target: Path, state: TrainState) -> None:
-    """Copy the best checkpoint beside `source` to where a run that goes on in another folder will look for it."""
-    beside = source.with_name("best.pt")
-    if state.progress.best and beside.resolve() != target.resolve():
-        checkpoint.save(checkpoint.load(beside), target)
+def bring_best(best: Path, target: Path) -> None:
+    """Copy the best checkpoint to where the run will look for it."""
+    if best.resolve() != target.resolve():
+        checkpoint.save(checkpoint.load(best), target)
 
 
 def rule(key: str) -> str:

@@ -50,8 +50,9 @@ def checkpoint_facts(assembly: Assembly, data: Data) -> dict[str, Any]:
     """What a checkpoint says beside its state: enough to evaluate it elsewhere."""
     return {
         "config": dataclasses.asdict(assembly.settings),
-        # What `auto` and null came to; a resumed run takes these.
+        # What `auto` and null came to; a run that is resumed on such a machine takes these.
         "resolved": {
+            "device": assembly.compute.device.type,
             "precision": assembly.compute.precision,
             "threads": torch.get_num_threads(),
             "processes": assembly.compute.ranks.count,

@@ -20,13 +20,12 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.store import Loader
 from cnntrain.engine.device import Compute
 from cnntrain.engine.divergence import Finiteness
-from cnntrain.engine.loop import train_epoch
+from cnntrain.engine.loop import Silent, train_epoch
 from cnntrain.engine.plan import Plan
 from cnntrain.engine.schedule import Schedule
 from cnntrain.engine.signals import StopFlag
 from cnntrain.engine.state import TrainState
 from cnntrain.errors import DivergedError, UserError
-from cnntrain.spec import Batch
 from cnntrain.tasks.task import Task
 
 log = logging.getLogger("cnntrain")
@@ -147,7 +146,7 @@ class _Enough(Exception):
     """The test has seen what it needs."""
 
 
-class _Readings:
+class _Readings(Silent):
     """A journal that keeps the loss of every step, and ends the test at divergence or when time is over."""
 
     def __init__(self, ends_at: float) -> None:
@@ -162,9 +161,6 @@ class _Readings:
         if time.monotonic() > self.ends_at:
             self.test = replace(self.test, complete=False)
             raise _Enough
-
-    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
-    def batch_seen(self, step: int, batch: Batch) -> None: ...
 
 
 def range_test(

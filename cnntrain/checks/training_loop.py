@@ -33,12 +33,6 @@ class _Falling(Schedule):
         return 1 / (step + 1)
 
 
-class _NoJournal:
-    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
-    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
-    def batch_seen(self, step: int, batch: Batch) -> None: ...
-
-
 def loop_agrees(bench: Bench) -> Finding:
     """The loop that trains ends with the weights of a slow one written out here, and evaluates as it does.
 
@@ -157,8 +151,8 @@ def _by_loop(bench: Bench, model: nn.Module, accumulate: int, rate: float) -> No
     state = TrainState(model, optimizer, _Falling(total_steps=STEPS, steps_per_epoch=STEPS))
     compute = dataclasses.replace(bench.compute, precision="fp32")
     loop.fit(
-        state, bench.loaders["train"], None, bench.pipeline, bench.task, compute, plan, _NoJournal(),
-        lambda name: None, bench.stop,
+        state, bench.loaders["train"], None, bench.pipeline, bench.task, compute, plan, loop.Silent(),
+        lambda *names: None, bench.stop,
     )  # fmt: skip
 
 

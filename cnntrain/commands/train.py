@@ -162,7 +162,10 @@ def _train(
         )
     if settings.check.first and saved is None and ranks.leads:
         _check_first(settings, command_line)
-    assembly = assemble(keep_choices(settings, saved) if saved else settings, ranks=ranks)
+    assembly = assemble(keep_choices(settings, saved, ranks) if saved else settings, ranks=ranks)
+    # The checkpoint's config says what was asked for, and beside it what `auto` came to.
+    asked = {"precision": settings.precision, "threads": settings.threads}
+    assembly.settings = dataclasses.replace(assembly.settings, **asked)
     data = assembly.load()
     if not test:
         data.test = None
@@ -172,8 +175,9 @@ def _train(
     )
     for finding in notice(assembly, data, plan, command_line):
         log.warning("config: %s: %s; %s", finding.evidence, finding.cause, finding.remedy)
+    best = None
     if saved and source:
-        resume(state, saved, source, assembly, data)
+        best = resume(state, saved, source, assembly, data)
         state.progress.best = ranks.tell(state.progress.best)  # not all may see the best checkpoint
         if not state.progress.best and not state.progress.batch and state.progress.step >= plan.total_steps:
             raise UserError(
@@ -192,8 +196,8 @@ def _train(
             raise UserError(
                 f"run_dir: {run.path} got a run of another process meanwhile; choose another folder"
             )
-        if source:
-            bring_best(source, run.best, state)
+        if best:
+            bring_best(best, run.best)
         (run.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
         run.write_json("run.json", provenance(command_line))
         results = train_to_the_end(run, assembly, data, plan, state, stop, watch)

@@ -119,6 +119,11 @@ def _fast_precision(device: torch.device) -> str:
     return "fp32"
 
 
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE) -> None:
     """Process-wide settings: CPU threads (the cores are divided between processes), determinism, TF32 where fp32 is
     chosen, freed memory kept for the next step, and no subnormal numbers on the CPU.
@@ -136,8 +141,7 @@ def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE
     if deterministic:  # cuBLAS wants it before the first kernel (CUDA's documentation, cuBLAS, 2.1.4)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if threads is None and ranks.count > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max(1, cores // ranks.local_count)
+        threads = max(1, count_cores() // ranks.local_count)
     if threads is not None:
         torch.set_num_threads(threads)
     if (

@@ -10,7 +10,7 @@ from cnntrain.engine.state import TrainState
 
 
 class Keeper:
-    """Writes checkpoints by name, `keeper("last")` or `keeper("best")`, while the training goes on.
+    """Writes checkpoints by name, `keeper("last")` or `keeper("last", "best")`, while the training goes on.
 
     What is written is the state of the call's instant. Files come to the disk one after the other, in the order of the
     calls, one at a time; all of them by the end of the `with` block.
@@ -41,17 +41,17 @@ class Keeper:
         finally:
             self._writer.shutdown()
 
-    def __call__(self, name: str) -> None:
+    def __call__(self, *names: str) -> None:
         if not self.writes:
-            if name == "last":
+            if "last" in names:
                 self._last_good = self._place()
             return
         packed = checkpoint.pack({"state": self.state.state_dict(), **self.facts})
         self.flush()
-        names = [name]
-        if name == "last" and self.keep and not self.state.progress.batch:  # an epoch has ended
-            names.append(f"epoch-{self.state.progress.epoch:05}")
-        self._under_way = self._writer.submit(self._write, packed, names, self._place())
+        numbered = []
+        if "last" in names and self.keep and not self.state.progress.batch:  # an epoch has ended
+            numbered = [f"epoch-{self.state.progress.epoch:05}"]
+        self._under_way = self._writer.submit(self._write, packed, [*names, *numbered], self._place())
 
     def flush(self) -> None:
         """Wait until all is on the disk."""
@@ -68,9 +68,9 @@ class Keeper:
     def _write(self, packed: memoryview, names: list[str], place: str) -> None:
         for name in names:
             checkpoint.write(packed, self.run.checkpoints / f"{name}.pt")
-        if names[0] == "last":
-            self._last_good = place
-        if len(names) > 1:
+            if name == "last":
+                self._last_good = place
+        if names[-1].startswith("epoch-"):
             checkpoint.keep_newest(self.run.checkpoints, self.keep)
 
     def _place(self) -> str:

@@ -32,6 +32,7 @@ class Journal(Protocol):
 
     def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
     def epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
+    def saved(self, row: dict[str, float]) -> None: ...
     def batch_seen(self, step: int, batch: Batch) -> None: ...
 
 
@@ -40,6 +41,7 @@ class Silent:
 
     def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
     def epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
+    def saved(self, row: dict[str, float]) -> None: ...
     def batch_seen(self, step: int, batch: Batch) -> None: ...
 
 
@@ -52,12 +54,16 @@ def fit(
     compute: Compute,
     plan: Plan,
     journal: Journal,
-    save: Callable[[str], None],
+    save: Callable[..., None],
     stop: StopFlag,
 ) -> None:
     """Train from where `state` stands to the end of the plan.
 
-    `save("last")` and `save("best")` write checkpoints; never after a loss that is not finite.
+    `save("last")` and `save("last", "best")` write checkpoints; never after a loss that is not finite. An epoch is
+    logged before it is saved: a kill between the two leaves a row that the resumed run writes again, never a gap.
+
+    Where `plan.total_steps` ends the training within an epoch, that part is validated and logged as an epoch is, and
+    the state keeps its position: a longer training goes on from there.
 
     Raises:
         DivergedError: a loss or a gradient is no longer finite.
@@ -111,19 +117,21 @@ def fit(
         row |= {f"val/{name}": value for name, value in val_metrics.items()}
         row["lr"] = state.optimizer.param_groups[0]["lr"]
         row["images_per_s"] = (progress.images - images_before) / train_seconds
-        state.schedule.observe(row.get("val/loss", row["train/loss"]))
         improved = is_better(row, progress.best, task.monitor)
-        progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
         if improved:
             progress.best = row
-        progress.epoch, progress.batch, state.meter = progress.epoch + 1, 0, {}
+        if progress.batch < plan.batches_per_epoch:  # `steps` ended the training within this epoch
+            state.meter = pack_states(states_of(meter, ranks))
+        else:
+            state.schedule.observe(row.get("val/loss", row["train/loss"]))
+            progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
+            progress.epoch, progress.batch, state.meter = progress.epoch + 1, 0, {}
         patience_over = plan.early_stopping is not None and progress.epochs_since_best >= plan.early_stopping
         progress.finished = progress.step >= plan.total_steps or patience_over
         progress.wall_s = seconds_before + time.perf_counter() - started
-        if improved:
-            save("best")
-        save("last")
         journal.epoch(progress.step, row, improved)
+        save("last", *(["best"] if improved else []))
+        journal.saved(row)
 
 
 def train_epoch(

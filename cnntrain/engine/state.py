@@ -22,7 +22,7 @@ class Progress:
     """Where a training stands.
 
     Attributes:
-        epoch: the epoch under way, from 0; `batch`: how many of its batches have been seen.
+        epoch: the epoch under way, from 0, which is how many are over; `batch`: how many of its batches have been seen.
         step: optimizer steps done.
         images: training images seen in all.
         wall_s: seconds spent, over all sittings.
@@ -72,7 +72,9 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take weights, moments and position from `state`; learning rate and the like stay as configured.
+        """Take weights, moments and position from `state`; the optimizer's settings stay as configured.
+
+        Learning rate and momentum are those of the last step until the next one: the schedule sets them at each step.
 
         Raises:
             ValueError, TypeError, LookupError, AttributeError, RuntimeError: the state is not one of such a training.
@@ -90,8 +92,14 @@ class TrainState:
             and _keeps_moments(self.optimizer)
         ):
             raise TypeError("the optimizer's moments are missing")
+        moves_momentum = self.schedule.momentum(0) is not None
         for group, own in zip(self.optimizer.param_groups, configured, strict=True):
-            group.update({**own, "lr": group["lr"]})  # settings stay as configured; `lr` is the last step's
+            of_last_step: dict[str, Any] = {"lr": float(group["lr"])}
+            if moves_momentum and own.get("momentum"):
+                of_last_step["momentum"] = float(group["momentum"])
+            elif moves_momentum and "betas" in own:
+                of_last_step["betas"] = (float(group["betas"][0]), own["betas"][1])
+            group.update({**own, **of_last_step})
         if (
             state["schedule"].keys() == self.schedule.state().keys()
         ):  # else another schedule, which begins afresh

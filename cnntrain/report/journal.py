@@ -43,7 +43,7 @@ class RunJournal:
         total_steps, epochs: of the whole training, for the bar.
         done_steps, done_epochs: where a resumed training stands.
         tensorboard, pictures: whether to write events, and to draw.
-        watch: shown every epoch's row once all is written; what it raises ends the training.
+        watch: shown every epoch's row once it is saved; what it raises ends the training.
         rate_at: the learning rate of a step, counted from 0, for the picture of the curves.
     """
 
@@ -133,6 +133,8 @@ class RunJournal:
         if self.events:
             tags = {name: value for name, value in row.items() if name not in ("epoch", "step")}
             self.events.scalars(tags, step)
+
+    def saved(self, row: dict[str, float]) -> None:
         if self.watch:
             self.watch(row)
 

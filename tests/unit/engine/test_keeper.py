@@ -61,8 +61,7 @@ def test_all_are_there_at_the_end_and_the_newest_are_kept(
     with Keeper(run, state, {}, keep=2) as save:
         for epoch in (1, 2, 3):
             state.progress.epoch = epoch
-            save("best")
-            save("last")
+            save("last", "best")
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [
         "best.pt", "epoch-00002.pt", "epoch-00003.pt", "last.pt",
     ]  # fmt: skip

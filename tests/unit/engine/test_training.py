@@ -13,9 +13,14 @@ import torch
 
 from cnntrain import compose, train
 from cnntrain.engine import checkpoint, loop
+from cnntrain.engine.keeper import Keeper
+from cnntrain.engine.run_folder import RunFolder
 from cnntrain.errors import DivergedError, MachineError, StoppedError, UserError
 from cnntrain.randomness import seed_generators
 from cnntrain.report import figures, journal
+from cnntrain.report.journal import RunJournal
+from cnntrain.report.metrics import MetricsFile
+from tests.runs import assert_same_run, metrics
 
 SMALL = (
     "data.limit=300", "epochs=3", "batch_size=32", "log.pictures=false", "log.tensorboard=false", "threads=1",
@@ -117,6 +122,118 @@ def test_stopped_after_its_last_step_a_run_still_judges_that_epoch(
     train(compose(*SMALL, *length, "run_dir=broken", "resume=auto"))
     assert_same(weights("whole"), weights("broken"))
     assert rows("whole") == rows("broken") and rows("broken").count("\n") == 3
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is written after it, whatever the program does on its way out."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Kill the training once, at the `call`-th call of `owner.name`."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def killing(*arguments: Any) -> Any:
+        if next(calls) != call:
+            return original(*arguments)
+        monkeypatch.setattr(owner, name, original)
+        write = checkpoint.write
+        monkeypatch.setattr(checkpoint, "write", lambda *_: None)
+        monkeypatch.setattr(MetricsFile, "append", lambda *_: None)
+        restore.append(lambda: monkeypatch.setattr(checkpoint, "write", write))
+        raise Killed
+
+    restore: list[Callable[[], None]] = []
+    append = MetricsFile.append
+    monkeypatch.setattr(owner, name, killing)
+    with pytest.raises((Killed, MachineError)):
+        train(compose(*KILLED, "run_dir=broken"))
+    assert restore, "it was never called"
+    restore[0]()
+    monkeypatch.setattr(MetricsFile, "append", append)
+
+
+KILLED = (
+    *SMALL,
+    "model=mlp",
+    "model.values.width=8",
+    "steps=22",
+    "checkpoint.every_steps=1",
+)  # of 9 an epoch
+# The checkpoints of steps 1 to 8 come first, then last.pt and best.pt of epoch 1, and so on.
+INSTANTS = {
+    "before the row": (MetricsFile, "append", 2),
+    "between row and checkpoint": (Keeper, "__call__", 9),
+    "between last.pt and best.pt": (checkpoint, "write", 10),
+    "after the checkpoint": (RunJournal, "saved", 2),
+    "between the last step's checkpoint and its row": (MetricsFile, "append", 3),
+    "before the results": (RunFolder, "write_json", 2),
+}
+
+
+@pytest.mark.parametrize("instant", INSTANTS)
+def test_a_killed_run_ends_as_if_unbroken(instant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(compose(*KILLED, "run_dir=whole"))
+    kill_at(monkeypatch, *INSTANTS[instant])
+    train(compose(*KILLED, "run_dir=broken", "resume=auto"))
+    assert_same_run("whole", "broken")
+
+
+@pytest.mark.parametrize("extra", [("accumulate=2",), ("optimizer=sgd", "schedule=plateau", "ema_decay=0.9")])
+def test_a_run_that_steps_ended_within_an_epoch_goes_on_from_there(extra: tuple[str, ...]) -> None:
+    common = (*SMALL, "schedule=constant", "augment=mixup", *extra)
+    train(compose(*common, "steps=20", "run_dir=whole"))
+    first = train(compose(*common, "steps=7", "run_dir=parts"))
+    progress = checkpoint.load(Path("parts/checkpoints/last.pt"))["state"]["progress"]
+    epoch, batch = (1, 4) if "accumulate=2" in extra else (0, 7)  # five steps an epoch, or nine
+    assert (progress["epoch"], progress["batch"], progress["finished"]) == (epoch, batch, True)
+    assert first["epochs"] == epoch and len(metrics(Path("parts"))) == 1 + epoch + 1
+    assert train(compose(*common, "steps=7", "run_dir=parts", "resume=auto")) == first
+    train(compose(*common, "steps=20", "run_dir=parts", "resume=auto"))
+    assert_same(weights("whole"), weights("parts"))
+    assert rows("whole") == rows("parts")
+
+
+def test_a_run_that_steps_ended_within_an_epoch_is_lengthened_to_that_epochs_end() -> None:
+    common = (*SMALL, "model=mlp", "schedule=constant")
+    train(compose(*common, "epochs=2", "run_dir=whole"))
+    train(compose(*common, "steps=12", "run_dir=parts"))
+    assert train(compose(*common, "epochs=2", "run_dir=parts", "resume=auto"))["epochs"] == 2
+    assert_same(weights("whole"), weights("parts"))
+    assert rows("whole") == rows("parts")
+
+
+@pytest.mark.parametrize(("optimizer", "key"), [("adamw", "betas"), ("sgd", "momentum")])
+def test_momentum_is_restored_where_the_schedule_moves_it_and_configured_elsewhere(
+    optimizer: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = (*SMALL, "model=mlp", "epochs=2", f"optimizer={optimizer}")
+    train(compose(*common, "run_dir=whole"))
+    stop_at_end(monkeypatch, 18)
+    with pytest.raises(StoppedError):
+        train(compose(*common, "run_dir=broken"))
+    train(compose(*common, "run_dir=broken", "resume=auto"))
+    one, other = (groups(run)[0] for run in ("whole", "broken"))
+    assert one == other and one[key] not in (0.9, (0.9, 0.999))
+    train(compose(*common, "schedule=constant", "epochs=3", "run_dir=broken", "resume=auto"))
+    assert groups("broken")[0][key] in (0.9, (0.9, 0.999))
+
+
+def groups(run: str) -> list[dict[str, Any]]:
+    return checkpoint.load(Path(run) / "checkpoints/last.pt")["state"]["optimizer"]["param_groups"]
+
+
+def stop_at_end(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Stop the training once, after `step`, before the epoch that it ends is validated."""
+    original = loop.align
+
+    def stopping(*arguments: Any) -> None:
+        monkeypatch.setattr(loop, "align", original)
+        if progress["step"] == step:
+            raise StoppedError(15, "stopped")
+
+    progress = {"step": step}
+    calls = itertools.count(1)
+    monkeypatch.setattr(loop, "align", lambda *a: stopping(*a) if next(calls) == step // 9 else original(*a))
 
 
 def spoil(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -274,15 +391,22 @@ def test_a_run_that_was_rewound_has_no_best_epoch_of_its_other_future(
 ) -> None:
     asked = (*SMALL, "model=mlp", "epochs=4", "checkpoint.keep=9")
     train(compose(*asked, "optimizer.lr=0.01", "run_dir=run"))
-    state = checkpoint.load(Path("run/checkpoints/best.pt"))["state"]
+    state, first = checkpoint.load(Path("run/checkpoints/best.pt"))["state"], "run/checkpoints/epoch-00001.pt"
     assert state["progress"]["epoch"] > 1
-    found = train(compose(*asked, "optimizer.lr=0", "resume=run/checkpoints/epoch-00001.pt", "run_dir=other"))
-    assert "looked for anew" in capsys.readouterr().err
+    found = train(compose(*asked, "optimizer.lr=0", f"resume={first}", "run_dir=other"))
     best = checkpoint.load(Path("other/checkpoints/best.pt"))["state"]["progress"]["best"]
+    assert (
+        found["best"]["epoch"] == best["epoch"] == 1
+    )  # the checkpoint that it went on from is the best itself
+    capsys.readouterr()
+    spoil(Path(first), lambda state: state["progress"]["best"].update(step=1.0))
+    found = train(compose(*asked, "optimizer.lr=0", f"resume={first}", "run_dir=third"))
+    assert "looked for anew" in capsys.readouterr().err
+    best = checkpoint.load(Path("third/checkpoints/best.pt"))["state"]["progress"]["best"]
     assert found["best"]["epoch"] == best["epoch"] == 2
     with pytest.raises(UserError, match="nothing is left to train"):
-        train(compose(*asked, "epochs=1", "resume=run/checkpoints/epoch-00001.pt", "run_dir=third"))
-    assert not Path("third").exists()
+        train(compose(*asked, "epochs=1", f"resume={first}", "run_dir=fourth"))
+    assert not Path("fourth").exists()
 
 
 @pytest.mark.parametrize(("direction", "chosen"), [("max", 0.9), ("min", 0.2)])
@@ -311,3 +435,39 @@ def test_seeding_draws_what_torch_draws_and_remembers_nothing() -> None:
         seed_generators(77)
     assert torch.equal(torch.rand(5), expected)
     assert len(torch.cuda._queued_calls) == remembered
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what a checkpoint says beside its state."""
+    content = checkpoint.load(path)
+    change(content)
+    checkpoint.save(content, path)
+
+
+@pytest.mark.parametrize(
+    ("of_another_machine", "kept"),
+    [
+        ({"device": "cuda", "precision": "fp16", "threads": 1}, False),
+        ({"device": "cpu", "precision": "bf16", "threads": 1024}, True),
+        ({"device": "cpu", "processes": 4, "precision": "bf16", "threads": 1}, False),
+        ({"device": "cpu", "precision": ["fp16"], "threads": "many"}, False),
+    ],
+    ids=["a GPU's", "more cores", "more processes", "nonsense"],
+)
+def test_choices_of_another_machine_are_made_anew(
+    of_another_machine: dict[str, Any], kept: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = (*SMALL, "model=mlp", "threads=null", "run_dir=run")
+    threads = torch.get_num_threads()
+    train(compose(*common, "epochs=1", "device=cpu"))
+    last = Path("run/checkpoints/last.pt")
+    here = checkpoint.load(last)["resolved"]
+    rewrite(last, lambda saved: saved["resolved"].update(of_another_machine))
+    capsys.readouterr()
+    train(compose(*common, "epochs=2", "resume=auto", "device=cpu"))
+    assert torch.get_num_threads() == threads
+    after = checkpoint.load(last)
+    assert after["config"]["precision"] == "auto" and after["config"]["threads"] is None
+    assert after["resolved"] == {**here, **({"precision": "bf16"} if kept else {})}
+    changed = not kept and of_another_machine["precision"] != here["precision"]
+    assert ("resume: precision was" in capsys.readouterr().err) == changed
