@@ -26,7 +26,7 @@ from cnntrain.cli import Invocation
 from cnntrain.commands.evaluate import config_of, load_judged, read_own
 from cnntrain.data import resident
 from cnntrain.data.boxes import frame, read_boxes
-from cnntrain.data.decode import BadFile, Decoder, refuse, upright_size
+from cnntrain.data.decode import BadFile, Decoder, image_endings, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import make_decoder
 from cnntrain.data.listing import files_below
@@ -153,12 +153,9 @@ def find_images(path: Path) -> tuple[list[str], list[str]]:
         return [str(path)], [path.name]
     if not path.is_dir():
         raise UserError(f"images: {path} does not exist; give an image, or a folder of images")
-    from PIL import Image
-
     bad: list[BadFile] = []
     found = files_below(path, bad)
-    formats = Image.registered_extensions()
-    known = {ending for ending, name in formats.items() if name in Image.OPEN}  # not what Pillow only writes
+    known = image_endings()
     paths = [file for file in found if Path(file).suffix.lower() in known]
     refuse(bad, len(found) + len(bad), path)
     if not paths:

@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,24 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LARGEST_PIXELS = 100_000_000  # a few kilobytes of PNG can unpack to terabytes: refused from the header
+# Formats that are opened, all decoded inside this process. Pillow knows more: EPS starts Ghostscript, WMF and others
+# call what a program has registered, IPTC opens whatever lies inside, and decoders of rare formats are little tried.
+FORMATS = (
+    "JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "QOI", "TGA", "PCX", "ICO",
+)  # fmt: skip
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+HEIF_ENDINGS = {".heic", ".heif"}
+# How formats begin that are refused: to name them, and what to do.
+REFUSED_FORMATS = (
+    (b"%!PS", "EPS or PostScript"), (b"\xc5\xd0\xd3\xc6", "EPS"), (b"%PDF", "PDF"), (b"8BPS", "Photoshop"),
+    (b"<svg", "SVG"), (b"<?xml", "XML or SVG"), (b"\xd7\xcd\xc6\x9a", "WMF"), (b"\x89HDF", "HDF5"),
+    (b"SIMPLE  =", "FITS"), (b"icns", "ICNS"), (b"DDS ", "DDS"), (b"\x01\xda", "SGI"),
+)  # fmt: skip
 SHOWN_FILES = 20
 FINER = 2  # times the pixels per side that are needed: what a JPEG that is decoded at a fraction still has at least
 # What Pillow's readers raise on damaged files, apart from its DecompressionBombError.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-          struct.error, zlib.error)  # fmt: skip
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
+          AttributeError, AssertionError, struct.error, zlib.error)  # fmt: skip
 
 
 class BadFile(Exception):
@@ -114,10 +128,12 @@ class Decoder:
 
     def _any(self, path: str, box: Box | None) -> tuple[np.ndarray, Placement]:
         with reading(path) as image:
-            orientation = _orientation(image)
-            width, height = image.size[::-1] if orientation >= 5 else image.size
-            placement = place(width, height, (self.height, self.width), self.resize, box)
+            size, orientation = _upright_size(image), _orientation(image)
+            placement = place(*size, (self.height, self.width), self.resize, box)
             reduced = placement.reduced(_reduce(image, placement, orientation > 1))
+            load_pixels(image)
+            if image.format == "TIFF":  # Pillow turns these while it loads them
+                orientation = _orientation(image)
             return self._drawn(to_eight_bits(turn_upright(image, orientation)), reduced), placement
 
     def _drawn(self, image: "Image.Image", placement: Placement) -> np.ndarray:
@@ -136,7 +152,7 @@ class reading:
         self.path = path
 
     def __enter__(self) -> "Image.Image":
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         span = span_of(self.path)
         try:
@@ -145,9 +161,7 @@ class reading:
                 raise BadFile(self.path, "is no regular file")
             if about.st_size == 0:
                 raise BadFile(self.path, "is empty")
-            self.image = Image.open(self.path if span.size is None else _part(span))
-        except UnidentifiedImageError:
-            raise BadFile(self.path, "is no image that Pillow can read") from None
+            self.image = _open(span)
         except (*DAMAGE, Image.DecompressionBombError) as error:
             raise BadFile(self.path, _reason(error)) from None
         width, height = self.image.size
@@ -160,6 +174,71 @@ class reading:
         self.image.close()
         if kind is not None and issubclass(kind, DAMAGE):
             raise BadFile(self.path, _reason(error)) from None
+
+
+def _open(span: Span) -> "Image.Image":
+    """Read the header of an image in one of `FORMATS`, or of an HEIC file where `pillow_heif` is installed.
+
+    Raises:
+        Unusable: the file is in no such format.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    source = span.file if span.size is None else _part(span)
+    try:
+        return Image.open(source, formats=known_formats())
+    except (
+        UnidentifiedImageError,
+        RuntimeError,
+    ) as error:  # RuntimeError: the AVIF reader's word for most damage
+        failure = error
+    start = _part(span._replace(offset=span.offset or 0, size=min(span.size or 16, 16))).getvalue()
+    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
+        try:
+            from pillow_heif import HeifImageFile
+        except ImportError:
+            remedy = "`pip install pillow-heif`, or convert it to JPEG or PNG"
+            raise Unusable(f"is HEIC, which needs another package: {remedy}") from None
+        return HeifImageFile(source)  # by itself: it is not registered with Pillow for the whole process
+    for beginning, name in REFUSED_FORMATS:
+        if start.startswith(beginning):
+            raise Unusable(f"is {name}, which is not read; convert it to PNG or JPEG")
+    if isinstance(failure, RuntimeError):
+        raise failure
+    raise Unusable(
+        "is no image in a format that is read (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF and the like)"
+    )
+
+
+@cache
+def known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has: older ones lack some, and fail over their names."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def image_endings() -> set[str]:
+    """File name endings, in small letters with the dot, of the formats that can be read."""
+    from PIL import Image
+
+    endings = Image.registered_extensions()
+    return {ending for ending, name in endings.items() if name in known_formats()} | HEIF_ENDINGS
+
+
+def load_pixels(image: "Image.Image") -> None:
+    """Decode an opened image.
+
+    Raises:
+        Unusable: the pixels have another size than the header said, by which they would be placed.
+    """
+    size = image.size
+    image.load()
+    turned = image.format == "TIFF" and image.size == size[::-1]
+    if image.size != size and not turned:
+        shown = "{} x {}".format(*size), "{} x {}".format(*image.size)
+        raise Unusable(f"is damaged: its header says {shown[0]} pixels, its content {shown[1]}")
 
 
 def _part(span: Span) -> io.BytesIO:
@@ -187,8 +266,16 @@ def upright_size(path: str) -> tuple[int, int]:
         BadFile: the header can't be read.
     """
     with reading(path) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        return _upright_size(image)
+
+
+def _upright_size(image: "Image.Image") -> tuple[int, int]:
+    """(width, height) in pixels after the EXIF orientation, of an image that has not been loaded."""
+    width, height = image.size
+    if image.format == "TIFF":  # Pillow may have exchanged them already: the tags have not changed
+        tags: Any = getattr(image, "tag_v2", {})
+        width, height = int(tags.get(256, width)), int(tags.get(257, height))
+    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def _orientation(image: "Image.Image") -> int:

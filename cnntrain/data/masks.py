@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cnntrain.data.canvas import Box, Resize, place
-from cnntrain.data.decode import Unusable, cut, reading
+from cnntrain.data.decode import Unusable, cut, load_pixels, reading
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,6 +58,7 @@ class MaskDecoder:
         """
         if image.mode not in ("1", "L", "P", "I;16", "I"):
             raise Unusable(f"must hold class ids (grey or palette), but is {image.mode}")
+        load_pixels(image)
         found = np.asarray(image)  # a palette image gives its indices
         counts = np.bincount(found.ravel().astype(np.int32).clip(-1, 256) + 1, minlength=258)
         unknown = [v - 1 for v in np.flatnonzero(counts).tolist() if v in (0, 257) or self.ids[v - 1] < 0]

@@ -1,9 +1,13 @@
 """From files of any kind to pixels on the canvas: modes, orientation, damage, and the matrix."""
 
+import ast
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
+import cnntrain
 from cnntrain.data.canvas import canvas_size, move, place
 from cnntrain.data.decode import BadFile, Decoder, upright_size
 from cnntrain.data.masks import MaskDecoder
@@ -286,3 +292,104 @@ def test_ids_that_mean_nothing_are_named(tmp_path, save):
 def test_canvas_sizes_that_are_none(size):
     with pytest.raises((ValueError, TypeError)):
         canvas_size(size)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting a program fails the test."""
+
+    def refuse(*arguments: object, **more: object) -> None:
+        raise AssertionError(f"a program was started: {arguments}")
+
+    for name in ("system", "popen", "posix_spawn", "posix_spawnp", "execv", "execve"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+
+
+@pytest.mark.usefixtures("no_process")
+@pytest.mark.parametrize("name", ["a.png", "a.eps", "a.jpg"])
+def test_postscript_is_refused_whatever_it_is_called(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")  # as if Ghostscript were installed
+    (tmp_path / name).write_bytes(EPS)
+    path = str(tmp_path / name)
+    for read in (upright_size, Decoder(8, 8, 3), MaskDecoder(8, 8, "stretch", EVERY_ID, 255)):
+        with pytest.raises(BadFile, match="EPS or PostScript"):
+            read(path)
+
+
+def test_every_image_is_opened_with_a_list_of_formats():
+    """Without one Pillow tries all that it knows, and some start programs."""
+    package = Path(cnntrain.__file__).parent
+    calls = []
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Attribute) and (
+                (called.attr == "open" and isinstance(called.value, ast.Name) and called.value.id == "Image")
+                or called.attr in ("imread", "read_image", "decode_image")
+            ):
+                calls.append((file.name, [keyword.arg for keyword in node.keywords]))
+    assert calls == [("decode.py", ["formats"])]
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_tiff_is_turned_once(tmp_path, pixels, orientation):
+    """Pillow turns TIFFs by itself while it loads them, and all others not at all."""
+    from PIL import ImageOps
+
+    image = Image.fromarray(pixels(12, 8))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "turned.tif", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "turned.tif")))
+    height, width = (8, 12) if orientation != 3 else (12, 8)
+    assert expected.shape == (height, width, 3)
+    found, _ = Decoder(height, width, 3)(str(tmp_path / "turned.tif"))
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+    assert upright_size(str(tmp_path / "turned.tif")) == (width, height)
+
+
+def test_pixels_of_another_size_than_the_header_says_are_refused(tmp_path, monkeypatch):
+    """By the header's size the picture is placed: it would be cut wrongly."""
+    Image.new("RGB", (16, 12)).save(tmp_path / "a.png")
+    load = PngImageFile.load
+
+    def shrunk(image: PngImageFile) -> object:
+        found = load(image)
+        image._size = (8, 6)
+        return found
+
+    monkeypatch.setattr(PngImageFile, "load", shrunk)
+    with pytest.raises(BadFile, match=r"16 x 12.*8 x 6"):
+        Decoder(8, 8, 3)(str(tmp_path / "a.png"))
+
+
+def heic(path: Path, array: np.ndarray, orientation: int = 1) -> None:
+    """Save losslessly enough, as phones do: turned pixels and an EXIF note."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(array)
+    pillow_heif.from_pillow(image).save(path, quality=-1, exif=exif.tobytes())
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_heic_is_read_where_its_package_is_installed(tmp_path, orientation):
+    ramp = np.linspace(20, 220, 64 * 48 * 3).reshape(48, 64, 3).astype(np.uint8)
+    heic(tmp_path / "a.png", ramp, orientation)  # the content decides, not the name
+    width, height = upright_size(str(tmp_path / "a.png"))
+    assert (width, height) == ((48, 64) if orientation == 6 else (64, 48))
+    found, _ = Decoder(height, width, 3)(str(tmp_path / "a.png"))
+    expected = np.rot90(ramp, -1) if orientation == 6 else ramp
+    assert float((found.permute(1, 2, 0).double() - torch.from_numpy(expected.copy())).abs().mean()) < 3
+    assert "HEIF" not in Image.OPEN, "it was registered for the whole process"
+
+
+def test_heic_names_the_package_where_it_is_missing(tmp_path, monkeypatch):
+    heic(tmp_path / "a.heic", np.zeros((32, 32, 3), np.uint8))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(BadFile, match="pip install pillow-heif"):
+        Decoder(8, 8, 3)(str(tmp_path / "a.heic"))
