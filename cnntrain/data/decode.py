@@ -57,12 +57,13 @@ class Unusable(ValueError):
     """Sound pixels that can't be used all the same; the message tells why."""
 
 
-def refuse(bad: Iterable[BadFile], of: int, root: str | Path | None = None) -> None:
+def refuse(bad: Iterable[BadFile], of: int, root: str | Path | None = None, advice: str = "") -> None:
     """Raise one `UserError` that names all of `bad`, or none when there are none.
 
     Args:
         of: how many files there are in all.
         root: folder that the names are shown relative to.
+        advice: what to do, where it is the same for several files; put on a line of its own.
     """
     ordered = sorted(bad, key=lambda one: one.path)
     if not ordered:
@@ -72,6 +73,7 @@ def refuse(bad: Iterable[BadFile], of: int, root: str | Path | None = None) -> N
     ]
     if len(ordered) > SHOWN_FILES:
         lines.append(f"  ... and {len(ordered) - SHOWN_FILES} more")
+    lines += [advice] if advice else []
     where = f" under {root}" if root else ""
     raise UserError(
         f"data: {len(ordered)} of {of} files{where} can't be used; repair or remove them:\n"

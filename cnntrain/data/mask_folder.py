@@ -1,19 +1,22 @@
 """Images with a mask of class ids each."""
 
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cnntrain.data.canvas import Resize
-from cnntrain.data.decode import BadFile, reading, refuse, upright_size
+from cnntrain.data.decode import BadFile, Unusable, reading, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import make_decoder
 from cnntrain.data.listing import files_below, seen_from, train_and_other_folders
-from cnntrain.data.masks import MaskDecoder
+from cnntrain.data.masks import MaskDecoder, mask_values, present_values
 from cnntrain.data.parallel import in_threads
 from cnntrain.data.source import Source, given_folder
 from cnntrain.errors import UserError
 from cnntrain.spec import DataSpec
 
+logger = logging.getLogger("cnntrain")
 Pairs = dict[str, list[tuple[str, str]]]  # by split: files of an image and of its mask
 LAYOUT = (
     "train/images/NAME.jpg with train/masks/NAME.png, where there are any val/ (or valid/, validation/) and test/ "
@@ -28,9 +31,12 @@ class MaskSource(Source):
         root: the folder; relative names in messages count from it.
         classes: names by id.
         ignore_index: the id that counts neither as right nor as wrong; also what lies outside a mask.
-        ids: class id of each value in the mask files, where the two differ.
+        ids: class id (or `ignore_index`) of each value in the mask files; null: the values are the ids. Where there
+            are two classes and the masks of all splits hold 0 and 255 alone, null means {0: 0, 255: 1}.
         size, channels, resize: as for `ImageFolder`.
     """
+
+    names_are_given = True  # the user names the classes, so that one without pixels is a mistake
 
     def __init__(
         self,
@@ -50,10 +56,8 @@ class MaskSource(Source):
         self.classes = tuple(str(name) for name in classes)
         self.ignore_index = ignore_index
         self.decoder = make_decoder(size, channels, resize)
-        meaning = {i: i for i in (*range(len(classes)), ignore_index)} if ids is None else ids
-        table = tuple(meaning.get(value, -1) for value in range(256))
-        d = self.decoder
-        self.mask_decoder = MaskDecoder(d.height, d.width, resize, table, ignore_index)
+        self.ids = None if ids is None else _read_ids(ids, len(classes), ignore_index)
+        self.resize: Resize = resize
 
     def spec(self) -> DataSpec:
         d = self.decoder
@@ -69,43 +73,153 @@ class MaskSource(Source):
         bad: list[BadFile] = []
         pairs = self.pairs(bad)
         everything = [pair for split in pairs.values() for pair in split]
-        bad += [problem for problem in in_threads(self._check, everything) if problem is not None]
-        refuse(bad, max(2 * len(everything), len(bad)), self.root)
+        looked = in_threads(_look, everything)
+        bad += [found for found in looked if isinstance(found, BadFile)]
+        values = {
+            mask: found
+            for (_, mask), found in zip(everything, looked, strict=True)
+            if not isinstance(found, BadFile)
+        }
+        decoder = self._mask_decoder(list(values.values()))
+        unknown = []
+        for mask, found in values.items():
+            try:
+                decoder.refuse_unknown(found)
+            except Unusable as problem:
+                unknown.append(BadFile(mask, str(problem)))
+        bad += unknown
+        all_values = frozenset().union(*values.values())
+        advice = self._advice(all_values) if unknown else ""
+        refuse(bad, max(2 * len(everything), len(bad)), self.root, advice)
         splits = {}
         for split, files in pairs.items():
             if files:
                 images = LazyImages([image for image, _ in files], self.decoder)
-                masks = LazyImages([mask for _, mask in files], self.mask_decoder)
+                masks = LazyImages([mask for _, mask in files], decoder)
                 names = seen_from(self.root, images.paths)
                 splits[split] = Examples(images, {}, names, lazy_targets={"mask": masks})
         if "train" not in splits:
             raise UserError(f"data.root: {self.root} has no images with masks for train")
+        in_train = frozenset().union(*(values[mask] for _, mask in pairs["train"]))
+        self._look_for_classes({decoder.ids[value] for value in in_train}, in_train)
         return splits
 
-    def _check(self, pair: tuple[str, str]) -> BadFile | None:
-        """What is wrong with a pair: sizes that differ, or ids that mean nothing, on the whole mask."""
-        image_file, mask_file = pair
-        try:
-            size = upright_size(image_file)
-            with reading(mask_file) as mask:
-                if mask.size != size:
-                    shown = "{} x {}".format(*mask.size), "{} x {}".format(*size)
-                    return BadFile(mask_file, f"is {shown[0]} pixels, its image {shown[1]}")
-                self.mask_decoder.class_ids(mask)
-        except BadFile as problem:
-            return problem
-        return None
+    def _mask_decoder(self, values: Sequence[frozenset[int]]) -> MaskDecoder:
+        """The decoder for masks that hold these values, one set a mask."""
+        ids = self.ids
+        if ids is None:
+            ids = {i: i for i in (*range(len(self.classes)), self.ignore_index)}
+            if len(self.classes) == 2 and self.ignore_index not in (0, 1):
+                if frozenset().union(*values) in ({0, 255}, {255}):
+                    ids = {0: 0, 255: 1}
+                    logger.info(
+                        "data: the masks hold 0 and 255 alone, so 255 is %s and not ignored; data.ids says "
+                        "which value is which class",
+                        self.classes[1],
+                    )
+                elif self.ignore_index == 255:
+                    _warn_of_two_kinds(values)
+        table = tuple(ids.get(value, -1) for value in range(256))
+        d = self.decoder
+        return MaskDecoder(d.height, d.width, self.resize, table, self.ignore_index)
+
+    def _look_for_classes(self, found: set[int], values: frozenset[int]) -> None:
+        """Refuse (for classes that the user named; else tell of) classes without a pixel in the training masks.
+
+        Args:
+            found: class ids of the training masks. values: what stands in their files.
+        """
+        absent = [name for i, name in enumerate(self.classes) if i not in found and i != self.ignore_index]
+        if not absent:
+            return
+        shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
+        if not self.names_are_given:
+            logger.warning("data: no pixel of the training masks is labelled %s", shown)
+            return
+        remedy = "take what has no pixels out of data.classes, and say by data.ids which value is which of the others"
+        if self.ids is None and 255 in values and self.ignore_index == 255:
+            remedy += f"; 255 is ignored, by data.ignore_index: if it is a class, {self._advice(values)}"
+        raise UserError(
+            f"data: no pixel of the training masks is labelled {shown}; they hold the values {_some(values)}; {remedy}"
+        )
+
+    def _advice(self, values: frozenset[int]) -> str:
+        """How to say which value is which class, with the values that there are."""
+        there = sorted(value for value in values if 0 <= value <= 255)
+        if len(there) > len(self.classes):
+            there = [value for value in there if value != self.ignore_index]
+        how = "tell by data.ids which value of the mask files is which class"
+        if len(there) == len(self.classes):
+            return f"{how}, as data.ids='{{{', '.join(f'{value}: {i}' for i, value in enumerate(there))}}}'"
+        if len(there) > len(self.classes):
+            return f"{how} (they hold {len(there)} values, {_some(there)}); masks must be saved without loss, as PNG"
+        return how
+
+
+def _look(pair: tuple[str, str]) -> BadFile | frozenset[int]:
+    """The values of a mask, or what is wrong with the pair of files: sizes that differ, or colors."""
+    image_file, mask_file = pair
+    try:
+        size = upright_size(image_file)
+        with reading(mask_file) as mask:
+            if mask.size != size:
+                shown = "{} x {}".format(*mask.size), "{} x {}".format(*size)
+                return BadFile(mask_file, f"is {shown[0]} pixels, its image {shown[1]}")
+            return present_values(mask_values(mask))
+    except BadFile as problem:
+        return problem
+
+
+def _warn_of_two_kinds(values: Sequence[frozenset[int]]) -> None:
+    """Tell of masks of two classes where some say 1 and others 255, and none says both: two ways to write one class."""
+    ones = sum(1 in each and 255 not in each for each in values)
+    highs = sum(255 in each and 1 not in each for each in values)
+    if ones and highs and not any({1, 255} <= each for each in values):
+        logger.warning(
+            "data: %d masks hold the value 1 and %d others 255, which is ignored; if both mean the same class, set "
+            "data.ids='{0: 0, 1: 1, 255: 1}'",
+            ones,
+            highs,
+        )
+
+
+def _read_ids(ids: Mapping[int, int], classes: int, ignore_index: int) -> dict[int, int]:
+    """`data.ids` with its keys as numbers; `ignore_index` stays what it is where it is not named.
+
+    Raises:
+        UserError: a value or an id is out of range.
+    """
+    read = {ignore_index: ignore_index}
+    known = {*range(classes), ignore_index}
+    pairs: Iterable[tuple[object, object]] = ids.items() if isinstance(ids, Mapping) else [(ids, None)]
+    for value, meaning in pairs:
+        number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value) else value
+        if type(number) is int and number in range(256) and type(meaning) is int and meaning in known:
+            read[number] = meaning
+        else:
+            got = f"{value!r}: {meaning!r}" if isinstance(ids, Mapping) else repr(ids)
+            raise UserError(
+                f"data.ids: must give each value (0 to 255) of the mask files its class id (0 to {classes - 1}, or "
+                f"{ignore_index}: ignored), as data.ids='{{0: 0, 255: 1}}'; got {got}"
+            )
+    return read
+
+
+def _some(values: Iterable[int]) -> str:
+    """The first of the values, in words."""
+    names = [{-1: "below 0", 256: "above 255"}.get(value, str(value)) for value in sorted(values)]
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 class MaskFolder(MaskSource):
     """`root/train/images/NAME.jpg` with `root/train/masks/NAME.png`, optional `val/` (also called
     `valid/` or `validation/`) and `test/`.
 
-    A mask's values are its class ids, grey or palette; they are read, never converted.
+    A mask's values, gray or palette, are read as they are; `ids` says which class each stands for.
 
     Args:
         root: the folder that has `train/`.
-        classes, ignore_index, size, channels, resize: as for `MaskSource`.
+        classes, ignore_index, size, channels, resize, ids: as for `MaskSource`.
     """
 
     def __init__(
@@ -116,8 +230,9 @@ class MaskFolder(MaskSource):
         size: int | list[int] = 128,
         channels: int = 3,
         resize: Resize = "short_side",
+        ids: Mapping[int, int] | None = None,
     ) -> None:
-        super().__init__(given_folder(root, LAYOUT), classes, ignore_index, None, size, channels, resize)
+        super().__init__(given_folder(root, LAYOUT), classes, ignore_index, ids, size, channels, resize)
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
         folders = train_and_other_folders(self.root, LAYOUT)

@@ -1,5 +1,6 @@
 """From a mask file to class ids on the canvas."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MaskDecoder:
-    """Turns a mask file into uint8 class ids (height, width), by nearest neighbour; ids are read, never
-    converted.
+    """Turns a mask file into uint8 class ids (height, width), by nearest neighbour; values are read, never
+    interpolated.
 
     Attributes:
         ids: for each of the 256 values in the file the class id that it stands for, or -1 where it means
@@ -45,24 +46,55 @@ class MaskDecoder:
 
         with reading(path) as image:
             placement = place(*image.size, (self.height, self.width), self.resize, box)
-            classes = self.class_ids(image)
+            values = mask_values(image)
+            self.refuse_unknown(present_values(values))
+            classes = np.asarray(self.ids, dtype=np.int16).astype(np.uint8)[values.astype(np.uint8)]
             size = (self.height, self.width)
             pixels = cut(Image.fromarray(classes), placement, size, Image.Resampling.NEAREST, self.border)
         return torch.from_numpy(np.array(pixels)), placement.matrix()
 
-    def class_ids(self, image: "Image.Image") -> np.ndarray:
-        """uint8 (h, w) at the file's own size.
+    def refuse_unknown(self, values: Iterable[int]) -> None:
+        """Refuse a mask that has values which stand for no class.
+
+        Args:
+            values: as `present_values` gives them.
 
         Raises:
-            Unusable: the file holds colours, or values that stand for no class.
+            Unusable: names them.
         """
-        if image.mode not in ("1", "L", "P", "I;16", "I"):
-            raise Unusable(f"must hold class ids (grey or palette), but is {image.mode}")
-        load_pixels(image)
-        found = np.asarray(image)  # a palette image gives its indices
-        counts = np.bincount(found.ravel().astype(np.int32).clip(-1, 256) + 1, minlength=258)
-        unknown = [v - 1 for v in np.flatnonzero(counts).tolist() if v in (0, 257) or self.ids[v - 1] < 0]
+        unknown = sorted(v for v in values if not 0 <= v <= 255 or self.ids[v] < 0)
         if unknown:
             shown = ", ".join({-1: "below 0", 256: "above 255"}.get(v, str(v)) for v in unknown[:8])
             raise Unusable(f"has ids that are no class: {shown}" + (", ..." if len(unknown) > 8 else ""))
-        return np.asarray(self.ids, dtype=np.int16).astype(np.uint8)[found.astype(np.uint8)]
+
+
+def mask_values(image: "Image.Image") -> np.ndarray:
+    """The values of a mask file, whole numbers (h, w) at the file's own size; of a palette image the indices.
+
+    Images saved in color are accepted where all channels are equal and nothing is transparent.
+
+    Raises:
+        Unusable: the file holds colors.
+    """
+    load_pixels(image)
+    if image.mode in ("1", "L", "P", "I;16", "I"):
+        return np.asarray(image)
+    wrong = Unusable(
+        f"must hold class ids (gray or palette), but is {image.mode}; save each pixel's class id as a gray value"
+    )
+    if image.mode not in ("RGB", "RGBA", "LA"):
+        raise wrong
+    pixels = np.asarray(image)
+    if image.mode != "RGB":
+        if (pixels[..., -1] != 255).any():
+            raise wrong
+        pixels = pixels[..., :-1]
+    if (pixels != pixels[..., :1]).any():
+        raise wrong
+    return pixels[..., 0]
+
+
+def present_values(values: np.ndarray) -> frozenset[int]:
+    """The values that occur in a mask; -1 stands for all below 0, 256 for all above 255."""
+    counts = np.bincount(values.ravel().astype(np.int32).clip(-1, 256) + 1, minlength=258)
+    return frozenset((np.flatnonzero(counts) - 1).tolist())

@@ -26,6 +26,8 @@ class OxfordIIITPet(MaskSource):
         size, channels, resize: as for `ImageFolder`.
     """
 
+    names_are_given = False
+
     def __init__(
         self,
         root: str | None = None,
@@ -59,6 +61,8 @@ class VOCSegmentation(MaskSource):
         root: folder that has `VOCdevkit/VOC2012/`; null: `~/.cache/cnntrain`, downloaded when it isn't there.
         size, channels, resize: as for `ImageFolder`.
     """
+
+    names_are_given = False
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Images with masks: pairs, ids, borders, and how the sources say what is wrong."""
 
+import logging
 import shutil
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from cnntrain.assembly import build_source
+from cnntrain.config import read_settings
 from cnntrain.data.load import load_data
 from cnntrain.data.mask_folder import MaskFolder
 from cnntrain.data.store import make_loader
@@ -73,7 +76,7 @@ def test_all_faults_are_reported_at_once(root, save, pixels):
         "train/masks/1.png: is 23 x 16 pixels, its image 24 x 16",
         "train/images/2.jpg: has no mask",
         "train/masks/other.png: has no image",
-        "test/masks/0.png: must hold class ids (grey or palette), but is RGB",
+        "test/masks/0.png: must hold class ids (gray or palette), but is RGB",
     ):
         assert part in str(caught.value)
 
@@ -140,7 +143,9 @@ CAMVID = "sky building pole road pavement tree sign fence car pedestrian bicycli
 
 def test_camvid(shared, tmp_path):
     for split in ("train", "val"):
-        for image in sorted((shared("camvid") / split / "images").iterdir())[:8]:
+        for image in sorted((shared("camvid") / split / "images").iterdir())[
+            :: {"train": 40, "val": 12}[split]
+        ][:8]:
             for file in (image, image.parent.parent / "masks" / f"{image.stem}.png"):
                 copy = tmp_path / split / file.parent.name / file.name
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -174,3 +179,134 @@ def test_pets_and_voc_from_their_own_layouts(tmp_path, save, pixels):
     splits = VOCSegmentation(str(tmp_path), size=[2, 3]).load()
     assert set(splits) == {"train", "val"}
     assert splits["val"].lazy_targets["mask"][0].tolist() == [[0, 20, 255]] * 2
+
+
+def write_masks(root, save, pixels, split: str, *masks: np.ndarray, ending: str = "png") -> None:
+    for i, mask in enumerate(masks):
+        save(root / split / "images" / f"{i}.png", pixels(*mask.shape[:2], seed=i))
+        save(root / split / "masks" / f"{i}.{ending}", mask)
+
+
+def halves(left: int, right: int) -> np.ndarray:
+    """(8, 12) uint8."""
+    return np.repeat(np.array([[left] * 6 + [right] * 6], np.uint8), 8, 0)
+
+
+def train_masks(source: MaskFolder) -> torch.Tensor:
+    masks = source.load()["train"].lazy_targets["mask"]
+    return torch.stack([masks[i] for i in range(len(masks))])
+
+
+@pytest.mark.parametrize("kind", ["gray", "RGB", "RGBA", "palette"])
+def test_0_and_255_are_two_classes_and_said_to_be(tmp_path, save, pixels, caplog, kind):
+    masks = [halves(255, 0), halves(0, 255), halves(0, 0)]
+    files = masks
+    if kind == "RGB":
+        files = [np.stack([mask] * 3, -1) for mask in masks]
+    elif kind == "RGBA":
+        files = [np.stack([mask] * 3 + [np.full_like(mask, 255)], -1) for mask in masks]
+    write_masks(tmp_path, save, pixels, "train", *files)
+    if kind == "palette":
+        for i, mask in enumerate(masks):
+            image = Image.frombytes("P", (12, 8), mask.tobytes())
+            image.putpalette([0, 0, 0] + [9] * 762 + [255, 255, 255])
+            image.save(tmp_path / "train" / "masks" / f"{i}.png")
+    with caplog.at_level(logging.INFO, "cnntrain"):
+        found = train_masks(folder(tmp_path, size=[8, 12]))
+    assert found.tolist() == [(mask // 255).tolist() for mask in masks]
+    assert "255 is thing" in caplog.text and "data.ids" in caplog.text
+
+
+def test_a_run_on_0_255_masks_counts_the_objects_pixels(tmp_path, save, pixels):
+    write_masks(tmp_path, save, pixels, "train", *[halves(255, 0), halves(0, 255)] * 2)
+    data = load_data(folder(tmp_path, size=[8, 12]))
+    counts = torch.bincount(data.train.targets["mask"].flatten().long(), minlength=256)
+    assert counts.nonzero().flatten().tolist() == [0, 1]
+    assert counts[1] == len(data.train) * 48
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_255_beside_1_in_any_split_stays_ignored(tmp_path, save, pixels, split, caplog):
+    write_masks(tmp_path, save, pixels, "train", halves(0, 1), halves(255, 0))
+    if split == "test":
+        write_masks(tmp_path, save, pixels, "train", halves(0, 1), halves(1, 0))
+        write_masks(tmp_path, save, pixels, "test", halves(255, 0))
+    with caplog.at_level(logging.WARNING, "cnntrain"):
+        splits = folder(tmp_path, size=[8, 12]).load()
+    assert splits[split].lazy_targets["mask"][int(split == "train")].tolist() == halves(255, 0).tolist()
+    assert "masks hold the value 1 and 1 others 255" in caplog.text
+
+
+def test_a_border_of_255_around_objects_of_1_is_no_reason_to_warn(tmp_path, save, pixels, caplog):
+    bordered = halves(0, 1)
+    bordered[:, 5] = 255
+    write_masks(tmp_path, save, pixels, "train", bordered, halves(0, 0), halves(255, 0))
+    with caplog.at_level(logging.INFO, "cnntrain"):
+        assert set(train_masks(folder(tmp_path, size=[8, 12])).flatten().tolist()) == {0, 1, 255}
+    assert not caplog.records
+
+
+def test_ids_say_which_value_is_which_class(tmp_path, save, pixels):
+    write_masks(tmp_path, save, pixels, "train", halves(7, 128), halves(255, 7))
+    ids = {7: 1, "128": 0}
+    found = train_masks(folder(tmp_path, size=[8, 12], ids=ids))
+    assert found[:, 0].tolist() == [[1] * 6 + [0] * 6, [255] * 6 + [1] * 6]
+    found = train_masks(folder(tmp_path, size=[8, 12], ids={**ids, 255: 0}))
+    assert found[:, 0].tolist() == [[1] * 6 + [0] * 6, [0] * 6 + [1] * 6]
+
+
+@pytest.mark.parametrize(
+    "ids", [{0: 2}, {256: 0}, {-1: 0}, {0: True}, {0: 0.5}, {"a": 0}, {0: None}, [0, 1], 5]
+)
+def test_ids_that_say_nothing_are_refused(tmp_path, ids):
+    with pytest.raises(UserError, match=r"data\.ids"):
+        folder(tmp_path, ids=ids)
+
+
+@pytest.mark.parametrize(
+    ("masks", "classes", "parts"),
+    [
+        ([halves(0, 0)], 2, ["labelled c1", "hold the values 0"]),
+        ([halves(255, 255)], 2, ["labelled c0"]),
+        ([halves(0, 1)], 3, ["labelled c2"]),
+        (
+            [halves(0, 1), halves(255, 0)],
+            3,
+            ["labelled c2", "255 is ignored", "data.ids='{0: 0, 1: 1, 255: 2}'"],
+        ),
+        ([halves(1, 2)], 2, ["no class: 2", "data.ids='{1: 0, 2: 1}'"]),
+        ([halves(0, 128), halves(255, 0)], 3, ["no class: 128", "data.ids='{0: 0, 128: 1, 255: 2}'"]),
+        ([halves(0, 128), halves(255, 3)], 2, ["no class: 128", "without loss"]),
+    ],
+)
+def test_a_class_without_pixels_in_train_is_refused_with_the_remedy(
+    tmp_path, save, pixels, masks, classes, parts
+):
+    write_masks(tmp_path, save, pixels, "train", *masks)
+    with pytest.raises(UserError) as caught:
+        folder(tmp_path, classes=[f"c{i}" for i in range(classes)]).load()
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_class_that_is_ignored_needs_no_pixels(tmp_path, save, pixels):
+    write_masks(tmp_path, save, pixels, "train", halves(1, 2))
+    source = folder(tmp_path, classes=["void", "a", "b"], ignore_index=0, size=[8, 12])
+    assert train_masks(source)[0].tolist() == halves(1, 2).tolist()
+
+
+def test_transparent_masks_are_refused(tmp_path, save, pixels):
+    mask = np.stack([halves(0, 255)] * 4, -1)
+    write_masks(tmp_path, save, pixels, "train", mask)
+    with pytest.raises(UserError, match="must hold class ids"):
+        folder(tmp_path).load()
+
+
+def test_ids_are_a_key_of_the_command_line(tmp_path, save, pixels):
+    write_masks(tmp_path, save, pixels, "train", halves(7, 9))
+    given = ["data=mask_folder", f"data.root={tmp_path}", "data.classes=[a,b]", "data.size=[8,12]"]
+    source, _ = build_source(read_settings([*given, "data.ids={7: 0, 9: 1}"]))
+    assert source.load()["train"].lazy_targets["mask"][0].tolist() == halves(0, 1).tolist()
+    source, _ = build_source(read_settings(given))
+    with pytest.raises(UserError, match=r"data\.ids='\{7: 0, 9: 1\}'"):
+        source.load()
