@@ -60,7 +60,8 @@ class Batch:
     Attributes:
         images: (N, C, H, W); uint8 as the store holds them, float and normalised once the pipeline has passed.
         targets: by name, each with N rows: `label` (N,) int64; `points` (N, K, 2) float32 canvas pixels (x, y) at
-            pixel centres with `visible` (N, K) bool; `mask` (N, H, W) uint8 class ids.
+            pixel centres with `visible` (N, K) bool, and where objects have annotated boxes `box_size` (N, 2) float32
+            width and height in source pixels; `mask` (N, H, W) uint8 class ids.
         index: (N,) int64 on the CPU, row of each example in its split.
         position: (N,) int64 on the CPU, position of each example in the epoch.
         to_canvas: (N, 3, 3) float64 on the CPU, matrix from the source file's pixels to the canvas; None when it is

@@ -142,9 +142,12 @@ class KeypointSource(Source):
             visible.append(seen)
         cut = None if self.crop == "none" else torch.tensor(boxes, dtype=torch.float64)
         groups = [one.group or one.path for one in objects]
+        targets = {"points": torch.stack(points).float(), "visible": torch.stack(visible)}
+        if any(one.box for one in objects):
+            targets["box_size"] = torch.tensor([_size(one.box) for one in objects], dtype=torch.float32)
         return Examples(
             LazyImages([one.path for one in objects], self.decoder, cut),
-            {"points": torch.stack(points).float(), "visible": torch.stack(visible)},
+            targets,
             [one.name for one in objects],
             groups,
             torch.stack(matrices),
@@ -164,6 +167,13 @@ class KeypointSource(Source):
             bad.append(BadFile(one.path, "has no box; set data.crop=points or none"))
             return 0.0, 0.0, 1.0, 1.0
         return frame(one.box, self.crop_margin, canvas)
+
+
+def _size(box: Box | None) -> tuple[float, float]:
+    """Width and height of an annotated box, both 0 where there is none."""
+    if box is None or box[2] <= box[0] or box[3] <= box[1]:
+        return 0.0, 0.0
+    return box[2] - box[0], box[3] - box[1]
 
 
 def inside(points: Tensor, size: tuple[int, int]) -> Tensor:

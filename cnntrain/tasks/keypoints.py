@@ -16,7 +16,7 @@ from cnntrain.tasks.arguments import choice, number
 from cnntrain.tasks.keypoint_meter import KeypointMeter
 from cnntrain.tasks.meter import Meter, ratio, wide_dtype
 from cnntrain.tasks.regression import make_distance
-from cnntrain.tasks.source_pixels import unmap_points
+from cnntrain.tasks.source_pixels import source_pixels_per_canvas_pixel, unmap_points
 from cnntrain.tasks.task import Targets, Task
 from cnntrain.transfer import constant
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEARNED_ERROR = 0.02  # half canvases
+SMALLEST_SIZE = 0.05  # that an error is divided by: share of the canvas's longer side
 
 
 class Keypoints(Task):
@@ -31,7 +32,7 @@ class Keypoints(Task):
 
     Targets: `points` (N, K, 2) canvas pixels (x, y), `visible` (N, K) bool, and for figures in the pixels of
     the source image `to_canvas` (N, 3, 3), source to canvas, of any float type on any device (none: the
-    identity).
+    identity); where the data have them `box_size` (N, 2), width and height of the annotated boxes in source pixels.
 
     With `head='regression'` the model gives (N, 2K): x and y of each point from the canvas's centre, in units
     of half its longer side, so that a flip changes a sign and zero is the centre. With `head='heatmap'` it
@@ -45,8 +46,9 @@ class Keypoints(Task):
             mean squared difference from a Gaussian of height 1 (Tompson et al. 2014).
         smooth_l1_beta, wing_width, wing_curvature: constants of those losses, in units of half the canvas.
         heatmap_sigma: the Gaussian's standard deviation in cells of the map.
-        normalise_by: what NME and PCK divide errors by: 'box' (root of the area of the true points' box), or
-            the distance of two named points, e.g. the outer eye corners.
+        normalise_by: what NME and PCK divide errors by: 'box', the object's size (see `object_sizes`), or the distance
+            of two named points, e.g. the outer eye corners. It counts as 1/20 of the canvas's longer side at least, so
+            that no single object outweighs all others.
 
     Raises:
         UserError: the data has no keypoints, or an argument is wrong.
@@ -156,18 +158,22 @@ class Keypoints(Task):
     def errors(self, outputs: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
         """Errors in source pixels (N, K), which of them count (N, K) bool, and what normalises them (N,).
 
-        The norm is 0 where it is not known: fewer than two visible points, or one of the pair not visible.
+        The norm is 0 where it is not known: fewer than two visible points and no annotated box, or one of the pair not
+        visible.
         """
         visible = targets["visible"].bool()
         true = self.source_points(torch.where(visible[..., None], targets["points"].float(), 0.0), targets)
         error = (self.source_points(self.points(outputs), targets) - true).norm(dim=2)
         if self._pair:
             a, b = self._pair
-            norm = (true[:, a] - true[:, b]).norm(dim=1) * (visible[:, a] & visible[:, b])
+            norm, known = (true[:, a] - true[:, b]).norm(dim=1), visible[:, a] & visible[:, b]
         else:
-            shown = visible[..., None]
-            size = true.masked_fill(~shown, -math.inf).amax(1) - true.masked_fill(~shown, math.inf).amin(1)
-            norm = size.clamp(min=0).prod(1).sqrt()
+            norm, known = object_sizes(true, visible, targets.get("box_size"))
+        least = SMALLEST_SIZE * max(self.spec.image_size)
+        matrix = targets.get("to_canvas")
+        if matrix is not None:
+            least = least * source_pixels_per_canvas_pixel(matrix, norm.device, norm.dtype)
+        norm = torch.where(known, norm.clamp(min=least), 0.0)
         return torch.where(visible, error, 0.0), visible, norm
 
     def meter(self) -> KeypointMeter:
@@ -232,6 +238,27 @@ class Keypoints(Task):
                 mean_error = (error.sum(1) / seen.sum(1)).tolist()
                 captions = [f"{name}\n{e:.1f} px" for name, e in zip(names, mean_error, strict=True)]
         return overlays.point_grid(pictures, captions, true, predicted, visible.numpy(), self.spec.skeleton)
+
+
+def object_sizes(true: Tensor, visible: Tensor, box_size: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The size of each object (N,) in source pixels, and whether it is known (N,) bool.
+
+    It is the root of the area of the annotated box, or of the box around the visible true points where there is none.
+    The shorter side counts as half of the longer one at least: points on a line have no area, but a size.
+
+    Args:
+        true: (N, K, 2). visible: (N, K) bool. box_size: (N, 2) width and height of the annotated boxes, 0 where there
+            is none; None: there are none at all.
+    """
+    shown = visible[..., None]
+    sides = true.masked_fill(~shown, -math.inf).amax(1) - true.masked_fill(~shown, math.inf).amin(1)
+    known = visible.sum(1) >= 2
+    if box_size is not None:
+        annotated = (box_size > 0).all(1)
+        sides = torch.where(annotated[:, None], box_size.to(sides.dtype), sides)
+        known = known | (annotated & visible.any(1))
+    longer, shorter = sides.amax(1).clamp(min=0), sides.amin(1)
+    return (longer * torch.maximum(shorter, longer / 2)).sqrt(), known
 
 
 def _named_pair(value: str | Sequence[str], names: Sequence[str]) -> tuple[int, int] | None:

@@ -21,3 +21,9 @@ def inverse_3x3(matrix: Tensor) -> Tensor:
     a, b, c = matrix.unbind(1)  # rows
     cofactors = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], 2)
     return cofactors / (a * torch.linalg.cross(b, c)).sum(1)[:, None, None]
+
+
+def source_pixels_per_canvas_pixel(to_canvas: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(N,) on `device`: the side of the source's square that becomes one canvas pixel, for `to_canvas` (N, 3, 3)."""
+    a, b, c, d = to_canvas[:, :2, :2].flatten(1).unbind(1)
+    return to_device((a * d - b * c).abs().rsqrt(), device, dtype)

@@ -98,6 +98,15 @@ def test_points_outside_and_unlabelled_ones_are_not_visible_and_counted(photogra
     assert (train.targets["points"][~train.targets["visible"]] == 0).all()
 
 
+def test_the_sizes_of_annotated_boxes_go_along(photographs):
+    header = f"{HEADER},box_left,box_top,box_right,box_bottom"
+    path = write(photographs, "0.png,20,10,40,10,15,5,45,17", "1.png,20,10,40,10,15,5,5,17", header=header)
+    targets = KeypointCsv(path, crop="none").load()["train"].targets
+    assert targets["box_size"].tolist() == [[30, 12], [0, 0]]
+    write(photographs, "0.png,20,10,40,10")
+    assert "box_size" not in KeypointCsv(path, crop="none").load()["train"].targets
+
+
 def test_groups_boxes_and_splits_of_a_csv(photographs):
     header = f"{HEADER},split,group,box_left,box_top,box_right,box_bottom"
     rows = [

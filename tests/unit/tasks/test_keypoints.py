@@ -124,10 +124,16 @@ def test_any_split_gives_the_same_figures(cut, seed, kind):
     assert parts.details() == pytest.approx(whole.details(), rel=1e-9, nan_ok=True)
 
 
+@pytest.mark.parametrize("annotated", [False, True])
 @pytest.mark.parametrize("normalise_by", ["box", ["left_eye", "mouth"]])
-def test_metrics_are_the_definitions_in_source_pixels(normalise_by):
+def test_metrics_are_the_definitions_in_source_pixels(normalise_by, annotated):
     task = make(normalise_by=normalise_by)
     outputs, targets = example(task, 30)
+    targets["visible"][0] = torch.tensor([True, False, False, False])
+    targets["visible"][1], targets["points"][1] = True, torch.tensor([11.0, 8.0])  # all in one place
+    if annotated:
+        targets["box_size"] = torch.rand(30, 2) * 60
+        targets["box_size"][2:8] = 0
     values = metered(task, outputs, targets).compute()
     predicted = (outputs.double().reshape(30, 4, 2) * 19.5 + torch.tensor([19.5, 11.5])).numpy()
     errors, shares = [], []
@@ -142,15 +148,54 @@ def test_metrics_are_the_definitions_in_source_pixels(normalise_by):
         error = np.linalg.norm(source(predicted[i]) - true, axis=1)
         errors += list(error[seen])
         if normalise_by == "box":
-            norm = math.sqrt(np.prod(np.ptp(true[seen], axis=0))) if seen.any() else 0.0
+            boxed = targets["box_size"][i].double().numpy() if annotated else np.zeros(2)
+            sides = boxed if boxed.all() else np.ptp(true[seen], axis=0) if seen.any() else boxed
+            norm = math.sqrt(max(sides) * max(min(sides), max(sides) / 2))
+            known = seen.sum() >= (1 if boxed.all() else 2)
         else:
-            norm = float(np.linalg.norm(true[0] - true[3])) * (seen[0] and seen[3])
-        if norm:
-            shares += list(error[seen] / norm)
+            norm, known = float(np.linalg.norm(true[0] - true[3])), seen[0] and seen[3]
+        corner = abs(np.linalg.det(inverse[:2, :2])) ** 0.5
+        if known:
+            shares += list(error[seen] / max(norm, 0.05 * 40 * corner))
     assert values["error_px"] == pytest.approx(np.mean(errors), rel=1e-5)
     assert values["nme"] == pytest.approx(np.mean(shares), rel=1e-5)
     assert values["pck@0.1"] == pytest.approx(np.mean(np.array(shares) <= 0.1))
     assert values["pck@0.05"] == pytest.approx(np.mean(np.array(shares) <= 0.05))
+
+
+def nme(task, points: list, guess: float, **more) -> float:
+    """Of objects with visible points `points` (N, K, 2), each guessed `guess` pixels too far to the right."""
+    true = torch.tensor(points)
+    targets = {"points": true, "visible": torch.ones(true.shape[:2], dtype=torch.bool), **more}
+    outputs = task.normalised(true + torch.tensor([guess, 0.0])).flatten(1)
+    return metered(task, outputs, targets).compute()["nme"]
+
+
+def test_level_points_do_not_divide_by_nothing():
+    task = make()
+    square = [[5.0, 5.0], [15.0, 5.0], [5.0, 15.0], [15.0, 15.0]]
+    level = [[5.0, 5.0], [15.0, 5.001], [8.0, 5.0], [12.0, 5.0]]
+    alone = nme(task, [square], 1.0)
+    assert alone == pytest.approx(0.1)
+    assert nme(task, [level], 1.0) == pytest.approx(0.1 * 2**0.5, rel=1e-4)
+    assert nme(task, [square] * 9 + [level], 1.0) == pytest.approx(0.1 * (9 + 2**0.5) / 10, rel=1e-4)
+    spot = [[5.0, 5.0]] * 4
+    assert nme(task, [spot], 1.0) == pytest.approx(1 / (0.05 * 40))
+
+
+def test_the_norm_turns_and_grows_with_the_object():
+    task = make(48, 48)
+    level, upright = [[5.0, 20.0], [25.0, 20.0]] * 2, [[20.0, 5.0], [20.0, 25.0]] * 2
+    assert nme(task, [level], 1.0) == pytest.approx(nme(task, [upright], 1.0), rel=1e-6)
+    larger = [[5.0, 20.0], [45.0, 20.0]] * 2
+    assert nme(task, [larger], 1.0) == pytest.approx(nme(task, [level], 1.0) / 2, rel=1e-6)
+
+
+def test_an_annotated_box_comes_before_the_points():
+    task, spread = make(), [[5.0, 5.0], [6.0, 5.0], [5.0, 6.0], [6.0, 6.0]]
+    boxes = torch.tensor([[20.0, 20.0]])
+    assert nme(task, [spread], 1.0, box_size=boxes) == pytest.approx(1 / 20)
+    assert nme(task, [spread], 1.0, box_size=torch.zeros(1, 2)) == nme(task, [spread], 1.0)
 
 
 def test_per_keypoint_errors_and_their_names():
