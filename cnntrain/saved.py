@@ -13,9 +13,9 @@ from cnntrain.assembly import Assembly
 from cnntrain.config import compose
 from cnntrain.data.load import Data
 from cnntrain.engine import checkpoint
-from cnntrain.engine.state import Progress
 from cnntrain.errors import UserError
-from cnntrain.settings import Settings, parse
+from cnntrain.saved_content import check_saved
+from cnntrain.settings import Settings
 from cnntrain.spec import DataSpec
 
 log = logging.getLogger("cnntrain")
@@ -27,23 +27,12 @@ def read_saved(path: Path) -> dict[str, Any]:
     Raises:
         UserError: damaged, or not of that form.
     """
-    saved = checkpoint.load(path)
     try:
-        state, config = saved["state"], saved["config"]
-        sound = all(
-            isinstance(state[name], dict) for name in ("model", "optimizer", "schedule", "progress", "meter")
-        )
-        weights = [*state["model"].values(), *(state["average"] or {}).values()]
-        sound = sound and all(isinstance(value, torch.Tensor) for value in weights)
-        sound = sound and isinstance(config["choices"], dict) and isinstance(saved["fingerprint"], str)
-        saved_spec(saved)
-        parse(Progress, state["progress"])
-    except (TypeError, LookupError, AttributeError, UserError) as error:
+        return check_saved(checkpoint.load(path), compose("config", ()))
+    except UserError as error:
+        if str(path) in str(error):
+            raise
         raise UserError(f"{path}: not the checkpoint of a training ({error})") from error
-    if not sound:
-        raise UserError(f"{path}: not the checkpoint of a training")
-    # Sections that the program did not know yet have their defaults.
-    return {**saved, "config": {**compose("config", ()), **config}}
 
 
 def checkpoint_facts(assembly: Assembly, data: Data) -> dict[str, Any]:
@@ -103,11 +92,6 @@ def locate(path: Path, name: str) -> Path:
     )
 
 
-def run_folder_of(path: Path) -> Path:
-    """The run folder that a checkpoint lies in."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
-
-
 def finished_results(saved: Mapping[str, Any], folder: Path, settings: Settings) -> dict[str, Any] | None:
     """What a run that is at its end came to; None when there is more to train."""
     results = folder / "results.json"
@@ -146,6 +130,11 @@ def misfits(weights: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
         f"{name}: {tuple(weights[name].shape)} in the checkpoint, {tuple(value.shape)} in the network"
         for name, value in mine.items()
         if name in weights and weights[name].shape != value.shape
+    ]
+    problems += [
+        f"{name}: {weights[name].dtype} in the checkpoint, {value.dtype} in the network"
+        for name, value in mine.items()
+        if name in weights and weights[name].is_floating_point() != value.is_floating_point()
     ]
     return problems
 

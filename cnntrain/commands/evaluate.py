@@ -20,10 +20,11 @@ from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.run_folder import open_run_folder, provenance
 from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import DivergedError, UserError
+from cnntrain.files import run_folder_of
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.figures import save, sign
 from cnntrain.report.table import print_rows
-from cnntrain.saved import load_weights, locate, read_saved, run_folder_of, saved_spec
+from cnntrain.saved import load_weights, locate, read_saved, saved_spec
 from cnntrain.settings import EvaluateSettings, PredictSettings, Settings, parse
 from cnntrain.spec import Batch
 

@@ -21,6 +21,7 @@ from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import CheckFailedError, UserError
 from cnntrain.expectations import judge_expectations, parse_expectation
+from cnntrain.files import run_folder_of
 from cnntrain.processes import check_processes, uses_gpus
 from cnntrain.report.console import log_to_console, silence_log
 from cnntrain.report.table import print_findings, print_run_summary
@@ -30,7 +31,6 @@ from cnntrain.saved import (
     find_checkpoint,
     finished_results,
     read_saved,
-    run_folder_of,
 )
 from cnntrain.settings import EvaluateSettings, Settings, parse
 from cnntrain.training import prepare, train_to_the_end

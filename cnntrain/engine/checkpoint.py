@@ -2,13 +2,13 @@
 
 import contextlib
 import io
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cnntrain import files
 from cnntrain.errors import MachineError, UserError
 from cnntrain.tensor_file import read_tensors
 
@@ -39,31 +39,15 @@ def write(packed: memoryview, path: Path) -> None:
     """
     try:
         # Not its parents: a run's folder that is gone is not to be half there again.
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, packed)
+        root = files.run_folder_of(path)
+        if root == path.parent:
+            root.mkdir(exist_ok=True)
+        else:
+            files.make_folder(path.parent, root)
+        files.write_whole(path, packed, root)
     except OSError as error:
         intact = "; the previous one is intact" if path.is_file() else ""
         raise MachineError(f"{path}: can't write the checkpoint: {error.strerror}{intact}") from error
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file aside, bring it to the disk, then put it in place: `path` is the old one or the new one, whole.
-
-    Raises:
-        OSError: it can't be written; no temporary is left.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -72,9 +56,10 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         UserError: not there, damaged, or not a checkpoint of cnntrain's.
     """
-    if not path.is_file():
+    if not files.exists(path):
         raise UserError(f"{path}: no such checkpoint")
-    state = read_tensors(path)
+    # A file that the user names may be a link; what lies in a run folder may not.
+    state = read_tensors(path, files.run_folder_of(path) if path.parent.name == "checkpoints" else None)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of cnntrain's, or of another version")
     return state
@@ -83,13 +68,16 @@ def load(path: Path) -> dict[str, Any]:
 def keep_newest(folder: Path, count: int) -> None:
     """Delete all but the `count` newest of the checkpoints that are named by their epoch."""
     for old in sorted(folder.glob("epoch-*.pt"))[:-count]:
-        old.unlink(missing_ok=True)
+        files.remove(old, folder.parent)
 
 
 def remove_temporaries(folder: Path) -> None:
     """Delete what a killed process left half written in a run's folder. Only for the holder of its lock."""
-    for leftover in (*folder.glob("checkpoints/.*.pt.*.tmp"), *folder.glob(".*.json.*.tmp")):
-        leftover.unlink(missing_ok=True)
+    for inner in (folder, folder / "checkpoints", folder / "figures"):
+        if inner == folder or files.is_folder(inner, folder):
+            for leftover in inner.glob(".*.tmp"):
+                if not leftover.is_dir() or leftover.is_symlink():
+                    files.remove(leftover, folder)
 
 
 def versions() -> dict[str, str]:
@@ -101,11 +89,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

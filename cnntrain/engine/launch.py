@@ -25,10 +25,10 @@ from threading import Thread
 from typing import Any
 
 from cnntrain import errors
-from cnntrain.engine.checkpoint import write_whole
 from cnntrain.engine.ranks import Place
 from cnntrain.engine.watch import lost
 from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, StoppedError
+from cnntrain.files import write_whole
 
 FAILURE = "failure.json"
 Row = dict[str, float]

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cnntrain.engine.checkpoint import remove_temporaries, versions, write_whole
+from cnntrain.engine.checkpoint import remove_temporaries, versions
 from cnntrain.errors import MachineError, UserError
+from cnntrain.files import write_whole
 
 
 class RunFolder:

@@ -1,5 +1,6 @@
 """All that a training is at an instant: weights, optimizer, position, best score. Saved and loaded as one."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,13 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cnntrain.engine.ema import MovingAverage
+from cnntrain.engine.moments import fit_state
 from cnntrain.engine.schedule import Schedule
-
-# What torch's optimizers keep of each element of a parameter.
-MOMENTS = (
-    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "sum", "square_avg", "grad_avg",
-    "acc_delta", "prev", "step_size", "ax", "slow_momentum",
-)  # fmt: skip
 
 
 @dataclass
@@ -83,8 +79,7 @@ class TrainState:
         if self.average:
             self.average.load_state_dict(state["average"] or state["model"])
         configured = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        _check_moments(self.optimizer)
+        self.optimizer.load_state_dict(fit_state(self.optimizer, state["optimizer"]))
         # With fp16 the first steps may all have been skipped.
         if (
             state["progress"]["step"]
@@ -105,13 +100,25 @@ class TrainState:
         ):  # else another schedule, which begins afresh
             self.schedule.load_state(state["schedule"])
         if self.scaler and state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
+            self.scaler.load_state_dict(_numbers(state["scaler"], self.scaler.state_dict()))
         self.progress = Progress(**state["progress"])
-        if min(self.progress.epoch, self.progress.batch, self.progress.step) < 0:
-            raise TypeError("it stands before the first step")
-        self.meter = state["meter"]
-        if not all(isinstance(value, Tensor) for value in self.meter.values()):
-            raise TypeError("its sums are no tensors")
+        # Copies: tensors of a file may share memory.
+        self.meter = {
+            name: value.clone(memory_format=torch.contiguous_format) for name, value in state["meter"].items()
+        }
+
+
+def _numbers(values: Mapping[str, Any], own: Mapping[str, float]) -> dict[str, Any]:
+    """A loss scaler's numbers, each finite and as large as one of its own can be.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name in own:
+        value = values[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2.0**127:
+            raise TypeError(f"scaler.{name} must be a number from 0 to 2**127, and is {value!r}")
+    return {name: values[name] for name in own}
 
 
 def _keeps_moments(optimizer: Optimizer) -> bool:
@@ -120,17 +127,3 @@ def _keeps_moments(optimizer: Optimizer) -> bool:
         g["momentum"] for g in optimizer.param_groups
     )
     return type(optimizer).__module__.startswith("torch.optim") and not plain_sgd
-
-
-def _check_moments(optimizer: Optimizer) -> None:
-    """Refuse moments of another shape than their parameter's: a fused kernel would read and write beyond them."""
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return  # one of the user's own knows what it keeps
-    for parameter, moments in optimizer.state.items():
-        for name, value in moments.items():
-            if (
-                name in MOMENTS
-                and value is not None
-                and (not isinstance(value, Tensor) or value.shape != parameter.shape)
-            ):
-                raise TypeError(f"{name} is not of its parameter's shape {tuple(parameter.shape)}")

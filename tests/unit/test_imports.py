@@ -14,7 +14,7 @@ FLOORS = [  # each may import what stands before it, and itself; what shares a l
     {"settings", "randomness", "space", "spec", "tensor_file", "yaml_files"},
     {"tasks", "augment", "data", "models"},
     {"engine", "anatomy", "report"},
-    {"checks", "build", "expectations"},
+    {"checks", "build", "expectations", "saved_content"},
     {"config"},
     {"assembly"},
     {"saved", "processes"},

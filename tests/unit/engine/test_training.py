@@ -245,10 +245,10 @@ def spoil(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "short moments": (
         lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
-        "exp_avg is not of its parameter's shape",
+        r"exp_avg must be a tensor of shape",
     ),
-    "sums that are none": (lambda state: state.update(meter={"loss": 1}), "its sums are no tensors"),
-    "before the start": (lambda state: state["progress"].update(step=-5), "it stands before the first step"),
+    "sums that are none": (lambda state: state.update(meter={"loss": 1}), r"state\.meter: "),
+    "before the start": (lambda state: state["progress"].update(step=-5), r"state\.progress\.step: "),
 }
 
 

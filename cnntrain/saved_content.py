@@ -1,0 +1,197 @@
+"""What a checkpoint must hold before anything of it is used: every field of the right type and within bounds.
+
+A checkpoint may come from a stranger, or from another program that took the name. `check_values` has bounded its size;
+here its fields are told apart. Shapes of weights and moments are compared with the network's and the optimizer's when
+they are loaded (`saved.load_weights`, `engine.moments.fit_state`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from torch import Tensor
+
+from cnntrain.engine.state import Progress
+from cnntrain.errors import UserError
+from cnntrain.settings import Settings, Within, parse
+from cnntrain.spec import DataSpec
+
+MOST = 2**53  # of what is counted
+LONGEST_SIDE_PX = 2**16
+MOST_PIXELS = 2**28
+MOST_CHANNELS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """What `auto` and null came to in the training that wrote the checkpoint; null where it isn't told."""
+
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    threads: Annotated[int | None, Within(1, 4096)] = None
+    processes: Annotated[int | None, Within(1, 2**20)] = None
+    device: str | None = None
+
+
+def check_saved(saved: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint with every field checked, and its config complete.
+
+    Args:
+        defaults: a composed config; it has the sections and keys that the program did not know yet when the checkpoint
+            was written.
+
+    Raises:
+        UserError: names the field at fault.
+    """
+    for name in ("state", "config", "spec", "fingerprint"):
+        if name not in saved:
+            raise UserError(f"it has no {name}")
+    state, spec = _mapping("state", saved["state"]), saved["spec"]
+    for name in ("model", "optimizer", "schedule", "progress", "meter"):
+        _mapping(f"state.{name}", state.get(name))
+    for name in ("average", "scaler"):
+        if state.get(name) is not None:
+            _mapping(f"state.{name}", state[name])
+    _tensors("state.model", state["model"])
+    _tensors("state.average", state.get("average") or {})
+    _tensors("state.meter", state["meter"])
+    for name, value in state["schedule"].items():
+        if not _is_number(value) or math.isnan(value):
+            raise UserError(f"state.schedule.{name}: must be a number, got {_short(value)}")
+    _check_progress(state["progress"])
+    _check_spec(_mapping("spec", spec))
+    config = _complete(_mapping("config", saved["config"]), defaults)
+    _mapping("config.choices", config.get("choices"))
+    settings = parse(Settings, config, "config.")
+    if settings.known_batch_size is None:
+        raise UserError("config.batch_size: must be a number of images, got 'auto'")
+    if not isinstance(saved["fingerprint"], str):
+        raise UserError(f"fingerprint: must be text, got {_short(saved['fingerprint'])}")
+    resolved = _mapping("resolved", saved.get("resolved", {}))
+    parse(Resolved, resolved, "resolved.")
+    match saved.get("monitor"):
+        case None | [str(), "min" | "max"]:
+            pass
+        case other:
+            raise UserError(f"monitor: must be a metric and min or max, got {_short(other)}")
+    return {
+        **saved,
+        "state": {"average": None, "scaler": None, **state},
+        "config": {**config, "batch_size": settings.batch_size},
+        "spec": {name: _as_tuple(value) for name, value in spec.items()},
+        "resolved": {name: value for name, value in resolved.items() if value is not None},
+    }
+
+
+def _check_progress(progress: Mapping[str, Any]) -> None:
+    found = parse(Progress, progress, "state.progress.")
+    for name in ("epoch", "batch", "step", "images", "epochs_since_best", "wall_s"):
+        if not 0 <= getattr(found, name) <= MOST:
+            raise UserError(
+                f"state.progress.{name}: must be from 0 to 2**53, got {_short(getattr(found, name))}"
+            )
+    for name, value in found.best.items():
+        if not isinstance(name, str) or not _is_number(value):
+            raise UserError(
+                f"state.progress.best: must be numbers by name, got {_short(name)}: {_short(value)}"
+            )
+    for name in ("epoch", "step") if found.best else ():
+        value = found.best.get(name, -1)
+        if not 0 <= value <= MOST:
+            raise UserError(f"state.progress.best.{name}: must be from 0 to 2**53, got {_short(value)}")
+
+
+def _check_spec(spec: Mapping[str, Any]) -> None:
+    """Refuse facts about the data that can't be; names the one at fault."""
+    known = {field.name for field in dataclasses.fields(DataSpec)}
+    if unknown := [name for name in spec if name not in known]:
+        raise UserError(f"spec.{_short(unknown[0])}: no such fact")
+    for name, most in (("channels", MOST_CHANNELS), ("height", LONGEST_SIDE_PX), ("width", LONGEST_SIDE_PX)):
+        if not _is_whole(spec.get(name), 1, most):
+            raise UserError(
+                f"spec.{name}: must be a whole number from 1 to {most}, got {_short(spec.get(name))}"
+            )
+    if spec["channels"] * spec["height"] * spec["width"] > MOST_PIXELS:
+        raise UserError(
+            f"spec: images of {spec['channels']} x {spec['height']} x {spec['width']} are too large"
+        )
+    for name in ("per_pixel", "mirror_safe"):
+        if not isinstance(spec.get(name, False), bool):
+            raise UserError(f"spec.{name}: must be true or false, got {_short(spec[name])}")
+    for name in ("classes", "keypoints"):
+        names = spec.get(name, ())
+        if not _is_list(names) or not all(isinstance(each, str) for each in names):
+            raise UserError(f"spec.{name}: must be a list of names, got {_short(names)}")
+    points = len(spec.get("keypoints", ()))
+    mirror, skeleton = spec.get("mirror"), spec.get("skeleton", ())
+    if mirror is not None and (
+        not _is_list(mirror)
+        or len(mirror) != points
+        or not all(_is_whole(each, 0, points - 1) for each in mirror)
+    ):
+        raise UserError(
+            f"spec.mirror: must be null or a point's number for each of {points}, got {_short(mirror)}"
+        )
+    if not _is_list(skeleton) or not all(
+        _is_list(pair) and len(pair) == 2 and all(_is_whole(each, 0, points - 1) for each in pair)
+        for pair in skeleton
+    ):
+        raise UserError(f"spec.skeleton: must be pairs of points' numbers, got {_short(skeleton)}")
+    ignored = spec.get("ignore_index")
+    if ignored is not None and not _is_whole(ignored, -(2**31), 2**31):
+        raise UserError(f"spec.ignore_index: must be null or a whole number, got {_short(ignored)}")
+    for name in ("mean", "std"):
+        values = spec.get(name)
+        if values is None:
+            continue
+        good = _is_list(values) and len(values) == spec["channels"] and all(
+            _is_number(each) and math.isfinite(each) and (name == "mean" or each > 0) for each in values
+        )  # fmt: skip
+        if not good:
+            positive = " above 0" if name == "std" else ""
+            raise UserError(
+                f"spec.{name}: must be {spec['channels']} finite numbers{positive}, got {_short(values)}"
+            )
+
+
+def _complete(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with defaults for what it lacks: sections, and keys of sections that are no pluggable parts."""
+    plugged = {"model", "data", "augment", "task", "optimizer", "schedule", "choices", "expect"}
+    found = {**defaults, **config}
+    for name, section in defaults.items():
+        if name not in plugged and isinstance(section, Mapping) and isinstance(found[name], Mapping):
+            found[name] = {**section, **found[name]}
+    return found
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{name}: must be a mapping, got {_short(value)}")
+    return value
+
+
+def _tensors(name: str, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_complex():
+            raise UserError(f"{name}: must be real tensors by name, got {_short(key)}: {_short(value)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(each) for each in value) if isinstance(value, list | tuple) else value
+
+
+def _short(value: Any) -> str:
+    text = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
