@@ -3,13 +3,16 @@
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +20,17 @@ from torch import Tensor
 
 from cnntrain.data.decode import BadFile
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.parallel import MANY, decode_into
+from cnntrain.data.parallel import MANY, decode_into, in_threads
 from cnntrain.data.resident import decoded_bytes, lazy_images, read_all
 from cnntrain.data.source import default_root
 from cnntrain.data.spans import span_of
 from cnntrain.errors import MachineError, UserError
 
 log = logging.getLogger("cnntrain")
-FORMAT = 2  # of the files; another one makes them anew
+FORMAT = 3  # of the files; another one makes them anew
 SHARE_OF_DISK = 0.5  # of what is free
 MATRIX = 3 * 3 * 8  # bytes
+CHUNK = 1 << 26  # bytes that have one checksum
 
 
 def folder() -> Path:
@@ -48,7 +52,7 @@ def worth_keeping(splits: dict[str, Examples]) -> bool:
         room = SHARE_OF_DISK * shutil.disk_usage(folder()).free
         if wanted <= room:
             return True
-        present = sum(path.stat().st_size for path in map(_file, lazy) if path.exists())
+        present = sum(path.stat().st_size for path, _ in map(_identify, lazy) if path.exists())
         return wanted - present <= room
     return False
 
@@ -56,8 +60,9 @@ def worth_keeping(splits: dict[str, Examples]) -> bool:
 def keep_decoded(splits: dict[str, Examples]) -> dict[str, Examples]:
     """The same examples with images and masks mapped from files, which are made where they are missing.
 
-    A file is named by what it holds (paths, sizes and times of change of the files, decoder, boxes), so one out of
-    date is not found; it appears whole or not at all, and several processes may ask for it at once.
+    A file is named by what it holds (paths, sizes and modification times of the files, decoder, boxes), so one out of
+    date is not found; it appears whole or not at all, and several processes may ask for it at once. Checksums tell
+    damage, and image files that changed although their size and time are the same.
 
     Raises:
         UserError: names all the files that can't be used; or a decoder does not tell what it does.
@@ -77,33 +82,140 @@ def keep_decoded(splits: dict[str, Examples]) -> dict[str, Examples]:
 
 def _keep(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
     """uint8 (N, ...) and float64 (N, 3, 3), mapped from their file; black where a file can't be used."""
-    target = _file(lazy)
+    target, changed = _identify(lazy)
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
+    if not _is_current(target, lazy, changed):
         with _alone(target.with_suffix(".lock")):
-            if not target.exists():  # another process may have made it meanwhile
-                _make(lazy, target, bad)
-    if not target.exists():  # there are files that can't be used, and all will be refused
+            # Another process may have made or confirmed it meanwhile.
+            if not _is_current(target, lazy, changed) and not _confirm(target, lazy, changed):
+                _make(lazy, target, changed, bad)
+    if bad or not target.exists():  # there are files that can't be used, and all will be refused
         nothing = torch.zeros(1)
         return nothing.byte().expand(lazy.shape), nothing.double().expand(len(lazy), 3, 3)
-    return _map(target, lazy.shape, "c")
+    parts = _map(target, lazy, "c")
+    return torch.from_numpy(parts.pixels), torch.from_numpy(parts.matrices)
 
 
-def _make(lazy: LazyImages, target: Path, bad: list[BadFile]) -> None:
+class Parts(NamedTuple):
+    """A file of decoded images, mapped, in the order of its bytes.
+
+    Attributes:
+        changed: (N,) int64, when each image file last changed in any way (ctime, ns), which nobody can set.
+        matrices: (N, 3, 3) float64.
+        sources: (N,) uint32, CRC-32 of each image file.
+        pixels: uint8, of the images' shape.
+        sums: (chunks,) uint32, CRC-32 of what lies between `changed` and here, 64 MiB each.
+    """
+
+    changed: np.ndarray
+    matrices: np.ndarray
+    sources: np.ndarray
+    pixels: np.ndarray
+    sums: np.ndarray
+
+
+def _layout(lazy: LazyImages) -> list[tuple[type, tuple[int, ...]]]:
+    count = len(lazy)
+    summed = count * (MATRIX + 4) + math.prod(lazy.shape)
+    chunks = -(-summed // CHUNK)
+    return [(np.int64, (count,)), (np.float64, (count, 3, 3)), (np.uint32, (count,)), (np.uint8, lazy.shape),
+            (np.uint32, (chunks,))]  # fmt: skip
+
+
+def _size(lazy: LazyImages) -> int:
+    """Bytes of the whole file."""
+    return sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in _layout(lazy))
+
+
+def _map(path: Path, lazy: LazyImages, mode: Literal["c", "r+"]) -> Parts:
+    """`c`: what is written to the parts stays in this process."""
+    whole, parts, start = np.memmap(path, np.uint8, mode), [], 0
+    for kind, shape in _layout(lazy):
+        stop = start + np.dtype(kind).itemsize * math.prod(shape)
+        parts.append(np.ndarray(shape, kind, whole, start))
+        start = stop
+    return Parts(*parts)
+
+
+def _make(lazy: LazyImages, target: Path, changed: np.ndarray, bad: list[BadFile]) -> None:
     aside = target.with_suffix(".part")  # whoever made one that is left behind is gone: we have the lock
     try:
         with aside.open("wb") as file:
-            _reserve(file.fileno(), len(lazy) * MATRIX + int(np.prod(lazy.shape)), target)
-        images, matrices = _map(aside, lazy.shape, "r+")
-        found = decode_into(images, matrices, lazy, f"decoding {len(lazy):,} files, this once")
+            _reserve(file.fileno(), _size(lazy), target)
+        parts = _map(aside, lazy, "r+")
+        images, matrices = torch.from_numpy(parts.pixels), torch.from_numpy(parts.matrices)
+
+        def note(row: int) -> None:
+            parts.sources[row] = _sum_of_file(lazy.paths[row])
+
+        found = decode_into(images, matrices, lazy, f"decoding {len(lazy):,} files, this once", note)
         if found:
             bad += found
             return
+        parts.changed[:] = changed
+        parts.sums[:] = _sums(aside, lazy)
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _is_current(target: Path, lazy: LazyImages, changed: np.ndarray) -> bool:
+    """Whether the file is whole, and no image file has changed since it was made or confirmed."""
+    if not target.exists() or target.stat().st_size != _size(lazy):
+        return False
+    parts = _map(target, lazy, "c")
+    return np.array_equal(parts.changed, changed) and np.array_equal(parts.sums, _sums(target, lazy))
+
+
+def _confirm(target: Path, lazy: LazyImages, changed: np.ndarray) -> bool:
+    """Whether image files that were written again hold the same bytes: copied once more, say. That is noted.
+
+    Their size and modification time are the same, by which the file was found; these can be set to anything.
+    """
+    if not target.exists():
+        return False
+    if target.stat().st_size != _size(lazy):
+        log.warning("data: %s is cut off or damaged; its images are decoded again", target)
+        return False
+    parts = _map(target, lazy, "r+")
+    if not np.array_equal(parts.sums, _sums(target, lazy)):
+        log.warning("data: %s is damaged (its checksum is wrong); its images are decoded again", target)
+        return False
+    rows = np.flatnonzero(parts.changed != changed).tolist()
+    sums = in_threads(lambda row: _sum_of_file(lazy.paths[row]), rows, f"reading {len(rows):,} files again")
+    if other := [row for row, value in zip(rows, sums, strict=True) if value != parts.sources[row]]:
+        first = lazy.paths[other[0]]
+        log.info("data: %d image files have changed (first %s); all are decoded again", len(other), first)
+        return False
+    parts.changed[:] = changed
+    return True
+
+
+def _sums(path: Path, lazy: LazyImages) -> list[int]:
+    """CRC-32 of each chunk of what is decoded: about 3 GB/s a core, of what is read soon in any case."""
+    content = np.memmap(path, np.uint8, "r").data
+    chunks, first = math.prod(_layout(lazy)[-1][1]), 8 * len(lazy)
+    end = len(content) - 4 * chunks
+
+    def one(chunk: int) -> int:
+        start = first + chunk * CHUNK
+        return zlib.crc32(content[start : min(start + CHUNK, end)])
+
+    return in_threads(one, range(chunks))
+
+
+def _sum_of_file(path: str) -> int:
+    """CRC-32 of an image file's bytes; 0 where it can't be read, which decoding reports."""
+    span = span_of(path)
+    try:
+        with open(span.file, "rb") as file:
+            if span.size is None:
+                return zlib.crc32(file.read())
+            return zlib.crc32(os.pread(file.fileno(), span.size, span.offset or 0))
+    except OSError:
+        return 0
 
 
 def _reserve(file: int, size: int, target: Path) -> None:
@@ -120,15 +232,8 @@ def _reserve(file: int, size: int, target: Path) -> None:
         ) from error
 
 
-def _map(path: Path, shape: tuple[int, ...], mode: str) -> tuple[Tensor, Tensor]:
-    """Pixels and matrices of a file; `c`: what is written to them stays in this process."""
-    matrices = np.memmap(path, np.float64, mode, 0, (shape[0], 3, 3))  # pyright: ignore[reportCallIssue, reportArgumentType]
-    pixels = np.memmap(path, np.uint8, mode, shape[0] * MATRIX, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    return torch.from_numpy(pixels), torch.from_numpy(matrices)
-
-
-def _file(lazy: LazyImages) -> Path:
-    """Named by all that decides what is in it."""
+def _identify(lazy: LazyImages) -> tuple[Path, np.ndarray]:
+    """The file's place, named by all that decides what is in it; (N,) int64, when each image file last changed."""
     from PIL import __version__ as pillow
     from simplejpeg import __version__ as simplejpeg
 
@@ -137,20 +242,22 @@ def _file(lazy: LazyImages) -> Path:
         digest.update(lazy.boxes.double().contiguous().numpy().tobytes())
     about = lru_cache(4096)(_about)  # of a shard once
     absolute = lru_cache(4096)(os.path.abspath)  # of a folder once
-    for path in lazy.paths:
-        size, changed = about(span_of(path).file)
+    changes = np.zeros(len(lazy), np.int64)
+    for row, path in enumerate(lazy.paths):
+        size, modified, changes[row] = about(span_of(path).file)
         parent, name = os.path.split(path)
-        digest.update(f"{absolute(parent)}/{name}\0{size} {changed}\n".encode(errors="surrogateescape"))
-    return folder() / f"{digest.hexdigest()[:32]}.u8"
+        digest.update(f"{absolute(parent)}/{name}\0{size} {modified}\n".encode(errors="surrogateescape"))
+    return folder() / f"{digest.hexdigest()[:32]}.u8", changes
 
 
-def _about(file: str) -> tuple[int, int]:
-    """Bytes, and the time of the last change in ns; -1 where decoding will say what is wrong with it."""
+def _about(file: str) -> tuple[int, int, int]:
+    """Bytes, and the times of the last modification and of the last change of any kind in ns; -1 where decoding will
+    say what is wrong with it."""
     try:
         found = os.stat(file)
     except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
+        return -1, -1, -1
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _is_at(path: Path, file: int) -> bool:

@@ -27,13 +27,20 @@ MANY = 2_000  # files: to decode fewer takes a second
 AT_ONCE = 256  # items between two movements of the bar
 
 
-def decode_into(images: Tensor, matrices: Tensor, lazy: LazyImages, what: str) -> list[BadFile]:
+def decode_into(
+    images: Tensor,
+    matrices: Tensor,
+    lazy: LazyImages,
+    what: str,
+    also: Callable[[int], None] = lambda index: None,
+) -> list[BadFile]:
     """Decode every file; what can't be used stays as it was, and is returned.
 
     Args:
         images, matrices: uint8, of the shape of `lazy`, and (N, 3, 3); both in memory that processes share
             (`shared_zeros`, or a mapped file).
         what: what a bar on the terminal calls it.
+        also: called with the place of every file that was decoded, right after it, by whichever process did.
 
     Raises:
         MachineError: a process died.
@@ -44,6 +51,7 @@ def decode_into(images: Tensor, matrices: Tensor, lazy: LazyImages, what: str) -
         try:
             decoded, matrix = lazy.read(index)
             pixels[index], to_canvas[index] = decoded.numpy(), matrix.numpy()
+            also(index)
         except BadFile as problem:
             return problem
         return None

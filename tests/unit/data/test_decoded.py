@@ -67,10 +67,6 @@ def test_the_second_time_nothing_is_decoded(
     splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = keep_decoded(splits)
-
-    def never(*_: object) -> None:
-        raise AssertionError("decoded again")
-
     monkeypatch.setattr(Decoder, "__call__", never)
     assert same(keep_decoded(splits), first)
 
@@ -83,6 +79,57 @@ def test_a_changed_file_is_decoded_again(splits: dict[str, Examples]) -> None:
     after = keep_decoded(splits)
     assert not torch.equal(tensor(after["train"].images)[1], tensor(before["train"].images)[1])
     assert torch.equal(tensor(after["train"].images)[0], tensor(before["train"].images)[0])
+
+
+def never(*_: object) -> None:
+    raise AssertionError("decoded again")
+
+
+def test_a_file_whose_size_and_time_are_the_same_is_decoded_again_where_its_bytes_are_not(
+    splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = splits["train"].images
+    assert isinstance(images, LazyImages)
+    images.paths = [str(Path(path).with_suffix(".bmp")) for path in images.paths]
+    for number, path in enumerate(images.paths):
+        Image.new("RGB", (9, 9), (40 * number, 10, 10)).save(path)
+    before, size = keep_decoded(splits), os.stat(images.paths[1])
+    Image.new("RGB", (9, 9), (200, 99, 10)).save(images.paths[1])
+    os.utime(images.paths[1], ns=(size.st_atime_ns, size.st_mtime_ns))
+    assert os.stat(images.paths[1]).st_size == size.st_size
+    after = keep_decoded(splits)
+    assert same(after, resident.decode(splits)) and not same(after, before)
+    kept = len(list(folder().iterdir()))
+    monkeypatch.setattr(Decoder, "__call__", never)
+    for path in images.paths:  # copied once more: the same bytes
+        os.utime(path, ns=(size.st_atime_ns, os.stat(path).st_mtime_ns))
+    assert same(keep_decoded(splits), after)
+    monkeypatch.setattr(decoded, "_sum_of_file", never)  # which is confirmed once
+    assert same(keep_decoded(splits), after) and len(list(folder().iterdir())) == kept
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "cut", "longer", "empty", "one byte", "sums", "times"])
+def test_a_damaged_file_is_made_anew(splits: dict[str, Examples], damage: str) -> None:
+    good = keep_decoded(splits)
+    for path in folder().glob("*.u8"):
+        content = bytearray(path.read_bytes())
+        if damage == "one byte":
+            content[len(content) // 2] ^= 1
+        elif damage == "sums":
+            content[-1] ^= 1
+        elif damage == "times":
+            content[0] ^= 1
+        path.unlink()  # the file that is mapped stays
+        path.write_bytes(
+            {
+                "zeroed": bytes(len(content)),
+                "cut": content[:-100],
+                "longer": content + b"?",
+                "empty": b"",
+            }.get(damage, content)
+        )
+    assert same(keep_decoded(splits), good)
+    assert same(keep_decoded(splits), resident.decode(splits))
 
 
 def test_what_is_written_to_the_images_stays_in_the_process(splits: dict[str, Examples]) -> None:
@@ -110,7 +157,7 @@ def test_a_file_is_named_though_the_set_is_larger_than_memory(
     assert isinstance(images, LazyImages)
     large = LazyImages(images.paths[:1] * 100_000, Decoder(8192, 8192, 3))  # 20 TB
     monkeypatch.setattr(
-        decoded, "_make", lambda lazy, target, bad: bad.append(BadFile("0.png", "is damaged"))
+        decoded, "_make", lambda lazy, target, changed, bad: bad.append(BadFile("0.png", "is damaged"))
     )
     pixels, matrices = decoded._keep(large, bad)
     assert len(bad) == 1 and pixels.shape == large.shape and matrices.shape == (100_000, 3, 3)
