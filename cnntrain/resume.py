@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cnntrain.assembly import Assembly
+from cnntrain.data.content import same_data, same_examples
 from cnntrain.data.load import Data
 from cnntrain.engine import checkpoint
 from cnntrain.engine.device import choose_compute, count_cores
@@ -91,9 +92,11 @@ def resume(
     ]
     problems += [("model", problem) for problem in misfits(weights, mine)]
     problems += [("data", problem) for problem in _other_names(_names(before), _names(data.spec))]
-    if saved["fingerprint"] != data.fingerprint:
+    if not same_data(saved["fingerprint"], data.fingerprint):
+        known = same_examples(saved["fingerprint"], data.fingerprint)
+        what = "images have changed, their names and targets have not" if known else "examples"
         problems.append(
-            ("data", f"examples: were {saved['fingerprint']}, are {data.fingerprint} (count-hash)")
+            ("data", f"{what}: were {saved['fingerprint']}, are {data.fingerprint} (count-hash-hash)")
         )
     processes, now = saved.get("resolved", {}).get("processes", 1), assembly.compute.ranks.count
     if saved["state"]["progress"]["batch"] and processes != now and not problems:

@@ -16,6 +16,7 @@ from cnntrain.assembly import Assembly, assemble
 from cnntrain.build import trust_folder
 from cnntrain.cli import Invocation
 from cnntrain.config import compose, parse_overrides
+from cnntrain.data.content import same_data
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.run_folder import open_run_folder, provenance
 from cnntrain.engine.signals import stop_flag
@@ -68,7 +69,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     saved = read_saved(path)
     assembly = restore(saved, settings)
     data = assembly.load()
-    if data.fingerprint != saved["fingerprint"]:
+    if not same_data(saved["fingerprint"], data.fingerprint):
         log.warning(
             "the data are not those of the training (%s, now %s)", saved["fingerprint"], data.fingerprint
         )

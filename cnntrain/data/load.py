@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cnntrain.data import resident
+from cnntrain.data.content import content_hash
 from cnntrain.data.decoded import keep_decoded, worth_keeping
 from cnntrain.data.examples import Examples, check_examples
 from cnntrain.data.listing import SPLIT_NAMES, SPLITS, one_name_each
@@ -30,7 +31,8 @@ class Data:
         spec: the facts, mean and std included.
         train, val: never None; `val` decides which checkpoint is best.
         test: used once, at the end; None where the data set has none.
-        fingerprint: 'count-hash' over the names and targets of all splits, before val was held out of train.
+        fingerprint: 'count-hash-hash' over the names and targets, and over a sample of the images, of all splits,
+            before val was held out of train.
         own_val: val is the data set's own, not held out of train.
     """
 
@@ -153,4 +155,6 @@ def _fingerprint(splits: dict[str, Examples]) -> str:
     import hashlib
 
     parts = " ".join(f"{name}:{splits[name].fingerprint()}" for name in sorted(splits))
-    return f"{sum(map(len, splits.values()))}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}"
+    content = " ".join(content_hash(splits[name]) for name in sorted(splits))
+    hashes = [hashlib.sha256(each.encode()).hexdigest()[:16] for each in (parts, content)]
+    return "-".join([str(sum(map(len, splits.values()))), *hashes])
