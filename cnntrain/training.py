@@ -23,6 +23,7 @@ from cnntrain.engine.run_folder import RunFolder
 from cnntrain.engine.signals import StopFlag
 from cnntrain.engine.state import TrainState
 from cnntrain.errors import DivergedError, StoppedError
+from cnntrain.report.figures import survive_drawing
 from cnntrain.report.journal import RunJournal, statistics
 from cnntrain.saved import checkpoint_facts, flat, load_weights
 from cnntrain.spec import Batch
@@ -173,7 +174,8 @@ def _draw_mistakes(model: nn.Module, assembly: Assembly, loader: Loader, worst: 
     model.eval()
     outputs = model(batch.images.contiguous(memory_format=assembly.compute.memory_format)).float()
     names = [loader.examples.names[row] for row in batch.index.tolist()]
-    return assembly.task.draw(batch.images, outputs, batch.truth, names, *statistics(assembly.spec))
+    with survive_drawing("the mistakes"):
+        return assembly.task.draw(batch.images, outputs, batch.truth, names, *statistics(assembly.spec))
 
 
 def _summary(state: TrainState, model: nn.Module, test: Mapping[str, float]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from cnntrain.errors import UserError
 from cnntrain.findings import Finding
 from cnntrain.report.check_picture import draw_curves
 from cnntrain.report.console import console, log_to_console
-from cnntrain.report.figures import save
+from cnntrain.report.figures import save, survive_drawing
 from cnntrain.report.journal import statistics
 from cnntrain.report.table import print_findings
 from cnntrain.saved import locate, read_saved
@@ -141,10 +141,11 @@ def _judge(
     if pictures:
         shown = bench.plain(count=DRAWN_IMAGES)
         names = [bench.loaders["train"].examples.names[int(i)] for i in shown.index]
-        figure = bench.task.draw(shown.images, None, shown.truth, names, *statistics(bench.spec))
-        save(figure, run_folder.figures / "images.png")
-        if bench.curves:
-            save(draw_curves(bench.curves), run_folder.figures / "check.png")
+        with survive_drawing("the figures"):
+            figure = bench.task.draw(shown.images, None, shown.truth, names, *statistics(bench.spec))
+            save(figure, run_folder.figures / "images.png")
+            if bench.curves:
+                save(draw_curves(bench.curves), run_folder.figures / "check.png")
     print_findings(findings)
     counts = [f"{sum(f.verdict == v for f in findings)} {v}" for v in ("PASS", "WARN", "FAIL", "SKIP")]
     print(f"{report['verdict']}: {', '.join(counts)} in {sum(seconds.values()):.0f} s")

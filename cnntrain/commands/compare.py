@@ -15,7 +15,7 @@ from cnntrain.engine.run_folder import open_run_folder, provenance
 from cnntrain.errors import UserError, suggest
 from cnntrain.report.comparison import learning_curves
 from cnntrain.report.console import console, log_to_console
-from cnntrain.report.figures import save
+from cnntrain.report.figures import save, survive_drawing
 from cnntrain.report.table import markdown, print_rows
 from cnntrain.settings import CompareSettings, parse
 
@@ -56,7 +56,8 @@ def compare(folders: list[Path], settings: CompareSettings, command_line: str = 
         folder.write_json("run.json", provenance(command_line))
         write_csv(folder.path / "compare.csv", rows)
         curves = {group.name: [run.rows for run in group.runs] for group in groups}
-        save(learning_curves(curves, metric), folder.path / "curves.png")
+        with survive_drawing("the learning curves"):
+            save(learning_curves(curves, metric), folder.path / "curves.png")
         text = f"# Comparison\n\n```\n{command_line}\n```\n\n{markdown(rows)}\n\n![learning curves](curves.png)\n"
         (folder.path / "compare.md").write_text(text, encoding="utf-8")
     print_rows(rows, title="the settings that differ, and the best epoch on validation data", console=console)

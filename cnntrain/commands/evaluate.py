@@ -23,7 +23,7 @@ from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import DivergedError, UserError
 from cnntrain.files import run_folder_of
 from cnntrain.report.console import console, log_to_console
-from cnntrain.report.figures import save, sign
+from cnntrain.report.figures import save, sign, survive_drawing
 from cnntrain.report.table import print_rows
 from cnntrain.saved import load_weights, locate, read_saved, saved_spec
 from cnntrain.settings import EvaluateSettings, PredictSettings, Settings, parse
@@ -104,8 +104,9 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        for name, figure in assembly.task.figures(meter).items():
-            save(sign(figure, NAMES[settings.split]), run_folder.figures / f"{name}.png")
+        with survive_drawing("the figures"):
+            for name, figure in assembly.task.figures(meter).items():
+                save(sign(figure, NAMES[settings.split]), run_folder.figures / f"{name}.png")
         run_folder.write_json("run.json", provenance(command_line))
         run_folder.write_json("results.json", metrics)
     print_rows([{"metric": name, "value": value} for name, value in metrics.items()], console=console)

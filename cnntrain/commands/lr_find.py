@@ -18,7 +18,7 @@ from cnntrain.engine.run_folder import open_run_folder, provenance
 from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import UserError
 from cnntrain.report.console import log_to_console
-from cnntrain.report.figures import save
+from cnntrain.report.figures import save, survive_drawing
 from cnntrain.report.range_picture import draw_range_test
 from cnntrain.settings import Settings
 
@@ -54,10 +54,11 @@ def lr_find(settings: Settings, command_line: str = "") -> dict[str, Any]:
                 names = {"a tenth of divergence": test.suggestion, "steepest descent": test.steepest,
                          "divergence": test.diverged_at}  # fmt: skip
                 marks = {name: rate for name, rate in names.items() if rate}
-                figure = draw_range_test(
-                    test.rates, test.losses, test.smoothed, marks, f"Range test: {settings.label}"
-                )
-                save(figure, run_folder.figures / "lr_find.png")
+                with survive_drawing("the range test"):
+                    figure = draw_range_test(
+                        test.rates, test.losses, test.smoothed, marks, f"Range test: {settings.label}"
+                    )
+                    save(figure, run_folder.figures / "lr_find.png")
     for line in tell(test, configured):
         print(line)
     print(f"run folder: {run_folder.path}")

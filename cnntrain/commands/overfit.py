@@ -25,7 +25,7 @@ from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import UserError
 from cnntrain.findings import Finding
 from cnntrain.report.console import log_to_console
-from cnntrain.report.figures import learning, save
+from cnntrain.report.figures import learning, save, survive_drawing
 from cnntrain.report.table import print_findings
 from cnntrain.settings import Settings
 from cnntrain.spec import Batch
@@ -86,10 +86,11 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
         run_folder.write_json("overfit.json", report)
         if settings.log.pictures:
             title = f"{report['verdict']}: {example}"
-            save(
-                learning(trial.losses, trial.floor, trial.uninformed, title),
-                run_folder.figures / "overfit.png",
-            )
+            with survive_drawing("the loss"):
+                save(
+                    learning(trial.losses, trial.floor, trial.uninformed, title),
+                    run_folder.figures / "overfit.png",
+                )
     failed = [finding for finding in findings if finding.verdict == "FAIL"]
     print_findings(failed)
     print(f"{report['verdict']}: {report['line']}")

@@ -37,7 +37,7 @@ from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag
 from cnntrain.errors import UserError
 from cnntrain.report.console import log_to_console
-from cnntrain.report.figures import save
+from cnntrain.report.figures import save, survive_drawing
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
 from cnntrain.saved import locate, read_saved, saved_spec
 from cnntrain.settings import PredictSettings, Settings, parse
@@ -224,15 +224,16 @@ def _write(
         for first in range(0, wanted, IMAGES_PER_PAGE):
             part = slice(first, min(first + IMAGES_PER_PAGE, wanted))
             page += 1
-            figure = predictor.task.draw(
-                batch.images[part],
-                outputs[part],
-                {k: v[part] for k, v in shown.items()},
-                own[part],
-                mean,
-                std,
-            )
-            save(figure, folder.figures / f"predictions-{page:03}.png")
+            with survive_drawing(f"page {page} of the predictions"):
+                figure = predictor.task.draw(
+                    batch.images[part],
+                    outputs[part],
+                    {k: v[part] for k, v in shown.items()},
+                    own[part],
+                    mean,
+                    std,
+                )
+                save(figure, folder.figures / f"predictions-{page:03}.png")
     return rows
 
 

@@ -25,8 +25,8 @@ def silence_log() -> None:
 def log_to_console() -> logging.Logger:
     """The program's logger, set up once; warnings come through it too, without the line of code that gave them."""
     log = logging.getLogger("cnntrain")
+    warnings.showwarning = lambda message, *where: log.warning("%s", message)
     if not log.handlers:
-        warnings.showwarning = lambda message, *where: log.warning("%s", message)
         log.addHandler(_StderrHandler())
         log.setLevel(logging.INFO)
         log.propagate = False

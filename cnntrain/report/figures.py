@@ -23,6 +23,7 @@ from cnntrain.tasks.drawing import (
     new_figure,
     shorten,
     style,
+    survive_drawing,
     unnormalise,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "png",
     "save",
     "sign",
+    "survive_drawing",
     "unnormalise",
 ]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cnntrain.errors import CnntrainError
-from cnntrain.report.figures import batch_grid, curves, filters, save, sign
+from cnntrain.report.figures import batch_grid, curves, filters, save, sign, survive_drawing
 from cnntrain.report.metrics import MetricsFile
 from cnntrain.report.progress import Bar
 from cnntrain.report.tensorboard import Events
@@ -114,6 +114,10 @@ class RunJournal:
         if self.first_batch is None:
             return
         (step, batch), self.first_batch = self.first_batch, None
+        with survive_drawing("the first batch"):
+            self._draw_images(step, batch)
+
+    def _draw_images(self, step: int, batch: Batch) -> None:
         shown = slice(0, 32)
         mean, std = statistics(self.spec)
         targets = {name: target[shown] for name, target in batch.targets.items()}
@@ -164,14 +168,18 @@ class RunJournal:
             self.events.scalars({**chosen, **test}, step)
         if not self.pictures:
             return
-        self.figure("curves", curves(self.metrics.rows, self.task.monitor, self.rate_at), step)
-        for name, figure in self.task.figures(meter).items():
-            self.figure(name, sign(figure, split), step)
-        if mistakes is not None:
-            self.figure("mistakes", sign(mistakes, split), step)
+        with survive_drawing("the curves"):
+            self.figure("curves", curves(self.metrics.rows, self.task.monitor, self.rate_at), step)
+        with survive_drawing("the task's figures"):
+            for name, figure in self.task.figures(meter).items():
+                self.figure(name, sign(figure, split), step)
+        with survive_drawing("the mistakes"):
+            if mistakes is not None:
+                self.figure("mistakes", sign(mistakes, split), step)
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is not None:
-            self.figure("filters", filters(first.weight), step)
+        with survive_drawing("the first layer's filters"):
+            if first is not None:
+                self.figure("filters", filters(first.weight), step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         try:

@@ -15,6 +15,7 @@ from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag
 from cnntrain.errors import CnntrainError, StoppedError, UserError
 from cnntrain.report.console import console, log_to_console
+from cnntrain.report.figures import survive_drawing
 from cnntrain.report.table import print_rows
 from cnntrain.report.tensorboard import Events
 from cnntrain.sweep.answer import (
@@ -66,7 +67,8 @@ def run_sweep(invocation: Invocation, job: Job) -> int:
         answer = find_answer(plan, study)
         again = _judge_winner(answer, job, folder.path, over)
         if plan.base.log.pictures:
-            answer.pictures = draw(answer, folder.path)
+            with survive_drawing("the sweep's figures"):
+                answer.pictures = draw(answer, folder.path)
         write_report(answer, folder.path, invocation.line, again)
     _print(answer, study, folder.path, again)
     return _exit_code(answer)

@@ -3,6 +3,7 @@ late."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnntrain.errors import CnntrainError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+log = logging.getLogger("cnntrain")
 
 INK, SOFT, GRID = "#1f2933", "#66727f", "#e4e8ec"
 GOOD, BAD = "#1a7f4b", "#c62f2f"
@@ -22,7 +27,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 
 STYLE: dict[str, Any] = {
     "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
-    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK,
+    "font.family": "DejaVu Sans", "text.usetex": False, "text.parse_math": False, "font.size": 10, "text.color": INK,
     "axes.edgecolor": "#b8c1ca", "axes.labelcolor": SOFT, "axes.titlesize": 11, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlecolor": INK,
     "axes.spines.top": False, "axes.spines.right": False,
@@ -34,11 +39,25 @@ STYLE: dict[str, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The house style for what is drawn inside; nothing global changes."""
-    from matplotlib import rc_context
+    """Draw in cnntrain's style, whatever the user's matplotlibrc says; nothing global changes."""
+    from matplotlib import RcParams, rc_context, rcParamsDefault
 
-    with rc_context(STYLE):  # type: ignore[arg-type]
+    backend = ("backend", "backend_fallback", "interactive", "toolbar")
+    defaults = {key: value for key, value in RcParams(rcParamsDefault).items() if key not in backend}
+    with rc_context({**defaults, **STYLE}):  # pyright: ignore[reportArgumentType]
         yield
+
+
+@contextmanager
+def survive_drawing(what: str) -> Iterator[None]:
+    """Draw `what` inside; an error becomes a warning in the log, for a picture must not end a run."""
+    try:
+        yield
+    except CnntrainError:
+        raise
+    except Exception as error:
+        text = (str(error).strip() or "no message").splitlines()[0]
+        log.warning("%s could not be drawn (%s: %s); the run continues", what, type(error).__name__, text)
 
 
 def new_figure(width: float, height: float) -> Figure:
