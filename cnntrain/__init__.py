@@ -24,14 +24,44 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> "Settings"
 
 
 def train(settings: "Settings") -> dict[str, Any]:
-    """Train; what results.json holds, and `run_dir`."""
-    from cnntrain.commands.train import train as run
+    """Train; return what results.json holds, and `run_dir`.
 
-    return run(settings)
+    The process keeps its own settings: torch's flags, threads and random state, warning filters and Hydra's state are
+    what they were before the call.
+
+    Args:
+        settings: what `compose` returns.
+
+    Raises:
+        TypeError: `settings` is something else.
+        CnntrainError: the command's failures, by kind: see `cnntrain.errors`.
+    """
+    _check_settings(settings, "train")
+    from cnntrain.commands.train import train as run
+    from cnntrain.engine.device import preserve_process_settings
+
+    with preserve_process_settings():
+        return run(settings)
 
 
 def overfit(settings: "Settings") -> dict[str, Any]:
-    """Learn one example by heart; what overfit.json holds, and `run_dir`."""
-    from cnntrain.commands.overfit import overfit as run
+    """Learn one fixed example, as `cnntrain overfit` does; return what overfit.json holds, and `run_dir`.
 
-    return run(settings)
+    Arguments, errors and the process's settings are as with `train`.
+    """
+    _check_settings(settings, "overfit")
+    from cnntrain.commands.overfit import overfit as run
+    from cnntrain.engine.device import preserve_process_settings
+
+    with preserve_process_settings():
+        return run(settings)
+
+
+def _check_settings(settings: object, name: str) -> None:
+    from cnntrain.settings import Settings
+
+    if not isinstance(settings, Settings):
+        raise TypeError(
+            f"{name}() takes the settings that compose() returns, as {name}(compose('model=mlp', 'epochs=5')); "
+            f"got {type(settings).__name__}"
+        )

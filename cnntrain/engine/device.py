@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,6 @@ from torch import nn
 from cnntrain.engine.lean import spare_the_compiler
 from cnntrain.engine.ranks import ALONE, Ranks
 from cnntrain.errors import MachineError, UserError
-from cnntrain.heap import keep_freed_memory
 from cnntrain.randomness import hash_seed, seed_generators
 
 log = logging.getLogger("cnntrain")
@@ -126,7 +126,7 @@ def count_cores() -> int:
 
 def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE) -> None:
     """Process-wide settings: CPU threads (the cores are divided between processes), determinism, TF32 where fp32 is
-    chosen, freed memory kept for the next step, and no subnormal numbers on the CPU.
+    chosen, and no subnormal numbers on the CPU.
 
     Where a weight's gradient has become zero, as in front of units that are dead, an optimizer's averages of it shrink
     until they are subnormal (below 1.2e-38), and stay so. A CPU takes a hundred times as long for such numbers: after
@@ -134,7 +134,6 @@ def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE
     those that torch starts from now on: threads that it started before, in a notebook, go on as they began.
     """
     spare_the_compiler()
-    keep_freed_memory()
     torch.set_flush_denormal(True)
     # NumPy before 2.4 finds that it is zero.
     warnings.filterwarnings("ignore", "The value of the smallest subnormal")
@@ -151,6 +150,34 @@ def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
     torch.set_float32_matmul_precision("highest" if deterministic else "high")
+
+
+@contextlib.contextmanager
+def preserve_process_settings() -> Iterator[None]:
+    """Give a host program its own settings back: torch's flags and random state, warning filters, environment."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    flushes = not bool(torch.tensor(1e-310, dtype=torch.float64) * 1)  # torch has no getter
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.set_flush_denormal(flushes)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        if (
+            torch.are_deterministic_algorithms_enabled() != deterministic
+        ):  # the call imports the compiler: seconds
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def seed_step(*parts: int | str) -> None:

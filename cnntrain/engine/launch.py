@@ -29,6 +29,7 @@ from cnntrain.engine.ranks import Place
 from cnntrain.engine.watch import lost
 from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, StoppedError
 from cnntrain.files import write_whole
+from cnntrain.heap import keep_freed_memory
 
 FAILURE = "failure.json"
 Row = dict[str, float]
@@ -121,6 +122,7 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Watche
 
 def in_rank(home: Home, work: Callable[[], Any]) -> Any:
     """What `work` returns; or the end of this process, with its exit code, once the failure has been left."""
+    keep_freed_memory()
     os.setpgrp()  # Ctrl-C goes to the process that started this one, which passes it on: once, not twice
     with _console(home.log):
         try:

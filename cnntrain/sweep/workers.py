@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cnntrain.errors import StoppedError
+from cnntrain.heap import keep_freed_memory
 from cnntrain.report.console import log_to_console
 from cnntrain.sweep.perform import Command, perform
 from cnntrain.sweep.plan import Run, cores, share_of
@@ -170,6 +171,7 @@ def _work(
 ) -> None:
     """A worker's life: runs as they come, until the sweep closes the pipe."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs; the sweep says when to go
     if my_cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, my_cores)
