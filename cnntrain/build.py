@@ -62,6 +62,10 @@ def resolve(
     Raises:
         UserError: names the key at fault and what would be right.
     """
+    if not isinstance(node, Mapping):
+        raise UserError(
+            f"{key}: must be a mapping with _target_, the class that makes this {role}; got {node!r}"
+        )
     if not isinstance(node.get("_target_"), str):
         raise UserError(f"{key}._target_: missing; name the class that makes this {role}")
     target = _locate(node["_target_"], role, f"{key}._target_", trusted)
@@ -73,6 +77,8 @@ def resolve(
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}.{name}: must be a finite number, got {value}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"{key}.{name}: the number is too large ({len(str(abs(value)))} digits)")
 
     try:
         parameters = inspect.signature(target).parameters

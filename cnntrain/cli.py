@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -13,7 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, UserError, explain_machine, suggest
+from cnntrain.errors import (
+    CnntrainError,
+    ElsewhereError,
+    MachineError,
+    UserError,
+    explain_machine,
+    is_from_user_code,
+    suggest,
+)
+from cnntrain.heap import keep_freed_memory
 
 DEFAULT_COMMAND = "train"
 SWEEPING = ("train", "overfit", "inspect")  # what takes several values
@@ -81,10 +91,22 @@ def parse_arguments(argv: Sequence[str]) -> Invocation:
         else:
             words.append(argument)
     command = words.pop(0) if words else DEFAULT_COMMAND
+    if command not in known and (setting := looks_like_setting(command, words)):
+        raise UserError(f"{command!r} is not a command; write settings as KEY=VALUE, as {setting}")
     if command not in known:
         hint = suggest(command, list(known)) or f"; there is {', '.join(known)}"
         raise UserError(f"unknown command {command!r}{hint}")
     return Invocation(command, tuple(words), tuple(overrides), argv=tuple(argv), **flags)
+
+
+def looks_like_setting(word: str, following: Sequence[str] = ()) -> str | None:
+    """`optimizer.lr=0.1` for the words `optimizer.lr 0.1`; None for a word that is not a key of the config."""
+    from cnntrain.config import conf_folder, group_options  # Hydra is imported only when something is wrong
+
+    top = re.findall(r"^(\w+):", (conf_folder() / "config.yaml").read_text(), re.MULTILINE)
+    if word.partition(".")[0] not in {*top, *group_options()}:
+        return None
+    return f"{word}={following[0] if following else '...'}"
 
 
 def help_text(invocation: Invocation) -> str:
@@ -187,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (OSError, RuntimeError, MemoryError) as error:
         if not isinstance(error, BrokenPipeError):
-            cause = explain_machine(error)
+            cause = None if is_from_user_code(error) else explain_machine(error)
             if cause is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             print(f"error: {cause}", file=sys.stderr)
@@ -225,6 +247,7 @@ def _dispatch(arguments: list[str]) -> int:
     if invocation.print_config and not invocation.multirun:
         print(composed_text(*asked), end="")
         return 0
+    keep_freed_memory()
     return importlib.import_module(f"cnntrain.commands.{module}").run(invocation)
 
 

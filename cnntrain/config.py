@@ -1,5 +1,6 @@
 """Composing the config with Hydra, and turning what Hydra says about a user's slip into one clear message."""
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -35,9 +37,15 @@ def conf_folder() -> Path:
 
 @contextmanager
 def hydra_session() -> Iterator[GlobalHydra]:
+    """Initialize Hydra with the shipped configs; a host program that uses Hydra finds its own state again."""
+    hydra, version_base = GlobalHydra.instance().hydra, VersionBase.instance().version_base
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="cnntrain"):
-        yield GlobalHydra.instance()
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="cnntrain"):
+            yield GlobalHydra.instance()
+    finally:
+        GlobalHydra.instance().hydra = hydra
+        VersionBase.instance().version_base = version_base
 
 
 def search_path(config_dir: Path | None) -> list[str]:
@@ -56,7 +64,7 @@ def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None)
     Raises:
         UserError: a group, an option, a key or a value is wrong; names it and suggests the near miss.
     """
-    return deepcopy(_compose(name, tuple(overrides), config_dir, _stamps(config_dir)))
+    return deepcopy(_compose(name, tuple(quote_values(overrides)), config_dir, _stamps(config_dir)))
 
 
 def _stamps(config_dir: Path | None) -> tuple[tuple[str, int, int], ...]:
@@ -81,6 +89,11 @@ def _compose(
             plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
             raise UserError(_explain(error, name, overrides, config_dir)) from error
+        except (OSError, ValueError) as error:
+            # Hydra and OmegaConf raise these for a file that holds no mapping, or a defaults list that is none.
+            if problem := find_malformed_file(config_dir):
+                raise UserError(problem) from error
+            raise
     assert isinstance(plain, dict) and isinstance(chosen, dict)
     choices = {str(group): option for group, option in chosen.items() if not str(group).startswith("hydra")}
     return {**{str(key): value for key, value in plain.items()}, "choices": choices}
@@ -92,9 +105,12 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
         if override.startswith("="):
             raise UserError(f"{override!r} has no key; write KEY=VALUE, as epochs=5")
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = OverridesParser.create().parse_overrides(quote_values(overrides))
     except HydraException as error:
         raise UserError(_syntax(error)) from error
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        longest = max(overrides, key=len)
+        raise UserError(f"{longest.partition('=')[0]}: the value cannot be read: {error}") from error
     except RecursionError as error:
         deepest = max(overrides, key=lambda override: override.count("[") + override.count("{"))
         raise UserError(f"{deepest.partition('=')[0]}: is nested too deep to be read") from error
@@ -105,6 +121,33 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
                 "and what -m does is set by sweep.*"
             )
     return parsed
+
+
+def quote_values(overrides: Sequence[str]) -> list[str]:
+    """Quote the values that Hydra's grammar cannot read although they are plain text, such as `~/photos` or `fünf.csv`.
+
+    A value with brackets, braces, parentheses, quotes or commas keeps its meaning in the grammar. A leading `~` or
+    `~user` becomes the home folder: shells do not expand it behind `=`.
+    """
+    return [_quote_value(override) for override in overrides]
+
+
+_PLAIN_KEY = re.compile(r"[+~]{0,2}[\w./@:-]+")
+_READABLE = re.compile(
+    r"[A-Za-z0-9_/\\+.$%*@?|:{}\s-]*"
+)  # what Hydra's grammar takes without quotes, and ${...}
+
+
+def _quote_value(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals or not _PLAIN_KEY.fullmatch(key) or re.search(r"[,()\[\]'\"]", value) or value[:1] == "{":
+        return override
+    if value.startswith("~"):
+        with contextlib.suppress(RuntimeError):  # no such user, or no home folder
+            value = str(Path(value).expanduser())
+    return (
+        override if _READABLE.fullmatch(value) and value == override[len(key) + 1 :] else f"{key}='{value}'"
+    )
 
 
 def _check_choices(overrides: Sequence[str], config_dir: Path | None) -> None:
@@ -128,6 +171,11 @@ def _syntax(error: Exception) -> str:
     shown = (
         override[1] if override else getattr(error, "override", None) or str(error).strip().splitlines()[0]
     )
+    if element := re.match(r"([\w.]+)\[[^=]*=", shown):
+        return (
+            f"{shown!r}: one element of a list cannot be overridden; give the whole list, as {element[1]}=[...], or "
+            "change it in a YAML file of your own (--config-dir)"
+        )
     return (
         f"can't read {shown!r}\nan override is written KEY=VALUE, as epochs=20; a value with spaces or special "
         "characters needs quotes of its own inside the shell's, as \"data.root='my photos'\""
@@ -239,8 +287,7 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
                 f"{match[1]}: the chosen {group} has no such key; start its file with `defaults: [_base, _self_]`, "
                 "which brings the keys that every one has"
             )
-        known = _all_keys(name, overrides, config_dir)
-        return f"{match[1]}: no such key{suggest(match[1], known)}"
+        return _no_such_key(match[1], name, overrides, config_dir)
     if match := re.search(r"In '([^']*)': Could not find '([^'/]+)/([^']+)'", text):
         options = group_options(config_dir).get(match[2], [])
         return f"{match[2]}: no such option {match[3]!r}{suggest(match[3], options)} (there is {', '.join(options)})"
@@ -248,7 +295,75 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
         return f"{match[1]}: no such group{suggest(match[1], list(group_options(config_dir)))}"
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]}: missing; give it as {match[1]}=..."
+    if isinstance(error, YAMLError):
+        return _yaml_problem(error)
     return "\n".join(line for line in text.splitlines() if line.strip())[:600]
+
+
+def _yaml_problem(error: YAMLError, file: Path | None = None) -> str:
+    """Where a YAML file cannot be read, and the likely cause."""
+    mark = getattr(error, "problem_mark", None)
+    where = file or getattr(mark, "name", "a config file")
+    line = f":{mark.line + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return (
+        f"{where}{line}: not valid YAML ({problem}); check that this line and the one above it are indented alike, "
+        "with spaces, that each `key:` is followed by a space, and that brackets and quotes are closed"
+    )
+
+
+def find_malformed_file(config_dir: Path | None) -> str | None:
+    """Describe the first config file of the user's own that is no mapping, or whose defaults list is none."""
+    for file in yaml_files(config_dir) if config_dir else []:
+        try:
+            content = yaml.safe_load(file.read_text("utf-8"))
+        except YAMLError as error:
+            return _yaml_problem(error, file)
+        if content is not None and not isinstance(content, dict):
+            return f"{file}: a config file holds `key: value` lines; this one holds {_shortened(content)}"
+        defaults = (content or {}).get("defaults", [])
+        if not isinstance(defaults, list):
+            return f"{file}: defaults: must be a list, as [_base, _self_]; got {_shortened(defaults)}"
+    return None
+
+
+def _shortened(value: Any, most: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def _no_such_key(key: str, name: str, overrides: Sequence[str], config_dir: Path | None) -> str:
+    """Name the options that have the key, or else the key that was probably meant."""
+    group, _, rest = key.partition(".")
+    if rest and group in (options := group_options(config_dir)):
+        owners = [option for option in options[group] if rest in _option_keys(group, option, config_dir)]
+        if owners:
+            chosen = [each.partition("=")[2] for each in overrides if each.startswith(f"{group}=")]
+            default = re.search(rf"- {group}: (\w+)", (conf_folder() / "config.yaml").read_text())
+            shown = chosen[-1] if chosen else default[1] if default else "the chosen one"
+            return f"{key}: {group}={shown} has no such key; {_any_of(owners)} have it"
+    known = _all_keys(name, overrides, config_dir)
+    ends = [each for each in known if each.endswith(f".{key}")]
+    if ends:
+        return f"{key}: no such key; did you mean {ends[0]!r}?"
+    within = [each for each in known if each.startswith(f"{group}.")] if rest else known
+    return f"{key}: no such key{suggest(key, within or known)}"
+
+
+def _any_of(names: Sequence[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _option_keys(group: str, option: str, config_dir: Path | None) -> set[str]:
+    """The keys that an option's own file sets, without those of its defaults list."""
+    for folder in filter(None, (config_dir, conf_folder())):
+        if (file := folder / group / f"{option}.yaml").is_file():
+            try:
+                content = yaml.safe_load(file.read_text("utf-8"))
+            except (YAMLError, UnicodeDecodeError):
+                return set()
+            return {str(key) for key in content} if isinstance(content, dict) else set()
+    return set()
 
 
 def _base_keys(group: str) -> list[str]:

@@ -1,5 +1,11 @@
 """The ways a run can end badly, each with its exit code; caught in one place, `cli.main`."""
 
+import errno
+import os
+import sysconfig
+import traceback
+from pathlib import Path
+
 
 class CnntrainError(Exception):
     """A failure whose message is meant for the user: what, where, and what to do next."""
@@ -37,6 +43,23 @@ def explain_machine(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return f"{error.filename or 'output'}: {error.strerror or error}"
     return f"data: a worker process died ({text.splitlines()[0]})" if "DataLoader worker" in text else None
+
+
+def is_from_user_code(error: BaseException) -> bool:
+    """Whether code outside cnntrain, the standard library and installed packages raised the error, or called what did.
+
+    An `OSError` of a user's own dataset is a bug to be shown with its traceback. Errors that every program meets when
+    the machine gives out (no memory, no space, an input/output error) are the machine's, whoever meets them.
+    """
+    machine = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)
+    if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in machine):
+        return False
+    libraries = {str(Path(path)) for path in sysconfig.get_paths().values()} | {str(Path(__file__).parent)}
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if not file.startswith("<") and not any(file.startswith(library + os.sep) for library in libraries):
+            return True
+    return False
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -309,7 +309,7 @@ def _scalar(value: Any, kind: type, key: str, limits: Within, or_null: str) -> A
     )
     bounds = " " + " and ".join(limits_said) if limits_said else ""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-    problem = UserError(f"{key}: must be {words}{bounds}{or_null}, got {value!r}")
+    problem = UserError(f"{key}: must be {words}{bounds}{or_null}, got {_shown(value)}")
     if kind is str:
         if value is None or isinstance(value, bool | Mapping | list):
             raise problem
@@ -320,9 +320,20 @@ def _scalar(value: Any, kind: type, key: str, limits: Within, or_null: str) -> A
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise problem
-    if kind is int and (not math.isfinite(value) or value != int(value)):
+    if isinstance(value, float) and (not math.isfinite(value) or (kind is int and value != int(value))):
         raise problem
-    value = kind(value)
-    if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+    if (low is not None and value < low) or (high is not None and value > high):
         raise problem
-    return value
+    try:
+        return kind(value)
+    except OverflowError:  # a whole number above the largest float
+        raise problem from None
+
+
+def _shown(value: Any, most: int = 60) -> str:
+    """A value for a message; long ones are cut."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return "a number of several thousand digits"
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

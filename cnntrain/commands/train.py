@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cnntrain.assembly import assemble, notice
-from cnntrain.cli import Invocation
+from cnntrain.cli import Invocation, looks_like_setting
 from cnntrain.commands.evaluate import evaluate_checkpoint
 from cnntrain.config import compose, read_settings, swept_by_itself
 from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place
@@ -43,7 +43,9 @@ log = logging.getLogger("cnntrain")
 
 def run(invocation: Invocation) -> int:
     if invocation.words:
-        raise UserError(f"train: {invocation.words[0]!r} is no override; write KEY=VALUE, as model=resnet18")
+        word, *following = invocation.words
+        example = looks_like_setting(word, following) or "model=resnet18"
+        raise UserError(f"train: {word!r} is no override; write KEY=VALUE, as {example}")
     if invocation.multirun:
         if find_place():
             raise UserError(

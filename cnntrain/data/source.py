@@ -31,7 +31,15 @@ class Source(ABC):
 
 def default_root() -> Path:
     """Where downloads go when `data.root` is null: `~/.cache/cnntrain`, or `$XDG_CACHE_HOME/cnntrain`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnntrain"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "cnntrain"
+    try:
+        return Path.home() / ".cache" / "cnntrain"
+    except RuntimeError as error:  # no HOME, and the user id has no entry in passwd, as in some containers
+        raise UserError(
+            "there is no home folder for downloads and caches (HOME is not set and the user has no passwd entry); set "
+            "HOME or XDG_CACHE_HOME to a folder, or give data.root"
+        ) from error
 
 
 def given_folder(root: str | None, needed: str) -> Path:

@@ -38,12 +38,28 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
     Raises:
         UserError: the environment says half of it.
     """
-    if int(environment.get("WORLD_SIZE", 1)) > 1:
+    if _whole_number(environment, "WORLD_SIZE", 1) > 1:
         return _find_torchrun(environment)
     # In a batch script Slurm speaks of the tasks that there may be; only a step of srun's has them running.
     in_step = "SLURM_STEP_ID" in environment or "SLURM_SRUN_COMM_HOST" in environment
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1") if in_step else "1")
-    return _find_slurm(environment, int(tasks)) if int(tasks) > 1 else None
+    name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment or not in_step else "SLURM_NTASKS"
+    tasks = _whole_number(environment, name, 1)
+    return _find_slurm(environment, tasks) if tasks > 1 else None
+
+
+def _whole_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A number from the environment.
+
+    Raises:
+        UserError: the variable holds something else.
+    """
+    text = environment.get(name, "" if default is None else str(default))
+    if not re.fullmatch(r"\s*[0-9]{1,18}\s*", text):
+        raise UserError(
+            f"launch: the environment variable {name} must be a whole number, got {text!r}; unset it, or start with "
+            "torchrun, srun or launch.devices=N"
+        )
+    return int(text)
 
 
 def _find_torchrun(environment: Mapping[str, str]) -> Place:
@@ -53,10 +69,11 @@ def _find_torchrun(environment: Mapping[str, str]) -> Place:
             f"launch: WORLD_SIZE={environment['WORLD_SIZE']}, but {', '.join(missing)} is not set; start with "
             "torchrun, srun or launch.devices=N, or unset WORLD_SIZE"
         )
-    count = int(environment["WORLD_SIZE"])
+    count = _whole_number(environment, "WORLD_SIZE")
     return Place(
-        int(environment["RANK"]), count, int(environment["LOCAL_RANK"]),
-        int(environment.get("LOCAL_WORLD_SIZE", count)), environment["MASTER_ADDR"], int(environment["MASTER_PORT"]),
+        _whole_number(environment, "RANK"), count, _whole_number(environment, "LOCAL_RANK"),
+        _whole_number(environment, "LOCAL_WORLD_SIZE", count), environment["MASTER_ADDR"],
+        _whole_number(environment, "MASTER_PORT"),
     )  # fmt: skip
 
 
@@ -67,12 +84,13 @@ def _find_slurm(environment: Mapping[str, str], count: int) -> Place:
     # As `4(x2),3`: of the first node. Nodes with other numbers of tasks only share their cores out less well.
     local_count = int(match[0]) if (match := re.match(r"\d+", per_node)) else count
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
-    job = int(environment.get("SLURM_JOB_ID", 0))
+    job = _whole_number(environment, "SLURM_JOB_ID", 0)
     bound = "SLURM_GPUS_PER_TASK" in environment or environment.get("SLURM_GPU_BIND", "none") != "none"
     return Place(
-        int(environment["SLURM_PROCID"]), count, int(environment["SLURM_LOCALID"]), min(local_count, count),
+        _whole_number(environment, "SLURM_PROCID"), count, _whole_number(environment, "SLURM_LOCALID"),
+        min(local_count, count),
         environment.get("MASTER_ADDR", "127.0.0.1" if local_count >= count else first_node(nodes)),
-        int(environment.get("MASTER_PORT", 15000 + job % 20000)), own_gpu=bound,
+        _whole_number(environment, "MASTER_PORT", 15000 + job % 20000), own_gpu=bound,
     )  # fmt: skip
 
 

@@ -5,6 +5,8 @@ import pytest
 from cnntrain.build import build
 from cnntrain.cli import complete, main, parse_arguments
 from cnntrain.config import compose, expand_grid, group_options, read_settings
+from cnntrain.data.source import default_root
+from cnntrain.engine.ranks import find_place
 from cnntrain.errors import UserError
 from cnntrain.expectations import judge_expectations
 from cnntrain.randomness import epoch_order, hash_seed, uniform
@@ -31,7 +33,12 @@ SLIPS = {
     "epochs": r"an override is written KEY=VALUE",
     "augment=[flip,crob]": r"augment: no such option 'crob'; did you mean 'crop'\?",
     "model=lenet5,mlp": r"several values; -m runs them all",
-    "data.root=my photos/ünï": r"can't read '.+'\n.*quotes of its own",
+    "data.root=my photos]": r"can't read '.+'\n.*quotes of its own",
+    "model.layers[0].x=3": r"model\.layers\[0\]\.x=3.*model\.layers=\[",
+    "lr=0.1": r"lr: no such key; did you mean 'optimizer\.lr'\?",
+    "data.root=x": r"data\.root: data=digits has no such key; .*image_folder",
+    f"seed={'1' * 400}": r"seed: must be a whole number >= 0 .* \(400 characters\)",
+    f"seed={'1' * 5000}": r"seed: ",
 }
 
 
@@ -60,6 +67,8 @@ BUILD_SLIPS = {
     "model=torchvision model.name=resnet81": r"did you mean",
     "model=torchvision model.name=alexnet data=mnist data.root=.": r"images are 28x28 px, 1 channel; alexnet needs",
     "model=vgg_a": r"model\.layers",
+    "+augment.x=5": r"augment\.x: must be a mapping with _target_.*5",
+    f"optimizer.lr={'1' * 400}": r"optimizer\.lr: .*400 digits",
 }
 
 
@@ -205,3 +214,81 @@ def test_draws_are_a_function_of_position_alone() -> None:
 
 def test_compose_says_what_was_chosen() -> None:
     assert compose("config", ["model=mlp"])["choices"]["model"] == "mlp"
+
+
+@pytest.mark.parametrize("text", ["my photos/ünï#1", "a;b", "x=y", "naïve&co"])
+def test_a_plain_path_needs_no_quotes(text: str) -> None:
+    assert read_settings(["data=image_folder", f"data.root={text}"]).data["root"] == text
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/homes/me")
+    assert read_settings(["data=image_folder", "data.root=~/photos"]).data["root"] == "/homes/me/photos"
+    assert read_settings(["data=image_folder", "data.root='~/photos'"]).data["root"] == "~/photos"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("1e-3", 1e-3),
+        ("null", None),
+        ("true", True),
+        ("[1,2]", [1, 2]),
+        ("${seed}", 0),
+        ("a/b.txt", "a/b.txt"),
+    ],
+)
+def test_values_of_the_grammar_keep_their_types(value: str, expected: object) -> None:
+    assert read_settings(["+expect={x: 0}", f"+expect.y={value}"]).expect == {"x": 0, "y": expected}
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("5", r"five\.yaml: .*this one holds 5"),
+        ("defaults: 5", r"five\.yaml: defaults: must be a list"),
+        ("_target_: x\n  hidden: 3\n", r"five\.yaml:2: not valid YAML"),
+        ("a: [1\n", r"five\.yaml:\d: not valid YAML"),
+    ],
+)
+def test_a_malformed_config_file_is_named(tmp_path: Path, text: str, where: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "five.yaml").write_text(text)
+    with pytest.raises(UserError, match=where):
+        read_settings(["model=five"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "setting"),
+    [
+        (["optimizer.lr", "0.1"], "optimizer.lr=0.1"),
+        (["optimizer.lr=0.1", "epochs", "5"], "epochs=5"),
+        (["model", "resnet18"], "model=resnet18"),
+    ],
+)
+def test_a_setting_without_its_equals_sign_is_recognized(arguments: list[str], setting: str) -> None:
+    with pytest.raises(UserError, match=rf"KEY=VALUE, as {setting}"):
+        parse_arguments(arguments)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize("value", ["junk", "", "-2", "1e3", "9" * 40])
+def test_a_launchers_variable_that_is_no_number_is_named(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{name} must be a whole number"):
+        find_place({name: value})
+
+
+def test_a_ranks_variables_are_checked_too() -> None:
+    given = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "zero", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    with pytest.raises(UserError, match="LOCAL_RANK must be a whole number"):
+        find_place(given)
+
+
+def test_without_a_home_folder_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match=r"HOME or XDG_CACHE_HOME"):
+        default_root()
