@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cnntrain.config import compose
 from cnntrain.data.load import Data
 from cnntrain.engine import checkpoint
 from cnntrain.errors import UserError
+from cnntrain.files import run_folder_of
 from cnntrain.saved_content import check_saved
 from cnntrain.settings import Settings
 from cnntrain.spec import DataSpec
@@ -58,12 +60,87 @@ def saved_spec(saved: Mapping[str, Any]) -> DataSpec:
     return DataSpec(**saved["spec"])
 
 
+def find_folder(settings: Settings) -> Path | None:
+    """The folder that a training will write to, as `run_dir` or `resume` name it; None for a new one.
+
+    Raises:
+        UserError: `resume` names no checkpoint.
+    """
+    if settings.run_dir:
+        return Path(settings.run_dir)
+    if settings.resume in ("none", "auto"):
+        return None
+    return run_folder_of(locate(Path(settings.resume), "last.pt"))
+
+
+def find_saved(settings: Settings) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from and its content; None to start afresh.
+
+    A run that was begun by `resume=OTHER run_dir=FOLDER` goes on with its own state when the same command is given
+    again, as a requeued job gives it.
+
+    Raises:
+        UserError: there is none where one was named, or a later state or another run would be overwritten.
+    """
+    source = find_checkpoint(settings)
+    if source is None:
+        return None
+    saved, folder = read_saved(source), find_folder(settings)
+    last = folder / "checkpoints" / "last.pt" if folder else source
+    if not last.is_file() or last.samefile(source):
+        return source, saved
+    own, named = read_saved(last), _identity(saved)[0]
+    own_id, ancestors = _identity(own)
+    steps = [each["state"]["progress"]["step"] for each in (saved, own)]
+    if folder and last.parent.resolve() == source.parent.resolve():
+        if steps[0] != steps[1]:
+            raise UserError(
+                f"resume: {source} is at step {steps[0]}, and {last} at step {steps[1]} would be overwritten; "
+                f"resume=auto run_dir={folder} goes on from there; to go back, choose another run_dir"
+            )
+    elif named is None or not (named in ancestors or (named == own_id and steps[0] <= steps[1])):
+        raise UserError(
+            f"run_dir: {folder} holds a run that does not come from {source}; resume=auto run_dir={folder} goes on "
+            "with it; to go on from the other, choose another run_dir"
+        )
+    else:
+        log.info("resume: %s comes from %s and goes on with its own state", folder, source)
+    return last, own
+
+
+def identify(saved: Mapping[str, Any] | None, same_folder: bool) -> dict[str, Any]:
+    """What a checkpoint says about its run: its `id`, and the ids of the runs whose states it came from.
+
+    Args:
+        saved: the checkpoint that the run goes on from, if any.
+        same_folder: whether it is the run's own.
+    """
+    run_id, ancestors = _identity(saved or {})
+    if same_folder and run_id:
+        return {"id": run_id, "ancestors": ancestors}
+    return {"id": uuid.uuid4().hex, "ancestors": [*ancestors, *([run_id] if run_id else [])]}
+
+
+def _identity(saved: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """A checkpoint's run id and the ids of its ancestors; None and none where it does not say them."""
+    run = saved.get("run")
+    if not isinstance(run, Mapping) or not isinstance(run.get("id"), str):
+        return None, []
+    ancestors = run.get("ancestors")
+    return run["id"], [a for a in ancestors if isinstance(a, str)] if isinstance(ancestors, list) else []
+
+
 def find_checkpoint(settings: Settings) -> Path | None:
-    """The checkpoint that `resume` and `run_dir` ask to go on from; None to start afresh.
+    """The checkpoint that `resume` and `run_dir` name; None to start afresh.
 
     Raises:
         UserError: there is none where one was named, or a run would be overwritten.
     """
+    if settings.resume == "auto" and not settings.run_dir:
+        raise UserError(
+            "resume: auto goes on with the run in run_dir, and there is no run_dir; add run_dir=FOLDER, or name the "
+            "run with resume=FOLDER"
+        )
     last_here = Path(settings.run_dir) / "checkpoints" / "last.pt" if settings.run_dir else None
     if last_here and last_here.exists() and not last_here.is_file():
         raise UserError(f"{last_here}: is no file; remove it, or choose another run_dir")
@@ -97,7 +174,10 @@ def finished_results(saved: Mapping[str, Any], folder: Path, settings: Settings)
     results = folder / "results.json"
     if not is_finished(saved, settings) or not results.is_file():
         return None
-    return {**json.loads(results.read_text()), "run_dir": str(folder)}
+    content = json.loads(results.read_text())
+    if content.get("steps") != saved["state"]["progress"]["step"]:  # of a shorter training, before a kill
+        return None
+    return {**content, "run_dir": str(folder)}
 
 
 def is_finished(saved: Mapping[str, Any], settings: Settings) -> bool:

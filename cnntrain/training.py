@@ -55,6 +55,7 @@ def train_to_the_end(
     data: Data,
     plan: Plan,
     state: TrainState,
+    identity: Mapping[str, Any],
     stop: StopFlag,
     watch: Callable[[dict[str, float]], None] | None,
 ) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def train_to_the_end(
 
     Args:
         state: at its start, or where a checkpoint left it.
+        identity: of this run, for its checkpoints (`cnntrain.saved.identify`).
         watch: see `train`.
 
     Raises:
@@ -70,7 +72,7 @@ def train_to_the_end(
         MachineError: a worker died.
     """
     settings, compute, task = assembly.settings, assembly.compute, assembly.task
-    facts, ranks = checkpoint_facts(assembly, data), assembly.compute.ranks
+    facts, ranks = {**checkpoint_facts(assembly, data), "run": identity}, assembly.compute.ranks
 
     training = assembly.loader(data.train, augmented=True)
     validation = assembly.loader(data.val) if data.val else None

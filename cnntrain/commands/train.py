@@ -17,7 +17,7 @@ from cnntrain.cli import Invocation, looks_like_setting
 from cnntrain.commands.evaluate import evaluate_checkpoint
 from cnntrain.config import compose, read_settings, swept_by_itself
 from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place
-from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
+from cnntrain.engine.run_folder import RunFolder, holds_run, lock_folder, open_run_folder, provenance
 from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import CheckFailedError, UserError
 from cnntrain.expectations import judge_expectations, parse_expectation
@@ -28,9 +28,10 @@ from cnntrain.report.table import print_findings, print_run_summary
 from cnntrain.resume import bring_best, keep_choices, resume
 from cnntrain.saved import (
     differences,
-    find_checkpoint,
+    find_folder,
+    find_saved,
     finished_results,
-    read_saved,
+    identify,
 )
 from cnntrain.settings import EvaluateSettings, Settings, parse
 from cnntrain.training import prepare, train_to_the_end
@@ -145,9 +146,27 @@ def _train(
     ranks: Ranks,
 ) -> dict[str, Any]:
     """One process's training: the only one's, or its part of several's."""
-    source = find_checkpoint(settings)
-    saved = read_saved(source) if source else None
-    folder = Path(settings.run_dir) if settings.run_dir else run_folder_of(source) if source else None
+    folder = find_folder(settings)
+    with contextlib.ExitStack() as held:
+        # Before anything is read: a process that is at work there may write a newer state at any time.
+        locked = ranks.leads and folder is not None and holds_run(folder)
+        if locked and folder:
+            held.enter_context(lock_folder(folder))
+        ranks.wait()
+        return _train_in(folder, locked, settings, command_line, test, watch, ranks)
+
+
+def _train_in(
+    folder: Path | None,
+    locked: bool,
+    settings: Settings,
+    command_line: str,
+    test: bool,
+    watch: Callable[[dict[str, float]], None] | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """`_train` with the folder named, and locked if it holds a run already."""
+    source, saved = find_saved(settings) or (None, None)
     if saved and folder and (done := finished_results(saved, folder, settings)):
         log.info(
             "%s: this run is finished, nothing to do (a larger %s= would go on)",
@@ -188,11 +207,11 @@ def _train(
             )
     ranks.copy_weights(state.model)
     with (
-        _run_folder(folder, settings.label, ranks) as run,
+        _run_folder(folder, settings.label, ranks, locked) as run,
         stop_flag(ranks.stop if ranks.count > 1 else None) as stop,
     ):  # all that can be refused has been
         if not ranks.leads:
-            train_to_the_end(run, assembly, data, plan, state, stop, None)
+            train_to_the_end(run, assembly, data, plan, state, {}, stop, None)
             return {}
         if saved is None and run.last.exists():
             raise UserError(
@@ -202,19 +221,22 @@ def _train(
             bring_best(best, run.best)
         (run.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
         run.write_json("run.json", provenance(command_line))
-        results = train_to_the_end(run, assembly, data, plan, state, stop, watch)
+        same_folder = source is not None and run_folder_of(source).resolve() == run.path.resolve()
+        results = train_to_the_end(
+            run, assembly, data, plan, state, identify(saved, same_folder), stop, watch
+        )
         run.write_json("results.json", results)
     print_run_summary(results, run.path, assembly.task.monitor[0])
     return {**results, "run_dir": str(run.path)}
 
 
 @contextlib.contextmanager
-def _run_folder(folder: Path | None, label: str, ranks: Ranks) -> Iterator[RunFolder]:
+def _run_folder(folder: Path | None, label: str, ranks: Ranks, locked: bool) -> Iterator[RunFolder]:
     """The run's folder, which the leader holds; the others only know its name."""
     if not ranks.leads:
         yield RunFolder(Path(ranks.tell(None)))
         return
-    with open_run_folder(folder, label, trains=True) as run:
+    with open_run_folder(folder, label, trains=True, locked=locked) as run:
         ranks.tell(str(run.path))
         yield run
 

@@ -50,12 +50,11 @@ def run_sweep(invocation: Invocation, job: Job) -> int:
     if invocation.print_config:
         print(yaml.safe_dump(dataclasses.asdict(plan.base), sort_keys=False), end="")
         return 0
-    place = _folder(plan)
-    if place and (place / ABOUT).exists() and plan.base.resume == "none":
-        raise UserError(
-            f"run_dir: {place} already holds a sweep; go on with resume=auto, or choose another folder"
-        )
-    with open_run_folder(place, "sweep") as folder, stop_flag() as stop:
+    with open_run_folder(_folder(plan), "sweep") as folder, stop_flag() as stop:
+        if (folder.path / ABOUT).exists() and plan.base.resume == "none":
+            raise UserError(
+                f"run_dir: {folder.path} already holds a sweep; go on with resume=auto, or choose another folder"
+            )
         study = open_study(plan, folder.path, None if plan.base.steps else plan.base.epochs)
         if not (folder.path / "run.json").exists():
             folder.write_json("run.json", provenance(invocation.line))
@@ -81,6 +80,11 @@ def _folder(plan: Plan) -> Path | None:
         if not (folder / ABOUT).is_file():
             raise UserError(f"resume: {folder} holds no sweep; resume=auto run_dir=FOLDER goes on with one")
         return folder
+    if plan.base.resume == "auto" and not plan.base.run_dir:
+        raise UserError(
+            "resume: auto goes on with the sweep in run_dir, and there is no run_dir; add run_dir=FOLDER, or name the "
+            "sweep with resume=FOLDER"
+        )
     return Path(plan.base.run_dir) if plan.base.run_dir else None
 
 
