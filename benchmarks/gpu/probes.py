@@ -1,0 +1,362 @@
+"""Questions that need Python instead of the command line; run.py starts each in a process of its own.
+
+    python probes.py NAME --device cuda --data DATA
+
+A probe prints one line, `RESULT {...}`, with what it found.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FEW_STEPS = 6
+DISTRIBUTIONS = (
+    "torch", "torchvision", "simplejpeg", "hydra-core", "omegaconf", "antlr4-python3-runtime", "tensorboard", "rich",
+    "scikit-learn", "scipy", "matplotlib", "optuna", "sqlalchemy", "alembic", "numpy", "pillow",
+)  # fmt: skip
+MODULES = (
+    "hydra", "omegaconf", "simplejpeg", "optuna", "sklearn", "scipy", "matplotlib", "tensorboard", "rich",
+    "torchvision", "cnntrain.cli",
+)  # fmt: skip
+
+
+def result(**found: Any) -> None:
+    print("RESULT " + json.dumps(found, default=str), flush=True)
+
+
+def is_cuda(args: argparse.Namespace) -> bool:
+    return args.device.startswith("cuda")
+
+
+def environment(args: argparse.Namespace) -> None:
+    """Versions of what is installed, what is missing, and the GPU."""
+    versions, missing = {}, []
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    for module in MODULES:
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            missing.append(f"{module}: {error!r}")
+    found = {"python": sys.version.split()[0], **versions, "cores": len(os.sched_getaffinity(0))}
+    if is_cuda(args):
+        found["gpu"] = torch.cuda.get_device_name(0)
+        found["capability"] = str(torch.cuda.get_device_capability(0))
+        found["free_and_total_gib"] = str([round(n / 2**30, 1) for n in torch.cuda.mem_get_info(0)])
+        found["cudnn"], found["nccl"] = torch.backends.cudnn.version(), str(torch.cuda.nccl.version())
+        found["bf16_tflops"] = _matrix_tflops()
+    result(ok=not missing, missing=missing, **found)
+
+
+def _matrix_tflops(side: int = 4096, repeats: int = 10) -> int:
+    matrix = torch.randn(side, side, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        matrix @ matrix
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        matrix @ matrix
+    torch.cuda.synchronize()
+    return round(repeats * 2 * side**3 / (time.perf_counter() - started) / 1e12)
+
+
+class Training:
+    """A training that is ready for its first step.
+
+    Attributes:
+        epoch: runs one epoch of `train_epoch`.
+        evaluate: validates a few batches.
+    """
+
+    def __init__(self, words: list[str], device: str) -> None:
+        from cnntrain.assembly import assemble
+        from cnntrain.config import read_settings
+        from cnntrain.training import prepare
+
+        self.assembly = assembly = assemble(read_settings([*words, f"device={device}"], None))
+        data = assembly.load()
+        plan, self.state = prepare(assembly, data)
+        self.plan = replace(plan, read_every_steps=10**9, total_steps=10**9)
+        self.training, self.validation = (
+            assembly.loader(data.train, augmented=True),
+            assembly.loader(data.val),
+        )
+        self._common = (assembly.pipeline, assembly.task, assembly.compute)
+
+    def epoch(self) -> None:
+        from cnntrain.engine.divergence import Finiteness
+        from cnntrain.engine.loop import Silent, train_epoch
+        from cnntrain.engine.signals import StopFlag
+
+        state, device = self.state, self.assembly.compute.device
+        state.progress.batch = 0
+        finite = Finiteness(device, state.scaler is not None, lambda batch: RuntimeError(f"batch {batch}"))
+        meter = self.assembly.task.meter()
+        train_epoch(
+            state, self.training, *self._common, self.plan, Silent(), meter, lambda: None, StopFlag(), finite
+        )
+
+    def evaluate(self) -> None:
+        from cnntrain.engine.evaluate import evaluate
+
+        evaluate(self.state.judged, self.validation, *self._common, self.plan.batch_size, FEW_STEPS)
+
+    def close(self) -> None:
+        self.training.close()
+        self.validation.close()
+
+
+def _sync_cases(args: argparse.Namespace) -> dict[str, list[str]]:
+    fashion = ["data=fashion_mnist", f"data.root={args.data}", "data.limit=2000", "model=fmnist_cnn"]
+    faces = ["data=toy_faces", "data.train_count=400"]
+    shapes = ["data=toy_shapes", "model=unet_small"]
+    fp16 = f"precision={'fp16' if is_cuda(args) else 'fp32'} ema_decay=0.9 clip_grad_norm=1 optimizer=sgd".split()
+    cases = {
+        "device": fashion,
+        "stream": [*fashion, "data.store=stream", "data.workers=1"],
+        "host": [*fashion, "data.store=host"],
+        "fp16, EMA, clipping": [*fashion, *fp16],
+        "accumulation": [*fashion, "accumulate=2"],
+        "optimizer without fused kernels": [*fashion, "optimizer=torch"],
+        "mixup": [*fashion, "augment=mixup_cutmix"],
+        "keypoints": [*faces, "augment=[flip,rotation,jitter,blur,noise,erasing]"],
+        "heat maps": [*faces, "model=unet_small", "task.head=heatmap"],
+        "segmentation": [*shapes, "task.loss=sum", "task.class_weights=balanced", "augment=[flip,crop,rotation]"],
+    }  # fmt: skip
+    common = [f"limit_batches={FEW_STEPS}", "batch_size=32", "log.tensorboard=false"]
+    return {name: [*words, *common] for name, words in list(cases.items())[: 2 if args.smoke else None]}
+
+
+def syncs(args: argparse.Namespace) -> None:
+    """Host syncs of an epoch of six batches and of a validation, by place; those of the first epoch don't count.
+
+    What happens once is allowed: the end of an epoch is read. What happens more often happens at each step.
+    """
+    lines, per_step = [], 0
+    for name, words in _sync_cases(args).items():
+        try:
+            training = Training(words, args.device)
+            training.epoch()  # constants and lazy parts of the libraries are made once
+            training.evaluate()
+            for region, work in (("train_epoch", training.epoch), ("evaluate", training.evaluate)):
+                places = _count_syncs(work, is_cuda(args))
+                lines += [f"{name}, {region}: x{count} {place}" for place, count in places.items()]
+                per_step += sum(count for count in places.values() if count > 1)
+            training.close()
+        except Exception:
+            lines += [f"{name}: failed", *traceback.format_exc().splitlines()[-8:]]
+            per_step += 1
+    result(ok=not per_step, each_step=per_step, found=lines)
+
+
+def _count_syncs(work: Callable[[], None], cuda: bool) -> Counter[str]:
+    """How often `work` waits for the device, by place in cnntrain (innermost first)."""
+    places: Counter[str] = Counter()
+
+    def note(message: Any, *rest: Any, **more: Any) -> None:
+        if "called a synchronizing" in str(message):
+            frames = [frame for frame in traceback.extract_stack() if "/cnntrain/" in frame.filename]
+            names = [
+                f"{frame.filename.split('/cnntrain/')[-1]}:{frame.lineno}" for frame in reversed(frames[-4:])
+            ]
+            places[" < ".join(names)] += 1
+
+    with warnings.catch_warnings(), _sync_debug_mode(cuda):
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        work()
+    return places
+
+
+@contextmanager
+def _sync_debug_mode(cuda: bool) -> Iterator[None]:
+    if cuda:
+        torch.cuda.set_sync_debug_mode("warn")
+    try:
+        yield
+    finally:
+        if cuda:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Whether three checkpoints hold the same bits: an unbroken run, the same again, and one that was resumed."""
+    states = [
+        torch.load(path, map_location="cpu", weights_only=True)["state"] for path in args.paths.split(",")
+    ]
+    unbroken, again, resumed = (dict(_tensors(state)) for state in states)
+    repeat, broken = _differences(unbroken, again), _differences(unbroken, resumed)
+    result(
+        ok=not repeat and not broken,
+        tensors=len(unbroken),
+        repeat_differs=len(repeat),
+        resumed_differs=len(broken),
+        steps=str([state["progress"]["step"] for state in states]),
+        names=(repeat + broken)[:6],
+    )
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(part, f"{name}.{key}")
+
+
+def _differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    shared = one.keys() & other.keys()
+    return sorted(one.keys() ^ other.keys()) + sorted(k for k in shared if not torch.equal(one[k], other[k]))
+
+
+def group(args: argparse.Namespace) -> None:
+    """What training on several GPUs needs, as far as a group of one process can show it."""
+    import torch.distributed as dist
+    from torch import nn
+
+    from cnntrain.engine.combine import accompany, combine, synchronise_norms
+    from cnntrain.engine.divergence import Finiteness
+    from cnntrain.engine.group import joined
+    from cnntrain.engine.ranks import Place
+
+    cuda, device = is_cuda(args), torch.device(args.device)
+    place = Place(0, 1, 0, 1, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    found: dict[str, Any] = {}
+    with joined(place, cuda) as ranks:
+        found["backend"] = str(dist.get_backend_config())
+        training = Training(
+            ["data=digits", "model=batchnorm_cnn", "limit_batches=4", "log.tensorboard=false"], args.device
+        )
+        spec, pipeline, state = training.assembly.spec, training.assembly.pipeline, training.state
+        ones = torch.ones(3, 4, device=device)
+        ranks.add([ones, torch.arange(5.0, device=device)])
+        found["add"] = bool((ones == 1).all())
+        found["gather"] = ranks.gather({"a": torch.ones(2)})[0]["a"].tolist()
+        found["tell"] = ranks.tell("word")
+        ranks.copy_weights(state.model)
+        if cuda:
+            state.model = synchronise_norms(state.model)
+            found["sync_norms"] = sum(
+                isinstance(module, nn.SyncBatchNorm) for module in state.model.modules()
+            )
+        model = state.model.train()
+        for precision in ("fp32", "bf16"):
+            images = torch.randn(8, spec.channels, *pipeline.output_size, device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                outputs = model(images.contiguous(memory_format=torch.channels_last)).float()
+            outputs.square().mean().backward()
+            found[precision] = bool(outputs.isfinite().all())
+        finite = Finiteness(device, False, lambda batch: RuntimeError(batch))
+        combine(state, torch.ones(2, device=device), True, finite, 0, ranks)
+        if cuda:  # a process whose share of the batch is empty
+            accompany(model, torch.zeros(0, spec.channels, *pipeline.output_size, device=device))
+            found["without_images"] = True
+        training.close()
+    result(ok=all(value is not False for value in found.values()), **found)
+
+
+def rank(args: argparse.Namespace) -> None:
+    """One of two processes. On a GPU they share it, and their group uses gloo: NCCL refuses one GPU twice."""
+    import torch.distributed as dist
+
+    from cnntrain import cli
+    from cnntrain.commands import train
+    from cnntrain.engine import device, group
+
+    if is_cuda(args):
+        begin = dist.init_process_group
+
+        def with_gloo(backend: str, device_id: Any = None, **more: Any) -> None:
+            begin("gloo", **more)
+
+        dist.init_process_group = with_gloo
+        train.check_processes = lambda *_: None
+        device.own_gpu = group.own_gpu = lambda rank: torch.device("cuda", 0)
+    sys.exit(cli.main(json.loads(args.words)))
+
+
+def memory(args: argparse.Namespace) -> None:
+    """GPU memory after each of some epochs."""
+    training = Training(["data=digits", "model=batchnorm_cnn", "log.tensorboard=false"], args.device)
+    seen = []
+    for _ in range(2 if args.smoke else 6):
+        training.epoch()
+        seen.append(torch.cuda.memory_allocated() / 2**20 if is_cuda(args) else 0)
+    result(ok=seen[-1] <= seen[1] + 1, mib=str([round(each, 1) for each in seen]))
+
+
+def full_gpu(args: argparse.Namespace) -> None:
+    """Trainings beside a process that leaves little GPU memory: CUDA, cuDNN and cuBLAS fail in ways of their own."""
+    command = [
+        sys.executable,
+        "-m",
+        "cnntrain",
+        "model=resnet18",
+        "data=fashion_mnist",
+        f"data.root={args.data}",
+    ]
+    command += [
+        "data.limit=4000",
+        "batch_size=1024",
+        "limit_batches=3",
+        "epochs=1",
+        "device=cuda",
+        "log.tensorboard=false",
+    ]
+    torch.zeros(1, device="cuda")
+    codes, lines, ok = {}, [], True
+    for free_mib in (1800, 900, 600, 450, 300):
+        torch.cuda.empty_cache()
+        wanted = torch.cuda.mem_get_info()[0] - free_mib * 2**20
+        taken = torch.empty(max(wanted, 1), dtype=torch.uint8, device="cuda")
+        done = subprocess.run(
+            [*command, f"run_dir=full-{free_mib}"], capture_output=True, text=True, timeout=60, check=False
+        )
+        del taken
+        codes[free_mib] = done.returncode
+        said = (done.stdout + done.stderr).splitlines()
+        bad = done.returncode not in (0, 4) or any(line.startswith("Traceback") for line in said)
+        ok = ok and not bad
+        lines += [
+            f"{free_mib} MiB free: exit {done.returncode}: {line}" for line in said[-8 if bad else -1 :]
+        ]
+    result(ok=ok, codes=str(codes), found=lines)
+
+
+PROBES = (environment, syncs, compare, group, rank, memory, full_gpu)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("probe", choices=[probe.__name__ for probe in PROBES])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--data", default=str(Path.cwd()), help="folder with FashionMNIST/raw")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--paths", help="compare: three checkpoints, separated by commas")
+    parser.add_argument("--words", help="rank: the command line as a JSON list")
+    args = parser.parse_args()
+    next(probe for probe in PROBES if probe.__name__ == args.probe)(args)
+
+
+if __name__ == "__main__":
+    main()
