@@ -22,6 +22,7 @@ class CatFolder(KeypointSource):
 
     Folders `train/`, `val/` (also called `valid/` or `validation/`) and `test/` in `root` are splits; where there
     is none of them, all images are for training.
+    Points have the names of the cat's own sides: the files' first eye, on the picture's left, is `right_eye`.
     Images without a `.cat` file are left out (the original download has one).
 
     Args:

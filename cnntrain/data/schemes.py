@@ -70,20 +70,22 @@ COCO17 = Scheme(
      ("left_hip", "left_knee", "left_ankle"), ("right_hip", "right_knee", "right_ankle")),
 )  # fmt: skip
 
-# Zhang, Sun, Tang, Cat Head Detection, ECCV 2008. "left" is the picture's left, and both ears count from the
-# left to the right: root, tip, root. So the left ear's outer root, 1, is the partner of the right ear's, 3.
+# Zhang, Sun, Tang, Cat Head Detection, ECCV 2008. "right" is the cat's own right, on the picture's left, as in the
+# other schemes. The files begin with the eye and the ear on the picture's left, which the data set's own description
+# calls left (of 00000001_000.jpg the first eye is at x = 175, the second at 239). Both ears count from the picture's
+# left to its right: root, tip, root. So the right ear's outer root, 1, is the partner of the left ear's, 3.
 CAT9 = Scheme(
-    ("left_eye", "right_eye", "mouth", *_numbered("left_ear", 1, 2, 3), *_numbered("right_ear", 1, 2, 3)),
+    ("right_eye", "left_eye", "mouth", *_numbered("right_ear", 1, 2, 3), *_numbered("left_ear", 1, 2, 3)),
     (
-        ("left_eye", "mouth", "right_eye", "left_eye"),
-        _numbered("left_ear", 1, 2, 3),
+        ("right_eye", "mouth", "left_eye", "right_eye"),
         _numbered("right_ear", 1, 2, 3),
+        _numbered("left_ear", 1, 2, 3),
     ),
     {
-        "left_eye": "right_eye",
-        "left_ear_1": "right_ear_3",
-        "left_ear_2": "right_ear_2",
-        "left_ear_3": "right_ear_1",
+        "right_eye": "left_eye",
+        "right_ear_1": "left_ear_3",
+        "right_ear_2": "left_ear_2",
+        "right_ear_3": "left_ear_1",
     },
 )
 

@@ -17,9 +17,9 @@ from cnntrain.spec import DataSpec, mirror_permutation
 SUPERSAMPLING = 3
 Colour = tuple[int, int, int]
 
-# A head of width 2 seen from the front: x to the right of the picture, y down, z towards the viewer. Right
-# ears count from the inside, as in the CAT data set.
-RIGHT_SIDE = {"eye": (0.42, -0.10), "ear": ((0.36, -0.80, 0.1), (0.76, -1.40, 0.0), (0.92, -0.34, 0.0))}
+# The left side (the cat's own) of a head of width 2 seen from the front: x to the right of the picture, y down, z
+# towards the viewer. Left ears count from the inside, as in the CAT data set.
+LEFT_SIDE = {"eye": (0.42, -0.10), "ear": ((0.36, -0.80, 0.1), (0.76, -1.40, 0.0), (0.92, -0.34, 0.0))}
 HEAD = (1.0, 0.88, 0.75)  # half axes
 MOUTH = (0.0, 0.46)
 
@@ -39,7 +39,7 @@ class Pose:
 
 class ToyFaces(Source):
     """Cat faces of varied pose, scale, lighting and fur, some half hidden; points stay labelled behind
-    things.
+    things. Left and right are the cat's own: its left eye is on the right of the picture.
 
     Each cat has an eye patch on one side and a notch in one ear, so that a mirrored picture differs at sight
     from its original; which side is drawn at random, so that the mirrored picture is as likely a cat as its
@@ -96,8 +96,8 @@ def draw_face(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @cache
 def _landmarks() -> np.ndarray:
     """(9, 3): the points of CAT9 on the head."""
-    left, right = _parts(-1), _parts(1)
-    return np.vstack([left["eye"], right["eye"], _on_front(MOUTH), left["ear"][::-1], right["ear"]])
+    right, left = _parts(-1), _parts(1)
+    return np.vstack([right["eye"], left["eye"], _on_front(MOUTH), right["ear"][::-1], left["ear"]])
 
 
 @cache
@@ -119,8 +119,8 @@ _NOSE = _on_front((-0.10, 0.16), (0.10, 0.16), (0.0, 0.28))
 
 @cache
 def _parts(side: int) -> dict[str, np.ndarray]:
-    """What never changes on one side of the head, (M, 3) each."""
-    middle = np.array(RIGHT_SIDE["eye"]) * (side, 1)
+    """What never changes on one side of the head (1: the cat's left, -1: its right), (M, 3) each."""
+    middle = np.array(LEFT_SIDE["eye"]) * (side, 1)
     start = _on_front((side * 0.3, 0.36))
     return {
         "eye": _on_front(middle),
@@ -128,7 +128,7 @@ def _parts(side: int) -> dict[str, np.ndarray]:
         "mouth": _on_front((0.0, 0.28), MOUTH, (side * 0.12, 0.52), (side * 0.24, 0.44)),
         "upper whisker": np.vstack([start, start + np.array([side * 0.75, -0.18, 0.1])]),
         "lower whisker": np.vstack([start, start + np.array([side * 0.75, 0.18, 0.1])]),
-        "ear": np.array(RIGHT_SIDE["ear"]) * (side, 1, 1),
+        "ear": np.array(LEFT_SIDE["ear"]) * (side, 1, 1),
     }
 
 
@@ -201,7 +201,7 @@ def _draw_head(
     canvas.polygon(pose(_parts(patch_side)["patch"]), patch_colour)
     iris, openness = _colour(random, 60, 255), random.uniform(0.5, 1.0)
     for side in (-1, 1):
-        middle = np.array(RIGHT_SIDE["eye"]) * (side, 1)
+        middle = np.array(LEFT_SIDE["eye"]) * (side, 1)
         canvas.polygon(pose(_on_front(middle + _ring(16) * (0.17, 0.17 * openness))), iris)
         canvas.polygon(pose(_on_front(middle + _ring(8) * (0.05, 0.09 * openness))), dark)
     canvas.polygon(pose(_NOSE), (215, 120, 130))

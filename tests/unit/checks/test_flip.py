@@ -213,7 +213,7 @@ def test_the_command_passes_and_fails(capsys: pytest.CaptureFixture[str]) -> Non
     assert (
         report["verdict"] == "PASS"
         and report["examples"] == 60
-        and ["left_eye", "right_eye"] in report["pairs"]
+        and ["right_eye", "left_eye"] in report["pairs"]
     )
     assert Path("out/figures/flip.png").stat().st_size > 5000
     assert "PASS: better than" in capsys.readouterr().out
@@ -239,7 +239,7 @@ def test_the_command_names_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp
         == 1
     )
     said = capsys.readouterr().out
-    assert "left_ear_1 trades with right_ear_1" in said and "FAIL" in said
+    assert "right_ear_1 trades with left_ear_1" in said and "FAIL" in said
     assert json.loads(Path("o/check.json").read_text())["verdict"] == "FAIL"
 
 

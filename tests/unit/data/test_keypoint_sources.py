@@ -38,12 +38,14 @@ def test_coco_partners_are_neighbours():
 
 
 def test_cat_ears_mirror_inside_out():
-    """The right ear counts from the inside, so its third point is the partner of the left one's first."""
+    """The left ear counts from the inside, so its third point is the partner of the right one's first. Sides are
+    the cat's own: its right is on the picture's left."""
     assert CAT9.mirror is not None
     assert mirror_permutation(CAT9.names, CAT9.mirror) == (1, 0, 2, 8, 7, 6, 5, 4, 3)
     published = [175, 160, 239, 162, 199, 199, 149, 121, 137, 78, 166, 93, 281, 101, 312, 96, 296, 133]
     xs = dict(zip(CAT9.names, published[::2], strict=True))
-    assert xs["left_ear_1"] < xs["left_ear_3"] < xs["right_ear_1"] < xs["right_ear_3"]
+    assert xs["right_ear_1"] < xs["right_ear_3"] < xs["left_ear_1"] < xs["left_ear_3"]
+    assert xs["right_eye"] < xs["mouth"] < xs["left_eye"]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -90,3 +90,15 @@ def test_shapes_masks_agree_with_the_picture():
         across.append(step[edge].mean())
         within.append(step[~edge].mean())
     assert np.mean(across) > 2.5 * np.mean(within)
+
+
+def test_left_and_right_are_the_cats_own() -> None:
+    """As in the data sets of real faces; with its head upright a cat's own left is on the right of the picture."""
+    source = ToyFaces(size=64, train_count=40, test_count=1)
+    names, train = source.spec().keypoints, source.load()["train"]
+    x = {name: train.targets["points"][:, i, 0] for i, name in enumerate(names)}
+    seen = {name: train.targets["visible"][:, i] for i, name in enumerate(names)}
+    for part in ("eye", "ear_1", "ear_2", "ear_3"):
+        both = seen[f"left_{part}"] & seen[f"right_{part}"]
+        assert both.sum() > 20
+        assert (x[f"left_{part}"] > x[f"right_{part}"])[both].float().mean() > 0.9
