@@ -6,7 +6,6 @@ import importlib
 import io
 import os
 import re
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cnntrain.command_line import command_text, mask_passwords, override
 from cnntrain.errors import (
     CnntrainError,
     ElsewhereError,
@@ -44,8 +44,13 @@ class Invocation:
 
     @property
     def line(self) -> str:
-        """The command as it can be pasted into a shell again."""
-        return shlex.join(["cnntrain", *self.argv])
+        """The command as it can be pasted into a shell again, but for passwords."""
+        return command_text(["cnntrain", *self.argv])
+
+    def line_with(self, **values: object) -> str:
+        """The command with other values of some keys."""
+        kept = [word for word in self.argv if word.lstrip("+").partition("=")[0] not in values]
+        return command_text(["cnntrain", *kept, *(override(key, value) for key, value in values.items())])
 
 
 def commands() -> dict[str, str]:
@@ -195,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         if not isinstance(error, ElsewhereError):
-            print(f"error: {error}", file=sys.stderr)
+            print(mask_passwords(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -212,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cause = None if is_from_user_code(error) else explain_machine(error)
             if cause is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            print(f"error: {cause}", file=sys.stderr)
+            print(mask_passwords(f"error: {cause}"), file=sys.stderr)
             return MachineError.exit_code
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

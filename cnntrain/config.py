@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cnntrain.build import trust_folder
+from cnntrain.command_line import without_passwords
 from cnntrain.errors import UserError, suggest
 from cnntrain.settings import Settings, parse
 from cnntrain.space import Axis, grid
@@ -420,7 +421,7 @@ def composed_text(command: str, overrides: Sequence[str], config_dir: Path | Non
         composed = compose(command, overrides, config_dir)
         composed.pop("choices")
     else:
-        composed = dataclasses.asdict(read_settings(overrides, config_dir))
+        composed = without_passwords(dataclasses.asdict(read_settings(overrides, config_dir)))
     return yaml.safe_dump(composed, sort_keys=False)
 
 

@@ -8,11 +8,12 @@ own folder. Files are replaced, never written in place: a reader sees the old fi
 
 import contextlib
 import io
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from cnntrain.errors import UserError
 
@@ -78,6 +79,27 @@ def read_text(path: Path, root: Path | None = None, largest: int = LARGEST_TEXT_
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: is not UTF-8 text; use another file") from error
+
+
+def read_json(path: Path, remedy: str, root: Path | None = None) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        remedy: what to do where the file is damaged; ends the message.
+
+    Raises:
+        UserError: see `read_text`; or it is empty, cut off or no JSON object.
+        OSError: it is missing, or can't be read.
+    """
+    text = read_text(path, root)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = "is empty" if not text.strip() else f"is damaged ({error})"
+        raise UserError(f"{path}: {problem}; {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object; {remedy}")
+    return content
 
 
 def write_whole(path: Path, content: bytes | memoryview, root: Path | None = None, sync: bool = True) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cnntrain.assembly import Assembly
+from cnntrain.command_line import without_passwords
 from cnntrain.config import compose
 from cnntrain.data.load import Data
 from cnntrain.engine import checkpoint
@@ -40,7 +41,7 @@ def read_saved(path: Path) -> dict[str, Any]:
 def checkpoint_facts(assembly: Assembly, data: Data) -> dict[str, Any]:
     """What a checkpoint says beside its state: enough to evaluate it elsewhere."""
     return {
-        "config": dataclasses.asdict(assembly.settings),
+        "config": without_passwords(dataclasses.asdict(assembly.settings)),
         # What `auto` and null came to; a run that is resumed on such a machine takes these.
         "resolved": {
             "device": assembly.compute.device.type,

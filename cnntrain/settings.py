@@ -122,6 +122,12 @@ class DataSettings:
     scan: Literal["full", "headers", "off"]
     timeout_s: Annotated[int, Within(1)]
 
+    def __post_init__(self) -> None:
+        if self.fold and self.folds is None:
+            raise UserError(
+                f"data.fold: {self.fold} has no effect without data.folds; set data.folds=5, or the like"
+            )
+
 
 @dataclass(frozen=True)
 class ModelSettings:

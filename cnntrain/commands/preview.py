@@ -19,6 +19,7 @@ from cnntrain.assembly import build_pipeline, build_source, with_chosen_statisti
 from cnntrain.augment.geometry import HorizontalFlip
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.cli import Invocation
+from cnntrain.command_line import without_passwords
 from cnntrain.config import read_settings
 from cnntrain.data.load import load_data
 from cnntrain.data.store import make_loader
@@ -90,7 +91,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     written = []
     with open_run_folder(folder, f"preview-{settings.choices['data']}") as run_folder:
         (run_folder.path / "config.yaml").write_text(
-            yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
+            yaml.safe_dump(without_passwords(dataclasses.asdict(settings)), sort_keys=False)
         )
         run_folder.write_json("run.json", provenance(command_line))
         with Events(run_folder.path) as events:

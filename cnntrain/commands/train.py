@@ -14,6 +14,7 @@ import yaml
 
 from cnntrain.assembly import assemble, notice
 from cnntrain.cli import Invocation, looks_like_setting
+from cnntrain.command_line import without_passwords
 from cnntrain.commands.evaluate import evaluate_checkpoint
 from cnntrain.config import compose, read_settings, swept_by_itself
 from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place
@@ -219,7 +220,8 @@ def _train_in(
             )
         if best:
             bring_best(best, run.best)
-        (run.path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+        config = without_passwords(dataclasses.asdict(settings))
+        (run.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         run.write_json("run.json", provenance(command_line))
         same_folder = source is not None and run_folder_of(source).resolve() == run.path.resolve()
         results = train_to_the_end(

@@ -151,6 +151,16 @@ def number_as(known: DataSpec, data: Data) -> None:
         examples.targets = {**examples.targets, "label": numbers[examples.targets["label"]]}
 
 
+def read_fingerprint(source: Source) -> str:
+    """The fingerprint of all that a source has; no image is decoded for it.
+
+    Raises:
+        UserError: the data can't be had.
+    """
+    with without_collector():
+        return _fingerprint(source.load())
+
+
 def _fingerprint(splits: dict[str, Examples]) -> str:
     import hashlib
 

@@ -15,7 +15,7 @@ from cnntrain.report.sweep_figures import Point, marginal_effect, parallel_coord
 from cnntrain.report.table import markdown, value_text
 from cnntrain.space import Axis
 from cnntrain.sweep.board import setting_name
-from cnntrain.sweep.plan import Plan, short
+from cnntrain.sweep.plan import Plan, repeats_text, short
 from cnntrain.sweep.ranking import Contest, Standing, contest, rank
 from cnntrain.sweep.study import Study, Trial
 
@@ -30,8 +30,8 @@ class Answer:
     Attributes:
         trials: all that have begun.
         standings: those that are done, the best first; empty where runs are not ranked.
-        contest: the winner beside the runner-up.
-        test: the winner's metrics on the test set, one row a seed.
+        contest: the winner beside the others.
+        test: the winner's metrics on the test set, one row a repeat.
         importance: share of the variance between settings that a key explains by itself; a reason where that can't
             be told.
         pictures: files, relative to the sweep's folder.
@@ -53,9 +53,10 @@ class Answer:
 def find_answer(plan: Plan, study: Study) -> Answer:
     answer = Answer(plan, study.trials())
     if plan.monitor:
-        answer.standings = rank(answer.trials, plan.monitor[1])
+        how = plan.monitor[1], plan.monitor_range, plan.overlap
+        answer.standings = rank(answer.trials, *how)
         if len(answer.standings) > 1:
-            answer.contest = contest(answer.standings[0], answer.standings[1], plan.monitor[1])
+            answer.contest = contest(answer.standings, *how)
         answer.importance = importance(plan, study, len(answer.standings))
     return answer
 
@@ -80,8 +81,8 @@ def run_rows(plan: Plan, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """results.csv: one row a run."""
     rows = []
     for trial in trials:
-        for seed, outcome in sorted(trial.outcomes.items()):
-            row = {"trial": trial.number, **trial.values, "seed": seed, "status": outcome.status}
+        for repeat, outcome in sorted(trial.outcomes.items()):
+            row = {"trial": trial.number, **trial.values, **repeat.values, "status": outcome.status}
             rows.append({**row, **outcome.figures, "time_s": outcome.time_s, "error": outcome.error})
     return rows
 
@@ -91,9 +92,9 @@ def ranking_rows(answer: Answer) -> list[dict[str, Any]]:
     rows = []
     for place, standing in enumerate(answer.standings, 1):
         row = {"place": place, **_settings(standing.trial), answer.metric: standing.mean}
-        if len(answer.plan.seeds) > 1:
+        if len(answer.plan.repeats) > 1:
             limits = "–" if standing.low is None else f"{standing.low:.4g} to {standing.high:.4g}"
-            row |= {"std": standing.std, "95 % interval": limits, "seeds": len(standing.values)}
+            row |= {"std": standing.std, "95 % interval": limits, "runs": len(standing.values)}
         rows.append({**row, **_figures(standing.trial, answer.metric), "trial": standing.trial.number})
     placed = {standing.trial.number for standing in answer.standings}
     for trial in (t for t in answer.trials if t.number not in placed):
@@ -112,7 +113,7 @@ def _settings(trial: Trial) -> dict[str, str]:
 
 
 def _figures(trial: Trial, metric: str) -> dict[str, Any]:
-    """Means over the seeds of what else is worth a column."""
+    """Means over the repeats of what else is worth a column."""
     outcomes = list(trial.outcomes.values())
     row: dict[str, Any] = {}
     for key in dict.fromkeys(key for outcome in outcomes for key in outcome.figures):
@@ -130,17 +131,24 @@ def sentences(answer: Answer) -> list[str]:
         return ["no setting came to a figure to be ranked by"] if answer.plan.monitor else []
     best, metric = answer.standings[0], answer.metric
     name = setting_name(best.trial.values) or "the one setting"
-    spread = "" if best.std is None else f" ± {best.std:.2g} over {len(best.values)} seeds"
+    spread = "" if best.std is None else f" ± {best.std:.2g} over {repeats_text(best.values)}"
     lines = [f"best: {name}: {metric} {value_text(best.mean)}{spread}"]
     if answer.contest:
+        lines[0] += (
+            f"; chosen as the best of {len(answer.standings)} by this figure, which is therefore optimistic"
+        )
         lines.append(_contest_line(answer, answer.contest))
-    if len(answer.plan.seeds) == 1 and len(answer.standings) > 1:
+    if len(answer.plan.repeats) == 1 and len(answer.standings) > 1:
         lines.append("one seed a setting can't tell a lead from chance; sweep.seeds=3 can")
+    if keys := answer.plan.other_examples:
+        lines.append(f"settings differ in {', '.join(keys)}, so they may be validated on different images: ")
+        lines[-1] += "figures on different images do not tell which setting is better"
     if answer.test:
         keys = [key for key in answer.test[0] if key.split("/")[-1] == metric.split("/")[-1]] or list(
             answer.test[0]
         )
-        lines += [f"on the test set, used once, for the best alone: {_mean_text(answer.test, keys[0])}"]
+        figure = _mean_text(answer.test, keys[0], repeats_text(best.values))
+        lines.append(f"on the test set, used once, for the best alone: {figure}")
     if isinstance(answer.importance, dict):
         parts = ", ".join(f"{key} {100 * share:.0f} %" for key, share in answer.importance.items())
         lines.append(f"share of the variance between settings that a key explains by itself: {parts}")
@@ -155,15 +163,20 @@ def _contest_line(answer: Answer, found: Contest) -> str:
     line = f"runner-up: {name}: {value_text(second.mean)}, worse by {found.difference:.2g}"
     if found.low is None or found.high is None:
         return line
-    verdict = (
-        "more than the seeds' spread" if found.clear else "within the seeds' spread: no difference shown"
-    )
-    return f"{line} (95 %: {found.low:.2g} to {found.high:.2g}, paired over {found.seeds} seeds): {verdict}"
+    verdict = "more than the spread over runs"
+    if found.rival is not None:
+        verdict = "within the spread over runs: no difference shown"
+        if found.rival > 2:
+            third = setting_name(answer.standings[found.rival - 1].trial.values)
+            verdict = f"more than the spread over runs; no difference shown to {third} (place {found.rival})"
+    chosen = f", corrected for choosing the best of {found.settings}" if found.settings > 2 else ""
+    limits = f"95 %: {found.low:.2g} to {found.high:.2g}, paired over {repeats_text(found.repeats)}{chosen}"
+    return f"{line} ({limits}): {verdict}"
 
 
-def _mean_text(rows: Sequence[Mapping[str, float]], key: str) -> str:
+def _mean_text(rows: Sequence[Mapping[str, float]], key: str, repeats: str) -> str:
     values = [row[key] for row in rows]
-    spread = f" ± {statistics.stdev(values):.2g} over {len(values)} seeds" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):.2g} over {repeats}" if len(values) > 1 else ""
     return f"{key} {value_text(statistics.fmean(values))}{spread}"
 
 

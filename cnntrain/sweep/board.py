@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cnntrain.report.progress import seconds_text
 from cnntrain.report.table import rows_table, value_text
-from cnntrain.sweep.plan import Plan, Run, short
+from cnntrain.sweep.plan import Plan, Repeat, Run, short
 from cnntrain.sweep.study import Outcome
 
 STYLES = {"done": "green", "running": "blue", "pruned": "dim", "diverged": "yellow", "failed": "bold red",
@@ -36,10 +36,11 @@ class Board:
         self.plan, self.to_come = plan, 0
         self.metric = f"val/{plan.monitor[0]}" if plan.monitor else ""
         self.counts: dict[str, int] = {}
-        self.best: tuple[float, str] | None = None
-        self._running: dict[tuple[int, int], dict[str, object]] = {}
+        self.best: tuple[float, str] | None = None  # mean over the runs of a setting that is through
+        self._values: dict[int, list[float]] = {}
+        self._running: dict[tuple[int, Repeat], dict[str, object]] = {}
         self._ended: list[dict[str, object]] = []
-        self._begun: dict[tuple[int, int], float] = {}
+        self._begun: dict[tuple[int, Repeat], float] = {}
         self._seconds: list[float] = []
         self._live = Live(
             get_renderable=self._draw, console=self.console, refresh_per_second=2, transient=True,
@@ -57,23 +58,23 @@ class Board:
         self._live.stop()
 
     def started(self, run: Run) -> None:
-        key = (run.trial, run.seed)
+        key = (run.trial, run.repeat)
         self._begun[key] = time.monotonic()
         self._running[key] = {**self._row(run), "status": "running"}
 
     def epoch(self, run: Run, epoch: int, value: float) -> None:
-        self._running[run.trial, run.seed] |= {"epoch": epoch, self.metric or "metric": value}
+        self._running[run.trial, run.repeat] |= {"epoch": epoch, self.metric or "metric": value}
 
     def ended(self, run: Run, outcome: Outcome) -> None:
         """A run's end: at once, with its error's first line where it has one."""
-        key = (run.trial, run.seed)
+        key = (run.trial, run.repeat)
         self._running.pop(key, None)
         self._seconds.append(time.monotonic() - self._begun.pop(key, time.monotonic()))
         row = {**self._row(run), "status": outcome.status, "epoch": outcome.figures.get("epoch")}
         row |= {self.metric: outcome.value} if self.metric else outcome.figures
         self._ended.append({**row, "time": seconds_text(outcome.time_s)})
         name = self.name(run)
-        self.note(outcome, name)
+        self.note(outcome, run.trial, run.values)
         if outcome.error:
             self.say(f"error: {name}: {outcome.status}: {outcome.error}\n       {run.folder / 'log.txt'}")
         if not self.console.is_terminal:
@@ -84,13 +85,17 @@ class Board:
             count = sum(self.counts.values())
             self.say(f"[{count}/{self.total}] {name}: {', '.join(part for part in parts if part)}")
 
-    def note(self, outcome: Outcome, name: str) -> None:
+    def note(self, outcome: Outcome, trial: int, values: Mapping[str, str]) -> None:
         """Count a run that has ended, in this sitting or before."""
         self.counts[outcome.status] = self.counts.get(outcome.status, 0) + 1
-        if outcome.status == "done" and outcome.value is not None and self.plan.monitor:
-            is_more = self.best is None or outcome.value > self.best[0]
-            if is_more == (self.plan.monitor[1] == "max") or self.best is None:
-                self.best = (outcome.value, name)
+        if outcome.status != "done" or outcome.value is None or not self.plan.monitor:
+            return
+        known = self._values.setdefault(trial, [])
+        known.append(outcome.value)
+        if len(known) == len(self.plan.repeats):
+            mean = sum(known) / len(known)
+            if self.best is None or (mean > self.best[0]) == (self.plan.monitor[1] == "max"):
+                self.best = (mean, setting_name(values) or "the one setting")
 
     @property
     def total(self) -> int:
@@ -101,11 +106,11 @@ class Board:
 
     def name(self, run: Run) -> str:
         """`model=lenet5 optimizer.lr=0.01 seed=1`."""
-        return setting_name(run.values, run.seed if len(self.plan.seeds) > 1 else None) or f"seed={run.seed}"
+        return setting_name(run.values, self.plan.varying(run.repeat)) or str(run.repeat)
 
     def _row(self, run: Run) -> dict[str, object]:
-        seed = {"seed": run.seed} if len(self.plan.seeds) > 1 else {}
-        return {"run": run.trial, **{key: short(value) for key, value in run.values.items()}, **seed}
+        settings = {key: short(value) for key, value in run.values.items()}
+        return {"run": run.trial, **settings, **self.plan.varying(run.repeat)}
 
     def _left(self) -> str:
         """Time left, from the mean of the runs of this sitting."""
@@ -129,7 +134,7 @@ class Board:
         return Group(head, table, Text(best, style="green"))
 
 
-def setting_name(values: Mapping[str, str], seed: int | None = None) -> str:
-    """A setting for people, with long numbers cut."""
+def setting_name(values: Mapping[str, str], repeat: Mapping[str, int] | None = None) -> str:
+    """A setting for people, with long numbers cut, and which repeat of it."""
     named = {key: short(value) for key, value in values.items()}
-    return " ".join(f"{k}={v}" for k, v in [*named.items(), *([("seed", seed)] if seed is not None else [])])
+    return " ".join(f"{key}={value}" for key, value in {**named, **(repeat or {})}.items())

@@ -2,43 +2,98 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import re
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cnntrain.assembly import build_pipeline, build_source, build_task
 from cnntrain.cli import DEFAULT_COMMAND, Invocation
-from cnntrain.config import add_swept_keys, read_settings, read_space
+from cnntrain.command_line import command_text
+from cnntrain.config import add_swept_keys, parse_overrides, read_settings, read_space
+from cnntrain.data.load import read_fingerprint
 from cnntrain.errors import UserError
 from cnntrain.expectations import NEUTRAL
+from cnntrain.saved import flat
 from cnntrain.settings import Settings, SweepSettings
 from cnntrain.space import Axis, grid
 
 T = TypeVar("T")
 DRAWN_TRIALS = 20  # where the sampler draws and `sweep.trials` says nothing
+# Keys that change which examples a setting is validated on.
+OTHER_EXAMPLES = ("data", "data.root", "data.file", "data.limit", "data.val_fraction", "data.folds")
 # What may change when a sweep goes on: where and how fast it runs, and how much more is asked of it.
-MAY_CHANGE = NEUTRAL - {"seed"} | {f"sweep.{key}" for key in ("trials", "timeout_s", "jobs", "on_error")}
+# Where the data lie may change too: what they are is compared by their fingerprint.
+MAY_CHANGE = (NEUTRAL - {"seed"}) | {"data.file", "data.scan"}
+MAY_CHANGE |= {f"sweep.{key}" for key in ("trials", "timeout_s", "jobs", "on_error")}
+
+
+@dataclass(frozen=True, order=True)
+class Repeat:
+    """What distinguishes the runs of one setting: the seed and, in cross-validation, the validation split.
+
+    Attributes:
+        seed: of the training.
+        fold, split_seed: as in `data`; None where the sweep does not vary them.
+    """
+
+    seed: int
+    fold: int | None = None
+    split_seed: int | None = None
+
+    @property
+    def split(self) -> tuple[int | None, int | None]:
+        """Runs that agree in it are validated on the same examples."""
+        return self.split_seed, self.fold
+
+    @property
+    def values(self) -> dict[str, int]:
+        """Config key -> value."""
+        values = {"seed": self.seed, "data.fold": self.fold, "data.split_seed": self.split_seed}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.values.items())
+
+    @classmethod
+    def parse(cls, text: str) -> "Repeat":
+        """The repeat that `str` made `text` of."""
+        return cls(
+            **{key.removeprefix("data."): int(value) for key, value in (w.split("=") for w in text.split())}
+        )
+
+
+REPEAT_KEYS = ("seed", "data.fold", "data.split_seed")
+
+
+def repeats_text(repeats: Collection[Repeat]) -> str:
+    """How often a setting was trained, for people: `3 seeds`, `5 folds x 2 seeds`."""
+    counts = {
+        name: len({getattr(repeat, attribute) for repeat in repeats})
+        for name, attribute in (("split", "split_seed"), ("fold", "fold"), ("seed", "seed"))
+    }
+    parts = [f"{count} {name}s" for name, count in counts.items() if count > 1]
+    return " x ".join(parts) or "1 run"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a setting of the swept keys with one seed.
+    """One training: one repeat of a setting of the swept keys.
 
     Attributes:
         trial: number of the setting, from 0.
         values: swept key -> value, as on the command line.
-        overrides: all that its config is composed of, but for what follows.
+        overrides: all that its config is composed of, but for what follows; the repeat's included.
         threads: CPU threads; None: as configured.
         folder: its own, inside the sweep's.
         command: what repeats it alone.
     """
 
     trial: int
-    seed: int
+    repeat: Repeat
     values: dict[str, str]
     overrides: tuple[str, ...]
     config_dir: Path | None
@@ -54,8 +109,10 @@ class Run:
         """
         settings = read_settings(self.overrides, self.config_dir)
         threads = self.threads if self.threads is not None else settings.threads
+        # A run needs neither the sweep's storage nor the password in it.
+        sweep = dataclasses.replace(settings.sweep, storage=None)
         return dataclasses.replace(
-            settings, seed=self.seed, threads=threads, run_dir=str(self.folder), resume="auto"
+            settings, threads=threads, run_dir=str(self.folder), resume="auto", sweep=sweep
         )
 
 
@@ -65,20 +122,24 @@ class Plan:
 
     Attributes:
         fixed: overrides with one value.
-        axes: the keys that vary, without `seed`.
-        seeds: with which each setting is trained.
+        axes: the keys that vary between settings.
+        repeats: with which each setting is trained: seeds, folds and seeds of the split.
         base: the settings of the first trial.
+        variants: settings whose data differ: all that the axes lead to.
         monitor: the metric on validation data that trials are ranked by, with its better end (`max` or `min`);
             None where there is no one figure for all (verdicts, or data sets with different metrics).
+        monitor_range: the lowest and highest value of that metric.
     """
 
     word: str
     config_dir: Path | None
     fixed: tuple[str, ...]
     axes: tuple[Axis, ...]
-    seeds: tuple[int, ...]
+    repeats: tuple[Repeat, ...]
     base: Settings
+    variants: tuple[Settings, ...]
     monitor: tuple[str, str] | None
+    monitor_range: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def sweep(self) -> SweepSettings:
@@ -88,8 +149,43 @@ class Plan:
     def asked(self) -> list[str]:
         """The command in a form that another one may be held against: whether it goes on with this sweep."""
         fixed = [o for o in self.fixed if o.split("=")[0] not in MAY_CHANGE]
-        fixed = [o for o in fixed if not o.startswith(("log.", "checkpoint."))]
-        return sorted([*fixed, *map(str, self.axes), f"seed={','.join(map(str, self.seeds))}"])
+        fixed = [o for o in fixed if not o.startswith(("log.", "checkpoint.", "sweep.storage="))]
+        columns = {key: dict.fromkeys(r.values.get(key) for r in self.repeats) for key in REPEAT_KEYS}
+        repeats = [f"{key}={','.join(map(str, each))}" for key, each in columns.items() if None not in each]
+        return sorted([*fixed, *map(str, self.axes), *repeats])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The first trial's settings by key, without what may change when a sweep goes on."""
+        found = flat(dataclasses.asdict(self.base))
+        left_out = {*MAY_CHANGE, "sweep.storage"}
+        return {
+            key: value
+            for key, value in found.items()
+            if key not in left_out and not key.startswith(("log.", "checkpoint."))
+        }
+
+    def fingerprints(self) -> list[str]:
+        """Of the data sets that the sweep trains on.
+
+        Raises:
+            UserError: one of them can't be read.
+        """
+        return sorted({read_fingerprint(build_source(settings)[0]) for settings in self.variants})
+
+    @property
+    def overlap(self) -> float:
+        """Validation examples per training example, where repeats differ in their split; 0 where all share one."""
+        if len({repeat.split for repeat in self.repeats}) == 1:
+            return 0.0
+        folds = self.base.data.get("folds")
+        share = 1 / folds if folds else float(self.base.data.get("val_fraction") or 0.0)
+        return share / (1 - share)
+
+    @property
+    def other_examples(self) -> list[str]:
+        """Swept keys that change which examples a setting is validated on, so that figures don't compare."""
+        return [axis.key for axis in self.axes if axis.key in OTHER_EXAMPLES]
 
     def grid(self) -> list[dict[str, str]] | None:
         """The settings to try in a fixed order; None where a sampler draws them."""
@@ -102,25 +198,32 @@ class Plan:
         settings = self.grid()
         return len(settings) if settings is not None else self.sweep.trials or DRAWN_TRIALS
 
-    def run(self, trial: int, values: Mapping[str, str], seed: int, folder: Path) -> Run:
-        """The run of a setting with a seed, in its own folder inside the sweep's."""
-        overrides = (*self.fixed, *(f"{key}={value}" for key, value in values.items()))
+    def run(self, trial: int, values: Mapping[str, str], repeat: Repeat, folder: Path) -> Run:
+        """One repeat of a setting, in its own folder inside the sweep's."""
+        fixed = [o for o in self.fixed if o.split("=")[0] not in repeat.values]
+        both = {**values, **repeat.values}
+        overrides = (*fixed, *(f"{key}={value}" for key, value in both.items()))
         name = "-".join([f"{trial:03d}", *map(_in_a_path, values.values())])
-        name += f"-seed{seed}" if len(self.seeds) > 1 else ""
+        name += "".join(f"-{key.removeprefix('data.')}{value}" for key, value in self.varying(repeat).items())
         threads = None
         if self.sweep.jobs > 1 and self.base.threads is None:
             threads = max(1, len(cores()) // self.sweep.jobs)
-        command = self.command(overrides, seed, threads)
-        return Run(trial, seed, dict(values), overrides, self.config_dir, threads, folder / name, command)
+        command = self.command(overrides, threads)
+        return Run(trial, repeat, dict(values), overrides, self.config_dir, threads, folder / name, command)
 
-    def command(self, overrides: Sequence[str], seed: int, threads: int | None) -> str:
+    def varying(self, repeat: Repeat) -> dict[str, int]:
+        """The values of a repeat by those keys that vary between repeats."""
+        values = repeat.values.items()
+        return {k: v for k, v in values if len({other.values.get(k) for other in self.repeats}) > 1}
+
+    def command(self, overrides: Sequence[str], threads: int | None) -> str:
         """The line that trains one setting alone."""
-        left_out = ("seed", "resume", "run_dir")
+        left_out = ("resume", "run_dir")
         kept = [o for o in overrides if o.split("=")[0] not in left_out and not o.startswith("sweep.")]
-        more = [f"seed={seed}", *([f"threads={threads}"] if threads is not None else [])]
+        more = [f"threads={threads}"] if threads is not None else []
         word = [] if self.word == DEFAULT_COMMAND else [self.word]
         where = [f"--config-dir={self.config_dir}"] if self.config_dir else []
-        return shlex.join(["cnntrain", *word, *where, *kept, *more])
+        return command_text(["cnntrain", *word, *where, *kept, *more])
 
 
 def read_plan(invocation: Invocation, ranked: bool) -> Plan:
@@ -142,12 +245,14 @@ def read_plan(invocation: Invocation, ranked: bool) -> Plan:
     base, sweep = each[0], each[0].sweep
     if any(settings.sweep != sweep for settings in each):
         raise UserError("sweep: the values differ in what to sweep over; run them one after the other")
-    seed_axis = next((axis for axis in axes if axis.key == "seed"), None)
-    if seed_axis and (sweep.seeds > 1 or not seed_axis.values):
-        raise UserError("seed: repeats are listed, as seed='range(0,3)', or counted by sweep.seeds; not both")
-    seeds = [int(v) for v in seed_axis.values] if seed_axis else range(base.seed, base.seed + sweep.seeds)
-    axes = [axis for axis in axes if axis is not seed_axis]
-    monitor = _common_monitor(each) if ranked else None
+    repeated = {axis.key: axis for axis in axes if axis.key in REPEAT_KEYS}
+    for key, axis in repeated.items():
+        if not axis.values or (key == "seed" and sweep.seeds > 1):
+            counted = ", or counted by sweep.seeds; not both" if key == "seed" else ""
+            raise UserError(f"{key}: repeats are listed, as {key}='range(0,3)'{counted}")
+    axes = [axis for axis in axes if axis.key not in repeated]
+    monitor, monitor_range = (_common_monitor(each) if ranked else None) or (None, (-math.inf, math.inf))
+    repeats = _repeats(repeated, base, cross_validate=ranked and _all_folds(typed, each))
     for key, unranked in (("sampler", "grid"), ("pruner", "none")):
         if monitor is None and getattr(sweep, key) != unranked:
             raise UserError(f"sweep.{key}: these runs have no one metric to compare; use {unranked}")
@@ -156,9 +261,29 @@ def read_plan(invocation: Invocation, ranked: bool) -> Plan:
     elif not axes:
         raise UserError(f"sweep.sampler: nothing to draw for {sweep.sampler}; give a key several values")
     return Plan(
-        invocation.command, invocation.config_dir, tuple(fixed), tuple(axes), tuple(dict.fromkeys(seeds)), base,
-        monitor,
+        invocation.command, invocation.config_dir, tuple(fixed), tuple(axes), repeats, base,
+        tuple({str(settings.data): settings for settings in each}.values()), monitor, monitor_range,
     )  # fmt: skip
+
+
+def _repeats(listed: Mapping[str, Axis], base: Settings, cross_validate: bool) -> tuple[Repeat, ...]:
+    """Every combination of seeds, folds and seeds of the split; folds turn fastest."""
+    values: dict[str, list[Any]] = {
+        key: list(dict.fromkeys(int(value) for value in axis.values)) for key, axis in listed.items()
+    }
+    values.setdefault("seed", list(range(base.seed, base.seed + base.sweep.seeds)))
+    if cross_validate:
+        values.setdefault("data.fold", list(range(base.data["folds"])))
+    splits, folds = values.get("data.split_seed", [None]), values.get("data.fold", [None])
+    return tuple(Repeat(seed, fold, split) for split in splits for seed in values["seed"] for fold in folds)
+
+
+def _all_folds(typed: Sequence[str], settings: Sequence[Settings]) -> bool:
+    """Whether `data.folds` asks for cross-validation: no fold was chosen, and all settings have as many folds."""
+    if any(override.key_or_group == "data.fold" for override in parse_overrides(typed)):
+        return False
+    found = {(each.data.get("folds"), each.data.get("fold")) for each in settings}
+    return len(found) == 1 and isinstance((pair := found.pop())[0], int) and pair[1] == 0
 
 
 def _one_at_a_time(axes: list[Axis], firsts: dict[str, str]) -> Iterator[dict[str, str]]:
@@ -169,13 +294,14 @@ def _one_at_a_time(axes: list[Axis], firsts: dict[str, str]) -> Iterator[dict[st
         yield from ({**firsts, axis.key: value} for value in others)
 
 
-def _common_monitor(settings: list[Settings]) -> tuple[str, str] | None:
-    """The metric that chooses the best epoch in all of them; None where they differ."""
+def _common_monitor(settings: list[Settings]) -> tuple[tuple[str, str], tuple[float, float]] | None:
+    """The metric that chooses the best epoch in all of them, and its range; None where they differ."""
     tasks = {str((each.data, each.task)): each for each in settings}
     found = set()
     for each in tasks.values():
         spec = build_source(each)[0].spec()
-        found.add(build_task(each, spec, build_pipeline(each, spec)).monitor)
+        task = build_task(each, spec, build_pipeline(each, spec))
+        found.add((task.monitor, task.monitor_range))
     return found.pop() if len(found) == 1 else None
 
 

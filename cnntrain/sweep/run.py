@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from cnntrain.cli import Invocation
+from cnntrain.command_line import without_passwords
 from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag
 from cnntrain.errors import CnntrainError, StoppedError, UserError
@@ -27,9 +28,9 @@ from cnntrain.sweep.answer import (
     write_csv_of_runs,
     write_report,
 )
-from cnntrain.sweep.board import Board, setting_name
+from cnntrain.sweep.board import Board
 from cnntrain.sweep.perform import Job, test_quietly
-from cnntrain.sweep.plan import Plan, Run, read_plan
+from cnntrain.sweep.plan import Plan, Repeat, Run, read_plan, repeats_text
 from cnntrain.sweep.storage import ABOUT, open_study
 from cnntrain.sweep.study import Outcome, Study, Trial
 from cnntrain.sweep.workers import Here, Processes
@@ -48,8 +49,10 @@ def run_sweep(invocation: Invocation, job: Job) -> int:
     log_to_console()
     plan = read_plan(invocation, ranked=job.test is not None)
     if invocation.print_config:
-        print(yaml.safe_dump(dataclasses.asdict(plan.base), sort_keys=False), end="")
+        print(yaml.safe_dump(without_passwords(dataclasses.asdict(plan.base)), sort_keys=False), end="")
         return 0
+    if len({repeat.split for repeat in plan.repeats}) > 1:
+        log.info("each setting is trained %d times: %s", len(plan.repeats), repeats_text(plan.repeats))
     with open_run_folder(_folder(plan), "sweep") as folder, stop_flag() as stop:
         if (folder.path / ABOUT).exists() and plan.base.resume == "none":
             raise UserError(
@@ -94,16 +97,16 @@ def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag) 
     board, queue = Board(plan), Queue(plan, study, folder)
     monitor, jobs = plan.monitor[0] if plan.monitor else None, plan.sweep.jobs
     for trial in study.trials():
-        for seed, outcome in trial.outcomes.items():
-            board.note(outcome, setting_name(trial.values, seed))
+        for outcome in trial.outcomes.values():
+            board.note(outcome, trial.number, trial.values)
     deadline = math.inf if plan.sweep.timeout_s is None else time.monotonic() + plan.sweep.timeout_s
 
     def report(run: Run, epoch: int, value: float) -> bool:
-        """What a run hears after each epoch: whether to give up. The first seed decides for its setting."""
+        """What a run hears after each epoch: whether to give up. The first repeat decides for its setting."""
         board.epoch(run, epoch, value)
         return (
             plan.sweep.pruner != "none"
-            and run.seed == plan.seeds[0]
+            and run.repeat == plan.repeats[0]
             and study.report(run.trial, epoch, value)
         )
 
@@ -143,15 +146,15 @@ def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag) 
 
 @dataclass
 class _Open:
-    """A trial under way: the seeds that have not begun, and those that run."""
+    """A trial under way: the repeats that have not begun, and those that run."""
 
     trial: Trial
-    waiting: list[int]
-    running: set[int] = field(default_factory=set)
+    waiting: list[Repeat]
+    running: set[Repeat] = field(default_factory=set)
 
 
 class Queue:
-    """Which run comes next. With a pruner, a setting's other seeds wait until its first one has come through."""
+    """Which run comes next. With a pruner, a setting's other repeats wait until its first one has come through."""
 
     def __init__(self, plan: Plan, study: Study, folder: Path) -> None:
         self.plan, self.study, self.folder = plan, study, folder
@@ -163,23 +166,23 @@ class Queue:
         while not self.closed:
             for each in self._open.values():
                 if each.waiting and not self._held(each):
-                    seed = each.waiting.pop(0)
-                    each.running.add(seed)
-                    return self.plan.run(each.trial.number, each.trial.values, seed, self.folder)
+                    repeat = each.waiting.pop(0)
+                    each.running.add(repeat)
+                    return self.plan.run(each.trial.number, each.trial.values, repeat, self.folder)
             trial = self.study.ask()
             if trial is None:
                 return None
             pruned = any(outcome.status == "pruned" for outcome in trial.outcomes.values())
-            waiting = [seed for seed in self.plan.seeds if seed not in trial.outcomes and not pruned]
+            waiting = [each for each in self.plan.repeats if each not in trial.outcomes and not pruned]
             self._open[trial.number] = _Open(trial, waiting)
             self._close_if_over(trial.number)
         return None
 
     def ended(self, run: Run, outcome: Outcome) -> None:
         """Write down how a run ended; its setting is told once all its runs have."""
-        self.study.record(run.trial, run.seed, outcome)
+        self.study.record(run.trial, run.repeat, outcome)
         each = self._open[run.trial]
-        each.running.discard(run.seed)
+        each.running.discard(run.repeat)
         if outcome.status == "pruned":
             each.waiting.clear()
         self._close_if_over(run.trial)
@@ -192,10 +195,10 @@ class Queue:
     def left(self) -> int:
         """Runs that have not begun, at most."""
         begun = sum(len(each.waiting) for each in self._open.values())
-        return begun + self.study.waiting * len(self.plan.seeds)
+        return begun + self.study.waiting * len(self.plan.repeats)
 
     def _held(self, each: _Open) -> bool:
-        return self.plan.sweep.pruner != "none" and self.plan.seeds[0] in each.running
+        return self.plan.sweep.pruner != "none" and self.plan.repeats[0] in each.running
 
     def _close_if_over(self, number: int) -> None:
         each = self._open[number]
@@ -205,12 +208,12 @@ class Queue:
 
 
 def _judge_winner(answer: Answer, job: Job, folder: Path, over: bool) -> str | None:
-    """Use the test set, once the sweep is over: for every seed of the winning setting. The command that trains the
+    """Use the test set, once the sweep is over: for every repeat of the winning setting. The command that trains the
     winner again."""
     if not answer.standings or job.test is None:
         return None
     winner, plan = answer.standings[0], answer.plan
-    runs = [plan.run(winner.trial.number, winner.trial.values, seed, folder) for seed in winner.values]
+    runs = [plan.run(winner.trial.number, winner.trial.values, repeat, folder) for repeat in winner.values]
     if over and all((run.folder / "results.json").is_file() for run in runs):  # else another machine has them
         try:
             answer.test = [_test_metrics(run, job, plan.base.log.tensorboard) for run in runs]

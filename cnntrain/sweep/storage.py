@@ -14,7 +14,9 @@ from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
+from cnntrain.command_line import mask_passwords
 from cnntrain.errors import UserError
+from cnntrain.files import read_json, write_text
 from cnntrain.sweep.plan import Plan
 from cnntrain.sweep.study import Study
 
@@ -32,21 +34,30 @@ def open_study(plan: Plan, folder: Path, epochs: int | None) -> Study:
         UserError: the folder holds another sweep, or the storage can't be opened.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    about, asked, where = folder / ABOUT, plan.asked, plan.sweep.storage
+    about, where = folder / ABOUT, plan.sweep.storage
+    now = {"asked": plan.asked, "data": plan.fingerprints(), "settings": plan.settings}
     if about.exists():
-        owner = _go_on(json.loads(about.read_text()), asked, folder)
+        owner = _go_on(_read_about(about), now, folder)
     else:
         owner = uuid.uuid4().hex
-        about.write_text(json.dumps({"id": owner, "asked": asked}, indent=2) + "\n")
-    name = "cnntrain-" + hashlib.sha256("\n".join(asked).encode()).hexdigest()[:12] if where else "sweep"
+        write_text(about, json.dumps({"id": owner, **now}, indent=2, default=str) + "\n")
+    # Machines that share a storage find each other by what was asked for and the data, wherever these lie.
+    identity = "\n".join([*now["asked"], *now["data"]])
+    name = "cnntrain-" + hashlib.sha256(identity.encode()).hexdigest()[:12] if where else "sweep"
     try:
         return Study(plan, _storage(folder, where), name, owner, epochs)
-    except (OptunaError, ImportError, OSError, ValueError, *_database_errors(where)) as error:
-        said = str(error).splitlines()[0]
-        raise UserError(f"sweep.storage: {where or folder / JOURNAL}: {said}") from error
+    except (OptunaError, ImportError, OSError, ValueError, *database_errors(where)) as error:
+        raise UserError(storage_problem(where or folder / JOURNAL, error)) from error
 
 
-def _database_errors(where: str | None) -> tuple[type[Exception], ...]:
+def storage_problem(where: object, error: Exception) -> str:
+    """What an error of the storage says, without the password."""
+    place = mask_passwords(f"sweep.storage={where}", word=True).partition("=")[2]
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"sweep.storage: {place}: {mask_passwords(said.replace(str(where), place))}"
+
+
+def database_errors(where: str | None) -> tuple[type[Exception], ...]:
     """What a database raises, where one is asked for."""
     if where is None or "://" not in where:
         return ()
@@ -55,13 +66,42 @@ def _database_errors(where: str | None) -> tuple[type[Exception], ...]:
     return (SQLAlchemyError,)
 
 
-def _go_on(about: Mapping[str, Any], asked: list[str], folder: Path) -> str:
-    differing = sorted(set(about["asked"]) ^ set(asked))
+def _read_about(path: Path) -> dict[str, Any]:
+    """The content of sweep.json.
+
+    Raises:
+        UserError: it is not what a sweep has written.
+    """
+    about = read_json(path, "the sweep in this folder can't go on; choose another run_dir")
+    lists = (about.get(key) for key in ("asked", "data"))
+    if not isinstance(about.get("id"), str) or not all(isinstance(each, list) for each in lists):
+        raise UserError(f"{path}: not what a sweep of this version writes; choose another run_dir")
+    return about
+
+
+def _go_on(about: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> str:
+    """The id of the sweep in the folder, which must be the one that is asked for now."""
+    otherwise = "give the same settings to go on, or another folder"
+    differing = sorted(set(map(str, about["asked"])) ^ set(now["asked"]))
     if differing:
         raise UserError(
-            f"run_dir: {folder} holds a sweep of another command, which differs in {differing[0]}; "
-            "give the same keys to go on, or another folder"
+            f"run_dir: {folder} holds a sweep of another command, which differs in {differing[0]}; {otherwise}"
         )
+    if about["data"] != now["data"]:
+        before, after = (", ".join(map(str, each)) for each in (about["data"], now["data"]))
+        raise UserError(
+            f"run_dir: {folder} holds a sweep of other data: examples were {before}, are {after} (count-hash); "
+            "results on different data can't be ranked together; choose another folder"
+        )
+    before = about.get("settings")
+    plain = json.loads(json.dumps(now["settings"], default=str))
+    if isinstance(before, dict):  # a key that is new in this version has its default
+        for key in plain:
+            if key in before and before[key] != plain[key]:
+                raise UserError(
+                    f"run_dir: {folder} holds a sweep of other settings: {key} was {before[key]}, is {plain[key]}; "
+                    f"{otherwise}"
+                )
     return about["id"]
 
 

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from cnntrain.randomness import hash_seed
 from cnntrain.space import Axis
-from cnntrain.sweep.plan import Plan
+from cnntrain.sweep.plan import Plan, Repeat
 
 READY_S = 30.0  # how long another machine may take to lay out the trials
 
@@ -38,11 +38,11 @@ class Outcome:
 
 @dataclass
 class Trial:
-    """A setting, and its runs that have ended, by seed. `state` is `running` until all are."""
+    """A setting, and its runs that have ended, by repeat. `state` is `running` until all are."""
 
     number: int
     values: dict[str, str]
-    outcomes: dict[int, Outcome]
+    outcomes: dict[Repeat, Outcome]
     state: str = "running"
 
 
@@ -127,9 +127,9 @@ class Study:
             asked.report(value, epoch)
         return asked.should_prune()
 
-    def record(self, number: int, seed: int, outcome: Outcome) -> None:
+    def record(self, number: int, repeat: Repeat, outcome: Outcome) -> None:
         """Note how a run ended; it is never run again."""
-        self._open[number].set_user_attr(f"seed {seed}", asdict(outcome))
+        self._open[number].set_user_attr(f"run {repeat}", asdict(outcome))
 
     def finish(self, number: int) -> None:
         """Tell what a trial came to, from its runs: their mean, the worst there is if one diverged."""
@@ -168,9 +168,9 @@ class Study:
 
     def _trial(self, frozen: FrozenTrial) -> Trial:
         outcomes = {
-            int(key.removeprefix("seed ")): Outcome(**value)
+            Repeat.parse(key.removeprefix("run ")): Outcome(**value)
             for key, value in frozen.user_attrs.items()
-            if key.startswith("seed ")
+            if key.startswith("run ")
         }
         state = "ended" if frozen.state.is_finished() else "running"
         return Trial(frozen.number, self._values(frozen), outcomes, state)

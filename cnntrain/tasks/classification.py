@@ -68,6 +68,7 @@ class Classification(Task):
         self.num_classes = classes
         self.num_outputs = 1 if self.binary else classes
         self.monitor = ("top1", "max")
+        self.monitor_range = (0.0, 1.0)
         self._balanced = class_weights == "balanced"
         self._weights = parse_class_weights(class_weights, spec.classes)
 

@@ -81,6 +81,7 @@ class Keypoints(Task):
         self._pair = _named_pair(normalise_by, spec.keypoints)
         self.num_outputs = len(spec.keypoints) * (2 if head == "regression" else 1)
         self.monitor = ("nme", "min")
+        self.monitor_range = (0.0, math.inf)
 
     def normalised(self, points: Tensor) -> Tensor:
         """Canvas pixels -> units of half the canvas from its centre; (..., 2)."""

@@ -60,6 +60,7 @@ class Segmentation(Task):
         self.num_classes = self.num_outputs = len(spec.classes)
         self.ignore = spec.outside
         self.monitor = ("miou", "max")
+        self.monitor_range = (0.0, 1.0)
 
     def output_shape(self) -> tuple[int | None, ...]:
         return (self.num_outputs, None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -31,10 +32,12 @@ class Task(ABC):
         num_outputs: numbers (or channels) that the model gives.
         monitor: the metric that chooses the best checkpoint and which end of it is best, e.g. `('top1',
             'max')`.
+        monitor_range: the lowest and highest value that the metric can take; infinite where there is no limit.
     """
 
     num_outputs: int
     monitor: tuple[str, str]
+    monitor_range: tuple[float, float] = (-math.inf, math.inf)
 
     def __init__(self, spec: DataSpec) -> None:
         self.spec = spec

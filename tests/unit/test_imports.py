@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "cnntrain"
 FLOORS = [  # each may import what stands before it, and itself; what shares a line may not import one another
-    {"errors", "findings", "heap"},
+    {"command_line", "errors", "findings", "heap"},
     {"files", "transfer"},
     {"settings", "randomness", "space", "spec", "tensor_file", "yaml_files"},
     {"tasks", "augment", "data", "models"},

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cnntrain.sweep.board import Board
-from cnntrain.sweep.plan import Plan
+from cnntrain.sweep.plan import Plan, Repeat
 from cnntrain.sweep.study import Outcome
 
 OUTCOMES = [
@@ -24,7 +24,8 @@ def play(plan: Plan, console: Console) -> Board:
     with board:
         board.to_come = 2
         for seed, outcome in enumerate(OUTCOMES):
-            run = plan.run(seed, {"model": "mlp", "optimizer.lr": f"0.{seed}1234567890"}, seed, Path("s"))
+            values = {"model": "mlp", "optimizer.lr": f"0.{seed}1234567890"}
+            run = plan.run(seed, values, Repeat(seed), Path("s"))
             board.started(run)
             board.epoch(run, 1, 0.5)
             board.ended(run, outcome)
@@ -58,6 +59,14 @@ def test_the_table_tells_what_runs_what_is_best_and_what_is_left(plan: Callable[
 def test_lower_is_better_for_errors(plan: Callable[..., Plan]) -> None:
     asked = plan("model=mlp,lenet5")
     board = Board(dataclasses.replace(asked, monitor=("nme", "min")), Console(file=io.StringIO()))
-    for value in (0.3, 0.1, 0.2):
-        board.note(Outcome("done", value), str(value))
-    assert board.best == (0.1, "0.1")
+    for trial, value in enumerate((0.3, 0.1, 0.2)):
+        board.note(Outcome("done", value), trial, {"model": str(value)})
+    assert board.best == (0.1, "model=0.1")
+
+
+def test_the_best_so_far_is_a_setting_by_its_mean_and_not_a_lucky_run(plan: Callable[..., Plan]) -> None:
+    board = Board(plan("model=mlp,lenet5", "data.folds=3"), Console(file=io.StringIO()))
+    for trial, values in enumerate([(0.5, 0.99, 0.4), (0.7, 0.7, 0.7), (0.98, 0.98)]):
+        for value in values:
+            board.note(Outcome("done", value), trial, {"model": str(trial)})
+    assert board.best is not None and board.best[1] == "model=1"

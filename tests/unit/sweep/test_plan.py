@@ -10,7 +10,7 @@ from cnntrain.cli import main, parse_arguments
 from cnntrain.config import read_space
 from cnntrain.errors import UserError
 from cnntrain.space import Axis, grid
-from cnntrain.sweep.plan import Plan, read_plan, share_of, short
+from cnntrain.sweep.plan import Plan, Repeat, read_plan, share_of, short
 from cnntrain.sweep.workers import visible_gpus
 
 Read = Callable[..., Plan]
@@ -70,7 +70,7 @@ def test_a_grid_turns_its_last_key_fastest(plan: Read) -> None:
 
 def test_seeds_repeat_a_setting_however_they_are_asked_for(plan: Read) -> None:
     for asked in (plan("model=mlp,lenet5", "seed=5", "sweep.seeds=2"), plan("model=mlp,lenet5", "seed=5,6")):
-        assert asked.seeds == (5, 6) and [axis.key for axis in asked.axes] == ["model"]
+        assert asked.repeats == (Repeat(5), Repeat(6)) and [axis.key for axis in asked.axes] == ["model"]
 
 
 def test_an_experiment_may_say_what_it_sweeps_over_and_the_command_line_wins(plan: Read) -> None:
@@ -83,6 +83,48 @@ def test_an_experiment_may_say_what_it_sweeps_over_and_the_command_line_wins(pla
     assert [axis.key for axis in shorter.axes] == ["model"] and "model.depth=8" in shorter.fixed
 
 
+def test_folds_repeat_a_setting_as_seeds_do(plan: Read) -> None:
+    asked = plan("data.folds=5", "data.fold=0,1,2", "model=mlp,lenet5")
+    assert [axis.key for axis in asked.axes] == ["model"] and asked.trials == 2
+    assert asked.repeats == (Repeat(0, 0), Repeat(0, 1), Repeat(0, 2))
+    assert asked.overlap == pytest.approx(1 / 4)
+    asked = plan("data.split_seed=7,8", "data.val_fraction=0.2")
+    assert asked.repeats == (Repeat(0, None, 7), Repeat(0, None, 8)) and asked.overlap == pytest.approx(0.25)
+
+
+def test_an_experiment_of_folds_is_one_setting(plan: Read, own_folder: Path) -> None:
+    asked = plan("experiment=faces68", f"data.root={own_folder}", ranked=False)
+    assert not asked.axes and asked.trials == 1
+    assert asked.repeats == tuple(Repeat(seed, fold) for seed in (0, 1) for fold in range(5))
+
+
+def test_data_folds_alone_asks_for_all_of_them_and_a_fold_for_one(plan: Read) -> None:
+    space = ("data.folds=4", "optimizer.lr=0.1,0.01")
+    assert plan(*space).repeats == tuple(Repeat(0, fold) for fold in range(4))
+    asked = plan(*space, "data.fold=0", "seed=0,1")
+    assert asked.repeats == (Repeat(0), Repeat(1)) and "data.fold=0" in asked.asked and asked.overlap == 0
+    other = plan("data.folds=2,4")  # settings with other numbers of folds are no repeats
+    assert other.repeats == (Repeat(0),) and other.other_examples == ["data.folds"]
+
+
+def test_a_fold_without_folds_is_refused(plan: Read) -> None:
+    with pytest.raises(UserError, match=r"data\.fold: .* has no effect without data\.folds"):
+        plan("data.fold=0,1,2")
+    with pytest.raises(UserError, match=r"data\.fold: repeats are listed"):
+        plan("data.folds=5", "data.fold=int(interval(0,5))", "sweep.sampler=random")
+
+
+def test_a_run_of_a_fold_has_its_own_folder_settings_and_command(plan: Read) -> None:
+    asked = plan("data.folds=3", "model=mlp,lenet5", "seed=0,1")
+    run = asked.run(2, {"model": "mlp"}, Repeat(1, 2), Path("there"))
+    assert run.folder.name == "002-mlp-seed1-fold2"
+    settings = run.settings()
+    assert settings.seed == 1 and settings.data["fold"] == 2 and settings.data["folds"] == 3
+    assert run.command.endswith("model=mlp seed=1 data.fold=2")
+    assert [Repeat.parse(str(repeat)) for repeat in asked.repeats] == list(asked.repeats)
+    assert "data.fold=0,1,2" in asked.asked and "seed=0,1" in asked.asked
+
+
 def test_without_m_an_experiment_that_sweeps_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiment=plain_vs_residual"]) == 2
     assert "sweeps over model, model.depth; add -m" in capsys.readouterr().err
@@ -90,13 +132,16 @@ def test_without_m_an_experiment_that_sweeps_is_refused(capsys: pytest.CaptureFi
 
 def test_a_runs_command_repeats_it_alone(plan: Read) -> None:
     asked = plan("model=mlp,lenet5", "sweep.seeds=2", "run_dir=there", "augment=[shift]")
-    run = asked.run(3, {"model": "mlp"}, 1, Path("there"))
+    run = asked.run(3, {"model": "mlp"}, Repeat(1), Path("there"))
     kept = "epochs=1 data.limit=60 batch_size=16 threads=1 log.pictures=false log.tensorboard=false"
     assert run.command == f"cnntrain {kept} 'augment=[shift]' model=mlp seed=1"
     settings = run.settings()
     assert settings.seed == 1 and settings.run_dir == "there/003-mlp-seed1" and settings.resume == "auto"
     odd = {"augment": "[flip,crop]", "data.root": "'my photos/a=b'", "optimizer.lr": "0.0031622776601683794"}
-    assert asked.run(12, odd, 0, Path("there")).folder.name == "012-flip,crop-my_photos_a_b-0.003162-seed0"
+    assert (
+        asked.run(12, odd, Repeat(0), Path("there")).folder.name
+        == "012-flip,crop-my_photos_a_b-0.003162-seed0"
+    )
 
 
 def test_the_metric_is_the_tasks_own_and_none_where_tasks_differ(plan: Read) -> None:

@@ -2,13 +2,18 @@
 
 import csv
 import json
+import statistics
 from pathlib import Path
 
 import pytest
+import yaml
+from optuna.storages import BaseStorage
 
 from cnntrain import compose, train
 from cnntrain.cli import main
 from cnntrain.report.metrics import read_metrics
+from cnntrain.saved import read_saved
+from cnntrain.sweep import storage
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +91,53 @@ def test_only_the_winner_sees_the_test_set_and_once(monkeypatch: pytest.MonkeyPa
     assert tests.pop("000-0.003")["test/top1"] >= 0 and set(tests.values()) == {None}
     assert sweep("optimizer.lr=0.003,1e-9", "resume=auto") == 0
     assert len(judged) == 1
+
+
+def test_folds_rank_settings_and_every_fold_of_the_winner_is_tested() -> None:
+    assert sweep("data.folds=3", "data.fold=0,1,2", "optimizer.lr=0.003,1e-9", "epochs=2") == 0
+    found = rows()
+    assert [(r["optimizer.lr"], r["seed"], r["data.fold"]) for r in found] == [
+        (rate, "0", fold) for rate in ("0.003", "1e-09") for fold in ("0", "1", "2")
+    ]
+    configs = [yaml.safe_load(p.read_text())["data"]["fold"] for p in sorted(Path("s").glob("*/config.yaml"))]
+    assert configs == [0, 1, 2, 0, 1, 2]
+    tests = {p.parent.name: json.loads(p.read_text())["test"] for p in Path("s").glob("*/results.json")}
+    assert {name for name, test in tests.items() if test} == {f"000-0.003-fold{fold}" for fold in range(3)}
+    means = [statistics.fmean(float(r["val/top1"]) for r in found[i : i + 3]) for i in (0, 3)]
+    assert means[0] > means[1] and f"val/top1 {means[0]:.4g} ±" in Path("s/results.md").read_text()
+
+
+def secrets(folder: str, secret: str) -> list[str]:
+    return [str(p) for p in Path(folder).rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
+
+
+def test_the_password_of_a_storage_is_written_nowhere(monkeypatch: pytest.MonkeyPatch, capfd: Said) -> None:
+    real, url = storage._storage, "postgresql://me:s3cret@host/db"
+    opened: list[str | None] = []
+
+    def local(folder: Path, where: str | None) -> BaseStorage:
+        opened.append(where)
+        return real(folder, None)
+
+    monkeypatch.setattr(storage, "_storage", local)
+    more = ("model=mlp", "optimizer.lr=0.01,0.02", "log.tensorboard=true")
+    assert sweep(*more, f"sweep.storage={url}") == 0
+    assert sweep(*more, f"sweep.storage={url}", "resume=auto") == 0
+    assert opened == [url, url] and len(rows()) == 2
+
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/shared.yaml").write_text("# @package _global_\nsweep: {storage: '${oc.env:DB}'}\n")
+    monkeypatch.setenv("DB", url)
+    asked = ["--config-dir", "mine", *QUICK, "model=mlp", "experiment=shared"]
+    assert main(["-m", *asked, "optimizer.lr=0.01,0.02", "run_dir=t"]) == 0 and opened[2] == url
+    assert main([*asked, "run_dir=u"]) == 0  # a training alone needs no storage
+    assert main(["-m", "--cfg", *asked]) == 0 and main(["--cfg", *asked]) == 0
+    assert main(["-m", *asked, f"sweep.storage={url}x=[y"]) == 2
+    assert [secrets(folder, "s3cret") for folder in "stu"] == [[], [], []]
+    said = capfd.readouterr()
+    assert "s3cret" not in said.out + said.err and "me:***@host" in said.out
+    checkpoint = read_saved(Path("u/checkpoints/last.pt"))
+    assert checkpoint["config"]["sweep"]["storage"] == "postgresql://me:***@host/db"
 
 
 def test_a_trial_is_what_its_command_gives_alone() -> None:

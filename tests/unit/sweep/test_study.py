@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from cnntrain.cli import parse_arguments
 from cnntrain.errors import UserError
-from cnntrain.sweep.plan import Plan
+from cnntrain.sweep.plan import Plan, Repeat, read_plan
 from cnntrain.sweep.storage import open_study
 from cnntrain.sweep.study import Outcome, Study
 
@@ -20,7 +22,7 @@ def work_off(
     tried = []
     while len(tried) < at_most and (trial := study.ask()):
         tried.append(trial.values)
-        study.record(trial.number, 0, value(trial.values))
+        study.record(trial.number, Repeat(0), value(trial.values))
         study.finish(trial.number)
     return tried
 
@@ -36,7 +38,7 @@ def test_a_grid_comes_in_its_order_and_once(plan: Read, own_folder: Path) -> Non
     again = open_study(asked, own_folder, 1)  # another sitting
     assert first + work_off(again, ok) == asked.grid()
     assert [t.values for t in again.trials()] == asked.grid() and again.ask() is None
-    assert all(t.outcomes[0] == ok(t.values) and t.state == "ended" for t in again.trials())
+    assert all(t.outcomes[Repeat(0)] == ok(t.values) and t.state == "ended" for t in again.trials())
 
 
 def test_what_was_under_way_is_taken_up_first(plan: Read, own_folder: Path) -> None:
@@ -44,10 +46,10 @@ def test_what_was_under_way_is_taken_up_first(plan: Read, own_folder: Path) -> N
     study = open_study(asked, own_folder, 1)
     broken = study.ask()
     assert broken is not None
-    study.record(broken.number, 0, Outcome("done", 0.5, {"val/top1": 0.5}, time_s=1.5))
+    study.record(broken.number, Repeat(0), Outcome("done", 0.5, {"val/top1": 0.5}, time_s=1.5))
     taken_up = open_study(asked, own_folder, 1).ask()
     assert taken_up is not None and taken_up.number == broken.number and taken_up.values == broken.values
-    assert taken_up.outcomes == {0: Outcome("done", 0.5, {"val/top1": 0.5}, time_s=1.5)}
+    assert taken_up.outcomes == {Repeat(0): Outcome("done", 0.5, {"val/top1": 0.5}, time_s=1.5)}
 
 
 @pytest.mark.slow
@@ -97,7 +99,7 @@ def test_a_hopeless_run_is_given_up(plan: Read, own_folder: Path, pruner: str) -
         quality = {1: 1.0, 2: 0.9, 3: 0.8, 4: 0.85}.get(rate, 0.5 / rate)
         epochs = next((e for e in range(1, 10) if study.report(trial.number, e, quality * e / 9)), None)
         kept[rate] = epochs is None
-        study.record(trial.number, 0, Outcome("done" if kept[rate] else "pruned", quality))
+        study.record(trial.number, Repeat(0), Outcome("done" if kept[rate] else "pruned", quality))
         study.finish(trial.number)
     assert kept[1.0] and sum(kept.values()) < 9
     if pruner == "median":
@@ -135,6 +137,79 @@ def test_a_journal_torn_by_a_kill_is_read_to_its_last_whole_line(plan: Read, own
     study = open_study(asked, own_folder, 1)
     work_off(study, ok)
     assert [t.values["optimizer.lr"] for t in open_study(asked, own_folder, 1).trials()] == ["0.1", "0.2"]
+
+
+def photographs(root: Path, shade: int = 0) -> str:
+    for split in ("train", "test"):
+        for number, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(3):
+                colour = (40 * i, 100 * number, shade)
+                Image.new("RGB", (8, 8), colour).save(root / split / name / f"{i}.png")
+    return f"data.root={root}"
+
+
+def test_data_that_moved_go_on_and_other_data_do_not(plan: Read, own_folder: Path) -> None:
+    space = ("data=image_folder", "data.size=8", "model=mlp", "optimizer.lr=0.1,0.2")
+    here, moved = (photographs(own_folder / name) for name in ("here", "moved"))
+    asked = plan(*space, here)
+    work_off(open_study(asked, own_folder, 1), ok, 1)
+    assert len(work_off(open_study(plan(*space, moved), own_folder, 1), ok)) == 1
+    (own_folder / "moved/train/cat/7.png").write_bytes((own_folder / "moved/train/cat/1.png").read_bytes())
+    with pytest.raises(UserError, match="holds a sweep of other data"):
+        open_study(plan(*space, moved), own_folder, 1)
+
+
+def test_machines_share_the_trials_of_the_same_data_wherever_they_lie(plan: Read, own_folder: Path) -> None:
+    space = (
+        "data=image_folder",
+        "data.size=8",
+        "model=mlp",
+        "optimizer.lr=0.1,0.2",
+        "sweep.storage=shared.log",
+    )
+    names = []
+    for name in ("here", "moved", "other"):
+        root = photographs(own_folder / name)
+        if name == "other":
+            (own_folder / name / "train/cat/0.png").rename(own_folder / name / "train/cat/new.png")
+        (own_folder / f"sweep-{name}").mkdir()
+        names.append(open_study(plan(*space, root), own_folder / f"sweep-{name}", 1).study.study_name)
+    assert names[0] == names[1] != names[2]
+
+
+def test_settings_of_a_file_are_part_of_the_sweep(own_folder: Path) -> None:
+    (own_folder / "mine/model").mkdir(parents=True)
+    file = own_folder / "mine/model/own.yaml"
+    argv = ["-m", "--config-dir", str(own_folder / "mine"), "model=own", "optimizer.lr=0.1,0.2"]
+    for width in (8, 9):
+        file.write_text(f"defaults: [mlp, _self_]\nvalues: {{width: {width}}}\n")
+        asked = read_plan(parse_arguments(argv), True)
+        if width == 8:
+            open_study(asked, own_folder, 1)
+    with pytest.raises(UserError, match=r"model\.values\.width was 8, is 9"):
+        open_study(asked, own_folder, 1)
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"id": "abc", "ask', "[]", '{"id": 5}', '{"id": "a", "asked": 3, "data": []}']
+)
+def test_a_damaged_sweep_json_is_named(plan: Read, own_folder: Path, content: str) -> None:
+    (own_folder / "sweep.json").write_text(content)
+    with pytest.raises(UserError, match=r"sweep\.json: .*run_dir"):
+        open_study(plan("optimizer.lr=0.1,0.2"), own_folder, 1)
+
+
+def test_a_storage_that_fails_is_named_without_its_password(plan: Read, own_folder: Path) -> None:
+    for url in (
+        "sqlite://me:s3cret@/x.db",
+        "nodb://me:s3cret@nowhere/x",
+        "postgresql://me:s3cret@localhost:no/x",
+    ):
+        with pytest.raises(UserError, match=r"sweep\.storage: .*:\*\*\*@") as caught:
+            open_study(plan("optimizer.lr=0.1,0.2", f"sweep.storage='{url}'"), own_folder, 1)
+        assert "s3cret" not in str(caught.value)
+    assert "s3cret" not in (own_folder / "sweep.json").read_text()
 
 
 @pytest.mark.slow
