@@ -63,8 +63,18 @@ def is_from_user_code(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Torch says so by a class of its own on GPUs, and in words on CPUs."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    """Whether memory of the host or of the GPU could not be allocated.
+
+    PyTorch has a class of its own for its CUDA allocator alone. CUDA, cuDNN and cuBLAS, which allocate for themselves,
+    fail in their own words; cuBLAS can't create its handle when no memory is left for it.
+    """
+    words = (
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "_ALLOC_FAILED",
+        "`cublasCreate(handle)`",
+    )
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(each in str(error) for each in words)
     )

@@ -30,6 +30,12 @@ def constant(
     return _constant(tuple(values) if isinstance(values, Sequence) else values, device, dtype)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a CUDA device that new tensors can take: what is free, and what PyTorch keeps of freed tensors."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 @lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...] | float, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # a cached inference tensor could not be used in training

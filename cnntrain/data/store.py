@@ -14,7 +14,7 @@ from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.share import WHOLE, Share
 from cnntrain.data.stream import Transform, WorkerPool
 from cnntrain.spec import Batch
-from cnntrain.transfer import to_device
+from cnntrain.transfer import free_bytes, to_device
 
 Store = Literal["auto", "device", "host", "disk", "stream"]
 SHARE_OF_DEVICE = 0.4  # of the free device memory that images may take
@@ -190,8 +190,7 @@ def make_loader(
 def _fits_on(device: torch.device, examples: Examples) -> bool:
     if device.type != "cuda":
         return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return resident.decoded_bytes(examples) <= SHARE_OF_DEVICE * free
+    return resident.decoded_bytes(examples) <= SHARE_OF_DEVICE * free_bytes(device)
 
 
 def _unless_identity(matrices: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ from cnntrain.data.resident import free_host_bytes
 from cnntrain.engine.memory import forget_peak, peak_mib
 from cnntrain.engine.rig import Rig
 from cnntrain.errors import MachineError, is_out_of_memory
+from cnntrain.transfer import free_bytes
 
 log = logging.getLogger("cnntrain")
 FEWEST_STEPS = 16  # of an epoch: a training of a few large steps learns little
@@ -39,7 +40,7 @@ def choose_batch_size(
     """
     most = max(least, power_of_two(images // FEWEST_STEPS))
     if device.type == "cuda":
-        allowed = torch.cuda.memory_allocated(device) + SHARE * torch.cuda.mem_get_info(device)[0]
+        allowed = torch.cuda.memory_allocated(device) + SHARE * free_bytes(device)
         chosen, reason = largest_that_fits(
             lambda size: _fits(make_rig, device, size, allowed / 2**20), most, least
         )

@@ -1,6 +1,7 @@
 """Where, in what precision, and together with whom to compute."""
 
 import contextlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ from torch import nn
 from cnntrain.engine.lean import spare_the_compiler
 from cnntrain.engine.ranks import ALONE, Ranks
 from cnntrain.errors import MachineError, UserError
+from cnntrain.models.pooling import make_pooling_deterministic
 from cnntrain.randomness import hash_seed, seed_generators
 
 log = logging.getLogger("cnntrain")
@@ -43,11 +45,12 @@ class Compute:
             MachineError: there is no compiler.
         """
         model.to(self.device).to(memory_format=self.memory_format)
+        if torch.are_deterministic_algorithms_enabled() and self.device.type == "cuda":
+            make_pooling_deterministic(model)
         if self.compile != "off":
-            compiler = os.environ.get("CXX", "g++")  # what torch.compile calls
-            if shutil.which(compiler) is None:
+            if missing := missing_for_compiling(self.device):
                 raise MachineError(
-                    f"compile: {self.compile} needs a C++ compiler, and there is no {compiler}; use compile=off"
+                    f"compile: {self.compile} needs {missing}, which was not found; use compile=off"
                 )
             torch.compiler.reset()  # what an earlier training of this process compiled
             model.compile(mode=self.compile)
@@ -78,8 +81,21 @@ def choose_compute(
         raise UserError(f"precision: fp16 needs a CUDA device, this is {chosen}; use bf16, fp32 or auto")
     if ranks.count > 1 and chosen.type == "cuda":
         chosen = own_gpu(ranks.local_rank)
-        torch.cuda.set_device(chosen)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # for what is given no device: streams, cuBLAS, libraries
     return Compute(chosen, precision, channels_last, ranks, compile)
+
+
+def missing_for_compiling(device: torch.device) -> str | None:
+    """What `torch.compile` needs on this device and does not find: it generates C++ for CPUs, and Triton code, which
+    needs a C compiler for its launchers, for CUDA."""
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton"
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        return None if any(map(shutil.which, compilers)) else f"a C compiler ({' or '.join(compilers)})"
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"
 
 
 def own_gpu(local_rank: int) -> torch.device:
@@ -126,7 +142,9 @@ def count_cores() -> int:
 
 def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE) -> None:
     """Process-wide settings: CPU threads (the cores are divided between processes), determinism, TF32 where fp32 is
-    chosen, and no subnormal numbers on the CPU.
+    chosen on CUDA (full float32 with `deterministic`), and no subnormal numbers on the CPU.
+
+    With `deterministic`, an operation that has no deterministic kernel gives a warning instead of an error.
 
     Where a weight's gradient has become zero, as in front of units that are dead, an optimizer's averages of it shrink
     until they are subnormal (below 1.2e-38), and stay so. A CPU takes a hundred times as long for such numbers: after
@@ -143,12 +161,10 @@ def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE
         threads = max(1, count_cores() // ranks.local_count)
     if threads is not None:
         torch.set_num_threads(threads)
-    if (
-        deterministic != torch.are_deterministic_algorithms_enabled()
-    ):  # the call imports the compiler: seconds
-        torch.use_deterministic_algorithms(deterministic)
+    _use_deterministic_algorithms(deterministic, warn_only=deterministic)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic
     torch.set_float32_matmul_precision("highest" if deterministic else "high")
 
 
@@ -161,9 +177,11 @@ def preserve_process_settings() -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    tf32 = torch.backends.cudnn.allow_tf32
     flushes = not bool(torch.tensor(1e-310, dtype=torch.float64) * 1)  # torch has no getter
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    current = torch.cuda.current_device() if devices else 0  # CUDA's own default
     try:
         with torch.random.fork_rng(devices), warnings.catch_warnings():
             yield
@@ -172,12 +190,18 @@ def preserve_process_settings() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         torch.set_flush_denormal(flushes)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-        if (
-            torch.are_deterministic_algorithms_enabled() != deterministic
-        ):  # the call imports the compiler: seconds
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.allow_tf32 = tf32
+        if torch.cuda.is_initialized():
+            torch.cuda.set_device(current)
+        _use_deterministic_algorithms(deterministic, warn_only)
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def _use_deterministic_algorithms(on: bool, warn_only: bool) -> None:
+    now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if now != (on, warn_only):  # the call imports the compiler, which takes seconds
+        torch.use_deterministic_algorithms(on, warn_only=warn_only)
 
 
 def seed_step(*parts: int | str) -> None:

@@ -30,7 +30,7 @@ def test_without_a_compiler_it_is_refused_before_the_first_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(device.shutil, "which", lambda name: None)
-    with pytest.raises(MachineError, match=r"compile: default needs a C\+\+ compiler, .* use compile=off"):
+    with pytest.raises(MachineError, match=r"compile: default needs a C\+\+ compiler.*use compile=off"):
         train(compose(*FEW, "compile=default", f"run_dir={tmp_path}/run"))
     assert not (tmp_path / "run").exists()
 

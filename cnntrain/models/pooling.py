@@ -1,0 +1,45 @@
+"""Adaptive average pooling with a deterministic gradient on CUDA, where PyTorch has none."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cnntrain.transfer import constant
+
+
+def make_pooling_deterministic(model: nn.Module) -> None:
+    """Let the network's `nn.AdaptiveAvgPool2d` modules compute by `deterministic_adaptive_avg_pool2d`."""
+    for module in model.modules():
+        if type(module) is nn.AdaptiveAvgPool2d:
+            size = module.output_size
+            height, width = size if isinstance(size, tuple) else (size, size)
+            module.forward = partial(deterministic_adaptive_avg_pool2d, height=height, width=width)
+
+
+def deterministic_adaptive_avg_pool2d(input: Tensor, height: int | None, width: int | None) -> Tensor:
+    """`functional.adaptive_avg_pool2d` of (N, C, H, W) or (C, H, W) images; None keeps a side.
+
+    Where the output's sides divide the input's, the windows don't overlap: it is an average pooling with a stride.
+    Elsewhere it is a product with one matrix for each side.
+    """
+    height, width = height or input.shape[-2], width or input.shape[-1]
+    if (height, width) == (1, 1):
+        return input.mean((-2, -1), keepdim=True)
+    if input.shape[-2] % height == 0 and input.shape[-1] % width == 0:
+        return functional.avg_pool2d(input, (input.shape[-2] // height, input.shape[-1] // width))
+    rows = window_means(input.shape[-2], height, input.device)
+    columns = window_means(input.shape[-1], width, input.device)
+    with torch.autocast(input.device.type, enabled=False):  # bf16 would round the weights of the mean
+        return (rows @ input.float() @ columns.mT).to(input.dtype)
+
+
+def window_means(length: int, output_length: int, device: torch.device) -> Tensor:
+    """(output_length, length) float32: row i averages inputs floor(i * length / output_length) to
+    ceil((i + 1) * length / output_length), the end excluded (as `torch.nn.AdaptiveAvgPool2d`)."""
+    rows = []
+    for i in range(output_length):
+        start, end = i * length // output_length, -(-(i + 1) * length // output_length)
+        rows += [1 / (end - start) if start <= place < end else 0.0 for place in range(length)]
+    return constant(rows, device).view(output_length, length)
