@@ -9,7 +9,8 @@ from functools import partial
 from torch import nn
 from torch.optim import Optimizer
 
-from cnntrain.anatomy.preflight import preflight
+from cnntrain.anatomy.meta import as_meta
+from cnntrain.anatomy.preflight import output_size, preflight
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.build import build, resolve
 from cnntrain.checks.learning_rate import RangeTest, range_test, settle
@@ -61,7 +62,9 @@ class Assembly:
         number_as(self.spec, data)
         data.spec = self.spec
         self.pipeline = build_pipeline(self.settings, self.spec)
+        scale = self.task.output_scale
         self.task = build_task(self.settings, self.spec, self.pipeline)
+        self.task.output_scale = scale
         self.task.prepare(data.train.targets)
         return data
 
@@ -180,6 +183,9 @@ def build_model(settings: Settings, spec: DataSpec, task: Task, image_size: tupl
                 f"{finding.evidence}\n{size_remedy(finding.remedy, 'data.size', 'size' in settings.data)}"
             )
         log.warning("%s: %s", finding.evidence, finding.remedy)
+    if spec.per_pixel and task.output_shape() is not None:
+        shapes = as_meta(model).eval()
+        task.settle(lambda size: output_size(shapes, spec.channels, size), [image_size, spec.image_size])
     return model
 
 

@@ -63,6 +63,18 @@ def preflight(
     return margin_notes(trace, size, batch_size, classification)
 
 
+def output_size(model: nn.Module, in_channels: int, image_size: Sequence[int]) -> tuple[int, int] | None:
+    """(height, width) of the output map of a meta network; None where it can't be run or answers otherwise."""
+    try:
+        with torch.no_grad():
+            output = model(images(in_channels, tuple(image_size), 1))
+    except Exception:
+        return None
+    if not isinstance(output, Tensor) or output.dim() != 4:
+        return None
+    return int(output.shape[2]), int(output.shape[3])
+
+
 def _train_once(model: nn.Module, in_channels: int, size: tuple[int, ...], batch_size: int) -> None:
     """A forward pass as in training: BatchNorm needs more than one value, auxiliary heads need large images.
 

@@ -23,6 +23,21 @@ def dice_loss(logits: Tensor, label: Tensor, labelled: Tensor) -> Tensor:
     return torch.where(classes > 0, 1 - dice.sum(1) / classes.clamp(min=1), 0.0)
 
 
+def choose_fit(given: tuple[int, ...], wanted: tuple[int, ...], scale: float | None) -> str | None:
+    """How outputs of another size meet the mask: 'crop', 'upsample', or None where their sizes don't say.
+
+    Args:
+        given, wanted: (height, width) of the outputs and of the mask.
+        scale: output pixels per image pixel of the network; None: not known.
+    """
+    if scale == 1:
+        return "crop"  # a network without padding shows the middle
+    if not scale:
+        return "upsample" if is_fraction(given, wanted) else None
+    covers_all = all(abs(g - scale * w) <= 1 for g, w in zip(given, wanted, strict=True))
+    return "upsample" if covers_all else None
+
+
 def is_fraction(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether `given` is `wanted` divided by one power of 2, rounded up or down."""
     for power in range(1, 8):

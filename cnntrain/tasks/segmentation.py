@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,13 +14,18 @@ from cnntrain.errors import UserError
 from cnntrain.spec import DataSpec
 from cnntrain.tasks import drawing, overlays
 from cnntrain.tasks.arguments import choice
-from cnntrain.tasks.dense import centre, dice_loss, is_fraction
+from cnntrain.tasks.dense import centre, choose_fit, dice_loss
 from cnntrain.tasks.meter import Meter, count_pairs, ratio
-from cnntrain.tasks.task import Targets, Task
+from cnntrain.tasks.task import Size, Targets, Task
 from cnntrain.tasks.weights import ClassWeights, balanced_weights, parse_class_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+FURTHER = (
+    384  # pixels by which an image grows to measure the scale: strides of 3 and of powers of 2 divide it
+)
 
 
 class Segmentation(Task):
@@ -36,8 +41,9 @@ class Segmentation(Task):
         class_weights: for the cross-entropy: one number per class, {class: weight}, or 'balanced' (inverse to
             the class's pixels in the training data).
         fit: how outputs of another size meet the mask. 'upsample' them (bilinear, corner to corner); 'crop'
-            the larger of the two about its centre (networks without padding); 'auto' upsamples outputs that
-            are the mask's size divided by a power of 2 (rounded up), and crops others.
+            the larger of the two about its center (networks without padding); 'auto' crops at equal scale, upsamples
+            coarser outputs that cover the image, and refuses what is neither. The scale is measured on the network (see
+            `settle`); until then 'auto' upsamples outputs of the mask's size divided by a power of 2.
 
     Raises:
         UserError: the data has no mask classes, or an argument is wrong.
@@ -87,10 +93,39 @@ class Segmentation(Task):
         given, wanted = tuple(outputs.shape[-2:]), tuple(mask.shape[-2:])
         if given == wanted:
             return outputs, mask
-        if self.fit_name == "upsample" or (self.fit_name == "auto" and is_fraction(given, wanted)):
+        if self._way(given, wanted) == "upsample":
             return F.interpolate(outputs, wanted, mode="bilinear", align_corners=True), mask
         height, width = min(given[0], wanted[0]), min(given[1], wanted[1])
         return centre(outputs, height, width), centre(mask, height, width)
+
+    def _way(self, given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+        """'crop' or 'upsample', for sizes (height, width) that differ.
+
+        Raises:
+            UserError: `fit` is auto, and neither suits.
+        """
+        way = choose_fit(given, wanted, self.output_scale) if self.fit_name == "auto" else self.fit_name
+        if way is None:
+            sizes = "{}x{} px for masks of ".format(*given) + "{}x{} px".format(*wanted)
+            raise UserError(
+                f"task.fit=auto: the network's outputs are {sizes}, which is neither a network without padding at the "
+                "masks' own scale nor a coarser map of the whole image; set task.fit=upsample if the outputs cover the "
+                "whole image, task.fit=crop if they show its middle at the same scale"
+            )
+        return way
+
+    def settle(self, output_size: Callable[[Size], Size | None], sizes: Sequence[Size]) -> None:
+        found = {size: output_size(size) for size in dict.fromkeys(sizes)}
+        other = {size: given for size, given in found.items() if given is not None and given != size}
+        if not other or self.fit_name != "auto":
+            return
+        (height, width), given = next(iter(other.items()))
+        larger = output_size((height + FURTHER, width + FURTHER))
+        if larger is not None:
+            growth = {(after - before) / FURTHER for before, after in zip(given, larger, strict=True)}
+            self.output_scale = growth.pop() if len(growth) == 1 else None
+        for size, given in other.items():
+            self._way(given, size)
 
     def losses(self, outputs: Tensor, targets: Targets, plain: bool = False) -> tuple[Tensor, Tensor]:
         logits, mask = self.fit(outputs, targets["mask"])

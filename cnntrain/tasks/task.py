@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Meter", "Targets", "Task"]
 
 Targets = Mapping[str, Tensor]
+Size = tuple[int, int]  # (height, width) in pixels
 
 
 class Task(ABC):
@@ -33,8 +34,10 @@ class Task(ABC):
         monitor: the metric that chooses the best checkpoint and which end of it is best, e.g. `('top1',
             'max')`.
         monitor_range: the lowest and highest value that the metric can take; infinite where there is no limit.
+        output_scale: of maps, output pixels per image pixel of the network, where `settle` has measured it.
     """
 
+    output_scale: float | None = None
     num_outputs: int
     monitor: tuple[str, str]
     monitor_range: tuple[float, float] = (-math.inf, math.inf)
@@ -45,6 +48,17 @@ class Task(ABC):
     def prepare(self, targets: Targets) -> None:  # noqa: B027  (most tasks need nothing)
         """Learn what the task needs from the training targets (class counts for balanced weights). Call
         before the first training step; evaluation does without."""
+
+    def settle(self, output_size: Callable[[Size], Size | None], sizes: Sequence[Size]) -> None:  # noqa: B027
+        """Find out how the network's outputs meet the targets, before any data is read.
+
+        Args:
+            output_size: tells the size of the output map for images of a size; None where there is no such map.
+            sizes: of the images that the network will see, in training and in evaluation.
+
+        Raises:
+            UserError: they don't fit.
+        """
 
     def output_shape(self) -> tuple[int | None, ...] | None:
         """The shape that a model's output for an image must have; None for a side that may have any length (maps), or

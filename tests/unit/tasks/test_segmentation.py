@@ -1,6 +1,7 @@
 """Segmentation against torch, scikit-learn and brute force, and the properties of sums over labelled
 pixels."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnntrain.assembly import assemble
 from cnntrain.augment.geometry import Crop
 from cnntrain.augment.pipeline import Pipeline
+from cnntrain.config import read_settings
 from cnntrain.errors import UserError
 from cnntrain.spec import Batch, DataSpec
-from cnntrain.tasks.dense import dice_loss, is_fraction
+from cnntrain.tasks.dense import choose_fit, dice_loss, is_fraction
 from cnntrain.tasks.segmentation import Segmentation
 
 LOSSES = ("cross_entropy", "dice", "sum")
@@ -228,8 +231,85 @@ def test_sizes_tell_upsampling_from_cropping(given, wanted, expected):
     assert is_fraction(given, wanted) is expected
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted", "scale", "expected"),
+    [
+        ((388, 388), (572, 572), 1, "crop"),
+        ((32, 32), (64, 64), 1, "crop"),  # half the size by chance
+        ((68, 66), (64, 64), 1, "crop"),
+        ((31, 31), (64, 64), 0.5, "upsample"),  # a stride of 2 without padding
+        ((32, 32), (64, 64), 0.5, "upsample"),
+        ((128, 128), (64, 64), 2, "upsample"),
+        ((22, 21), (64, 64), 1 / 3, "upsample"),
+        ((24, 24), (64, 64), 0.5, None),  # the middle, at half the scale
+        ((31, 31), (64, 64), None, None),
+        ((10, 14), (16, 20), None, None),
+        ((32, 32), (64, 64), None, "upsample"),
+        ((7, 7), (64, 64), 0, None),  # always so many
+        ((8, 8), (64, 64), 0, "upsample"),
+    ],
+)
+def test_only_outputs_at_equal_scale_are_cropped(given, wanted, scale, expected):
+    assert choose_fit(given, wanted, scale) == expected
+
+
+LAYERS = {
+    "half": [{"conv": {"out": 4, "kernel": 3, "stride": 2, "padding": 0}}],  # 64 -> 31
+    "half of the middle": [
+        {"conv": {"out": 4, "kernel": 2, "stride": 2, "padding": 0}},
+        *[{"conv": {"out": 4, "kernel": 3, "padding": 0}}] * 4,
+    ],  # 64 -> 24
+    "middle": [{"conv": {"out": 4, "kernel": 3, "padding": 0}}] * 2,  # 64 -> 60
+    "double": [{"transposed_conv": {"out": 4, "kernel": 2, "stride": 2}}],
+}
+
+
+def assembled(layers: list, *more: str):
+    given = ["data=toy_shapes", "data.size=64", "model=sequential", "threads=1", "augment=none", *more]
+    settings, last = read_settings(given), {"output": {"kernel": 1}}
+    return assemble(dataclasses.replace(settings, model={**settings.model, "layers": [*layers, last]}))
+
+
+@pytest.mark.parametrize(("name", "size"), [("half", (64, 64)), ("middle", (60, 60)), ("double", (64, 64))])
+def test_the_scale_is_measured_on_the_network(name, size):
+    made = assembled(LAYERS[name])
+    outputs = made.model(torch.rand(1, 3, 64, 64))
+    fitted, mask = made.task.fit(outputs, torch.zeros(1, 64, 64, dtype=torch.uint8))
+    assert fitted.shape[-2:] == mask.shape[-2:] == size
+    if name == "half":
+        expected = F.interpolate(outputs, (64, 64), mode="bilinear", align_corners=True)
+        assert torch.equal(fitted, expected)
+
+
+def test_the_middle_at_another_scale_is_refused_before_any_data_are_read():
+    with pytest.raises(
+        UserError, match=r"task\.fit=auto: the network's outputs are 24x24 px for masks of 64x64"
+    ):
+        assembled(LAYERS["half of the middle"])
+    assert assembled(LAYERS["half of the middle"], "task.fit=crop").task.output_scale is None
+
+
+def test_the_papers_network_without_padding_is_cropped():
+    data = ["data=toy_shapes", "data.size=108", "data.train_count=4", "data.test_count=2", "augment=none"]
+    model = ["model=unet", "model.padding=valid", "model.depth=2", "model.width=4", "threads=1"]
+    made = assemble(read_settings([*data, *model]))
+    assert made.task.output_scale == 1
+    made.load()
+    assert made.task.output_scale == 1  # the task is made anew, with what the data say
+    with torch.no_grad():
+        outputs = made.model.eval()(torch.rand(1, 3, 108, 108))
+    assert outputs.shape[-1] < 108
+    fitted, mask = made.task.fit(outputs, torch.arange(108 * 108).view(1, 108, 108) % 4)
+    assert torch.equal(fitted, outputs)
+    rest = (108 - outputs.shape[-1]) // 2
+    assert torch.equal(
+        mask[0], (torch.arange(108 * 108).view(108, 108) % 4)[rest : 108 - rest, rest : 108 - rest]
+    )
+
+
 def test_a_network_without_padding_is_judged_in_the_middle():
     task = make()
+    task.output_scale = 1
     outputs, targets = example(task, size=(16, 20))
     inner = {"mask": targets["mask"][:, 3:13, 3:17]}
     small = outputs[:, :, 3:13, 3:17]
@@ -244,7 +324,11 @@ def test_larger_outputs_are_cropped_and_smaller_ones_upsampled():
     task = make()
     outputs, targets = example(task, size=(16, 20))
     padded = F.pad(outputs, (2, 2, 1, 1))
-    assert mean_loss(task, padded, targets) == mean_loss(task, outputs, targets)
+    with pytest.raises(UserError, match=r"task\.fit=auto.*task\.fit=upsample.*task\.fit=crop"):
+        mean_loss(task, padded, targets)
+    same_scale = make()
+    same_scale.output_scale = 1
+    assert mean_loss(same_scale, padded, targets) == mean_loss(task, outputs, targets)
     coarse = F.interpolate(outputs[:, :, ::2, ::2], (16, 20), mode="bilinear", align_corners=True)
     assert mean_loss(task, outputs[:, :, ::2, ::2], targets) == mean_loss(task, coarse, targets)
     assert mean_loss(make(fit="crop"), outputs[:, :, ::2, ::2], targets) != mean_loss(task, coarse, targets)
