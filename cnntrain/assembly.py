@@ -50,12 +50,17 @@ class Assembly:
     model: nn.Module
     pipeline: Pipeline
 
-    def load(self) -> Data:
-        """Read the data, and tell task and pipeline what only the data could say (mean and std)."""
+    def load(self, augmented: bool = True) -> Data:
+        """Read the data, and tell task and pipeline what only the data could say (mean and std).
+
+        Args:
+            augmented: training images will be augmented: for random crops they are decoded on a finer canvas.
+        """
         chosen = self.data_settings
+        magnification = self.pipeline.magnification if augmented else 1.0
         data = load_data(
             self.source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit,
-            chosen.store, chosen.scan,
+            chosen.store, chosen.scan, magnification,
         )  # fmt: skip
         if self.spec.mean is None:
             self.spec = data.spec
@@ -75,6 +80,12 @@ class Assembly:
             log.info(
                 "augment: %s change single images, so workers read them", ", ".join(self.pipeline.per_sample)
             )
+            names = [item.name for item in self.pipeline.per_sample.values()]
+            if "RandomResizedCrop" in names:
+                log.warning(
+                    "augment: torchvision's RandomResizedCrop cuts from images that have data.size already, and blows "
+                    "the cut up; augment=resized_crop has them decoded finer for it"
+                )
         return make_loader(
             examples, self.compute.device, chosen.workers, chosen.timeout_s, chosen.store, per_sample
         )

@@ -46,6 +46,10 @@ class Geometry(Augmentation):
         """(height, width) in pixels of what comes out."""
         return height, width
 
+    def magnification(self, height: int, width: int) -> float:
+        """Output pixels per input pixel, along one side, of the smallest part that it is meant to cut out."""
+        return 1.0
+
 
 class Colour(Augmentation):
     """Changes colours on the 0-1 scale: one 3x7 matrix per image.

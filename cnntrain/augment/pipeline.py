@@ -40,6 +40,8 @@ class Pipeline:
 
     Attributes:
         output_size: (height, width) in pixels of every batch that comes out.
+        magnification: output pixels per pixel of the data's canvas, along one side, of the smallest random crop. Images
+            may come on a canvas that is finer by this: a crop then has pixels of its own, instead of being blown up.
         mirrors: whether left may become right.
         per_sample: transforms of torchvision, which the store must apply where it decodes
             (`sample_transform`).
@@ -72,7 +74,10 @@ class Pipeline:
         self._check()
         size = spec.image_size
         rest = torch.eye(3, dtype=torch.float64)
+        self.magnification = 1.0
         for item in self._geometries.values():
+            if not self.per_sample:  # which come first, and may tell sizes in pixels
+                self.magnification *= max(1.0, item.magnification(*size))
             rest = item.rest(*size) @ rest
             size = item.output_size(*size)
         self._resize = None if canvas in (None, size) else resize_matrix(size, canvas)
@@ -124,9 +129,11 @@ class Pipeline:
 
     def _groups(self, batches: Iterable[Batch], seed: int, epoch: int) -> Iterator[Batch]:
         group: list[Batch] = []
-        pixels = max(math.prod(self.spec.image_size), math.prod(self.output_size))
-        most_images = MOST_TOGETHER // (self.spec.channels * pixels)
+        most_images = 0
         for batch in batches:
+            if not group and len(batch):
+                pixels = max(math.prod(_size(batch)), math.prod(self.output_size))
+                most_images = MOST_TOGETHER // (self.spec.channels * pixels)
             if group and (
                 len(group) == MOST_BATCHES
                 or not len(batch)
@@ -163,10 +170,19 @@ class Pipeline:
             if moves and not self.spec.per_pixel:
                 whole_pixel = bool(torch.equal(self._rest, self._rest.round())) and self._resize is None
                 batch = self._move(batch, self._rest.repeat(len(batch), 1, 1), whole_pixel)
+            else:
+                batch = self.on_canvas(batch)
             return replace(batch, images=normalise(batch.images, self.mean, self.std))
 
+    def on_canvas(self, batch: Batch) -> Batch:
+        """The batch on the data's canvas; unchanged where it is, in float32 where it came on a finer one."""
+        if _size(batch) == self.spec.image_size:
+            return batch
+        unmoved = torch.eye(3, dtype=torch.float64).repeat(len(batch), 1, 1)
+        return self._move(batch, unmoved, False, self.spec.image_size)
+
     def _matrices(self, count: int, draw: Callable[[str, Augmentation], Tensor]) -> Tensor:
-        """(count, 3, 3) float64: the product of all geometry, from store canvas to output pixels."""
+        """(count, 3, 3) float64: the product of all geometry, from the data's canvas to output pixels."""
         size = self.spec.image_size
         matrix = torch.eye(3, dtype=torch.float64).expand(count, 3, 3)
         for key, item in self._geometries.items():
@@ -174,10 +190,20 @@ class Pipeline:
             size = item.output_size(*size)
         return matrix if self._resize is None else self._resize @ matrix
 
-    def _move(self, batch: Batch, matrix: Tensor, whole_pixel: bool) -> Batch:
-        """Images, points and masks moved by one matrix each; the way back to the source file too."""
-        size, device = self.spec.image_size, batch.images.device
-        mover = (Gather if whole_pixel else GridResample)(matrix, size, self.output_size, self.border, device)
+    def _move(
+        self, batch: Batch, matrix: Tensor, whole_pixel: bool, output_size: tuple[int, int] | None = None
+    ) -> Batch:
+        """Images, points and masks moved by one matrix each; the way back to the source file too.
+
+        Args:
+            matrix: (N, 3, 3) float64, from the data's canvas to the output, whatever canvas the batch is on.
+            output_size: (height, width) in pixels; None: of all batches.
+        """
+        size, device = _size(batch), batch.images.device
+        output_size = output_size or self.output_size
+        if size != self.spec.image_size:
+            matrix, whole_pixel = matrix @ resize_matrix(size, self.spec.image_size), False
+        mover = (Gather if whole_pixel else GridResample)(matrix, size, output_size, self.border, device)
         targets = dict(batch.targets)
         if "mask" in targets:
             targets["mask"] = mover.mask(targets["mask"], self.spec.outside)
@@ -188,7 +214,7 @@ class Pipeline:
                 matrix,
                 is_mirrored(matrix, *size),
                 self.spec.mirror,
-                self.output_size,
+                output_size,
             )
         to_canvas = matrix if batch.to_canvas is None else matrix @ batch.to_canvas
         return replace(batch, images=mover.images(batch.images), targets=targets, to_canvas=to_canvas)
@@ -237,6 +263,11 @@ class Pipeline:
             raise UserError(
                 "augment.border: reflect shows mirrored parts of the image that have no keypoints; use zero or edge"
             )
+
+
+def _size(batch: Batch) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    return batch.images.shape[-2], batch.images.shape[-1]
 
 
 def resize_matrix(size: tuple[int, int], output_size: tuple[int, int]) -> Tensor:

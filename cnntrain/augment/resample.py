@@ -107,7 +107,8 @@ class GridResample:
 
     def images(self, images: Tensor) -> Tensor:
         """(N, C, H, W) of any type -> (N, C, H', W') float32 on the same scale."""
-        images = prefilter(images.float(), self._step_px)
+        values = images.float()
+        images = prefilter(values.clone() if values is images else values, self._step_px)
         return functional.grid_sample(
             images, self._grid, mode="bilinear", padding_mode=self._border, align_corners=True
         )
@@ -161,11 +162,13 @@ def step_px(inverse: Tensor, output_size: tuple[int, int]) -> Tensor:
 
 
 def prefilter(images: Tensor, step: Tensor) -> Tensor:
-    """Images (N, C, H, W) float, blurred where `step` (N, 2) is so wide that sampling would skip pixels."""
+    """Images (N, C, H, W) float, blurred in place where `step` (N, 2) is so wide that sampling would skip pixels."""
     shrunk = (step > _LARGEST_STEP_PX).any(1).nonzero()[:, 0]
     if len(shrunk) == 0:
         return images
     step = step[shrunk]
-    sigma_px = torch.where(step > _LARGEST_STEP_PX, 0.5 * (step**2 - 1).clamp(min=0).sqrt(), 0.0)
+    # With the bilinear sampling, which adds 1 / 6, as wide as the triangle of 2 output pixels by which Pillow and
+    # torchvision shrink: its variance is step**2 / 6.
+    sigma_px = torch.where(step > _LARGEST_STEP_PX, ((step**2 - 1) / 6).clamp(min=0).sqrt(), 0.0)
     rows = to_device(shrunk, images.device)
-    return images.index_copy(0, rows, gaussian_blur(images.index_select(0, rows), sigma_px))
+    return images.index_copy_(0, rows, gaussian_blur(images.index_select(0, rows), sigma_px))

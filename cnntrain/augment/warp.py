@@ -62,6 +62,10 @@ class RandomResizedCrop(Geometry):
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         return self.size or (height, width)
 
+    def magnification(self, height: int, width: int) -> float:
+        output_height, output_width = self.output_size(height, width)
+        return max(output_height / height, output_width / width) / math.sqrt(self.area[0])
+
     def move(self, draws: Tensor, height: int, width: int) -> Tensor:
         area_px = between(draws[:, 0], *self.area) * height * width
         output_height, output_width = self.output_size(height, width)

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,7 +74,10 @@ class Bench:
         if key not in self._samples:
             loader = self.loaders[split]
             rows = torch.linspace(0, len(loader) - 1, min(count, len(loader))).round().long()
-            self._samples[key] = next(loader.batches(rows, len(rows)))
+            batch = self.pipeline.on_canvas(next(loader.batches(rows, len(rows))))
+            if batch.images.is_floating_point():  # it came on a finer canvas
+                batch = replace(batch, images=batch.images.round().to(torch.uint8))
+            self._samples[key] = batch
         return _copy(self._samples[key])
 
     def plain(self, split: str = "train", count: int = SAMPLE) -> Batch:

@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 from cnntrain.checks.bench import Bench
 from cnntrain.checks.verdicts import failed, passed, some, warned
-from cnntrain.data.store import Loader
 from cnntrain.findings import Finding
 
 MOST_READ = 3_000  # images of a split that are read where they stay on disk
 CHUNK = 4_096
+AT_ONCE = 256  # images that are read together
 EXACT_SHARE = 0.01  # of a split that may be in train as well before it is a FAIL
 NEAR_SHARE = 0.02  # of near duplicates before it is a WARN
 NEAR = 0.99  # correlation of the pixels of near duplicates
@@ -23,13 +23,13 @@ def leakage(bench: Bench) -> Finding:
     Near duplicates are found by a difference hash (64 signs between neighbours of the image at 9x8) and confirmed by
     the correlation of their pixels.
     """
-    train, looked = _images(bench.loaders["train"])
+    train, looked = _images(bench, "train")
     exact_of, near_of = _index(exact_hashes(train)), _index(difference_hashes(train))
     notes, verdict, pairs = [], "PASS", []
     for split in ("val", "test"):
         if split not in bench.loaders:
             continue
-        images, rows = _images(bench.loaders[split])
+        images, rows = _images(bench, split)
         same, alike = [], []
         hashes, differences = exact_hashes(images), difference_hashes(images)
         for i in range(len(images)):
@@ -54,13 +54,19 @@ def leakage(bench: Bench) -> Finding:
     return (failed if verdict == "FAIL" else warned)(evidence, cause, remedy, "data")
 
 
-def _images(loader: Loader) -> tuple[Tensor, Tensor]:
+def _images(bench: Bench, split: str) -> tuple[Tensor, Tensor]:
     """uint8 (M, C, H, W) on the CPU and their rows: all that are held in memory, some of those on disk."""
+    loader = bench.loaders[split]
     images = loader.examples.images
-    if isinstance(images, Tensor):
+    if isinstance(images, Tensor) and tuple(images.shape[-2:]) == bench.spec.image_size:
         return images.cpu(), torch.arange(len(images))
-    rows = torch.linspace(0, len(loader) - 1, min(MOST_READ, len(loader))).round().long()
-    return next(loader.batches(rows, len(rows))).images.cpu(), rows
+    most = len(loader) if isinstance(images, Tensor) else MOST_READ
+    rows = torch.linspace(0, len(loader) - 1, min(most, len(loader))).round().long()
+    # Those that random crops are cut from are on a finer canvas than the others.
+    parts = [bench.pipeline.on_canvas(batch).images for batch in loader.batches(rows, AT_ONCE)]
+    return torch.cat(
+        [part.round().to(torch.uint8).cpu() if part.is_floating_point() else part.cpu() for part in parts]
+    ), rows
 
 
 def exact_hashes(images: Tensor) -> np.ndarray:

@@ -68,7 +68,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     path = locate(Path(settings.checkpoint), "best.pt")
     saved = read_saved(path)
     assembly = restore(saved, settings)
-    data = assembly.load()
+    data = assembly.load(augmented=False)
     if not same_data(saved["fingerprint"], data.fingerprint):
         log.warning(
             "the data are not those of the training (%s, now %s)", saved["fingerprint"], data.fingerprint

@@ -68,7 +68,7 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
     )
     assembly = assemble(settings)
     frozen = [n for n, p in assembly.model.named_parameters() if not p.requires_grad]
-    data = assembly.load()
+    data = assembly.load(augmented=False)
     if settings.optimizer.get("lr") == "auto":
         build_training_parts(assembly, data)  # finds it
     optimizer = make_optimizer(assembly.settings, assembly.model, assembly.compute)

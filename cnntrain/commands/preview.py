@@ -54,11 +54,11 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     log_to_console()
     prepare_torch(settings.threads, settings.deterministic)
     source, chosen = build_source(settings)
-    build_pipeline(settings, source.spec())  # what does not fit is told before any image is read
+    pipeline = build_pipeline(settings, source.spec())  # what does not fit is told before any image is read
     # Only a few images are looked at: those on disk stay there.
     data = load_data(
         source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit, "stream",
-        chosen.scan,
+        chosen.scan, pipeline.magnification,
     )  # fmt: skip
     data.spec = with_chosen_statistics(data.spec, chosen)
     pipeline = build_pipeline(settings, data.spec)

@@ -11,6 +11,7 @@ from cnntrain.data import resident
 from cnntrain.data.content import content_hash
 from cnntrain.data.decoded import keep_decoded, worth_keeping
 from cnntrain.data.examples import Examples, check_examples
+from cnntrain.data.finer import on_finer_canvas
 from cnntrain.data.listing import SPLIT_NAMES, SPLITS, one_name_each
 from cnntrain.data.scan import Scan, scan
 from cnntrain.data.source import Source
@@ -53,6 +54,7 @@ def load_data(
     limit: int | None = None,
     store: str = "auto",
     how: Scan = "headers",
+    magnification: float = 1.0,
 ) -> Data:
     """Load, limit, split, decode if they fit, and measure mean and std on train where the source states none.
 
@@ -62,6 +64,7 @@ def load_data(
         store: 'stream' leaves images in their files; 'disk' keeps them decoded in a file of their own, 'auto' does
             where there are many and the disk has room, and else decodes what fits into half of the free memory.
         how: how much of the files that stay on disk is looked at now; the rest is refused when it is met.
+        magnification: of the pipeline; above 1, training images come on a finer canvas (see `on_finer_canvas`).
 
     Raises:
         UserError: the data can't be had, or are not as they should be; all faulty files in one message.
@@ -90,6 +93,8 @@ def load_data(
             "data.folds: this data set has a val split of its own, which folds would leave out; "
             "set data.folds=null, or move its examples into train"
         )
+    if magnification > 1:
+        splits["train"] = on_finer_canvas(splits["train"], magnification)
     if store == "disk" or (store == "auto" and worth_keeping(splits)):
         splits = keep_decoded(splits)
     elif store == "stream" or (store == "auto" and not resident.fits_in_host_memory(splits)):

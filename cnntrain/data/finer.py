@@ -1,0 +1,105 @@
+"""Training images decoded on a finer canvas than the network sees, for random crops to be cut from."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cnntrain.data import resident
+from cnntrain.data.canvas import Box, move, place
+from cnntrain.data.decode import BadFile, Decoder, upright_size
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.masks import MaskDecoder
+from cnntrain.data.parallel import in_threads
+
+log = logging.getLogger("cnntrain")
+SAMPLED_FILES = 200
+SHARE = 0.9  # of the images that may be decoded at their full size; a few large ones do not decide for all
+LEAST = 1.02  # times the pixels per side: less is not worth it
+
+
+def on_finer_canvas(examples: Examples, magnification: float) -> Examples:
+    """The same examples, decoded on a canvas of ceil(`magnification` times its sides), but no finer than the files are.
+
+    Points and masks move along. Images that are in memory already, or come from another decoder, stay as they are.
+    """
+    lazy = examples.images
+    if not isinstance(lazy, LazyImages) or type(lazy.decoder) is not Decoder or not len(lazy):
+        return examples
+    if not all(type(masks.decoder) is MaskDecoder for masks in examples.lazy_targets.values()):
+        return examples
+    factor = min(magnification, _source_pixels(lazy, lazy.decoder))
+    height, width = (math.ceil(round(factor * side, 6)) for side in (lazy.decoder.height, lazy.decoder.width))
+    if factor < LEAST:
+        return examples
+    finer = replace(
+        examples,
+        images=_at(lazy, height, width),
+        lazy_targets={name: _at(masks, height, width) for name, masks in examples.lazy_targets.items()},
+    )
+    if examples.to_canvas is not None:
+        finer.to_canvas = _matrices(lazy, replace(lazy.decoder, height=height, width=width))
+        if finer.to_canvas is None:
+            return examples  # files that can't be read: decoding names them
+        finer.targets = _moved(examples.targets, finer.to_canvas @ torch.linalg.inv(examples.to_canvas))
+    before, after = (resident.decoded_bytes(each) / 2**20 for each in (examples, finer))
+    log.info(
+        "data: training images are decoded at %d x %d px, so that random crops are not blown up (%.0f MiB, not %.0f); "
+        "validation at %d x %d", width, height, after, before, lazy.decoder.width, lazy.decoder.height,
+    )  # fmt: skip
+    return finer
+
+
+def _at(lazy: LazyImages, height: int, width: int) -> LazyImages:
+    decoder = lazy.decoder
+    assert isinstance(decoder, Decoder | MaskDecoder)
+    return replace(lazy, decoder=replace(decoder, height=height, width=width))
+
+
+def _source_pixels(lazy: LazyImages, decoder: Decoder) -> float:
+    """How many pixels per side most files have for one of the canvas; of a sample, by their headers."""
+    rows = torch.linspace(0, len(lazy) - 1, min(len(lazy), SAMPLED_FILES), dtype=torch.float64).round().long()
+
+    def one(row: int) -> float | None:
+        try:
+            size = upright_size(lazy.paths[row])
+        except BadFile:
+            return None  # decoding names it
+        placement = place(*size, (decoder.height, decoder.width), decoder.resize, _box(lazy, row))
+        left, top, right, bottom = placement.box
+        return max((right - left) / placement.width, (bottom - top) / placement.height)
+
+    found = sorted(value for value in in_threads(one, rows.tolist()) if value is not None)
+    return found[int(SHARE * (len(found) - 1))] if found else 1.0
+
+
+def _matrices(lazy: LazyImages, decoder: Decoder) -> Tensor | None:
+    """(N, 3, 3) float64 from the files' pixels to the canvas of `decoder`; None where a header can't be read."""
+    canvas = (decoder.height, decoder.width)
+    sizes: Sequence[tuple[int, int]] = [(1, 1)] * len(lazy)  # boxes say it all
+    if lazy.boxes is None:
+        paths = sorted(set(lazy.paths))
+        read, bad = resident.read_sizes(paths)
+        if bad:
+            return None
+        size_of = dict(zip(paths, read, strict=True))
+        sizes = [size_of[path] for path in lazy.paths]
+    placed = (place(*size, canvas, decoder.resize, _box(lazy, row)) for row, size in enumerate(sizes))
+    return torch.stack([placement.matrix() for placement in placed])
+
+
+def _box(lazy: LazyImages, row: int) -> Box | None:
+    if lazy.boxes is None:
+        return None
+    left, top, right, bottom = lazy.boxes[row].tolist()
+    return left, top, right, bottom
+
+
+def _moved(targets: dict[str, Tensor], matrices: Tensor) -> dict[str, Tensor]:
+    if "points" not in targets:
+        return targets
+    points = move(targets["points"], matrices).float()
+    return {**targets, "points": torch.where(targets["visible"][..., None], points, 0.0)}
