@@ -24,6 +24,7 @@ from cnntrain.errors import (
     suggest,
 )
 from cnntrain.heap import keep_freed_memory
+from cnntrain.streams import flush_or_discard, lenient
 
 DEFAULT_COMMAND = "train"
 SWEEPING = ("train", "overfit", "inspect")  # what takes several values
@@ -190,34 +191,45 @@ complete -o nospace -o default -F _cnntrain cnntrain"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0 done, 1 a verdict failed, 2 input, 3 diverged, 4 machine, 130/143 stopped."""
+    """Run a command; the exit code: 0 done, 1 a verdict failed, 2 input, 3 diverged, 4 machine, 129/130/143 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
+    code = _run(arguments)
+    lost = flush_or_discard(sys.stdout)
+    if lost and not isinstance(lost, BrokenPipeError) and code == 0:
+        print(f"error: standard output: {lost.strerror}", file=lenient(sys.stderr))
+        code = MachineError.exit_code
+    flush_or_discard(sys.stderr)
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    """`main`, with the exit code for each kind of error."""
     try:
         return _dispatch(arguments)
     except CnntrainError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         if not isinstance(error, ElsewhereError):
-            print(mask_passwords(f"error: {error}"), file=sys.stderr)
+            print(mask_passwords(f"error: {error}"), file=lenient(sys.stderr))
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted", file=lenient(sys.stderr))
         return 128 + signal.SIGINT
     except SystemExit as ended:
         if isinstance(
             ended.__context__, BrokenPipeError
         ):  # rich's way when its reader has gone: `cnntrain | head -1`
             return 0
-        print("error: code of the user's own ended the program (SystemExit)", file=sys.stderr)
+        print("error: code of the user's own ended the program (SystemExit)", file=lenient(sys.stderr))
         return 1
     except (OSError, RuntimeError, MemoryError) as error:
         if not isinstance(error, BrokenPipeError):
             cause = None if is_from_user_code(error) else explain_machine(error)
             if cause is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            print(mask_passwords(f"error: {cause}"), file=sys.stderr)
+            print(mask_passwords(f"error: {cause}"), file=lenient(sys.stderr))
             return MachineError.exit_code
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,15 +1,17 @@
 """Going on from a checkpoint: the state comes from the checkpoint, the settings from the command line.
 
 What changes neither the network nor which images come next may change: freely where it leaves the numbers alone
-(epochs, paths, logging, workers, device), from here on where it does not (learning rate, schedule, augmentation, ...:
-the value given now wins, and the log says so). What the saved state would not fit, or would mean something else by, is
-refused: network, data set and splits, batch size, seed, kind of optimizer. The number of processes may change between
-epochs only: within one, what each has seen is its own.
+(paths, logging, workers, device), from here on where it does not (learning rate, schedule, augmentation, ...: the value
+given now wins, and the log says so). `epochs` and `steps` may change freely too, but a schedule spans the whole
+training: where another length moves the learning rate, the log says from where to where. What the saved state would not
+fit, or would mean something else by, is refused: network, data set and splits, batch size, seed, kind of optimizer. The
+number of processes may change between epochs only: within one, what each has seen is its own.
 """
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,24 @@ def resume(
             log.warning(
                 "resume: %s was %s, is now %s, which holds from here on", key, _short(then), _short(now)
             )
+    _say_rate(state, saved, [key for key, *_ in changed])
     return best
+
+
+def _say_rate(state: TrainState, saved: Mapping[str, Any], changed: Sequence[str]) -> None:
+    """Warn of a learning rate that jumps because the schedule, its length or its peak changed."""
+    schedule, step = state.schedule, state.progress.step
+    length = [key for key in changed if key in ("epochs", "steps")]
+    shape = [key for key in changed if key == "optimizer.lr" or key.partition(".")[0] == "schedule"]
+    if not step or step >= schedule.total_steps or not (shape or (length and not schedule.state())):
+        return
+    peak, last = state.optimizer.param_groups[0]["peak_lr"], state.optimizer.param_groups[0]["lr"]
+    if not math.isclose(peak * schedule.factor(step - 1), last, rel_tol=1e-6):
+        log.warning(
+            "resume: the learning rate was %.3g at step %d and is %.3g at the next one: %s changed, and the schedule "
+            "spans the whole training; schedule=constant avoids a jump in a training that is lengthened",
+            last, step, peak * schedule.factor(step), ", ".join([*length, *shape]),
+        )  # fmt: skip
 
 
 def _best_checkpoint(source: Path, progress: Progress) -> Path | None:

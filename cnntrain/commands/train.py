@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from cnntrain.engine.run_folder import RunFolder, holds_run, lock_folder, open_r
 from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import CheckFailedError, UserError
 from cnntrain.expectations import judge_expectations, parse_expectation
-from cnntrain.files import run_folder_of
+from cnntrain.files import run_folder_of, write_text
 from cnntrain.processes import check_processes, uses_gpus
 from cnntrain.report.console import log_to_console, silence_log
 from cnntrain.report.table import print_findings, print_run_summary
@@ -35,6 +36,7 @@ from cnntrain.saved import (
     identify,
 )
 from cnntrain.settings import EvaluateSettings, Settings, parse
+from cnntrain.streams import flush_or_discard
 from cnntrain.training import prepare, train_to_the_end
 
 if TYPE_CHECKING:
@@ -221,14 +223,22 @@ def _train_in(
         if best:
             bring_best(best, run.best)
         config = without_passwords(dataclasses.asdict(settings))
-        (run.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        write_text(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         run.write_json("run.json", provenance(command_line))
         same_folder = source is not None and run_folder_of(source).resolve() == run.path.resolve()
         results = train_to_the_end(
             run, assembly, data, plan, state, identify(saved, same_folder), stop, watch
         )
         run.write_json("results.json", results)
-    print_run_summary(results, run.path, assembly.task.monitor[0])
+    lost = None
+    try:
+        print_run_summary(results, run.path, assembly.task.monitor[0])
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        lost = error
+    if lost := flush_or_discard(sys.stdout) or lost:
+        log.warning("standard output: %s; the figures are in %s", lost.strerror, run.path / "results.json")
     return {**results, "run_dir": str(run.path)}
 
 

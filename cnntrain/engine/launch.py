@@ -30,6 +30,7 @@ from cnntrain.engine.watch import lost
 from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, StoppedError
 from cnntrain.files import write_whole
 from cnntrain.heap import keep_freed_memory
+from cnntrain.streams import output_to
 
 FAILURE = "failure.json"
 Row = dict[str, float]
@@ -93,7 +94,9 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Watche
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
     # Torch would keep a second store, for the processes to share, at an address that others reach too.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    caught = "SIGTERM,SIGINT,SIGHUP,SIGQUIT" + (",SIGUSR1" if "SLURM_JOB_ID" in os.environ else "")
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", *(["SIGUSR1"] if "SLURM_JOB_ID" in os.environ else []))
+    # What is ignored here (SIGHUP under nohup) stays so.
+    caught = ",".join(n for n in names if signal.getsignal(getattr(signal, n)) is not signal.SIG_IGN)
     options: dict[str, Any] = {"signals_to_handle": caught} if "signals_to_handle" in known else {}
     with (
         tempfile.TemporaryDirectory(prefix="cnntrain-") as name,
@@ -162,7 +165,7 @@ def _failure(folder: Path) -> CnntrainError | None:
 
 
 def _killed(rank: int, count: int, code: int) -> CnntrainError:
-    if code in (-signal.SIGTERM, -signal.SIGINT):
+    if code in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
         return StoppedError(-code, f"stopped by {signal.Signals(-code).name} before its state could be saved")
     if code < 0:
         return MachineError(lost(rank, count).replace("killed", f"killed by {signal.Signals(-code).name}"))
@@ -244,9 +247,5 @@ def _console(log: Path | None) -> Iterator[None]:
     if log is None:
         yield
         return
-    with (
-        log.open("a", buffering=1, encoding="utf-8") as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
+    with output_to(log):
         yield

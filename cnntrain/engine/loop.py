@@ -45,6 +45,29 @@ class Silent:
     def batch_seen(self, step: int, batch: Batch) -> None: ...
 
 
+class _Timed:
+    """A journal whose own time is measured (`seconds`), so that drawing pictures does not count as training."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal, self.seconds = journal, 0.0
+
+    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
+        started = time.perf_counter()
+        self.journal.reading(step, epoch, batch, values)
+        self.seconds += time.perf_counter() - started
+
+    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
+        self.journal.epoch(step, row, improved)
+
+    def saved(self, row: dict[str, float]) -> None:
+        self.journal.saved(row)
+
+    def batch_seen(self, step: int, batch: Batch) -> None:
+        started = time.perf_counter()
+        self.journal.batch_seen(step, batch)
+        self.seconds += time.perf_counter() - started
+
+
 def fit(
     state: TrainState,
     training: Loader,
@@ -69,12 +92,13 @@ def fit(
         DivergedError: a loss or a gradient is no longer finite.
         StoppedError: a signal came; the state has been saved.
     """
-    progress, ranks = state.progress, compute.ranks
+    progress, ranks, timed = state.progress, compute.ranks, _Timed(journal)
     explain = partial(diverged, state, training, pipeline, task, compute, plan)
     finite = Finiteness(compute.device, state.scaler is not None, explain)
     # Stopped after the last step, an epoch is still to be judged.
     while not progress.finished and (progress.step < plan.total_steps or progress.batch):
         started, seconds_before, images_before = time.perf_counter(), progress.wall_s, progress.images
+        timed.seconds = 0.0
         meter = task.meter()
         if progress.batch and state.meter:
             meter.load_state(unpack_state(state.meter, ranks))
@@ -82,16 +106,16 @@ def fit(
         def keep(meter: Meter = meter, started: float = started, before: float = seconds_before) -> None:
             finite.check()
             state.meter = pack_states(states_of(meter, ranks))
-            progress.wall_s = before + time.perf_counter() - started
+            progress.wall_s = before + time.perf_counter() - started - timed.seconds
             save("last")
             ranks.wait()  # for the one that writes
 
         try:
-            train_epoch(state, training, pipeline, task, compute, plan, journal, meter, keep, stop, finite)
+            train_epoch(state, training, pipeline, task, compute, plan, timed, meter, keep, stop, finite)
             finite.check()
             align(state.model, ranks)
             train_metrics = merge(meter, task.meter(), ranks).compute()
-            train_seconds = time.perf_counter() - started
+            train_seconds = time.perf_counter() - started - timed.seconds
             val_metrics = {}
             if validation is not None:
                 val_meter = evaluate(
@@ -128,7 +152,7 @@ def fit(
             progress.epoch, progress.batch, state.meter = progress.epoch + 1, 0, {}
         patience_over = plan.early_stopping is not None and progress.epochs_since_best >= plan.early_stopping
         progress.finished = progress.step >= plan.total_steps or patience_over
-        progress.wall_s = seconds_before + time.perf_counter() - started
+        progress.wall_s = seconds_before + time.perf_counter() - started - timed.seconds
         journal.epoch(progress.step, row, improved)
         save("last", *(["best"] if improved else []))
         journal.saved(row)

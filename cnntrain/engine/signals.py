@@ -1,6 +1,8 @@
-"""SIGINT and SIGTERM set a flag that the loop reads after every batch; a second SIGINT ends the process at once.
+"""SIGINT, SIGTERM and SIGHUP set a flag that the loop reads after every batch; a second SIGINT ends it at once.
 
-Under Slurm SIGUSR1 does so too, which `sbatch --signal=USR1@60` sends a minute before the time is over.
+SIGHUP comes when a terminal or an ssh session closes. Under Slurm SIGUSR1 sets the flag too, which
+`sbatch --signal=USR1@60` sends a minute before the time is over. A signal that the process was started to ignore
+(SIGHUP by `nohup`, SIGINT by a shell script's `&`) stays ignored.
 """
 
 import contextlib
@@ -32,14 +34,14 @@ def stop_flag(flag: StopFlag | None = None) -> Iterator[StopFlag]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         flag.number = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next Ctrl-C ends it at once
+        if signal.SIGINT in before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next Ctrl-C ends it at once
 
     before = {}
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else []),
-    ):
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in (*asking, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            continue
         with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it handles signals
             before[number] = signal.signal(number, handle)
     try:

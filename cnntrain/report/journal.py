@@ -114,6 +114,10 @@ class RunJournal:
         if self.first_batch is None:
             return
         (step, batch), self.first_batch = self.first_batch, None
+        with self.bar.paused():
+            self._draw(step, batch)
+
+    def _draw(self, step: int, batch: Batch) -> None:
         with survive_drawing("the first batch"):
             self._draw_images(step, batch)
 
@@ -140,7 +144,8 @@ class RunJournal:
 
     def saved(self, row: dict[str, float]) -> None:
         if self.watch:
-            self.watch(row)
+            with self.bar.paused():
+                self.watch(row)
 
     def finish(
         self,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from cnntrain.streams import lenient
 
 
 class Bar:
@@ -37,11 +41,14 @@ class Bar:
         every_s: float = 30.0,
         enabled: bool = True,
     ) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(file=lenient(sys.stderr))
         self.total_steps, self.epochs, self.watch = total_steps, epochs, watch
         self._step, self._first_step = done_steps, done_steps
         self._every_s, self._enabled = every_s, enabled
-        self._started = self._last_line = self._epoch_started = time.monotonic()
+        self._paused_s = 0.0
+        self._paused_at: float | None = None
+        self._started = self._last_line = self._epoch_started = self._now()
+        self._first_reading: tuple[int, float] | None = None
         self._progress: Progress | None = None
         if enabled and self.console.is_terminal:
             self._progress = Progress(
@@ -53,6 +60,7 @@ class Bar:
                 console=self.console,
                 transient=True,
                 speed_estimate_period=300.0,
+                get_time=self._now,
                 refresh_per_second=4,
             )
             self._task = self._progress.add_task("", total=total_steps, completed=done_steps, figures="")
@@ -72,12 +80,13 @@ class Bar:
         """Show where the run stands; `values` were read from the device by the caller, at its own
         interval."""
         self._step = step
+        self._first_reading = self._first_reading or (step, self._now())
         figures = _figures(values, ("loss", *self.watch))
         if self._progress is not None:
             text = f"epoch {epoch + 1}/{self.epochs}"
             self._progress.update(self._task, completed=step, description=text, figures=figures)
-        elif self._enabled and time.monotonic() - self._last_line >= self._every_s:
-            self._last_line = time.monotonic()
+        elif self._enabled and self._now() - self._last_line >= self._every_s:
+            self._last_line = self._now()
             share = f"{100 * step / max(self.total_steps, 1):.0f}%"
             if step > self._first_step:
                 share += f", {seconds_text(self.seconds_left())} left"
@@ -87,18 +96,37 @@ class Bar:
     def epoch(self, epoch: int, row: Mapping[str, float], best: bool = False) -> None:
         """One line for a finished epoch: losses, the watched metrics, the time it took; a star for the best
         so far."""
-        seconds, self._epoch_started = time.monotonic() - self._epoch_started, time.monotonic()
-        self._last_line = time.monotonic()
+        seconds, self._epoch_started = self._now() - self._epoch_started, self._now()
+        self._last_line = self._now()
         names = [f"{part}/{name}" for name in ("loss", *self.watch) for part in ("train", "val")]
         width = len(str(self.epochs))
         line = f"epoch {epoch + 1:>{width}}/{self.epochs}  {_figures(row, names)}  {seconds_text(seconds)}"
         self._line(line + ("  *" if best else ""))
 
     def seconds_left(self) -> float:
-        """From the mean speed since the start, validation included."""
-        done = self._step - self._first_step
-        elapsed = time.monotonic() - self._started
+        """From the mean speed since the first reading, validation included; before the second, since the start."""
+        first, started = self._first_reading or (self._first_step, self._started)
+        if first == self._step:
+            first, started = self._first_step, self._started
+        done, elapsed = self._step - first, self._now() - started
         return elapsed / done * (self.total_steps - self._step) if done else float("nan")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time that the block takes out of all times, as that of drawing pictures."""
+        if self._paused_at is not None:
+            yield
+            return
+        started = self._paused_at = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused_at = None
+            self._paused_s += time.monotonic() - started
+
+    def _now(self) -> float:
+        """Seconds on a clock that stands still while it is paused."""
+        return (time.monotonic() if self._paused_at is None else self._paused_at) - self._paused_s
 
     def log(self, message: str) -> None:
         """A line of text, above the bar where there is one."""

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from cnntrain.report.progress import seconds_text
 from cnntrain.report.table import rows_table, value_text
+from cnntrain.streams import lenient
 from cnntrain.sweep.plan import Plan, Repeat, Run, short
 from cnntrain.sweep.study import Outcome
 
@@ -32,7 +33,7 @@ class Board:
         import sys
 
         # The stream of now: a run in this process has its own log put in its place.
-        self.console = console or Console(file=sys.stderr)
+        self.console = console or Console(file=lenient(sys.stderr))
         self.plan, self.to_come = plan, 0
         self.metric = f"val/{plan.monitor[0]}" if plan.monitor else ""
         self.counts: dict[str, int] = {}

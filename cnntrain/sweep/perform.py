@@ -12,6 +12,7 @@ import torch
 
 from cnntrain.errors import CnntrainError, DivergedError, PrunedError, StoppedError
 from cnntrain.settings import Settings
+from cnntrain.streams import output_to
 from cnntrain.sweep.plan import Run
 from cnntrain.sweep.study import Outcome
 
@@ -97,11 +98,7 @@ def test_quietly(job: Job, run: Run) -> dict[str, float]:
 @contextlib.contextmanager
 def _own_log(run: Run) -> Iterator[None]:
     run.folder.mkdir(parents=True, exist_ok=True)
-    with (
-        (run.folder / LOG).open("a", buffering=1, encoding="utf-8", errors="backslashreplace") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
+    with output_to(run.folder / LOG):
         yield
 
 

@@ -88,6 +88,25 @@ def test_a_second_interrupt_ends_it_at_once(cnntrain, wait_for) -> None:
 
 
 @pytest.mark.slow
+def test_a_closed_terminal_stops_a_run_unless_nohup_was_asked(cnntrain, wait_for) -> None:
+    """Its standard error is gone as well: a pipe that nobody reads."""
+    endless = (*cnntrain.quick, "epochs=1000000", "schedule=constant", "run_dir=run", "resume=auto")
+    run = cnntrain.start(*endless)
+    wait_for(LAST.exists, run)
+    run.stderr.close()
+    os.killpg(run.pid, signal.SIGHUP)
+    assert run.wait(30) == 128 + signal.SIGHUP
+    stopped_at = progress()["step"]
+    run = cnntrain.start(*endless, around=("nohup",))
+    wait_for(lambda: progress()["step"] > stopped_at, run)
+    run.send_signal(signal.SIGHUP)
+    saved_at = progress()["step"]
+    wait_for(lambda: progress()["step"] > saved_at, run)
+    run.send_signal(signal.SIGTERM)
+    cnntrain.end(run, 143)
+
+
+@pytest.mark.slow
 def test_slurms_warning_is_heeded_under_slurm_alone(cnntrain, wait_for) -> None:
     endless = (*cnntrain.quick, "epochs=1000000", "run_dir=run", "resume=auto")
     run = cnntrain.start(*endless, SLURM_JOB_ID="17")

@@ -1,10 +1,12 @@
 """A bar on a terminal, plain lines elsewhere."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from cnntrain.report import progress
 from cnntrain.report.progress import Bar, seconds_text
 
 
@@ -49,6 +51,33 @@ def test_a_resumed_run_does_not_count_what_others_did():
     bar.reading(95, 9, {"loss": 1.0})
     bar._started -= 10.0  # five steps took ten seconds, and five are left
     assert bar.seconds_left() == pytest.approx(10, abs=0.5)
+
+
+def test_a_pause_counts_neither_as_time_of_an_epoch_nor_for_the_time_left(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    console = plain_console()
+    bar = Bar(100, 1, console=console)
+    for step in (10, 20, 30):
+        now[0] += 1.0
+        bar.reading(step, 0, {"loss": 1.0})
+        with bar.paused():
+            now[0] += 500.0
+            with bar.paused():
+                now[0] += 500.0
+    assert bar.seconds_left() == pytest.approx(7)
+    bar.epoch(0, {"loss": 1.0})
+    assert text_of(console).rstrip().endswith("3.0 s")
+
+
+def test_a_slow_first_step_does_not_count_for_the_time_left(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    bar = Bar(100, 1, console=plain_console())
+    for step, seconds in ((1, 60.0), (11, 1.0), (21, 1.0)):
+        now[0] += seconds
+        bar.reading(step, 0, {"loss": 1.0})
+    assert bar.seconds_left() == pytest.approx(7.9)
 
 
 def test_other_processes_say_nothing():
