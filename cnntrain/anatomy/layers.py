@@ -57,6 +57,7 @@ class Row:
     start: tuple[float, ...] | None = None
     whole: bool = False
     ran: bool = True
+    trainable: int = 0  # of the parameters
 
     def count(self, convention: Convention) -> int:
         """Parameters by a convention."""
@@ -90,6 +91,11 @@ class Anatomy:
         return sum(row.count(convention) for row in self.rows)
 
     @property
+    def trainable(self) -> int:
+        """Parameters that are not frozen."""
+        return sum(row.trainable for row in self.rows)
+
+    @property
     def multiply_adds(self) -> int:
         return sum(row.multiply_adds for row in self.rows)
 
@@ -115,6 +121,7 @@ class Anatomy:
             "convention": convention,
             "totals": {
                 "parameters": self.parameters(convention),
+                "trainable": self.trainable,
                 "multiply_adds": self.multiply_adds,
                 "activations_kib": self.activations_kib,
             },
@@ -142,9 +149,13 @@ def analyse(model_or_builder: Buildable, input_shape: Sequence[int], name: str |
     owner = Owner(model)
     changes = folds(trace)
     rows = _unique([_row(event, owner, tuple(size), changes) for event in trace.events])
-    for home, count, statistics in owner.rest():
+    for home, (count, trainable), statistics in owner.rest():
         kind = type(model.get_submodule(home)).__name__
-        rows.append(Row(home or "model", kind, "not run", (), count, statistics, count, ran=False))
+        rows.append(
+            Row(
+                home or "model", kind, "not run", (), count, statistics, count, ran=False, trainable=trainable
+            )
+        )
     last = last_local(trace)
     shape = tuple(output.shape[1:]) if hasattr(output, "shape") else ()
     return Anatomy(
@@ -195,12 +206,12 @@ def _row(event: Call | Operation, owner: Owner, size: Shape, changes: dict[int, 
     if layer:
         shape = event.output_shapes[0] if event.output_shapes else ()
         numbers = 0 if event.same_storage else sum(map(prod, event.output_shapes))
-        parameters, statistics = owner.take_module(event.module)
+        (parameters, trainable), statistics = owner.take_module(event.module)
         geometry, axes = of_module(event.module) or _main_geometry(operations), event.axes
     else:
         shape, statistics = event.output_shape, 0
         numbers = 0 if event.in_place and event.name != "flatten" else prod(shape)
-        parameters = owner.take(event.parameters)
+        parameters, trainable = owner.take(event.parameters)
         geometry, axes = event.geometry, event.axes
     exact, local, jump, start = _fields(axes, size) if axes else (None, None, None, None)
     whole = exact == size and any(axis.whole for axis in axes or ())
@@ -222,6 +233,7 @@ def _row(event: Call | Operation, owner: Owner, size: Shape, changes: dict[int, 
         jump,
         start,
         whole,
+        trainable=trainable,
     )
 
 

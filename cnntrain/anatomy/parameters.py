@@ -18,18 +18,23 @@ class Owner:
         self.left = {id(p): name for name, p in self.parameters.items()}
         self.buffers = {id(b) for b in model.buffers() if b.is_floating_point()}
 
-    def take(self, names: Iterable[str]) -> int:
-        taken = [p for name in names if self.left.pop(id(p := self.parameters[name]), None)]
-        return sum(p.numel() for p in taken)
+    def take(self, names: Iterable[str]) -> tuple[int, int]:
+        """Parameters, and how many of them are trainable."""
+        return self._take(self.parameters[name] for name in names)
 
-    def take_module(self, module: nn.Module) -> tuple[int, int]:
-        parameters = sum(p.numel() for p in module.parameters() if self.left.pop(id(p), None))
+    def take_module(self, module: nn.Module) -> tuple[tuple[int, int], int]:
+        """Parameters with how many of them are trainable, and statistics."""
+        taken = self._take(module.parameters())
         statistics = [b for b in module.buffers() if id(b) in self.buffers]
         self.buffers -= {id(b) for b in statistics}
-        return parameters, sum(b.numel() for b in statistics)
+        return taken, sum(b.numel() for b in statistics)
 
-    def rest(self) -> list[tuple[str, int, int]]:
-        """(module, parameters, statistics) that nothing used: auxiliary heads, forgotten layers."""
+    def _take(self, parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+        taken = [p for p in parameters if self.left.pop(id(p), None)]
+        return sum(p.numel() for p in taken), sum(p.numel() for p in taken if p.requires_grad)
+
+    def rest(self) -> list[tuple[str, tuple[int, int], int]]:
+        """(module, parameters with how many are trainable, statistics) that nothing used: auxiliary heads, say."""
         homes = dict.fromkeys(name.rpartition(".")[0] for name in self.left.values())
         found = []
         for home in homes:

@@ -9,7 +9,14 @@ from rich.console import Console
 
 from cnntrain.anatomy.layers import Anatomy, Convention, Row
 from cnntrain.anatomy.picture import draw_bars
-from cnntrain.anatomy.table import compare, comparison_table, fitting_depth, layer_table, print_table
+from cnntrain.anatomy.table import (
+    compare,
+    comparison_table,
+    fitting_depth,
+    layer_table,
+    parameter_lines,
+    print_table,
+)
 
 
 def report(
@@ -36,6 +43,8 @@ def report(
     if len(opened) == 1:
         chosen = fitting_depth(opened[0].rows) if depth is None else depth or None
         print_table(layer_table(opened[0], chosen, convention), console)
+        for line in parameter_lines(opened[0], convention):
+            (console or Console()).print(line, highlight=False)
     else:
         print_table(comparison_table(opened, convention), console)
     if folder is None:

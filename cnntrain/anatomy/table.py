@@ -43,6 +43,7 @@ def _merge(group: list[Row], depth: int) -> Row:
         kind=f"{len(group)} layers",
         notation="",
         parameters=sum(row.parameters for row in group),
+        trainable=sum(row.trainable for row in group),
         statistics=sum(row.statistics for row in group),
         folded=sum(row.folded for row in group),
         multiply_adds=sum(row.multiply_adds for row in group),
@@ -92,6 +93,19 @@ def layer_table(anatomy: Anatomy, depth: int | None = None, convention: Conventi
             bar(row.multiply_adds / total),
         )
     return table
+
+
+def parameter_lines(anatomy: Anatomy, convention: Convention = "torch") -> list[str]:
+    """Total, trainable and non-trainable parameters; Keras counts running statistics among the last.
+
+    With BatchNorm folded away there is nothing to train, and the total stands alone.
+    """
+    total = anatomy.parameters(convention)
+    lines = [f"Total parameters: {total:,}"]
+    if convention != "folded":
+        lines.append(f"Trainable parameters: {anatomy.trainable:,}")
+        lines.append(f"Non-trainable parameters: {total - anatomy.trainable:,}")
+    return lines
 
 
 def comparison_table(anatomies: Sequence[Anatomy], convention: Convention = "torch") -> Table:

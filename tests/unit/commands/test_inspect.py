@@ -17,6 +17,34 @@ def test_one_network_is_opened_without_data(capsys: pytest.CaptureFixture[str]) 
     assert "1,256,080" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("overrides", "total", "trainable"),
+    [
+        (["model.freeze=backbone"], 11_172_810, 5_130),
+        (["model.freeze=[layer1,layer2]"], 11_172_810, 10_499_274),
+        (["model.freeze=backbone", "inspect.convention=keras"], 11_182_410, 5_130),
+        ([], 11_172_810, 11_172_810),
+    ],
+)
+def test_what_is_trained_is_counted(
+    overrides: list[str], total: int, trainable: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Keras' non-trainable parameters are what is frozen and the running statistics: 9,600 of ResNet-18."""
+    from torchvision.models import resnet18
+
+    asked = ["model=resnet18", "data=digits", "log.pictures=false", *overrides, "run_dir=here"]
+    assert main(["inspect", *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    values = [int(line.split(": ")[1].replace(",", "")) for line in lines if "arameters: " in line]
+    assert values == [total, trainable, total - trainable]
+    totals = json.loads(Path("here/anatomy.json").read_text())["totals"]
+    assert (totals["parameters"], totals["trainable"]) == (total, trainable)
+    if "layer1" in str(overrides):
+        torchvisions = resnet18()
+        parts = [*torchvisions.layer1.parameters(), *torchvisions.layer2.parameters()]
+        assert total - trainable == sum(p.numel() for p in parts)
+
+
 def test_several_are_compared_at_another_size() -> None:
     size = ["inspect.image_size=224", "inspect.channels=3", "inspect.num_outputs=1000"]
     assert main(["inspect", "model=resnet18,resnet34", *size, "run_dir=two"]) == 0
