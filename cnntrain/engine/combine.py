@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -92,14 +94,42 @@ def align(model: nn.Module, ranks: Ranks) -> None:
 
 def synchronise_norms(model: nn.Module) -> nn.Module:
     """BatchNorm over the images of all processes; parameters, buffers, their names and what is frozen stay what they
-    were."""
-    frozen = [name for name, module in model.named_modules() if stays_in_eval(module)]
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for name in frozen:
-        module = model.get_submodule(name)
-        if not stays_in_eval(module):  # a new one
-            keep_in_eval(module)
+    were.
+
+    torch's own layers become torch's SyncBatchNorm, and timm's, which bring an activation, timm's. Other classes
+    derived from BatchNorm may compute more than a norm: they stay, each process normalises by its own images, and a
+    warning names them.
+    """
+    left: dict[str, str] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, nn.SyncBatchNorm):
+            continue
+        convert = _converter(module)
+        if convert is None:
+            left[name] = type(module).__name__
+            continue
+        new = convert(module)
+        if stays_in_eval(module):
+            keep_in_eval(new)
+        if not name:
+            return new
+        model.set_submodule(name, new)
+    if left:
+        log.warning(
+            "BatchNorm is not synchronised in %d layers of the class %s (%s first): each process uses its own images",
+            len(left), ", ".join(sorted(set(left.values()))), next(iter(left)),
+        )  # fmt: skip
     return model
+
+
+def _converter(norm: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
+    """What makes a SyncBatchNorm that computes the same as `norm`; None where nothing is known to."""
+    if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return nn.SyncBatchNorm.convert_sync_batchnorm
+    layers = sys.modules.get("timm.layers")  # there, if the network is timm's
+    if layers is not None and type(norm) is layers.BatchNormAct2d:
+        return layers.convert_sync_batchnorm
+    return None
 
 
 def has_synchronised_norms(model: nn.Module) -> bool:

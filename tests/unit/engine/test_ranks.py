@@ -22,7 +22,7 @@ from cnntrain.engine.launch import _watched
 from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place, first_node, pack_states, unpack_state
 from cnntrain.engine.watch import Watch, end_process
 from cnntrain.errors import MachineError, StoppedError, UserError
-from cnntrain.models.prepare import freeze_backbone, unfreeze
+from cnntrain.models.prepare import freeze_layers, stays_in_eval, unfreeze
 from cnntrain.processes import check_processes
 from cnntrain.tasks.meter import Meter
 
@@ -291,6 +291,42 @@ def test_synchronised_norms_keep_the_names_of_a_checkpoint() -> None:
     assert running_statistics(model) == [] and not has_synchronised_norms(model.eval())
 
 
+class NormThenReLU(nn.BatchNorm2d):
+    """More than a norm, as timm's layers that bring an activation."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).relu()
+
+
+def test_a_norm_that_computes_more_stays(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), NormThenReLU(3), nn.Sequential(nn.BatchNorm2d(3))).eval()
+    images = torch.randn(2, 1, 8, 8)
+    before = model(images)
+    with caplog.at_level("WARNING", "cnntrain"):
+        model = synchronise_norms(model)
+    torch.testing.assert_close(model(images), before)
+    assert [type(model[1]), type(model[2][0])] == [NormThenReLU, nn.SyncBatchNorm]  # pyright: ignore
+    assert "NormThenReLU" in caplog.text
+
+
+def test_timms_norms_with_activations_are_synchronised_with_them() -> None:
+    """A bare norm in their place is another network; parameters, names and what is frozen stay."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=3).eval()
+    model.head_names = ("classifier",)
+    model.bn1.weight.data.uniform_(0.5, 2)
+    freeze_layers(model, "backbone")
+    images, names, parameters = torch.randn(2, 3, 64, 64), list(model.state_dict()), list(model.parameters())
+    before = model(images)
+    model = synchronise_norms(model).eval()
+    torch.testing.assert_close(model(images), before)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(norm, nn.SyncBatchNorm) and stays_in_eval(norm) for norm in norms)
+    assert list(model.state_dict()) == names
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+
+
 def test_synchronised_norms_of_a_frozen_backbone_stay_frozen() -> None:
     backbone = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten())
     model = nn.Sequential()
@@ -298,7 +334,7 @@ def test_synchronised_norms_of_a_frozen_backbone_stay_frozen() -> None:
     model.add_module("norm", nn.BatchNorm1d(72))
     model.add_module("fc", nn.Linear(72, 3))
     model.__dict__["head_names"] = ("fc", "norm")
-    freeze_backbone(model)
+    freeze_layers(model, "backbone")
     model = synchronise_norms(model).train()
     before = {name: value.clone() for name, value in model.named_buffers() if name.startswith("backbone")}
     model.backbone(torch.randn(4, 1, 8, 8))  # pyright: ignore[reportCallIssue]
