@@ -29,7 +29,8 @@ from cnntrain.engine.schedule import Schedule
 from cnntrain.engine.signals import StopFlag
 from cnntrain.errors import UserError
 from cnntrain.findings import Finding
-from cnntrain.models.prepare import materialise, prepare
+from cnntrain.models.prepare import count_trainable, is_pretrained, materialise, prepare
+from cnntrain.models.pretrained import Preprocessing, Weights, find_weights
 from cnntrain.settings import DataSettings, ModelSettings, Node, OptimizerSettings, Settings, parse
 from cnntrain.spec import DataSpec
 from cnntrain.tasks.task import Task
@@ -49,6 +50,7 @@ class Assembly:
     task: Task
     model: nn.Module
     pipeline: Pipeline
+    learned: Preprocessing | None = None  # how images for the pretrained weights were prepared
 
     def load(self, augmented: bool = True) -> Data:
         """Read the data, and tell task and pipeline what only the data could say (mean and std).
@@ -91,12 +93,15 @@ class Assembly:
         )
 
 
-def assemble(settings: Settings, known: DataSpec | None = None, ranks: Ranks = ALONE) -> Assembly:
+def assemble(
+    settings: Settings, known: DataSpec | None = None, ranks: Ranks = ALONE, resumes: bool = False
+) -> Assembly:
     """Build everything that needs no data, and run the network on shapes alone.
 
     Args:
         known: facts that hold whatever the data say now (a checkpoint's: classes, mean and std).
         ranks: the processes that train together.
+        resumes: the weights will be a checkpoint's, so pretrained ones are not loaded.
 
     Raises:
         UserError: a part can't be built, or the network does not fit its input; nothing has been read yet.
@@ -105,22 +110,102 @@ def assemble(settings: Settings, known: DataSpec | None = None, ranks: Ranks = A
     compute = choose_compute(
         settings.device, settings.precision, settings.channels_last, ranks, settings.compile
     )
-    source, data_settings = build_source(settings)
-    spec = known or with_chosen_statistics(source.spec(), data_settings)
+    weights = None if known or resumes else pretrained_weights(settings)
+    settings = follow_weights(settings, weights)
+    source, _ = build_source(settings)
+    facts = known or source.spec()
+    settings = follow_statistics(settings, weights, facts.channels)
+    _, data_settings = split_data(settings)
+    spec = known or with_chosen_statistics(facts, data_settings)
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
     if pipeline.mirrors and not spec.mirror_safe:
         log.warning(
             "augment: a mirrored image of these data means something else (digits, text); take the flip out"
         )
-    model = build_model(settings, spec, task, pipeline.output_size)
-    return Assembly(settings, compute, source, data_settings, spec, task, model.to(compute.device), pipeline)
+    model = build_model(settings, spec, task, pipeline.output_size, weights)
+    if not known:
+        tell_frozen(settings, model, resumes)
+    learned = weights.preprocessing if weights else None
+    return Assembly(
+        settings, compute, source, data_settings, spec, task, model.to(compute.device), pipeline, learned
+    )
+
+
+def pretrained_weights(settings: Settings) -> Weights | None:
+    """What `model.pretrained` names; None where it names nothing, or the network loads them by itself.
+
+    Raises:
+        UserError: there are no such weights.
+    """
+    node, common = split_common(settings.model, ModelSettings)
+    pretrained = parse(ModelSettings, common, "model.").pretrained
+    return None if _loads_itself(settings, node) else find_weights(node, pretrained)
+
+
+def _loads_itself(settings: Settings, node: Node) -> bool:
+    """Whether the constructor of the network, one of the user's, takes `pretrained`."""
+    factory = resolve(node, "model", "model", settings.trusted_packages, pretrained=True)
+    return "pretrained" in getattr(factory, "keywords", {})
+
+
+def follow_weights(settings: Settings, weights: Weights | None) -> Settings:
+    """The settings with what the user left to the pretrained weights: their stem, and the size of their images."""
+    if weights is None:
+        return settings
+    model, data = dict(settings.model), dict(settings.data)
+    if model.get("stem") == "auto" and weights.stem and str(model["_target_"]).startswith("cnntrain.models."):
+        model["stem"] = weights.stem
+    size = weights.preprocessing.size if weights.preprocessing else None
+    if size and "size" in data and data["size"] is None:
+        data["size"] = size[0] if size[0] == size[1] else list(size)
+        log.info("model.pretrained=%s: data.size=%s, as these weights learned", weights.name, data["size"])
+    return dataclasses.replace(settings, model=model, data=data)
+
+
+def follow_statistics(settings: Settings, weights: Weights | None, channels: int) -> Settings:
+    """The settings with the mean and standard deviation that pretrained weights learned from, unless they give some."""
+    if weights is None or (settings.data.get("mean"), settings.data.get("std")) != (None, None):
+        return settings
+    if weights.preprocessing is None:
+        log.info(
+            "model.pretrained=%s: it does not say how its images were normalised; data.mean and data.std are measured",
+            weights.name,
+        )
+        return settings
+    mean, std = (list(values) for values in weights.preprocessing.statistics(channels))
+    shown = ("[" + ",".join(f"{value:.4g}" for value in values) + "]" for values in (mean, std))
+    log.info("model.pretrained=%s: data.mean=%s data.std=%s, as these weights learned", weights.name, *shown)
+    return dataclasses.replace(settings, data={**settings.data, "mean": mean, "std": std})
+
+
+def tell_frozen(settings: Settings, model: nn.Module, resumes: bool) -> None:
+    """Say how much of a frozen network is trained, and whether what is frozen was never learned."""
+    freeze = settings.model.get("freeze")
+    if freeze is None:
+        return
+    trained, total = count_trainable(model)
+    if resumes or is_pretrained(model):
+        log.info("model.freeze=%s: %s of %s parameters are trained", freeze, f"{trained:,}", f"{total:,}")
+        return
+    log.warning(
+        "model.freeze=%s without model.pretrained: %s of %s parameters are trained, the others keep random weights; "
+        "give pretrained weights (DEFAULT, a file, or a run's folder), or set model.freeze=null",
+        freeze, f"{trained:,}", f"{total:,}",
+    )  # fmt: skip
 
 
 def build_source(settings: Settings) -> tuple[Source, DataSettings]:
     """The data set, not yet read, and the keys that every data set has."""
+    node, common = split_data(settings)
+    return build(node, "data", "data", settings.trusted_packages), common
+
+
+def split_data(settings: Settings) -> tuple[Node, DataSettings]:
+    """The data set's own arguments, and the keys that every data set has; a size of null is the data set's own."""
     node, common = split_common(settings.data, DataSettings)
-    return build(node, "data", "data", settings.trusted_packages), parse(DataSettings, common, "data.")
+    node = {key: value for key, value in node.items() if (key, value) != ("size", None)}
+    return node, parse(DataSettings, common, "data.")
 
 
 def with_chosen_statistics(spec: DataSpec, chosen: DataSettings) -> DataSpec:
@@ -160,28 +245,65 @@ def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
     return Pipeline(spec, built, border=border)
 
 
-def make_model(settings: Settings, channels: int, num_outputs: int, image_size: tuple[int, int]) -> nn.Module:
-    """The network as configured, for images of `channels` x `image_size`; draws its weights from torch's generator."""
+def make_model(
+    settings: Settings,
+    channels: int,
+    num_outputs: int,
+    image_size: tuple[int, int],
+    weights: Weights | None = None,
+    outputs: tuple[str, ...] = (),
+) -> nn.Module:
+    """The network as configured, for images of `channels` x `image_size`; draws its weights from torch's generator.
+
+    Args:
+        weights: pretrained ones, to be loaded.
+        outputs: names of the classes or keypoints.
+
+    Raises:
+        UserError: it can't be built, or is no network.
+    """
     node, common = split_common(settings.model, ModelSettings)
+    chosen = dataclasses.asdict(parse(ModelSettings, common, "model."))
+    pretrained = chosen.pop("pretrained")
     facts = {
         "in_channels": channels,
         "num_outputs": num_outputs,
         "num_classes": num_outputs,
         "image_size": image_size,
+        # For a network that loads them by itself; false says that it is not to, whatever its default.
+        **({} if pretrained is None else {"pretrained": pretrained or None}),
     }
     model = build(node, "model", "model", settings.trusted_packages, **facts)
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model._target_: {node['_target_']} makes a {type(model).__name__}, no torch.nn.Module; name the class of "
+            "a network, or a function that returns one"
+        )
+    if pretrained and weights is None and _loads_itself(settings, node):
+        model.pretrained_from = str(pretrained)  # type: ignore[assignment]
     materialise(model, channels, image_size)
-    return prepare(model, **dataclasses.asdict(parse(ModelSettings, common, "model.")))
+    return prepare(
+        model, **chosen, weights=weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size
+    )
 
 
-def build_model(settings: Settings, spec: DataSpec, task: Task, image_size: tuple[int, int]) -> nn.Module:
-    """The network, its weights a function of the seed alone, once its shapes have been tried out without data.
+def build_model(
+    settings: Settings,
+    spec: DataSpec,
+    task: Task,
+    image_size: tuple[int, int],
+    weights: Weights | None = None,
+) -> nn.Module:
+    """The network, once its shapes have been tried out without data.
+
+    Its weights are a function of the seed alone, or the pretrained `weights` where it has their layers.
 
     Raises:
         UserError: a layer does not fit its input, or the outputs are not what the task needs.
     """
     seed_step(settings.seed, "weights")
-    model = make_model(settings, spec.channels, task.num_outputs, image_size)
+    outputs = spec.classes or spec.keypoints
+    model = make_model(settings, spec.channels, task.num_outputs, image_size, weights, outputs)
     findings = preflight(
         model, spec.channels, image_size, task.output_shape(), batch_size=min(settings.known_batch_size or 32, 32),
         classification=bool(spec.classes) and not spec.keypoints, name=settings.model.get("name"),
@@ -318,7 +440,7 @@ def notice(assembly: Assembly, data: Data, plan: Plan, command_line: str) -> lis
             dataclasses.asdict(assembly.settings), typed_keys(command_line), plan, assembly.spec, len(data.train),
             any(norm.weight is None or norm.weight.requires_grad for norm in norms), data.own_val,
             isinstance(data.train.images, LazyImages) or bool(assembly.pipeline.per_sample),
-            assembly.compute.device.type,
+            assembly.compute.device.type, assembly.learned,
         )
     )  # fmt: skip
 

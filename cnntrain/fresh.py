@@ -19,7 +19,7 @@ def answer(saved_path: Path, images_path: Path, outputs_path: Path) -> None:
     saved = checkpoint.load(saved_path)
     config = saved["config"]
     if "pretrained" in config["model"]:
-        config["model"] = {**config["model"], "pretrained": None}
+        config["model"] = {**config["model"], "pretrained": False}
     assembly = assemble(parse(Settings, config), saved_spec(saved))
     compute, model = assembly.compute, assembly.model
     load_weights(model, saved["state"]["model"])

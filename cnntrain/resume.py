@@ -70,6 +70,13 @@ def keep_choices(settings: Settings, saved: Mapping[str, Any], ranks: Ranks) -> 
     if settings.optimizer.get("lr") == "auto" and "lr" in saved["config"]["optimizer"]:
         rate = saved["config"]["optimizer"]["lr"]
         settings = dataclasses.replace(settings, optimizer={**settings.optimizer, "lr": rate})
+    # What pretrained weights decided; null or auto in the config.
+    for section, keys in (("model", ("stem",)), ("data", ("size", "mean", "std"))):
+        now, then = getattr(settings, section), saved["config"][section]
+        kept = {
+            key: then[key] for key in keys if now.get(key, "") in (None, "auto") and then.get(key) is not None
+        }
+        settings = dataclasses.replace(settings, **{section: {**now, **kept}})
     return settings
 
 

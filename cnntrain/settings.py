@@ -133,10 +133,11 @@ class DataSettings:
 class ModelSettings:
     """Keys that every shipped network has; the rest of `model` belongs to the network."""
 
+    pretrained: Any = None
     norm: str | None = None
     activation: str | None = None
     init: str = "default"
-    freeze: str | None = None
+    freeze: Any = None
     unfreeze: Annotated[int | None, Within(2)] = None
 
 

@@ -9,10 +9,11 @@ from cnntrain.checks.bench import Bench
 from cnntrain.checks.verdicts import passed, warned
 from cnntrain.engine.plan import Plan
 from cnntrain.findings import Finding
+from cnntrain.models.pretrained import Preprocessing
 from cnntrain.spec import DataSpec
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-FAR = 0.05  # from ImageNet's mean or standard deviation, on the 0-1 scale
+FAR = 0.05  # from the mean or standard deviation that weights learned from, on the 0-1 scale
+SMALL = 4  # times smaller than the images that weights learned from
 SGD_PER_256 = (
     1e-3,
     1.0,
@@ -31,6 +32,7 @@ class Facts:
         has_batch_norm: of the network, in training mode.
         own_val: the data set has a val split of its own.
         streams: images are decoded as they are needed.
+        learned: how images for the pretrained weights were prepared, where that is known.
     """
 
     config: Mapping[str, Any]
@@ -42,6 +44,7 @@ class Facts:
     own_val: bool
     streams: bool
     device: str
+    learned: Preprocessing | None = None
 
 
 def typed_keys(command_line: str) -> set[str]:
@@ -132,16 +135,31 @@ def _quarrels(facts: Facts) -> Iterator[Finding]:
             f"take ema_decay={1 - 10 / max(plan.total_steps, 20):.3g} or so, or more epochs", "ema_decay", "epochs",
         )  # fmt: skip
     yield from _learning_rate(config, batch)
-    pretrained, mean, std = config["model"].get("pretrained"), facts.spec.mean, facts.spec.std
-    if pretrained == "DEFAULT" or str(pretrained).startswith("IMAGENET"):
-        pairs = [*zip(mean or (), IMAGENET_MEAN, strict=False), *zip(std or (), IMAGENET_STD, strict=False)]
-        if facts.spec.channels == 3 and any(abs(a - b) > FAR for a, b in pairs):
-            shown = ", ".join(f"{value:.3f}" for value in mean or ())
-            yield _warn(
-                f"model.pretrained={pretrained} learned from ImageNet's mean and deviation; here the mean is {shown}",
-                "the first layer sees other numbers than it learned from",
-                "set data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225]", "model.pretrained", "data.mean",
-            )  # fmt: skip
+    if facts.learned is not None:
+        yield from _preprocessing(
+            f"model.pretrained={config['model'].get('pretrained')}", facts.learned, facts.spec
+        )
+
+
+def _preprocessing(weights: str, learned: Preprocessing, spec: DataSpec) -> Iterator[Finding]:
+    """Other images than the pretrained weights learned from."""
+    then = learned.statistics(spec.channels)
+    pairs = zip((*then[0], *then[1]), (*(spec.mean or then[0]), *(spec.std or then[1])), strict=True)
+    if any(abs(a - b) > FAR for a, b in pairs):
+        shown, *wanted = (",".join(f"{value:.3f}" for value in values) for values in (spec.mean or (), *then))
+        yield _warn(
+            f"{weights} learned from images of another mean or deviation; here the mean is {shown}",
+            "the first layer sees other numbers than it learned from",
+            f"set data.mean=[{wanted[0]}] data.std=[{wanted[1]}]", "model.pretrained", "data.mean",
+        )  # fmt: skip
+    side, learned_side = max(spec.image_size), max(learned.size or (0,))
+    if side * SMALL < learned_side:
+        yield _warn(
+            f"{weights} learned from images of {learned_side} px; these have {side} px",
+            "few of its layers see more than a pixel or two of them",
+            f"set data.size={learned_side} where the images are that large; for a ResNet also model.stem=small, which "
+            "starts its first convolution anew", "model.pretrained", "data.size", "model.stem",
+        )  # fmt: skip
 
 
 def _learning_rate(config: Mapping[str, Any], batch: int) -> Iterator[Finding]:

@@ -149,7 +149,7 @@ def config_of(saved: dict[str, Any], settings: EvaluateSettings | PredictSetting
     config |= {"device": settings.device, "precision": settings.precision or config["precision"]}
     config["batch_size"] = settings.batch_size or config["batch_size"]
     if "pretrained" in config["model"]:
-        config["model"] = {**config["model"], "pretrained": None}
+        config["model"] = {**config["model"], "pretrained": False}
     return config
 
 

@@ -13,7 +13,15 @@ from pathlib import Path
 from cnntrain.anatomy.layers import Anatomy, analyse
 from cnntrain.anatomy.preflight import preflight
 from cnntrain.anatomy.report import report
-from cnntrain.assembly import build_pipeline, build_source, build_task, make_model, size_remedy
+from cnntrain.assembly import (
+    build_pipeline,
+    build_source,
+    build_task,
+    follow_weights,
+    make_model,
+    pretrained_weights,
+    size_remedy,
+)
 from cnntrain.cli import Invocation
 from cnntrain.config import expand_grid, read_settings
 from cnntrain.engine.run_folder import open_run_folder
@@ -49,6 +57,7 @@ def open_network(settings: Settings) -> Anatomy:
         UserError: it can't be built, or does not fit its input; names the layer.
     """
     options = settings.inspect
+    settings = follow_weights(settings, pretrained_weights(settings))
     source, _ = build_source(settings)
     spec = source.spec()
     pipeline = build_pipeline(settings, spec)
@@ -57,7 +66,7 @@ def open_network(settings: Settings) -> Anatomy:
     channels = options.channels or spec.channels
     facts = (channels, options.num_outputs or task.num_outputs, image_size)
     name = settings.model.get("name") or settings.choices["model"]
-    bare = {**settings.model, "pretrained": None} if "pretrained" in settings.model else settings.model
+    bare = {**settings.model, "pretrained": False} if "pretrained" in settings.model else settings.model
     make = partial(make_model, dataclasses.replace(settings, model=bare), *facts)
     classification = bool(spec.classes) and options.image_size is None
     for finding in preflight(make, channels, image_size, classification=classification, name=name):

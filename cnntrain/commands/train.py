@@ -186,7 +186,8 @@ def _train_in(
         )
     if settings.check.first and saved is None and ranks.leads:
         _check_first(settings, command_line)
-    assembly = assemble(keep_choices(settings, saved, ranks) if saved else settings, ranks=ranks)
+    chosen = keep_choices(settings, saved, ranks) if saved else settings
+    assembly = assemble(chosen, ranks=ranks, resumes=saved is not None)
     # The checkpoint's config says what was asked for, and beside it what `auto` came to.
     asked = {"precision": settings.precision, "threads": settings.threads}
     assembly.settings = dataclasses.replace(assembly.settings, **asked)
@@ -194,9 +195,10 @@ def _train_in(
     if not test:
         data.test = None
     plan, state = prepare(assembly, data)
-    settings = dataclasses.replace(  # which may have been `auto`
-        settings, batch_size=plan.batch_size, optimizer=assembly.settings.optimizer
-    )
+    settings = dataclasses.replace(  # which may have been `auto`, or left to pretrained weights
+        settings, batch_size=plan.batch_size, optimizer=assembly.settings.optimizer,
+        model=assembly.settings.model, data=assembly.settings.data,
+    )  # fmt: skip
     for finding in notice(assembly, data, plan, command_line):
         log.warning("config: %s: %s; %s", finding.evidence, finding.cause, finding.remedy)
     best = None

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from cnntrain.engine.schedule import Schedule
 from cnntrain.errors import UserError, suggest
-from cnntrain.models.prepare import in_head
+from cnntrain.models.pretrained import in_head
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.fx.GraphModule)
 

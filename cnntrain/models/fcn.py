@@ -34,7 +34,7 @@ class FCN(nn.Module):
             follows its last map is left out.
         skips: how many finer maps are scored too.
         upsampling: nearest, bilinear or bicubic.
-        pretrained: of the backbone: null, DEFAULT, the name of torchvision's weights, or a file.
+        stem: auto, imagenet or small, of a backbone that is one of our ResNets.
 
     Raises:
         UserError: an unknown backbone or word; a backbone without maps, or that can't be traced.
@@ -51,14 +51,14 @@ class FCN(nn.Module):
         backbone: str | Mapping[str, object] = "resnet18",
         skips: int = 2,
         upsampling: str = "bilinear",
-        pretrained: str | None = None,
+        stem: str = "auto",
     ) -> None:
         super().__init__()
         from torchvision.models.feature_extraction import create_feature_extractor
 
         check_word("upsampling", upsampling, UPSAMPLINGS)
         self.upsampling = upsampling
-        network = _build_backbone(backbone, in_channels, image_size, pretrained)
+        network = _build_backbone(backbone, in_channels, image_size, stem)
         maps = last_map_of_each_size(network, in_channels)[-(skips + 1) :]
         if not maps:
             raise UserError(
@@ -87,7 +87,7 @@ class FCN(nn.Module):
 
 
 def _build_backbone(
-    backbone: str | Mapping[str, object], in_channels: int, image_size: Sequence[int], pretrained: str | None
+    backbone: str | Mapping[str, object], in_channels: int, image_size: Sequence[int], stem: str
 ) -> nn.Module:
     facts = {"in_channels": in_channels, "num_outputs": 1000, "image_size": image_size}
     if isinstance(backbone, Mapping):
@@ -97,8 +97,8 @@ def _build_backbone(
     if backbone.startswith("cifar_resnet") and backbone.removeprefix("cifar_resnet").isdigit():
         return CifarResNet(depth=int(backbone.removeprefix("cifar_resnet")), **facts)  # type: ignore[arg-type]
     if backbone in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
-        return ResNet(depth=int(backbone[6:]), pretrained=pretrained, **facts)  # type: ignore[arg-type]
-    return classifier(name=backbone, pretrained=pretrained, **facts)  # type: ignore[arg-type]
+        return ResNet(depth=int(backbone[6:]), stem=stem, **facts)  # type: ignore[arg-type]
+    return classifier(name=backbone, **facts)  # type: ignore[arg-type]
 
 
 def last_map_of_each_size(network: nn.Module, in_channels: int) -> list[tuple[str, int]]:

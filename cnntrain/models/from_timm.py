@@ -1,51 +1,75 @@
 """Networks of timm, an optional extra: `pip install cnntrain[timm]`."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from cnntrain.errors import UserError, suggest
+from cnntrain.models.pretrained import Preprocessing
 
 
-def classifier(
-    *,
-    name: str,
-    in_channels: int,
-    num_outputs: int,
-    image_size: Sequence[int],
-    pretrained: bool | str | None = None,
-) -> nn.Module:
-    """A classification model of timm: (N, C, H, W) -> (N, num_outputs).
+def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Sequence[int]) -> nn.Module:
+    """A classification model of timm: (N, C, H, W) -> (N, num_outputs), with fresh weights.
 
     Args:
         name: as `timm.list_models()` has it, e.g. convnext_atto; with `.tag` for certain weights.
-        pretrained: null or false, true (timm's weights), or a file.
 
     Raises:
-        UserError: timm is not installed; an unknown name, with the near miss; weights that can't be had.
+        UserError: timm is not installed; an unknown name, with the near miss.
     """
-    try:
-        import timm  # pyright: ignore[reportMissingImports]  (an optional extra)
-    except ImportError as error:
-        raise UserError("model=timm needs timm: pip install cnntrain[timm]") from error
+    timm = _timm()
     if not timm.is_model(name):
         known = timm.list_models()
         raise UserError(
             f"model.name: timm has no {name!r}{suggest(str(name), known)} ({len(known)} models known)"
         )
-    file = pretrained if isinstance(pretrained, str) else None
-    options = {
-        "pretrained": bool(pretrained) and file is None,
-        "in_chans": in_channels,
-        "num_classes": num_outputs,
-    }
-    try:
-        try:
-            model = timm.create_model(name, checkpoint_path=file or "", img_size=tuple(image_size), **options)
-        except TypeError:  # only those with position embeddings take img_size
-            model = timm.create_model(name, checkpoint_path=file or "", **options)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"model.name={name}: {str(error).splitlines()[0]}") from error
+    model = _create(name, image_size, in_chans=in_channels, num_classes=num_outputs)
     head = model.get_classifier()  # type: ignore[operator]
+    if isinstance(head, nn.Linear):
+        # timm draws that of an EfficientNet from +-1/sqrt(outputs): with one output (two classes) logits of +-10, which
+        # take a short training to unlearn.
+        head.reset_parameters()
     model.head_names = tuple(n for n, module in model.named_modules() if module is head)  # type: ignore[assignment]
     return model
+
+
+def published_weights(name: str, image_size: Sequence[int]) -> Mapping[str, Tensor]:
+    """timm's own weights for a model, with position embeddings for `image_size` (height, width).
+
+    Raises:
+        UserError: there are none, or they can't be fetched.
+    """
+    return _create(name, image_size, pretrained=True).state_dict()
+
+
+def preprocessing(name: str) -> Preprocessing | None:
+    """How images for timm's weights are prepared; None where timm is missing or does not know the model."""
+    with contextlib.suppress(ImportError, RuntimeError):
+        import timm  # pyright: ignore[reportMissingImports]  (an optional extra)
+
+        config = timm.get_pretrained_cfg(name)
+        if config is not None:
+            _, height, width = config.input_size
+            return Preprocessing(tuple(config.mean), tuple(config.std), (height, width))
+    return None
+
+
+def _timm() -> Any:
+    try:
+        import timm  # pyright: ignore[reportMissingImports]  (an optional extra)
+    except ImportError as error:
+        raise UserError("model=timm needs timm: pip install cnntrain[timm]") from error
+    return timm
+
+
+def _create(name: str, image_size: Sequence[int], **options: Any) -> nn.Module:
+    timm = _timm()
+    try:
+        try:
+            return timm.create_model(name, img_size=tuple(image_size), **options)
+        except TypeError:  # only those with position embeddings take img_size
+            return timm.create_model(name, **options)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"model.name={name}: {str(error).splitlines()[0]}") from error

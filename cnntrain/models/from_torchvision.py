@@ -6,40 +6,34 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnntrain.errors import UserError, suggest
-from cnntrain.models.pretrained import first_conv_name, load_pretrained
+from cnntrain.models.pretrained import first_conv_name, last_of_width
 
 
-def classifier(
-    *, name: str, in_channels: int, num_outputs: int, image_size: Sequence[int], pretrained: str | None = None
-) -> nn.Module:
-    """A classification model of torchvision: (N, C, H, W) -> (N, num_outputs).
+def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Sequence[int]) -> nn.Module:
+    """A classification model of torchvision: (N, C, H, W) -> (N, num_outputs), with fresh weights.
 
     GoogLeNet and Inception come without their auxiliary heads, and without `transform_input`: they answer
     with a plain tensor, to images normalised as all others.
 
     Args:
         name: as `torchvision.models.list_models` has it, e.g. mobilenet_v2.
-        pretrained: null, DEFAULT, the name of torchvision's weights, or a file.
 
     Raises:
-        UserError: an unknown name, with the near miss; weights that can't be had.
+        UserError: an unknown name, with the near miss.
     """
     model = build(name, "classifier", in_channels, num_outputs, image_size)
-    model.head_names = (_last_of_width(model, num_outputs),)  # type: ignore[assignment]
-    if pretrained is not None:
-        load_pretrained(model, name, pretrained)
+    model.head_names = (last_of_width(model, num_outputs),)  # type: ignore[assignment]
     return model
 
 
 class Segmenter(nn.Module):
-    """A segmentation model of torchvision: (N, C, H, W) -> (N, num_outputs, H, W).
+    """A segmentation model of torchvision: (N, C, H, W) -> (N, num_outputs, H, W), with fresh weights.
 
     Args:
         name: e.g. fcn_resnet50, deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large.
-        pretrained: null, DEFAULT, the name of torchvision's weights, or a file.
 
     Raises:
-        UserError: an unknown name, with the near miss; weights that can't be had.
+        UserError: an unknown name, with the near miss.
     """
 
     head_names = ("network.classifier",)
@@ -51,13 +45,9 @@ class Segmenter(nn.Module):
         in_channels: int,
         num_outputs: int,
         image_size: Sequence[int],
-        pretrained: str | None = None,
     ) -> None:
         super().__init__()
         self.network = build(name, "segmentation model", in_channels, num_outputs, image_size)
-        self.network.head_names = ("classifier",)  # type: ignore[assignment]
-        if pretrained is not None:
-            load_pretrained(self.network, name, pretrained)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)["out"]
@@ -109,16 +99,6 @@ def set_in_channels(model: nn.Module, in_channels: int) -> None:
     )
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
-
-
-def _last_of_width(model: nn.Module, num_outputs: int) -> str:
-    """Name of the last layer: dense, or SqueezeNet's convolution."""
-    name = ""
-    for candidate, module in model.named_modules():
-        width = getattr(module, "out_features", getattr(module, "out_channels", None))
-        if width == num_outputs and isinstance(module, (nn.Linear, nn.Conv2d)):
-            name = candidate
-    return name
 
 
 def _square(name: str, image_size: Sequence[int]) -> int:

@@ -4,14 +4,17 @@ backbone.
 These are the common keys of `conf/model/_base.yaml`; no network needs to know them.
 """
 
+import logging
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cnntrain.errors import UserError
+from cnntrain.errors import UserError, suggest
 from cnntrain.models.elements import check_word
+from cnntrain.models.pretrained import Weights, in_head, load_pretrained
 from cnntrain.models.swap import swap_activation, swap_norm
 
 INITS = ("default", "he", "xavier")
@@ -23,34 +26,73 @@ def prepare(
     norm: str | None = None,
     activation: str | None = None,
     init: str = "default",
-    freeze: str | None = None,
+    freeze: str | Sequence[str] | None = None,
     unfreeze: int | None = None,
+    weights: Weights | None = None,
+    num_outputs: int = 0,
+    outputs: tuple[str, ...] = (),
+    image_size: Sequence[int] = (),
 ) -> nn.Module:
     """Apply the common keys of a model's YAML, in this order; null and 'default' leave the network as it is.
 
     Args:
         norm: batch, layer, instance, group or none, in place of every norm there is; not for a network with
-            layer norms.
+            layer norms, nor with pretrained weights.
         activation: relu, gelu, tanh, ... in place of every activation.
-        init: he or xavier, for every convolution and dense layer.
-        freeze: backbone (only the head is trained).
-        unfreeze: epoch from which the backbone is trained too; read by the loop, which calls `unfreeze`.
+        init: he or xavier, for every convolution and dense layer; not with pretrained weights.
+        freeze: backbone (only the head is trained), or names of layers.
+        unfreeze: epoch from which what was frozen is trained too; read by the loop, which calls `unfreeze`.
+        weights: pretrained weights, to be loaded.
+        num_outputs, outputs, image_size: of the task and the data, for loading them; see `load_pretrained`.
 
     Raises:
-        UserError: an unknown word, or one that this network has no place for.
+        UserError: an unknown word, or one that this network has no place for; weights that don't fit.
     """
     if unfreeze is not None and freeze is None:
         raise UserError(f"model.unfreeze={unfreeze}: nothing is frozen; set model.freeze=backbone too")
+    _check_same_parts(model, weights, norm, activation)
     if norm is not None:
         swap_norm(model, norm)
     if activation is not None:
         swap_activation(model, activation)
+    new: tuple[str, ...] = ()
+    if weights is not None:
+        model.pretrained_from = weights.name  # type: ignore[assignment]
     if init != "default":
         initialise(model, init)
+    if weights is not None:
+        new = load_pretrained(model, weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size)
     if freeze is not None:
-        check_word("freeze", freeze, ("backbone",))
-        freeze_backbone(model)
+        freeze_layers(model, freeze, new)
     return model
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether the network began with weights that were learned elsewhere."""
+    return any(hasattr(module, "pretrained_from") for module in model.modules())
+
+
+def _check_same_parts(
+    model: nn.Module, weights: Weights | None, norm: str | None, activation: str | None
+) -> None:
+    """Refuse other norms than the weights were learned with, and warn of other activations."""
+    before = weights.model if weights is not None else None
+    if norm is not None and before is None and (weights is not None or is_pretrained(model)):
+        raise UserError(
+            f"model.norm={norm} would replace the norms that the pretrained weights were learned with; "
+            "set model.norm=null"
+        )
+    if before is not None and before.get("norm") != norm:
+        then, now = (value or "null" for value in (before.get("norm"), norm))
+        raise UserError(
+            f"model.norm={now}: the run of the pretrained weights had model.norm={then}; set the same here"
+        )
+    then = before.get("activation") if before is not None else None
+    if activation != then and (weights is not None or is_pretrained(model)):
+        logging.getLogger("cnntrain").warning(
+            "model.activation=%s: the pretrained weights were learned with %s",
+            activation or "null", then or "the network's own activations",
+        )  # fmt: skip
 
 
 def materialise(model: nn.Module, channels: int, image_size: tuple[int, int]) -> None:
@@ -85,7 +127,7 @@ def initialise(model: nn.Module, init: str) -> None:
     check_word("init", init, INITS)
     if init == "default":
         return
-    if any(hasattr(module, "pretrained_from") for module in model.modules()):
+    if is_pretrained(model):
         raise UserError(f"model.init={init} would throw the pretrained weights away; set model.init=default")
     for module in model.modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -99,23 +141,69 @@ def initialise(model: nn.Module, init: str) -> None:
             nn.init.zeros_(bias)
 
 
-def freeze_backbone(model: nn.Module) -> None:
-    """Leave only the head's parameters trainable; the backbone's norms keep their statistics.
+def freeze_layers(model: nn.Module, freeze: str | Sequence[str], new: Sequence[str] = ()) -> None:
+    """Leave layers as they are: their parameters get no gradient, their norms keep their statistics.
+
+    What the network itself froze stays frozen, here and when `unfreeze` sets the rest free.
+
+    Args:
+        freeze: backbone (everything but the head), or names of layers, with all that is in them.
+        new: layers that start from scratch, which pretrained weights don't have; they can't be among the frozen.
 
     Raises:
-        UserError: the network does not say what its head is (`head_names`: the names of the head's modules).
+        UserError: no such layer, a new one, or a network that does not say what its head is (`head_names`: the
+            names of the head's modules).
     """
-    heads = getattr(model, "head_names", None)
-    if not heads:
+    heads: tuple[str, ...] = getattr(model, "head_names", ())
+    if freeze == "backbone":
+        if not heads:
+            raise UserError(
+                f"model.freeze=backbone: {type(model).__name__} does not say what its head is; give the class "
+                "head_names = ('fc',), the names of its last layers, or list the layers to freeze: "
+                "model.freeze=[conv1,conv2]"
+            )
+    else:
+        _check_layers(model, freeze)
+    names = (freeze,) if isinstance(freeze, str) else tuple(freeze)
+
+    def is_frozen(name: str) -> bool:
+        return not in_head(name, heads) if freeze == "backbone" else in_head(name, names)
+
+    if random := [name for name in new if is_frozen(name)]:
         raise UserError(
-            f"model.freeze=backbone: {type(model).__name__} does not say what its head is; give the class "
-            "head_names = ('fc',), the names of its last layers"
+            f"model.freeze: {', '.join(random[:4])} would be frozen with random weights, for model.pretrained has none "
+            "of that shape; freeze other layers (model.freeze=[...]), or give the network the weights' shape"
         )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(in_head(name, heads))
+    chosen = [name for name, p in model.named_parameters() if p.requires_grad and is_frozen(name)]
+    for name in chosen:
+        model.get_parameter(name).requires_grad_(False)
+    model.frozen_parameters = chosen  # type: ignore[assignment]
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and not in_head(name, heads):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and is_frozen(name):
             keep_in_eval(module)
+
+
+def _check_layers(model: nn.Module, freeze: object) -> None:
+    """Refuse what names no layer or parameter of the network."""
+    known = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
+    names = [freeze] if isinstance(freeze, str) else freeze
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"model.freeze: must be null, backbone, or names of layers as [layer1,layer2], got {freeze!r}"
+        )
+    for name in names:
+        if name not in known:
+            top = ", ".join(name for name, _ in model.named_children())
+            raise UserError(
+                f"model.freeze: {name!r} is neither `backbone` nor a layer of this network"
+                f"{suggest(name, ['backbone', *known])} (it has {top}; `cnntrain inspect inspect.depth=0` shows all)"
+            )
+
+
+def count_trainable(model: nn.Module) -> tuple[int, int]:
+    """Parameters that are trained, and all of them."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
 def keep_in_eval(module: nn.Module) -> None:
@@ -129,18 +217,14 @@ def stays_in_eval(module: nn.Module) -> bool:
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Make every parameter trainable again and let the norms follow train and eval mode."""
-    model.requires_grad_(True)
+    """Undo `freeze_layers`: what it froze is trained again, and its norms follow train and eval mode."""
+    for name in getattr(model, "frozen_parameters", ()):
+        model.get_parameter(name).requires_grad_(True)
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _stay_in_eval:
                 del module._forward_pre_hooks[key]
     model.train(model.training)
-
-
-def in_head(name: str, heads: tuple[str, ...]) -> bool:
-    """Whether a parameter or module of this name lies in one of the modules that are the head."""
-    return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
 def _stay_in_eval(module: nn.Module, inputs: object) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from cnntrain.errors import UserError
 from cnntrain.models.elements import check_word
-from cnntrain.models.pretrained import load_pretrained
 
 _BLOCKS = {
     18: (2, 2, 2, 2),
@@ -85,10 +84,9 @@ class ResNet(nn.Module):
         stem: imagenet (7x7 stride 2, 3x3 max-pool stride 2), small (3x3 stride 1, no pool), or auto: small
             where the image's longer side has up to 64 px. `self.stem` says which it became.
         zero_init_last_norm: start every block as the identity (Goyal et al. 2017, section 5.1).
-        pretrained: null, DEFAULT, the name of torchvision's weights, or a file. A small stem starts afresh.
 
     Raises:
-        UserError: an unknown depth, stem or weights' name.
+        UserError: an unknown depth or stem.
     """
 
     head_names = ("fc",)
@@ -102,7 +100,6 @@ class ResNet(nn.Module):
         image_size: Sequence[int],
         stem: str = "auto",
         zero_init_last_norm: bool = False,
-        pretrained: str | None = None,
     ) -> None:
         super().__init__()
         if depth not in _BLOCKS:
@@ -123,8 +120,6 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_outputs)
         self._initialise(zero_init_last_norm)
-        if pretrained is not None:
-            load_pretrained(self, f"resnet{depth}", pretrained)
 
     def _initialise(self, zero_init_last_norm: bool) -> None:
         for module in self.modules():

@@ -11,7 +11,7 @@ from torch import nn
 
 from cnntrain.engine.optim import layers_of
 from cnntrain.errors import UserError
-from cnntrain.models.prepare import freeze_backbone, prepare
+from cnntrain.models.prepare import freeze_layers, prepare
 from tests.contracts.networks import COSTLY, FOLDER, MASKS, NAMES, SMALLEST_PX, header
 
 # The others take a second or more each.
@@ -27,6 +27,7 @@ def build(name: str, channels: int, outputs: int, size: tuple[int, int], *overri
     node = OmegaConf.to_container(config, resolve=True)["model"]
     node.pop("defaults")
     common = {key: node.pop(key) for key in ("norm", "activation", "init", "freeze", "unfreeze")}
+    node.pop("pretrained")
     module, _, attribute = node.pop("_target_").rpartition(".")
     target = getattr(importlib.import_module(module), attribute)
     if name == "timm":
@@ -150,7 +151,7 @@ def test_a_frozen_backbone_leaves_the_head(name: str) -> None:
     size = (SMALLEST_PX.get(name, 8),) * 2
     with torch.device("meta"):
         model = build(name, 3, 3, size)
-    freeze_backbone(model)
+    freeze_layers(model, "backbone")
     heads = [model.get_submodule(head) for head in model.head_names]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert 0 < trainable == sum(count(head) for head in heads) < count(model)

@@ -10,7 +10,7 @@ from torch import nn
 from cnntrain.errors import UserError
 from cnntrain.models.cifar_resnet import CifarResNet
 from cnntrain.models.elements import make_norm
-from cnntrain.models.prepare import freeze_backbone, initialise, materialise, prepare, unfreeze
+from cnntrain.models.prepare import freeze_layers, initialise, materialise, prepare, unfreeze
 from cnntrain.models.sequential import Sequential
 
 
@@ -81,7 +81,7 @@ def test_errors_name_the_key_and_the_near_miss() -> None:
     with pytest.raises(UserError, match="no activation layer"):
         prepare(plain({"conv": 8}), activation="gelu")
     with pytest.raises(UserError, match="does not say what its head is"):
-        freeze_backbone(nn.Sequential(nn.Linear(3, 2)))
+        freeze_layers(nn.Sequential(nn.Linear(3, 2)), "backbone")
 
 
 @pytest.mark.parametrize(("init", "std"), [("he", (2 / 576) ** 0.5), ("xavier", (2 / 1152) ** 0.5)])
@@ -143,6 +143,34 @@ def test_a_copy_of_a_frozen_network_is_frozen_and_unfreezing_sets_all_free() -> 
     assert model.bn1.training
     assert not torch.equal(model.bn1.running_mean, before)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_the_network_froze_stays_frozen() -> None:
+    """In the backbone and in the head, while the rest is frozen and after it has been set free."""
+    model = network()
+    own = (model.conv1.weight, model.fc.bias)
+    for parameter in own:
+        parameter.requires_grad_(False)
+    prepare(model, freeze="backbone")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight"]
+    copied = copy.deepcopy(model)
+    unfreeze(copied)
+    assert [n for n, p in copied.named_parameters() if not p.requires_grad] == ["conv1.weight", "fc.bias"]
+    unfreeze(network())  # nothing was frozen, nothing to do
+
+
+def test_listed_layers_are_frozen_with_all_that_is_in_them() -> None:
+    """`stage1` is no part of `stage10`, and norms in a frozen layer keep their statistics."""
+    model = network()
+    model.add_module("stage10", nn.Linear(2, 2))
+    prepare(model, freeze=["stage1", "bn1"])
+    still = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert still == {"stage1", "bn1"}
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    model(torch.randn(4, 3, 32, 32))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and not [name for name in changed if name.startswith(("stage1.", "bn1."))]
 
 
 def test_lazy_layers_get_their_shapes_and_nothing_else_changes() -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from torch import nn
 
 from cnntrain.errors import UserError
 from cnntrain.models import from_timm, from_torchvision
-from cnntrain.models.pretrained import adapt_first_conv
+from cnntrain.models.fcn import FCN
+from cnntrain.models.pretrained import adapt_first_conv, find_weights, in_head, load_pretrained
 from cnntrain.models.resnet import ResNet
+
+RESNET18 = {"_target_": "cnntrain.models.resnet.ResNet", "depth": 18}
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +28,23 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def resnet18(channels: int, size: int, **options: object) -> ResNet:
-    return ResNet(
+def load(model: nn.Module, node: dict[str, Any], pretrained: object, outputs: int = 10) -> tuple[str, ...]:
+    weights = find_weights(node, pretrained)
+    assert weights is not None
+    return load_pretrained(model, weights, num_outputs=outputs)
+
+
+def resnet18(channels: int, size: int, pretrained: object = None, **options: object) -> ResNet:
+    model = ResNet(
         depth=18,
         in_channels=channels,
         num_outputs=10,
         image_size=(size, size),
         **options,  # type: ignore[arg-type]
     )
+    if pretrained is not None:
+        load(model, RESNET18, pretrained)
+    return model
 
 
 def test_a_grey_image_is_answered_like_the_same_image_in_colour(weights: Path) -> None:
@@ -54,16 +67,19 @@ def test_filters_for_other_channels_keep_their_answer_to_a_constant() -> None:
     assert adapt_first_conv(weight, 4).shape == (4, 4, 5, 5)
 
 
-def test_a_small_stem_starts_afresh(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "cnntrain"):
-        network = resnet18(3, 32, pretrained=str(weights))
-    assert "new from scratch: conv1, fc" in caplog.text
+def test_a_small_stem_starts_afresh(weights: Path) -> None:
+    network = resnet18(3, 32, stem="small")
+    assert load(network, RESNET18, str(weights)) == ("conv1", "fc")
     assert torch.equal(network.layer4[1].conv2.weight, torch.load(weights)["layer4.1.conv2.weight"])
 
 
 def test_weights_of_another_architecture_are_refused(weights: Path) -> None:
     with pytest.raises(UserError, match=r"model\.pretrained: .* does not fit resnet34"):
-        ResNet(depth=34, in_channels=3, num_outputs=10, image_size=(96, 96), pretrained=str(weights))
+        load(
+            ResNet(depth=34, in_channels=3, num_outputs=10, image_size=(96, 96)),
+            {**RESNET18, "depth": 34},
+            str(weights),
+        )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +134,9 @@ def test_torchvision_by_name(name: str, head: str, size: int) -> None:
 
 
 def test_torchvision_pretrained(weights: Path) -> None:
-    network = classifier("resnet18", channels=1, pretrained=str(weights))
+    network = classifier("resnet18", channels=1)
+    node = {"_target_": "cnntrain.models.from_torchvision.classifier", "name": "resnet18"}
+    assert load(network, node, str(weights), outputs=7) == ("fc",)
     state = torch.load(weights)
     assert torch.equal(network.conv1.weight, state["conv1.weight"].sum(1, keepdim=True))
     assert torch.equal(network.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
@@ -130,8 +148,98 @@ def test_auxiliary_heads_of_the_weights_are_left_out(tmp_path: Path) -> None:
 
     path = tmp_path / "googlenet.pth"
     torch.save(models.get_model("googlenet", aux_logits=True, init_weights=False).state_dict(), path)
-    network = classifier("googlenet", pretrained=str(path))
+    network = classifier("googlenet")
+    load(
+        network,
+        {"_target_": "cnntrain.models.from_torchvision.classifier", "name": "googlenet"},
+        str(path),
+        7,
+    )
     assert network(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+
+
+def test_a_backbone_takes_the_weights_of_a_classifier_and_of_its_own_run(
+    weights: Path, tmp_path: Path
+) -> None:
+    node = {"_target_": "cnntrain.models.fcn.FCN", "backbone": "resnet18"}
+    facts: dict[str, Any] = {"in_channels": 3, "num_outputs": 4, "image_size": (64, 64), "stem": "imagenet"}
+    network = FCN(**facts)
+    assert load(network, node, str(weights), outputs=4) == ("score.0", "score.1", "score.2")
+    loaded = torch.load(weights)["layer3.0.conv1.weight"]
+    assert torch.equal(network.get_parameter("backbone.layer3.0.conv1.weight"), loaded)
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    other = FCN(**facts)
+    assert load(other, node, str(tmp_path / "own.pth"), outputs=4) == ()
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+
+
+def test_a_dense_layer_that_reads_another_size_starts_from_scratch(tmp_path: Path) -> None:
+    """What a flattened map of another size feeds; the convolution before it is kept, the bias is new too."""
+    for side in (4, 6):
+        torch.manual_seed(side)
+        model = nn.Sequential(
+            nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * side * side, 5), nn.Linear(5, 10)
+        )
+        if side == 4:
+            torch.save(model.state_dict(), tmp_path / "w.pth")
+    bias = model[2].bias.clone()
+    assert load(model, {"_target_": "mine.Net"}, str(tmp_path / "w.pth")) == ("2",)
+    assert torch.equal(model[0].weight, torch.load(tmp_path / "w.pth")["0.weight"])
+    assert torch.equal(model[2].bias, bias)
+
+
+def test_a_file_for_no_layer_is_refused(tmp_path: Path) -> None:
+    torch.save({"other.weight": torch.zeros(2, 2)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"model\.pretrained"):
+        load(nn.Sequential(nn.Linear(3, 10)), {"_target_": "mine.Net"}, str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_ways_to_keep_a_state_dict(wrapper: str | None, ending: str, tmp_path: Path) -> None:
+    """As DataParallel names the layers, beside other things, and without pickle."""
+    source = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 7, 1))
+    state = {f"module.{key}": value for key, value in source.state_dict().items()}
+    path = tmp_path / f"w.{ending}"
+    if ending == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    else:
+        torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, path)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 10, 1))
+    assert load(model, {"_target_": "mine.Net"}, str(path)) == ("1",)
+    assert torch.equal(model[0].weight, source[0].weight)
+
+
+@pytest.mark.parametrize("content", [b"", b"not tensors", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_damaged_safetensors_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"w\.safetensors"):
+        find_weights(RESNET18, str(tmp_path / "w.safetensors"))
+
+
+def test_a_head_is_known_by_its_whole_name() -> None:
+    """`fc_embed` is no part of the head `fc`."""
+    assert (
+        in_head("fc", ("fc",))
+        and in_head("fc.weight", ("fc",))
+        and in_head("classifier.3.bias", ("classifier",))
+    )
+    assert not in_head("fc_embed.weight", ("fc",)) and not in_head("classifier_norm", ("classifier",))
+
+
+def test_a_layer_whose_name_begins_like_the_heads_is_not_replaced(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        head_names = ("fc",)
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.fc_embed = nn.Conv1d(4, width, 3)
+            self.fc = nn.Linear(width, 10)
+
+    torch.save(Net(5).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="fc_embed"):
+        load(Net(6), {"_target_": "mine.Net"}, str(tmp_path / "w.pth"))
 
 
 def test_misspelt_names() -> None:
@@ -152,16 +260,63 @@ def test_torchvision_segmentation(name: str) -> None:
         assert network(torch.empty(2, 1, 64, 80)).shape == (2, 4, 64, 80)
 
 
+def timm_classifier(name: str, **options: Any) -> nn.Module:
+    return from_timm.classifier(
+        **{"name": name, "in_channels": 3, "num_outputs": 7, "image_size": (64, 64), **options}
+    )
+
+
 def test_timm() -> None:
     pytest.importorskip("timm")
     with torch.device("meta"):
-        network = from_timm.classifier(
-            name="convnext_atto", in_channels=1, num_outputs=7, image_size=(64, 64)
-        )
+        network = timm_classifier("convnext_atto", in_channels=1)
         assert network(torch.empty(2, 1, 64, 64)).shape == (2, 7)
     assert network.head_names == ("head.fc",)
     with pytest.raises(UserError, match="did you mean 'convnext_atto'"):
-        from_timm.classifier(name="convnext_ato", in_channels=1, num_outputs=7, image_size=(64, 64))
+        timm_classifier("convnext_ato")
+
+
+@pytest.mark.parametrize(("channels", "outputs"), [(3, 1000), (3, 7), (1, 7)])
+def test_timms_network_from_a_file_for_other_classes(channels: int, outputs: int, tmp_path: Path) -> None:
+    """Its features are those of the network of the file; only the head is new, where the classes differ."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    donor = timm.create_model("test_efficientnet", num_classes=1000).eval()
+    torch.save(donor.state_dict(), tmp_path / "donor.pth")
+    node = {"_target_": "cnntrain.models.from_timm.classifier", "name": "test_efficientnet"}
+    network = timm_classifier("test_efficientnet", in_channels=channels, num_outputs=outputs).eval()
+    new = load(network, node, str(tmp_path / "donor.pth"), outputs)
+    assert new == (() if outputs == 1000 else ("classifier",))
+    images = torch.randn(2, 1, 96, 96)
+    with torch.no_grad():
+        features = network.forward_features(images.expand(-1, channels, -1, -1))  # type: ignore[operator]
+        torch.testing.assert_close(features, donor.forward_features(images.expand(-1, 3, -1, -1)))
+
+
+def test_a_timm_head_of_one_output_starts_small() -> None:
+    """timm draws that of an EfficientNet from +-1/sqrt(outputs)."""
+    pytest.importorskip("timm")
+    head = timm_classifier("test_efficientnet", num_outputs=1).get_classifier()  # type: ignore[operator]
+    assert head.weight.abs().max() <= head.in_features**-0.5
+
+
+def test_real_weights_recognise_photographs(shared_data: Path) -> None:
+    """All layers of the published file are taken, and scikit-learn's two photographs get their ImageNet classes."""
+    pytest.importorskip("timm")
+    from sklearn.datasets import load_sample_images
+
+    name = "tf_efficientnet_lite0"
+    node = {"_target_": "cnntrain.models.from_timm.classifier", "name": name}
+    weights = find_weights(node, str(shared_data / "pretrained" / f"{name}.pth"))
+    assert weights is not None and weights.preprocessing is not None
+    assert (weights.preprocessing.mean, weights.preprocessing.size) == ((0.5, 0.5, 0.5), (224, 224))
+    network = timm_classifier(name, num_outputs=1000, image_size=(224, 224)).eval()
+    assert load_pretrained(network, weights, num_outputs=1000) == ()
+    photographs = torch.stack([torch.tensor(image) for image in load_sample_images().images]).movedim(-1, 1)
+    middle = photographs[..., 106:533].float() / 255  # 427 x 427 of 427 x 640
+    images = torch.nn.functional.interpolate(middle, (224, 224), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        assert network((images - 0.5) / 0.5).argmax(1).tolist() == [698, 985]  # palace, daisy
 
 
 def test_timm_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
