@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from cnntrain.augment.paint import normalise
 from cnntrain.checks.bench import Bench
 from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
 from cnntrain.engine.hooks import attached
@@ -33,10 +34,16 @@ def normalised_inputs(bench: Bench) -> Finding:
         channels = channels[:, changing.to(channels.device)]
     if channels.shape[1] == 0:
         return skipped("every channel is constant; see blank images")
-    means, stds = channels.mean(0), channels.std(0)
-    mean, low, high = float(means[means.abs().argmax()]), float(stds.min()), float(stds.max())
+    mean, low, high = _mean_and_stds(channels)
+    bordered = _dark_borders(batch.images, bench)
+    if not _is_normal(mean, low, high) and seen.shape == batch.images.shape and bool(bordered.any()):
+        # Mean and standard deviation are those of the images, without letterbox borders.
+        pixels = seen.float().movedim(1, -1)[~bordered]
+        pixels = pixels[:, changing.to(pixels.device)] if len(changing) == pixels.shape[1] else pixels
+        inner = _mean_and_stds(pixels) if len(pixels) > 1 else (mean, low, high)
+        mean, low, high = inner if _is_normal(*inner) else (mean, low, high)
     evidence = f"mean {mean:.2f}, standard deviation {low:.2f} to {high:.2f} at the first layer with weights"
-    if abs(mean) <= NORMAL_MEAN and low >= NORMAL_STD[0] and high <= NORMAL_STD[1]:
+    if _is_normal(mean, low, high):
         return passed(evidence)
     if high > 20:
         cause = "pixels from 0 to 255 reach the network: nothing divides them by 255 and normalises them"
@@ -49,6 +56,28 @@ def normalised_inputs(bench: Bench) -> Finding:
     remedy = "let the pipeline alone normalise: uint8 from the data, true mean and std in its spec, none in the model"
     absurd = abs(mean) > ABSURD_MEAN or low < ABSURD_STD[0] or high > ABSURD_STD[1]
     return (failed if absurd else warned)(evidence, cause, remedy, "data", "model")
+
+
+def _mean_and_stds(channels: Tensor) -> tuple[float, float, float]:
+    """Of (N, C): the mean that is farthest from 0, the smallest and the largest standard deviation of a channel."""
+    means, stds = channels.mean(0), channels.std(0)
+    return float(means[means.abs().argmax()]), float(stds.min()), float(stds.max())
+
+
+def _is_normal(mean: float, low: float, high: float) -> bool:
+    return abs(mean) <= NORMAL_MEAN and low >= NORMAL_STD[0] and high <= NORMAL_STD[1]
+
+
+def _dark_borders(images: Tensor, bench: Bench) -> Tensor:
+    """(N, H, W) bool: rows and columns at the edges of normalised images (N, C, H, W) that are all black."""
+    zero = torch.zeros(1, images.shape[1], 1, 1, device=images.device)
+    dark = (images - normalise(zero, bench.pipeline.mean, bench.pipeline.std)).abs().amax(1) < 1e-3
+    border = torch.zeros_like(dark)
+    for dim in (1, 2):
+        line = dark.all(3 - dim).int()
+        edge = line.cumprod(1) | line.flip(1).cumprod(1).flip(1)
+        border |= edge.bool().unsqueeze(3 - dim)
+    return border
 
 
 class _SeenError(Exception):

@@ -10,7 +10,7 @@ import torch
 from cnntrain.data import resident
 from cnntrain.data.content import content_hash
 from cnntrain.data.decoded import keep_decoded, worth_keeping
-from cnntrain.data.examples import Examples, check_examples
+from cnntrain.data.examples import Examples, LazyImages, check_examples
 from cnntrain.data.finer import on_finer_canvas
 from cnntrain.data.listing import SPLIT_NAMES, SPLITS, one_name_each
 from cnntrain.data.scan import Scan, scan
@@ -95,6 +95,7 @@ def load_data(
         )
     if magnification > 1:
         splits["train"] = on_finer_canvas(splits["train"], magnification)
+    files = splits["train"].images
     if store == "disk" or (store == "auto" and worth_keeping(splits)):
         splits = keep_decoded(splits)
     elif store == "stream" or (store == "auto" and not resident.fits_in_host_memory(splits)):
@@ -107,7 +108,8 @@ def load_data(
         splits = resident.decode(splits)
     spec = source.spec()
     if spec.mean is None or spec.std is None:
-        spec = spec.with_statistics(*measure(splits["train"], split_seed))
+        source_files = files if isinstance(files, LazyImages) else None
+        spec = spec.with_statistics(*measure(splits["train"], split_seed, source_files))
     return Data(spec, splits["train"], splits["val"], splits.get("test"), fingerprint, own_val)
 
 

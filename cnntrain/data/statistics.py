@@ -7,7 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cnntrain.data.examples import Examples
+from cnntrain.data.canvas import Placement, place
+from cnntrain.data.decode import BadFile, Decoder, upright_size
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.parallel import in_threads
 from cnntrain.data.resident import decode
 from cnntrain.randomness import hash_seed
 
@@ -15,18 +18,27 @@ SAMPLED_IMAGES = 2000  # when they are not in memory; the mean is then good to a
 AT_ONCE = 2**24  # numbers that are looked at together: large sets are mapped from files, and stay there
 
 
-def measure(examples: Examples, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and standard deviation over all pixels, on the 0-1 scale.
+def measure(
+    examples: Examples, seed: int, files: LazyImages | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Per-channel mean and standard deviation over all pixels of the images, on the 0-1 scale.
 
-    Exact for decoded images, from 2,000 drawn by `seed` where they stay on disk. A channel that never changes
-    gets the standard deviation 1.
+    Canvas that no image covers (letterbox borders, boxes that reach beyond their image) is left out. Exact for decoded
+    images without such borders; from 2,000 drawn by `seed` where there may be some, or images stay on disk. A channel
+    that never changes gets the standard deviation 1.
+
+    Args:
+        files: where `examples` were decoded from, in the same order; None for images that come from elsewhere.
     """
     channels = examples.images.shape[1]
     levels = torch.arange(256, dtype=torch.float64) / 255
     counts = torch.zeros(channels, 256, dtype=torch.int64)
-    for images in _parts(examples, seed):
+    for images, covered in _parts(examples, seed, files):
         for channel in range(channels):
-            counts[channel] += torch.bincount(images[:, channel].flatten(), minlength=256)
+            pixels = images[:, channel]
+            counts[channel] += torch.bincount(
+                pixels.flatten() if covered is None else pixels[covered], minlength=256
+            )
     share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ levels
     std = (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
@@ -34,15 +46,64 @@ def measure(examples: Examples, seed: int) -> tuple[tuple[float, ...], tuple[flo
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _parts(examples: Examples, seed: int) -> Iterator[Tensor]:
-    """The images, or the sample of those on disk, a few at a time."""
+def _parts(examples: Examples, seed: int, files: LazyImages | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The images, or the sample of those on disk, a few at a time; (N, H, W) bool of what they cover, None: all."""
     several = max(1, AT_ONCE // math.prod(examples.images.shape[1:]))
-    if isinstance(examples.images, Tensor):
-        yield from examples.images.split(several)
+    images = examples.images
+    files = images if isinstance(images, LazyImages) else files
+    bordered = files is not None and may_have_borders(files)
+    if isinstance(images, Tensor) and not bordered:
+        for part in images.split(several):
+            yield part, None
         return
     generator = torch.Generator().manual_seed(hash_seed(seed, "statistics"))
     rows = torch.randperm(len(examples), generator=generator)[:SAMPLED_IMAGES].sort().values
     for part in rows.split(several):
-        decoded = decode({"train": replace(examples, lazy_targets={}).subset(part)})["train"].images
+        decoded = images[part] if isinstance(images, Tensor) else None
+        if decoded is None:
+            decoded = decode({"train": replace(examples, lazy_targets={}).subset(part)})["train"].images
         assert isinstance(decoded, Tensor)
-        yield decoded
+        covered = coverage(files, part) if bordered and files is not None else None
+        yield decoded, covered if covered is not None and bool(covered.any()) else None
+
+
+def may_have_borders(files: LazyImages) -> bool:
+    """Whether the decoder may leave some of the canvas uncovered."""
+    return type(files.decoder) is Decoder and (files.decoder.resize == "letterbox" or files.boxes is not None)
+
+
+def coverage(files: LazyImages, rows: Tensor) -> Tensor:
+    """(M, H, W) bool: the canvas pixels that lie wholly on the image, by the headers of the files `rows`."""
+    decoder = files.decoder
+    assert isinstance(decoder, Decoder)
+    canvas = (decoder.height, decoder.width)
+    covered = torch.zeros(len(rows), *canvas, dtype=torch.bool)
+
+    def one(place_and_row: tuple[int, int]) -> None:
+        index, row = place_and_row
+        left, top, right, bottom = (None,) * 4 if files.boxes is None else files.boxes[row].tolist()
+        box = None if left is None else (left, top, right, bottom)
+        try:
+            size = upright_size(files.paths[row])
+        except BadFile:
+            return  # decoding names it
+        x, y = covered_sides(place(*size, canvas, decoder.resize, box), size)
+        covered[index, y, x] = True
+
+    in_threads(one, list(enumerate(rows.tolist())))
+    return covered
+
+
+def covered_sides(placement: Placement, size: tuple[int, int]) -> tuple[slice, slice]:
+    """Columns and rows of the canvas that lie wholly on an image of (width, height)."""
+    left, top, right, bottom = placement.box
+    sides = []
+    for near, far, length, start, span in (
+        (left, right, size[0], placement.left, placement.width),
+        (top, bottom, size[1], placement.top, placement.height),
+    ):
+        scale = span / (far - near)
+        first = start + max(0.0, -near * scale)
+        last = start + min(float(span), (length - near) * scale)
+        sides.append(slice(math.ceil(first - 1e-6), max(math.floor(last + 1e-6), 0)))
+    return sides[0], sides[1]

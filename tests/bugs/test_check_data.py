@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cnntrain import compose, train
 from cnntrain.checks.practice import practise
@@ -134,3 +136,17 @@ def test_a_checkpoint_and_names_after_an_equals_sign_are_taken(tmp_path: Path) -
     train(compose("data.limit=60", "epochs=1", "threads=1", "log.pictures=false", f"run_dir={tmp_path}/r"))
     assert main(["check", f"checkpoint={tmp_path}/r", "frozen", "optimizer"]) == 0
     assert main(["check", "checks=frozen,optimizer", "data.limit=60", "threads=1"]) == 0
+
+
+def test_letterbox_borders_are_no_wrong_normalisation(tmp_path: Path, bench_of, judge) -> None:
+    """Mean and deviation are those of the images: with the borders the mean of the inputs is far from 0."""
+    for label in ("a", "b"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for number in range(8):
+            noise = np.random.default_rng(number).integers(90, 200, (64, 12 + number, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / "train" / label / f"{number}.png")
+    bench = bench_of(
+        "data=image_folder", f"data.root={tmp_path}", "data.size=32", "data.resize=letterbox", "model=lenet5"
+    )
+    assert float(bench.plain().images.mean()) < -1.5
+    assert judge(bench, "normalised-inputs")["normalised inputs"].verdict == "PASS"
