@@ -1,7 +1,6 @@
 """Runs side by side: which settings differ, what they came to, and seeds folded into one line."""
 
 import csv
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,16 @@ from typing import Any
 
 import yaml
 
+from cnntrain import files
 from cnntrain.errors import UserError
 from cnntrain.expectations import NEUTRAL
 from cnntrain.report.metrics import read_metrics
 from cnntrain.saved import flat, read_saved
+from cnntrain.yaml_files import LARGEST_BYTES, LOADER, check_yaml_text
 
 # What tells where a run was and not what it was.
 LEFT_OUT = NEUTRAL | {"expect"}
+REMEDY = "leave this folder out, or use one that a training wrote"
 SECTIONS_LEFT_OUT = ("log", "checkpoint", "sweep", "preview", "inspect", "overfit", "check")
 
 
@@ -54,7 +56,7 @@ def find_runs(path: Path) -> list[Path]:
     Raises:
         UserError: no run there.
     """
-    if (path / "metrics.csv").is_file():
+    if files.exists(path / "metrics.csv"):
         return [path]
     found = sorted(each.parent for each in path.glob("*/metrics.csv"))
     if not found:
@@ -63,20 +65,50 @@ def find_runs(path: Path) -> list[Path]:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """What a run's folder says."""
+    """What a run's folder says.
+
+    Raises:
+        UserError: a file of it is missing, a link, damaged, or holds something else.
+    """
     results = folder / "results.json"
+    known = files.read_json(results, REMEDY) if files.exists(results) else {}
+    for name in ("best", "test"):
+        values = known.get(name) or {}
+        if not isinstance(values, dict) or not all(map(_is_number, values.values())):
+            raise UserError(f"{results}: {name}: must be numbers by name; {REMEDY}")
+    for name in ("parameters", "wall_s"):
+        if not _is_number(known.get(name)):
+            raise UserError(f"{results}: {name}: must be a number; {REMEDY}")
+    return RunRecord(
+        folder, _read_config(folder / "config.yaml"), read_metrics(folder / "metrics.csv"), known
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The settings in a run's config.yaml, flat, by key."""
     try:
-        settings = flat(yaml.safe_load((folder / "config.yaml").read_text()))
-        known = json.loads(results.read_text()) if results.is_file() else {}
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: config.yaml or results.json can't be read ({error})") from error
-    return RunRecord(folder, settings, read_metrics(folder / "metrics.csv"), known)
+        text = files.read_text(path, largest=LARGEST_BYTES)
+        check_yaml_text(path, text)
+        settings = yaml.load(text, LOADER)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; {REMEDY}") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: can't be read ({error}); {REMEDY}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: must hold settings by key; {REMEDY}")
+    return flat(settings)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
+    )
 
 
 def monitor_of(folder: Path) -> tuple[str, str] | None:
     """The metric that chose the run's best epoch, with its better end; None where no checkpoint was saved."""
     path = next(
-        (p for name in ("best", "last") if (p := folder / "checkpoints" / f"{name}.pt").is_file()), None
+        (p for name in ("best", "last") if files.exists(p := folder / "checkpoints" / f"{name}.pt")), None
     )
     if path is None:
         return None
@@ -135,7 +167,7 @@ def table(groups: Sequence[Group], metric: str, monitor: tuple[str, str]) -> lis
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows under all the columns that any of them has."""
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with files.replacing_text(path, sync=False) as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)

@@ -23,8 +23,8 @@ _HINT = "links inside a run folder are not followed; put the file itself there, 
 
 
 def run_folder_of(path: Path) -> Path:
-    """The run folder that a checkpoint lies in."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    """The run folder that a checkpoint or figure lies in."""
+    return path.parent.parent if path.parent.name in ("checkpoints", "figures") else path.parent
 
 
 def is_regular(path: Path, root: Path | None = None) -> bool:
@@ -60,10 +60,9 @@ def read_bytes(path: Path, root: Path | None = None, largest: int = LARGEST_TEXT
         OSError: it is missing, or can't be read.
     """
     with open_read(path, root) as file:
-        content = file.read(largest + 1)
-    if len(content) > largest:
-        raise UserError(f"{path}: is larger than {largest:,} bytes, which no such file is")
-    return content
+        if os.fstat(file.fileno()).st_size > largest:
+            raise UserError(f"{path}: is larger than {largest:,} bytes, which no such file is")
+        return file.read()
 
 
 def read_text(path: Path, root: Path | None = None, largest: int = LARGEST_TEXT_BYTES) -> str:
@@ -175,6 +174,12 @@ def open_append(path: Path, root: Path | None = None) -> IO[bytes]:
         os.close(descriptor)
         raise UserError(f"{path}: is a hard link to a file that has another name too; {_HINT}")
     return open(descriptor, "ab")
+
+
+def open_append_text(path: Path, root: Path | None = None) -> io.TextIOWrapper:
+    """`open_append` for UTF-8 text, handed on line by line."""
+    file = open_append(path, root)
+    return io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def open_new(path: Path, root: Path | None = None) -> IO[bytes]:

@@ -1,7 +1,6 @@
 """Runs that were saved: which checkpoint to go on from, what it holds, and whether it fits."""
 
 import dataclasses
-import json
 import logging
 import uuid
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cnntrain import files
 from cnntrain.assembly import Assembly
 from cnntrain.command_line import without_passwords
 from cnntrain.config import compose
@@ -173,9 +173,9 @@ def locate(path: Path, name: str) -> Path:
 def finished_results(saved: Mapping[str, Any], folder: Path, settings: Settings) -> dict[str, Any] | None:
     """What a run that is at its end came to; None when there is more to train."""
     results = folder / "results.json"
-    if not is_finished(saved, settings) or not results.is_file():
+    if not is_finished(saved, settings) or not files.exists(results):
         return None
-    content = json.loads(results.read_text())
+    content = files.read_json(results, "remove it, and the same command writes it again")
     if content.get("steps") != saved["state"]["progress"]["step"]:  # of a shorter training, before a kill
         return None
     return {**content, "run_dir": str(folder)}

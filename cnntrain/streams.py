@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from cnntrain.files import open_append_text
+
 
 class LenientStream:
     """A text stream that drops what can't be written.
@@ -44,9 +46,13 @@ def lenient(stream: TextIO | None) -> TextIO:
 
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Append what is printed while the block runs to a file, as far as it can be written."""
+    """Append what is printed while the block runs to a file, as far as it can be written.
+
+    Raises:
+        UserError: it is a link, or no regular file.
+    """
     try:
-        file = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+        file = open_append_text(path)
     except OSError:
         file = open(os.devnull, "a")  # noqa: SIM115
     log = lenient(file)

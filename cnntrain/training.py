@@ -23,6 +23,7 @@ from cnntrain.engine.run_folder import RunFolder
 from cnntrain.engine.signals import StopFlag
 from cnntrain.engine.state import TrainState
 from cnntrain.errors import DivergedError, StoppedError
+from cnntrain.files import read_text
 from cnntrain.report.figures import survive_drawing
 from cnntrain.report.journal import RunJournal, statistics
 from cnntrain.saved import checkpoint_facts, flat, load_weights
@@ -88,7 +89,7 @@ def train_to_the_end(
             }
         )
         if journal:
-            journal.start(hparams, (run.path / "config.yaml").read_text(), data.test is not None)
+            journal.start(hparams, read_text(run.path / "config.yaml"), data.test is not None)
         try:
             told = journal or Silent()
             fit(state, training, validation, assembly.pipeline, task, compute, plan, told, save, stop)

@@ -33,7 +33,7 @@ def check_yaml_files(folder: Path) -> None:
         if file.stat().st_size > LARGEST_BYTES:
             raise UserError(f"{file}: is larger than {LARGEST_BYTES:,} bytes, which no config file is")
         try:
-            _count_values(file, file.read_text("utf-8"))
+            check_yaml_text(file, file.read_text("utf-8"))
         except UnicodeDecodeError as error:
             line = file.read_bytes()[: error.start].count(b"\n") + 1
             raise UserError(f"{file}:{line}: is no UTF-8 text") from error
@@ -41,8 +41,15 @@ def check_yaml_files(folder: Path) -> None:
             continue  # told with its line when the file is used
 
 
-def _count_values(file: Path, text: str) -> None:
-    """Walks through the events of a YAML file, of which aliases are one each, and adds up what they stand for."""
+def check_yaml_text(file: Path, text: str) -> None:
+    """Refuse a text that unfolds to too much, without reading it: the values that its aliases stand for are counted.
+
+    Walks through the events of a YAML file, of which aliases are one each, and adds up what they stand for.
+
+    Raises:
+        UserError: too many values, too deep, or an alias inside itself; names file and line.
+        yaml.YAMLError: no YAML.
+    """
     anchors: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = []  # anchor, values so far
     for event in yaml.parse(text, Loader=LOADER):

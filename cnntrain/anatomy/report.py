@@ -1,12 +1,14 @@
 """Everything that `inspect` shows and writes, in one call."""
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from cnntrain import files
 from cnntrain.anatomy.layers import Anatomy, Convention, Row
 from cnntrain.anatomy.picture import draw_bars
 from cnntrain.anatomy.table import (
@@ -86,7 +88,7 @@ def flat(row: Row, convention: Convention = "torch") -> dict[str, object]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> Path:
-    with path.open("w", newline="") as file:
+    with files.replacing_text(path, sync=False) as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)
@@ -94,10 +96,12 @@ def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> Path:
 
 
 def write_json(path: Path, value: object) -> Path:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    files.write_text(path, json.dumps(value, indent=2) + "\n")
     return path
 
 
 def _write_picture(path: Path, anatomy: Anatomy, depth: int | None, convention: Convention) -> Path:
-    draw_bars(anatomy, depth or None, convention).savefig(path, dpi=130)
+    content = io.BytesIO()
+    draw_bars(anatomy, depth or None, convention).savefig(content, dpi=130, format="png")
+    files.write_whole(path, content.getbuffer(), sync=False)
     return path

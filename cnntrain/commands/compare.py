@@ -59,7 +59,7 @@ def compare(folders: list[Path], settings: CompareSettings, command_line: str = 
         with survive_drawing("the learning curves"):
             save(learning_curves(curves, metric), folder.path / "curves.png")
         text = f"# Comparison\n\n```\n{command_line}\n```\n\n{markdown(rows)}\n\n![learning curves](curves.png)\n"
-        (folder.path / "compare.md").write_text(text, encoding="utf-8")
+        folder.write_text("compare.md", text)
     print_rows(rows, title="the settings that differ, and the best epoch on validation data", console=console)
     print(f"folder: {folder.path} (compare.md, compare.csv, curves.png)")
     return rows

@@ -21,7 +21,7 @@ from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.run_folder import open_run_folder, provenance
 from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import DivergedError, UserError
-from cnntrain.files import run_folder_of
+from cnntrain.files import exists, is_folder, replacing_text, run_folder_of
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.figures import save, sign, survive_drawing
 from cnntrain.report.table import print_rows
@@ -85,6 +85,8 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     folder = (
         Path(settings.run_dir) if settings.run_dir else run_folder_of(path) / f"evaluate-{settings.split}"
     )
+    if not settings.run_dir and exists(folder) and not is_folder(folder, run_folder_of(path)):
+        raise UserError(f"{folder}: is a link or a file; remove it, or choose another folder with run_dir=")
     with open_run_folder(folder, "evaluate") as run_folder, stop_flag() as stop:
         meter = evaluate(
             assembly.model, assembly.loader(examples), assembly.pipeline, assembly.task, assembly.compute,
@@ -98,9 +100,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
         figures = {**meter.compute(), **meter.details()}
         metrics = {f"{settings.split}/{name}": value for name, value in figures.items()}
         rows.sort(key=_hardest_first)
-        with (run_folder.path / "examples.csv").open(
-            "w", newline="", encoding="utf-8", errors="backslashreplace"
-        ) as file:
+        with replacing_text(run_folder.path / "examples.csv", sync=False) as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

@@ -36,6 +36,7 @@ from cnntrain.engine.device import Compute, choose_compute, prepare_torch
 from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag
 from cnntrain.errors import UserError
+from cnntrain.files import replacing_text
 from cnntrain.report.console import log_to_console
 from cnntrain.report.figures import save, survive_drawing
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
@@ -113,7 +114,7 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
         write_rows(rows, run_folder.path / "predictions.csv")
         listed = [nested(row, predictor) for row in rows]
         text = json.dumps({"checkpoint": str(path), "images": listed}, indent=1)
-        (run_folder.path / "predictions.json").write_text(text + "\n")
+        run_folder.write_text("predictions.json", text + "\n")
         run_folder.write_json("run.json", provenance(command_line))
     loader.close()
     print(f"{len(rows)} image{'s' if len(rows) > 1 else ''}: {run_folder.path / 'predictions.csv'}")
@@ -216,7 +217,9 @@ def _write(
             for i, mask in enumerate(ids.numpy()):
                 rows[start + i]["mask"] = f"masks/{masks[start + i]}"
                 target = folder.path / "masks" / masks[start + i]
-                on_image = write_mask(mask, matrices[i], sizes[i], predictor.pipeline.spec.outside, target)
+                on_image = write_mask(
+                    mask, matrices[i], sizes[i], predictor.pipeline.spec.outside, target, folder.path
+                )
                 if isinstance(predictor.task, Segmentation):
                     shares = predictor.task.shares(on_image)
                     rows[start + i] |= {f"share/{name}": share for name, share in shares.items()}
@@ -238,7 +241,7 @@ def _write(
 
 
 def write_rows(rows: list[Row], target: Path) -> None:
-    with target.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with replacing_text(target, sync=False) as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:

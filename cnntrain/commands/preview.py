@@ -90,9 +90,8 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     folder = Path(settings.run_dir) if settings.run_dir else None
     written = []
     with open_run_folder(folder, f"preview-{settings.choices['data']}") as run_folder:
-        (run_folder.path / "config.yaml").write_text(
-            yaml.safe_dump(without_passwords(dataclasses.asdict(settings)), sort_keys=False)
-        )
+        config = without_passwords(dataclasses.asdict(settings))
+        run_folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
         run_folder.write_json("run.json", provenance(command_line))
         with Events(run_folder.path) as events:
             for name, figure in pictures.items():

@@ -23,7 +23,7 @@ from cnntrain.engine.run_folder import RunFolder, holds_run, lock_folder, open_r
 from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import CheckFailedError, UserError
 from cnntrain.expectations import judge_expectations, parse_expectation
-from cnntrain.files import run_folder_of, write_text
+from cnntrain.files import run_folder_of
 from cnntrain.processes import check_processes, uses_gpus
 from cnntrain.report.console import log_to_console, silence_log
 from cnntrain.report.table import print_findings, print_run_summary
@@ -225,7 +225,7 @@ def _train_in(
         if best:
             bring_best(best, run.best)
         config = without_passwords(dataclasses.asdict(settings))
-        write_text(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
         run.write_json("run.json", provenance(command_line))
         same_folder = source is not None and run_folder_of(source).resolve() == run.path.resolve()
         results = train_to_the_end(

@@ -84,7 +84,9 @@ def versions() -> dict[str, str]:
     """What the numbers of a run may depend on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    # Not platform.platform(), which runs `uname` for the processor's name.
+    machine = (platform.system(), platform.release(), platform.machine(), "".join(platform.libc_ver()))
+    found = {"python": platform.python_version(), "platform": "-".join(filter(None, machine))}
     for name in ("cnntrain", "torch", "torchvision", "numpy", "hydra-core"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)

@@ -6,14 +6,14 @@ import fcntl
 import json
 import logging
 import os
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cnntrain.engine.checkpoint import remove_temporaries, versions
+from cnntrain.engine.git import find_commit
 from cnntrain.errors import MachineError, UserError
-from cnntrain.files import open_lock, write_whole
+from cnntrain.files import exists, is_folder, open_lock, write_text, write_whole
 
 log = logging.getLogger("cnntrain")
 
@@ -28,6 +28,11 @@ class RunFolder:
         self.best = self.checkpoints / "best.pt"
         self.metrics = path / "metrics.csv"
         self.figures = path / "figures"
+
+    def write_text(self, name: str, text: str) -> Path:
+        target = self.path / name
+        write_text(target, text)
+        return target
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         target = self.path / name
@@ -128,6 +133,11 @@ def open_run_folder(
         raise MachineError(f"{folder}: can't make the run's folder: {error.strerror}") from error
     with contextlib.nullcontext() if locked else lock_folder(folder):
         run = RunFolder(folder)
+        for inner in (run.checkpoints, run.figures):
+            if exists(inner) and not is_folder(inner, folder):
+                raise UserError(
+                    f"{inner}: is a link or a file, and must be a folder; links inside a run folder are not followed"
+                )
         remove_temporaries(folder)
         yield run
 
@@ -151,10 +161,6 @@ def provenance(command_line: str) -> dict[str, Any]:
     """Command, versions and the git commit of the working folder, for `run.json`."""
     described: dict[str, Any] = {"command": command_line, "started": datetime.datetime.now().isoformat()}
     described["versions"] = versions()
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        git = ["git", "rev-parse", "HEAD"]
-        done = subprocess.run(git, capture_output=True, text=True, timeout=5, check=True)
-        described["git"] = done.stdout.strip()
-        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=5)
-        described["git_dirty"] = bool(status.stdout.strip())
+    if commit := find_commit(Path.cwd()):
+        described |= {"git": commit.name, "git_dirty": commit.dirty}
     return described

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from cnntrain import files
 from cnntrain.tasks.drawing import (
     BAD,
     COLOURS,
@@ -226,15 +227,17 @@ def filters(weight: Tensor, title: str = "First layer's filters", limit: int = 6
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    try:
-        aside.write_bytes(png(figure))
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    """Write a PNG, whole or not at all.
+
+    Raises:
+        UserError: `figures` is a link.
+        OSError: it can't be written.
+    """
+    root, content = files.run_folder_of(path), png(figure)
+    root.mkdir(parents=True, exist_ok=True)
+    if root != path.parent:
+        files.make_folder(path.parent, root)
+    files.write_whole(path, content, root, sync=False)
 
 
 def png(figure: Figure) -> bytes:

@@ -1,10 +1,13 @@
 """Predicted masks as files: class ids in the size of the image that they belong to."""
 
+import io
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
+
+from cnntrain import files
 
 
 def mask_names(names: list[str]) -> list[str]:
@@ -15,7 +18,12 @@ def mask_names(names: list[str]) -> list[str]:
 
 
 def write_mask(
-    mask: np.ndarray, to_canvas: Tensor, size: tuple[int, int], outside: int, target: Path
+    mask: np.ndarray,
+    to_canvas: Tensor,
+    size: tuple[int, int],
+    outside: int,
+    target: Path,
+    root: Path | None = None,
 ) -> np.ndarray:
     """A mask of ids on the canvas as a PNG of the image's own size (width, height), by nearest neighbour; the ids
     written, (height, width) uint8.
@@ -23,6 +31,11 @@ def write_mask(
     Args:
         to_canvas: (3, 3) from the image's pixels; scales and shifts only.
         outside: the id of pixels that did not come onto the canvas.
+        root: the run folder that `target` lies in: no link is followed from there on.
+
+    Raises:
+        UserError: a folder on the way is a link.
+        OSError: it can't be written.
     """
     from PIL import Image
 
@@ -34,8 +47,13 @@ def write_mask(
     ids = mask[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)[None, :]].copy()
     ids[(rows < 0) | (rows >= height), :] = outside
     ids[:, (columns < 0) | (columns >= width)] = outside
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(ids).save(target)
+    content = io.BytesIO()
+    Image.fromarray(ids).save(content, "PNG")
+    if root is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        files.make_folder(target.parent, root)
+    files.write_whole(target, content.getbuffer(), root, sync=False)
     return ids
 
 

@@ -1,11 +1,14 @@
 """metrics.csv: one row an epoch, readable while the run goes on and after it was resumed."""
 
 import csv
+import io
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from cnntrain import files
+from cnntrain.errors import UserError
 
 
 class MetricsFile:
@@ -47,34 +50,44 @@ class MetricsFile:
                 warnings.warn(f"{self.path} is not being written: {error}", stacklevel=4)
 
     def _append(self) -> None:
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([_cell(self.rows[-1].get(name)) for name in self._columns])
+        text = io.StringIO()
+        csv.writer(text).writerow([_cell(self.rows[-1].get(name)) for name in self._columns])
+        with files.open_append(self.path) as file:
+            file.write(text.getvalue().encode("utf-8", "backslashreplace"))
 
     def _rewrite(self) -> None:
         """Write everything aside, then put it in place: a reader never sees half a table."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_name(self.path.name + ".part")
-        with aside.open("w", newline="", encoding="utf-8") as file:
+        with files.replacing_text(self.path, sync=False) as file:
             writer = csv.writer(file)
             if self._columns:
                 writer.writerow(self._columns)
             writer.writerows([_cell(row.get(name)) for name in self._columns] for row in self.rows)
-        os.replace(aside, self.path)
 
 
 def read_metrics(path: Path | str) -> list[dict[str, float]]:
-    """Rows of a metrics.csv; empty cells are left out, and so is a last line that was cut off."""
-    rows = []
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        lines = csv.reader(file)
+    """Rows of a metrics.csv; empty cells are left out, and so is a last line that was cut off.
+
+    Raises:
+        UserError: it is a link or no regular file, or no CSV in UTF-8.
+    """
+    path, rows = Path(path), []
+    lines = csv.reader(io.StringIO(files.read_text(path), newline=""))
+    try:
         header = next(lines, [])
         for cells in lines:
             if len(cells) != len(header):
                 continue
             try:
-                rows.append({name: float(cell) for name, cell in zip(header, cells, strict=True) if cell})
+                row = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell}
             except ValueError:
                 continue
+            if all(abs(row.get(name, 0.0)) < 2**53 for name in ("epoch", "step")):
+                rows.append(row)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{lines.line_num}: is no CSV ({error}); remove it, or use another file"
+        ) from error
     return rows
 
 

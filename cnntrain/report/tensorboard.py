@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnntrain import files
 from cnntrain.report.figures import png
 from cnntrain.report.protos import protos
 
@@ -146,7 +147,7 @@ class Events:
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         # The name starts with the time, for readers take files in the order of their names.
         name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{os.getpid()}"
-        self._writer = RecordWriter((self.folder / name).open("wb"))
+        self._writer = RecordWriter(files.open_new(self.folder / name))
         self._writer.write(_event(file_version="brain.Event:2"))
         if self._purge_step is not None:
             self._writer.write(_event(step=self._purge_step, session_log={"status": "START"}))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cnntrain.comparison import find_runs, read_run, write_csv
+from cnntrain.files import write_text
 from cnntrain.report.comparison import learning_curves
 from cnntrain.report.figures import save
 from cnntrain.report.sweep_figures import Point, marginal_effect, parallel_coordinates
@@ -232,4 +233,4 @@ def write_report(answer: Answer, folder: Path, command: str, again: str | None) 
         parts.append(f"The best run's command:\n\n```\n{again}\n```")
     parts.append(markdown(ranking_rows(answer)))
     parts += [f"![{Path(name).stem}]({name})" for name in answer.pictures]
-    (folder / "results.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    write_text(folder / "results.md", "\n\n".join(part for part in parts if part) + "\n")

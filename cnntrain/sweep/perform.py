@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from cnntrain.errors import CnntrainError, DivergedError, PrunedError, StoppedError
+from cnntrain.files import make_folder
 from cnntrain.settings import Settings
 from cnntrain.streams import output_to
 from cnntrain.sweep.plan import Run
@@ -97,7 +98,7 @@ def test_quietly(job: Job, run: Run) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _own_log(run: Run) -> Iterator[None]:
-    run.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(run.folder, run.folder.parent)
     with output_to(run.folder / LOG):
         yield
 

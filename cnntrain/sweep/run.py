@@ -1,7 +1,6 @@
 """A sweep from its command line to its answer; read it from top to bottom."""
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -15,6 +14,7 @@ from cnntrain.command_line import without_passwords
 from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag
 from cnntrain.errors import CnntrainError, StoppedError, UserError
+from cnntrain.files import read_json
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.figures import survive_drawing
 from cnntrain.report.table import print_rows
@@ -224,7 +224,7 @@ def _judge_winner(answer: Answer, job: Job, folder: Path, over: bool) -> str | N
 
 def _test_metrics(run: Run, job: Job, tensorboard: bool) -> dict[str, float]:
     """The test set's metrics, from the run's results.json, where they are put when they are known."""
-    results = json.loads((run.folder / "results.json").read_text())
+    results = read_json(run.folder / "results.json", "remove the run's folder, and go on with resume=auto")
     if not results.get("test"):
         results["test"] = test_quietly(job, run)
         RunFolder(run.folder).write_json("results.json", results)

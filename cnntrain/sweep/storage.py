@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from cnntrain.command_line import mask_passwords
 from cnntrain.errors import UserError
-from cnntrain.files import read_json, write_text
+from cnntrain.files import open_lock, read_bytes, read_json, write_text, write_whole
 from cnntrain.sweep.plan import Plan
 from cnntrain.sweep.study import Study
 
@@ -120,7 +120,7 @@ class _Lock:
         self.path = path.with_suffix(".lock")
 
     def acquire(self) -> bool:
-        self.file = self.path.open("w")
+        self.file = open_lock(self.path)
         fcntl.flock(self.file, fcntl.LOCK_EX)
         return True
 
@@ -131,7 +131,7 @@ class _Lock:
 def _drop_torn_line(path: Path) -> None:
     """Cut off what a kill in the middle of a write left: Optuna would take the next line for its end."""
     with contextlib.suppress(FileNotFoundError):
-        content = path.read_bytes()
+        content = read_bytes(path, largest=2**40)
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            path.write_bytes(content[:whole])
+            write_whole(path, content[:whole])

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "cnntrain"
 FLOORS = [  # each may import what stands before it, and itself; what shares a line may not import one another
     {"command_line", "errors", "findings", "heap"},
-    {"files", "streams", "transfer"},
+    {"files", "transfer"},
+    {"streams"},
     {"settings", "randomness", "space", "spec", "tensor_file", "yaml_files"},
     {"tasks", "augment", "data", "models"},
     {"engine", "anatomy", "report"},
