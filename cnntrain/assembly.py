@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -413,15 +414,23 @@ def find_batch_size(assembly: Assembly, data: Data) -> int:
     return size
 
 
-def try_learning_rates(assembly: Assembly, data: Data, plan: Plan, stop: StopFlag) -> RangeTest:
-    """The range test that `lr_find` asks for, on a copy."""
+def try_learning_rates(
+    assembly: Assembly, data: Data, plan: Plan, stop: StopFlag, ends_at: float = math.inf
+) -> RangeTest:
+    """The range test that `lr_find` asks for, on a copy.
+
+    `lr-find`, `optimizer.lr=auto` and `check` all call it, so that they agree.
+
+    Args:
+        ends_at: time.monotonic() at which to stop before the end.
+    """
     chosen, loader = assembly.settings.lr_find, assembly.loader(data.train, augmented=True)
     compute = dataclasses.replace(assembly.compute, ranks=ALONE)
     plan = dataclasses.replace(plan, processes=1)
     try:
         return range_test(
             assembly.model, lambda model: make_optimizer(assembly.settings, model, compute), loader, assembly.pipeline,
-            assembly.task, compute, plan, stop, chosen.lowest, chosen.highest, chosen.steps,
+            assembly.task, compute, plan, stop, chosen.lowest, chosen.highest, chosen.steps, ends_at,
         )  # fmt: skip
     finally:
         loader.close()

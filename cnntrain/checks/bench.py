@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cnntrain.augment.pipeline import Pipeline
+from cnntrain.checks.learning_rate import RangeTest
 from cnntrain.data.store import Loader
 from cnntrain.engine.device import Compute, seed_step
 from cnntrain.engine.plan import Plan
@@ -30,6 +31,7 @@ class Bench:
     Attributes:
         network: the run's model; never handed out, never changed: `model()` gives copies.
         make_optimizer: the configured optimizer over a model's trainable parameters.
+        try_learning_rates: the range test of `cnntrain lr-find`, on a copy, by a plan and until a time.monotonic().
         loaders: of `train`, `val` and, where there is one, `test`; uint8 images, not augmented.
         plan: how the run would train.
         config: the whole config as plain values, for what no part says.
@@ -46,6 +48,7 @@ class Bench:
     compute: Compute
     network: nn.Module
     make_optimizer: Callable[[nn.Module], Optimizer]
+    try_learning_rates: Callable[[Plan, float], RangeTest]
     loaders: Mapping[str, Loader]
     plan: Plan
     config: Mapping[str, Any]

@@ -5,14 +5,12 @@ import time
 
 import torch
 
-from cnntrain.augment.pipeline import Pipeline
 from cnntrain.checks.bench import Bench
-from cnntrain.checks.learning_rate import LEAST_FALL, RangeTest, range_test
-from cnntrain.checks.short_training import step_seconds, without_decay
+from cnntrain.checks.learning_rate import LEAST_FALL, RangeTest
+from cnntrain.checks.short_training import step_seconds
 from cnntrain.checks.verdicts import failed, passed, skipped, warned
 from cnntrain.findings import Finding
 
-LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 84  # 12 steps a decade
 RANGE_SHARE = 0.25  # of the seconds left
 SMALLEST_BATCH = 8
 TOO_HIGH = 2.0  # times the rate of divergence
@@ -44,6 +42,8 @@ def learning_rate(bench: Bench) -> Finding:
         f"{LR} is {rate:.3g}; from {test.start:.3g} the loss falls by {max(test.fall, 0):.0%} and diverges at "
         f"{f'{diverged:.2g}' if diverged else f'no rate up to {test.rates[-1]:.2g}'}"
     )
+    if (size := bench.found["range batch"]) < _batch_of_run(bench):
+        evidence += f" (with batches of {size}, as the budget is short: see `cnntrain lr-find`)"
     if diverged and rate >= _limit(bench, diverged):
         again = _measure(bench, bench.plan.seed + 1)  # one noisy curve is not enough to say the worst
         if again and again.diverged_at and rate >= _limit(bench, again.diverged_at):
@@ -71,8 +71,12 @@ def learning_rate(bench: Bench) -> Finding:
 
 def _limit(bench: Bench, diverged: float) -> float:
     """The highest rate that may pass; a smaller batch than the run's bears less (Goyal et al. 2017)."""
-    of_run = bench.plan.batch_size * bench.plan.accumulate
-    return TOO_HIGH * diverged * max(of_run / bench.found["range batch"], 1)
+    return TOO_HIGH * diverged * max(_batch_of_run(bench) / bench.found["range batch"], 1)
+
+
+def _batch_of_run(bench: Bench) -> int:
+    """Images of one optimizer step."""
+    return min(bench.plan.batch_size * bench.plan.accumulate, len(bench.loaders["train"]))
 
 
 def configured_rate(bench: Bench) -> float:
@@ -97,25 +101,24 @@ def range_of(bench: Bench) -> RangeTest | None:
 
 
 def _measure(bench: Bench, seed: int) -> RangeTest | None:
-    """With the batch that the time allows."""
+    """The range test of `cnntrain lr-find`; with a smaller batch where the time does not suffice for the run's."""
     if not bench.loss(bench.model(), bench.plain("train", 2)).requires_grad:
         return None
-    seconds, loader, pipeline = RANGE_SHARE * bench.seconds_left, bench.loaders["train"], bench.pipeline
-    size = min(bench.plan.batch_size, len(loader), int(8 * seconds / (STEPS * step_seconds(bench))))
-    if size < min(SMALLEST_BATCH, bench.plan.batch_size):
-        return None
+    seconds, count = RANGE_SHARE * bench.seconds_left, len(bench.loaders["train"])
+    steps = bench.config["lr_find"]["steps"]
+    affordable = int(8 * seconds / (steps * step_seconds(bench)))  # images a step
+    plan = dataclasses.replace(bench.plan, seed=seed)
+    size = min(_batch_of_run(bench), affordable)
+    if size < _batch_of_run(bench):
+        size = min(size, plan.batch_size)
+        if size < min(SMALLEST_BATCH, plan.batch_size):
+            return None
+        plan = dataclasses.replace(
+            plan, batch_size=size, accumulate=1, drop_last=True, limit_batches=None,
+            batches_per_epoch=count // size, steps_per_epoch=count // size,
+        )  # fmt: skip
     bench.found["range batch"] = size
-    plan = dataclasses.replace(
-        bench.plan, seed=seed, batch_size=size, accumulate=1, drop_last=True, limit_batches=None,
-        batches_per_epoch=len(loader) // size, steps_per_epoch=len(loader) // size,
-    )  # fmt: skip
-    if pipeline.per_sample:  # only workers can apply them
-        kept = {k: v for k, v in pipeline.augmentations.items() if k not in pipeline.per_sample}
-        pipeline = Pipeline(bench.spec, kept, pipeline.border)
-    return range_test(
-        bench.model(), lambda model: without_decay(bench.make_optimizer(model)), loader, pipeline, bench.task,
-        bench.compute, plan, bench.stop, LOWEST, HIGHEST, STEPS, time.monotonic() + 2 * seconds,
-    )  # fmt: skip
+    return bench.try_learning_rates(plan, time.monotonic() + 2 * seconds)
 
 
 def weight_decay(bench: Bench) -> Finding:

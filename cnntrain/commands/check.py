@@ -16,7 +16,15 @@ from typing import Any
 
 from rich.progress import Progress
 
-from cnntrain.assembly import Assembly, assemble, build_source, build_training_parts, make_optimizer, notice
+from cnntrain.assembly import (
+    Assembly,
+    assemble,
+    build_source,
+    build_training_parts,
+    make_optimizer,
+    notice,
+    try_learning_rates,
+)
 from cnntrain.checks.bench import Bench
 from cnntrain.checks.flip import judge_flip
 from cnntrain.checks.flip_picture import draw_symmetry
@@ -106,6 +114,7 @@ def build_bench(
         compute=assembly.compute,
         network=assembly.model,
         make_optimizer=lambda model: make_optimizer(assembly.settings, model, assembly.compute),
+        try_learning_rates=lambda plan, ends_at: try_learning_rates(assembly, data, plan, stop, ends_at),
         loaders={name: assembly.loader(split) for name, split in splits.items() if split},
         plan=plan,
         config=dataclasses.asdict(assembly.settings),

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from cnntrain import compose
 from cnntrain.assembly import assemble, build_training_parts, try_learning_rates
+from cnntrain.checks.bench import Bench
 from cnntrain.checks.learning_rate import QUIET_STEPS, RangeTest, range_test, settle
+from cnntrain.checks.steps import RANGE_SHARE, learning_rate
+from cnntrain.commands.check import build_bench
+from cnntrain.commands.lr_find import lr_find
 from cnntrain.engine.device import Compute
 from cnntrain.engine.plan import Plan
 from cnntrain.engine.signals import StopFlag
@@ -164,3 +168,35 @@ def test_each_layer_keeps_its_share_of_the_rate() -> None:
     alike = try_learning_rates(assembly, data, plan, StopFlag())
     assembly.settings = compose("model=mlp", "data.limit=200", "threads=1", "lr_find.steps=20")
     assert try_learning_rates(assembly, data, plan, StopFlag()).losses[1:] != alike.losses[1:]
+
+
+def bench_of(*overrides: str, budget_s: float = 600.0) -> Bench:
+    settings = compose("threads=1", "log.pictures=false", *overrides)
+    return build_bench(assemble(settings), time.monotonic() + budget_s, StopFlag())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model=lenet5", "lr_find.steps=60", "lr_find.lowest=1e-4"),
+        ("model=mlp", "accumulate=2", "augment=shift", "lr_find.steps=50", "seed=3", "data.limit=300"),
+        ("model=mlp", "batch_size=1000", "data.limit=300", "limit_batches=1"),
+    ],
+)
+def test_check_and_lr_find_say_the_same_of_one_set_up(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    bench = bench_of(*overrides)
+    finding = learning_rate(bench)
+    found = bench.found["range test"]
+    report = lr_find(compose("threads=1", "log.pictures=false", f"run_dir={tmp_path}", *overrides))
+    assert (found.rates, found.losses) == (report["rates"], report["losses"])
+    assert (found.suggestion, found.diverged_at) == (report["suggestion"], report["diverged_at"])
+    assert found.suggestion and f"{found.suggestion:.2g}" in finding.evidence
+
+
+def test_a_range_test_with_smaller_batches_says_so() -> None:
+    """Where the budget does not suffice for the run's batches, the answer may differ from `lr-find`'s."""
+    bench = bench_of("model=mlp", "lr_find.steps=40")
+    seconds = RANGE_SHARE * bench.seconds_left
+    bench.found["step seconds"] = 8 * seconds / (40 * 16.5)  # enough for 16 images a step
+    finding = learning_rate(bench)
+    assert bench.found["range batch"] == 16 and "batches of 16" in finding.evidence
