@@ -22,7 +22,7 @@ from cnntrain.spec import Batch
 from cnntrain.tasks.task import Task
 
 MOST_SKIPPED = 20  # fp16 steps in a row that may be skipped while the scale is looked for
-SHOWN_EXAMPLES = 64
+SHOWN_EXAMPLES = 5
 NOT_AGAIN = {  # by whether it is the CPU
     True: "not found again: something is drawn or counted outside of torch's generators and the checkpoint",
     False: "not found again, for sums on this device vary (deterministic=true)",
@@ -137,13 +137,18 @@ def diverged(
             break
     compute.ranks.accuse(where is not None)
     what = "the gradient is not finite" if torch.tensor(loss).isfinite() else f"the loss is {loss}"
-    names = [training.examples.names[row] for row in rows.tolist()]
-    more = f" and {len(names) - SHOWN_EXAMPLES} more" if len(names) > SHOWN_EXAMPLES else ""
     return DivergedError(
-        f"{what} at step {step + 1} (epoch {epoch + 1}, learning rate {learning_rate:.3g})\n"
+        f"{what} at step {step + 1} (epoch {epoch + 1}, learning rate {learning_rate:.3g})\n{REMEDY}\n"
         f"first not finite: {where or NOT_AGAIN[compute.device.type == 'cpu']}\n"
-        f"examples of that batch: {', '.join(names[:SHOWN_EXAMPLES])}{more}\n{REMEDY}"
+        f"examples of that batch: {_few_names(training, rows)}"
     )
+
+
+def _few_names(loader: Loader, rows: Tensor) -> str:
+    """The first examples of a batch by name, and how many more there are."""
+    names = [loader.examples.names[row] for row in rows[:SHOWN_EXAMPLES].tolist()]
+    more = f" and {len(rows) - SHOWN_EXAMPLES} more" if len(rows) > SHOWN_EXAMPLES else ""
+    return ", ".join(names) + more
 
 
 def _replay(state: TrainState, batch: Batch, task: Task, compute: Compute) -> tuple[float, str | None]:
@@ -211,11 +216,11 @@ def diverged_in_validation(
             model(seen.images.contiguous(memory_format=compute.memory_format))
         if found := layers:
             where = found[0]
-            names = ", ".join(loader.examples.names[row] for row in batch.index[:SHOWN_EXAMPLES].tolist())
+            names = _few_names(loader, batch.index)
             break
     compute.ranks.accuse(bool(found))
     return DivergedError(
         f"the validation loss is not finite after step {progress.step} (epoch {progress.epoch + 1}, learning rate "
-        f"{state.optimizer.param_groups[0]['lr']:.3g})\n"
-        f"first not finite: {where}\nexamples of that batch: {names}\n{REMEDY}"
+        f"{state.optimizer.param_groups[0]['lr']:.3g})\n{REMEDY}\n"
+        f"first not finite: {where}\nexamples of that batch: {names}"
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cnntrain import compose, train
 from cnntrain.engine import checkpoint, loop
-from cnntrain.engine.divergence import MOST_SKIPPED, Finiteness, step_unless, watch_layers
+from cnntrain.engine.divergence import MOST_SKIPPED, SHOWN_EXAMPLES, Finiteness, step_unless, watch_layers
 from cnntrain.errors import DivergedError
 
 QUICK = (
@@ -73,6 +73,16 @@ def test_with_scaled_gradients_only_twenty_skipped_steps_in_a_row_count() -> Non
     finite.note(torch.tensor(float("nan")).isfinite(), 7)
     with pytest.raises(DivergedError, match=r"^7$"):
         finite.check()
+
+
+def test_the_advice_comes_before_a_few_of_the_examples(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError) as raised:
+        train(
+            compose(*QUICK, "epochs=1", "optimizer.lr=1e30", "schedule=constant", f"run_dir={tmp_path}/run")
+        )
+    said = str(raised.value)
+    assert said.count("digits/") == SHOWN_EXAMPLES and f"and {20 - SHOWN_EXAMPLES} more" in said
+    assert said.index("optimizer.lr") < said.index("digits/")
 
 
 class Divides(nn.Module):
