@@ -5,6 +5,7 @@ counter-based generator on the CPU: it knows no batch size, device or rank.
 """
 
 import zlib
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -50,6 +51,11 @@ def seed_generators(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
+
+
+def fork_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's generators of the CPU and of `device` at the end of the context, and of no other GPU."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def uniform(seed: int, epoch: int, positions: Tensor, name: str, count: int) -> Tensor:

@@ -51,6 +51,7 @@ class LogSettings:
 class OverfitSettings:
     examples: Annotated[int, Within(1, 1024)]
     steps: Annotated[int, Within(1)]
+    strict: bool
 
 
 @dataclass(frozen=True)

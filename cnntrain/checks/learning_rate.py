@@ -26,6 +26,7 @@ from cnntrain.engine.schedule import Schedule
 from cnntrain.engine.signals import StopFlag
 from cnntrain.engine.state import TrainState
 from cnntrain.errors import DivergedError, UserError
+from cnntrain.randomness import fork_generators
 from cnntrain.tasks.task import Task
 
 log = logging.getLogger("cnntrain")
@@ -193,7 +194,7 @@ def range_test(
     plan = replace(plan, total_steps=steps, read_every_steps=1, save_every_steps=None)
     journal, progress = _Readings(ends_at), state.progress
     finite = Finiteness(compute.device, scaler is not None, lambda batch: DivergedError(""))
-    with torch.random.fork_rng():
+    with fork_generators(compute.device):
         try:
             while progress.step < steps:
                 train_epoch(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.checks.bench import Bench
-from cnntrain.checks.practice import FP16_SCALE, calibrated, distance, practise
+from cnntrain.checks.overfit import FP16_SCALE
+from cnntrain.checks.practice import calibrated, distance, practise
 from cnntrain.checks.verdicts import failed, passed, skipped, some
 from cnntrain.data.store import StreamLoader
 from cnntrain.engine import checkpoint

@@ -7,7 +7,7 @@ image.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,10 @@ NEGLIGIBLE = 1e-8  # gradient norm, beside the largest of the same step
 LARGEST_JUMP = 10.0  # factor by which one step may change a tensor's norm
 LARGEST_OUTPUT = 1e3
 SMALLEST_DIFFERENCE = 1e-5  # between the outputs for two images, beside their size
+QUICK = 50  # steps: 28 at most were measured for one image of a class, with every optimizer's default rate
+FASTER = 5  # times: what a rate ten times as high must gain for the configured one to count as too low
+SLOWEST = 300  # steps for one example: 168 at most were measured, for heat maps of a narrow U-Net
+FP16_SCALE = 1024.0  # of the loss
 BLANK = 1e-3  # standard deviation over the pixels of a normalised image
 
 
@@ -73,6 +77,17 @@ def calibrate_norms(model: nn.Module, images: Tensor) -> int:
         norm.momentum = momentum
     model.eval()
     return len(norms)
+
+
+def backward(loss: Tensor, model: nn.Module, compute: Compute) -> None:
+    """Backpropagate `loss`, a scalar; in fp16 scaled, as in a training, so that small gradients do not become zero."""
+    if compute.precision != "fp16":
+        loss.backward()
+        return
+    (loss * FP16_SCALE).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if gradients:
+        torch._foreach_div_(gradients, FP16_SCALE)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def learn_by_heart(
@@ -127,30 +142,46 @@ def learn_by_heart(
         if trial.reached_at is not None and step >= trial.reached_at + 2 and step >= 5:
             break  # a few more steps than needed: whatever has a gradient at all has shown it
         if loss.requires_grad:
-            loss.backward()
-        _note_gradients(trial, named)
-        before = [float(p.detach().norm()) for _, p in named]
+            backward(loss, model, compute)
+        parameters = [parameter.detach() for _, parameter in named]
+        measured = [*_norms([p.grad for _, p in named if p.grad is not None]), *_norms(parameters)]
         optimizer.step()
-        _note_jump(trial, step, named, before)
+        measured += _norms(parameters)
+        _note_norms(trial, step, named, torch.stack(measured).tolist() if measured else [])
     _look_at_answers(trial, model, task, batch, other, compute)
     return trial
 
 
-def _note_gradients(trial: Trial, named: Sequence[tuple[str, nn.Parameter]]) -> None:
-    norms = {name: float(p.grad.norm()) if p.grad is not None else 0.0 for name, p in named}
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """The L2 norm of each tensor, a float32 scalar on the device."""
+    if not tensors:
+        return []
+    norms = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage]
+    return [norm.float() for norm in norms]
+
+
+def _note_norms(
+    trial: Trial, step: int, named: Sequence[tuple[str, nn.Parameter]], measured: list[float]
+) -> None:
+    """Note the shares of the gradients, and the largest factor by which the step changed a parameter's norm.
+
+    Args:
+        measured: norms of the gradients that there are, then of all parameters before the step, then after it.
+    """
+    with_gradient = [name for name, parameter in named if parameter.grad is not None]
+    count = len(with_gradient)
+    norms = dict.fromkeys((name for name, _ in named), 0.0) | dict(
+        zip(with_gradient, measured[:count], strict=True)
+    )
     largest = max(norms.values(), default=0.0)
     for name, norm in norms.items():
         share = norm / largest if largest > 0 and math.isfinite(norm) else 0.0
         trial.gradient_share[name] = max(trial.gradient_share.get(name, 0.0), share)
-
-
-def _note_jump(
-    trial: Trial, step: int, named: Sequence[tuple[str, nn.Parameter]], before: Sequence[float]
-) -> None:
-    for (name, parameter), norm in zip(named, before, strict=True):
+    before, after = measured[count : count + len(named)], measured[count + len(named) :]
+    for (name, parameter), old, new in zip(named, before, after, strict=True):
         # What starts at zero may grow from it: vectors to 0.1 an element, weights to 0.001.
         floor = (0.1 if parameter.ndim <= 1 else 0.001) * math.sqrt(parameter.numel())
-        factor = float(parameter.detach().norm()) / max(norm, floor)
+        factor = new / max(old, floor)
         if not factor <= LARGEST_JUMP and (trial.jump is None or factor > trial.jump[2]):
             trial.jump = (step, name, factor)
 
@@ -264,6 +295,36 @@ def _learned(trial: Trial) -> Finding:
         cause = f"the loss falls, but slowly: {loss:.4g} after {steps} steps"
         remedy = "raise optimizer.lr (or overfit.steps)"
     return Finding("learned", "FAIL", evidence, cause, remedy, ("optimizer.lr", "overfit.steps"))
+
+
+def judge_pace(trial: Trial, examples: int, attempt: Callable[[int], Trial], strict: bool = False) -> Finding:
+    """Whether the examples were learned in few steps: a sound network at a sound learning rate takes few.
+
+    How many are few differs between tasks. So a trial that took a while is repeated at ten times the learning rate, and
+    is slow where that learns soundly in a fifth of the steps.
+
+    Args:
+        trial: one that passed.
+        examples: how many were learned.
+        attempt: learns the same from the same start at ten times the learning rate, in so many steps at most.
+        strict: a slow trial is a FAIL, not a WARN.
+    """
+    steps = trial.reached_at or 0
+    evidence = f"learned in {steps} steps"
+    if steps <= QUICK:
+        return Finding("pace", "PASS", evidence)
+    faster = attempt(steps // FASTER)
+    verdict = "FAIL" if strict else "WARN"
+    if faster.reached_at is not None and all(f.verdict != "FAIL" for f in judge(faster, "")):
+        rate = faster.learning_rate
+        evidence += f", and in {faster.reached_at} at ten times the learning rate ({rate:.2g})"
+        cause = f"learned, but slowly: {steps} steps, and {faster.reached_at} with optimizer.lr={rate:.2g}"
+        return Finding("pace", verdict, evidence, cause, "raise optimizer.lr", ("optimizer.lr",))
+    if steps > SLOWEST and examples == 1:
+        cause = f"learned, but slowly: {steps} steps, and ten times the learning rate is not much faster"
+        remedy = "look at the initialization, the norms and the scale of the images; try another optimizer.lr"
+        return Finding("pace", verdict, evidence, cause, remedy, ("model.init", "optimizer.lr"))
+    return Finding("pace", "PASS", f"{evidence}; ten times the learning rate is not much faster")
 
 
 def _finding(

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cnntrain.checks.bench import Bench
-from cnntrain.checks.overfit import calibrate_norms
+from cnntrain.checks.overfit import backward, calibrate_norms
 
 PRACTICE_IMAGES = 16  # of a batch
 CAREFUL = 1e-3  # learning rate of Adam
 USUAL_PIXELS = 64 * 64
-FP16_SCALE = 1024.0  # small gradients would be zero in fp16
 
 
 def few(bench: Bench, most: int, least: int = 8) -> int:
@@ -50,7 +49,6 @@ def practise(
     count = min(PRACTICE_IMAGES, bench.plan.batch_size if bench.plan.batch_size > 1 else PRACTICE_IMAGES)
     sample, losses = bench.augmented(count * steps), []
     batches = max(len(sample) // count, 1)
-    scale = FP16_SCALE if bench.compute.precision == "fp16" else 1.0
     model.train()
     for step in range(steps):
         start = step % batches * count
@@ -60,10 +58,7 @@ def practise(
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]) or not loss.requires_grad:
             break
-        (loss * scale).backward()
-        for parameter in model.parameters():
-            if parameter.grad is not None and scale != 1:
-                parameter.grad /= scale
+        backward(loss, model, bench.compute)
         if look is not None:
             look(step)
         optimizer.step()

@@ -5,7 +5,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -30,8 +30,10 @@ from cnntrain.checks import (
 )
 from cnntrain.checks.bench import Bench
 from cnntrain.checks.verdicts import failed
+from cnntrain.engine.device import full_float32
 from cnntrain.errors import CnntrainError, UserError, suggest
 from cnntrain.findings import Finding
+from cnntrain.randomness import fork_generators
 
 Check = Callable[[Bench], Finding]
 
@@ -131,7 +133,9 @@ def run_checks(
     for name, check in chosen.items():
         bench.stop.check()
         started = time.perf_counter()
-        with untouched():
+        # Trainings compute as the run would; other checks compare numbers, which TensorFloat-32 rounds to ten bits.
+        exact = nullcontext() if name in CHECKS["learning"] else full_float32()
+        with untouched(bench.compute.device), exact:
             bench.reseed(name)
             finding = dataclasses.replace(_judge(check, bench), name=name)
         findings.append(finding)
@@ -155,10 +159,10 @@ def _judge(check: Check, bench: Bench) -> Finding:
 
 
 @contextmanager
-def untouched() -> Iterator[None]:
-    """Generators of torch, numpy and Python, the default number type and the mode of gradients stay as they were."""
+def untouched(device: torch.device) -> Iterator[None]:
+    """Generators of torch (on the CPU and `device`), numpy and Python and the mode of gradients stay as they were."""
     python, array = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(), torch.enable_grad():
+    with fork_generators(device), torch.enable_grad():
         try:
             yield
         finally:

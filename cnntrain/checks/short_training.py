@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cnntrain.checks.bench import Bench
-from cnntrain.checks.overfit import calibrate_norms
+from cnntrain.checks.overfit import backward, calibrate_norms
 from cnntrain.randomness import epoch_order
 from cnntrain.spec import Batch
 from cnntrain.tasks.task import Targets, Task
@@ -157,7 +157,7 @@ def _step(bench: Bench, model: nn.Module, optimizer: Optimizer, batch: Batch, st
     loss = loss_sum / count.clamp(min=1e-12)
     optimizer.zero_grad(set_to_none=True)
     if loss.requires_grad:
-        loss.backward()
+        backward(loss, model, bench.compute)
     optimizer.step()
     return loss.item()
 

@@ -7,6 +7,7 @@ import torch
 
 from cnntrain.checks.bench import Bench
 from cnntrain.checks.learning_rate import LEAST_FALL, RangeTest
+from cnntrain.checks.overfit import backward
 from cnntrain.checks.short_training import step_seconds
 from cnntrain.checks.verdicts import failed, passed, skipped, warned
 from cnntrain.findings import Finding
@@ -138,7 +139,7 @@ def weight_decay(bench: Bench) -> Finding:
     bench.reseed("weight decay")
     loss = bench.loss(model, batch)
     if loss.requires_grad:
-        loss.backward()
+        backward(loss, model, bench.compute)
     decayed = [p for group in groups for p in group["params"] if p.grad is not None]
     if not decayed:
         return skipped(NO_GRADIENT)

@@ -204,6 +204,19 @@ def _use_deterministic_algorithms(on: bool, warn_only: bool) -> None:
         torch.use_deterministic_algorithms(on, warn_only=warn_only)
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 products in full precision for as long as the context lasts: no TensorFloat-32 on CUDA."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
 def seed_step(*parts: int | str) -> None:
     """Make what torch draws next (weights, dropout) a function of `parts` alone."""
     seed_generators(hash_seed(*parts))
