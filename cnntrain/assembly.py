@@ -10,6 +10,7 @@ from functools import partial
 from torch import nn
 from torch.optim import Optimizer
 
+from cnntrain.anatomy.margin_notes import SMALL_FIELD
 from cnntrain.anatomy.meta import as_meta
 from cnntrain.anatomy.preflight import output_size, preflight
 from cnntrain.augment.pipeline import Pipeline
@@ -124,7 +125,7 @@ def assemble(
         log.warning(
             "augment: a mirrored image of these data means something else (digits, text); take the flip out"
         )
-    model = build_model(settings, spec, task, pipeline.output_size, weights)
+    model = build_model(settings, spec, task, pipeline.output_size, weights, advise=known is None)
     if not known:
         tell_frozen(settings, model, resumes)
     learned = weights.preprocessing if weights else None
@@ -294,10 +295,14 @@ def build_model(
     task: Task,
     image_size: tuple[int, int],
     weights: Weights | None = None,
+    advise: bool = True,
 ) -> nn.Module:
     """The network, once its shapes have been tried out without data.
 
     Its weights are a function of the seed alone, or the pretrained `weights` where it has their layers.
+
+    Args:
+        advise: warn of what may be a slip in the network's design; not of one that is trained already.
 
     Raises:
         UserError: a layer does not fit its input, or the outputs are not what the task needs.
@@ -310,13 +315,13 @@ def build_model(
         classification=bool(spec.classes) and not spec.keypoints, name=settings.model.get("name"),
     )  # fmt: skip
     for finding in findings:
-        if finding.verdict == "SKIP":
-            continue
         if finding.verdict == "FAIL":
             raise UserError(
                 f"{finding.evidence}\n{size_remedy(finding.remedy, 'data.size', 'size' in settings.data)}"
             )
-        log.warning("%s: %s", finding.evidence, finding.remedy)
+        # `inspect` tells of the receptive field.
+        if advise and finding.verdict == "WARN" and finding.name != SMALL_FIELD:
+            log.warning("%s: %s", finding.evidence, finding.remedy)
     if spec.per_pixel and task.output_shape() is not None:
         shapes = as_meta(model).eval()
         task.settle(lambda size: output_size(shapes, spec.channels, size), [image_size, spec.image_size])

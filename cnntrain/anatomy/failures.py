@@ -1,6 +1,7 @@
 """Why a network does not fit its input: the layer at fault, in the config's own words, and the arithmetic."""
 
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -15,13 +16,15 @@ class Failure:
 
     layer: the innermost module that was running, by its name in the model ('' for the model itself).
     what: the layer, its input and what is wrong, in one line. `too_small`: a window is larger than the map
-    it gets, so that larger images are a remedy. `advice`: what else to change.
+    it gets, so that larger images are a remedy. `advice`: what else to change. positions: a dense layer gets a number
+    for each row or column in place of the channels, so that images of another size would only fit by accident.
     """
 
     layer: str
     what: str
     advice: str
     too_small: bool = False
+    positions: bool = False
 
 
 def explain(trace: Trace, error: BaseException) -> Failure:
@@ -31,6 +34,9 @@ def explain(trace: Trace, error: BaseException) -> Failure:
     call = trace.stack[-1]
     shape = call.input_shapes[0] if call.input_shapes else ()
     reason, advice, too_small = _reason(call.module, shape, error)
+    if positions := _gets_positions(trace, call.module, shape):
+        advice = "average over rows and columns alone, x.mean((2, 3)), or use flatten"
+        reason += ": a number for each position, as the channels were averaged away"
     if not reason:
         reason = first_line(error)
         if trace.failing is not None:
@@ -40,7 +46,16 @@ def explain(trace: Trace, error: BaseException) -> Failure:
         advice = "" if too_small else "make the shapes that meet there agree"
     where = name_of(call)
     given = " and ".join(times(s) for s in call.input_shapes)
-    return Failure(call.name, f"{where}: {reason} (its input is {given})", advice, too_small)
+    return Failure(call.name, f"{where}: {reason} (its input is {given})", advice, too_small, positions)
+
+
+def _gets_positions(trace: Trace, module: nn.Module, shape: Shape) -> bool:
+    """Whether a dense layer gets rows, columns or pixels of the last map, whose channels are gone."""
+    maps = [op.output_shape for op in trace.operations if len(op.output_shape) > 3]
+    if not isinstance(module, nn.Linear) or len(shape) != 2 or not maps or shape[1] == module.in_features:
+        return False
+    channels, sides = maps[-1][1], maps[-1][2:]
+    return shape[1] in (*sides, prod(sides)) and shape[1] not in (channels, channels * prod(sides))
 
 
 def name_of(call: Call) -> str:

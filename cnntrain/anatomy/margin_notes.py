@@ -19,6 +19,7 @@ _NORMS = (
     "_batch_norm_with_update",
     "cudnn_batch_norm",
 )
+SMALL_FIELD = "small receptive field"
 _FEW_VALUES = 8  # per channel: below, a batch's mean and variance are mostly noise
 _FAR_SMALLER = 0.5  # of the image's side
 _MOST = 0.9  # of all activations
@@ -149,15 +150,10 @@ def last_local(trace: Trace) -> Operation | None:
     return None
 
 
-def _pools_globally(trace: Trace, last: Operation) -> bool:
-    """Whether each position of the map answers for itself: it is averaged afterwards, or it is the output."""
-    after = trace.operations[last.index + 1 :]
-    return not after or after[0].name in ("mean", "amax", "_adaptive_avg_pool2d", "adaptive_max_pool2d")
-
-
 def _small_field(trace: Trace, image_size: tuple[int, ...]) -> Finding | None:
+    """Of a network whose output is a map: each position answers for itself. A global pool puts positions together."""
     last = last_local(trace)
-    if last is None or last.axes is None or not _pools_globally(trace, last):
+    if last is None or last.axes is None or last.index + 1 < len(trace.operations):
         return None
     if any(axis.whole for axis in last.axes):
         return None
@@ -166,7 +162,7 @@ def _small_field(trace: Trace, image_size: tuple[int, ...]) -> Finding | None:
         return None
     field, shown = "x".join(map(str, seen)), "x".join(map(str, image_size))
     return _note(
-        "small receptive field",
+        SMALL_FIELD,
         [f"{_name(last)}: each position sees {field} of {shown} px"],
         "the network judges by details; nothing in it sees how they are arranged",
         "more layers, strides, pools or dilation, or smaller images",

@@ -57,7 +57,8 @@ def preflight(
         cause = raised.__cause__ or raised
         if needs_numbers(cause):
             return [_skipped(cause)]
-        return [_misfit(model, name, explain(raised.trace, cause), in_channels, size, batch_size)]
+        failure = explain(raised.trace, cause)
+        return [_misfit(model, name, failure, in_channels, size, batch_size, expected_output_shape)]
     if expected_output_shape is not None and (wrong := _wrong_output(output, tuple(expected_output_shape))):
         return [wrong]
     return margin_notes(trace, size, batch_size, classification)
@@ -127,10 +128,18 @@ def _wrong_output(output: Any, expected: tuple[int | None, ...]) -> Finding | No
 
 
 def _misfit(
-    model: nn.Module, name: str, failure: Failure, in_channels: int, size: tuple[int, ...], batch_size: int
+    model: nn.Module,
+    name: str,
+    failure: Failure,
+    in_channels: int,
+    size: tuple[int, ...],
+    batch_size: int,
+    expected: Sequence[int | None] | None,
 ) -> Finding:
     shown = "x".join(map(str, size))
-    needed = smallest_size(model, in_channels, len(size), batch_size)
+    needed = smallest_size(model, in_channels, len(size), batch_size, expected)
+    if failure.positions:
+        needed = None
     cause = f"images are {shown} px, {in_channels} channel{'s' if in_channels > 1 else ''}"
     remedies, keys = [failure.advice] if failure.advice else [], ("model",)
     if needed is not None and size != (needed[0],) * len(size):
@@ -146,22 +155,30 @@ def _misfit(
 
 
 def smallest_size(
-    model: nn.Module, in_channels: int, dimensions: int, batch_size: int
+    model: nn.Module,
+    in_channels: int,
+    dimensions: int,
+    batch_size: int,
+    expected: Sequence[int | None] | None = None,
 ) -> tuple[int, bool] | None:
-    """The smallest square image that a meta network takes, and whether it takes larger ones too; None if not
-    found.
+    """The smallest square image that a meta network takes, and whether it takes larger ones too.
+
+    None if not found, or where it only fits by accident: the output is not of the `expected` shape, or one side of the
+    image has to be exact and the other one does not matter.
 
     By bisection between common sizes, in the mode that the network is in; given up after a few seconds.
     """
     deadline = time.monotonic() + _SEARCH_S
 
-    def fits(side: int) -> bool:
+    def fits(side: int, *others: int) -> bool:
+        size = (side, *(others or (side,) * (dimensions - 1)))
         try:
             with torch.no_grad():
-                model(images(in_channels, (side,) * dimensions, batch_size))
+                output = model(images(in_channels, size, batch_size))
         except Exception:
             return False
-        return True
+        whole = not isinstance(output, Tensor) or output.shape[:1] == (batch_size,)
+        return whole and (expected is None or _wrong_output(output, tuple(expected)) is None)
 
     low, high = 0, 0
     for side in _SIZES:
@@ -176,4 +193,9 @@ def smallest_size(
     while high - low > 1 and time.monotonic() < deadline:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return (high, fits(2 * high)) if high - low == 1 else None
+    if high - low > 1:
+        return None
+    more = fits(2 * high)
+    if not more and dimensions == 2 and (fits(high, 2 * high) or fits(2 * high, high)):
+        return None
+    return high, more

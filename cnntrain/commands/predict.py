@@ -132,7 +132,7 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
     compute = choose_compute(restored.device, restored.precision, restored.channels_last)
     pipeline = build_pipeline(restored, spec)
     task = build_task(restored, spec, pipeline)
-    model = build_model(restored, spec, task, pipeline.output_size).to(compute.device)
+    model = build_model(restored, spec, task, pipeline.output_size, advise=False).to(compute.device)
     load_judged(model, saved)
     model.to(memory_format=compute.memory_format)
     data = restored.data

@@ -110,6 +110,59 @@ def test_wrong_dense_width() -> None:
     assert "in_features=1568" in finding.remedy
 
 
+class Reduces(nn.Module):
+    """A convolution of `width` channels, something that should make a vector of the channels, a dense layer."""
+
+    def __init__(
+        self, width: int, reduce: Callable[[Tensor], Tensor], features: int, classes: int = 10
+    ) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, width, 3, padding=1), nn.Linear(features, classes)
+        self.reduce = reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.reduce(self.conv(x)))
+
+
+@pytest.mark.parametrize("width", [8, 12, 16])
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        lambda x: x.mean((1, 2)),
+        lambda x: x.mean((1, 3)),
+        lambda x: x.mean(1).flatten(1),
+        lambda x: x.amax((1, 2)),
+        lambda x: x.mean((1, 2)) + 0,
+    ],
+    ids=["columns", "rows", "pixels", "columns by maximum", "and an addition"],
+)
+def test_a_size_that_fits_by_accident_is_no_remedy(reduce: Callable[[Tensor], Tensor], width: int) -> None:
+    """Averaged over the channels, the map is as wide as the dense layer for one size; the network would be wrong."""
+    finding = only(preflight(Reduces(width, reduce, width), 1, (28, 28), (10,)))
+    assert "data.size" not in finding.remedy and "exactly" not in finding.evidence
+    assert "mean((2, 3))" in finding.remedy and "in_features" not in finding.remedy
+
+
+def test_a_size_whose_output_the_task_can_not_use_is_no_remedy() -> None:
+    """view(-1, 64) moves pixels into the batch: it runs at 8 px, with other images than there were."""
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), Views(), nn.Linear(64, 10))
+    finding = only(preflight(net, 1, (30, 30), (10,)))
+    assert "data.size" not in finding.remedy
+
+
+class Views(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1, 64)
+
+
+@pytest.mark.parametrize("width", [4, 8, 16])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_a_size_that_fits_whatever_the_widths_is_a_remedy(width: int, classes: int) -> None:
+    net = Reduces(width, lambda x: x.flatten(1), width * 16 * 16, classes)
+    finding = only(preflight(net, 1, (28, 28), (classes,)))
+    assert "exactly 16 px" in finding.evidence and "data.size=16" in finding.remedy
+
+
 def test_a_missing_flatten() -> None:
     finding = only(preflight(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(2704, 10)), 1, (28, 28)))
     assert "model.1 Linear" in finding.evidence
@@ -201,14 +254,17 @@ NOTES = {
     "nothing between": nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3), *head(3600)),
     "softmax last": nn.Sequential(nn.Conv2d(1, 4, 3), *head(3600), nn.Softmax(1)),
     "bias before BatchNorm": nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), *head(3600)),
-    "small receptive field": nn.Sequential(
-        nn.Conv2d(1, 4, 5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
-    ),
+    "small receptive field": nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.Conv2d(4, 10, 1)),
     "even kernel with 'same'": nn.Sequential(nn.Conv2d(1, 4, 4, padding="same"), *head(4096)),
     "large first layer": nn.Sequential(
         nn.Conv2d(1, 64, 3, padding=1), nn.MaxPool2d(8), nn.Conv2d(64, 4, 3), *head(16)
     ),
 }
+
+
+def test_a_global_pool_puts_positions_together() -> None:
+    pooled = [nn.Conv2d(1, 4, 5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)]
+    assert names(nn.Sequential(*pooled)) == []
 
 
 @pytest.mark.parametrize("note", NOTES)
