@@ -25,7 +25,8 @@ NEGLIGIBLE = 1e-8  # gradient norm, beside the largest of the same step
 LARGEST_JUMP = 10.0  # factor by which one step may change a tensor's norm
 LARGEST_OUTPUT = 1e3
 SMALLEST_DIFFERENCE = 1e-5  # between the outputs for two images, beside their size
-QUICK = 50  # steps: 28 at most were measured for one image of a class, with every optimizer's default rate
+QUICK = 50  # steps for one example, and the root of their number more for several; 28 (one) and 81 (eight) at most
+# were measured for classification with the optimizers' default rates
 FASTER = 5  # times: what a rate ten times as high must gain for the configured one to count as too low
 SLOWEST = 300  # steps for one example: 168 at most were measured, for heat maps of a narrow U-Net
 FP16_SCALE = 1024.0  # of the loss
@@ -311,7 +312,7 @@ def judge_pace(trial: Trial, examples: int, attempt: Callable[[int], Trial], str
     """
     steps = trial.reached_at or 0
     evidence = f"learned in {steps} steps"
-    if steps <= QUICK:
+    if steps <= QUICK * math.sqrt(examples):
         return Finding("pace", "PASS", evidence)
     faster = attempt(steps // FASTER)
     verdict = "FAIL" if strict else "WARN"

@@ -134,6 +134,8 @@ def learned_in(steps: int | None, **more: float) -> Trial:
         ),  # no remedy
         (SLOWEST + 1, 1, learned_in(None), "WARN"),
         (SLOWEST + 1, 8, learned_in(None), "PASS"),
+        (2 * FEW_STEPS, 8, None, "PASS"),
+        (4 * FEW_STEPS, 8, learned_in(FEW_STEPS // FASTER), "WARN"),
     ],
 )
 def test_a_trial_is_slow_where_a_higher_rate_is_much_faster(
@@ -142,7 +144,7 @@ def test_a_trial_is_slow_where_a_higher_rate_is_much_faster(
     allowed: list[int] = []
     finding = judge_pace(learned_in(steps), examples, lambda most: allowed.append(most) or faster)
     assert finding.verdict == verdict
-    assert allowed == ([] if steps <= FEW_STEPS else [steps // FASTER])
+    assert allowed == ([] if steps <= FEW_STEPS * examples**0.5 else [steps // FASTER])
 
 
 class Moved(nn.Module):
