@@ -1,6 +1,7 @@
 """From settings to the parts of a run: device, data, task, augmentation, model. Shared by the commands."""
 
 import dataclasses
+import inspect
 import logging
 import math
 import re
@@ -9,6 +10,7 @@ from functools import partial
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from cnntrain.anatomy.margin_notes import SMALL_FIELD
 from cnntrain.anatomy.meta import as_meta
@@ -198,16 +200,46 @@ def tell_frozen(settings: Settings, model: nn.Module, resumes: bool) -> None:
 
 
 def build_source(settings: Settings) -> tuple[Source, DataSettings]:
-    """The data set, not yet read, and the keys that every data set has."""
+    """The data set, not yet read, and the keys that every data set has.
+
+    Raises:
+        UserError: what `data` names makes no data set, or a key is wrong.
+    """
     node, common = split_data(settings)
-    return build(node, "data", "data", settings.trusted_packages), common
+    source = build(node, "data", "data", settings.trusted_packages)
+    if not _is_source(source):
+        raise _no_source(node["_target_"], type(source))
+    return source, common
 
 
 def split_data(settings: Settings) -> tuple[Node, DataSettings]:
     """The data set's own arguments, and the keys that every data set has; a size of null is the data set's own."""
     node, common = split_common(settings.data, DataSettings)
     node = {key: value for key, value in node.items() if (key, value) != ("size", None)}
+    missing = [field.name for field in dataclasses.fields(DataSettings) if field.name not in common]
+    if missing:  # most likely a class that was made for something else
+        factory = resolve(node, "data", "data", settings.trusted_packages)
+        target = factory.func if isinstance(factory, partial) else factory
+        if inspect.isclass(target) and not _is_source(target):
+            raise _no_source(node["_target_"], target)
+        raise UserError(
+            f"data.{missing[0]}: missing; the keys that every data set has come with `defaults: [_base, _self_]` in "
+            "its YAML file"
+        )
     return node, parse(DataSettings, common, "data.")
+
+
+def _is_source(candidate: object) -> bool:
+    return all(callable(getattr(candidate, name, None)) for name in ("spec", "load"))
+
+
+def _no_source(path: str, found: type) -> UserError:
+    kind = "a torch Dataset" if issubclass(found, Dataset) else f"no data set ({found.__name__})"
+    return UserError(
+        f"data._target_: {path} is {kind}; it must be a cnntrain.data.source.Source: a class with spec(), which "
+        'returns a DataSpec, and load(), which returns {"train": Examples(images, {"label": labels}, names)} with '
+        'uint8 images (N, C, H, W); the README has an example under "Your own network, data, augmentation"'
+    )
 
 
 def with_chosen_statistics(spec: DataSpec, chosen: DataSettings) -> DataSpec:

@@ -1,5 +1,6 @@
 """What rooms hand to each other: the facts about a data set, and a batch. Nothing here has an opinion."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -136,35 +137,38 @@ def mirror_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) 
 
 
 def infer_mirror(keypoints: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Mirror partners from names that say left/right or begin or end with l/r; None when no name says so.
+    """Mirror partners from names that have the word left or right, or begin or end with l/r; None when no name has.
+
+    Words end at what is no letter, and before a capital: `left_eye`, `eyeLeft`, `left-eye2`. `lefteye` and `eyeleft`
+    count too where the partner is there; `bright_spot` does not.
 
     Raises:
         UserError: a name says its side, but its partner's name is missing.
     """
-    swaps = (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT"))
-    affixes = (("l_", "r_"), ("L_", "R_"))
-    suffixes = (("_l", "_r"), ("_L", "_R"))
-
-    def partner(name: str) -> str | None:
-        for a, b in swaps:
-            if a in name:
-                return name.replace(a, b)
-            if b in name:
-                return name.replace(b, a)
-        for a, b in affixes:
-            if name.startswith((a, b)):
-                return (b if name.startswith(a) else a) + name[len(a) :]
-        for a, b in suffixes:
-            if name.endswith((a, b)):
-                return name[: -len(a)] + (b if name.endswith(a) else a)
-        return None
-
     pairs: dict[str, str] = {}
     for name in keypoints:
-        other = partner(name)
-        if other is None:
-            continue
-        if other not in keypoints:
+        other, certain = _other_side(name)
+        if other in keypoints:
+            pairs[name] = str(other)
+        elif other is not None and certain:
             raise UserError(f"data.mirror: {name!r} has no partner; add {name}: {other} or rename the point")
-        pairs[name] = other
     return mirror_permutation(keypoints, pairs) if pairs else None
+
+
+_OPPOSITE = {
+    "left": "right", "Left": "Right", "LEFT": "RIGHT", "l": "r", "L": "R",
+    "right": "left", "Right": "Left", "RIGHT": "LEFT", "r": "l", "R": "L",
+}  # fmt: skip
+_SIDE_WORD = re.compile(
+    "(?<![a-zA-Z])(?:left|right|Left|Right)(?![a-z])|(?<=[a-z])(?:Left|Right)(?![a-z])|(?<![a-zA-Z])(?:LEFT|RIGHT)(?![a-zA-Z])"
+)
+_SIDE_LETTER = re.compile("^[lrLR](?=_)|(?<=_)[lrLR]$")
+_SIDE_ANYWHERE = re.compile("left|right|Left|Right|LEFT|RIGHT")
+
+
+def _other_side(name: str) -> tuple[str | None, bool]:
+    """The name with its sides exchanged, None where it tells none; and whether a word of its own tells it."""
+    for pattern in (_SIDE_WORD, _SIDE_LETTER, _SIDE_ANYWHERE):
+        if pattern.search(name):
+            return pattern.sub(lambda found: _OPPOSITE[found[0]], name), pattern is not _SIDE_ANYWHERE
+    return None, False

@@ -5,14 +5,14 @@ import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from cnntrain.data.canvas import Box, Resize
 from cnntrain.data.keypoints import KeypointSource, Labelled
 from cnntrain.data.source import given_folder
-from cnntrain.data.table import Complaints, read_annotations
+from cnntrain.data.table import Complaints, is_file, read_annotations
 from cnntrain.errors import UserError
 
 
@@ -90,8 +90,11 @@ class CocoFile:
     @cached_property
     def category(self) -> dict[str, Any]:
         found = [c for c in self.content["categories"] if c.get("keypoints")]
-        if len(found) != 1 or not all(isinstance(name, str) for name in found[0]["keypoints"]):
-            raise UserError(f"data: {self.file}: expected one category with keypoints, found {len(found)}")
+        names = found[0]["keypoints"] if len(found) == 1 else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"data: {self.file}: expected one category with a list of names 'keypoints', found {len(found)}"
+            )
         return found[0]
 
     @property
@@ -100,38 +103,58 @@ class CocoFile:
 
     @property
     def skeleton(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of point indices; the file counts from 1."""
+        """Pairs of point indices; the file counts from 1. What is no such pair is left out: it is only drawn."""
+        pairs = self.category.get("skeleton")
         numbers = range(1, len(self.names) + 1)
-        pairs = [
-            pair for pair in self.category.get("skeleton") or () if isinstance(pair, list) and len(pair) == 2
-        ]
-        return tuple((a - 1, b - 1) for a, b in pairs if a in numbers and b in numbers)
+        return tuple(
+            (pair[0] - 1, pair[1] - 1)
+            for pair in (pairs if isinstance(pairs, list) else ())
+            if isinstance(pair, list)
+            and len(pair) == 2
+            and all(type(n) is int and n in numbers for n in pair)
+        )
 
     def objects(self) -> list[Labelled]:
         complaints = Complaints(self.file)
-        file_names = {image.get("id"): image.get("file_name") for image in self.content["images"]}
+        file_names = self._file_names(complaints)
         present: dict[str, bool] = {}
         objects = []
         for row in self.content["annotations"]:
             if row.get("category_id") != self.category.get("id") or row.get("iscrowd"):
                 continue
-            where = f"annotation {row.get('id')}"
-            name = file_names.get(row.get("image_id"))
-            if not isinstance(name, str):
-                complaints.add(where, f"no image has the id {row.get('image_id')!r}")
+            where = f"annotation {row.get('id')!r}"
+            points = self._points(row, complaints, where)
+            if points is None or not points[:, 2].any():
+                continue  # of an object without labelled points nothing else is used
+            box = self._box(row, complaints, where)
+            image = row.get("image_id")
+            name = file_names.get(image) if _is_id(image) else None
+            if name is None:
+                complaints.add(where, f"no image has the id {image!r}")
                 continue
             if name not in present:
-                present[name] = (self.images / name).is_file()
+                present[name] = is_file(self.images / name)
                 if not present[name]:
                     complaints.add(where, f"no file {name!r} in {self.images}")
-            points, box = self._points(row, complaints, where), self._box(row, complaints, where)
-            if points is None or not points[:, 2].any():
-                continue
             path = str(self.images / name)
             example = f"{self.split}/{name}:{row.get('id')}"
             objects.append(Labelled(path, example, points[:, :2], points[:, 2] > 0, box, self.split, path))
         complaints.raise_if_any()
         return objects
+
+    def _file_names(self, complaints: Complaints) -> dict[float | str, str]:
+        """The file of each image by its id; images that are not of COCO's form go to the complaints."""
+        names: dict[float | str, str] = {}
+        for place, image in enumerate(self.content["images"]):
+            number, name = image.get("id"), image.get("file_name")
+            if not _is_id(number) or not isinstance(name, str):
+                complaints.add(
+                    f"image {place} of the list",
+                    f"id must be a number or a text, and file_name a text; got {number!r} and {name!r}"[:200],
+                )
+            elif names.setdefault(number, name) != name:
+                complaints.add(f"image {place} of the list", f"another image has the id {number!r} too")
+        return names
 
     def _points(self, row: dict[str, Any], complaints: Complaints, where: str) -> torch.Tensor | None:
         """(K, 3): x, y and 0 (not labelled), 1 (hidden, but labelled) or 2."""
@@ -146,10 +169,14 @@ class CocoFile:
         values = row.get("bbox")
         if values is None:
             return None
-        if not _are_numbers(values, 4) or values[2] <= 0 or values[3] <= 0:
+        if not _are_numbers(values, 4) or values[2] < 0 or values[3] < 0:
             complaints.add(where, f"bbox must be left, top, width, height in pixels, got {str(values)[:80]}")
             return None
         return values[0], values[1], values[0] + values[2], values[1] + values[3]
+
+
+def _is_id(value: Any) -> TypeGuard[float | str]:
+    return isinstance(value, float | int | str) and not isinstance(value, bool)
 
 
 def _are_numbers(values: Any, count: int) -> bool:

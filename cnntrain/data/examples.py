@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -113,29 +113,124 @@ class Examples:
         return f"{len(self)}-{digest.hexdigest()[:16]}"
 
 
-def check_examples(split: str, examples: Examples, spec: DataSpec) -> None:
-    """Refuse examples that are not what their data set says of itself: those of a source of one's own may be anything.
+def check_examples(split: str, examples: Examples, spec: DataSpec) -> Examples:
+    """The examples with every target in the form that tasks need: those of a source of one's own may be anything.
+
+    What can only be meant in one way is converted: numpy arrays and lists, labels of another type of integer or as
+    whole floating-point numbers, (N, 1) or one-hot (N, C), masks of other integers, points of other number types.
 
     Raises:
-        UserError: names the split and what is wrong.
+        UserError: names the split, what is wrong, and the remedy.
     """
     images, count = examples.images, len(examples)
+    if not isinstance(images, Tensor | LazyImages):
+        images = _as_tensor(images, f"the {split} images")
     shape = (count, spec.channels, spec.height, spec.width)
     if tuple(images.shape) != shape or (isinstance(images, Tensor) and images.dtype != torch.uint8):
         kind = images.dtype if isinstance(images, Tensor) else "files"
         raise UserError(
             f"data: the {split} images are {kind} {tuple(images.shape)}; expected uint8 {shape}, as spec() says"
         )
-    for name, target in examples.targets.items():
-        if len(target) != count:
-            raise UserError(f"data: the {split} split has {count} images and {len(target)} of {name!r}")
-    if "mask" in {**examples.targets, **examples.lazy_targets} and not spec.per_pixel:
+    targets = {
+        name: _as_tensor(target, f"{name!r} of the {split} split")
+        for name, target in examples.targets.items()
+    }
+    for name, target in targets.items():
+        if target.dim() == 0 or len(target) != count:
+            found = len(target) if target.dim() else "a single number"
+            raise UserError(f"data: the {split} split has {count} images and {found} of {name!r}")
+    given = {**targets, **examples.lazy_targets}
+    if "mask" in given and not spec.per_pixel:
         raise UserError(f"data: the {split} split has masks; spec() must say per_pixel=True")
-    label = examples.targets.get("label")
-    if label is not None and label.dtype == torch.int64 and spec.classes:
-        wrong = ((label < 0) | (label >= len(spec.classes))).nonzero().flatten().tolist()
-        if wrong:
-            shown = ", ".join(f"{int(label[row])} ({examples.names[row]})" for row in wrong[:5])
-            raise UserError(
-                f"data: {len(wrong)} of {count} {split} labels are out of range, 0 to {len(spec.classes) - 1}: {shown}"
-            )
+    needed = "points" if spec.keypoints else "mask" if spec.per_pixel else "label" if spec.classes else None
+    if needed is not None and needed not in given:
+        has = ", ".join(map(repr, given)) or "none"
+        raise UserError(f"data: the {split} split needs the target {needed!r}, as spec() says, and has {has}")
+    if "label" in targets and spec.classes:
+        targets["label"] = _labels(targets["label"], split, examples.names, len(spec.classes))
+    if "mask" in targets:
+        targets["mask"] = _masks(targets["mask"], split, spec)
+    if "points" in targets:
+        targets |= _points(targets, split, spec)
+    return replace(examples, images=images, targets=targets)
+
+
+def _as_tensor(values: Any, what: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"data: {what}: {type(values).__name__} can't become a tensor ({error})") from error
+
+
+def _labels(label: Tensor, split: str, names: Sequence[str], classes: int) -> Tensor:
+    """(N,) int64, in range."""
+    remedy = "labels must be int64 (N,), the number of each image's class"
+    if label.dim() == 2 and label.shape[1] == 1:
+        label = label[:, 0]
+    elif label.dim() == 2 and label.shape[1] == classes and _is_one_hot(label):
+        label = label.long().argmax(1)
+    if label.dim() != 1:
+        hint = "; of one-hot rows or scores take .argmax(1)" if label.dim() == 2 else ""
+        raise UserError(f"data: the {split} labels are {label.dtype} {tuple(label.shape)}; {remedy}{hint}")
+    whole = not label.is_complex() and (
+        not label.is_floating_point() or bool((label.isfinite() & (label == label.round())).all())
+    )
+    if not whole:
+        raise UserError(f"data: the {split} labels are {label.dtype} and not whole numbers; {remedy}")
+    label = label.to(torch.int64)
+    wrong = ((label < 0) | (label >= classes)).nonzero().flatten().tolist()
+    if wrong:
+        shown = ", ".join(f"{int(label[row])} ({names[row]})" for row in wrong[:5])
+        raise UserError(
+            f"data: {len(wrong)} of {len(label)} {split} labels are out of range, 0 to {classes - 1}: {shown}"
+        )
+    return label
+
+
+def _is_one_hot(rows: Tensor) -> bool:
+    """Each row has one 1 and else 0."""
+    if rows.is_complex():
+        return False
+    return bool((((rows == 0) | (rows == 1)).all(1) & (rows.double().sum(1) == 1)).all())
+
+
+def _masks(mask: Tensor, split: str, spec: DataSpec) -> Tensor:
+    """(N, H, W) uint8."""
+    remedy = f"masks must be uint8 (N, {spec.height}, {spec.width}), the number of each pixel's class"
+    if mask.dim() == 4 and mask.shape[1] == 1:
+        mask = mask[:, 0]
+    if tuple(mask.shape[1:]) != spec.image_size or mask.is_floating_point() or mask.is_complex():
+        raise UserError(f"data: the {split} masks are {mask.dtype} {tuple(mask.shape)}; {remedy}")
+    if mask.numel() and not 0 <= int(mask.min()) <= int(mask.max()) <= 255:
+        raise UserError(f"data: the {split} masks hold {int(mask.min())} to {int(mask.max())}; {remedy}")
+    mask = mask.to(torch.uint8)
+    found = torch.bincount(mask.flatten(), minlength=256).nonzero().flatten().tolist()
+    wrong = [value for value in found if value >= len(spec.classes) and value != spec.outside]
+    if wrong:
+        raise UserError(
+            f"data: the {split} masks hold {', '.join(map(str, wrong[:8]))}; the classes are 0 to "
+            f"{len(spec.classes) - 1}, and {spec.outside} is ignored"
+        )
+    return mask
+
+
+def _points(targets: dict[str, Tensor], split: str, spec: DataSpec) -> dict[str, Tensor]:
+    """`points` (N, K, 2) float32 and `visible` (N, K) bool; visible are all where that is not given."""
+    points = targets["points"]
+    shape = (len(points), len(spec.keypoints), 2)
+    if tuple(points.shape) != shape or points.is_complex():
+        raise UserError(
+            f"data: the {split} points are {points.dtype} {tuple(points.shape)}; expected float32 {shape}, x and y of "
+            f"the {shape[1]} keypoints in pixels of the canvas"
+        )
+    visible = targets.get("visible", torch.ones(shape[:2], dtype=torch.bool))
+    if tuple(visible.shape) != shape[:2] or not ((visible == 0) | (visible == 1)).all():
+        raise UserError(f"data: 'visible' of the {split} split must be bool {shape[:2]}")
+    points, visible = points.float(), visible.bool()
+    if not points[visible].isfinite().all():
+        raise UserError(
+            f"data: some {split} points are visible and not finite; 'visible' must be False for them"
+        )
+    return {"points": torch.where(visible[..., None], points, 0.0), "visible": visible}

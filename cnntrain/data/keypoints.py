@@ -90,6 +90,10 @@ class KeypointSource(Source):
     @cached_property
     def annotations(self) -> tuple[tuple[str, ...], list[Labelled], tuple[tuple[int, int], ...]]:
         names, objects, skeleton = self.read()
+        for name in names:
+            if not name or not name.isprintable() or names.count(name) > 1:
+                fault = "stands there twice" if names.count(name) > 1 else "can't be a name"
+                raise UserError(f"data: the keypoint {name!r} {fault}; names must be printable and differ")
         if self.scheme is not None:
             if len(self.scheme.names) != len(names):
                 raise UserError(

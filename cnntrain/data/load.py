@@ -75,8 +75,11 @@ def load_data(
     for name in splits:
         if len(splits[name]) == 0:
             raise UserError(f"data: the {name} split has no examples")
+    facts = source.spec()
     for name, examples in splits.items():
-        check_examples(name, examples, source.spec())
+        examples = check_examples(name, examples, facts)
+        if name == "train":
+            _tell_of_classes_without_examples(examples, facts)
         rows = limit_rows(len(examples), limit, split_seed, name)
         splits[name] = examples if rows is None else examples.subset(rows)
     check_groups_apart({name: examples.groups for name, examples in splits.items()})
@@ -111,6 +114,19 @@ def load_data(
         source_files = files if isinstance(files, LazyImages) else None
         spec = spec.with_statistics(*measure(splits["train"], split_seed, source_files))
     return Data(spec, splits["train"], splits["val"], splits.get("test"), fingerprint, own_val)
+
+
+def _tell_of_classes_without_examples(train: Examples, facts: DataSpec) -> None:
+    """Warn of classes that no training image has, as where labels count from 1."""
+    if "label" not in train.targets or not facts.classes:
+        return
+    counts = torch.bincount(train.targets["label"], minlength=len(facts.classes)).tolist()
+    absent = [name for name, count in zip(facts.classes, counts, strict=True) if not count]
+    if absent:
+        shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
+        logger.warning(
+            "data: no training image is of %d of the %d classes: %s", len(absent), len(counts), shown
+        )
 
 
 def _checked_splits(splits: Any) -> dict[str, Examples]:

@@ -37,6 +37,29 @@ def test_coco_partners_are_neighbours():
     assert infer_mirror(COCO17.names) == (0, *(i + 1 if i % 2 else i - 1 for i in range(1, 17)))
 
 
+@pytest.mark.parametrize(
+    ("names", "mirror"),
+    [
+        (("bright_spot", "nose"), None),
+        (("bright_spot", "cleft_chin", "left_eye", "right_eye"), (0, 1, 3, 2)),
+        (("leftEye", "rightEye", "eyeLeft", "eyeRight"), (1, 0, 3, 2)),
+        (("LeftEye", "RightEye", "LEFT_EAR", "RIGHT_EAR"), (1, 0, 3, 2)),
+        (("lefteye", "righteye", "eyeleft", "eyeright"), (1, 0, 3, 2)),
+        (("l_eye", "r_eye", "ear_L", "ear_R"), (1, 0, 3, 2)),
+        (("left 1", "right 1", "left-2", "right-2"), (1, 0, 3, 2)),
+        (("left_of_right_eye", "right_of_left_eye"), (1, 0)),
+    ],
+)
+def test_partners_follow_from_whole_words(names, mirror):
+    assert infer_mirror(names) == mirror
+
+
+@pytest.mark.parametrize("name", ["left_eye", "eyeRight", "l_eye", "LEFT_EYE"])
+def test_a_side_without_its_partner_is_refused(name):
+    with pytest.raises(UserError, match=f"'{name}' has no partner"):
+        infer_mirror((name, "nose"))
+
+
 def test_cat_ears_mirror_inside_out():
     """The left ear counts from the inside, so its third point is the partner of the right one's first. Sides are
     the cat's own: its right is on the picture's left."""
@@ -233,13 +256,40 @@ def annotation(**fields):
     return {"annotations": [{"id": 7, "image_id": 0, "category_id": 1, **fields}]}
 
 
+@pytest.mark.parametrize("name", ["a", "", "\ud800", "\x1b[31m"])
+def test_names_of_keypoints_are_printable_and_differ(photographs, name):
+    with pytest.raises(UserError, match="names must be printable and differ"):
+        coco(photographs, categories=[{"id": 1, "keypoints": ["a", name]}]).spec()
+
+
+SEEN = {"keypoints": [1, 2, 2, 3, 4, 2]}
 COCO_FAULTS = [
-    (annotation(image_id=99), "annotation 7: no image has the id 99"),
+    (annotation(image_id=99, **SEEN), "annotation 7: no image has the id 99"),
+    (annotation(image_id=[1], **SEEN), "annotation 7: no image has the id [1]"),
+    (annotation(image_id=None, **SEEN), "annotation 7: no image has the id None"),
+    (annotation(image_id=True, **SEEN), "annotation 7: no image has the id True"),
+    (annotation(keypoints=None), "annotation 7: keypoints must be 6"),
+    (annotation(keypoints=[1, 2, [2], 3, 4, 2]), "annotation 7: keypoints must be 6"),
+    (annotation(**SEEN, bbox=[1, 2, -3, 1]), "annotation 7: bbox must be"),
+    (annotation(**SEEN, bbox={"x": 1}), "annotation 7: bbox must be"),
+    (annotation(**SEEN, bbox=[1, 2, "3", 1]), "annotation 7: bbox must be"),
+    ({"images": [{"id": [0], "file_name": "0.png"}]}, "image 0 of the list: id must be"),
+    ({"images": [{"id": 0, "file_name": 5}]}, "image 0 of the list: id must be"),
+    (
+        {"images": [{"id": 0, "file_name": "0.png"}, {"id": 0, "file_name": "1.png"}]},
+        "another image has the id 0",
+    ),
+    ({"images": [{"id": 0, "file_name": "a\0b"}]}, "no file 'a\\x00b'"),
+    ({"images": [{"id": 0, "file_name": "a" * 5000}]}, "no file 'aaa"),
+    ({"images": [{"id": 0, "file_name": "\ud800"}]}, "no file '\\ud800'"),
+    ({"categories": [{"id": 1, "keypoints": "ab"}]}, "one category with a list of names"),
+    ({"categories": [{"id": 1, "keypoints": 7}]}, "one category with a list of names"),
+    ({"categories": [{"id": 1, "keypoints": {"a": 1}}]}, "one category with a list of names"),
+    ({"categories": [{"id": 1, "keypoints": ["a", ["b"]]}]}, "one category with a list of names"),
     (annotation(keypoints=[1, 2]), "annotation 7: keypoints must be 6"),
     (annotation(keypoints=[1, 2, 2, 3, 4, 5]), "v of 0, 1, 2"),
-    (annotation(keypoints=[1, 2, 2, 3, 4, 2], bbox=[1, 2, 0, 1]), "annotation 7: bbox must be"),
     ({"images": [{"id": 0, "file_name": "gone.png"}]}, "no file 'gone.png'"),
-    ({"categories": []}, "one category with keypoints"),
+    ({"categories": []}, "one category with a list of names"),
     ({"images": 3}, "a list of objects 'images'"),
 ]
 
@@ -250,6 +300,34 @@ def test_faults_in_a_coco_file_name_the_annotation(photographs, changes, part):
         coco(photographs, **changes).spec()
     assert part in str(caught.value)
     assert "train.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "skeleton", [5, "ab", [5], [[1]], [["a", "b"]], [[1.0, 2]], [[0, 9]], [[[1], [2]]], {"a": 1}]
+)
+def test_a_skeleton_that_is_none_is_not_drawn(photographs, skeleton):
+    category = {"id": 1, "keypoints": ["left_eye", "right_eye"], "skeleton": skeleton}
+    assert coco(photographs, categories=[category]).spec().skeleton == ()
+
+
+def test_what_an_object_without_labelled_points_says_besides_is_not_asked(photographs):
+    hidden = {"id": 8, "category_id": 1, "keypoints": [0] * 6}
+    rows = [
+        {**hidden, "image_id": 0, "bbox": [0, 0, 0, 0]},
+        {**hidden, "image_id": 77},
+        {**hidden, "bbox": "none"},
+    ]
+    seen = annotation(**SEEN, bbox=[0, 0, 9, 9])["annotations"]
+    train = coco(photographs, annotations=[*rows, *seen]).load()["train"]
+    assert train.names == ["train/0.png:7"]
+
+
+def test_an_empty_box_is_none(photographs):
+    source = coco(photographs, **annotation(**SEEN, bbox=[1, 2, 0, 1]))
+    with pytest.raises(UserError, match=r"0\.png: has no box; set data\.crop=points or none"):
+        source.load()
+    source.crop = "none"
+    assert len(source.load()["train"]) == 1
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100000, "\x00"])
@@ -293,6 +371,7 @@ def test_dlib_files(photographs):
         ("</dataset>", "", "can't be read as XML"),
         ("<dataset>", "<!DOCTYPE d [<!ENTITY a 'aaaa'>]><dataset>", "entity declarations"),
         ("part", "spot", "expected <part"),
+        ("file='1.png'", f"file='{'a' * 5000}'", "no such file"),
     ],
 )
 def test_faults_in_a_dlib_file_are_named(photographs, old, new, part):
