@@ -143,8 +143,8 @@ def test_a_run_names_the_step_that_was_bad_though_it_is_noticed_later(
     # 180 images are 9 batches an epoch: 9 steps of one, or 3 steps of three.
     where = "step 4 (epoch 1" if accumulate == 1 else "step 6 (epoch 2"
     assert lines[0].startswith(f"the loss is nan at {where}, learning rate ")
-    assert lines[1] == "first not finite: the activation of layers.1 (Linear)"
-    assert lines[2].count("digits/") == 20
+    assert "first not finite: the activation of layers.1 (Linear)" in lines
+    assert str(raised.value).count("digits/") == SHOWN_EXAMPLES
     saved = "none was written yet" if accumulate == 1 else "run/checkpoints/last.pt (step 3)"
     assert lines[-1] == f"last good checkpoint: {saved}"
     for path in Path("run").glob("checkpoints/*.pt"):
