@@ -48,10 +48,10 @@ class Keeper:
             return
         packed = checkpoint.pack({"state": self.state.state_dict(), **self.facts})
         self.flush()
-        numbered = []
+        numbered = None
         if "last" in names and self.keep and not self.state.progress.batch:  # an epoch has ended
-            numbered = [f"epoch-{self.state.progress.epoch:05}"]
-        self._under_way = self._writer.submit(self._write, packed, [*names, *numbered], self._place())
+            numbered = f"epoch-{self.state.progress.epoch:05}"
+        self._under_way = self._writer.submit(self._write, packed, names, numbered, self._place())
 
     def flush(self) -> None:
         """Wait until all is on the disk."""
@@ -65,13 +65,16 @@ class Keeper:
         self.flush()
         return self._last_good
 
-    def _write(self, packed: memoryview, names: list[str], place: str) -> None:
+    def _write(self, packed: memoryview, names: tuple[str, ...], numbered: str | None, place: str) -> None:
+        """A kill between two of the files loses none: an epoch whose last.pt is missing is trained again, and one whose
+        best.pt is missing has it in last.pt."""
+        if numbered:
+            checkpoint.write(packed, self.run.checkpoints / f"{numbered}.pt")
+            checkpoint.keep_newest(self.run.checkpoints, self.keep)
         for name in names:
             checkpoint.write(packed, self.run.checkpoints / f"{name}.pt")
             if name == "last":
                 self._last_good = place
-        if names[-1].startswith("epoch-"):
-            checkpoint.keep_newest(self.run.checkpoints, self.keep)
 
     def _place(self) -> str:
         return f"{self.run.last} (step {self.state.progress.step})"

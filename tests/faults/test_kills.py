@@ -1,13 +1,20 @@
 """Killed at any instant, and several at once: nothing is lost, nobody gets in another's way."""
 
+import csv
+import json
 import random
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.runs import assert_same_run
 
 STEPS = 12
 # AdamW over 5.6 million weights: a state of 64 MiB, which takes a while to write.
@@ -58,6 +65,169 @@ def test_killed_at_random_instants_a_run_ends_with_the_same_bits(cnntrain, kills
         "temporaries of dead runs are removed"
     )
     print(f"{kills} kills, {resumed} resumed; {done.stderr.splitlines()[0]}")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """The instant of a SIGKILL: the `call`-th call of a function of the program, see kill_runner.py."""
+
+    at: str
+    call: int
+    when: str = "before"
+    whom: str = "group"
+
+
+class Runner:
+    """Runs the command in forks of one process, so that each begins at once."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("kill_runner.py"))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, *arguments: str, kill: Kill | None = None) -> int:
+        assert self.process.stdin and self.process.stdout
+        request = {"arguments": arguments, "folder": str(Path.cwd()), "log": str(Path("log.txt").absolute()),
+                   "kill": asdict(kill) if kill else None}  # fmt: skip
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture
+def runner() -> Iterator[Runner]:
+    runner = Runner()
+    yield runner
+    runner.process.communicate()
+
+
+# Six steps an epoch; every second one is saved. Functions are named where they are called.
+SMALL = ("model=mlp", "model.values.width=8", "data.limit=200", "batch_size=32", "epochs=3", "ema_decay=0.9",
+         "checkpoint.every_steps=2", "checkpoint.keep=2", "threads=1", "device=cpu", "precision=fp32",
+         "log.tensorboard=false")  # fmt: skip
+MODES = {
+    "plain": (*SMALL, "log.pictures=false"),
+    "pictures": SMALL,
+    "ranks": (*SMALL, "log.pictures=false", "launch.devices=2"),
+    "sweep": (*SMALL, "log.pictures=false", "epochs=2", "-m", "optimizer.lr=0.001,0.01"),
+    "sweep of workers": (*SMALL, "log.pictures=false", "-m", "optimizer.lr=0.001,0.01", "sweep.jobs=2"),
+}
+RUN = {  # the functions, and how often a run calls each of them
+    "cnntrain.files:os.replace": 22,  # of every file that is written whole
+    "cnntrain.files:os.fsync": 30,  # when it is written and not yet in place
+    "cnntrain.engine.checkpoint:write": 16,
+    "cnntrain.engine.loop:set_learning_rate": 18,
+    "cnntrain.engine.loop:evaluate": 3,  # after an epoch's last step
+    "cnntrain.engine.keeper:Keeper.__call__": 9,
+    "cnntrain.report.metrics:MetricsFile.append": 3,
+    "cnntrain.report.journal:RunJournal.saved": 3,
+    "cnntrain.training:_judge": 2,
+    "cnntrain.engine.run_folder:RunFolder.write_json": 2,
+}
+RESUMING = {
+    "cnntrain.commands.train:find_saved": 1,
+    "cnntrain.commands.train:resume": 1,
+    "cnntrain.commands.train:bring_best": 1,
+    "cnntrain.engine.run_folder:remove_temporaries": 1,
+    "cnntrain.report.metrics:MetricsFile._rewrite": 1,
+}
+OF_MODE = {
+    "plain": RUN | RESUMING,
+    "pictures": {"cnntrain.report.journal:save": 5},
+    "ranks": RUN | RESUMING,
+    "sweep": RUN | RESUMING | {"cnntrain.sweep.study:Study.record": 2, "cnntrain.sweep.run:find_answer": 1},
+    "sweep of workers": {name: RUN[name] for name in RUN if "files" not in name},
+}
+
+
+def finish(runner: Runner, mode: str, folder: str, *kills: Kill) -> int:
+    """Run to the end, after a kill at each of the instants that are reached; how many were."""
+    asked, killed = (*MODES[mode], f"run_dir={folder}", "resume=auto"), 0
+    for kill in kills:
+        code = runner(*asked, kill=kill)
+        # A rank that is killed ends the others, with exit code 4.
+        assert code in (0, 4 if mode == "ranks" else -signal.SIGKILL), Path("log.txt").read_text()
+        killed += code != 0
+    assert runner(*asked) == 0, Path("log.txt").read_text()
+    return killed
+
+
+def assert_same(mode: str, folder: str, whole: str = "whole") -> None:
+    names = ("last", "best") if "sweep" in mode else ("last", "best", "epoch-00002", "epoch-00003")
+    runs = sorted(path.parents[1].relative_to(whole) for path in Path(whole).rglob("last.pt"))
+    assert len(runs) == (2 if "sweep" in mode else 1)
+    for run in runs:
+        assert_same_run(Path(whole, run), Path(folder, run), names)
+        left = {path.name for path in Path(folder, run).rglob("*") if path.is_file()}
+        assert left == {path.name for path in Path(whole, run).rglob("*") if path.is_file()}
+    if "sweep" in mode:
+        assert ranking(folder) == ranking(whole)
+
+
+def ranking(folder: str) -> list[dict[str, str]]:
+    with Path(folder, "results.csv").open(newline="") as file:
+        rows = [
+            {k: v for k, v in row.items() if "time" not in k and "_s" not in k}
+            for row in csv.DictReader(file)
+        ]
+    return sorted(rows, key=lambda row: sorted(row.items()))
+
+
+SAMPLE = {
+    "in a checkpoint's write": (
+        "plain",
+        (Kill("cnntrain.files:os.replace", 5), Kill("cnntrain.files:os.fsync", 9)),
+    ),
+    "between row and checkpoint": (
+        "plain",
+        (Kill("cnntrain.report.metrics:MetricsFile.append", 2, "after"),),
+    ),
+    "between last.pt and best.pt": ("plain", (Kill("cnntrain.engine.checkpoint:write", 3, "after"),)),
+    "after the last step": ("plain", (Kill("cnntrain.engine.loop:evaluate", 3),)),
+    "before the results": ("plain", (Kill("cnntrain.engine.run_folder:RunFolder.write_json", 2),)),
+    "while resuming": (
+        "plain",
+        (
+            Kill("cnntrain.engine.loop:set_learning_rate", 12),
+            Kill("cnntrain.commands.train:resume", 1, "after"),
+        ),
+    ),
+    "in the pictures": ("pictures", (Kill("cnntrain.report.journal:save", 3),)),
+    "in a sweep": (
+        "sweep",
+        (Kill("cnntrain.report.metrics:MetricsFile.append", 3), Kill("cnntrain.sweep.study:Study.record", 1)),
+    ),
+    "of two ranks": ("ranks", (Kill("cnntrain.report.metrics:MetricsFile.append", 2, whom="process"),)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLE)
+def test_killed_at_a_chosen_instant_it_ends_as_if_unbroken(name: str, runner: Runner) -> None:
+    mode, kills = SAMPLE[name]
+    finish(runner, mode, "whole")
+    assert finish(runner, mode, "broken", *kills) == len(kills)
+    assert_same(mode, "broken")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("mode", "kills"),
+    [("plain", 60), ("pictures", 10), ("sweep", 15), ("ranks", 10), ("sweep of workers", 5)],
+)
+def test_a_hundred_kills_at_drawn_instants(mode: str, kills: int, runner: Runner) -> None:
+    """One to three kills a run, some of them while it resumes."""
+    draw, done, runs = random.Random(kills), 0, 0
+    finish(runner, mode, "whole")
+    while done < kills:
+        asked = []
+        for _ in range(min(draw.randint(1, 3), kills - done)):
+            at, most = draw.choice(list(OF_MODE[mode].items()))
+            whom = "process" if mode == "ranks" else "group"
+            asked.append(Kill(at, draw.randint(1, most), draw.choice(("before", "after")), whom))
+        runs += 1
+        killed = finish(runner, mode, f"run{runs}", *asked)
+        done += killed
+        assert_same(mode, f"run{runs}")
+    print(f"{mode}: {done} kills of {runs} runs")
 
 
 @pytest.mark.slow
