@@ -41,7 +41,13 @@ def published_weights(name: str, image_size: Sequence[int]) -> Mapping[str, Tens
     Raises:
         UserError: there are none, or they can't be fetched.
     """
-    return _create(name, image_size, pretrained=True).state_dict()
+    try:
+        return _create(name, image_size, pretrained=True).state_dict()
+    except UserError as error:
+        raise UserError(
+            f"model.pretrained: could not get timm's weights of {str(error).removeprefix('model.name=')}; fetch them "
+            "elsewhere and give the file: model.pretrained=FILE.safetensors"
+        ) from error
 
 
 def preprocessing(name: str) -> Preprocessing | None:

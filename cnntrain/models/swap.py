@@ -51,6 +51,19 @@ def swap_norm(model: nn.Module, norm: str) -> None:
 
 
 def _norm_like(old: nn.Module, norm: str) -> nn.Module:
+    """A norm in the place of `old`; with the activation that timm's layers bring (BatchNormAct2d, GroupNormAct)."""
+    if type(old) not in _NORM_DIMENSIONS:
+        parts = dict(old.named_children())
+        if not type(old).__module__.startswith("timm.layers.") or set(parts) != {"drop", "act"}:
+            raise UserError(
+                f"model.norm={norm}: {type(old).__name__} may compute more than a norm, which would be lost; "
+                "leave model.norm=null"
+            )
+        return nn.Sequential(_plain_norm_like(old, norm), parts["drop"], parts["act"])
+    return _plain_norm_like(old, norm)
+
+
+def _plain_norm_like(old: nn.Module, norm: str) -> nn.Module:
     if isinstance(old, nn.GroupNorm):
         return make_norm(norm, old.num_channels)
     dimensions = next(n for kind, n in _NORM_DIMENSIONS.items() if isinstance(old, kind))

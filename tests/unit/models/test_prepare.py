@@ -67,6 +67,30 @@ def test_group_norm_takes_any_channels(channels: int) -> None:
     assert make_norm("group", channels)(torch.randn(2, channels, 4, 4)).isfinite().all()
 
 
+def test_a_norm_that_computes_more_is_not_replaced_by_less() -> None:
+    """A class derived from BatchNorm may bring an activation; timm's do, and keep it."""
+
+    class NormThenReLU(nn.BatchNorm2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).relu()
+
+    with pytest.raises(UserError, match=r"model\.norm=group: NormThenReLU"):
+        prepare(nn.Sequential(nn.Conv2d(3, 4, 3), NormThenReLU(4)), norm="group")
+
+
+def test_timms_norms_are_swapped_without_their_activations() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=3)
+    activations = [type(module).__name__ for module in model.modules() if isinstance(module, nn.SiLU)]
+    swapped = prepare(model, norm="group")
+    assert activations == [
+        type(module).__name__ for module in swapped.modules() if isinstance(module, nn.SiLU)
+    ]
+    assert not [m for m in swapped.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert swapped(torch.randn(2, 3, 64, 64)).shape == (2, 3)
+
+
 def test_errors_name_the_key_and_the_near_miss() -> None:
     with pytest.raises(UserError, match=r"model\.norm: 'bach' .*did you mean 'batch'"):
         prepare(network(), norm="bach")

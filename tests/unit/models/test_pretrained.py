@@ -293,6 +293,28 @@ def test_timms_network_from_a_file_for_other_classes(channels: int, outputs: int
         torch.testing.assert_close(features, donor.forward_features(images.expand(-1, 3, -1, -1)))
 
 
+def test_timms_own_weights_are_fetched_or_the_way_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    donor = timm.create_model("test_efficientnet")
+    reachable = True
+
+    def create(name: str, **options: Any) -> nn.Module:
+        if not reachable:
+            raise OSError("Name or service not known")
+        return donor if options.get("pretrained") else create_fresh(name, **options)
+
+    create_fresh = timm.create_model
+    monkeypatch.setattr(timm, "create_model", create)
+    node = {"_target_": "cnntrain.models.from_timm.classifier", "name": "test_efficientnet"}
+    network = timm_classifier("test_efficientnet")
+    assert load(network, node, True, 7) == ("classifier",)
+    assert torch.equal(network.get_parameter("conv_stem.weight"), donor.conv_stem.weight)
+    reachable = False
+    with pytest.raises(UserError, match=r"model\.pretrained: .*not known.*model\.pretrained=FILE"):
+        load(network, node, "DEFAULT", 7)
+
+
 def test_a_timm_head_of_one_output_starts_small() -> None:
     """timm draws that of an EfficientNet from +-1/sqrt(outputs)."""
     pytest.importorskip("timm")
