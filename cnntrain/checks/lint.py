@@ -18,6 +18,9 @@ SGD_PER_256 = (
     1e-3,
     1.0,
 )  # learning rates per 256 images a step that recipes use with SGD (Goyal et al. 2017: 0.1)
+HEAD_ALONE = (
+    10  # times larger rates are usual where the last layer alone is trained (He et al. 2020, MoCo: SGD, 30)
+)
 ADAM_AT_256 = (1e-6, 2e-2)  # and with Adam and AdamW, where they grow with the root of the batch
 
 
@@ -173,6 +176,8 @@ def _learning_rate(config: Mapping[str, Any], batch: int) -> Iterator[Finding]:
         low, high = (bound * (batch / 256) ** 0.5 for bound in ADAM_AT_256)
     else:
         return
+    if config["model"].get("freeze") == "backbone" and not config["model"].get("unfreeze"):
+        high *= HEAD_ALONE
     if not low <= lr <= high:
         side = "high" if lr > high else "low"
         yield _warn(

@@ -108,6 +108,22 @@ def test_what_the_user_gives_wins(resnet: Path, photos: str) -> None:
     assert "data.mean" in warnings(assembly)
 
 
+@pytest.mark.parametrize(("size", "told"), [(32, True), (64, False)])
+def test_images_far_smaller_than_those_of_the_weights_are_told(
+    size: int, told: bool, resnet: Path, photos: str
+) -> None:
+    asked = ("model=resnet18", f"model.pretrained={resnet}", "data=image_folder", photos, "batch_size=8")
+    assert ("data.size" in warnings(assemble(compose(*asked, f"data.size={size}")))) == told
+
+
+def test_a_head_alone_may_learn_fast(resnet: Path, photos: str) -> None:
+    asked = ("model=resnet18", f"model.pretrained={resnet}", "data=image_folder", photos, "batch_size=8")
+    fast = (*asked, "optimizer.lr=0.02")
+    assert "optimizer.lr" in warnings(assemble(compose(*fast)))
+    assert "optimizer.lr" in warnings(assemble(compose(*fast, FREEZE, "model.unfreeze=2")))
+    assert "optimizer.lr" not in warnings(assemble(compose(*fast, FREEZE)))
+
+
 def test_without_pretrained_weights_size_and_normalisation_are_the_data_sets(photos: str) -> None:
     assembly = assemble(compose("data=image_folder", photos))
     assert assembly.spec.image_size == (64, 64) and assembly.spec.mean is None
