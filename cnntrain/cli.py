@@ -24,7 +24,7 @@ from cnntrain.errors import (
     suggest,
 )
 from cnntrain.heap import keep_freed_memory
-from cnntrain.streams import flush_or_discard, lenient
+from cnntrain.streams import flush_or_discard, lenient, printable
 
 DEFAULT_COMMAND = "train"
 SWEEPING = ("train", "overfit", "inspect")  # what takes several values
@@ -212,7 +212,7 @@ def _run(arguments: list[str]) -> int:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         if not isinstance(error, ElsewhereError):
-            print(mask_passwords(f"error: {error}"), file=lenient(sys.stderr))
+            print(printable(mask_passwords(f"error: {error}")), file=lenient(sys.stderr))
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=lenient(sys.stderr))
@@ -229,7 +229,7 @@ def _run(arguments: list[str]) -> int:
             cause = None if is_from_user_code(error) else explain_machine(error)
             if cause is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            print(mask_passwords(f"error: {cause}"), file=lenient(sys.stderr))
+            print(printable(mask_passwords(f"error: {cause}")), file=lenient(sys.stderr))
             return MachineError.exit_code
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -49,7 +49,7 @@ def open_read(path: Path, root: Path | None = None) -> IO[bytes]:
         UserError: it is a link, or no regular file.
         OSError: it is missing, or can't be read.
     """
-    return open(_open(path, root, os.O_RDONLY), "rb")
+    return _named(path, _open(path, root, os.O_RDONLY), "rb")
 
 
 def read_bytes(path: Path, root: Path | None = None, largest: int = LARGEST_TEXT_BYTES) -> bytes:
@@ -173,7 +173,7 @@ def open_append(path: Path, root: Path | None = None) -> IO[bytes]:
     if os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)
         raise UserError(f"{path}: is a hard link to a file that has another name too; {_HINT}")
-    return open(descriptor, "ab")
+    return _named(path, descriptor, "ab")
 
 
 def open_append_text(path: Path, root: Path | None = None) -> io.TextIOWrapper:
@@ -190,7 +190,7 @@ def open_new(path: Path, root: Path | None = None) -> IO[bytes]:
         UserError: a folder on the way is a link.
         OSError: it can't be made.
     """
-    return open(_open(path, root, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
+    return _named(path, _open(path, root, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
 
 
 def open_lock(path: Path, root: Path | None = None) -> IO[bytes]:
@@ -281,6 +281,11 @@ def _open(path: Path, root: Path | None, flags: int) -> int:
             return descriptor
         os.close(descriptor)
         raise _irregular(path, mode)
+
+
+def _named(path: Path, descriptor: int, mode: str) -> IO[bytes]:
+    """A file object of an open file, which knows its name."""
+    return open(path, mode, opener=lambda *_: descriptor)
 
 
 def _irregular(path: Path, mode: int) -> UserError:

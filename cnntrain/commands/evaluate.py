@@ -17,6 +17,7 @@ from cnntrain.build import trust_folder
 from cnntrain.cli import Invocation
 from cnntrain.config import compose, parse_overrides
 from cnntrain.data.content import same_data
+from cnntrain.data.source import Source
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.run_folder import open_run_folder, provenance
 from cnntrain.engine.signals import stop_flag
@@ -138,6 +139,12 @@ def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Assembly:
     if "classes" in config["data"] and spec.classes:
         config["data"]["classes"] = list(spec.classes)
     assembly = assemble(parse(Settings, config), spec)
+    if (
+        isinstance(assembly.source, Source)
+        and settings.data.root is None
+        and config["data"].get("root") is not None
+    ):
+        assembly.source.downloads = False  # a stranger's checkpoint must not choose where files are written
     load_judged(assembly.model, saved)
     assembly.model.to(memory_format=assembly.compute.memory_format)
     return assembly
@@ -148,6 +155,7 @@ def config_of(saved: dict[str, Any], settings: EvaluateSettings | PredictSetting
     config = {**saved["config"], "trusted_packages": settings.trusted_packages, "threads": settings.threads}
     config |= {"device": settings.device, "precision": settings.precision or config["precision"]}
     config["batch_size"] = settings.batch_size or config["batch_size"]
+    config["compile"] = "off"  # it would run a compiler
     if "pretrained" in config["model"]:
         config["model"] = {**config["model"], "pretrained": False}
     return config

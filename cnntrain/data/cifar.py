@@ -50,7 +50,7 @@ class CIFAR10(Source):
         root = self.root.parent if self.root.name == self.folder else self.root
         splits = {}
         for split in ("train", "test"):
-            found = download(self.name, root, str(root / self.folder), train=split == "train")
+            found = download(self.name, root, str(root / self.folder), self.downloads, train=split == "train")
             images = torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)))
             names = [f"{split}/{row:05}" for row in range(len(images))]
             splits[split] = Examples(images, {"label": torch.tensor(found.targets, dtype=torch.int64)}, names)

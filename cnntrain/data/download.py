@@ -9,11 +9,12 @@ from cnntrain.errors import UserError
 logger = logging.getLogger("cnntrain")
 
 
-def download(name: str, root: Path, looked_in: str, **arguments: Any) -> Any:
+def download(name: str, root: Path, looked_in: str, allowed: bool = True, **arguments: Any) -> Any:
     """torchvision's data set `name` under `root`, downloaded where it isn't there.
 
     Args:
         looked_in: where the files were looked for, for the message.
+        allowed: whether it may be downloaded; not where a checkpoint alone names the folder.
         arguments: further ones of the data set's class.
 
     Raises:
@@ -21,10 +22,11 @@ def download(name: str, root: Path, looked_in: str, **arguments: Any) -> Any:
     """
     import torchvision.datasets
 
-    logger.info("data: downloading %s to %s", name, root)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        return getattr(torchvision.datasets, name)(str(root), download=True, **arguments)
+        if allowed:
+            logger.info("data: downloading %s to %s", name, root)
+            root.mkdir(parents=True, exist_ok=True)
+        return getattr(torchvision.datasets, name)(str(root), download=allowed, **arguments)
     except (OSError, RuntimeError, EOFError, ValueError) as error:  # URLError is an OSError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

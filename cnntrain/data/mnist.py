@@ -59,7 +59,9 @@ class IdxDataset(Source):
         return None
 
     def _download(self) -> Path:
-        download(self.folder, self.root, f"{self.root / self.folder / 'raw'} (and {self.root})")
+        download(
+            self.folder, self.root, f"{self.root / self.folder / 'raw'} (and {self.root})", self.downloads
+        )
         found = self._find()
         assert found is not None, "torchvision changed its layout"
         return found

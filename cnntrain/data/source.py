@@ -10,7 +10,13 @@ from cnntrain.spec import DataSpec
 
 
 class Source(ABC):
-    """A kind of data set; one class per kind, one YAML file per data set."""
+    """A kind of data set; one class per kind, one YAML file per data set.
+
+    Attributes:
+        downloads: whether missing files may be fetched into its folder.
+    """
+
+    downloads = True
 
     @abstractmethod
     def spec(self) -> DataSpec:

@@ -42,7 +42,7 @@ class OxfordIIITPet(MaskSource):
         base = self.root / "oxford-iiit-pet"
         lists = {"train": base / "annotations/trainval.txt", "test": base / "annotations/test.txt"}
         if not all(file.is_file() for file in lists.values()) or not (base / "images").is_dir():
-            download("OxfordIIITPet", self.root, str(base), target_types="segmentation")
+            download("OxfordIIITPet", self.root, str(base), self.downloads, target_types="segmentation")
         return {
             split: [
                 (str(base / "images" / f"{name}.jpg"), str(base / "annotations/trimaps" / f"{name}.png"))
@@ -78,7 +78,7 @@ class VOCSegmentation(MaskSource):
         base = self.root / "VOCdevkit" / "VOC2012"
         lists = {split: base / "ImageSets/Segmentation" / f"{split}.txt" for split in ("train", "val")}
         if not all(file.is_file() for file in lists.values()):
-            download("VOCSegmentation", self.root, str(base), year="2012", image_set="train")
+            download("VOCSegmentation", self.root, str(base), self.downloads, year="2012", image_set="train")
         return {
             split: [
                 (str(base / "JPEGImages" / f"{name}.jpg"), str(base / "SegmentationClass" / f"{name}.png"))

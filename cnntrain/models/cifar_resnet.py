@@ -13,6 +13,8 @@ from cnntrain.models.elements import check_word
 
 SHORTCUTS = ("pad", "projection", "none")
 
+DEEPEST = 6 * 500 + 2  # He et al. 2016 went to 1202
+
 
 class CifarBlock(nn.Module):
     """Two 3x3 convolutions; with a shortcut a residual block, without one two plain layers."""
@@ -70,6 +72,8 @@ class CifarResNet(nn.Module):
         if depth < 8 or depth % 6 != 2:
             below = max(8, (depth - 2) // 6 * 6 + 2)
             raise UserError(f"model.depth: {depth} is not 6n + 2; the nearest are {below} and {below + 6}")
+        if depth > DEEPEST:
+            raise UserError(f"model.depth: {depth} is too deep, at most {DEEPEST} is possible")
         check_word("shortcut", shortcut, SHORTCUTS)
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)

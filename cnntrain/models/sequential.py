@@ -13,8 +13,9 @@ state dict.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from cnntrain.models.blocks import Branches, PadShortcut, Residual
 from cnntrain.models.elements import ACTIVATIONS
 from cnntrain.models.shapes import Place, Shape, output_shape
 
+MOST_LAYERS = 10_000  # with all repeats written out; ResNet-1202 has about 3,000
 Shaped = tuple[nn.Module, Shape]
 Builder = Callable[..., nn.Module | Shaped]
 """(place, arguments of the YAML) -> the module; one made of lists knows the shape that leaves it, too."""
@@ -53,6 +55,11 @@ class Sequential(nn.Module):
     ) -> None:
         super().__init__()
         place = Place((in_channels, *image_size), num_outputs, "model.layers")
+        count = count_layers(layers) if isinstance(layers, list | tuple) else 0
+        if count > MOST_LAYERS:
+            raise UserError(
+                f"model.layers: unfolds to {count:,} layers, at most {MOST_LAYERS:,} are possible"
+            )
         outputs = [i for i, entry in enumerate(layers) if _word_of(entry) == "output"]
         if len(outputs) != 1:
             raise UserError(f"model.layers: exactly one layer must be `output`, the list has {len(outputs)}")
@@ -66,6 +73,32 @@ class Sequential(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
+
+
+def count_layers(layers: Sequence[object]) -> int:
+    """How many layers a list unfolds to, at most; what is no layer is refused when it is built."""
+    total = 0
+    for entry in layers:
+        if isinstance(entry, list | tuple):
+            total += count_layers(entry)
+        elif isinstance(entry, Mapping):
+            below = max(1, sum(map(count_layers, _lists_in(entry))))
+            inner = entry.get("repeat")
+            times = inner.get("times") if isinstance(inner, Mapping) else None
+            if isinstance(times, int | float) and times > 1:
+                below *= int(min(times, 10 * MOST_LAYERS))
+            total += below
+        else:
+            total += 1
+    return total
+
+
+def _lists_in(entry: Mapping[Any, object]) -> Iterator[Sequence[object]]:
+    for value in entry.values():
+        if isinstance(value, list | tuple):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _lists_in(value)
 
 
 def build_layers(layers: Sequence[object], place: Place) -> tuple[nn.Sequential, Shape]:

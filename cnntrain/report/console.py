@@ -6,7 +6,7 @@ import warnings
 
 from rich.console import Console
 
-from cnntrain.streams import lenient
+from cnntrain.streams import lenient, printable
 
 console = Console()
 
@@ -16,7 +16,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        print(f"{prefix}{self.format(record)}", file=lenient(sys.stderr))
+        print(printable(f"{prefix}{self.format(record)}"), file=lenient(sys.stderr))
 
 
 def silence_log() -> None:

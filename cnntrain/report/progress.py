@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from cnntrain.streams import lenient
+from cnntrain.streams import lenient, printable
 
 
 class Bar:
@@ -130,7 +130,7 @@ class Bar:
 
     def log(self, message: str) -> None:
         """A line of text, above the bar where there is one."""
-        self._line(message)
+        self._line(printable(message))
 
     def _line(self, text: str) -> None:
         if self._enabled:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cnntrain.findings import Finding
 from cnntrain.report.progress import seconds_text
+from cnntrain.streams import printable
 
 _VERDICT_STYLE = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
 
@@ -26,7 +27,7 @@ def rows_table(
     table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name in columns:
         numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(printable(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(value_text(row.get(name))) for name in columns))
     return table
@@ -42,7 +43,7 @@ def value_text(value: object) -> str:
         return (
             str(int(value)) if value == value and abs(value) < 1e9 and value == int(value) else f"{value:.4g}"
         )
-    return str(value)
+    return printable(str(value))
 
 
 def print_rows(
@@ -61,7 +62,7 @@ def print_rows(
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:
     """Rows as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines = [f"| {' | '.join(map(printable, columns))} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         cells = [value_text(row.get(key)).replace("|", "\\|") for key in columns]
         lines.append(f"| {' | '.join(cells)} |")
@@ -114,7 +115,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
         line = Text(f"{finding.verdict}  ", style=_VERDICT_STYLE[finding.verdict])
         line.append(finding.name, style="bold" if finding.verdict != "SKIP" else "dim")
         if finding.evidence:
-            line.append(f": {finding.evidence}", style="not bold default")
+            line.append(printable(f": {finding.evidence}"), style="not bold default")
         console.print(line, soft_wrap=True)
         if finding.verdict in ("WARN", "FAIL"):
             for label, text in (("likely cause", finding.cause), ("remedy", finding.remedy)):
@@ -126,7 +127,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
 
 def _print(console: Console, text: str) -> None:
     """Text as it is: no markup, and no breaks that would spoil a path for copying."""
-    console.print(Text(text), soft_wrap=True)
+    console.print(Text(printable(text)), soft_wrap=True)
 
 
 def _metrics(value: object) -> Mapping[str, object]:

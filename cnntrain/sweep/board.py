@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cnntrain.report.progress import seconds_text
 from cnntrain.report.table import rows_table, value_text
-from cnntrain.streams import lenient
+from cnntrain.streams import lenient, printable
 from cnntrain.sweep.plan import Plan, Repeat, Run, short
 from cnntrain.sweep.study import Outcome
 
@@ -103,7 +103,7 @@ class Board:
         return sum(self.counts.values()) + len(self._running) + self.to_come
 
     def say(self, text: str) -> None:
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(printable(text)), soft_wrap=True)
 
     def name(self, run: Run) -> str:
         """`model=lenet5 optimizer.lr=0.01 seed=1`."""

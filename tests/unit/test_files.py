@@ -119,6 +119,13 @@ def test_a_file_with_a_second_name_is_not_appended_to(outside: Path) -> None:
     assert outside.read_text() == "mine" and Path("run/other.txt").read_bytes() == b"ab"
 
 
+def test_files_know_their_names() -> None:
+    """A process that is started while its parent prints to a log looks for it by its name."""
+    with files.open_append_text(Path("log.txt")) as log:
+        print("é", file=log)
+        assert log.name == "log.txt" and Path("log.txt").read_text("utf-8") == "é\n"
+
+
 def test_a_lock_file_keeps_its_content() -> None:
     Path(".lock").write_text("kept")
     files.open_lock(Path(".lock")).close()
