@@ -1,6 +1,7 @@
 """MNIST and Fashion-MNIST from their IDX files."""
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -120,9 +121,8 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         ) from error
     header = 4 + 4 * dimensions
     shape = tuple(int(n) for n in np.frombuffer(content[4:header], ">i4")) if len(content) >= header else ()
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) - header != int(
-        np.prod(shape, dtype=np.int64)
-    ):
+    sound = content[:4] == bytes([0, 0, 8, dimensions]) and min(shape, default=0) >= 0
+    if not sound or len(content) - header != math.prod(shape):
         raise UserError(
             f"data: {path}: no whole IDX file of {dimensions} dimension(s); remove it, and download again"
         )

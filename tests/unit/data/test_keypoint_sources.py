@@ -1,5 +1,6 @@
 """Sources of named points: what they read, where the points land, and how they say what is wrong."""
 
+import copy
 import json
 import logging
 import shutil
@@ -430,3 +431,35 @@ def test_a_table_of_points_may_call_validation_by_each_of_its_names(photographs)
         "train": ["0.png"],
         "val": ["1.png"],
     }
+
+
+JUNK = [None, True, -1, 0.5, 2**70, 1e308, "", "x", "\ud800", "a" * 5000, "..", "\0", [], [[]], {}, {"a": 1}]
+
+
+def places(node, path=()):
+    """Where something stands in nested dictionaries and lists."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path, *(place for key, value in items for place in places(value, (*path, key)))]
+
+
+@pytest.mark.parametrize("crop", ["none", "box"])
+def test_anything_anywhere_in_a_coco_file_is_read_or_refused(photographs, crop):
+    coco(photographs)
+    sound = json.loads((photographs / "train.json").read_text())
+    sound = {key: value[:1] for key, value in sound.items()}
+    refused = 0
+    for where in places(sound)[1:]:
+        for junk in JUNK:
+            content = copy.deepcopy(sound)
+            node = content
+            for key in where[:-1]:
+                node = node[key]
+            node[where[-1]] = junk
+            (photographs / "train.json").write_text(json.dumps(content))
+            source = CocoKeypoints(str(photographs), "train.json", None, None, ".", size=[20, 40], crop=crop)
+            try:
+                source.spec()
+                source.load()
+            except UserError:
+                refused += 1
+    assert refused > 300

@@ -83,6 +83,14 @@ def test_idx_files_are_found_plain_or_packed(tmp_path, layout):
         FashionMNIST(str(tmp_path)).load()
 
 
+@pytest.mark.parametrize("sides", [(-1, -28, 28), (2**30, 2**30, 16), (2, 28, 28)])
+def test_an_idx_file_of_impossible_size_is_refused(tmp_path, sides):
+    header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big", signed=True) for n in sides)
+    (tmp_path / "images").write_bytes(header + bytes(784 if sides[0] == -1 else 0))
+    with pytest.raises(UserError, match="no whole IDX file"):
+        mnist.read_idx(tmp_path / "images", 3)
+
+
 @pytest.mark.parametrize("source", [MNIST, FashionMNIST, CIFAR10, CIFAR100])
 def test_missing_data_without_network_say_what_to_do(tmp_path, monkeypatch, source):
     import socket
