@@ -265,7 +265,7 @@ def group(args: argparse.Namespace) -> None:
             outputs.square().mean().backward()
             found[precision] = bool(outputs.isfinite().all())
         finite = Finiteness(device, False, lambda batch: RuntimeError(batch))
-        combine(state, torch.ones(2, device=device), True, finite, 0, ranks)
+        combine(state, torch.ones(2, device=device), True, finite, ranks)
         if cuda:  # a process whose share of the batch is empty
             accompany(model, torch.zeros(0, spec.channels, *pipeline.output_size, device=device))
             found["without_images"] = True

@@ -21,6 +21,9 @@ from cnntrain.spec import Batch, DataSpec, join
 # What is augmented at once, where batches are small: so many of them, and so many pixel values (4 MiB of float32).
 MOST_BATCHES = 4
 MOST_TOGETHER = 1 << 20
+# On CUDA, where a kernel takes as long to launch as to run: 64 MiB.
+MOST_BATCHES_ON_CUDA = 16
+MOST_TOGETHER_ON_CUDA = 1 << 24
 
 
 class Pipeline:
@@ -129,13 +132,16 @@ class Pipeline:
 
     def _groups(self, batches: Iterable[Batch], seed: int, epoch: int) -> Iterator[Batch]:
         group: list[Batch] = []
-        most_images = 0
+        most_images, most_batches = 0, MOST_BATCHES
         for batch in batches:
             if not group and len(batch):
+                on_cuda = batch.images.device.type == "cuda"
+                most_batches = MOST_BATCHES_ON_CUDA if on_cuda else MOST_BATCHES
+                most_values = MOST_TOGETHER_ON_CUDA if on_cuda else MOST_TOGETHER
                 pixels = max(math.prod(_size(batch)), math.prod(self.output_size))
-                most_images = MOST_TOGETHER // (self.spec.channels * pixels)
+                most_images = most_values // (self.spec.channels * pixels)
             if group and (
-                len(group) == MOST_BATCHES
+                len(group) == most_batches
                 or not len(batch)
                 or sum(len(each) for each in group) + len(batch) > most_images
             ):

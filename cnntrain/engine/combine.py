@@ -19,9 +19,7 @@ log = logging.getLogger("cnntrain")
 
 
 @torch.no_grad()
-def combine(
-    state: TrainState, sums: Tensor, had_images: bool, finite: Finiteness, batch: int, ranks: Ranks
-) -> None:
+def combine(state: TrainState, sums: Tensor, had_images: bool, finite: Finiteness, ranks: Ranks) -> None:
     """Gradients, and what belongs to them, become those of all processes together.
 
     One flat message of sums: every gradient, and whether it is there; the batches' losses, and what counted in them;
@@ -39,21 +37,19 @@ def combine(
         had_images: whether this process had a share of the step. Without one it takes part with zeros, and takes the
             others' gradients. (With one it knows which parameters have gradients; a network that uses some of them
             for some images only would have to tell.)
-        batch: the step's last batch, which is at fault where something is not finite.
+        finite: becomes that of all processes: what is not finite in one is not finite in all.
     """
     parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.requires_grad]
     mine = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     there = on_device(tuple(p.grad is not None for p in parameters), sums.device).clone()
-    flag = (finite.first_bad >= 0).to(sums.dtype).reshape(1)
     averaged = running_statistics(state.model)
     for value in averaged:
         value /= ranks.count
-    ranks.add([*mine, there, sums, flag, *averaged])
+    ranks.add([*mine, there, sums, finite.poison, *averaged])
     if not had_images:  # once an epoch at most, so this process may wait for its device
         for parameter, gradient, count in zip(parameters, mine, there.tolist(), strict=True):
             # The optimizer leaves alone what has no gradient, in all processes alike.
             parameter.grad = gradient if count else None
-    finite.note(flag[0] == 0, batch)
 
 
 @lru_cache(maxsize=8)

@@ -35,8 +35,8 @@ REMEDY = (
 class Finiteness:
     """Whether a training is still finite, as tensors on its device: noting something never waits.
 
-    Once a batch was not finite, every later update is left out. So the weights stay those that the batch met, until
-    the host reads the flag and replays it.
+    Once a loss or a gradient was not finite, every later update is left out. So the weights stay those that the batch
+    met, until the host reads the flag and replays the step.
 
     Args:
         scaled: gradients are scaled (fp16): a step whose gradients overflow is skipped, and counts only after 20 in
@@ -44,36 +44,47 @@ class Finiteness:
         explain: finds out what happened at a batch.
 
     Attributes:
-        first_bad: int64 scalar, the batch of its epoch that was not finite; -1 while all are.
+        poison: scalar, 0 while everything was finite, then NaN. (Zero times infinity is NaN, so one addition of zero
+            times a value notes it.)
     """
 
     def __init__(self, device: torch.device, scaled: bool, explain: Callable[[int], DivergedError]) -> None:
         self.scaled, self.explain = scaled, explain
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.poison = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._bad_steps = torch.zeros((), device=device)  # the last so many steps
+        self._last_batches: list[int] = []  # of the steps since the last check
 
-    def note(self, finite: Tensor, batch: int) -> None:
-        """`finite`, a scalar truth value on the device, holds for batch number `batch` of the epoch."""
-        self.first_bad = torch.where((self.first_bad < 0) & ~finite, batch, self.first_bad)
+    def note(self, value: Tensor) -> None:
+        """`value`, a scalar on the device, must be finite."""
+        self.poison.add_(value, alpha=0)
 
     def skip(self, norm: Tensor, batch: int) -> Tensor:
-        """1.0 where the update with gradients of this `norm` must be left out, else 0.0."""
-        fits = norm.isfinite()
-        if self.scaled:
-            self.skipped = torch.where(fits, 0, self.skipped + 1)
-            self.note(self.skipped < MOST_SKIPPED, batch)
+        """1.0 where the update of a step with gradients of this `norm` must be left out, else 0.0.
+
+        Args:
+            batch: the step's last batch, as a number in its epoch.
+        """
+        overflows = ~norm.isfinite() if self.scaled else None
+        if overflows is not None:
+            self.skipped = torch.where(overflows, self.skipped + 1, 0)
+            self.note(torch.where(self.skipped < MOST_SKIPPED, 0.0, torch.inf))
         else:
-            self.note(fits, batch)
-        return ((self.first_bad >= 0) | ~fits).float()
+            self.note(norm)
+        bad = torch.ne(self.poison, self.poison, out=torch.empty_like(self.poison))
+        self._bad_steps += bad
+        self._last_batches.append(batch)
+        return bad if overflows is None else torch.maximum(bad, overflows.float())
 
     def check(self) -> None:
         """Waits for the device.
 
         Raises:
-            DivergedError: a batch of this epoch was not finite.
+            DivergedError: a step since the last check was not finite.
         """
-        if (first_bad := int(self.first_bad)) >= 0:
-            raise self.explain(first_bad)
+        if bad_steps := int(self._bad_steps):
+            raise self.explain(self._last_batches[-bad_steps])
+        self._last_batches.clear()
 
 
 @torch.no_grad()
@@ -109,7 +120,8 @@ def diverged(
     plan: Plan,
     first_bad: int,
 ) -> DivergedError:
-    """What happened at batch `first_bad` of this epoch, found by replaying its step; the weights are those it met.
+    """What happened in the step that batch `first_bad` of this epoch ends, found by replaying it; the weights are those
+    it met.
 
     Each process replays its own share, and the one that finds the cause says it.
     """

@@ -178,7 +178,7 @@ def train_epoch(
         unfreeze(model)  # again in each epoch: a resumed run has a model that was just frozen
     model.train()
     recent = torch.zeros(2, device=compute.device)  # loss sum and count since the last reading
-    sums = torch.zeros(2, device=compute.device)  # the same, of the batches of this step so far
+    sums: Tensor | None = None  # the same, of the batches of this step so far
     ranks = compute.ranks
     share, had_images = ranks.share(pipeline), False
     since, images_since = time.perf_counter(), 0
@@ -212,8 +212,9 @@ def train_epoch(
 
             with torch.no_grad():
                 meter.update(outputs.detach().float(), batch.truth, loss_sum.detach(), count)
-                sums += torch.stack((loss_sum.detach(), count)).to(sums.dtype)
-                finite.note(loss_sum.isfinite(), progress.batch)
+                own = torch.stack((loss_sum.detach(), count)).float()
+                sums = own if sums is None else sums + own
+                finite.note(loss_sum.detach())
             had_images = True
         elif has_synchronised_norms(model):  # a short last batch did not go round
             with compute.autocast():
@@ -231,12 +232,13 @@ def train_epoch(
             continue
 
         reads = (progress.step + 1) % plan.read_every_steps == 0 or progress.batch >= plan.batches_per_epoch
+        if sums is None:
+            sums = torch.zeros(2, device=compute.device)
         if ranks.count > 1:
-            combine(state, sums, had_images, finite, progress.batch - 1, ranks)
+            combine(state, sums, had_images, finite, ranks)
         norm = apply_gradients(state, plan, sums[1], finite)
         recent += sums
-        sums.zero_()
-        had_images = False
+        sums, had_images = None, False
         progress.step += 1
         if state.average:
             state.average.update(model, progress.step)

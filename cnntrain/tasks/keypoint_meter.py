@@ -24,15 +24,22 @@ class KeypointMeter(Meter):
 
     def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
         error, visible, norm = self._errors(outputs, targets)
-        self._add("error_px", error.sum(0))
-        self._add("visible", visible.sum(0))
         normed = visible & (norm > 0)[:, None]
         share = error / torch.where(norm > 0, norm, 1.0)[:, None]
-        self._add("nme", torch.where(normed, share, 0.0).sum())
-        self._add("normed", normed.sum())
-        self._add("correct", torch.stack([(normed & (share <= limit)).sum() for limit in THRESHOLDS]))
+        correct = [(normed & (share <= limit)).sum() for limit in THRESHOLDS]
+        totals = torch.stack([torch.where(normed, share, 0.0).sum(), normed.sum(), *correct])
+        self._add("keypoints", torch.cat([error.sum(0), visible.sum(0), totals]))  # one sum: few operations
+
+    def _split(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of the one sum, by name."""
+        count = len(self._names)
+        error_px, visible, nme, normed, correct = values["keypoints"].split(
+            [count, count, 1, 1, len(THRESHOLDS)]
+        )
+        return {"error_px": error_px, "visible": visible, "nme": nme, "normed": normed, "correct": correct}
 
     def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        values = self._split(values)
         metrics = {
             "nme": ratio(values["nme"], values["normed"]),
             "error_px": ratio(values["error_px"].sum(), values["visible"].sum()),
@@ -42,6 +49,6 @@ class KeypointMeter(Meter):
 
     def details(self) -> dict[str, float]:
         """`error_px/<point>`: mean error of that point in source pixels."""
-        values = self.read()
+        values = self._split(self.read())
         pairs = zip(self._names, values["error_px"], values["visible"], strict=True)
         return {f"error_px/{name}": ratio(error, count) for name, error, count in pairs}

@@ -31,8 +31,8 @@ def count_pairs(true: Tensor, predicted: Tensor, counts: Tensor, num_classes: in
 class Meter(ABC):
     """Collects one pass over a data set (or a part of it) without ever waiting for the device.
 
-    What is added up lives in sums, by name; what has to be kept for every example (scores of a ranking
-    metric) in rows. Meters of several processes merge by their states, and any order of batches gives the
+    What is added up lives in sums, by name; what has to be kept for every batch (its loss) or every example (scores of
+    a ranking metric) in rows. Meters of several processes merge by their states, and any order of batches gives the
     same result.
     """
 
@@ -45,8 +45,9 @@ class Meter(ABC):
         self, outputs: Tensor, targets: Mapping[str, Tensor], loss_sum: Tensor, loss_count: Tensor
     ) -> None:
         """Add a batch, and the (sum, count) that `Task.loss` gave for it. No host sync."""
-        self._add("loss_sum", loss_sum.detach())
-        self._add("loss_count", loss_count.detach())
+        dtype = torch.promote_types(loss_sum.dtype, loss_count.dtype)
+        row = self._make_room("loss", loss_sum.new_empty((1, 2), dtype=dtype))
+        torch.stack((loss_sum.detach(), loss_count.detach()), out=row[0])
         self._collect(outputs.detach(), targets)
 
     @abstractmethod
@@ -64,21 +65,26 @@ class Meter(ABC):
 
     def compute(self) -> dict[str, float]:
         """All metrics by name, `loss` first; waits for the device once. NaN where nothing was counted."""
-        if not self._sums:
+        if "loss" not in self._rows:
             return {"loss": float("nan")}
         values = self.read()
-        return {"loss": ratio(values["loss_sum"], values["loss_count"]), **self._metrics(values)}
+        # In the order of the batches, whatever part of them an interrupted run had seen: resumed sums have equal bits.
+        loss_sum, loss_count = values["rows/loss"].cumsum(0)[-1]
+        return {"loss": ratio(loss_sum, loss_count), **self._metrics(values)}
 
     def loss_is_finite(self) -> bool:
         """Whether the sum of the losses is; waits for the device. True where nothing was counted."""
-        return "loss_sum" not in self._sums or bool(self._sums["loss_sum"].isfinite())
+        if "loss" not in self._rows:
+            return True
+        room, taken = self._rows["loss"]
+        return bool(room[:taken].isfinite().all())
 
     def read(self) -> dict[str, Tensor]:
         """Sums and rows as float64 on the CPU, in a single transfer. Needs at least one `update`."""
         state = self.state()
         if not state:
             raise RuntimeError("the meter is empty: no batch was given to update()")
-        device = state["loss_sum"].device
+        device = next(iter(state.values())).device
         flat = (
             torch.cat([value.reshape(-1).to(wide_dtype(device)) for value in state.values()]).cpu().double()
         )
@@ -112,6 +118,10 @@ class Meter(ABC):
         self._sums[name] = value if known is None else known + value.to(known.device)
 
     def _keep(self, name: str, value: Tensor) -> None:
+        self._make_room(name, value)[:] = value
+
+    def _make_room(self, name: str, value: Tensor) -> Tensor:
+        """The next rows of `name`, to be filled: as many, and of the kind, as `value` has."""
         # In one piece: a small tensor kept from every step would lie between the large ones, and what is freed beside
         # it would not fit the next step: the heap would grow by a batch a step.
         room, taken = self._rows.get(name, (value.new_empty((LEAST_ROOM, *value.shape[1:])), 0))
@@ -120,8 +130,8 @@ class Meter(ABC):
             larger = room.new_empty((max(end, 2 * len(room)), *room.shape[1:]))
             larger[:taken] = room[:taken]
             room = larger
-        room[taken:end] = value
         self._rows[name] = room, end
+        return room[taken:end]
 
 
 def ratio(total: Tensor | float, count: Tensor | float) -> float:

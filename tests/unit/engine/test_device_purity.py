@@ -6,17 +6,19 @@ allowed. What happens at every step is not: neither a host sync nor a blocking c
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from cnntrain.assembly import assemble
+from cnntrain.assembly import assemble, make_optimizer
 from cnntrain.augment.geometry import HorizontalFlip, Shift
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.config import read_settings
 from cnntrain.engine.divergence import Finiteness
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.loop import Silent, train_epoch
+from cnntrain.engine.rig import make_rig
 from cnntrain.engine.signals import StopFlag
 from cnntrain.spec import Batch, DataSpec
 from cnntrain.training import prepare
@@ -90,6 +92,46 @@ def test_no_step_waits_for_the_device(case: str) -> None:
 @pytest.mark.parametrize("case", MORE)
 def test_no_step_waits_for_the_device_in_rarer_setups(case: str) -> None:
     assert waits_at_each_step(MORE[case]) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [(["model=lenet5", "augment=none"], 26), ([*FACES, "augment=flip", "ema_decay=0.9"], 95)],
+)
+def test_a_step_of_the_loop_launches_few_kernels_beside_the_bare_step(words: list[str], most: int) -> None:
+    """On a GPU a small kernel costs what a large one does: the time to launch it."""
+    steps = 4
+    more = ["device=cuda", "precision=fp32", "batch_size=8", "threads=1", f"limit_batches={steps}"]
+    with simulated_cuda() as cuda:
+        assembly = assemble(read_settings([*words, *more, "log.tensorboard=false"], None))
+        data = assembly.load()
+        plan, state = prepare(assembly, data)
+        plan = replace(plan, read_every_steps=10**9, total_steps=10**9)
+        training = assembly.loader(data.train, augmented=True)
+        optimizer = partial(make_optimizer, assembly.settings)
+        common = (assembly.task, assembly.compute)
+        rig = make_rig(assembly.model, optimizer, *common, plan, training, assembly.pipeline, None)
+        rig._bare_steps(1)
+        finite = Finiteness(assembly.compute.device, False, AssertionError)
+        meter = assembly.task.meter()
+        for _ in range(2):  # constants and the optimizer's state are made in the first one
+            cuda.kernels.clear()
+            state.progress.batch = 0
+            train_epoch(
+                state,
+                training,
+                assembly.pipeline,
+                *common,
+                plan,
+                Silent(),
+                meter,
+                lambda: None,
+                StopFlag(),
+                finite,
+            )
+        rig._bare_steps(steps)
+    extra = (cuda.kernels["train_epoch"] - cuda.kernels["_bare_steps"]) / steps
+    assert 0 < extra <= most
 
 
 def test_large_batches_are_moved_without_a_large_copy_from_pageable_memory() -> None:

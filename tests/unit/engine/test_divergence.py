@@ -47,7 +47,7 @@ def test_a_skipped_update_changes_no_weight_and_the_next_one_works(name: str, fu
 def test_the_flag_stays_and_waits_for_nothing() -> None:
     meta = Finiteness(torch.device("meta"), False, explain)
     norm = torch.zeros((), device="meta")
-    meta.note(norm.isfinite(), 3)
+    meta.note(norm)
     assert meta.skip(norm, 3).device.type == "meta"
     finite = Finiteness(torch.device("cpu"), False, explain)
     skipped = []
@@ -69,9 +69,21 @@ def test_with_scaled_gradients_only_twenty_skipped_steps_in_a_row_count() -> Non
     assert finite.skip(torch.tensor(1.0), 20) == 1, "sticky"
     with pytest.raises(DivergedError, match=rf"^{MOST_SKIPPED - 1}$"):
         finite.check()
-    finite = Finiteness(torch.device("cpu"), True, explain)
-    finite.note(torch.tensor(float("nan")).isfinite(), 7)
-    with pytest.raises(DivergedError, match=r"^7$"):
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_loss_that_is_not_finite_is_found_at_the_end_of_its_step(value: float, scaled: bool) -> None:
+    finite, good = Finiteness(torch.device("cpu"), scaled, explain), torch.tensor(1.0)
+    for batch in (1, 3):
+        finite.note(torch.tensor(3e38))
+        assert finite.skip(good, batch) == 0
+    finite.check()
+    finite.note(good)
+    finite.note(torch.tensor(value))
+    assert finite.skip(good, 5) == 1
+    assert finite.skip(good, 7) == 1
+    with pytest.raises(DivergedError, match=r"^5$"):
         finite.check()
 
 
