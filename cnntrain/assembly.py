@@ -66,7 +66,7 @@ class Assembly:
         magnification = self.pipeline.magnification if augmented else 1.0
         data = load_data(
             self.source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit,
-            chosen.store, chosen.scan, magnification,
+            chosen.store, chosen.scan, magnification, chosen.bits,
         )  # fmt: skip
         if self.spec.mean is None:
             self.spec = data.spec

@@ -122,6 +122,7 @@ class DataSettings:
     store: Literal["auto", "device", "host", "disk", "stream"]
     scan: Literal["full", "headers", "off"]
     timeout_s: Annotated[int, Within(1)]
+    bits: Annotated[int | None, Within(9, 16)] = None
 
     def __post_init__(self) -> None:
         if self.fold and self.folds is None:

@@ -7,6 +7,7 @@ network did not see gets the ignore id. Writes predictions.csv, predictions.json
 """
 
 import csv
+import dataclasses
 import json
 import logging
 import os
@@ -139,6 +140,10 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
     crops = data.get("crop", "none") != "none"
     # A data set without the key has images of one size: all of an image is shown then.
     decoder = make_decoder([spec.height, spec.width], spec.channels, data.get("resize") or "letterbox")
+    bits = 16 if data.get("bits") is None else data["bits"]
+    if bits not in range(9, 17):
+        raise UserError(f"checkpoint: its data.bits is {bits!r}, and must be from 9 to 16")
+    decoder = dataclasses.replace(decoder, bits=int(bits))
     margin = float(data.get("crop_margin") or 0.0) if crops else 0.0
     batch_size = restored.known_batch_size or saved["config"]["batch_size"]
     return Predictor(compute, spec, pipeline, task, model, decoder, batch_size, crops, margin)

@@ -58,7 +58,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     # Only a few images are looked at: those on disk stay there.
     data = load_data(
         source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit, "stream",
-        chosen.scan, pipeline.magnification,
+        chosen.scan, pipeline.magnification, chosen.bits,
     )  # fmt: skip
     data.spec = with_chosen_statistics(data.spec, chosen)
     pipeline = build_pipeline(settings, data.spec)

@@ -87,12 +87,16 @@ class Decoder:
 
     Transparent pixels are laid over white, letterbox borders and what a box covers outside the image are
     black.
+
+    Attributes:
+        bits: of files whose pixels have more than 8 bits, those that are used: 2**bits - 1 becomes white.
     """
 
     height: int
     width: int
     channels: int
     resize: Resize = "letterbox"
+    bits: int = 16
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -136,7 +140,7 @@ class Decoder:
             load_pixels(image)
             if image.format == "TIFF":  # Pillow turns these while it loads them
                 orientation = _orientation(image)
-            return self._drawn(to_eight_bits(turn_upright(image, orientation)), reduced), placement
+            return self._drawn(to_eight_bits(turn_upright(image, orientation), self.bits), reduced), placement
 
     def _drawn(self, image: "Image.Image", placement: Placement) -> np.ndarray:
         """uint8 (height, width), or (height, width, 3), of the canvas."""
@@ -337,12 +341,15 @@ def turn_upright(image: "Image.Image", orientation: int | None = None) -> "Image
     return image.transpose(turns[orientation])
 
 
-def to_eight_bits(image: "Image.Image") -> "Image.Image":
+def to_eight_bits(image: "Image.Image", bits: int = 16) -> "Image.Image":
     """Any mode to one of L and RGB: 16 bits are scaled (Pillow's convert would saturate), transparency is
     white.
 
+    Args:
+        bits: of 16, those that are used: 2**bits - 1 becomes 255.
+
     Raises:
-        Unusable: 32-bit values that have no known range.
+        Unusable: 32-bit values that have no known range, or values that need more bits.
     """
     from PIL import Image
 
@@ -351,10 +358,13 @@ def to_eight_bits(image: "Image.Image") -> "Image.Image":
         if image.mode == "F":
             if not (values.min() >= 0 and values.max() <= 1):
                 raise Unusable("has floating-point pixels outside 0 to 1; save it with 8 or 16 bits")
-            values = values * 65535
+            values, bits = values * 65535, 16
         if values.min() < 0 or values.max() > 65535:
             raise Unusable("has 32-bit pixels outside 0 to 65535; save it with 8 or 16 bits")
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        white = 2**bits - 1
+        if values.max() > white:
+            raise Unusable(f"has values up to {int(values.max())}; data.bits={bits} takes {white} for white")
+        return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         clear = image.convert("RGBA")
         white = Image.new("RGBA", clear.size, (255, 255, 255, 255))

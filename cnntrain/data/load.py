@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cnntrain.data import resident
+from cnntrain.data.bits import warn_of_unused_bits, with_bits
 from cnntrain.data.content import content_hash
 from cnntrain.data.decoded import keep_decoded, worth_keeping
 from cnntrain.data.examples import Examples, LazyImages, check_examples
@@ -55,6 +56,7 @@ def load_data(
     store: str = "auto",
     how: Scan = "headers",
     magnification: float = 1.0,
+    bits: int | None = None,
 ) -> Data:
     """Load, limit, split, decode if they fit, and measure mean and std on train where the source states none.
 
@@ -65,6 +67,7 @@ def load_data(
             where there are many and the disk has room, and else decodes what fits into half of the free memory.
         how: how much of the files that stay on disk is looked at now; the rest is refused when it is met.
         magnification: of the pipeline; above 1, training images come on a finer canvas (see `on_finer_canvas`).
+        bits: that are used of 16-bit files; None: all, with a warning where 12 would do.
 
     Raises:
         UserError: the data can't be had, or are not as they should be; all faulty files in one message.
@@ -98,6 +101,10 @@ def load_data(
         )
     if magnification > 1:
         splits["train"] = on_finer_canvas(splits["train"], magnification)
+    if bits is not None:
+        splits = with_bits(splits, bits)
+    else:
+        warn_of_unused_bits(splits["train"])
     files = splits["train"].images
     if store == "disk" or (store == "auto" and worth_keeping(splits)):
         splits = keep_decoded(splits)
