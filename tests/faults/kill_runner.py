@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from typing import Any
 
 
@@ -63,6 +64,8 @@ def serve() -> None:
             code = 1
             try:
                 code = main(request["arguments"])
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
