@@ -24,6 +24,11 @@ def override(key: str, value: object) -> str:
     return f"{key}='{text}'"
 
 
+def typed(**values: object) -> str:
+    """`key=value key=value` as typed into a shell."""
+    return command_text(override(key, value) for key, value in values.items())
+
+
 def command_text(words: Iterable[object]) -> str:
     """A command as it can be pasted into a shell, without passwords."""
     return shlex.join(mask_passwords(str(word), word=True) for word in words)

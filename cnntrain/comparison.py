@@ -17,7 +17,9 @@ from cnntrain.saved import flat, read_saved
 from cnntrain.yaml_files import LARGEST_BYTES, LOADER, check_yaml_text
 
 # What tells where a run was and not what it was.
-LEFT_OUT = NEUTRAL | {"expect"}
+PLACES = ("data.root", "data.file")
+LEFT_OUT = NEUTRAL | {"expect", "data.fold", "data.split_seed", *PLACES}
+FINGERPRINT = "data.fingerprint"  # not a setting, but of the data that a run was trained on
 REMEDY = "leave this folder out, or use one that a training wrote"
 SECTIONS_LEFT_OUT = ("log", "checkpoint", "sweep", "preview", "inspect", "overfit", "check")
 
@@ -27,7 +29,7 @@ class RunRecord:
     """A run's folder, read.
 
     Attributes:
-        settings: flat, by key.
+        settings: flat, by key; with the fingerprint of the data where run.json has it.
         rows: of metrics.csv.
         results: of results.json; empty while the run isn't done.
     """
@@ -40,7 +42,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ in nothing but the seed and the validation split."""
 
     values: Mapping[str, Any]
     runs: list[RunRecord]
@@ -79,9 +81,11 @@ def read_run(folder: Path) -> RunRecord:
     for name in ("parameters", "wall_s"):
         if not _is_number(known.get(name)):
             raise UserError(f"{results}: {name}: must be a number; {REMEDY}")
-    return RunRecord(
-        folder, _read_config(folder / "config.yaml"), read_metrics(folder / "metrics.csv"), known
-    )
+    settings, about = _read_config(folder / "config.yaml"), folder / "run.json"
+    data = files.read_json(about, REMEDY).get("data") if files.exists(about) else None
+    if isinstance(data, str):
+        settings[FINGERPRINT] = data
+    return RunRecord(folder, settings, read_metrics(folder / "metrics.csv"), known)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -124,6 +128,11 @@ def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
     found = [
         key for key in keys if not _is_left_out(key) and len({str(r.settings.get(key)) for r in runs}) > 1
     ]
+    # A data set may have moved; only other data make another setting.
+    if FINGERPRINT in found or any(FINGERPRINT not in run.settings for run in runs):
+        found += [key for key in PLACES if len({str(run.settings.get(key)) for run in runs}) > 1]
+    if any((key.startswith("data.") and key != FINGERPRINT) or key == "choices.data" for key in found):
+        found = [key for key in found if key != FINGERPRINT]  # another key names the difference
     chosen = {key.removeprefix("choices.") for key in found if key.startswith("choices.")}
     kept = []
     for key in found:

@@ -145,7 +145,8 @@ def resume(
         state.progress.best = {}
     # This call may ask for more. What `steps` ended within an epoch is judged once more, for its row in metrics.csv.
     state.progress.finished = is_finished(saved, assembly.settings) and not state.progress.batch
-    at = f"epoch {state.progress.epoch + 1}, step {state.progress.step}"
+    epoch, batch, step = state.progress.epoch, state.progress.batch, state.progress.step
+    at = f"in epoch {epoch + 1}, step {step}" if batch else f"after epoch {epoch}, step {step}"
     log.info("resume: state from %s (%s), settings from the command line", source, at)
     then = saved.get("resolved", {}).get("precision")
     if then not in (None, assembly.compute.precision) and "precision" not in (key for key, *_ in changed):

@@ -11,7 +11,7 @@ import torch
 
 from cnntrain import files
 from cnntrain.assembly import Assembly
-from cnntrain.command_line import without_passwords
+from cnntrain.command_line import typed, without_passwords
 from cnntrain.config import compose
 from cnntrain.data.load import Data
 from cnntrain.engine import checkpoint
@@ -97,12 +97,12 @@ def find_saved(settings: Settings) -> tuple[Path, dict[str, Any]] | None:
         if steps[0] != steps[1]:
             raise UserError(
                 f"resume: {source} is at step {steps[0]}, and {last} at step {steps[1]} would be overwritten; "
-                f"resume=auto run_dir={folder} goes on from there; to go back, choose another run_dir"
+                f"{typed(resume='auto', run_dir=folder)} goes on from there; to go back, choose another run_dir"
             )
     elif named is None or not (named in ancestors or (named == own_id and steps[0] <= steps[1])):
         raise UserError(
-            f"run_dir: {folder} holds a run that does not come from {source}; resume=auto run_dir={folder} goes on "
-            "with it; to go on from the other, choose another run_dir"
+            f"run_dir: {folder} holds a run that does not come from {source}; "
+            f"{typed(resume='auto', run_dir=folder)} goes on with it; to go on from the other, choose another run_dir"
         )
     else:
         log.info("resume: %s comes from %s and goes on with its own state", folder, source)
@@ -175,7 +175,11 @@ def finished_results(saved: Mapping[str, Any], folder: Path, settings: Settings)
     results = folder / "results.json"
     if not is_finished(saved, settings) or not files.exists(results):
         return None
-    content = files.read_json(results, "remove it, and the same command writes it again")
+    try:
+        content = files.read_json(results, "it is written anew")
+    except UserError as error:  # a kill or a full disk; the checkpoints have all that it takes
+        log.warning("%s", error)
+        return None
     if content.get("steps") != saved["state"]["progress"]["step"]:  # of a shorter training, before a kill
         return None
     return {**content, "run_dir": str(folder)}

@@ -1,6 +1,7 @@
 """A training from its first step to its results: fitting, the best epoch judged, the test set used once, the log."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.assembly import Assembly, build_training_parts
+from cnntrain.command_line import typed
 from cnntrain.data.load import Data
 from cnntrain.data.store import Loader
 from cnntrain.data.stream import explain_worker_error
@@ -29,7 +31,9 @@ from cnntrain.report.journal import RunJournal, statistics
 from cnntrain.saved import checkpoint_facts, flat, load_weights
 from cnntrain.spec import Batch
 from cnntrain.tasks.meter import Worst
+from cnntrain.tasks.task import Task
 
+log = logging.getLogger("cnntrain")
 MISTAKES_SHOWN = 24
 
 
@@ -94,7 +98,8 @@ def train_to_the_end(
             told = journal or Silent()
             fit(state, training, validation, assembly.pipeline, task, compute, plan, told, save, stop)
         except StoppedError as error:
-            how = f"its state is saved; to go on: the same command with run_dir={run.path} resume=auto"
+            again = typed(run_dir=run.path, resume="auto")
+            how = f"its state is saved; to go on: the same command with {again}"
             raise StoppedError(
                 error.exit_code - 128, f"{error} at step {state.progress.step}; {how}"
             ) from error
@@ -107,6 +112,8 @@ def train_to_the_end(
                 raise
             raise explained from error
 
+        if journal and (said := _early_stop(state, plan, task)):
+            log.info("%s", said)
         best = state.judged
         save.flush()
         if ranks.leads:
@@ -124,7 +131,25 @@ def train_to_the_end(
         mistakes = _draw_mistakes(best, assembly, judged, worst) if settings.log.pictures else None
         split = "validation" if validation else "training"
         journal.finish(best, meter, mistakes, split, state.progress.best, test, state.progress.step)
-    return _summary(state, best, test)
+    ended_by = "early_stopping" if _early_stop(state, plan, task) else "steps" if settings.steps else "epochs"
+    return {**_summary(state, best, test), "ended_by": ended_by}
+
+
+def _early_stop(state: TrainState, plan: Plan, task: Task) -> str:
+    """What is said of a training that early stopping ended; empty where it went to its end."""
+    progress = state.progress
+    if plan.early_stopping is None or progress.step >= plan.total_steps:
+        return ""
+    if progress.epochs_since_best < plan.early_stopping:
+        return ""
+    name = next(
+        (key for key in (f"val/{task.monitor[0]}", f"train/{task.monitor[0]}") if key in progress.best), ""
+    )
+    planned = -(-plan.total_steps // plan.steps_per_epoch)
+    return (
+        f"early stopping: ended after epoch {progress.epoch} of {planned}, {progress.epochs_since_best} epochs without "
+        f"a better {name or 'train/loss'}; the best is epoch {progress.best['epoch']:.0f}"
+    )
 
 
 def _journal(

@@ -1,8 +1,8 @@
 """Put runs side by side: the settings that differ, what they came to, and all learning curves on one picture.
 
-`cnntrain compare RUN [RUN ...]`, each the folder of a run or of a sweep. Runs that differ in nothing but the seed are
-folded: mean and standard deviation in the table, mean and range in the picture. Writes compare.csv, compare.md and
-curves.png.
+`cnntrain compare RUN [RUN ...]`, each the folder of a run or of a sweep. Runs that differ in nothing but the seed and
+the fold are taken together: mean and standard deviation in the table, mean and range in the picture. Writes
+compare.csv, compare.md and curves.png.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ def run(invocation: Invocation) -> int:
 
 
 def compare(folders: list[Path], settings: CompareSettings, command_line: str = "") -> list[dict[str, Any]]:
-    """The rows of the table, one for all runs that differ in nothing but the seed.
+    """The rows of the table, one for all runs that differ in nothing but the seed and the fold.
 
     Raises:
         UserError: no run in a folder, or no run has the metric.

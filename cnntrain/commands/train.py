@@ -15,7 +15,7 @@ import yaml
 
 from cnntrain.assembly import assemble, notice
 from cnntrain.cli import Invocation, looks_like_setting
-from cnntrain.command_line import without_passwords
+from cnntrain.command_line import chosen_options, without_passwords
 from cnntrain.commands.evaluate import evaluate_checkpoint
 from cnntrain.config import compose, read_settings, swept_by_itself
 from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place
@@ -226,15 +226,16 @@ def _train_in(
             bring_best(best, run.best)
         config = without_passwords(dataclasses.asdict(settings))
         run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
-        run.write_json("run.json", provenance(command_line))
+        run.write_json("run.json", {**provenance(command_line), "data": data.fingerprint})
         same_folder = source is not None and run_folder_of(source).resolve() == run.path.resolve()
         results = train_to_the_end(
             run, assembly, data, plan, state, identify(saved, same_folder), stop, watch
         )
         run.write_json("results.json", results)
+    options = chosen_options(command_line, ("--config-dir", "trusted_packages"))
     lost = None
     try:
-        print_run_summary(results, run.path, assembly.task.monitor[0])
+        print_run_summary(results, run.path, assembly.task.monitor[0], options=options)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -101,7 +101,9 @@ class Bar:
         names = [f"{part}/{name}" for name in ("loss", *self.watch) for part in ("train", "val")]
         width = len(str(self.epochs))
         line = f"epoch {epoch + 1:>{width}}/{self.epochs}  {_figures(row, names)}  {seconds_text(seconds)}"
-        self._line(line + ("  *" if best else ""))
+        line += "  *" if best else ""
+        # A terminal would break a long line within a number. A log file's lines are as long as they are.
+        self._line(fold_figures(line, self.console.width) if self.console.is_terminal else line)
 
     def seconds_left(self) -> float:
         """From the mean speed since the first reading, validation included; before the second, since the start."""
@@ -136,6 +138,18 @@ class Bar:
         if self._enabled:
             # A log file's lines are as long as they are: rich would break them at 80.
             self.console.print(Text(text), soft_wrap=True)
+
+
+def fold_figures(line: str, width: int) -> str:
+    """The line, broken between its figures (two spaces) where it is longer than `width`; later lines are indented."""
+    lines = [""]
+    for part in line.split("  "):
+        joined = f"{lines[-1]}  {part}" if lines[-1] else part
+        if len(joined) > width and lines[-1].strip():
+            lines.append(f"    {part}")
+        else:
+            lines[-1] = joined
+    return "\n".join(lines)
 
 
 def seconds_text(seconds: float) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cnntrain.command_line import command_text, override
 from cnntrain.findings import Finding
 from cnntrain.report.progress import seconds_text
 from cnntrain.streams import printable
@@ -52,11 +53,30 @@ def print_rows(
     columns: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print `rows_table`; where the output is no terminal, as wide as it needs."""
+    """Print `rows_table`; where the output is no terminal, as wide as it needs. A table that is wider than the terminal
+    is printed in parts, each with the first column, so that no number is broken."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=10_000)
-    console.print(rows_table(rows, title, columns))
+    columns = list(columns) if columns else list(dict.fromkeys(key for row in rows for key in row))
+    for place, part in enumerate(_fitting(rows, columns, console)):
+        console.print(rows_table(rows, "" if place else title, part))
+
+
+def _fitting(rows: Sequence[Mapping[str, object]], columns: list[str], console: Console) -> list[list[str]]:
+    """The columns in parts that fit the console's width, each beginning with the first column."""
+    unlimited = console.options.update(width=10_000)
+    parts = [columns[:1]]
+    for name in columns[1:]:
+        wider = [*parts[-1], name]
+        if (
+            len(wider) > 2
+            and console.measure(rows_table(rows, "", wider), options=unlimited).maximum > console.width
+        ):
+            parts.append([columns[0], name])
+        else:
+            parts[-1] = wider
+    return parts
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:
@@ -70,7 +90,11 @@ def markdown(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def print_run_summary(
-    results: Mapping[str, object], run_dir: Path, monitor: str, console: Console | None = None
+    results: Mapping[str, object],
+    run_dir: Path,
+    monitor: str,
+    console: Console | None = None,
+    options: Sequence[str] = (),
 ) -> None:
     """The end of a run: best epoch on validation beside the test set, the cost, and where to look next.
 
@@ -78,6 +102,7 @@ def print_run_summary(
         results: as in results.json: `best` and `test`, each metrics by name or None; `parameters`, `epochs`,
             `wall_s`, `images_per_s`.
         monitor: metric that chose the best epoch.
+        options: of the command that code of the user's own needs, as `--config-dir mine`; for the next command.
     """
     console = console or Console()
     best, test = _metrics(results.get("best")), _metrics(results.get("test"))
@@ -93,6 +118,8 @@ def print_run_summary(
     facts = []
     if "epoch" in best:
         facts.append(f"best epoch {int(float(str(best['epoch'])))} by {monitor}")
+    if results.get("ended_by") == "early_stopping":
+        facts.append(f"early stopping after epoch {results['epochs']}")
     if "parameters" in results:
         facts.append(f"{results['parameters']:,} parameters")
     if "wall_s" in results:
@@ -101,9 +128,11 @@ def print_run_summary(
         facts.append(f"{float(str(results['images_per_s'])):,.0f} images/s")
     _print(console, ", ".join(facts))
     _print(console, f"run folder: {run_dir}")
-    _print(console, f"look next:  tensorboard --logdir {run_dir}")
-    if (run_dir / "checkpoints" / "best.pt").exists():
-        _print(console, f"            cnntrain evaluate checkpoint={run_dir / 'checkpoints' / 'best.pt'}")
+    _print(console, f"look next:  {command_text(['tensorboard', '--logdir', run_dir])}")
+    best_checkpoint = run_dir / "checkpoints" / "best.pt"
+    if best_checkpoint.exists():
+        evaluate = ["cnntrain", "evaluate", *options, override("checkpoint", best_checkpoint)]
+        _print(console, f"            {command_text(evaluate)}")
 
 
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:

@@ -233,4 +233,4 @@ def write_report(answer: Answer, folder: Path, command: str, again: str | None) 
         parts.append(f"The best run's command:\n\n```\n{again}\n```")
     parts.append(markdown(ranking_rows(answer)))
     parts += [f"![{Path(name).stem}]({name})" for name in answer.pictures]
-    write_text(folder / "results.md", "\n\n".join(part for part in parts if part) + "\n")
+    write_text(folder / "results.md", "\n\n".join(part for part in parts if part) + "\n", sync=False)

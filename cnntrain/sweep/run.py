@@ -1,19 +1,23 @@
 """A sweep from its command line to its answer; read it from top to bottom."""
 
+import contextlib
 import dataclasses
 import logging
 import math
+import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from optuna.exceptions import OptunaError
 
 from cnntrain.cli import Invocation
-from cnntrain.command_line import without_passwords
+from cnntrain.command_line import MASK, command_text, typed, without_passwords
 from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
 from cnntrain.engine.signals import StopFlag, stop_flag
-from cnntrain.errors import CnntrainError, StoppedError, UserError
+from cnntrain.errors import CnntrainError, MachineError, StoppedError, UserError
 from cnntrain.files import read_json
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.figures import survive_drawing
@@ -31,7 +35,7 @@ from cnntrain.sweep.answer import (
 from cnntrain.sweep.board import Board
 from cnntrain.sweep.perform import Job, test_quietly
 from cnntrain.sweep.plan import Plan, Repeat, Run, read_plan, repeats_text
-from cnntrain.sweep.storage import ABOUT, open_study
+from cnntrain.sweep.storage import ABOUT, JOURNAL, database_errors, open_study, storage_problem
 from cnntrain.sweep.study import Outcome, Study, Trial
 from cnntrain.sweep.workers import Here, Processes
 
@@ -61,19 +65,38 @@ def run_sweep(invocation: Invocation, job: Job) -> int:
         study = open_study(plan, folder.path, None if plan.base.steps else plan.base.epochs)
         if not (folder.path / "run.json").exists():
             folder.write_json("run.json", provenance(invocation.line))
-        try:
-            over = _work_off(plan, job, study, folder.path, stop)
-        finally:
-            write_csv_of_runs(folder.path, plan, study.trials())
-        stop.check()
-        answer = find_answer(plan, study)
-        again = _judge_winner(answer, job, folder.path, over)
+        with _told_how_to_go_on(invocation, plan, folder.path) as going_on:
+            try:
+                over = _work_off(plan, job, study, folder.path, stop, going_on)
+            finally:
+                write_csv_of_runs(folder.path, plan, study.trials())
+            stop.check()
+            answer = find_answer(plan, study)
+            again = _judge_winner(answer, job, folder.path, over)
         if plan.base.log.pictures:
             with survive_drawing("the sweep's figures"):
                 answer.pictures = draw(answer, folder.path)
         write_report(answer, folder.path, invocation.line, again)
     _print(answer, study, folder.path, again)
     return _exit_code(answer)
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(invocation: Invocation, plan: Plan, folder: Path) -> Iterator[str]:
+    """Name the command that goes on with the sweep where a signal or a lost storage ends it; yields that command."""
+    command = invocation.line_with(run_dir=folder, resume="auto")
+    command += f" (with the password in place of {MASK})" if MASK in command else ""
+    try:
+        yield command
+    except StoppedError as error:
+        number = error.exit_code - 128
+        raise StoppedError(
+            number,
+            f"stopped by {signal.Signals(number).name}; what was under way is saved; to go on: {command}",
+        ) from error
+    except (OptunaError, *database_errors(plan.sweep.storage)) as error:
+        problem = storage_problem(plan.sweep.storage or folder / JOURNAL, error)
+        raise MachineError(f"{problem}\nto go on: {command}") from error
 
 
 def _folder(plan: Plan) -> Path | None:
@@ -91,9 +114,13 @@ def _folder(plan: Plan) -> Path | None:
     return Path(plan.base.run_dir) if plan.base.run_dir else None
 
 
-def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag) -> bool:
+def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag, going_on: str) -> bool:
     """Ask, run and tell until nothing is left to try, or it is time to stop; whether the sweep is over by that: all
-    tried, here and on other machines, or all the time used that it was given."""
+    tried, here and on other machines, or all the time used that it was given.
+
+    Args:
+        going_on: the command that goes on with the sweep.
+    """
     board, queue = Board(plan), Queue(plan, study, folder)
     monitor, jobs = plan.monitor[0] if plan.monitor else None, plan.sweep.jobs
     for trial in study.trials():
@@ -139,8 +166,8 @@ def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag) 
         raise
     finally:
         pool.close()
-        if queue.closed and (queue.left or queue.closed == "stopped"):
-            log.info("%s: nothing more is begun; resume=auto run_dir=%s goes on", queue.closed, folder)
+        if queue.closed not in ("", "stopped") and queue.left:
+            log.info("%s: nothing more is begun; to go on: %s", queue.closed, going_on)
     return time.monotonic() > deadline or all(trial.state == "ended" for trial in study.trials())
 
 
@@ -224,7 +251,10 @@ def _judge_winner(answer: Answer, job: Job, folder: Path, over: bool) -> str | N
 
 def _test_metrics(run: Run, job: Job, tensorboard: bool) -> dict[str, float]:
     """The test set's metrics, from the run's results.json, where they are put when they are known."""
-    results = read_json(run.folder / "results.json", "remove the run's folder, and go on with resume=auto")
+    results = read_json(
+        run.folder / "results.json",
+        f"{run.command} {typed(run_dir=run.folder, resume='auto')} writes it anew",
+    )
     if not results.get("test"):
         results["test"] = test_quietly(job, run)
         RunFolder(run.folder).write_json("results.json", results)
@@ -248,7 +278,7 @@ def _print(answer: Answer, study: Study, folder: Path, again: str | None) -> Non
         print(f"the best again: {again}")
     print(f"sweep folder: {folder} (results.md, results.csv{', figures/' if answer.pictures else ''})")
     if answer.plan.base.log.tensorboard and answer.standings:
-        print(f"look next:    tensorboard --logdir {folder}")
+        print(f"look next:    {command_text(['tensorboard', '--logdir', folder])}")
 
 
 def _exit_code(answer: Answer) -> int:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cnntrain import compose, train
 from cnntrain.cli import main
@@ -81,3 +82,59 @@ def test_what_is_no_run_is_named(runs: Path, capsys: pytest.CaptureFixture[str])
     (broken / "results.json").write_text(json.dumps({"best": None})[:-1])
     with pytest.raises(UserError, match=r"results\.json"):
         read_run(broken)
+
+
+def made_up(name: str, data: str | None = "9-a-b", **values: object) -> Path:
+    folder = Path(name)
+    folder.mkdir()
+    config: dict[str, object] = {
+        "seed": 0,
+        "data": {"root": None, "fold": 0, "split_seed": 0},
+        "choices": {"data": "x"},
+    }
+    for key, value in values.items():
+        section, _, inner = key.partition("__")
+        target = config[section] if inner else config
+        assert isinstance(target, dict)
+        target[inner or section] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "metrics.csv").write_text("epoch,step,val/top1\n1,5,0.5\n")
+    if data:
+        (folder / "run.json").write_text(json.dumps({"data": data}))
+    return folder
+
+
+def test_folds_are_taken_together_as_seeds_are() -> None:
+    records = [read_run(made_up(f"r{fold}", data__fold=fold, seed=fold % 2)) for fold in range(3)]
+    records.append(read_run(made_up("other", data__fold=0, epochs=9)))
+    assert [len(group.runs) for group in fold(records, differing_keys(records))] == [3, 1]
+
+
+def test_other_data_are_another_setting_and_moved_data_are_not() -> None:
+    here, moved = made_up("here", data__root="/a"), made_up("moved", data__root="/b")
+    other, unknown = made_up("other", "9-a-c", data__root="/c"), made_up("unknown", None, data__root="/d")
+    changed = made_up("changed", "9-a-d", data__root="/a")
+    assert differing_keys([read_run(each) for each in (here, moved)]) == []
+    assert differing_keys([read_run(each) for each in (here, other)]) == ["data.root"]
+    assert differing_keys([read_run(each) for each in (here, unknown)]) == ["data.root"]
+    assert differing_keys([read_run(each) for each in (here, changed)]) == ["data.fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("results.json", b""),
+        ("results.json", b"[]"),
+        ("results.json", b'{"best": 5}'),
+        ("results.json", b'{"test": {"test/top1": "high"}}'),
+        ("run.json", b'{"da'),
+        ("config.yaml", b"5"),
+        ("config.yaml", b"a: [b"),
+        ("metrics.csv", b"epoch,val/top1\n1,0.5\n\xff\xfe,1\n"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(file: str, content: bytes) -> None:
+    folder = made_up("run")
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"run/{file}"):
+        read_run(folder)

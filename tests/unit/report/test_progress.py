@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from cnntrain.report import progress
-from cnntrain.report.progress import Bar, seconds_text
+from cnntrain.report.progress import Bar, fold_figures, seconds_text
 
 
 def plain_console() -> Console:
@@ -101,3 +101,20 @@ def test_long_lines_are_not_broken_in_a_file():
 def test_seconds_are_readable():
     seconds = (4.24, 185, 3600 * 2 + 600, float("nan"))
     assert [seconds_text(s) for s in seconds] == ["4.2 s", "3 min 05 s", "2 h 10 min", "?"]
+
+
+@pytest.mark.parametrize("width", [80, 60, 30])
+def test_an_epochs_line_is_broken_between_its_figures_on_a_terminal(width: int):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    row = {"train/loss": 0.12345, "val/loss": 0.23456, "train/top1": 0.91234, "val/top1": 0.92345}
+    bar = Bar(1200, 120, watch=("top1",), console=console)
+    bar.epoch(10, row, best=True)
+    lines = text_of(console).splitlines()
+    assert len(lines) > 1 and max(map(len, lines)) <= width
+    figures = [part for line in lines for part in line.strip().split("  ")]
+    assert {f"{name} {value:.4g}" for name, value in row.items()} <= set(figures)
+
+
+def test_a_line_that_fits_stays_as_it_is():
+    assert fold_figures("epoch  1/120  loss 0.1", 80) == "epoch  1/120  loss 0.1"
+    assert fold_figures("loss 0.1  " + "x" * 90, 80) == "loss 0.1\n    " + "x" * 90

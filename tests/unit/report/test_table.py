@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from cnntrain.findings import Finding
@@ -70,3 +71,17 @@ def test_values_are_readable():
         "0.1235",
         "x",
     ]
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_no_number_of_a_wide_table_is_broken(width: int) -> None:
+    rows = [{"place": i, **{f"metric_{j}": 0.12345 + j + i / 100 for j in range(12)}} for i in range(3)]
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    print_rows(rows, title="sweep", console=console)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    words = [word for line in lines for word in line.split()]
+    assert max(map(len, lines)) <= width
+    for row in rows:
+        assert {value_text(value) for value in row.values()} <= set(words)
+    assert words.count("place") > 1 and all(words.count(f"metric_{j}") == 1 for j in range(12))
