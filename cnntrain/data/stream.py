@@ -25,6 +25,7 @@ from cnntrain.heap import give_back_freed_memory
 Transform = Callable[[Tensor, int], Tensor]  # (uint8 (C,H,W), position in the epoch) -> uint8 (C,H,W)
 # Rows of a batch, their positions, what to do to each image. Lists, for a tensor would need a socket.
 Request = tuple[list[int], list[int], Transform | None]
+TICK_S = 1.0
 
 
 class WorkerPool:
@@ -40,7 +41,8 @@ class WorkerPool:
     ) -> None:
         self.requests = _Requests()
         self.timeout_s = timeout_s
-        options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4, "timeout": timeout_s}
+        # No time limit of torch's: it counts while the run is suspended (Ctrl-Z), and does not reach everywhere.
+        options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4}
         self.loader = DataLoader(
             _Decoded(examples, with_matrices),
             batch_size=None,  # a request is a whole batch
@@ -103,22 +105,23 @@ class WorkerPool:
 
 
 class _Patience:
-    """Kills the workers when one of them blocks this process: so that it goes on, with an error.
+    """Kills the workers when no batch comes for `timeout_s`: so that the run ends with an error.
 
-    Taking over a batch is a talk with its worker, to which torch's own time limit does not apply: if the worker
-    was stopped between, it would never end.
+    Time is counted in steps of a second: one during which this process did not run (Ctrl-Z, SIGSTOP, a laptop asleep)
+    counts as one, for its workers did not run either.
     """
 
     def __init__(self, loader: DataLoader[Any], timeout_s: int) -> None:
         self.loader = loader
-        self.limit_s = timeout_s + 3.0  # torch's own limit comes first
-        self.waiting_since: float | None = None
+        self.limit_s = float(timeout_s)
+        self.waiting = False
+        self.waited_s = 0.0
         self.ended = threading.Event()
         self.lost = False
         self.thread = threading.Thread(target=self._watch, daemon=True, name="cnntrain-workers")
 
     def __enter__(self) -> None:
-        self.waiting_since = time.monotonic()
+        self.waiting = True
         if self.loader.num_workers:
             self.thread.start()
 
@@ -128,14 +131,18 @@ class _Patience:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Nobody waits for the workers inside."""
-        self.waiting_since = None
+        self.waiting = False
         yield
-        self.waiting_since = time.monotonic()
+        self.waited_s = 0.0
+        self.waiting = True
 
     def _watch(self) -> None:
-        while not self.ended.wait(1):
-            since = self.waiting_since
-            if since is not None and time.monotonic() - since > self.limit_s:
+        before = time.monotonic()
+        while not self.ended.wait(TICK_S):
+            now = time.monotonic()
+            self.waited_s = self.waited_s + min(now - before, TICK_S) if self.waiting else 0.0
+            before = now
+            if self.waited_s > self.limit_s:
                 self.lost = True
                 for process in getattr(self.loader._iterator, "_workers", []):
                     process.kill()

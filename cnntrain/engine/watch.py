@@ -26,6 +26,7 @@ from cnntrain.errors import MachineError, StoppedError
 
 PERIOD_S = 0.3
 SILENCE_S = 15.0  # without a sign of life
+SUSPENDED_S = 3.0  # between two looks: this process, or the store, was suspended
 LAST_WORDS_S = 10.0  # for a process to end by itself once another has failed
 
 
@@ -74,6 +75,7 @@ class Watch:
         self.failed: int | None = None  # the exit code of the process that failed first
         self._over = threading.Event()
         self._seen, self._seen_at = -1, time.monotonic()
+        self._looked_at = self._seen_at
         self._failed_at = 0.0
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -113,12 +115,22 @@ class Watch:
         while not self._over.wait(PERIOD_S):
             try:
                 with self.lock:
+                    self._forgive_suspension()
                     self._look_after_life()
                     self._look_after_failure()
                     self._look_after_stopping()
             except RuntimeError:
                 self._store_lost()
                 return
+
+    def _forgive_suspension(self) -> None:
+        """Time during which this thread did not run counts for nobody: after Ctrl-Z or SIGSTOP all go on."""
+        now = time.monotonic()
+        away_s = now - self._looked_at - PERIOD_S
+        if away_s > SUSPENDED_S:
+            self._seen_at += away_s
+            self._failed_at += away_s * (self._failed_at > 0)
+        self._looked_at = now
 
     def _look_after_life(self) -> None:
         self._add(f"life/{self.rank}", 1)

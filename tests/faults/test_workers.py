@@ -73,6 +73,21 @@ def test_a_lost_worker_ends_the_run_with_a_message(
 
 
 @pytest.mark.slow
+def test_a_suspended_run_goes_on(cnntrain, wait_for, make_images) -> None:
+    """Ctrl-Z for longer than data.timeout_s, then fg: it trains on, and ends as it would have."""
+    run = cnntrain.start(*(a.replace("timeout_s=3", "timeout_s=2") for a in streaming(make_images(count=40))))
+    wait_for(LAST.exists, run)
+    for _ in range(2):
+        os.killpg(run.pid, signal.SIGSTOP)
+        time.sleep(8)
+        os.killpg(run.pid, signal.SIGCONT)
+        before = LAST.stat().st_mtime_ns
+        wait_for(lambda before=before: LAST.stat().st_mtime_ns > before, run)
+    run.terminate()
+    cnntrain.end(run, 128 + signal.SIGTERM, timeout_s=60)
+
+
+@pytest.mark.slow
 def test_a_small_shared_memory_is_named_with_the_remedy(cnntrain, make_images, inside_namespace) -> None:
     small = inside_namespace("mount -t tmpfs -o size=64k none /dev/shm", "--mount")
     root = make_images(count=100)
