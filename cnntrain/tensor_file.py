@@ -32,11 +32,14 @@ def read_tensors(path: Path, root: Path | None = None) -> Any:
     Tensors may share storage or have strides of 0: copy them before anything writes to them in place.
 
     Args:
-        root: the folder from which on no link is followed; None follows links, as for a file that the user names.
+        root: the folder from which on no link is followed. None: the run folder of a file in a folder `checkpoints`;
+            any other file that the user names may be a link.
 
     Raises:
         UserError: not there, damaged, or holding anything else.
     """
+    if root is None and path.parent.name == "checkpoints":
+        root = files.run_folder_of(path)
     if root is None and not path.is_file():
         raise UserError(f"{path}: no such file")
     try:

@@ -58,8 +58,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not files.exists(path):
         raise UserError(f"{path}: no such checkpoint")
-    # A file that the user names may be a link; what lies in a run folder may not.
-    state = read_tensors(path, files.run_folder_of(path) if path.parent.name == "checkpoints" else None)
+    state = read_tensors(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of cnntrain's, or of another version")
     return state
