@@ -51,10 +51,12 @@ if [ -d "$data/faces" ]; then # the 24 smallest photographs and their rows
     grep -F "$(basename "$photo")," "$data/faces/face_landmarks.csv" >>.kit/data/faces/face_landmarks.csv || true
   done
 fi
-if [ -d "$data/camvid" ]; then # 16 scenes of each split
+if [ -d "$data/camvid" ]; then # 16 scenes of each split, spread out: neighbors may lack a class
   for split in train val test; do
     mkdir -p ".kit/data/camvid/$split/images" ".kit/data/camvid/$split/masks"
-    find "$data/camvid/$split/images" -type f | sort | head -16 | while IFS= read -r image; do
+    scenes=$(find "$data/camvid/$split/images" -type f | sort)
+    every=$(($(wc -l <<<"$scenes") / 16))
+    awk -v every="$((every > 0 ? every : 1))" 'NR % every == 1 || every == 1' <<<"$scenes" | head -16 | while IFS= read -r image; do
       name=$(basename "$image")
       cp "$image" ".kit/data/camvid/$split/images/"
       cp "$data/camvid/$split/masks/${name%.*}.png" ".kit/data/camvid/$split/masks/"
