@@ -101,7 +101,7 @@ def fit(
         timed.seconds = 0.0
         meter = task.meter()
         if progress.batch and state.meter:
-            meter.load_state(unpack_state(state.meter, ranks))
+            meter.load_state(unpack_state(state.meter, ranks), compute.device)
 
         def keep(meter: Meter = meter, started: float = started, before: float = seconds_before) -> None:
             finite.check()

@@ -234,9 +234,9 @@ class ClassificationMeter(Meter):
         self._count_waiting()
         return super().state()
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         self._waiting = 0
-        super().load_state(state)
+        super().load_state(state, device)
 
     @torch.no_grad()
     def _count_waiting(self) -> None:

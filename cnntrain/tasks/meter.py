@@ -98,10 +98,10 @@ class Meter(ABC):
         rows = {f"rows/{name}": room[:taken].clone() for name, (room, taken) in self._rows.items()}
         return {**self._sums, **rows}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Forget what was collected and take `state` instead."""
+    def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Forget what was collected and take `state` (a checkpoint's, on the CPU) instead, on `device`."""
         self._sums, self._rows = {}, {}
-        self.merge(state)
+        self.merge({name: value.to(device) for name, value in state.items()})
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Add another meter's state (of another process, or of another part of the data set)."""

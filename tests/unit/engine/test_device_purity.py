@@ -18,6 +18,7 @@ from cnntrain.config import read_settings
 from cnntrain.engine.divergence import Finiteness
 from cnntrain.engine.evaluate import evaluate
 from cnntrain.engine.loop import Silent, train_epoch
+from cnntrain.engine.ranks import pack_states, states_of, unpack_state
 from cnntrain.engine.rig import make_rig
 from cnntrain.engine.signals import StopFlag
 from cnntrain.spec import Batch, DataSpec
@@ -54,8 +55,12 @@ MORE = {
 }
 
 
-def waits_at_each_step(words: list[str]) -> list[str]:
-    """What made the host wait more than once in an epoch of `STEPS` batches, or in a validation."""
+def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
+    """What made the host wait more than once in an epoch of `STEPS` batches, or in a validation.
+
+    Args:
+        resumed: whether the epoch goes on with the metrics that a checkpoint, on the CPU, has of its first part.
+    """
     chosen = {word.split("=")[0] for word in words}
     more = [f"{key}={value}" for key, value in COMMON.items() if key not in chosen]
     with simulated_cuda() as cuda:
@@ -66,8 +71,16 @@ def waits_at_each_step(words: list[str]) -> list[str]:
         training, validation = assembly.loader(data.train, augmented=True), assembly.loader(data.val)
         finite = Finiteness(assembly.compute.device, state.scaler is not None, AssertionError)
         common = (assembly.pipeline, assembly.task, assembly.compute)
-        meter = assembly.task.meter()
+        meter, ranks = assembly.task.meter(), assembly.compute.ranks
         train_epoch(state, training, *common, plan, Silent(), meter, lambda: None, StopFlag(), finite)
+        if resumed:
+            saved = {name: value.cpu() for name, value in pack_states(states_of(meter, ranks)).items()}
+            saved = unpack_state(saved, ranks)
+            meter.load_state(saved, assembly.compute.device)
+            assert all(cuda.holds(value) for value in meter.state().values())
+            state.progress.batch = 0
+            cuda.events.clear()
+            train_epoch(state, training, *common, plan, Silent(), meter, lambda: None, StopFlag(), finite)
         evaluate(state.judged, validation, *common, plan.batch_size, STEPS)
         assert state.progress.batch == STEPS
         assert all(cuda.holds(parameter) for parameter in state.model.parameters())
@@ -86,6 +99,11 @@ def waits_at_each_step(words: list[str]) -> list[str]:
 @pytest.mark.parametrize("case", QUICK)
 def test_no_step_waits_for_the_device(case: str) -> None:
     assert waits_at_each_step(QUICK[case]) == []
+
+
+@pytest.mark.parametrize("case", ["classification, bf16", "keypoints"])
+def test_an_epoch_that_is_resumed_collects_its_metrics_on_the_device(case: str) -> None:
+    assert waits_at_each_step(QUICK[case], resumed=True) == []
 
 
 @pytest.mark.slow

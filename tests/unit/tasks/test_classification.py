@@ -146,7 +146,7 @@ def test_a_meter_goes_on_from_its_state_and_keeps_its_own():
     meter = metered(task, outputs, targets)
     state = {name: value.clone() for name, value in meter.state().items()}
     other = task.meter()
-    other.load_state(meter.state())
+    other.load_state(meter.state(), torch.device("cpu"))
     assert other.compute() == meter.compute()
     other.update(outputs, targets, *task.loss(outputs, targets))
     assert all(torch.equal(state[name], value) for name, value in meter.state().items())
@@ -168,7 +168,7 @@ def test_what_waits_to_be_counted_is_counted_once(classes, monkeypatch):
         assert torch.equal(each.confusion_matrix(), whole.confusion_matrix())
         assert each.compute() == pytest.approx(whole.compute(), rel=1e-6)
     meter.update(outputs, targets, *task.loss(outputs, targets))
-    meter.load_state(whole.state())  # forgets what waited
+    meter.load_state(whole.state(), torch.device("cpu"))  # forgets what waited
     assert meter.compute() == whole.compute()
 
 

@@ -29,5 +29,5 @@ def test_rows_are_kept_in_order_beyond_any_room() -> None:
         if before is not None and kept is not None:  # a state that was taken is nobody else's
             assert torch.equal(before, kept)
     other = Keeping()
-    other.load_state(meter.state())
+    other.load_state(meter.state(), torch.device("cpu"))
     assert torch.equal(other.state()["rows/score"], torch.cat(batches))
