@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from cnntrain.errors import UserError
 from cnntrain.transfer import to_device
 
 LEAST_ROOM = 4096  # rows
@@ -115,6 +116,8 @@ class Meter(ABC):
         if value.is_floating_point():
             value = value.to(wide_dtype(value.device))
         known = self._sums.get(name)
+        if known is not None and known.shape != value.shape:
+            raise _foreign(name, known, value)
         self._sums[name] = value if known is None else known + value.to(known.device)
 
     def _keep(self, name: str, value: Tensor) -> None:
@@ -124,7 +127,11 @@ class Meter(ABC):
         """The next rows of `name`, to be filled: as many, and of the kind, as `value` has."""
         # In one piece: a small tensor kept from every step would lie between the large ones, and what is freed beside
         # it would not fit the next step: the heap would grow by a batch a step.
+        if not value.ndim:
+            raise _foreign(name, value, value)
         room, taken = self._rows.get(name, (value.new_empty((LEAST_ROOM, *value.shape[1:])), 0))
+        if room.shape[1:] != value.shape[1:] or room.is_floating_point() != value.is_floating_point():
+            raise _foreign(name, room, value)
         end = taken + len(value)
         if end > len(room):
             larger = room.new_empty((max(end, 2 * len(room)), *room.shape[1:]))
@@ -132,6 +139,15 @@ class Meter(ABC):
             room = larger
         self._rows[name] = room, end
         return room[taken:end]
+
+
+def _foreign(name: str, known: Tensor, value: Tensor) -> UserError:
+    """What is collected does not fit what was collected before, as where a checkpoint brought it."""
+    was, now = (f"{tuple(each.shape)} {each.dtype}" for each in (known, value))
+    return UserError(
+        f"metrics: {name} was collected as {was}, and is {now} now; a checkpoint that is resumed in the middle of an "
+        "epoch (state.meter) must be of the same task and data"
+    )
 
 
 def ratio(total: Tensor | float, count: Tensor | float) -> float:
