@@ -3,6 +3,7 @@
 import contextlib
 import io
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def remove_temporaries(folder: Path) -> None:
     for inner in (folder, folder / "checkpoints", folder / "figures"):
         if inner == folder or files.is_folder(inner, folder):
             for leftover in inner.glob(".*.tmp"):
-                if not leftover.is_dir() or leftover.is_symlink():
+                ours = re.fullmatch(r"\..+\.[0-9]+\.tmp", leftover.name)  # as `files.replacing` names them
+                if ours and (leftover.is_symlink() or not leftover.is_dir()):
                     files.remove(leftover, folder)
 
 

@@ -72,8 +72,11 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
         ):
             pass
         (run.checkpoints / ".last.pt.1.tmp").touch()
+        (run.path / ".metrics.csv.1.tmp").touch()
+        (run.path / ".mine.tmp").touch()
     with open_run_folder(tmp_path / "run", "x", trains=True) as run:
         assert not list(run.checkpoints.iterdir())
+        assert {path.name for path in run.path.glob(".*.tmp")} == {".mine.tmp"}
     with (
         pytest.raises(UserError, match="holds a training"),
         open_run_folder(tmp_path / "run", "x"),
