@@ -86,7 +86,6 @@ def _without_effect(facts: Facts) -> Iterator[Finding]:
         "task.wing_width": (no_wing, f"task.loss={loss}", "task.loss"),
         "task.wing_curvature": (no_wing, f"task.loss={loss}", "task.loss"),
         "task.heatmap_sigma": (head != "heatmap", f"task.head={head}", "task.head"),
-        "data.fold": (folds is None, "data.folds=null", "data.folds"),
         "data.val_fraction": (
             folds is not None or facts.own_val, own if facts.own_val else f"data.folds={folds}", "data.folds",
         ),

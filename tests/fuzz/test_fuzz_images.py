@@ -56,7 +56,23 @@ class Guard:
         self.watching = False
         self.allowed = ""
         self.seen: list[str] = []
+        self._folder: int | None = (
+            None  # of the `os.open` that is under way: its audit event does not name it
+        )
+        self._open = os.open
         sys.addaudithook(self._hear)
+
+    def open(self, path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        """`os.open`, with the folder noted that a relative path starts from."""
+        self._folder = dir_fd
+        try:
+            return self._open(path, flags, mode, dir_fd=dir_fd)
+        finally:
+            self._folder = None
+
+    def _absolute(self, path: str | bytes | os.PathLike, folder: object) -> str:
+        start = f"/proc/self/fd/{folder}" if isinstance(folder, int) and folder >= 0 else os.curdir
+        return os.path.abspath(os.path.join(os.path.realpath(start), os.fsdecode(path)))
 
     def _hear(self, event: str, arguments: tuple[object, ...]) -> None:
         if not self.watching:
@@ -64,14 +80,20 @@ class Guard:
         path = arguments[0] if arguments else None
         if event == "open":
             flags = arguments[2]
+            if isinstance(path, int):  # a descriptor that was opened before
+                return
             if not isinstance(flags, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 return
         elif not event.startswith(WAYS_OUT):
             return
         if isinstance(path, str | bytes | os.PathLike):
-            inside = os.path.abspath(os.fsdecode(path)).startswith(self.allowed + os.sep)
+            folder = self._folder if event == "open" else arguments[2 if event == "os.rename" else -1]
+            places = [self._absolute(path, folder)]
+            if event == "os.rename" and isinstance(arguments[1], str | bytes):
+                places.append(self._absolute(arguments[1], arguments[3]))
+            inside = all(f"{place}{os.sep}".startswith(self.allowed + os.sep) for place in places)
             starts = event.startswith(("subprocess.", "os.system", "os.exec", "os.spawn", "os.posix", "pty."))
-            if (inside or os.path.abspath(os.fsdecode(path)) == self.allowed) and not starts:
+            if inside and not starts:
                 return
         self.seen.append(f"{event}{arguments!r}"[:300])
 
@@ -85,6 +107,7 @@ def the_guard() -> Guard:
 def guard(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guard]:
     guard = the_guard()
     guard.allowed, guard.seen = str(own_folder / "out"), []
+    monkeypatch.setattr(os, "open", guard.open)
     yield guard
     guard.watching = False
     assert not guard.seen, guard.seen[:5]
@@ -261,6 +284,14 @@ def test_the_guard_hears_what_it_should(guard: Guard, own_folder: Path) -> None:
     os.makedirs(own_folder / "out")
     (own_folder / "out" / "inside.txt").write_text("inside")
     (own_folder / "beside.txt").read_text()
+    inner, outer = os.open(own_folder / "out", os.O_RDONLY), os.open(own_folder, os.O_RDONLY)
+    os.close(os.open("inside.txt", os.O_WRONLY, dir_fd=inner))
+    os.rename("inside.txt", "moved.txt", src_dir_fd=inner, dst_dir_fd=inner)
+    assert not guard.seen
+    os.rename("moved.txt", "moved.txt", src_dir_fd=inner, dst_dir_fd=outer)
+    os.close(os.open("moved.txt", os.O_WRONLY, dir_fd=outer))
+    assert [each.partition("(")[0] for each in guard.seen] == ["os.rename", "open"]
+    guard.seen = []
     guard.watching = False
     assert any(each.startswith("subprocess.Popen") for each in heard) and any(
         "beside" in each for each in heard

@@ -24,7 +24,6 @@ QUARRELS = {
     f"{FEW} task.loss=l1 task.smooth_l1_beta=0.2": ("task.smooth_l1_beta", "task.loss"),
     f"{FEW} task.loss=mse task.wing_width=0.2": ("task.wing_width", "task.loss"),
     f"{FEW} task.heatmap_sigma=2": ("task.heatmap_sigma", "task.head"),
-    "data.fold=1": ("data.fold", "data.folds"),
     "data.folds=5 data.val_fraction=0.2": ("data.val_fraction", "data.folds"),
     "data.workers=4": ("data.workers", "data.store"),
     "epochs=5 steps=100": ("epochs", "steps"),
