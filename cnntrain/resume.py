@@ -21,9 +21,9 @@ from cnntrain.data.load import Data
 from cnntrain.engine import checkpoint
 from cnntrain.engine.device import choose_compute, count_cores
 from cnntrain.engine.ranks import Ranks
-from cnntrain.engine.state import Progress, TrainState
+from cnntrain.engine.state import TrainState
 from cnntrain.errors import UserError
-from cnntrain.saved import differences, is_finished, load_weights, misfits, saved_spec
+from cnntrain.saved import differences, is_finished, load_weights, misfits, read_saved, saved_spec
 from cnntrain.settings import Settings
 from cnntrain.spec import DataSpec
 
@@ -139,7 +139,7 @@ def resume(
         raise UserError(
             f"resume: the state in {source} does not fit ({type(error).__name__}: {error})"
         ) from error
-    best = _best_checkpoint(source, state.progress)
+    best = _best_checkpoint(source, state)
     if state.progress.best and best is None:
         log.warning("resume: the best epoch's weights are no longer beside %s; it is looked for anew", source)
         state.progress.best = {}
@@ -176,22 +176,27 @@ def _say_rate(state: TrainState, saved: Mapping[str, Any], changed: Sequence[str
         )  # fmt: skip
 
 
-def _best_checkpoint(source: Path, progress: Progress) -> Path | None:
+def _best_checkpoint(source: Path, state: TrainState) -> Path | None:
     """Where the best epoch's weights are: in the best.pt beside `source`, or in `source`, which is written first."""
-    beside = source.with_name("best.pt")
+    beside, progress = source.with_name("best.pt"), state.progress
     if not progress.best:
         return None
-    if _is_best(beside, progress.best):
+    if _is_best(beside, progress.best, state.judged.state_dict()):
         return beside
     return source if progress.best.get("step") == progress.step else None
 
 
-def _is_best(path: Path, best: Mapping[str, float]) -> bool:
-    """Whether a checkpoint is that of the epoch with the metrics `best`: another one may have taken its place since."""
+def _is_best(path: Path, best: Mapping[str, float], mine: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is that of the epoch with the metrics `best`, for a network with the weights `mine`: another
+    one may have taken its place since."""
     try:
-        return repr(checkpoint.load(path)["state"]["progress"]["best"]) == repr(best)  # NaN is NaN
-    except (UserError, LookupError, TypeError):
+        state = read_saved(path)["state"]
+    except UserError:
         return False
+    # NaN is NaN in repr. Its weights are loaded at the end of the training: they must fit.
+    return repr(state["progress"]["best"]) == repr(best) and not misfits(
+        state["average"] or state["model"], mine
+    )
 
 
 def bring_best(best: Path, target: Path) -> None:

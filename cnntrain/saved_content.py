@@ -58,7 +58,7 @@ def check_saved(saved: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in state["schedule"].items():
         if not _is_number(value) or math.isnan(value):
             raise UserError(f"state.schedule.{name}: must be a number, got {_short(value)}")
-    _check_progress(state["progress"])
+    progress = _read_progress(state["progress"])
     _check_spec(_mapping("spec", spec))
     config = _complete(_mapping("config", saved["config"]), defaults)
     _mapping("config.choices", config.get("choices"))
@@ -76,14 +76,14 @@ def check_saved(saved: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"monitor: must be a metric and min or max, got {_short(other)}")
     return {
         **saved,
-        "state": {"average": None, "scaler": None, **state},
+        "state": {"average": None, "scaler": None, **state, "progress": dataclasses.asdict(progress)},
         "config": {**config, "batch_size": settings.batch_size},
         "spec": {name: _as_tuple(value) for name, value in spec.items()},
         "resolved": {name: value for name, value in resolved.items() if value is not None},
     }
 
 
-def _check_progress(progress: Mapping[str, Any]) -> None:
+def _read_progress(progress: Mapping[str, Any]) -> Progress:
     found = parse(Progress, progress, "state.progress.")
     for name in ("epoch", "batch", "step", "images", "epochs_since_best", "wall_s"):
         if not 0 <= getattr(found, name) <= MOST:
@@ -99,6 +99,7 @@ def _check_progress(progress: Mapping[str, Any]) -> None:
         value = found.best.get(name, -1)
         if not 0 <= value <= MOST:
             raise UserError(f"state.progress.best.{name}: must be from 0 to 2**53, got {_short(value)}")
+    return found
 
 
 def _check_spec(spec: Mapping[str, Any]) -> None:

@@ -48,11 +48,12 @@ def test_a_sound_checkpoint_comes_through() -> None:
 def test_what_an_older_checkpoint_lacks_has_its_default() -> None:
     older = content()
     del older["config"]["check"], older["config"]["log"]["tensorboard"], older["resolved"], older["monitor"]
-    del older["state"]["average"], older["state"]["scaler"]
+    del older["state"]["average"], older["state"]["scaler"], older["state"]["progress"]["finished"]
     older["spec"] = {"channels": 1, "height": 8, "width": 8, "classes": ["a", "b"]}
     checked = check_saved(older, config())
     assert checked["config"] == config() and checked["resolved"] == {} and checked["state"]["average"] is None
     assert DataSpec(**checked["spec"]).classes == ("a", "b")
+    assert checked["state"]["progress"]["finished"] is False
 
 
 BAD = {

@@ -525,3 +525,10 @@ def test_pictures_do_not_count_as_training(saves: tuple[str, ...], monkeypatch: 
     assert now[0] > 1000 > 100 * result["wall_s"] > 0
     assert result["images_per_s"] > 100
     assert min(column("run", "images_per_s")) > 100
+
+
+def test_best_weights_of_another_network_are_lost_and_not_loaded_at_the_end() -> None:
+    train(compose(*SMALL, "epochs=1", "run_dir=run"))
+    spoil(Path("run/checkpoints/best.pt"), lambda state: state.update(model={"weight": torch.zeros(2)}))
+    results = train(compose(*SMALL, "epochs=2", "run_dir=run", "resume=auto"))
+    assert results["best"]["epoch"] in (1, 2) and "weight" not in weights("run")
