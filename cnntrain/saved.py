@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cnntrain import files
 from cnntrain.assembly import Assembly
@@ -201,10 +202,15 @@ def load_weights(model: Any, weights: Mapping[str, Any]) -> None:
     Raises:
         UserError: another architecture; names what differs, in a few lines.
     """
+    refuse_misfits(weights, model)
+    model.load_state_dict(weights)
+
+
+def refuse_misfits(weights: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse weights of another architecture; see `load_weights`."""
     if problems := misfits(weights, model.state_dict()):
         shown = [*problems[:6], *([f"and {len(problems) - 6} more"] if len(problems) > 6 else [])]
         raise UserError("\n  ".join(["the checkpoint is of another network than model=...:", *shown]))
-    model.load_state_dict(weights)
 
 
 def misfits(weights: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:

@@ -10,9 +10,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from cnntrain.assembly import Assembly, assemble
+from cnntrain.anatomy.meta import needs_numbers
+from cnntrain.assembly import Assembly, assemble, build_pipeline, build_task, make_model
 from cnntrain.build import trust_folder
 from cnntrain.cli import Invocation
 from cnntrain.config import compose, parse_overrides
@@ -26,9 +28,9 @@ from cnntrain.files import exists, is_folder, replacing_text, run_folder_of
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.figures import save, sign, survive_drawing
 from cnntrain.report.table import print_rows
-from cnntrain.saved import load_weights, locate, read_saved, saved_spec
+from cnntrain.saved import load_weights, locate, read_saved, refuse_misfits, saved_spec
 from cnntrain.settings import EvaluateSettings, PredictSettings, Settings, parse
-from cnntrain.spec import Batch
+from cnntrain.spec import Batch, DataSpec
 
 log = logging.getLogger("cnntrain")
 NAMES = {"train": "training", "val": "validation", "test": "test"}  # as pictures call the splits
@@ -138,7 +140,9 @@ def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Assembly:
     spec = saved_spec(saved)
     if "classes" in config["data"] and spec.classes:
         config["data"]["classes"] = list(spec.classes)
-    assembly = assemble(parse(Settings, config), spec)
+    restored = parse(Settings, config)
+    refuse_other_network(restored, spec, saved)
+    assembly = assemble(restored, spec)
     if (
         isinstance(assembly.source, Source)
         and settings.data.root is None
@@ -159,6 +163,32 @@ def config_of(saved: dict[str, Any], settings: EvaluateSettings | PredictSetting
     if "pretrained" in config["model"]:
         config["model"] = {**config["model"], "pretrained": False}
     return config
+
+
+def refuse_other_network(settings: Settings, spec: DataSpec, saved: dict[str, Any]) -> None:
+    """Refuse a config whose network does not have the checkpoint's weights.
+
+    The network is built without numbers, so that a layer of any width costs neither memory nor time. One of a trusted
+    package is only built for real.
+
+    Raises:
+        UserError: another network, or none that can be built.
+    """
+    target = settings.model.get("_target_")
+    if not isinstance(target, str) or target.split(".")[0] in {
+        name.split(".")[0] for name in settings.trusted_packages
+    }:
+        return
+    pipeline = build_pipeline(settings, spec)
+    task = build_task(settings, spec, pipeline)
+    try:
+        with torch.device("meta"):
+            model = make_model(settings, spec.channels, task.num_outputs, pipeline.output_size)
+    except (UserError, NotImplementedError, RuntimeError, TypeError) as error:
+        if needs_numbers(error.__cause__ or error):
+            return
+        raise
+    refuse_misfits(saved["state"]["average"] or saved["state"]["model"], model)
 
 
 def load_judged(model: nn.Module, saved: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cnntrain.assembly import build_model, build_pipeline, build_task
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.cli import Invocation
-from cnntrain.commands.evaluate import config_of, load_judged, read_own
+from cnntrain.commands.evaluate import config_of, load_judged, read_own, refuse_other_network
 from cnntrain.data import resident
 from cnntrain.data.boxes import frame, read_boxes
 from cnntrain.data.decode import BadFile, Decoder, image_endings, refuse, upright_size
@@ -129,6 +129,7 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
         UserError: the parts can't be built.
     """
     restored, spec = parse(Settings, config_of(saved, settings)), saved_spec(saved)
+    refuse_other_network(restored, spec, saved)
     prepare_torch(restored.threads, restored.deterministic)
     compute = choose_compute(restored.device, restored.precision, restored.channels_last)
     pipeline = build_pipeline(restored, spec)

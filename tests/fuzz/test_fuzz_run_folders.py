@@ -58,7 +58,8 @@ def kinds_of_tensors(generator: random.Random, like: Tensor) -> Tensor:
         lambda: torch.zeros(shape, dtype=torch.int64), lambda: torch.zeros(shape, dtype=torch.bool),
         lambda: torch.zeros(shape, dtype=torch.complex64), lambda: torch.zeros(shape, dtype=torch.float64),
         lambda: torch.zeros(shape, dtype=torch.float16), lambda: torch.zeros((*shape, 2)).select(-1, 0),
-        lambda: torch.zeros(shape[::-1]).permute(*range(len(shape) - 1, -1, -1)), lambda: torch.zeros(3).to_sparse(),
+        lambda: torch.zeros(shape[::-1]).permute(tuple(range(len(shape) - 1, -1, -1))),
+        lambda: torch.zeros(3).to_sparse(),
         lambda: torch.nn.Parameter(torch.zeros(shape)), lambda: torch.zeros(shape, requires_grad=True),
     ])()  # fmt: skip
 

@@ -73,6 +73,9 @@ REFUSED: dict[str, Change] = {
     "endless layers": lambda s: s["config"]["model"].update(
         layers=[{"repeat": {"times": 1e9, "layers": ["relu"]}}, "flatten", "output"]
     ),
+    "endless width": lambda s: s["config"]["model"].update(
+        layers=["flatten", {"dense": 10**7}, "relu", {"dense": 10**7}, "output"]
+    ),
     "no standard deviation": lambda s: s["spec"].update(mean=(0.5,), std=(0.0,)),
     "a network that is a number": lambda s: s["config"].update(model=5),
     "a network that is none": lambda s: s["config"]["model"].update(
