@@ -37,7 +37,10 @@ def check_yaml_files(folder: Path) -> None:
         except UnicodeDecodeError as error:
             line = file.read_bytes()[: error.start].count(b"\n") + 1
             raise UserError(f"{file}:{line}: is no UTF-8 text") from error
-        except yaml.YAMLError:
+        except yaml.YAMLError as error:
+            if "nesting depth" in str(error):  # libyaml's own limit, before the first value is told
+                line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+                raise UserError(f"{file}:{line}: is nested more than {DEEPEST} deep") from error
             continue  # told with its line when the file is used
 
 
