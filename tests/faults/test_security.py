@@ -51,9 +51,9 @@ FILES = {
         "layers: " + "[" * 5000 + "]" * 5000,
         "bad.yaml:1: is nested more than 50 deep",
     ),
-    "a key twice": ("width: 1\nlayers: []\nwidth: 2\n", 'bad.yaml", line 3'),
-    "no syntax": ("layers: [a, b\nwidth: 3\n", 'bad.yaml", line 2'),
-    "a tab": ("layers:\n\t- output\n", 'bad.yaml", line 2'),
+    "a key twice": ("width: 1\nlayers: []\nwidth: 2\n", "bad.yaml:3: not valid YAML"),
+    "no syntax": ("layers: [a, b\nwidth: 3\n", "bad.yaml:2: not valid YAML"),
+    "a tab": ("layers:\n\t- output\n", "bad.yaml:2: not valid YAML"),
     "no text": ("layers: [output]\nname: \udcff\n", "bad.yaml:2: is no UTF-8 text"),
 }
 
