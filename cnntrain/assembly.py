@@ -163,7 +163,11 @@ def follow_weights(settings: Settings, weights: Weights | None) -> Settings:
     size = weights.preprocessing.size if weights.preprocessing else None
     if size and "size" in data and data["size"] is None:
         data["size"] = size[0] if size[0] == size[1] else list(size)
-        log.info("model.pretrained=%s: data.size=%s, as these weights learned", weights.name, data["size"])
+        log.info(
+            "model.pretrained=%s: data.size=%s, as these weights were trained with",
+            weights.name,
+            data["size"],
+        )
     return dataclasses.replace(settings, model=model, data=data)
 
 
@@ -179,7 +183,11 @@ def follow_statistics(settings: Settings, weights: Weights | None, channels: int
         return settings
     mean, std = (list(values) for values in weights.preprocessing.statistics(channels))
     shown = ("[" + ",".join(f"{value:.4g}" for value in values) + "]" for values in (mean, std))
-    log.info("model.pretrained=%s: data.mean=%s data.std=%s, as these weights learned", weights.name, *shown)
+    log.info(
+        "model.pretrained=%s: data.mean=%s data.std=%s, as these weights were trained with",
+        weights.name,
+        *shown,
+    )
     return dataclasses.replace(settings, data={**settings.data, "mean": mean, "std": std})
 
 
@@ -394,6 +402,11 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
     batches = count // batch_size if drop_last else -(-count // batch_size)
     if settings.limit_batches is not None:
         batches = min(batches, settings.limit_batches)
+        log.info(
+            "limit_batches=%d: an epoch, a validation and the test take at most %d images each: their figures are not "
+            "those of the whole data set",
+            settings.limit_batches, settings.limit_batches * batch_size,
+        )  # fmt: skip
     steps_per_epoch = -(-batches // settings.accumulate)
     plan = Plan(
         seed=settings.seed,

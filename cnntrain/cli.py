@@ -18,6 +18,7 @@ from cnntrain.errors import (
     CnntrainError,
     ElsewhereError,
     MachineError,
+    StoppedError,
     UserError,
     explain_machine,
     is_from_user_code,
@@ -91,6 +92,8 @@ def parse_arguments(argv: Sequence[str]) -> Invocation:
                 raise UserError(f"--config-dir: no folder {value!r}")
         elif argument.startswith("-") and "=" not in argument:
             options = ["--help", "--multirun", "--cfg", "--config-dir", "--version", "-m", "-h"]
+            if setting := looks_like_setting(argument.lstrip("-"), rest):
+                raise UserError(f"unknown option {argument}; write settings as KEY=VALUE, as {setting}")
             raise UserError(f"unknown option {argument}{suggest(argument, options)}")
         elif "=" in argument or argument.startswith(("~", "+")):
             overrides.append(argument)
@@ -212,7 +215,8 @@ def _run(arguments: list[str]) -> int:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         if not isinstance(error, ElsewhereError):
-            print(printable(mask_passwords(f"error: {error}")), file=lenient(sys.stderr))
+            prefix = "" if isinstance(error, StoppedError) else "error: "
+            print(printable(mask_passwords(f"{prefix}{error}")), file=lenient(sys.stderr))
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=lenient(sys.stderr))

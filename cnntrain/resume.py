@@ -117,7 +117,8 @@ def resume(
     if problems:
         kind = {"model": "network", "data": "data set"}.get(problems[0][0].partition(".")[0], "training")
         lines = [
-            f"resume: {source} is of another {kind}",
+            f"resume: {source} is of another {kind}; give the settings of that training (run.json has its command), or "
+            "begin another in a new run_dir",
             f"checkpoint: {_describe(saved['config'], before, weights)}",
             f"now:        {_describe(config, data.spec, mine)}",
             *(problem for _, problem in problems[:SHOWN_DIFFERENCES]),
@@ -125,7 +126,6 @@ def resume(
                 [f"and {len(problems) - SHOWN_DIFFERENCES} more differences"]
                 * (len(problems) > SHOWN_DIFFERENCES)
             ),
-            "give the settings of that training (run.json has its command), or begin another in a new run_dir",
         ]
         raise UserError("\n  ".join(lines))
     load_weights(state.model, weights)

@@ -178,7 +178,7 @@ def pixels_seen(bench: Bench) -> Finding:
     in_all, in_one, directions, possible, uniform = look
     evidence = (
         f"{100 * in_all:.0f} % of the pixels matter, {100 * in_one:.0f} % of a single image's; "
-        f"gradients in {directions} directions (at least {possible} are to be had)"
+        f"gradients in {directions} directions (at least {possible} expected)"
     )
     if uniform and images[0].numel() > images.shape[1]:
         return failed(evidence, "all pixels count alike: only the mean of the image is seen", remedy, "model")

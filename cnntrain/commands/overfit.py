@@ -37,7 +37,7 @@ log = logging.getLogger("cnntrain")
 CALIBRATION_IMAGES = 32
 METRICS_SHOWN = 2
 WHAT_IS_OFF = (
-    "overfit: off are augmentation, dropout, mixing, label smoothing, weight decay and the schedule "
+    "overfit: switched off: augmentation, dropout, mixing, label smoothing, weight decay and the schedule "
     "(the learning rate stays at its peak)"
 )
 

@@ -119,6 +119,9 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
         run_folder.write_json("run.json", provenance(command_line))
     loader.close()
     print(f"{len(rows)} image{'s' if len(rows) > 1 else ''}: {run_folder.path / 'predictions.csv'}")
+    for name, holds in (("masks", "one value per class id"), ("figures", "drawn on the images")):
+        if any((run_folder.path / name).glob("*.png")):
+            print(f"{name + ':':<9} {run_folder.path / name} ({holds})")
     return rows
 
 

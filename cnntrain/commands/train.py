@@ -172,7 +172,7 @@ def _train_in(
     source, saved = find_saved(settings) or (None, None)
     if saved and folder and (done := finished_results(saved, folder, settings)):
         log.info(
-            "%s: this run is finished, nothing to do (a larger %s= would go on)",
+            "%s: this run is finished, nothing to do; give a larger %s= to train on",
             source,
             _more(saved, settings),
         )

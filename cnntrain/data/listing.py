@@ -48,7 +48,10 @@ def train_and_other_folders(root: Path, layout: str) -> dict[str, Path]:
     if "train" not in found:
         names = folders_in(root)
         there = f"its folders are {', '.join(names[:6])}" if names else "it has no folders"
-        raise UserError(f"data.root: {root} has no train/ ({there}); it must have {layout}")
+        remedy = (
+            "; move them into train/, and validation data are held out of it" if names and not found else ""
+        )
+        raise UserError(f"data.root: {root} has no train/ ({there}{remedy}); it must have {layout}")
     refuse_other_folders(root, IMAGE_ENDINGS)
     return found
 

@@ -50,7 +50,12 @@ class MaskSource(Source):
     ) -> None:
         if not 0 <= ignore_index <= 255:
             raise UserError(f"data.ignore_index: must be from 0 to 255, got {ignore_index!r}")
-        if not classes or len(classes) < 2 or len(set(classes)) < len(classes) or len(classes) > 255:
+        if not classes:
+            raise UserError(
+                "data.classes: missing; name the classes in the order of their ids in the masks, as "
+                "'data.classes=[background,object]'"
+            )
+        if len(classes) < 2 or len(set(classes)) < len(classes) or len(classes) > 255:
             raise UserError("data.classes: must be 2 to 255 different names, in the order of the masks' ids")
         self.root = root
         self.classes = tuple(str(name) for name in classes)
@@ -113,8 +118,8 @@ class MaskSource(Source):
                 if frozenset().union(*values) in ({0, 255}, {255}):
                     ids = {0: 0, 255: 1}
                     logger.info(
-                        "data: the masks hold 0 and 255 alone, so 255 is %s and not ignored; data.ids says "
-                        "which value is which class",
+                        "data: the only values in the masks are 0 and 255, so 255 means class %s, not ignore; "
+                        "data.ids says which value is which class",
                         self.classes[1],
                     )
                 elif self.ignore_index == 255:

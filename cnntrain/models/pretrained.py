@@ -324,7 +324,7 @@ def load_pretrained(
         )
     fitting = {key: theirs[key] for key in ours if key in theirs and _layer(key) not in new}
     model.load_state_dict({**ours, **fitting})
-    log.info("loaded %s; new from scratch: %s", weights.name, ", ".join(new) or "nothing")
+    log.info("loaded %s; not in it, so untrained: %s", weights.name, ", ".join(new) or "nothing")
     return tuple(new)
 
 

@@ -131,7 +131,15 @@ def print_run_summary(
     _print(console, f"look next:  {command_text(['tensorboard', '--logdir', run_dir])}")
     best_checkpoint = run_dir / "checkpoints" / "best.pt"
     if best_checkpoint.exists():
-        evaluate = ["cnntrain", "evaluate", *options, override("checkpoint", best_checkpoint)]
+        # evaluate takes the test set unless another split is named; a run without one printed a command that failed.
+        splits = ["split=val" if any(name.startswith("val/") for name in best) else "split=train"]
+        evaluate = [
+            "cnntrain",
+            "evaluate",
+            *options,
+            override("checkpoint", best_checkpoint),
+            *(splits if not test else []),
+        ]
         _print(console, f"            {command_text(evaluate)}")
 
 

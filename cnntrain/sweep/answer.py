@@ -68,7 +68,7 @@ def importance(plan: Plan, study: Study, settings: int) -> dict[str, float] | st
     from optuna.importance import FanovaImportanceEvaluator
 
     if len(plan.axes) < 2:
-        return "one key or none varies"
+        return "it needs at least two keys that vary"
     if settings < FEWEST_FOR_IMPORTANCE:
         return f"{settings} finished settings are too few"
     try:
@@ -154,7 +154,7 @@ def sentences(answer: Answer) -> list[str]:
         parts = ", ".join(f"{key} {100 * share:.0f} %" for key, share in answer.importance.items())
         lines.append(f"share of the variance between settings that a key explains by itself: {parts}")
     else:
-        lines.append(f"importance of the keys: not told: {answer.importance}")
+        lines.append(f"importance of the keys: not estimated: {answer.importance}")
     return lines
 
 
@@ -230,7 +230,7 @@ def write_report(answer: Answer, folder: Path, command: str, again: str | None) 
     """
     parts = [f"# Sweep\n\n```\n{command}\n```", "\n".join(f"- {line}" for line in sentences(answer))]
     if again:
-        parts.append(f"The best run's command:\n\n```\n{again}\n```")
+        parts.append(f"A run of the best setting again:\n\n```\n{again}\n```")
     parts.append(markdown(ranking_rows(answer)))
     parts += [f"![{Path(name).stem}]({name})" for name in answer.pictures]
     write_text(folder / "results.md", "\n\n".join(part for part in parts if part) + "\n", sync=False)

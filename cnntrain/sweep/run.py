@@ -275,7 +275,7 @@ def _print(answer: Answer, study: Study, folder: Path, again: str | None) -> Non
     if study.repeats:
         print(f"{study.repeats} settings were drawn again, and not trained again")
     if again:
-        print(f"the best again: {again}")
+        print(f"a run of the best setting again: {again}")
     print(f"sweep folder: {folder} (results.md, results.csv{', figures/' if answer.pictures else ''})")
     if answer.plan.base.log.tensorboard and answer.standings:
         print(f"look next:    {command_text(['tensorboard', '--logdir', folder])}")

@@ -258,6 +258,11 @@ def test_a_malformed_config_file_is_named(tmp_path: Path, text: str, where: str)
         read_settings(["model=five"], tmp_path)
 
 
+def test_a_setting_written_as_an_option_is_recognized() -> None:
+    with pytest.raises(UserError, match=r"--epochs; write settings as KEY=VALUE, as epochs=2"):
+        parse_arguments(["--epochs", "2"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "setting"),
     [
@@ -292,3 +297,9 @@ def test_without_a_home_folder_the_remedy_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(UserError, match=r"HOME or XDG_CACHE_HOME"):
         default_root()
+
+
+def test_masks_without_names_of_classes_are_told_how_to_give_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data=mask_folder", "data.root=."]) == 2
+    said = capsys.readouterr().err
+    assert "data.classes: missing" in said and "data.classes=[background,object]" in said

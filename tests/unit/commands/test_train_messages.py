@@ -57,3 +57,19 @@ def test_the_commands_that_are_printed_run_as_they_are(capsys: Said) -> None:
     (board,) = [line for line in lines if line.startswith("tensorboard")]
     assert main(shlex.split(evaluate)[1:]) == 0
     assert Path(shlex.split(board)[-1]).is_dir()
+
+
+def test_the_printed_evaluation_names_a_split_that_there_is(capsys: Said, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split, count in (("train", 6), ("valid", 3)):
+        for name, shade in (("dark", 20), ("light", 230)):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (12, 12), shade + i).save(tmp_path / "photos" / split / name / f"{i}.png")
+    own = ("data=image_folder", "data.root=photos", "data.size=12", "epochs=1", "batch_size=4", "threads=1")
+    assert main([*own, "model=mlp", "log.pictures=false", "log.tensorboard=false", "run_dir=r"]) == 0
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "cnntrain evaluate" in each]
+    words = shlex.split(line.partition("cnntrain")[2])
+    assert "split=val" in words
+    assert main([*words, "run_dir=e"]) == 0
