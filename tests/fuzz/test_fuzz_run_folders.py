@@ -3,17 +3,16 @@
 A case is a number: it says what is damaged, and how, and which command meets it.
 """
 
-import copy
 import hashlib
 import io
 import os
+import pickle
 import random
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +91,17 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, value in items for place in places(value, (*path, key)))][not path :]
 
 
+def regular(path: Path) -> Path:
+    """`path`, which is still a file: what was made of it before may be a FIFO."""
+    if path.is_symlink() or not path.is_file():
+        raise FileNotFoundError(path)
+    return path
+
+
 def spoil_content(generator: random.Random, run: Path) -> str:
     """Something else in a few places of a checkpoint."""
     name = generator.choice(["last", "best"])
-    saved = copy.deepcopy(contents(str(run / "checkpoints" / f"{name}.pt")))
+    saved = torch.load(regular(run / "checkpoints" / f"{name}.pt"), weights_only=True)
     told, every = [], places(saved)
     for _ in range(generator.choice([1, 1, 1, 2, 4])):
         wanted = generator.choice(["state", "state", "optimizer", "config", "spec", ""])
@@ -121,20 +127,15 @@ def spoil_content(generator: random.Random, run: Path) -> str:
     buffer = io.BytesIO()
     torch.save(saved, buffer)
     for each in {name, generator.choice(["last", "best"])}:
-        (run / "checkpoints" / f"{each}.pt").write_bytes(buffer.getvalue())
+        regular(run / "checkpoints" / f"{each}.pt").write_bytes(buffer.getvalue())
     return "; ".join(told)
-
-
-@cache
-def contents(path: str) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
 
 
 def spoil_text(generator: random.Random, run: Path) -> str:
     file = run / generator.choice(
         ["metrics.csv", "results.json", "run.json", "config.yaml", "checkpoints/last.pt"]
     )
-    whole = file.read_bytes()
+    whole = regular(file).read_bytes()
     half = whole[: generator.randrange(len(whole))]
     noise = bytearray(whole)
     for _ in range(5):
@@ -265,7 +266,7 @@ def run_case(number: int, whole: Path, started: list[str]) -> int:
         spoil = generator.choice([spoil_content, spoil_content, spoil_text, spoil_kind, spoil_kind])
         try:
             told.append(spoil(generator, run))
-        except (OSError, RuntimeError):  # two that don't go together
+        except (OSError, RuntimeError, pickle.PickleError):  # two that don't go together
             continue
     command = generator.choice(list(COMMANDS))
     what = f"case {number}: {command}: {'; '.join(told)}"
