@@ -30,7 +30,7 @@ from cnntrain.engine.plan import Plan
 from cnntrain.engine.ranks import ALONE, Ranks
 from cnntrain.engine.rig import Rig, make_rig
 from cnntrain.engine.schedule import Schedule
-from cnntrain.engine.signals import StopFlag
+from cnntrain.engine.signals import StopFlag, stop_flag
 from cnntrain.errors import UserError
 from cnntrain.findings import Finding
 from cnntrain.models.prepare import count_trainable, is_pretrained, materialise, prepare
@@ -432,7 +432,8 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
     )  # fmt: skip
     if rate_is_sought:
         # The leader alone tries them, as one process would.
-        rate = settle(try_learning_rates(assembly, data, plan, StopFlag())) if ranks.leads else None
+        with stop_flag() as stop:
+            rate = settle(try_learning_rates(assembly, data, plan, stop)) if ranks.leads else None
         settings = assembly.settings = with_rate(settings, ranks.tell(rate))
     return plan, make_optimizer(settings, assembly.model, assembly.compute), schedule
 

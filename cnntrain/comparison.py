@@ -1,6 +1,7 @@
 """Runs side by side: which settings differ, what they came to, and seeds folded into one line."""
 
 import csv
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from cnntrain.expectations import NEUTRAL
 from cnntrain.report.metrics import read_metrics
 from cnntrain.saved import flat, read_saved
 from cnntrain.yaml_files import LARGEST_BYTES, LOADER, check_yaml_text
+
+log = logging.getLogger("cnntrain")
 
 # What tells where a run was and not what it was.
 PLACES = ("data.root", "data.file")
@@ -60,7 +63,10 @@ def find_runs(path: Path) -> list[Path]:
     """
     if files.exists(path / "metrics.csv"):
         return [path]
-    found = sorted(each.parent for each in path.glob("*/metrics.csv"))
+    children = sorted(each.parent for each in path.glob("*/metrics.csv"))
+    found = [child for child in children if files.is_folder(child, path)]
+    if len(found) < len(children):
+        log.warning("%s: %d links to folders are left out", path, len(children) - len(found))
     if not found:
         raise UserError(f"{path}: no run there (a folder with metrics.csv), and no sweep of runs")
     return found
@@ -96,11 +102,24 @@ def _read_config(path: Path) -> dict[str, Any]:
         settings = yaml.load(text, LOADER)
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; {REMEDY}") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
+        # Constructors of YAML's tags raise whatever Python does: `!!bool x` is a KeyError.
         raise UserError(f"{path}: can't be read ({error}); {REMEDY}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path}: must hold settings by key; {REMEDY}")
-    return flat(settings)
+    found = flat(settings)
+    for key, value in found.items():
+        if isinstance(value, int) and abs(value) >= 2**64:  # Python prints none of more than 4,300 digits
+            raise UserError(f"{path}: {key}: the number is too large; {REMEDY}")
+    return found
 
 
 def _is_number(value: Any) -> bool:
@@ -194,6 +213,8 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str, with_std: bool = False) -
     values = [float(row[key]) for row in rows if row.get(key) is not None]
     if not values:
         return {}
+    if not all(abs(value) < 2.0**500 for value in values):  # a diverged run's: squares would overflow
+        return {key: float("nan")}
     spread = {f"{key} std": statistics.stdev(values)} if with_std and len(values) > 1 else {}
     return {key: statistics.fmean(values), **spread}
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from cnntrain.errors import UserError
 
-LARGEST_TEXT_BYTES = 256 * 2**20
+LARGEST_TEXT_BYTES = 8 * 2**20  # parsed, text takes up to a hundred times its size in memory
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _HINT = "links inside a run folder are not followed; put the file itself there, or choose another run folder"
 

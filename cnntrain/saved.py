@@ -163,8 +163,11 @@ def locate(path: Path, name: str) -> Path:
     Raises:
         UserError: nothing there.
     """
-    for candidate in (path, path / "checkpoints" / name, path / name):
+    if path.is_file():
+        return path
+    for candidate in (path / "checkpoints" / name, path / name):
         if candidate.is_file():
+            files.open_read(candidate, path).close()  # refuses a link
             return candidate
     raise UserError(
         f"{path}: no checkpoint there (a file such as RUN/checkpoints/{name}, or the run's folder)"

@@ -69,7 +69,7 @@ class BenchSettings:
 class LrFindSettings:
     lowest: Annotated[float, Within(1e-12)]
     highest: Annotated[float, Within(1e-12)]
-    steps: Annotated[int, Within(20)]
+    steps: Annotated[int, Within(20, 10_000)]
 
     def __post_init__(self) -> None:
         if self.highest <= self.lowest:

@@ -4,9 +4,11 @@
 lie elsewhere (`data.root=`). Writes results.json, examples.csv and pictures.
 """
 
+import contextlib
 import csv
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +143,9 @@ def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Assembly:
     if "classes" in config["data"] and spec.classes:
         config["data"]["classes"] = list(spec.classes)
     restored = parse(Settings, config)
-    refuse_other_network(restored, spec, saved)
-    assembly = assemble(restored, spec)
+    with limited_construction(len(saved["state"]["model"])):
+        refuse_other_network(restored, spec, saved)
+        assembly = assemble(restored, spec)
     if (
         isinstance(assembly.source, Source)
         and settings.data.root is None
@@ -179,6 +182,8 @@ def refuse_other_network(settings: Settings, spec: DataSpec, saved: dict[str, An
         name.split(".")[0] for name in settings.trusted_packages
     }:
         return
+    weights = saved["state"]["average"] or saved["state"]["model"]
+    refuse_large_numbers(settings, weights)
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
     try:
@@ -188,7 +193,59 @@ def refuse_other_network(settings: Settings, spec: DataSpec, saved: dict[str, An
         if needs_numbers(error.__cause__ or error):
             return
         raise
-    refuse_misfits(saved["state"]["average"] or saved["state"]["model"], model)
+    refuse_misfits(weights, model)
+
+
+LARGEST_COUNT = 10_000  # of layers, blocks, heads and the like
+
+
+def refuse_large_numbers(settings: Settings, weights: dict[str, Tensor]) -> None:
+    """Refuse a number in the network's config that is larger than any side of its weights: a depth of 10**7, which
+    its constructor would spend hours and all memory on.
+
+    Raises:
+        UserError: names the key.
+    """
+    most = max([LARGEST_COUNT, *(side for weight in weights.values() for side in weight.shape)])
+
+    def look(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                look(inner, f"{key}.{name}")
+        elif isinstance(value, list | tuple):
+            for index, inner in enumerate(value):
+                look(inner, f"{key}[{index}]")
+        elif isinstance(value, int) and abs(value) > most:
+            raise UserError(f"checkpoint: its {key}: {value} is more than any side of its weights ({most})")
+
+    look(settings.model, "model")
+
+
+@contextlib.contextmanager
+def limited_construction(count: int) -> Iterator[None]:
+    """Stop building a network that has far more modules and parameters than the `count` tensors of its checkpoint.
+
+    Raises:
+        UserError: it has.
+    """
+    left = 10 * count + 1000
+
+    def hook(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UserError(f"checkpoint: its config describes a network far larger than its {count} tensors")
+
+    hooks = nn.modules.module
+    handles = [
+        hooks.register_module_module_registration_hook(hook),
+        hooks.register_module_parameter_registration_hook(hook),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def load_judged(model: nn.Module, saved: dict[str, Any]) -> None:

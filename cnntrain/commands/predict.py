@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from cnntrain.assembly import build_model, build_pipeline, build_task
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.cli import Invocation
-from cnntrain.commands.evaluate import config_of, load_judged, read_own, refuse_other_network
+from cnntrain.commands.evaluate import (
+    config_of,
+    limited_construction,
+    load_judged,
+    read_own,
+    refuse_other_network,
+)
 from cnntrain.data import resident
 from cnntrain.data.boxes import frame, read_boxes
 from cnntrain.data.decode import BadFile, Decoder, image_endings, refuse, upright_size
@@ -132,12 +138,14 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
         UserError: the parts can't be built.
     """
     restored, spec = parse(Settings, config_of(saved, settings)), saved_spec(saved)
-    refuse_other_network(restored, spec, saved)
+    with limited_construction(len(saved["state"]["model"])):
+        refuse_other_network(restored, spec, saved)
     prepare_torch(restored.threads, restored.deterministic)
     compute = choose_compute(restored.device, restored.precision, restored.channels_last)
     pipeline = build_pipeline(restored, spec)
     task = build_task(restored, spec, pipeline)
-    model = build_model(restored, spec, task, pipeline.output_size, advise=False).to(compute.device)
+    with limited_construction(len(saved["state"]["model"])):
+        model = build_model(restored, spec, task, pipeline.output_size, advise=False).to(compute.device)
     load_judged(model, saved)
     model.to(memory_format=compute.memory_format)
     data = restored.data

@@ -84,7 +84,7 @@ def _is_dirty(root: Path, index: Path) -> bool | None:
     """Whether a file of the index is gone, of another size, or of another content where its time differs."""
     left = MOST_BYTES
     try:
-        for path, mode, size, mtime, name in _entries(files.read_bytes(index)):
+        for path, mode, size, mtime, name in _entries(files.read_bytes(index, largest=MOST_BYTES)):
             place = os.path.join(os.fsencode(root), path)
             try:
                 now = os.lstat(place)

@@ -53,6 +53,7 @@ def test_a_run_explains_itself_and_can_be_evaluated() -> None:
     assert {"name", "true", "predicted", "probability"} <= set(rows[0])
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_a_table() -> None:
     done = cnntrain(
         "-m", "model=lenet5,mlp", "optimizer.lr=0.1,0.01", *QUICK, "log.pictures=false", "run_dir=sweep"
@@ -117,6 +118,7 @@ def test_bash_completes() -> None:
     assert {"model=resnet18", "model=resnet101", "model=resnet152"} <= set(second.split())
 
 
+@pytest.mark.slow
 def test_a_network_of_ones_own_needs_one_file_and_one_yaml(tmp_path: Path) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "mynets.py").write_text(

@@ -10,6 +10,8 @@ import pytest
 
 from cnntrain import compose, train
 
+pytestmark = pytest.mark.slow  # a server and two trainings: half a minute
+
 Ask = Callable[..., Any]
 Serve = Callable[[Path, int], contextlib.AbstractContextManager[str]]
 

@@ -38,6 +38,7 @@ LAYERS = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(specs=st.lists(LAYERS, min_size=1, max_size=6), size=st.integers(1, 14), batch_size=st.integers(1, 2))
 def test_the_verdict_is_torchs(specs: list[tuple[Any, ...]], size: int, batch_size: int) -> None:

@@ -69,6 +69,7 @@ def test_comparison(anatomy: Anatomy, tmp_path: Path) -> None:
     assert {path.name for path in written} == {"comparison.csv", "comparison.json", "tower.png", "small.png"}
 
 
+@pytest.mark.slow
 def test_two_of_one_name_get_two_pictures(anatomy: Anatomy, tmp_path: Path) -> None:
     written = report([anatomy, anatomy], tmp_path, console=Console(file=io.StringIO()))
     assert [path.name for path in written[2:]] == ["tower-1.png", "tower-2.png"]

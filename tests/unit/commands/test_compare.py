@@ -138,3 +138,34 @@ def test_a_damaged_file_of_a_run_is_named(file: str, content: bytes) -> None:
     (folder / file).write_bytes(content)
     with pytest.raises(UserError, match=f"run/{file}"):
         read_run(folder)
+
+
+@pytest.mark.parametrize(
+    "line", ["a: !!bool x", "a: !!timestamp x", "a: !!int ''", "a: !!float ''", "seed2: 0x" + "f" * 8000]
+)
+def test_a_config_that_yaml_cannot_construct_is_refused(tmp_path: Path, line: str) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text("epoch,step,val/top1\n1,1,0.5\n")
+        (tmp_path / name / "config.yaml").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        read_run(tmp_path / "one")
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
+
+
+@pytest.mark.parametrize("value", ["inf", "1e308"])
+def test_figures_beyond_measure_have_no_mean(tmp_path: Path, value: str) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.csv").write_text(f"epoch,step,val/top1\n1,1,{value}\n")
+        (tmp_path / name / "config.yaml").write_text("seed: 0\n")
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "metric=top1"]) in (0, 2)
+
+
+def test_linked_runs_of_a_folder_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "metrics.csv").write_text("epoch,step\n1,1\n")
+    (tmp_path / "sweep" / "0").mkdir(parents=True)
+    (tmp_path / "sweep" / "0" / "metrics.csv").write_text("epoch,step\n1,1\n")
+    (tmp_path / "sweep" / "1").symlink_to(tmp_path / "elsewhere")
+    assert find_runs(tmp_path / "sweep") == [tmp_path / "sweep" / "0"]

@@ -45,6 +45,7 @@ def test_what_is_trained_is_counted(
         assert total - trainable == sum(p.numel() for p in parts)
 
 
+@pytest.mark.slow
 def test_several_are_compared_at_another_size() -> None:
     size = ["inspect.image_size=224", "inspect.channels=3", "inspect.num_outputs=1000"]
     assert main(["inspect", "model=resnet18,resnet34", *size, "run_dir=two"]) == 0

@@ -267,6 +267,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_one_process_starts_nothing_and_imports_nothing_for_several() -> None:
     code = """
 import sys, threading
