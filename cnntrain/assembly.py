@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -19,6 +20,7 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.build import build, resolve
 from cnntrain.checks.learning_rate import RangeTest, range_test, settle
 from cnntrain.checks.lint import Facts, lint, typed_keys
+from cnntrain.config import compose
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.load import Data, load_data, number_as
 from cnntrain.data.source import Source
@@ -35,6 +37,7 @@ from cnntrain.errors import UserError
 from cnntrain.findings import Finding
 from cnntrain.models.prepare import count_trainable, is_pretrained, materialise, prepare
 from cnntrain.models.pretrained import Preprocessing, Weights, find_weights
+from cnntrain.saved_content import check_saved
 from cnntrain.settings import DataSettings, ModelSettings, Node, OptimizerSettings, Settings, parse
 from cnntrain.spec import DataSpec
 from cnntrain.tasks.task import Task
@@ -144,7 +147,11 @@ def pretrained_weights(settings: Settings) -> Weights | None:
     """
     node, common = split_common(settings.model, ModelSettings)
     pretrained = parse(ModelSettings, common, "model.").pretrained
-    return None if _loads_itself(settings, node) else find_weights(node, pretrained)
+    return None if _loads_itself(settings, node) else find_weights(node, pretrained, _check_run)
+
+
+def _check_run(content: dict[str, Any]) -> dict[str, Any]:
+    return check_saved(content, compose("config", ()))
 
 
 def _loads_itself(settings: Settings, node: Node) -> bool:

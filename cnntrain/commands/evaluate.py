@@ -146,12 +146,8 @@ def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Assembly:
     with limited_construction(len(saved["state"]["model"])):
         refuse_other_network(restored, spec, saved)
         assembly = assemble(restored, spec)
-    if (
-        isinstance(assembly.source, Source)
-        and settings.data.root is None
-        and config["data"].get("root") is not None
-    ):
-        assembly.source.downloads = False  # a stranger's checkpoint must not choose where files are written
+    if isinstance(assembly.source, Source) and settings.data.root is None:
+        assembly.source.downloads = False  # a stranger's checkpoint must not start a download
     load_judged(assembly.model, saved)
     assembly.model.to(memory_format=assembly.compute.memory_format)
     return assembly

@@ -55,6 +55,7 @@ from cnntrain.tasks.task import Task
 
 log = logging.getLogger("cnntrain")
 IMAGES_PER_PAGE = 24
+MOST_MARGIN = 10
 Row = dict[str, Any]
 
 
@@ -153,10 +154,15 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
     # A data set without the key has images of one size: all of an image is shown then.
     decoder = make_decoder([spec.height, spec.width], spec.channels, data.get("resize") or "letterbox")
     bits = 16 if data.get("bits") is None else data["bits"]
-    if bits not in range(9, 17):
+    if not isinstance(bits, int | float) or bits not in range(9, 17):
         raise UserError(f"checkpoint: its data.bits is {bits!r}, and must be from 9 to 16")
     decoder = dataclasses.replace(decoder, bits=int(bits))
-    margin = float(data.get("crop_margin") or 0.0) if crops else 0.0
+    margin = 0.0 if data.get("crop_margin") is None else data["crop_margin"]
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= MOST_MARGIN:
+        raise UserError(
+            f"checkpoint: its data.crop_margin is {margin!r}, and must be a number from 0 to {MOST_MARGIN}"
+        )
+    margin = float(margin) if crops else 0.0
     batch_size = restored.known_batch_size or saved["config"]["batch_size"]
     return Predictor(compute, spec, pipeline, task, model, decoder, batch_size, crops, margin)
 

@@ -20,6 +20,9 @@ FILES = {
 }
 
 
+LARGEST_UNPACKED_BYTES = 2**28  # of a .gz; MNIST's 60,000 images have 47 million
+
+
 class IdxDataset(Source):
     """28x28 grey images in IDX files, laid out as torchvision does.
 
@@ -107,23 +110,31 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     int32, then the values (http://yann.lecun.com/exdb/mnist/).
 
     Raises:
-        UserError: the file is no such thing, or its length is not what its header says.
+        UserError: the file is no such thing, its length is not what its header says, or a .gz is too large.
     """
+    packed = not path.is_file()
+    if packed:
+        path = path.with_name(path.name + ".gz")
+    header_bytes, values = 4 + 4 * dimensions, b""
     try:
-        content = (
-            path.read_bytes()
-            if path.is_file()
-            else gzip.decompress(path.with_name(path.name + ".gz").read_bytes())
-        )
+        with gzip.open(path) if packed else path.open("rb") as file:
+            header = file.read(header_bytes)
+            shape = tuple(np.frombuffer(header[4:], ">i4").tolist()) if len(header) == header_bytes else ()
+            sound = header[:4] == bytes([0, 0, 8, dimensions]) and min(shape, default=-1) >= 0
+            count = math.prod(shape)
+            if sound and packed and count > LARGEST_UNPACKED_BYTES:
+                raise UserError(
+                    f"data: {path}: would unpack to {count:,} bytes, more than {LARGEST_UNPACKED_BYTES:,}; unpack it "
+                    "with gunzip if it is meant to be that large"
+                )
+            if sound and (packed or count < path.stat().st_size):
+                values = file.read(count + 1)  # one more than there should be: a longer file is refused
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"data: {path}: can't be read ({error}); remove it to have it downloaded again"
         ) from error
-    header = 4 + 4 * dimensions
-    shape = tuple(int(n) for n in np.frombuffer(content[4:header], ">i4")) if len(content) >= header else ()
-    sound = content[:4] == bytes([0, 0, 8, dimensions]) and min(shape, default=0) >= 0
-    if not sound or len(content) - header != math.prod(shape):
+    if not sound or len(values) != count:
         raise UserError(
             f"data: {path}: no whole IDX file of {dimensions} dimension(s); remove it, and download again"
         )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+    return np.frombuffer(values, np.uint8).reshape(shape).copy()

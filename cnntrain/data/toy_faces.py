@@ -14,6 +14,7 @@ from cnntrain.errors import UserError
 from cnntrain.randomness import hash_seed
 from cnntrain.spec import DataSpec, mirror_permutation
 
+MOST_DRAWN = 1_000_000  # images a split
 SUPERSAMPLING = 3
 Colour = tuple[int, int, int]
 
@@ -56,6 +57,8 @@ class ToyFaces(Source):
             raise UserError(f"data.size: must be from 16 to 512 px, got {size!r}")
         if train_count < 2 or test_count < 1:
             raise UserError("data.train_count, data.test_count: must be at least 2 and 1")
+        if max(train_count, test_count) > MOST_DRAWN:
+            raise UserError(f"data.train_count, data.test_count: must be at most {MOST_DRAWN:,}")
         self.size, self.seed = size, seed
         self.counts = {"train": train_count, "test": test_count}
 

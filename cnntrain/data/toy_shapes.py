@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CLASSES = ("background", "disc", "square", "triangle", "ring")
+MOST_DRAWN = 1_000_000  # images a split
 SUPERSAMPLING = 3  # odd: the middle one of a pixel's samples is its centre
 
 
@@ -35,6 +36,8 @@ class ToyShapes(Source):
             raise UserError(f"data.size: must be from 16 to 512 px, got {size!r}")
         if train_count < 2 or test_count < 1:
             raise UserError("data.train_count, data.test_count: must be at least 2 and 1")
+        if max(train_count, test_count) > MOST_DRAWN:
+            raise UserError(f"data.train_count, data.test_count: must be at most {MOST_DRAWN:,}")
         self.size, self.seed = size, seed
         self.counts = {"train": train_count, "test": test_count}
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -171,11 +171,14 @@ class Weights:
         return sizes.get(first.shape[-1]) if first is not None and first.ndim == 4 else None
 
 
-def find_weights(model: Mapping[str, Any], pretrained: object) -> Weights | None:
+def find_weights(
+    model: Mapping[str, Any], pretrained: object, check_run: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Weights | None:
     """The weights that `pretrained` means for the network that the node `model` describes; reads a file, fetches none.
 
     Args:
         pretrained: null or false (None); true or DEFAULT; the name of a library's weights; a file; a run's folder.
+        check_run: returns the content of a run's checkpoint once every field has been checked; else a UserError.
 
     Raises:
         UserError: no such weights, no such file, or no weights in it.
@@ -193,7 +196,7 @@ def find_weights(model: Mapping[str, Any], pretrained: object) -> Weights | None
         return Weights(name, published, None, published.preprocessing(name))
     path = Path(name).expanduser()
     if path.suffix in FILE_ENDINGS or path.is_dir() or path.is_file():
-        return _read_file(name, _find_file(path), published)
+        return _read_file(name, _find_file(path), published, check_run)
     if published is None:
         raise UserError(
             f"model.pretrained: nobody publishes weights for this network, and there is no file {path.absolute()}; "
@@ -216,24 +219,30 @@ def _find_file(path: Path) -> Path:
     raise UserError(f"model.pretrained: no file {path.absolute()}")
 
 
-def _read_file(name: str, path: Path, published: Published | None) -> Weights:
+def _read_file(
+    name: str,
+    path: Path,
+    published: Published | None,
+    check_run: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Weights:
     """The weights in a file: a state dict, one beside other things, or a checkpoint of cnntrain's."""
     content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
     if not isinstance(content, dict):
         content = {}
     if isinstance(content.get("state"), dict) and "config" in content:
         try:
-            return _from_run(name, content, published)
-        except (TypeError, LookupError, ValueError, AttributeError) as error:
+            return _from_run(name, check_run(content), published)
+        except UserError as error:
             raise UserError(
                 f"model.pretrained: {path}: not the checkpoint of a training ({error})"
             ) from error
     state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     if not state or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+        isinstance(key, str) and isinstance(value, Tensor) and not value.is_complex()
+        for key, value in state.items()
     ):
         raise UserError(
-            f"model.pretrained: {path} holds no state dict (tensors by the names of their layers)"
+            f"model.pretrained: {path} holds no state dict (real tensors by the names of their layers)"
         )
     if all(key.startswith("module.") for key in state):  # as DataParallel names them
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -241,18 +250,19 @@ def _read_file(name: str, path: Path, published: Published | None) -> Weights:
 
 
 def _from_run(name: str, saved: Mapping[str, Any], published: Published | None) -> Weights:
-    """Weights of an earlier run: those that were validated."""
+    """Weights of an earlier run: those that were validated.
+
+    Args:
+        saved: the content of its checkpoint, checked.
+    """
     state, spec, model = saved["state"], saved["spec"], saved["config"]["model"]
-    weights = state.get("average") or state["model"]
-    if not isinstance(model, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError("its weights are no tensors")
-    mean, std = (tuple(float(value) for value in spec[key]) for key in ("mean", "std"))
-    size = (int(spec["height"]), int(spec["width"]))
-    good = all(map(math.isfinite, (*mean, *std))) and min(std) > 0 and len(mean) == len(std) and min(size) > 0
-    if not good:
-        raise ValueError("its mean, standard deviation or image size can't be right")
-    outputs = tuple(map(str, spec["classes"] or spec["keypoints"]))
-    return Weights(name, published, weights, Preprocessing(mean, std, size), outputs, model)
+    for key in ("norm", "activation"):
+        if not isinstance(model.get(key), str | None):
+            raise UserError(f"config.model.{key}: must be a name or null, got a {type(model[key]).__name__}")
+    mean, std = spec.get("mean"), spec.get("std")
+    preprocessing = Preprocessing(mean, std, (spec["height"], spec["width"])) if mean and std else None
+    outputs = tuple(spec.get("classes") or spec.get("keypoints") or ())
+    return Weights(name, published, state["average"] or state["model"], preprocessing, outputs, model)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -302,6 +312,11 @@ def load_pretrained(
     first = first_conv_name(model.get_submodule(weights.part))
     first = None if first is None else f"{prefix}{first}"
     ours = model.state_dict()
+    for key, value in theirs.items():
+        if 0 in value.shape and key in ours and value.shape != ours[key].shape:
+            raise UserError(
+                f"model.pretrained: {weights.name!r}: {key} is empty (shape {tuple(value.shape)})"
+            )
     if first is not None and (key := f"{first}.weight") in theirs and theirs[key].ndim == 4:
         theirs[key] = adapt_first_conv(theirs[key], ours[key].shape[1])
     other_outputs = weights.outputs is not None and weights.outputs != outputs

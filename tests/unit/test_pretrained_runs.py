@@ -258,10 +258,12 @@ def test_a_run_with_other_norms_is_taken_with_those(digits: Callable[..., str]) 
             assemble(compose(*asked, f"model.norm={norm}"))
 
 
-def test_a_run_with_a_small_stem_gives_a_small_stem(photos: str) -> None:
+def test_a_run_with_a_small_stem_gives_a_small_stem(digits: Callable[..., str], photos: str) -> None:
     network = assemble(compose("model=resnet18", "data=digits")).model
-    spec = {"mean": [0.5], "std": [0.5], "height": 8, "width": 8, "classes": ["a"], "keypoints": []}
-    torch.save({"state": {"model": network.state_dict()}, "spec": spec, "config": {"model": {}}}, "run.pt")
+    saved = checkpoint.load(Path(digits("model=mlp")) / "checkpoints" / "best.pt")
+    saved["state"]["model"] = network.state_dict()
+    saved["config"]["model"] = dict(assemble(compose("model=resnet18", "data=digits")).settings.model)
+    torch.save(saved, "run.pt")
     asked = (
         "model=resnet18",
         "model.pretrained=run.pt",
@@ -273,6 +275,29 @@ def test_a_run_with_a_small_stem_gives_a_small_stem(photos: str) -> None:
     model = assemble(compose(*asked)).model
     assert model.get_parameter("conv1.weight").shape == (64, 3, 3, 3)
     assert trainable(model) == ["fc.weight", "fc.bias"]
+
+
+WRONG: dict[str, tuple[tuple[str | int, ...], object]] = {
+    "an infinite height": (("spec", "height"), float("inf")),
+    "an average that is a tensor": (("state", "average"), torch.ones(3)),
+    "a whole number as a name": (("state", "model", 5), torch.ones(3)),
+    "complex weights": (("state", "model", "layers.1.weight"), torch.ones(2, 2, dtype=torch.complex64)),
+    "empty weights": (("state", "model", "layers.1.weight"), torch.ones(0, 64)),
+    "a norm that is a tensor": (("config", "model", "norm"), torch.ones(3)),
+    "no spec": (("spec",), None),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_run_that_is_not_as_a_training_writes_it_is_refused(kind: str, digits: Callable[..., str]) -> None:
+    (*above, key), value = WRONG[kind]
+    place = saved = checkpoint.load(Path(digits("model=mlp")) / "checkpoints" / "best.pt")
+    for name in above:
+        place = place[name]
+    place[key] = value
+    torch.save(saved, "run.pt")
+    with pytest.raises(UserError, match=r"model\.pretrained"):
+        assemble(compose("model=mlp", "data=digits", "model.pretrained=run.pt"))
 
 
 @pytest.mark.parametrize(

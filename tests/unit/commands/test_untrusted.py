@@ -60,6 +60,16 @@ def test_an_untouched_checkpoint_is_judged(both: Callable[..., tuple[int, int]])
     assert both(lambda saved: None) == (0, 0)
 
 
+@pytest.mark.parametrize("margin", [-1, 11, float("nan"), float("inf"), "x", [1], True, torch.ones(2)])
+def test_a_wrong_margin_is_refused(margin: object, both: Callable[..., tuple[int, int]]) -> None:
+    assert both(lambda s: s["config"]["data"].update(crop="box", crop_margin=margin)) == (2, 2)
+
+
+def test_a_sound_margin_is_taken(both: Callable[..., tuple[int, int]]) -> None:
+    """The data set that the checkpoint has been given knows no margin, so that evaluate refuses it."""
+    assert both(lambda s: s["config"]["data"].update(crop="box", crop_margin=0.2)) == (2, 0)
+
+
 REFUSED: dict[str, Change] = {
     "a function of torchvision": lambda s: s["config"].update(
         model={"_target_": "torchvision.models.resnet18", "weights": "DEFAULT"}
@@ -124,6 +134,20 @@ def test_a_checkpoint_does_not_choose_where_data_are_downloaded_to(
 
     code, _ = both(change, False)
     assert code == 2 and not Path("elsewhere").exists()
+
+
+@pytest.mark.parametrize("name", ["cnntrain.data.mnist.MNIST", "cnntrain.data.cifar.CIFAR10"])
+def test_a_checkpoint_starts_no_download_to_the_cache(
+    name: str, both: Callable[..., tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+
+    def change(saved: dict[str, Any]) -> None:
+        common = {k: v for k, v in saved["config"]["data"].items() if k not in ("_target_", "root")}
+        saved["config"]["data"] = {**common, "_target_": name, "root": None}
+
+    code, _ = both(change, False)
+    assert code == 2 and not Path("cache").exists()
 
 
 def test_an_interpolation_of_a_checkpoint_stays_text(

@@ -25,7 +25,12 @@ def test_drawings_are_functions_of_the_seed_and_know_no_count(source):
 
 @pytest.mark.parametrize("source", [ToyFaces, ToyShapes])
 def test_wrong_arguments_name_their_key(source):
-    for arguments, key in (({"size": 4}, "data.size"), ({"train_count": 0}, "data.train_count")):
+    for arguments, key in (
+        ({"size": 4}, "data.size"),
+        ({"train_count": 0}, "data.train_count"),
+        ({"train_count": 1_000_001}, "data.train_count"),
+        ({"test_count": 10**12}, "data.test_count"),
+    ):
         with pytest.raises(UserError, match=key):
             source(**arguments)
 

@@ -29,7 +29,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(model: nn.Module, node: dict[str, Any], pretrained: object, outputs: int = 10) -> tuple[str, ...]:
-    weights = find_weights(node, pretrained)
+    weights = find_weights(node, pretrained, dict)
     assert weights is not None
     return load_pretrained(model, weights, num_outputs=outputs)
 
@@ -215,7 +215,18 @@ def test_a_damaged_safetensors_file_is_refused(content: bytes, tmp_path: Path) -
     pytest.importorskip("safetensors")
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"w\.safetensors"):
-        find_weights(RESNET18, str(tmp_path / "w.safetensors"))
+        find_weights(RESNET18, str(tmp_path / "w.safetensors"), dict)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(64, 0, 7, 7), torch.zeros(0, 3, 7, 7), torch.zeros(64, 3, 7, 7, dtype=torch.complex64)],
+)
+def test_weights_that_are_empty_or_complex_are_refused(weight: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({**resnet18(3, 64).state_dict(), "conv1.weight": weight}, path)
+    with pytest.raises(UserError, match=r"model\.pretrained"):
+        resnet18(1, 64, str(path))
 
 
 def test_a_head_is_known_by_its_whole_name() -> None:
@@ -329,7 +340,7 @@ def test_real_weights_recognise_photographs(shared_data: Path) -> None:
 
     name = "tf_efficientnet_lite0"
     node = {"_target_": "cnntrain.models.from_timm.classifier", "name": name}
-    weights = find_weights(node, str(shared_data / "pretrained" / f"{name}.pth"))
+    weights = find_weights(node, str(shared_data / "pretrained" / f"{name}.pth"), dict)
     assert weights is not None and weights.preprocessing is not None
     assert (weights.preprocessing.mean, weights.preprocessing.size) == ((0.5, 0.5, 0.5), (224, 224))
     network = timm_classifier(name, num_outputs=1000, image_size=(224, 224)).eval()
