@@ -86,8 +86,9 @@ TEXTS = [
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in nested dictionaries and lists."""
+    """Where something stands in nested dictionaries and lists, down to 8 levels: one may be doubled 32 times."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    items = () if len(path) > 8 else items
     return [path, *(place for key, value in items for place in places(value, (*path, key)))][not path :]
 
 
