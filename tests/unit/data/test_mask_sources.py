@@ -214,7 +214,7 @@ def test_0_and_255_are_two_classes_and_said_to_be(tmp_path, save, pixels, caplog
     with caplog.at_level(logging.INFO, "cnntrain"):
         found = train_masks(folder(tmp_path, size=[8, 12]))
     assert found.tolist() == [(mask // 255).tolist() for mask in masks]
-    assert "255 is thing" in caplog.text and "data.ids" in caplog.text
+    assert "255 means class thing" in caplog.text and "data.ids" in caplog.text
 
 
 def test_a_run_on_0_255_masks_counts_the_objects_pixels(tmp_path, save, pixels):
