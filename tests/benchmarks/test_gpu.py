@@ -1,6 +1,9 @@
 """The items of benchmarks/gpu, tried on the CPU with tiny sizes and random images."""
 
+import argparse
+import contextlib
 import gzip
+import importlib
 import json
 import subprocess
 import sys
@@ -9,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cnntrain.cli import parse_arguments
+from cnntrain.config import check_early, compose, conf_folder
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "benchmarks" / "gpu" / "run.py"
-# Left out: what other tests cover at length, and what needs CUDA.
-ITEMS = (
-    "environment", "digits", "own_gpu_tests", "syncs", "resume_bits", "bench_fmnist_cnn", "group", "two", "across",
-    "diverges", "memory", "stores", "auto_batch", "full_gpu", "compiled",
-)  # fmt: skip
+# Those with code of their own. The others are single commands, whose settings `test_the_settings_...` checks.
+ITEMS = ("environment", "own_gpu_tests", "syncs", "resume_bits", "bench_fmnist_cnn", "group", "two", "memory")
 
 
 @pytest.fixture
@@ -54,6 +57,52 @@ def test_items_run_on_a_cpu(kit: Path, tmp_path: Path) -> None:
     assert items["bench_fmnist_cnn"]["loop"] > 0
     assert len((out / "report.txt").read_text().splitlines()) == len(ITEMS)
     assert (out / "bench-fmnist_cnn-128.json").is_file()
+
+
+@pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
+def test_the_settings_of_every_command_exist(
+    smoke: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that is renamed must be renamed in the items too, which run on a GPU only."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(RUN.parent))
+    for name in ("harness", "items", "probes"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    harness_module, items = importlib.import_module("harness"), importlib.import_module("items")
+    probes = importlib.import_module("probes")
+    commands: list[list[str]] = []
+
+    class Recorder(harness_module.Harness):
+        def call(self, command: list[str], *_: object, **__: object) -> tuple[int, float, str]:
+            if command[1:3] == ["-m", "cnntrain"]:
+                commands.append(list(map(str, command[3:])))
+            return 1, 0.0, ""
+
+    recorder = Recorder("cuda", smoke, str(tmp_path / "out"), str(tmp_path / "kit"), 100, 1)
+    for folder in ("faces", "camvid"):
+        recorder.data(folder).mkdir(parents=True)
+    monkeypatch.setattr(items.subprocess, "Popen", started_nothing)
+    for item in (item for stage in items.STAGES for item in stage):
+        with contextlib.suppress(StartedNothing, OSError, LookupError):
+            item(recorder)
+    arguments = argparse.Namespace(device="cuda", data="data", smoke=smoke)
+    commands += probes._sync_cases(arguments).values()
+    assert len(commands) > 25
+    for command in commands:
+        invocation = parse_arguments(command)
+        if (conf_folder() / f"{invocation.command}.yaml").exists():
+            compose(invocation.command, invocation.overrides)
+        else:
+            check_early(invocation.command, invocation.overrides, None)
+        assert not invocation.multirun or invocation.command in ("train", "overfit", "inspect")
+
+
+class StartedNothing(Exception):
+    pass
+
+
+def started_nothing(*_: object, **__: object) -> None:
+    raise StartedNothing
 
 
 def test_an_item_that_does_not_exist_is_refused() -> None:
