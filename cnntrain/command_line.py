@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 MASK = "***"
-# A value that Hydra's grammar reads as this very text: no number, no null, nothing to be quoted.
+# A value that Hydra's grammar parses as the same string: not a number or null, and without characters to quote.
 _PLAIN = re.compile(
     r"(?!(?:null|true|false|nan|inf)$)(?:[A-Za-z_]|\.{0,2}/)[\w./:@%-]*", re.IGNORECASE | re.ASCII
 )
@@ -15,30 +15,30 @@ _QUERY_PASSWORD = re.compile(r"([?&](?:ssl)?(?:password|passwd|pwd)=)[^&#\s'\"]+
 
 
 def override(key: str, value: object) -> str:
-    """`key=value` as Hydra reads it, with quotes where the value needs them; for the shell, see `command_text`."""
+    """Format `key=value` for Hydra, quoting the value if needed; for the shell, see `command_text`."""
     text = str(value)
     if _PLAIN.fullmatch(text):
         return f"{key}={text}"
-    # In Hydra's quoted strings a backslash counts as one unless quotes follow; OmegaConf reads ${ in them.
+    # In Hydra's quoted strings a backslash is literal unless a quote follows. OmegaConf interpolates ${...} in them.
     text = re.sub(r"(\\*)(?='|$)", lambda run: 2 * run[1], text).replace("'", "\\'").replace("${", "\\${")
     return f"{key}='{text}'"
 
 
 def typed(**values: object) -> str:
-    """`key=value key=value` as typed into a shell."""
+    """Format `key=value key=value` as typed into a shell."""
     return command_text(override(key, value) for key, value in values.items())
 
 
 def command_text(words: Iterable[object]) -> str:
-    """A command as it can be pasted into a shell, without passwords."""
+    """Format a command for pasting into a shell, with passwords masked."""
     return shlex.join(mask_passwords(str(word), word=True) for word in words)
 
 
 def mask_passwords(text: str, word: bool = False) -> str:
-    """The text with *** in place of passwords in URLs, as in scheme://user:password@host and ?password=.
+    """Replace passwords in URLs by ***, as in scheme://user:password@host and ?password=.
 
     Args:
-        word: the text is a single word, so that what stands before its last @ may hold spaces.
+        word: treat the text as a single word, so that the password before the last @ may contain spaces.
     """
     if word and re.search(r"\bsweep\.storage=", text):
         text = re.sub(r"(://[^:/?#@]*:).*(?=@)", rf"\g<1>{MASK}", text, flags=re.DOTALL)
@@ -47,7 +47,7 @@ def mask_passwords(text: str, word: bool = False) -> str:
 
 
 def without_passwords(settings: Any) -> Any:
-    """Settings as plain values, for a file: passwords of `sweep.storage` masked."""
+    """Convert settings to plain values for a file, with the password in `sweep.storage` masked."""
     sweep = settings.get("sweep") if isinstance(settings, dict) else None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("storage"), str):
         return settings
@@ -56,7 +56,7 @@ def without_passwords(settings: Any) -> Any:
 
 
 def chosen_options(command: str, names: Iterable[str]) -> list[str]:
-    """The words of a command line that give one of `names`: `--config-dir DIR`, `trusted_packages=[...]`."""
+    """Return the words of a command line that set one of `names`: `--config-dir DIR`, `trusted_packages=[...]`."""
     try:
         words = shlex.split(command)
     except ValueError:

@@ -1,9 +1,9 @@
-"""Open files inside a run folder, which a stranger may have filled: regular files only, no link is followed.
+"""Safe file access inside run folders: open regular files only and never follow symbolic links.
 
-A run folder may itself be reached through links (`outputs` on another disk), and data folders may contain them. What
-lies inside a run folder may not: a link there would let a stranger's folder read, empty or overwrite a file elsewhere,
-and opening a FIFO would wait forever. `root` is the folder from which on no link is followed, by default the file's
-own folder. Files are replaced, never written in place: a reader sees the old file or the new one.
+A run folder may come from an untrusted source. A link inside it could make the program read, truncate or overwrite a
+file elsewhere, and opening a FIFO would block forever. Links on the path to a run folder (`outputs` on another disk)
+and links inside data folders are allowed. `root` is the folder below which no link is followed; it defaults to the
+file's parent folder. Files are replaced atomically: a reader sees either the old file or the new one.
 """
 
 import contextlib
@@ -17,60 +17,60 @@ from typing import IO, Any
 
 from cnntrain.errors import UserError
 
-LARGEST_TEXT_BYTES = 8 * 2**20  # parsed, text takes up to a hundred times its size in memory
+LARGEST_TEXT_BYTES = 8 * 2**20  # parsing can take up to 100 times the file's size in memory
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _HINT = "links inside a run folder are not followed; put the file itself there, or choose another run folder"
 
 
 def run_folder_of(path: Path) -> Path:
-    """The run folder that a checkpoint or figure lies in."""
+    """Return the run folder that contains a checkpoint or figure."""
     return path.parent.parent if path.parent.name in ("checkpoints", "figures") else path.parent
 
 
 def is_regular(path: Path, root: Path | None = None) -> bool:
-    """Whether `path` is a regular file that is reached from `root` without a link."""
+    """Return True if `path` is a regular file and no link lies between `root` and it."""
     return _has_kind(path, root, stat.S_ISREG)
 
 
 def is_folder(path: Path, root: Path | None = None) -> bool:
-    """Whether `path` is a folder that is reached from `root` without a link."""
+    """Return True if `path` is a folder and no link lies between `root` and it."""
     return _has_kind(path, root, stat.S_ISDIR)
 
 
 def exists(path: Path) -> bool:
-    """Whether anything has this name, a link to nothing included."""
+    """Return True if the path exists; a broken link counts as existing."""
     return os.path.lexists(path)
 
 
 def open_read(path: Path, root: Path | None = None) -> IO[bytes]:
-    """A regular file, open for reading.
+    """Open a regular file for reading.
 
     Raises:
-        UserError: it is a link, or no regular file.
-        OSError: it is missing, or can't be read.
+        UserError: `path` is a link or not a regular file.
+        OSError: the file is missing or cannot be read.
     """
     return _named(path, _open(path, root, os.O_RDONLY), "rb")
 
 
 def read_bytes(path: Path, root: Path | None = None, largest: int = LARGEST_TEXT_BYTES) -> bytes:
-    """The content of a regular file of at most `largest` bytes.
+    """Return the content of a regular file of at most `largest` bytes.
 
     Raises:
-        UserError: it is a link, no regular file, or too large.
-        OSError: it is missing, or can't be read.
+        UserError: `path` is a link, not a regular file, or too large.
+        OSError: the file is missing or cannot be read.
     """
     with open_read(path, root) as file:
         if os.fstat(file.fileno()).st_size > largest:
-            raise UserError(f"{path}: is larger than {largest:,} bytes, which no such file is")
+            raise UserError(f"{path}: the file is larger than the limit of {largest:,} bytes")
         return file.read()
 
 
 def read_text(path: Path, root: Path | None = None, largest: int = LARGEST_TEXT_BYTES) -> str:
-    """The content of a regular UTF-8 text file.
+    """Return the content of a regular UTF-8 text file.
 
     Raises:
-        UserError: see `read_bytes`; or it is not UTF-8.
-        OSError: it is missing, or can't be read.
+        UserError: see `read_bytes`; or the file is not valid UTF-8.
+        OSError: the file is missing or cannot be read.
     """
     content = read_bytes(path, root, largest)
     try:
@@ -81,14 +81,14 @@ def read_text(path: Path, root: Path | None = None, largest: int = LARGEST_TEXT_
 
 
 def read_json(path: Path, remedy: str, root: Path | None = None) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Args:
-        remedy: what to do where the file is damaged; ends the message.
+        remedy: what to do if the file is damaged; appended to the error message.
 
     Raises:
-        UserError: see `read_text`; or it is empty, cut off or no JSON object.
-        OSError: it is missing, or can't be read.
+        UserError: see `read_text`; or the file is empty, truncated or not a JSON object.
+        OSError: the file is missing or cannot be read.
     """
     text = read_text(path, root)
     try:
@@ -97,39 +97,39 @@ def read_json(path: Path, remedy: str, root: Path | None = None) -> dict[str, An
         problem = "is empty" if not text.strip() else f"is damaged ({error})"
         raise UserError(f"{path}: {problem}; {remedy}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no JSON object; {remedy}")
+        raise UserError(f"{path}: is not a JSON object; {remedy}")
     return content
 
 
 def write_whole(path: Path, content: bytes | memoryview, root: Path | None = None, sync: bool = True) -> None:
-    """Write a file aside, sync it to the disk, then put it in place: `path` is the old file or the new one, whole.
+    """Replace a file atomically: write a temporary file, sync it to disk, then rename it to `path`.
 
     Args:
-        sync: whether it must survive a power failure; without it, a kill of the process does no harm either.
+        sync: call fsync so that the file survives a power failure. Killing the process is safe without it too.
 
     Raises:
-        UserError: a folder on the way is a link.
-        OSError: the file can't be written; no temporary is left.
+        UserError: a parent folder is a link.
+        OSError: the file cannot be written; the temporary file is removed.
     """
     with replacing(path, root, sync) as file:
         file.write(content)
 
 
 def write_text(path: Path, text: str, root: Path | None = None, sync: bool = True) -> None:
-    """`write_whole` with text in UTF-8; bytes of file names that are not UTF-8 are escaped."""
+    """Write text with `write_whole`, encoded in UTF-8; bytes that are not valid UTF-8 (in file names) are escaped."""
     write_whole(path, text.encode("utf-8", "backslashreplace"), root, sync)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, root: Path | None = None, sync: bool = True) -> Iterator[IO[bytes]]:
-    """A new binary file that takes the place of `path` once the block ends without an error.
+    """Yield a temporary binary file that replaces `path` when the block ends without an error.
 
     Args:
         sync: see `write_whole`.
 
     Raises:
-        UserError: a folder on the way is a link.
-        OSError: the file can't be written; no temporary is left.
+        UserError: a parent folder is a link.
+        OSError: the file cannot be written; the temporary file is removed.
     """
     with _parent(path, root) as (folder, name):
         temporary = f".{name}.{os.getpid()}.tmp"
@@ -155,7 +155,7 @@ def replacing(path: Path, root: Path | None = None, sync: bool = True) -> Iterat
 
 @contextlib.contextmanager
 def replacing_text(path: Path, root: Path | None = None, sync: bool = True) -> Iterator[IO[str]]:
-    """`replacing` for UTF-8 text with its line ends as written, as the csv module wants it."""
+    """Variant of `replacing` for UTF-8 text; line endings are not translated, as the csv module requires."""
     with replacing(path, root, sync) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", errors="backslashreplace")
         yield text
@@ -163,11 +163,11 @@ def replacing_text(path: Path, root: Path | None = None, sync: bool = True) -> I
 
 
 def open_append(path: Path, root: Path | None = None) -> IO[bytes]:
-    """A regular file, open for appending; made where it is missing.
+    """Open a regular file for appending; create it if it is missing.
 
     Raises:
-        UserError: it is a link, no regular file, or has a second name elsewhere (a hard link).
-        OSError: it can't be opened.
+        UserError: `path` is a link, not a regular file, or has more than one hard link.
+        OSError: the file cannot be opened.
     """
     descriptor = _open(path, root, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     if os.fstat(descriptor).st_nlink > 1:
@@ -177,38 +177,38 @@ def open_append(path: Path, root: Path | None = None) -> IO[bytes]:
 
 
 def open_append_text(path: Path, root: Path | None = None) -> io.TextIOWrapper:
-    """`open_append` for UTF-8 text, handed on line by line."""
+    """Variant of `open_append` for UTF-8 text, line buffered."""
     file = open_append(path, root)
     return io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def open_new(path: Path, root: Path | None = None) -> IO[bytes]:
-    """A file that was not there before, open for writing.
+    """Create a file and open it for writing.
 
     Raises:
-        FileExistsError: it is there.
-        UserError: a folder on the way is a link.
-        OSError: it can't be made.
+        FileExistsError: the file exists already.
+        UserError: a parent folder is a link.
+        OSError: the file cannot be created.
     """
     return _named(path, _open(path, root, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
 
 
 def open_lock(path: Path, root: Path | None = None) -> IO[bytes]:
-    """A file for `fcntl.flock`; made where it is missing, its content left alone.
+    """Open a file for `fcntl.flock` without changing its content; create it if it is missing.
 
     Raises:
-        UserError: it is a link, or no regular file.
-        OSError: it can't be opened.
+        UserError: `path` is a link or not a regular file.
+        OSError: the file cannot be opened.
     """
     return open(_open(path, root, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
 
 
 def make_folder(path: Path, root: Path | None = None) -> None:
-    """Make a folder and those on the way from `root`, where they are missing.
+    """Create a folder and its missing parents below `root`.
 
     Raises:
-        UserError: one of them is a link or a file.
-        OSError: it can't be made.
+        UserError: one of these folders is a link or a file.
+        OSError: a folder cannot be created.
     """
     with _parent(path, root, make=True) as (folder, name):
         with contextlib.suppress(FileExistsError):
@@ -217,11 +217,11 @@ def make_folder(path: Path, root: Path | None = None) -> None:
 
 
 def remove(path: Path, root: Path | None = None) -> None:
-    """Delete a file, or the link that has its name; nothing where there is none.
+    """Delete a file or link (never the link's target); do nothing if it is missing.
 
     Raises:
-        UserError: a folder on the way is a link.
-        OSError: it can't be deleted.
+        UserError: a parent folder is a link.
+        OSError: the file cannot be deleted.
     """
     with _parent(path, root) as (folder, name), contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
@@ -229,11 +229,11 @@ def remove(path: Path, root: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def _parent(path: Path, root: Path | None, make: bool = False) -> Iterator[tuple[int, str]]:
-    """A descriptor of the folder that holds `path`, and the file's name in it."""
+    """Yield a descriptor of the parent folder of `path`, and the file's name."""
     root = path.parent if root is None else root
     *folders, name = path.relative_to(root).parts
     if ".." in folders or name == "..":
-        raise UserError(f"{path}: leaves {root}")
+        raise UserError(f"{path}: lies outside {root}")
     here = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         reached = root
@@ -251,7 +251,7 @@ def _parent(path: Path, root: Path | None, make: bool = False) -> Iterator[tuple
 
 
 def _enter(folder: int, name: str, path: Path) -> int:
-    """A descriptor of the folder `name` inside `folder`."""
+    """Open the folder `name` inside `folder`; return its descriptor."""
     try:
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     except OSError as error:
@@ -284,21 +284,21 @@ def _open(path: Path, root: Path | None, flags: int) -> int:
 
 
 def _named(path: Path, descriptor: int, mode: str) -> IO[bytes]:
-    """A file object of an open file, which knows its name."""
+    """Return a file object for an open descriptor, with `name` set."""
     return open(path, mode, opener=lambda *_: descriptor)
 
 
 def _irregular(path: Path, mode: int) -> UserError:
     if stat.S_ISLNK(mode):
         return UserError(f"{path}: is a link; {_HINT}")
-    kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "no regular file"
+    kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "not a regular file"
     return UserError(
-        f"{path}: is {kind}, and must be a regular file; remove it, or choose another run folder"
+        f"{path}: must be a regular file, but is {kind}; remove it, or choose another run folder"
     )
 
 
 def _mode(folder: int, name: str) -> int:
-    """Type and permissions of what has this name, a link itself; 0 where there is nothing."""
+    """Return the `st_mode` of this name without following a link; 0 if nothing has the name."""
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
     except OSError:

@@ -1,4 +1,4 @@
-"""Standard error and log files that may fail: a full disk or a closed terminal costs messages, never a training."""
+"""Output streams that tolerate write errors: a full disk or a closed terminal loses messages but never ends a run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, TextIO, cast
 
 from cnntrain.files import open_append_text
 
-# Control characters but tab and line feed, and those that reverse what is shown after them.
+# Control characters except tab and line feed, and characters that reverse the text direction.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped: names from a stranger's files must not steer the terminal."""
+    """Escape control characters: names from untrusted files must not send commands to the terminal."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 class LenientStream:
-    """A text stream that drops what can't be written.
+    """A text stream that discards output that cannot be written.
 
     Args:
-        stream: what to write to; None drops everything (Python has no `sys.stderr` where it was started without one).
+        stream: the underlying stream; None discards everything (`sys.stderr` is None if Python started without one).
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -32,7 +32,7 @@ class LenientStream:
 
     def write(self, text: str) -> int:
         if self.stream is not None:
-            with contextlib.suppress(OSError, ValueError):  # ValueError: it has been closed
+            with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
                 self.stream.write(text)
         return len(text)
 
@@ -49,16 +49,16 @@ class LenientStream:
 
 
 def lenient(stream: TextIO | None) -> TextIO:
-    """`stream` as one that drops what can't be written."""
+    """Wrap `stream` so that output that cannot be written is discarded."""
     return cast("TextIO", LenientStream(stream))
 
 
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Append what is printed while the block runs to a file, as far as it can be written.
+    """Redirect printed output to a file (append mode) while the block runs; write errors are ignored.
 
     Raises:
-        UserError: it is a link, or no regular file.
+        UserError: `path` is a link or not a regular file.
     """
     try:
         file = open_append_text(path)
@@ -69,13 +69,15 @@ def output_to(path: Path) -> Iterator[None]:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             yield
     finally:
-        with contextlib.suppress(OSError):  # it flushes
+        with contextlib.suppress(OSError):  # close() flushes
             file.close()
 
 
 def flush_or_discard(stream: TextIO | None) -> OSError | None:
-    """Flush a standard stream; where that fails, discard what is left, so that Python's own flush at exit does not fail
-    too (exit code 120). Returns the error."""
+    """Flush a standard stream and return the error, if any.
+
+    After an error the buffered output is discarded. Otherwise Python's flush at exit would fail too (exit code 120).
+    """
     if stream is None:
         return None
     try:
@@ -87,6 +89,6 @@ def flush_or_discard(stream: TextIO | None) -> OSError | None:
             os.close(null)
             stream.flush()
         return error
-    except ValueError:  # closed
+    except ValueError:  # the stream is closed
         return None
     return None

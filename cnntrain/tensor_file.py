@@ -1,4 +1,4 @@
-"""Read files of tensors that anyone may have written: no code of theirs is run, and damage is found."""
+"""Read tensor files from untrusted sources: no code in them is executed, and corruption is detected."""
 
 import pickle
 import struct
@@ -18,25 +18,25 @@ from cnntrain.errors import UserError
 DAMAGE = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError,
           OverflowError, MemoryError, RecursionError, struct.error, zlib.error, zipfile.BadZipFile,
           pickle.PickleError)  # fmt: skip
-MOST_VALUES = 1_000_000  # with everything that is referred to several times counted as often
+MOST_VALUES = 1_000_000  # shared references are counted once per reference
 DEEPEST = 50
 LONGEST_TEXT = 1_000_000
-LARGEST_BITS = 64  # of a whole number
-MOST_EXPANDED_BYTES = 2**26  # that a tensor may have beyond its storage, by strides of 0
+LARGEST_BITS = 64  # per integer
+MOST_EXPANDED_BYTES = 2**26  # by which an expanded tensor (stride 0) may exceed its storage
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def read_tensors(path: Path, root: Path | None = None) -> Any:
-    """What `torch.save` wrote, on the CPU: plain types and tensors, of bounded size; see `check_values`.
+    """Load a `torch.save` file to the CPU: plain types and tensors of bounded size (see `check_values`).
 
-    Tensors may share storage or have strides of 0: copy them before anything writes to them in place.
+    Tensors may share storage or have a stride of 0. Copy them before modifying them in place.
 
     Args:
-        root: the folder from which on no link is followed. None: the run folder of a file in a folder `checkpoints`;
-            any other file that the user names may be a link.
+        root: the folder below which no link is followed. None: the run folder if the file is in a `checkpoints`
+            folder; any other file named by the user may be a link.
 
     Raises:
-        UserError: not there, damaged, or holding anything else.
+        UserError: the file is missing, corrupt, or contains other types.
     """
     if root is None and path.parent.name == "checkpoints":
         root = files.run_folder_of(path)
@@ -47,9 +47,11 @@ def read_tensors(path: Path, root: Path | None = None) -> Any:
             if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as archive:
                     if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                        # A few kilobytes could unfold to any size. torch.save doesn't compress.
+                        # A few compressed kilobytes could expand to any size. torch.save does not compress.
                         raise UserError(f"{path}: is compressed; use the file as torch.save wrote it")
-                    damaged = archive.testzip()  # torch doesn't look: a flipped byte would load silently
+                    damaged = (
+                        archive.testzip()
+                    )  # torch.load ignores checksums: a flipped byte would load silently
                 if damaged:
                     raise UserError(f"{path}: damaged (checksum of {damaged!r} is wrong); use another file")
             file.seek(0)
@@ -65,19 +67,21 @@ def read_tensors(path: Path, root: Path | None = None) -> Any:
 
 
 def check_values(content: Any) -> None:
-    """Refuse what a file of tensors has no use for, and what would take forever or all memory to walk through.
+    """Reject types that do not belong in a tensor file, and content that would exhaust time or memory.
 
-    A pickle of a few bytes can hold a list of lists, each twice the one before, that never ends when it is walked;
-    and a tensor of any shape over a storage of one number.
+    A pickle of a few bytes can contain nested lists whose size doubles at each level, or a tensor of any shape over a
+    storage of one element.
 
     Raises:
-        TypeError: another type than plain ones, dict, list, tuple and dense tensors.
-        ValueError: too many values, too deep, a circle, or a tensor that is much larger than its storage.
+        TypeError: a type other than plain types, dict, list, tuple and dense tensors.
+        ValueError: too many values, too deep nesting, a reference cycle, or a tensor much larger than its storage.
     """
     sizes: dict[
         int, int
-    ] = {}  # of the containers that are done, by id: they are alive, so that no id is used twice
-    open_: list[tuple[Any, Iterator[Any], int]] = []  # container, what is left of it, values so far
+    ] = {}  # number of values by id of each finished container; all are alive, so ids are unique
+    open_: list[
+        tuple[Any, Iterator[Any], int]
+    ] = []  # (container, iterator over its remaining items, values so far)
     entered: set[int] = set()
 
     def enter(container: Any) -> None:
@@ -128,7 +132,7 @@ def _children(container: Any) -> Iterator[Any]:
 
 
 def _leaf(value: Any) -> int | None:
-    """1 for what contains nothing, once it has been looked at; None for a container."""
+    """Check a value that is not a container and return 1; return None for a container."""
     if isinstance(value, Tensor):
         _check_tensor(value)
         return 1
@@ -137,9 +141,9 @@ def _leaf(value: Any) -> int | None:
     if not isinstance(value, PLAIN):
         raise TypeError(f"it holds a {type(value).__name__}")
     if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
-        raise ValueError(f"it holds a number of {value.bit_length()} bits")
+        raise ValueError(f"it holds an integer of {value.bit_length()} bits")
     if isinstance(value, str | bytes) and len(value) > LONGEST_TEXT:
-        raise ValueError(f"it holds a text of {len(value):,} characters")
+        raise ValueError(f"it holds a string of {len(value):,} characters")
     return 1
 
 
@@ -149,8 +153,8 @@ def _check_tensor(value: Tensor) -> None:
     )
     if not plain or value.is_quantized:
         raise TypeError(
-            f"it holds a tensor of another kind ({type(value).__name__}, {value.layout}, {value.device})"
+            f"it holds an unsupported tensor ({type(value).__name__}, {value.layout}, {value.device})"
         )
     expanded = value.numel() * value.element_size() - value.untyped_storage().nbytes()
     if expanded > MOST_EXPANDED_BYTES:
-        raise ValueError(f"it holds a tensor {tuple(value.shape)} over a storage of a few bytes")
+        raise ValueError(f"it holds a tensor {tuple(value.shape)} that is much larger than its storage")

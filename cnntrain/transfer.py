@@ -1,4 +1,4 @@
-"""Host data on the device without a host sync: constants are copied once, batches through pinned memory."""
+"""Host-to-device copies without a host sync: constants are cached per device, batches go through pinned memory."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -6,16 +6,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# CUDA copies up to this many bytes from pageable memory without waiting for the device (CUDA Runtime API, "API
-# synchronization behavior").
+# Copies of up to this many bytes from pageable memory do not synchronize (CUDA Runtime API, "API synchronization
+# behavior").
 STAGED_BYTES = 64 * 1024
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Copy to `device` without a host sync, converted to `dtype` first; a tensor on the device is returned as it is.
+    """Convert to `dtype` and copy to `device` without a host sync; a tensor on the device is returned unchanged.
 
-    CUDA reads pinned memory in the background. PyTorch keeps a pinned block until the copy is done, so the caller may
-    drop `tensor` at once, but must not change it in place if it is pinned.
+    CUDA reads pinned memory asynchronously. PyTorch keeps the pinned block alive until the copy is complete, so the
+    caller may release `tensor` immediately. Do not modify a pinned `tensor` in place afterwards.
     """
     tensor = tensor if dtype is None else tensor.to(dtype)
     if device.type == "cuda" and tensor.device.type == "cpu" and tensor.nbytes > STAGED_BYTES:
@@ -26,12 +26,12 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
 def constant(
     values: Sequence[float] | float, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """A tensor of numbers that do not change during training: one copy per device. Never modify it in place."""
+    """Return a cached tensor of constants, one copy per device. Never modify it in place."""
     return _constant(tuple(values) if isinstance(values, Sequence) else values, device, dtype)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of a CUDA device that new tensors can take: what is free, and what PyTorch keeps of freed tensors."""
+    """Return the bytes available to new tensors: free CUDA memory plus unused memory in PyTorch's caching allocator."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 
@@ -44,6 +44,6 @@ def _constant(values: tuple[float, ...] | float, device: torch.device, dtype: to
 
 @lru_cache(maxsize=64)
 def arange(length: int, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """0, 1, ..., length - 1, one copy per device. Never modify it in place."""
+    """Return a cached tensor 0, 1, ..., length - 1, one copy per device. Never modify it in place."""
     with torch.inference_mode(False):
         return torch.arange(length, dtype=dtype, device=device)

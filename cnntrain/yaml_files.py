@@ -38,20 +38,20 @@ def check_yaml_files(folder: Path) -> None:
             line = file.read_bytes()[: error.start].count(b"\n") + 1
             raise UserError(f"{file}:{line}: is no UTF-8 text") from error
         except yaml.YAMLError as error:
-            if "nesting depth" in str(error):  # libyaml's own limit, before the first value is told
+            if "nesting depth" in str(error):  # libyaml's own limit, raised before the first event
                 line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
                 raise UserError(f"{file}:{line}: is nested more than {DEEPEST} deep") from error
             continue  # told with its line when the file is used
 
 
 def check_yaml_text(file: Path, text: str) -> None:
-    """Refuse a text that unfolds to too much, without reading it: the values that its aliases stand for are counted.
+    """Reject a YAML text that expands to too many values (a "YAML bomb"), without constructing them.
 
-    Walks through the events of a YAML file, of which aliases are one each, and adds up what they stand for.
+    The function iterates over the parser's events and counts each alias as many times as the values it refers to.
 
     Raises:
-        UserError: too many values, too deep, or an alias inside itself; names file and line.
-        yaml.YAMLError: no YAML.
+        UserError: too many values, too deep nesting, or an alias inside its own anchor; names file and line.
+        yaml.YAMLError: the text is not valid YAML.
     """
     anchors: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = []  # anchor, values so far
