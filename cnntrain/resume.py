@@ -1,11 +1,11 @@
-"""Going on from a checkpoint: the state comes from the checkpoint, the settings from the command line.
+"""Resume from a checkpoint: the state comes from the checkpoint, the settings from the command line.
 
-What changes neither the network nor which images come next may change: freely where it leaves the numbers alone
-(paths, logging, workers, device), from here on where it does not (learning rate, schedule, augmentation, ...: the value
-given now wins, and the log says so). `epochs` and `steps` may change freely too, but a schedule spans the whole
-training: where another length moves the learning rate, the log says from where to where. What the saved state would not
-fit, or would mean something else by, is refused: network, data set and splits, batch size, seed, kind of optimizer. The
-number of processes may change between epochs only: within one, what each has seen is its own.
+Settings that do not affect the result (paths, logging, workers, device) may change. Settings that do (learning rate,
+schedule, augmentation, ...) take their new value from the resumed step on, and the log reports the change. `epochs` and
+`steps` may change too. A schedule spans the whole training, so a new length can change the learning rate; the log then
+shows the old and the new rate. Changes that are incompatible with the saved state are rejected: network, data set,
+splits, batch size, seed and type of optimizer. The number of processes may change only between epochs, because within
+an epoch each process has its own position.
 """
 
 import dataclasses
@@ -52,10 +52,10 @@ SHOWN_DIFFERENCES = 4
 
 
 def keep_choices(settings: Settings, saved: Mapping[str, Any], ranks: Ranks) -> Settings:
-    """The settings with what `auto` and null meant when the checkpoint was written: precision, threads, batch, rate.
+    """Replace `auto` and null by the checkpoint's resolved values: precision, threads, batch size, learning rate.
 
-    Precision and threads suit a machine: they are kept on the same type of device with the same number of processes,
-    and threads only where there are as many cores.
+    Precision and threads depend on the machine. They are kept only for the same type of device and the same number of
+    processes; threads also require that this machine has enough cores.
     """
     resolved = saved.get("resolved", {})
     device = choose_compute(settings.device, "fp32", settings.channels_last, ranks).device.type
@@ -70,7 +70,7 @@ def keep_choices(settings: Settings, saved: Mapping[str, Any], ranks: Ranks) -> 
     if settings.optimizer.get("lr") == "auto" and "lr" in saved["config"]["optimizer"]:
         rate = saved["config"]["optimizer"]["lr"]
         settings = dataclasses.replace(settings, optimizer={**settings.optimizer, "lr": rate})
-    # What pretrained weights decided; null or auto in the config.
+    # Values derived from the pretrained weights where the config says null or auto.
     for section, keys in (("model", ("stem",)), ("data", ("size", "mean", "std"))):
         now, then = getattr(settings, section), saved["config"][section]
         kept = {
@@ -85,7 +85,7 @@ def resume(
 ) -> Path | None:
     """Put `state` where the checkpoint `source`, whose content is `saved`, left it.
 
-    Returns the checkpoint of the best epoch so far; None where there is none, or it is lost.
+    Returns the checkpoint of the best epoch so far; None if there is none or it was lost.
 
     Raises:
         UserError: the checkpoint is of another training, which is described beside this one.
@@ -103,7 +103,7 @@ def resume(
     problems += [("data", problem) for problem in _other_names(_names(before), _names(data.spec))]
     if not same_data(saved["fingerprint"], data.fingerprint):
         known = same_examples(saved["fingerprint"], data.fingerprint)
-        what = "images have changed, their names and targets have not" if known else "examples"
+        what = "the images changed, but not their names and targets" if known else "examples"
         problems.append(
             ("data", f"{what}: were {saved['fingerprint']}, are {data.fingerprint} (count-hash-hash)")
         )
@@ -111,14 +111,14 @@ def resume(
     if saved["state"]["progress"]["batch"] and processes != now and not problems:
         raise UserError(
             f"resume: {source} was saved by {processes} process{'es' * (processes > 1)} in the middle of epoch "
-            f"{saved['state']['progress']['epoch'] + 1}, and can't go on with {now}; launch.devices={processes} "
-            "goes on, and from the end of an epoch any number does"
+            f"{saved['state']['progress']['epoch'] + 1}; it cannot be resumed with {now}; use "
+            f"launch.devices={processes} (the number may change only between epochs)"
         )
     if problems:
         kind = {"model": "network", "data": "data set"}.get(problems[0][0].partition(".")[0], "training")
         lines = [
-            f"resume: {source} is of another {kind}; give the settings of that training (run.json has its command), or "
-            "begin another in a new run_dir",
+            f"resume: {source} is from another {kind}; use the settings of that run (run.json has its command), or "
+            "start a new run in another run_dir",
             f"checkpoint: {_describe(saved['config'], before, weights)}",
             f"now:        {_describe(config, data.spec, mine)}",
             *(problem for _, problem in problems[:SHOWN_DIFFERENCES]),
@@ -143,14 +143,16 @@ def resume(
     if state.progress.best and best is None:
         log.warning("resume: the best epoch's weights are no longer beside %s; it is looked for anew", source)
         state.progress.best = {}
-    # This call may ask for more. What `steps` ended within an epoch is judged once more, for its row in metrics.csv.
+    # This call may train longer. An epoch that `steps` cut short is validated again, for its row in metrics.csv.
     state.progress.finished = is_finished(saved, assembly.settings) and not state.progress.batch
     epoch, batch, step = state.progress.epoch, state.progress.batch, state.progress.step
     at = f"in epoch {epoch + 1}, step {step}" if batch else f"after epoch {epoch}, step {step}"
     log.info("resume: state from %s (%s), settings from the command line", source, at)
     then = saved.get("resolved", {}).get("precision")
     if then not in (None, assembly.compute.precision) and "precision" not in (key for key, *_ in changed):
-        changed.append(("precision", then, assembly.compute.precision))  # `auto` came to something else here
+        changed.append(
+            ("precision", then, assembly.compute.precision)
+        )  # `auto` resolved to another value here
     for key, then, now in changed:
         if rule(key) == "new" and not (then == "auto" and now == saved.get("resolved", {}).get(key)):
             log.warning(
@@ -161,7 +163,7 @@ def resume(
 
 
 def _say_rate(state: TrainState, saved: Mapping[str, Any], changed: Sequence[str]) -> None:
-    """Warn of a learning rate that jumps because the schedule, its length or its peak changed."""
+    """Warn if the learning rate jumps because the schedule, its length or its peak changed."""
     schedule, step = state.schedule, state.progress.step
     length = [key for key in changed if key in ("epochs", "steps")]
     shape = [key for key in changed if key == "optimizer.lr" or key.partition(".")[0] == "schedule"]
@@ -170,14 +172,14 @@ def _say_rate(state: TrainState, saved: Mapping[str, Any], changed: Sequence[str
     peak, last = state.optimizer.param_groups[0]["peak_lr"], state.optimizer.param_groups[0]["lr"]
     if not math.isclose(peak * schedule.factor(step - 1), last, rel_tol=1e-6):
         log.warning(
-            "resume: the learning rate was %.3g at step %d and is %.3g at the next one: %s changed, and the schedule "
-            "spans the whole training; schedule=constant avoids a jump in a training that is lengthened",
+            "resume: the learning rate jumps from %.3g at step %d to %.3g at the next step because %s changed and the "
+            "schedule spans the whole training; use schedule=constant to extend a run without a jump",
             last, step, peak * schedule.factor(step), ", ".join([*length, *shape]),
         )  # fmt: skip
 
 
 def _best_checkpoint(source: Path, state: TrainState) -> Path | None:
-    """Where the best epoch's weights are: in the best.pt beside `source`, or in `source`, which is written first."""
+    """Return the checkpoint with the best epoch's weights: best.pt beside `source`, or `source`, written before it."""
     beside, progress = source.with_name("best.pt"), state.progress
     if not progress.best:
         return None
@@ -187,20 +189,19 @@ def _best_checkpoint(source: Path, state: TrainState) -> Path | None:
 
 
 def _is_best(path: Path, best: Mapping[str, float], mine: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is that of the epoch with the metrics `best`, for a network with the weights `mine`: another
-    one may have taken its place since."""
+    """Return True if the checkpoint has the metrics `best` and weights that fit `mine`; it may have been replaced."""
     try:
         state = read_saved(path)["state"]
     except UserError:
         return False
-    # NaN is NaN in repr. Its weights are loaded at the end of the training: they must fit.
+    # Compare by repr because NaN != NaN. The weights are loaded after training, so they must fit.
     return repr(state["progress"]["best"]) == repr(best) and not misfits(
         state["average"] or state["model"], mine
     )
 
 
 def bring_best(best: Path, target: Path) -> None:
-    """Copy the best checkpoint to where the run will look for it."""
+    """Copy the best checkpoint to the run's own folder."""
     if best.resolve() != target.resolve():
         checkpoint.save(checkpoint.load(best), target)
 

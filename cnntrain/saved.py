@@ -43,7 +43,7 @@ def checkpoint_facts(assembly: Assembly, data: Data) -> dict[str, Any]:
     """What a checkpoint says beside its state: enough to evaluate it elsewhere."""
     return {
         "config": without_passwords(dataclasses.asdict(assembly.settings)),
-        # What `auto` and null came to; a run that is resumed on such a machine takes these.
+        # Values that `auto` and null resolved to; reused when the run is resumed on a similar machine.
         "resolved": {
             "device": assembly.compute.device.type,
             "precision": assembly.compute.precision,
@@ -63,10 +63,10 @@ def saved_spec(saved: Mapping[str, Any]) -> DataSpec:
 
 
 def find_folder(settings: Settings) -> Path | None:
-    """The folder that a training will write to, as `run_dir` or `resume` name it; None for a new one.
+    """Return the folder that training will write to, from `run_dir` or `resume`; None for a new folder.
 
     Raises:
-        UserError: `resume` names no checkpoint.
+        UserError: `resume` does not name a checkpoint.
     """
     if settings.run_dir:
         return Path(settings.run_dir)
@@ -76,13 +76,13 @@ def find_folder(settings: Settings) -> Path | None:
 
 
 def find_saved(settings: Settings) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from and its content; None to start afresh.
+    """Return the checkpoint to resume from and its content; None to start from scratch.
 
-    A run that was begun by `resume=OTHER run_dir=FOLDER` goes on with its own state when the same command is given
-    again, as a requeued job gives it.
+    A run started with `resume=OTHER run_dir=FOLDER` continues from its own checkpoint when the same command is run
+    again, for example by a requeued job.
 
     Raises:
-        UserError: there is none where one was named, or a later state or another run would be overwritten.
+        UserError: the named checkpoint does not exist, or a later state or another run would be overwritten.
     """
     source = find_checkpoint(settings)
     if source is None:
@@ -97,25 +97,25 @@ def find_saved(settings: Settings) -> tuple[Path, dict[str, Any]] | None:
     if folder and last.parent.resolve() == source.parent.resolve():
         if steps[0] != steps[1]:
             raise UserError(
-                f"resume: {source} is at step {steps[0]}, and {last} at step {steps[1]} would be overwritten; "
-                f"{typed(resume='auto', run_dir=folder)} goes on from there; to go back, choose another run_dir"
+                f"resume: {source} is at step {steps[0]}; resuming from it would overwrite {last} at step {steps[1]}; "
+                f"use {typed(resume='auto', run_dir=folder)} to continue from there, or another run_dir to go back"
             )
     elif named is None or not (named in ancestors or (named == own_id and steps[0] <= steps[1])):
         raise UserError(
-            f"run_dir: {folder} holds a run that does not come from {source}; "
-            f"{typed(resume='auto', run_dir=folder)} goes on with it; to go on from the other, choose another run_dir"
+            f"run_dir: {folder} contains a run that was not started from {source}; "
+            f"use {typed(resume='auto', run_dir=folder)} to continue that run, or another run_dir to start a new one"
         )
     else:
-        log.info("resume: %s comes from %s and goes on with its own state", folder, source)
+        log.info("resume: %s was started from %s and continues from its own checkpoint", folder, source)
     return last, own
 
 
 def identify(saved: Mapping[str, Any] | None, same_folder: bool) -> dict[str, Any]:
-    """What a checkpoint says about its run: its `id`, and the ids of the runs whose states it came from.
+    """Return the run identity for new checkpoints: its `id`, and the ids of the runs it was resumed from.
 
     Args:
-        saved: the checkpoint that the run goes on from, if any.
-        same_folder: whether it is the run's own.
+        saved: the checkpoint that the run resumes from, if any.
+        same_folder: whether that checkpoint belongs to this run's folder.
     """
     run_id, ancestors = _identity(saved or {})
     if same_folder and run_id:
@@ -124,7 +124,7 @@ def identify(saved: Mapping[str, Any] | None, same_folder: bool) -> dict[str, An
 
 
 def _identity(saved: Mapping[str, Any]) -> tuple[str | None, list[str]]:
-    """A checkpoint's run id and the ids of its ancestors; None and none where it does not say them."""
+    """Return a checkpoint's run id and its ancestors' ids; None and an empty list if it has no identity."""
     run = saved.get("run")
     if not isinstance(run, Mapping) or not isinstance(run.get("id"), str):
         return None, []
@@ -133,15 +133,15 @@ def _identity(saved: Mapping[str, Any]) -> tuple[str | None, list[str]]:
 
 
 def find_checkpoint(settings: Settings) -> Path | None:
-    """The checkpoint that `resume` and `run_dir` name; None to start afresh.
+    """Return the checkpoint that `resume` and `run_dir` name; None to start from scratch.
 
     Raises:
         UserError: there is none where one was named, or a run would be overwritten.
     """
     if settings.resume == "auto" and not settings.run_dir:
         raise UserError(
-            "resume: auto goes on with the run in run_dir, and there is no run_dir; add run_dir=FOLDER, or name the "
-            "run with resume=FOLDER"
+            "resume: auto continues the run in run_dir, but run_dir is not set; add run_dir=FOLDER, or name the run "
+            "with resume=FOLDER"
         )
     last_here = Path(settings.run_dir) / "checkpoints" / "last.pt" if settings.run_dir else None
     if last_here and last_here.exists() and not last_here.is_file():
@@ -175,16 +175,16 @@ def locate(path: Path, name: str) -> Path:
 
 
 def finished_results(saved: Mapping[str, Any], folder: Path, settings: Settings) -> dict[str, Any] | None:
-    """What a run that is at its end came to; None when there is more to train."""
+    """Return the results of a finished run; None if there is more to train."""
     results = folder / "results.json"
     if not is_finished(saved, settings) or not files.exists(results):
         return None
     try:
-        content = files.read_json(results, "it is written anew")
-    except UserError as error:  # a kill or a full disk; the checkpoints have all that it takes
+        content = files.read_json(results, "the file will be rewritten")
+    except UserError as error:  # after a kill or a full disk; it can be rebuilt from the checkpoints
         log.warning("%s", error)
         return None
-    if content.get("steps") != saved["state"]["progress"]["step"]:  # of a shorter training, before a kill
+    if content.get("steps") != saved["state"]["progress"]["step"]:  # written by a shorter run
         return None
     return {**content, "run_dir": str(folder)}
 
@@ -210,7 +210,7 @@ def load_weights(model: Any, weights: Mapping[str, Any]) -> None:
 
 
 def refuse_misfits(weights: Mapping[str, Any], model: nn.Module) -> None:
-    """Refuse weights of another architecture; see `load_weights`."""
+    """Reject weights of another architecture; see `load_weights`."""
     if problems := misfits(weights, model.state_dict()):
         shown = [*problems[:6], *([f"and {len(problems) - 6} more"] if len(problems) > 6 else [])]
         raise UserError("\n  ".join(["the checkpoint is of another network than model=...:", *shown]))

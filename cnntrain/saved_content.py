@@ -1,8 +1,8 @@
-"""What a checkpoint must hold before anything of it is used: every field of the right type and within bounds.
+"""Validate a checkpoint before it is used: the type and range of every field.
 
-A checkpoint may come from a stranger, or from another program that took the name. `check_values` has bounded its size;
-here its fields are told apart. Shapes of weights and moments are compared with the network's and the optimizer's when
-they are loaded (`saved.load_weights`, `engine.moments.fit_state`).
+A checkpoint may come from an untrusted source or from another program. `check_values` has already bounded its size;
+this module checks its fields. Shapes of weights and optimizer state are checked when they are loaded
+(`saved.load_weights`, `engine.moments.fit_state`).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from cnntrain.errors import UserError
 from cnntrain.settings import Settings, Within, parse
 from cnntrain.spec import DataSpec
 
-MOST = 2**53  # of what is counted
+MOST = 2**53  # upper bound of counters
 LONGEST_SIDE_PX = 2**16
 MOST_PIXELS = 2**28
 MOST_CHANNELS = 4096
@@ -25,7 +25,7 @@ MOST_CHANNELS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """What `auto` and null came to in the training that wrote the checkpoint; null where it isn't told."""
+    """Values that `auto` and null resolved to in the run that wrote the checkpoint; None if not recorded."""
 
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     threads: Annotated[int | None, Within(1, 4096)] = None
@@ -34,18 +34,17 @@ class Resolved:
 
 
 def check_saved(saved: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint with every field checked, and its config complete.
+    """Validate every field of a checkpoint and complete its config with defaults.
 
     Args:
-        defaults: a composed config; it has the sections and keys that the program did not know yet when the checkpoint
-            was written.
+        defaults: a composed config; supplies the sections and keys that an older version did not have.
 
     Raises:
-        UserError: names the field at fault.
+        UserError: names the invalid field.
     """
     for name in ("state", "config", "spec", "fingerprint"):
         if name not in saved:
-            raise UserError(f"it has no {name}")
+            raise UserError(f"the entry {name!r} is missing")
     state, spec = _mapping("state", saved["state"]), saved["spec"]
     for name in ("model", "optimizer", "schedule", "progress", "meter"):
         _mapping(f"state.{name}", state.get(name))
@@ -93,7 +92,7 @@ def _read_progress(progress: Mapping[str, Any]) -> Progress:
     for name, value in found.best.items():
         if not isinstance(name, str) or not _is_number(value):
             raise UserError(
-                f"state.progress.best: must be numbers by name, got {_short(name)}: {_short(value)}"
+                f"state.progress.best: must map metric names to numbers, got {_short(name)}: {_short(value)}"
             )
     for name in ("epoch", "step") if found.best else ():
         value = found.best.get(name, -1)
@@ -103,15 +102,13 @@ def _read_progress(progress: Mapping[str, Any]) -> Progress:
 
 
 def _check_spec(spec: Mapping[str, Any]) -> None:
-    """Refuse facts about the data that can't be; names the one at fault."""
+    """Reject an invalid dataset spec; the error names the invalid field."""
     known = {field.name for field in dataclasses.fields(DataSpec)}
     if unknown := [name for name in spec if name not in known]:
-        raise UserError(f"spec.{_short(unknown[0])}: no such fact")
+        raise UserError(f"spec.{_short(unknown[0])}: unknown field")
     for name, most in (("channels", MOST_CHANNELS), ("height", LONGEST_SIDE_PX), ("width", LONGEST_SIDE_PX)):
         if not _is_whole(spec.get(name), 1, most):
-            raise UserError(
-                f"spec.{name}: must be a whole number from 1 to {most}, got {_short(spec.get(name))}"
-            )
+            raise UserError(f"spec.{name}: must be an integer from 1 to {most}, got {_short(spec.get(name))}")
     if spec["channels"] * spec["height"] * spec["width"] > MOST_PIXELS:
         raise UserError(
             f"spec: images of {spec['channels']} x {spec['height']} x {spec['width']} are too large"
@@ -131,16 +128,16 @@ def _check_spec(spec: Mapping[str, Any]) -> None:
         or not all(_is_whole(each, 0, points - 1) for each in mirror)
     ):
         raise UserError(
-            f"spec.mirror: must be null or a point's number for each of {points}, got {_short(mirror)}"
+            f"spec.mirror: must be null or a list of {points} keypoint indices, got {_short(mirror)}"
         )
     if not _is_list(skeleton) or not all(
         _is_list(pair) and len(pair) == 2 and all(_is_whole(each, 0, points - 1) for each in pair)
         for pair in skeleton
     ):
-        raise UserError(f"spec.skeleton: must be pairs of points' numbers, got {_short(skeleton)}")
+        raise UserError(f"spec.skeleton: must be pairs of keypoint indices, got {_short(skeleton)}")
     ignored = spec.get("ignore_index")
     if ignored is not None and not _is_whole(ignored, -(2**31), 2**31):
-        raise UserError(f"spec.ignore_index: must be null or a whole number, got {_short(ignored)}")
+        raise UserError(f"spec.ignore_index: must be null or an integer, got {_short(ignored)}")
     for name in ("mean", "std"):
         values = spec.get(name)
         if values is None:
@@ -156,7 +153,7 @@ def _check_spec(spec: Mapping[str, Any]) -> None:
 
 
 def _complete(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with defaults for what it lacks: sections, and keys of sections that are no pluggable parts."""
+    """Add defaults to the config for missing sections and for missing keys of sections without `_target_`."""
     plugged = {"model", "data", "augment", "task", "optimizer", "schedule", "choices", "expect"}
     found = {**defaults, **config}
     for name, section in defaults.items():
@@ -174,7 +171,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 def _tensors(name: str, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_complex():
-            raise UserError(f"{name}: must be real tensors by name, got {_short(key)}: {_short(value)}")
+            raise UserError(f"{name}: must map names to real tensors, got {_short(key)}: {_short(value)}")
 
 
 def _is_number(value: Any) -> bool:

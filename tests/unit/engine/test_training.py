@@ -496,7 +496,7 @@ def test_a_learning_rate_that_jumps_is_said(kind: str, capsys: pytest.CaptureFix
     train(compose(*common, *first))
     capsys.readouterr()
     train(compose(*common, *then, "resume=auto"))
-    said = [line for line in capsys.readouterr().err.splitlines() if "the learning rate was" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "the learning rate jumps" in line]
     assert len(said) == jumps
     if jumps:
         rates = column("run", "lr")
