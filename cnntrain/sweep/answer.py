@@ -31,8 +31,8 @@ class Answer:
     Attributes:
         trials: all that have begun.
         standings: those that are done, the best first; empty where runs are not ranked.
-        contest: the winner beside the others.
-        test: the winner's metrics on the test set, one row a repeat.
+        contest: comparison of the winner with the other trials.
+        test: the winner's metrics on the test set, one row per repeat.
         importance: share of the variance between settings that a key explains by itself; a reason where that can't
             be told.
         pictures: files, relative to the sweep's folder.
@@ -68,7 +68,7 @@ def importance(plan: Plan, study: Study, settings: int) -> dict[str, float] | st
     from optuna.importance import FanovaImportanceEvaluator
 
     if len(plan.axes) < 2:
-        return "it needs at least two keys that vary"
+        return "needs at least two keys that vary"
     if settings < FEWEST_FOR_IMPORTANCE:
         return f"{settings} finished settings are too few"
     try:
@@ -114,7 +114,7 @@ def _settings(trial: Trial) -> dict[str, str]:
 
 
 def _figures(trial: Trial, metric: str) -> dict[str, Any]:
-    """Means over the repeats of what else is worth a column."""
+    """Return the means over the repeats of the other metrics shown in the table."""
     outcomes = list(trial.outcomes.values())
     row: dict[str, Any] = {}
     for key in dict.fromkeys(key for outcome in outcomes for key in outcome.figures):
@@ -136,20 +136,20 @@ def sentences(answer: Answer) -> list[str]:
     lines = [f"best: {name}: {metric} {value_text(best.mean)}{spread}"]
     if answer.contest:
         lines[0] += (
-            f"; chosen as the best of {len(answer.standings)} by this figure, which is therefore optimistic"
+            f"; this value is optimistic because it selected the best of {len(answer.standings)} settings"
         )
         lines.append(_contest_line(answer, answer.contest))
     if len(answer.plan.repeats) == 1 and len(answer.standings) > 1:
         lines.append("one seed a setting can't tell a lead from chance; sweep.seeds=3 can")
     if keys := answer.plan.other_examples:
-        lines.append(f"settings differ in {', '.join(keys)}, so they may be validated on different images: ")
-        lines[-1] += "figures on different images do not tell which setting is better"
+        lines.append(f"settings differ in {', '.join(keys)}, so they may be validated on different images; ")
+        lines[-1] += "metrics on different images cannot be compared"
     if answer.test:
         keys = [key for key in answer.test[0] if key.split("/")[-1] == metric.split("/")[-1]] or list(
             answer.test[0]
         )
         figure = _mean_text(answer.test, keys[0], repeats_text(best.values))
-        lines.append(f"on the test set, used once, for the best alone: {figure}")
+        lines.append(f"test set, used once, for the best setting only: {figure}")
     if isinstance(answer.importance, dict):
         parts = ", ".join(f"{key} {100 * share:.0f} %" for key, share in answer.importance.items())
         lines.append(f"share of the variance between settings that a key explains by itself: {parts}")
@@ -164,13 +164,14 @@ def _contest_line(answer: Answer, found: Contest) -> str:
     line = f"runner-up: {name}: {value_text(second.mean)}, worse by {found.difference:.2g}"
     if found.low is None or found.high is None:
         return line
-    verdict = "more than the spread over runs"
+    verdict = "difference larger than the spread over runs"
     if found.rival is not None:
-        verdict = "within the spread over runs: no difference shown"
+        verdict = "no significant difference (within the spread over runs)"
         if found.rival > 2:
             third = setting_name(answer.standings[found.rival - 1].trial.values)
-            verdict = f"more than the spread over runs; no difference shown to {third} (place {found.rival})"
-    chosen = f", corrected for choosing the best of {found.settings}" if found.settings > 2 else ""
+            verdict = "difference larger than the spread over runs; "
+            verdict += f"no significant difference from {third} (place {found.rival})"
+    chosen = f", corrected for selecting the best of {found.settings}" if found.settings > 2 else ""
     limits = f"95 %: {found.low:.2g} to {found.high:.2g}, paired over {repeats_text(found.repeats)}{chosen}"
     return f"{line} ({limits}): {verdict}"
 
@@ -230,7 +231,7 @@ def write_report(answer: Answer, folder: Path, command: str, again: str | None) 
     """
     parts = [f"# Sweep\n\n```\n{command}\n```", "\n".join(f"- {line}" for line in sentences(answer))]
     if again:
-        parts.append(f"A run of the best setting again:\n\n```\n{again}\n```")
+        parts.append(f"Command to repeat a run of the best setting:\n\n```\n{again}\n```")
     parts.append(markdown(ranking_rows(answer)))
     parts += [f"![{Path(name).stem}]({name})" for name in answer.pictures]
     write_text(folder / "results.md", "\n\n".join(part for part in parts if part) + "\n", sync=False)

@@ -37,7 +37,7 @@ class Board:
         self.plan, self.to_come = plan, 0
         self.metric = f"val/{plan.monitor[0]}" if plan.monitor else ""
         self.counts: dict[str, int] = {}
-        self.best: tuple[float, str] | None = None  # mean over the runs of a setting that is through
+        self.best: tuple[float, str] | None = None  # mean over the runs of the best finished setting
         self._values: dict[int, list[float]] = {}
         self._running: dict[tuple[int, Repeat], dict[str, object]] = {}
         self._ended: list[dict[str, object]] = []
@@ -96,7 +96,7 @@ class Board:
         if len(known) == len(self.plan.repeats):
             mean = sum(known) / len(known)
             if self.best is None or (mean > self.best[0]) == (self.plan.monitor[1] == "max"):
-                self.best = (mean, setting_name(values) or "the one setting")
+                self.best = (mean, setting_name(values) or "the only setting")
 
     @property
     def total(self) -> int:
@@ -136,6 +136,6 @@ class Board:
 
 
 def setting_name(values: Mapping[str, str], repeat: Mapping[str, int] | None = None) -> str:
-    """A setting for people, with long numbers cut, and which repeat of it."""
+    """Format a setting and its repeat for display, with rounded numbers."""
     named = {key: short(value) for key, value in values.items()}
     return " ".join(f"{key}={value}" for key, value in {**named, **(repeat or {})}.items())

@@ -23,21 +23,21 @@ from cnntrain.space import Axis, grid
 
 T = TypeVar("T")
 DRAWN_TRIALS = 20  # where the sampler draws and `sweep.trials` says nothing
-# Keys that change which examples a setting is validated on.
+# Keys that change the validation examples.
 OTHER_EXAMPLES = ("data", "data.root", "data.file", "data.limit", "data.val_fraction", "data.folds")
 # What may change when a sweep goes on: where and how fast it runs, and how much more is asked of it.
-# Where the data lie may change too: what they are is compared by their fingerprint.
+# Keys that may change when a sweep is resumed. Data paths may change too, because fingerprints identify the data.
 MAY_CHANGE = (NEUTRAL - {"seed"}) | {"data.file", "data.scan"}
 MAY_CHANGE |= {f"sweep.{key}" for key in ("trials", "timeout_s", "jobs", "on_error")}
 
 
 @dataclass(frozen=True, order=True)
 class Repeat:
-    """What distinguishes the runs of one setting: the seed and, in cross-validation, the validation split.
+    """Seed and, in cross-validation, the validation split of one run of a setting.
 
     Attributes:
-        seed: of the training.
-        fold, split_seed: as in `data`; None where the sweep does not vary them.
+        seed: training seed.
+        fold, split_seed: as in `data`; None if the sweep does not vary them.
     """
 
     seed: int
@@ -46,12 +46,12 @@ class Repeat:
 
     @property
     def split(self) -> tuple[int | None, int | None]:
-        """Runs that agree in it are validated on the same examples."""
+        """Return the key of the validation split; runs with equal keys use the same validation examples."""
         return self.split_seed, self.fold
 
     @property
     def values(self) -> dict[str, int]:
-        """Config key -> value."""
+        """Return the values by config key."""
         values = {"seed": self.seed, "data.fold": self.fold, "data.split_seed": self.split_seed}
         return {key: value for key, value in values.items() if value is not None}
 
@@ -60,7 +60,7 @@ class Repeat:
 
     @classmethod
     def parse(cls, text: str) -> "Repeat":
-        """The repeat that `str` made `text` of."""
+        """Parse the output of `str`."""
         return cls(
             **{key.removeprefix("data."): int(value) for key, value in (w.split("=") for w in text.split())}
         )
@@ -70,7 +70,7 @@ REPEAT_KEYS = ("seed", "data.fold", "data.split_seed")
 
 
 def repeats_text(repeats: Collection[Repeat]) -> str:
-    """How often a setting was trained, for people: `3 seeds`, `5 folds x 2 seeds`."""
+    """Format the number of repeats: `3 seeds`, `5 folds x 2 seeds`."""
     counts = {
         name: len({getattr(repeat, attribute) for repeat in repeats})
         for name, attribute in (("split", "split_seed"), ("fold", "fold"), ("seed", "seed"))
@@ -81,12 +81,12 @@ def repeats_text(repeats: Collection[Repeat]) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: one repeat of a setting of the swept keys.
+    """One training run: one repeat of a setting of the swept keys.
 
     Attributes:
         trial: number of the setting, from 0.
         values: swept key -> value, as on the command line.
-        overrides: all that its config is composed of, but for what follows; the repeat's included.
+        overrides: all overrides of its config, including those of the repeat.
         threads: CPU threads; None: as configured.
         folder: its own, inside the sweep's.
         command: what repeats it alone.
@@ -123,9 +123,9 @@ class Plan:
     Attributes:
         fixed: overrides with one value.
         axes: the keys that vary between settings.
-        repeats: with which each setting is trained: seeds, folds and seeds of the split.
+        repeats: the seeds, folds and split seeds that each setting is trained with.
         base: the settings of the first trial.
-        variants: settings whose data differ: all that the axes lead to.
+        variants: one settings object for each data configuration that the axes produce.
         monitor: the metric on validation data that trials are ranked by, with its better end (`max` or `min`);
             None where there is no one figure for all (verdicts, or data sets with different metrics).
         monitor_range: the lowest and highest value of that metric.
@@ -156,7 +156,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The first trial's settings by key, without what may change when a sweep goes on."""
+        """Return the first trial's settings by key, without keys that may change when the sweep is resumed."""
         found = flat(dataclasses.asdict(self.base))
         left_out = {*MAY_CHANGE, "sweep.storage"}
         return {
@@ -166,16 +166,16 @@ class Plan:
         }
 
     def fingerprints(self) -> list[str]:
-        """Of the data sets that the sweep trains on.
+        """Return the fingerprints of the data sets that the sweep trains on.
 
         Raises:
-            UserError: one of them can't be read.
+            UserError: a data set cannot be read.
         """
         return sorted({read_fingerprint(build_source(settings)[0]) for settings in self.variants})
 
     @property
     def overlap(self) -> float:
-        """Validation examples per training example, where repeats differ in their split; 0 where all share one."""
+        """Return the ratio of validation to training examples if repeats use different splits; else 0."""
         if len({repeat.split for repeat in self.repeats}) == 1:
             return 0.0
         folds = self.base.data.get("folds")
@@ -184,7 +184,7 @@ class Plan:
 
     @property
     def other_examples(self) -> list[str]:
-        """Swept keys that change which examples a setting is validated on, so that figures don't compare."""
+        """Return the swept keys that change the validation examples, so that metrics are not comparable."""
         return [axis.key for axis in self.axes if axis.key in OTHER_EXAMPLES]
 
     def grid(self) -> list[dict[str, str]] | None:
@@ -199,7 +199,7 @@ class Plan:
         return len(settings) if settings is not None else self.sweep.trials or DRAWN_TRIALS
 
     def run(self, trial: int, values: Mapping[str, str], repeat: Repeat, folder: Path) -> Run:
-        """One repeat of a setting, in its own folder inside the sweep's."""
+        """Build the run for one repeat of a setting, in its own subfolder of the sweep."""
         fixed = [o for o in self.fixed if o.split("=")[0] not in repeat.values]
         both = {**values, **repeat.values}
         overrides = (*fixed, *(f"{key}={value}" for key, value in both.items()))
@@ -212,7 +212,7 @@ class Plan:
         return Run(trial, repeat, dict(values), overrides, self.config_dir, threads, folder / name, command)
 
     def varying(self, repeat: Repeat) -> dict[str, int]:
-        """The values of a repeat by those keys that vary between repeats."""
+        """Return a repeat's values for the keys that vary between repeats."""
         values = repeat.values.items()
         return {k: v for k, v in values if len({other.values.get(k) for other in self.repeats}) > 1}
 
@@ -248,8 +248,8 @@ def read_plan(invocation: Invocation, ranked: bool) -> Plan:
     repeated = {axis.key: axis for axis in axes if axis.key in REPEAT_KEYS}
     for key, axis in repeated.items():
         if not axis.values or (key == "seed" and sweep.seeds > 1):
-            counted = ", or counted by sweep.seeds; not both" if key == "seed" else ""
-            raise UserError(f"{key}: repeats are listed, as {key}='range(0,3)'{counted}")
+            counted = ", or set sweep.seeds, but not both" if key == "seed" else ""
+            raise UserError(f"{key}: give the repeats as a list, for example {key}='range(0,3)'{counted}")
     axes = [axis for axis in axes if axis.key not in repeated]
     monitor, monitor_range = (_common_monitor(each) if ranked else None) or (None, (-math.inf, math.inf))
     repeats = _repeats(repeated, base, cross_validate=ranked and _all_folds(typed, each))
@@ -267,7 +267,7 @@ def read_plan(invocation: Invocation, ranked: bool) -> Plan:
 
 
 def _repeats(listed: Mapping[str, Axis], base: Settings, cross_validate: bool) -> tuple[Repeat, ...]:
-    """Every combination of seeds, folds and seeds of the split; folds turn fastest."""
+    """Return every combination of seeds, folds and split seeds; the fold varies fastest."""
     values: dict[str, list[Any]] = {
         key: list(dict.fromkeys(int(value) for value in axis.values)) for key, axis in listed.items()
     }
@@ -279,7 +279,7 @@ def _repeats(listed: Mapping[str, Axis], base: Settings, cross_validate: bool) -
 
 
 def _all_folds(typed: Sequence[str], settings: Sequence[Settings]) -> bool:
-    """Whether `data.folds` asks for cross-validation: no fold was chosen, and all settings have as many folds."""
+    """Return True if the sweep cross-validates: no fold was given, and all settings have the same `data.folds`."""
     if any(override.key_or_group == "data.fold" for override in parse_overrides(typed)):
         return False
     found = {(each.data.get("folds"), each.data.get("fold")) for each in settings}
@@ -295,7 +295,7 @@ def _one_at_a_time(axes: list[Axis], firsts: dict[str, str]) -> Iterator[dict[st
 
 
 def _common_monitor(settings: list[Settings]) -> tuple[tuple[str, str], tuple[float, float]] | None:
-    """The metric that chooses the best epoch in all of them, and its range; None where they differ."""
+    """Return the monitored metric shared by all settings and its range; None if they differ."""
     tasks = {str((each.data, each.task)): each for each in settings}
     found = set()
     for each in tasks.values():

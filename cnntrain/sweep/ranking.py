@@ -1,9 +1,9 @@
-"""Which setting won, and how sure that is: means over repeats, their intervals, and the winner beside the others.
+"""Rank the settings of a sweep: means over repeats, confidence intervals, and the winner compared with the others.
 
-Repeats of a setting differ in the seed, and in cross-validation also in the split. Runs of one split are averaged
-first; the intervals are of the mean over the splits. Training sets of different splits overlap, so the mean over splits
-varies more than independent runs would: Nadeau and Bengio 2003 (Inference for the generalization error, Machine
-Learning 52) add (validation examples / training examples) to 1 / n in its variance.
+Repeats of a setting differ in the seed, and in cross-validation also in the split. Runs on the same split are averaged
+first; the intervals are for the mean over splits. Training sets of different splits overlap, so the variance of this
+mean is larger than for independent runs. Nadeau and Bengio 2003 (Inference for the generalization error, Machine
+Learning 52) correct for this by adding (validation examples / training examples) to the factor 1 / n.
 """
 
 import math
@@ -24,11 +24,11 @@ class Standing:
     """A trial's place.
 
     Attributes:
-        mean: of the metric over its runs.
-        std: standard deviation over the runs (n - 1); None for one run.
-        low, high: 95 % interval of the mean (see `interval`); None where the runs do not differ. It covers what the
-            repeats change: initial weights, order of images, augmentation, and the split where that varies. Where it
-            does not, the validation images are the same throughout.
+        mean: mean of the metric over the runs.
+        std: sample standard deviation over the runs (n - 1); None for one run.
+        low, high: 95 % confidence interval of the mean (see `interval`); None if the runs do not differ. It covers the
+            variation between repeats: initial weights, order of images, augmentation, and the split if it varies.
+            Otherwise all runs use the same validation images.
         values: metric by repeat.
     """
 
@@ -42,15 +42,15 @@ class Standing:
 
 @dataclass(frozen=True)
 class Contest:
-    """The winner beside the runner-up.
+    """Comparison of the winner with the runner-up.
 
     Attributes:
-        difference: how much better the winner is, > 0 or 0.
-        low, high: interval of the difference by Student's t, paired over the repeats that both have; None where there
-            are fewer than two. It holds for the winner against every other setting at once with a confidence of 95 %.
-        repeats: those that both have.
-        rival: the setting that the winner is not shown to be better than, as its place; None where there is none.
-        settings: how many the winner was chosen from.
+        difference: how much better the winner is, >= 0.
+        low, high: paired Student's t interval of the difference over the repeats of both; None for fewer than two. The
+            95 % confidence holds simultaneously for the winner against every other setting.
+        repeats: the repeats that both have.
+        rival: place of the first setting that is not significantly worse than the winner; None if there is none.
+        settings: number of settings that the winner was selected from.
     """
 
     difference: float
@@ -62,8 +62,7 @@ class Contest:
 
     @property
     def clear(self) -> bool | None:
-        """Whether the winner's lead over every other setting is more than the spread over repeats; None where one
-        repeat can't tell."""
+        """Return True if the winner is significantly better than every other setting; None for a single repeat."""
         return None if self.low is None else self.rival is None
 
 
@@ -75,7 +74,7 @@ def rank(
     Args:
         better: `max` or `min`.
         limits: the lowest and highest value of the metric.
-        overlap: validation examples per training example, where repeats differ in their split.
+        overlap: ratio of validation to training examples if repeats use different splits, else 0.
     """
     standings = []
     for trial in trials:
@@ -97,12 +96,11 @@ def rank(
 def contest(
     standings: Sequence[Standing], better: str, limits: Range = UNLIMITED, overlap: float = 0.0
 ) -> Contest:
-    """The winner against all others, paired over the repeats that both have: a seed's luck counts for both alike.
+    """Compare the winner with all other settings, paired over the repeats that both have.
 
-    The winner is the best of many on the very data that it is compared on. The intervals are therefore corrected after
-    Bonferroni: with K settings, each has an error of 5 % / (K - 1). A setting that is not the best is then declared to
-    be it with a probability of at most 2.5 %: there are at most K - 1 such settings, and for each the comparison with
-    the one that is truly the best must go wrong.
+    The winner is selected and compared on the same data. The intervals are therefore Bonferroni-corrected: with K
+    settings, each has an error rate of 5 % / (K - 1). The probability of declaring a wrong winner is then at most
+    2.5 %: there are at most K - 1 wrong settings, and for each the comparison with the truly best one must fail.
 
     Args:
         standings: the best first; at least two.
@@ -123,7 +121,7 @@ def contest(
 
 
 def _by_split(values: Mapping[Repeat, float]) -> list[float]:
-    """What varies independently: runs of different seeds on one split; with several splits, each one's mean."""
+    """Return the independent samples: the runs if there is one split; the mean of each split if there are several."""
     splits: dict[object, list[float]] = {}
     for repeat, value in values.items():
         splits.setdefault(repeat.split, []).append(value)
@@ -133,17 +131,17 @@ def _by_split(values: Mapping[Repeat, float]) -> list[float]:
 def interval(
     values: Sequence[float], limits: Range = UNLIMITED, overlap: float = 0.0, confidence: float = CONFIDENCE
 ) -> Range | None:
-    """The interval of a mean by Student's t; None for fewer than two values.
+    """Return the Student's t confidence interval of a mean; None for fewer than two values.
 
-    A metric with limits is treated on a scale without: logarithm of the odds between two limits, logarithm above one,
-    with the standard error carried over by the derivative (delta method), so that the interval stays inside. For the
-    mean of 3 values from a beta distribution (mean 0.97, standard deviation 0.03) it covers 94 % (40,000 draws); the
-    plain interval, cut off at 1, covers 88 %.
+    The interval of a bounded metric is computed on an unbounded scale (logit for two limits, log for one), with the
+    standard error from the delta method, so that it stays within the limits. For the mean of 3 values from a beta
+    distribution (mean 0.97, standard deviation 0.03) its coverage is 94 % (40,000 draws). The coverage of the plain
+    interval, clipped at 1, is 88 %.
 
     Args:
-        limits: the lowest and highest value that there can be.
-        overlap: see the module.
-        confidence: of the interval.
+        limits: lower and upper bound of the metric.
+        overlap: ratio of validation to training examples (see the module docstring).
+        confidence: confidence level.
     """
     from scipy.special import stdtrit
 

@@ -60,7 +60,8 @@ def run_sweep(invocation: Invocation, job: Job) -> int:
     with open_run_folder(_folder(plan), "sweep") as folder, stop_flag() as stop:
         if (folder.path / ABOUT).exists() and plan.base.resume == "none":
             raise UserError(
-                f"run_dir: {folder.path} already holds a sweep; go on with resume=auto, or choose another folder"
+                f"run_dir: {folder.path} already contains a sweep; continue it with resume=auto, or choose another "
+                "folder"
             )
         study = open_study(plan, folder.path, None if plan.base.steps else plan.base.epochs)
         if not (folder.path / "run.json").exists():
@@ -83,20 +84,20 @@ def run_sweep(invocation: Invocation, job: Job) -> int:
 
 @contextlib.contextmanager
 def _told_how_to_go_on(invocation: Invocation, plan: Plan, folder: Path) -> Iterator[str]:
-    """Name the command that goes on with the sweep where a signal or a lost storage ends it; yields that command."""
+    """Yield the command that resumes the sweep; add it to the error if a signal or a storage error ends the sweep."""
     command = invocation.line_with(run_dir=folder, resume="auto")
-    command += f" (with the password in place of {MASK})" if MASK in command else ""
+    command += f" (replace {MASK} by the password)" if MASK in command else ""
     try:
         yield command
     except StoppedError as error:
         number = error.exit_code - 128
         raise StoppedError(
             number,
-            f"stopped by {signal.Signals(number).name}; what was under way is saved; to go on: {command}",
+            f"stopped by {signal.Signals(number).name}; unfinished runs are saved; to continue: {command}",
         ) from error
     except (OptunaError, *database_errors(plan.sweep.storage)) as error:
         problem = storage_problem(plan.sweep.storage or folder / JOURNAL, error)
-        raise MachineError(f"{problem}\nto go on: {command}") from error
+        raise MachineError(f"{problem}\nto continue: {command}") from error
 
 
 def _folder(plan: Plan) -> Path | None:
@@ -108,18 +109,20 @@ def _folder(plan: Plan) -> Path | None:
         return folder
     if plan.base.resume == "auto" and not plan.base.run_dir:
         raise UserError(
-            "resume: auto goes on with the sweep in run_dir, and there is no run_dir; add run_dir=FOLDER, or name the "
+            "resume: auto continues the sweep in run_dir, but run_dir is not set; add run_dir=FOLDER, or name the "
             "sweep with resume=FOLDER"
         )
     return Path(plan.base.run_dir) if plan.base.run_dir else None
 
 
 def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag, going_on: str) -> bool:
-    """Ask, run and tell until nothing is left to try, or it is time to stop; whether the sweep is over by that: all
-    tried, here and on other machines, or all the time used that it was given.
+    """Run trials until none is left or a stop is requested.
+
+    Returns True if the sweep is complete: all trials have run, here and on other machines, or its time budget is used
+    up.
 
     Args:
-        going_on: the command that goes on with the sweep.
+        going_on: the command that resumes the sweep.
     """
     board, queue = Board(plan), Queue(plan, study, folder)
     monitor, jobs = plan.monitor[0] if plan.monitor else None, plan.sweep.jobs
@@ -129,7 +132,7 @@ def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag, 
     deadline = math.inf if plan.sweep.timeout_s is None else time.monotonic() + plan.sweep.timeout_s
 
     def report(run: Run, epoch: int, value: float) -> bool:
-        """What a run hears after each epoch: whether to give up. The first repeat decides for its setting."""
+        """Report a metric after an epoch; return True if the run should be pruned. The first repeat decides."""
         board.epoch(run, epoch, value)
         return (
             plan.sweep.pruner != "none"
@@ -167,13 +170,13 @@ def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag, 
     finally:
         pool.close()
         if queue.closed not in ("", "stopped") and queue.left:
-            log.info("%s: nothing more is begun; to go on: %s", queue.closed, going_on)
+            log.info("%s: no further runs are started; to continue: %s", queue.closed, going_on)
     return time.monotonic() > deadline or all(trial.state == "ended" for trial in study.trials())
 
 
 @dataclass
 class _Open:
-    """A trial under way: the repeats that have not begun, and those that run."""
+    """An unfinished trial: its waiting repeats and its running repeats."""
 
     trial: Trial
     waiting: list[Repeat]
@@ -181,7 +184,7 @@ class _Open:
 
 
 class Queue:
-    """Which run comes next. With a pruner, a setting's other repeats wait until its first one has come through."""
+    """Choose the next run. With a pruner, the other repeats of a setting wait until its first run was not pruned."""
 
     def __init__(self, plan: Plan, study: Study, folder: Path) -> None:
         self.plan, self.study, self.folder = plan, study, folder
@@ -235,8 +238,7 @@ class Queue:
 
 
 def _judge_winner(answer: Answer, job: Job, folder: Path, over: bool) -> str | None:
-    """Use the test set, once the sweep is over: for every repeat of the winning setting. The command that trains the
-    winner again."""
+    """Evaluate every repeat of the winning setting on the test set after the sweep; return the winner's command."""
     if not answer.standings or job.test is None:
         return None
     winner, plan = answer.standings[0], answer.plan
@@ -253,7 +255,7 @@ def _test_metrics(run: Run, job: Job, tensorboard: bool) -> dict[str, float]:
     """The test set's metrics, from the run's results.json, where they are put when they are known."""
     results = read_json(
         run.folder / "results.json",
-        f"{run.command} {typed(run_dir=run.folder, resume='auto')} writes it anew",
+        f"{run.command} {typed(run_dir=run.folder, resume='auto')} rewrites it",
     )
     if not results.get("test"):
         results["test"] = test_quietly(job, run)
@@ -275,7 +277,7 @@ def _print(answer: Answer, study: Study, folder: Path, again: str | None) -> Non
     if study.repeats:
         print(f"{study.repeats} settings were drawn again, and not trained again")
     if again:
-        print(f"a run of the best setting again: {again}")
+        print(f"to repeat a run of the best setting: {again}")
     print(f"sweep folder: {folder} (results.md, results.csv{', figures/' if answer.pictures else ''})")
     if answer.plan.base.log.tensorboard and answer.standings:
         print(f"look next:    {command_text(['tensorboard', '--logdir', folder])}")

@@ -41,7 +41,7 @@ def open_study(plan: Plan, folder: Path, epochs: int | None) -> Study:
     else:
         owner = uuid.uuid4().hex
         write_text(about, json.dumps({"id": owner, **now}, indent=2, default=str) + "\n")
-    # Machines that share a storage find each other by what was asked for and the data, wherever these lie.
+    # Machines that share a storage identify the sweep by its overrides and data fingerprints, not by paths.
     identity = "\n".join([*now["asked"], *now["data"]])
     name = "cnntrain-" + hashlib.sha256(identity.encode()).hexdigest()[:12] if where else "sweep"
     try:
@@ -51,7 +51,7 @@ def open_study(plan: Plan, folder: Path, epochs: int | None) -> Study:
 
 
 def storage_problem(where: object, error: Exception) -> str:
-    """What an error of the storage says, without the password."""
+    """Format a storage error with the password masked."""
     place = mask_passwords(f"sweep.storage={where}", word=True).partition("=")[2]
     said = (str(error).splitlines() or [type(error).__name__])[0]
     return f"sweep.storage: {place}: {mask_passwords(said.replace(str(where), place))}"
@@ -67,40 +67,40 @@ def database_errors(where: str | None) -> tuple[type[Exception], ...]:
 
 
 def _read_about(path: Path) -> dict[str, Any]:
-    """The content of sweep.json.
+    """Return the content of sweep.json.
 
     Raises:
-        UserError: it is not what a sweep has written.
+        UserError: the file was not written by a sweep.
     """
-    about = read_json(path, "the sweep in this folder can't go on; choose another run_dir")
+    about = read_json(path, "the sweep in this folder cannot be resumed; choose another run_dir")
     lists = (about.get(key) for key in ("asked", "data"))
     if not isinstance(about.get("id"), str) or not all(isinstance(each, list) for each in lists):
-        raise UserError(f"{path}: not what a sweep of this version writes; choose another run_dir")
+        raise UserError(f"{path}: not written by a sweep of this version; choose another run_dir")
     return about
 
 
 def _go_on(about: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> str:
-    """The id of the sweep in the folder, which must be the one that is asked for now."""
-    otherwise = "give the same settings to go on, or another folder"
+    """Return the id of the sweep in the folder; raise if its command, settings or data differ from the current ones."""
+    otherwise = "use the same settings to continue, or another folder"
     differing = sorted(set(map(str, about["asked"])) ^ set(now["asked"]))
     if differing:
         raise UserError(
-            f"run_dir: {folder} holds a sweep of another command, which differs in {differing[0]}; {otherwise}"
+            f"run_dir: {folder} contains a sweep with another command, which differs in {differing[0]}; {otherwise}"
         )
     if about["data"] != now["data"]:
         before, after = (", ".join(map(str, each)) for each in (about["data"], now["data"]))
         raise UserError(
-            f"run_dir: {folder} holds a sweep of other data: examples were {before}, are {after} (count-hash); "
-            "results on different data can't be ranked together; choose another folder"
+            f"run_dir: {folder} contains a sweep on other data (count-hash was {before}, is now {after}); results on "
+            "different data cannot be ranked together; choose another folder"
         )
     before = about.get("settings")
     plain = json.loads(json.dumps(now["settings"], default=str))
-    if isinstance(before, dict):  # a key that is new in this version has its default
+    if isinstance(before, dict):  # a key that is new in this version is compared with its default
         for key in plain:
             if key in before and before[key] != plain[key]:
                 raise UserError(
-                    f"run_dir: {folder} holds a sweep of other settings: {key} was {before[key]}, is {plain[key]}; "
-                    f"{otherwise}"
+                    f"run_dir: {folder} contains a sweep with other settings: {key} was {before[key]}, is now "
+                    f"{plain[key]}; {otherwise}"
                 )
     return about["id"]
 

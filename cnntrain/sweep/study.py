@@ -38,7 +38,7 @@ class Outcome:
 
 @dataclass
 class Trial:
-    """A setting, and its runs that have ended, by repeat. `state` is `running` until all are."""
+    """A setting and its finished runs by repeat. `state` is `running` until all runs have finished."""
 
     number: int
     values: dict[str, str]

@@ -172,7 +172,10 @@ def _work(
     """A worker's life: runs as they come, until the sweep closes the pipe."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     keep_freed_memory()
-    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the sweep says when to go
+    for number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # a terminal sends them to all processes; the sweep decides when workers stop
         signal.signal(number, signal.SIG_IGN)
     if my_cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, my_cores)

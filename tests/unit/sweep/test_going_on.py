@@ -73,7 +73,7 @@ def test_a_damaged_result_of_the_winner_costs_the_test_figure_alone(
 
     assert run_sweep(asked("run_dir=s"), Job(damaged, judge)) == 0
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "results.json" in line]
-    assert command_in(said.partition(" writes it anew")[0])[-2:] == ["run_dir=s/001-0.02", "resume=auto"]
+    assert command_in(said.partition(" rewrites it")[0])[-2:] == ["run_dir=s/001-0.02", "resume=auto"]
 
 
 @pytest.mark.parametrize("name", ["journal.log", "journal.lock", "sweep.json", "results.csv", "results.md"])

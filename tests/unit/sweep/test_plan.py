@@ -49,7 +49,7 @@ SLIPS = {
     "sweep.sampler=tpee": "sweep.sampler: 'tpee' is not one of grid, random, tpe; did you mean 'tpe'",
     "sweep.jobs=0": "sweep.jobs: must be a whole number >= 1",
     "sweep.sampler=tpe": "nothing to draw for tpe",
-    "seed=1,2 sweep.seeds=3": "seed: repeats are listed.*or counted by sweep.seeds",
+    "seed=1,2 sweep.seeds=3": "seed: give the repeats as a list.*or set sweep.seeds",
 }
 
 

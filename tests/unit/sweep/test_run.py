@@ -206,7 +206,7 @@ def test_a_finished_sweep_is_not_overwritten(capsys: Said) -> None:
     sweep("model=mlp,lenet5")
     before = Path("s/results.csv").read_text()
     assert sweep("model=mlp,lenet5") == 2
-    assert "already holds a sweep; go on with resume=auto" in capsys.readouterr().err
+    assert "already contains a sweep; continue it with resume=auto" in capsys.readouterr().err
     assert main(["-m", *QUICK, "model=mlp,lenet5", "resume=s"]) == 0
     assert Path("s/results.csv").read_text() == before
     assert main(["-m", *QUICK, "model=mlp,lenet5", "resume=elsewhere"]) == 2

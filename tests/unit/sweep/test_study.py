@@ -115,7 +115,7 @@ def test_a_diverged_run_is_worse_than_all_and_a_failed_one_is_none(plan: Read, o
 
 def test_another_command_does_not_go_on_with_a_sweep(plan: Read, own_folder: Path) -> None:
     work_off(open_study(plan("optimizer.lr=0.1,0.2"), own_folder, 1), ok, 1)
-    with pytest.raises(UserError, match=r"holds a sweep of another command, which differs in epochs=2"):
+    with pytest.raises(UserError, match=r"contains a sweep with another command, which differs in epochs=2"):
         open_study(plan("optimizer.lr=0.1,0.2", "epochs=2"), own_folder, 1)
     with pytest.raises(UserError, match=r"differs in optimizer\.lr"):
         open_study(plan("optimizer.lr=0.1,0.3"), own_folder, 1)
@@ -156,7 +156,7 @@ def test_data_that_moved_go_on_and_other_data_do_not(plan: Read, own_folder: Pat
     work_off(open_study(asked, own_folder, 1), ok, 1)
     assert len(work_off(open_study(plan(*space, moved), own_folder, 1), ok)) == 1
     (own_folder / "moved/train/cat/7.png").write_bytes((own_folder / "moved/train/cat/1.png").read_bytes())
-    with pytest.raises(UserError, match="holds a sweep of other data"):
+    with pytest.raises(UserError, match="contains a sweep on other data"):
         open_study(plan(*space, moved), own_folder, 1)
 
 
