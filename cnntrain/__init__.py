@@ -24,17 +24,17 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> "Settings"
 
 
 def train(settings: "Settings") -> dict[str, Any]:
-    """Train; return what results.json holds, and `run_dir`.
+    """Train a network and return the content of results.json plus `run_dir`.
 
-    The process keeps its own settings: torch's flags, threads and random state, warning filters and Hydra's state are
-    what they were before the call.
+    Process-wide settings are restored after the call: torch's flags, threads and random state, warning filters and
+    Hydra's state.
 
     Args:
-        settings: what `compose` returns.
+        settings: the return value of `compose`.
 
     Raises:
-        TypeError: `settings` is something else.
-        CnntrainError: the command's failures, by kind: see `cnntrain.errors`.
+        TypeError: `settings` has another type.
+        CnntrainError: one of the subclasses in `cnntrain.errors`.
     """
     _check_settings(settings, "train")
     from cnntrain.commands.train import train as run
@@ -45,9 +45,9 @@ def train(settings: "Settings") -> dict[str, Any]:
 
 
 def overfit(settings: "Settings") -> dict[str, Any]:
-    """Learn one fixed example, as `cnntrain overfit` does; return what overfit.json holds, and `run_dir`.
+    """Overfit one fixed example, like `cnntrain overfit`; return the content of overfit.json plus `run_dir`.
 
-    Arguments, errors and the process's settings are as with `train`.
+    Arguments, errors and the handling of process-wide settings are the same as for `train`.
     """
     _check_settings(settings, "overfit")
     from cnntrain.commands.overfit import overfit as run

@@ -57,13 +57,13 @@ class Assembly:
     task: Task
     model: nn.Module
     pipeline: Pipeline
-    learned: Preprocessing | None = None  # how images for the pretrained weights were prepared
+    learned: Preprocessing | None = None  # preprocessing of the pretrained weights
 
     def load(self, augmented: bool = True) -> Data:
-        """Read the data, and tell task and pipeline what only the data could say (mean and std).
+        """Load the data and pass its statistics (mean and std) to the task and the pipeline.
 
         Args:
-            augmented: training images will be augmented: for random crops they are decoded on a finer canvas.
+            augmented: whether training images will be augmented; random crops need images at a higher resolution.
         """
         chosen = self.data_settings
         magnification = self.pipeline.magnification if augmented else 1.0
@@ -92,8 +92,8 @@ class Assembly:
             names = [item.name for item in self.pipeline.per_sample.values()]
             if "RandomResizedCrop" in names:
                 log.warning(
-                    "augment: torchvision's RandomResizedCrop cuts from images that have data.size already, and blows "
-                    "the cut up; augment=resized_crop has them decoded finer for it"
+                    "augment: torchvision's RandomResizedCrop crops images that are already resized to data.size and "
+                    "upsamples the crop; augment=resized_crop crops from images at a higher resolution"
                 )
         return make_loader(
             examples, self.compute.device, chosen.workers, chosen.timeout_s, chosen.store, per_sample
@@ -108,7 +108,7 @@ def assemble(
     Args:
         known: facts that hold whatever the data say now (a checkpoint's: classes, mean and std).
         ranks: the processes that train together.
-        resumes: the weights will be a checkpoint's, so pretrained ones are not loaded.
+        resumes: the weights will come from a checkpoint, so pretrained weights are not loaded.
 
     Raises:
         UserError: a part can't be built, or the network does not fit its input; nothing has been read yet.
@@ -140,10 +140,10 @@ def assemble(
 
 
 def pretrained_weights(settings: Settings) -> Weights | None:
-    """What `model.pretrained` names; None where it names nothing, or the network loads them by itself.
+    """Return the weights that `model.pretrained` names; None if it is unset or the network loads them itself.
 
     Raises:
-        UserError: there are no such weights.
+        UserError: the weights do not exist.
     """
     node, common = split_common(settings.model, ModelSettings)
     pretrained = parse(ModelSettings, common, "model.").pretrained
@@ -155,13 +155,13 @@ def _check_run(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loads_itself(settings: Settings, node: Node) -> bool:
-    """Whether the constructor of the network, one of the user's, takes `pretrained`."""
+    """Return True if the constructor of a user's network has the parameter `pretrained`."""
     factory = resolve(node, "model", "model", settings.trusted_packages, pretrained=True)
     return "pretrained" in getattr(factory, "keywords", {})
 
 
 def follow_weights(settings: Settings, weights: Weights | None) -> Settings:
-    """The settings with what the user left to the pretrained weights: their stem, and the size of their images."""
+    """Set the stem and the image size to those of the pretrained weights where the settings leave them open."""
     if weights is None:
         return settings
     model, data = dict(settings.model), dict(settings.data)
@@ -171,7 +171,7 @@ def follow_weights(settings: Settings, weights: Weights | None) -> Settings:
     if size and "size" in data and data["size"] is None:
         data["size"] = size[0] if size[0] == size[1] else list(size)
         log.info(
-            "model.pretrained=%s: data.size=%s, as these weights were trained with",
+            "model.pretrained=%s: using the image size of these weights, data.size=%s",
             weights.name,
             data["size"],
         )
@@ -179,19 +179,19 @@ def follow_weights(settings: Settings, weights: Weights | None) -> Settings:
 
 
 def follow_statistics(settings: Settings, weights: Weights | None, channels: int) -> Settings:
-    """The settings with the mean and standard deviation that pretrained weights learned from, unless they give some."""
+    """Set mean and std to those of the pretrained weights unless the settings give them."""
     if weights is None or (settings.data.get("mean"), settings.data.get("std")) != (None, None):
         return settings
     if weights.preprocessing is None:
         log.info(
-            "model.pretrained=%s: it does not say how its images were normalised; data.mean and data.std are measured",
+            "model.pretrained=%s: these weights have no known mean and std; measuring data.mean and data.std",
             weights.name,
         )
         return settings
     mean, std = (list(values) for values in weights.preprocessing.statistics(channels))
     shown = ("[" + ",".join(f"{value:.4g}" for value in values) + "]" for values in (mean, std))
     log.info(
-        "model.pretrained=%s: data.mean=%s data.std=%s, as these weights were trained with",
+        "model.pretrained=%s: using the statistics of these weights, data.mean=%s data.std=%s",
         weights.name,
         *shown,
     )
@@ -199,26 +199,26 @@ def follow_statistics(settings: Settings, weights: Weights | None, channels: int
 
 
 def tell_frozen(settings: Settings, model: nn.Module, resumes: bool) -> None:
-    """Say how much of a frozen network is trained, and whether what is frozen was never learned."""
+    """Log the number of trainable parameters if layers are frozen; warn if frozen layers have random weights."""
     freeze = settings.model.get("freeze")
     if freeze is None:
         return
     trained, total = count_trainable(model)
     if resumes or is_pretrained(model):
-        log.info("model.freeze=%s: %s of %s parameters are trained", freeze, f"{trained:,}", f"{total:,}")
+        log.info("model.freeze=%s: %s of %s parameters are trainable", freeze, f"{trained:,}", f"{total:,}")
         return
     log.warning(
-        "model.freeze=%s without model.pretrained: %s of %s parameters are trained, the others keep random weights; "
-        "give pretrained weights (DEFAULT, a file, or a run's folder), or set model.freeze=null",
+        "model.freeze=%s without model.pretrained: %s of %s parameters are trainable, the others keep random weights; "
+        "set model.pretrained (DEFAULT, a file, or a run folder), or set model.freeze=null",
         freeze, f"{trained:,}", f"{total:,}",
     )  # fmt: skip
 
 
 def build_source(settings: Settings) -> tuple[Source, DataSettings]:
-    """The data set, not yet read, and the keys that every data set has.
+    """Build the data source without reading any data, and the settings common to all data sources.
 
     Raises:
-        UserError: what `data` names makes no data set, or a key is wrong.
+        UserError: `data` does not name a data source, or a key is invalid.
     """
     node, common = split_data(settings)
     source = build(node, "data", "data", settings.trusted_packages)
@@ -228,18 +228,18 @@ def build_source(settings: Settings) -> tuple[Source, DataSettings]:
 
 
 def split_data(settings: Settings) -> tuple[Node, DataSettings]:
-    """The data set's own arguments, and the keys that every data set has; a size of null is the data set's own."""
+    """Split `data` into the source's own arguments and the common settings; drop `size` if null (source's default)."""
     node, common = split_common(settings.data, DataSettings)
     node = {key: value for key, value in node.items() if (key, value) != ("size", None)}
     missing = [field.name for field in dataclasses.fields(DataSettings) if field.name not in common]
-    if missing:  # most likely a class that was made for something else
+    if missing:  # probably a class that is not a data source
         factory = resolve(node, "data", "data", settings.trusted_packages)
         target = factory.func if isinstance(factory, partial) else factory
         if inspect.isclass(target) and not _is_source(target):
             raise _no_source(node["_target_"], target)
         raise UserError(
-            f"data.{missing[0]}: missing; the keys that every data set has come with `defaults: [_base, _self_]` in "
-            "its YAML file"
+            f"data.{missing[0]}: missing; add `defaults: [_base, _self_]` to the YAML file to get the keys that every "
+            "data source needs"
         )
     return node, parse(DataSettings, common, "data.")
 
@@ -249,7 +249,7 @@ def _is_source(candidate: object) -> bool:
 
 
 def _no_source(path: str, found: type) -> UserError:
-    kind = "a torch Dataset" if issubclass(found, Dataset) else f"no data set ({found.__name__})"
+    kind = "a torch Dataset" if issubclass(found, Dataset) else f"not a data source ({found.__name__})"
     return UserError(
         f"data._target_: {path} is {kind}; it must be a cnntrain.data.source.Source: a class with spec(), which "
         'returns a DataSpec, and load(), which returns {"train": Examples(images, {"label": labels}, names)} with '
@@ -302,14 +302,14 @@ def make_model(
     weights: Weights | None = None,
     outputs: tuple[str, ...] = (),
 ) -> nn.Module:
-    """The network as configured, for images of `channels` x `image_size`; draws its weights from torch's generator.
+    """Build the configured network for images of `channels` x `image_size`; uses torch's global random generator.
 
     Args:
-        weights: pretrained ones, to be loaded.
+        weights: pretrained weights to load.
         outputs: names of the classes or keypoints.
 
     Raises:
-        UserError: it can't be built, or is no network.
+        UserError: the network cannot be built, or the result is not an `nn.Module`.
     """
     node, common = split_common(settings.model, ModelSettings)
     chosen = dataclasses.asdict(parse(ModelSettings, common, "model."))
@@ -319,14 +319,14 @@ def make_model(
         "num_outputs": num_outputs,
         "num_classes": num_outputs,
         "image_size": image_size,
-        # For a network that loads them by itself; false says that it is not to, whatever its default.
+        # For networks that load pretrained weights themselves; false overrides a default of true.
         **({} if pretrained is None else {"pretrained": pretrained or None}),
     }
     model = build(node, "model", "model", settings.trusted_packages, **facts)
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"model._target_: {node['_target_']} makes a {type(model).__name__}, no torch.nn.Module; name the class of "
-            "a network, or a function that returns one"
+            f"model._target_: {node['_target_']} returns a {type(model).__name__}, not a torch.nn.Module; give the "
+            "class of a network, or a function that returns a network"
         )
     if pretrained and weights is None and _loads_itself(settings, node):
         model.pretrained_from = str(pretrained)  # type: ignore[assignment]
@@ -344,12 +344,12 @@ def build_model(
     weights: Weights | None = None,
     advise: bool = True,
 ) -> nn.Module:
-    """The network, once its shapes have been tried out without data.
+    """Build the network and check its shapes without data.
 
-    Its weights are a function of the seed alone, or the pretrained `weights` where it has their layers.
+    Its initial weights depend only on the seed, except for layers loaded from the pretrained `weights`.
 
     Args:
-        advise: warn of what may be a slip in the network's design; not of one that is trained already.
+        advise: warn about probable design mistakes; False for a network that is already trained.
 
     Raises:
         UserError: a layer does not fit its input, or the outputs are not what the task needs.
@@ -366,7 +366,7 @@ def build_model(
             raise UserError(
                 f"{finding.evidence}\n{size_remedy(finding.remedy, 'data.size', 'size' in settings.data)}"
             )
-        # `inspect` tells of the receptive field.
+        # `inspect` reports the receptive field.
         if advise and finding.verdict == "WARN" and finding.name != SMALL_FIELD:
             log.warning("%s: %s", finding.evidence, finding.remedy)
     if spec.per_pixel and task.output_shape() is not None:
@@ -410,8 +410,8 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
     if settings.limit_batches is not None:
         batches = min(batches, settings.limit_batches)
         log.info(
-            "limit_batches=%d: an epoch, a validation and the test take at most %d images each: their figures are not "
-            "those of the whole data set",
+            "limit_batches=%d: each epoch, validation and test uses at most %d images; the metrics are not those of "
+            "the whole data set",
             settings.limit_batches, settings.limit_batches * batch_size,
         )  # fmt: skip
     steps_per_epoch = -(-batches // settings.accumulate)
@@ -475,12 +475,12 @@ def find_batch_size(assembly: Assembly, data: Data) -> int:
 def try_learning_rates(
     assembly: Assembly, data: Data, plan: Plan, stop: StopFlag, ends_at: float = math.inf
 ) -> RangeTest:
-    """The range test that `lr_find` asks for, on a copy.
+    """Run the learning rate range test with the `lr_find` settings on a copy of the network.
 
-    `lr-find`, `optimizer.lr=auto` and `check` all call it, so that they agree.
+    `lr-find`, `optimizer.lr=auto` and `check` all call this function, so their results agree.
 
     Args:
-        ends_at: time.monotonic() at which to stop before the end.
+        ends_at: deadline in `time.monotonic()` seconds.
     """
     chosen, loader = assembly.settings.lr_find, assembly.loader(data.train, augmented=True)
     compute = dataclasses.replace(assembly.compute, ranks=ALONE)

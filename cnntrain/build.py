@@ -11,9 +11,8 @@ from typing import Any
 
 from cnntrain.errors import UserError, is_out_of_memory, suggest
 
-# What each slot accepts: packages, and the class from which what they define must be derived (by name: torch is
-# imported when something is built). A name counts as a package's own only when it is defined there: `torch.load` is in
-# torch too.
+# For each role: the allowed packages, and the required base class (by name, because torch is imported lazily). A class
+# or function must be defined in the package; being importable from it is not enough (`torch.load` is in torch too).
 ROLES: dict[str, tuple[tuple[str, ...], str]] = {
     "model": (
         ("cnntrain.models", "torch.nn.modules", "torchvision.models", "timm.models"),
@@ -25,8 +24,8 @@ ROLES: dict[str, tuple[tuple[str, ...], str]] = {
     "optimizer": (("torch.optim", "cnntrain.engine.optim"), "torch.optim.Optimizer"),
     "schedule": (("cnntrain.engine.schedule",), "cnntrain.engine.schedule.Schedule"),
 }
-# Functions are refused unless they stand here: a config may come from a stranger's checkpoint, and a function of a
-# package may read, fetch or unpickle a file (`timm.models.load_state_dict`).
+# Functions are rejected unless listed here: a config may come from an untrusted checkpoint, and a package function may
+# read, download or unpickle a file (`timm.models.load_state_dict`).
 BUILDERS = {
     "model": ("cnntrain.models.from_timm.classifier", "cnntrain.models.from_torchvision.classifier"),
     "optimizer": ("cnntrain.engine.optim.by_name",),
@@ -55,8 +54,8 @@ def resolve(
         node: `_target_` and keyword arguments.
         role: the slot, a key of `ROLES`.
         key: where the node stands in the config, for messages.
-        trusted: packages of the user's that may be named besides, with any class or function of theirs; from this
-            command line, never from a checkpoint.
+        trusted: additional packages of the user; any class or function in them is allowed. Taken from the command
+            line, never from a checkpoint.
         facts: arguments that are passed where the signature has them and the node leaves them out or null.
 
     Raises:
@@ -73,7 +72,7 @@ def resolve(
     for name, value in arguments.items():
         if not isinstance(name, str) or name.startswith("_"):
             raise UserError(
-                f"{key}.{name}: no argument has such a name; `_target_` is the only key of this kind"
+                f"{key}.{name}: not a valid argument name; the only key with a leading underscore is `_target_`"
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}.{name}: must be a finite number, got {value}")
@@ -104,7 +103,7 @@ def _locate(path: str, role: str, key: str, trusted: Sequence[str]) -> Callable[
     allowed = (*packages, *trusted)
     shown = ", ".join(name.removesuffix(".modules") for name in allowed)
     refused = UserError(
-        f"{key}: {path!r} can't be a {role}: allowed is a class derived from {kind} that is defined in {shown}"
+        f"{key}: {path!r} is not allowed as {role}; it must be a subclass of {kind} that is defined in {shown}"
         + (
             ""
             if path.startswith(("torch.", "builtins.", "os."))

@@ -46,11 +46,11 @@ class Invocation:
 
     @property
     def line(self) -> str:
-        """The command as it can be pasted into a shell again, but for passwords."""
+        """Return the command line for pasting into a shell, with passwords masked."""
         return command_text(["cnntrain", *self.argv])
 
     def line_with(self, **values: object) -> str:
-        """The command with other values of some keys."""
+        """Return the command line with the given keys replaced."""
         kept = [word for word in self.argv if word.lstrip("+").partition("=")[0] not in values]
         return command_text(["cnntrain", *kept, *(override(key, value) for key, value in values.items())])
 
@@ -109,7 +109,7 @@ def parse_arguments(argv: Sequence[str]) -> Invocation:
 
 
 def looks_like_setting(word: str, following: Sequence[str] = ()) -> str | None:
-    """`optimizer.lr=0.1` for the words `optimizer.lr 0.1`; None for a word that is not a key of the config."""
+    """Suggest `optimizer.lr=0.1` for the words `optimizer.lr 0.1`; return None if `word` is not a config key."""
     from cnntrain.config import conf_folder, group_options  # Hydra is imported only when something is wrong
 
     top = re.findall(r"^(\w+):", (conf_folder() / "config.yaml").read_text(), re.MULTILINE)
@@ -194,7 +194,11 @@ complete -o nospace -o default -F _cnntrain cnntrain"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0 done, 1 a verdict failed, 2 input, 3 diverged, 4 machine, 129/130/143 stopped."""
+    """Run a command and return the exit code.
+
+    0: success. 1: a check failed. 2: invalid input. 3: training diverged. 4: machine error. 129, 130, 143: stopped by a
+    signal.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -208,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    """`main`, with the exit code for each kind of error."""
+    """Run the command, print errors, and return the exit code for the kind of error."""
     try:
         return _dispatch(arguments)
     except CnntrainError as error:
@@ -226,7 +230,7 @@ def _run(arguments: list[str]) -> int:
             ended.__context__, BrokenPipeError
         ):  # rich's way when its reader has gone: `cnntrain | head -1`
             return 0
-        print("error: code of the user's own ended the program (SystemExit)", file=lenient(sys.stderr))
+        print("error: user code raised SystemExit", file=lenient(sys.stderr))
         return 1
     except (OSError, RuntimeError, MemoryError) as error:
         if not isinstance(error, BrokenPipeError):

@@ -22,19 +22,19 @@ log = logging.getLogger("cnntrain")
 # What tells where a run was and not what it was.
 PLACES = ("data.root", "data.file")
 LEFT_OUT = NEUTRAL | {"expect", "data.fold", "data.split_seed", *PLACES}
-FINGERPRINT = "data.fingerprint"  # not a setting, but of the data that a run was trained on
-REMEDY = "leave this folder out, or use one that a training wrote"
+FINGERPRINT = "data.fingerprint"  # not a setting: identifies the data that a run was trained on
+REMEDY = "leave out this folder, or use the folder of a training run"
 SECTIONS_LEFT_OUT = ("log", "checkpoint", "sweep", "preview", "inspect", "overfit", "check")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's folder, read.
+    """Content of a run folder.
 
     Attributes:
-        settings: flat, by key; with the fingerprint of the data where run.json has it.
-        rows: of metrics.csv.
-        results: of results.json; empty while the run isn't done.
+        settings: flat mapping from key to value; includes the data fingerprint if run.json has it.
+        rows: rows of metrics.csv.
+        results: content of results.json; empty if the run is not finished.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed and the validation split."""
+    """Runs that differ only in the seed and the validation split."""
 
     values: Mapping[str, Any]
     runs: list[RunRecord]
@@ -66,24 +66,24 @@ def find_runs(path: Path) -> list[Path]:
     children = sorted(each.parent for each in path.glob("*/metrics.csv"))
     found = [child for child in children if files.is_folder(child, path)]
     if len(found) < len(children):
-        log.warning("%s: %d links to folders are left out", path, len(children) - len(found))
+        log.warning("%s: ignoring %d links to folders", path, len(children) - len(found))
     if not found:
         raise UserError(f"{path}: no run there (a folder with metrics.csv), and no sweep of runs")
     return found
 
 
 def read_run(folder: Path) -> RunRecord:
-    """What a run's folder says.
+    """Read a run folder.
 
     Raises:
-        UserError: a file of it is missing, a link, damaged, or holds something else.
+        UserError: a file is missing, a link, corrupt, or has unexpected content.
     """
     results = folder / "results.json"
     known = files.read_json(results, REMEDY) if files.exists(results) else {}
     for name in ("best", "test"):
         values = known.get(name) or {}
         if not isinstance(values, dict) or not all(map(_is_number, values.values())):
-            raise UserError(f"{results}: {name}: must be numbers by name; {REMEDY}")
+            raise UserError(f"{results}: {name}: must map names to numbers; {REMEDY}")
     for name in ("parameters", "wall_s"):
         if not _is_number(known.get(name)):
             raise UserError(f"{results}: {name}: must be a number; {REMEDY}")
@@ -95,7 +95,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The settings in a run's config.yaml, flat, by key."""
+    """Return the settings in a run's config.yaml as a flat mapping."""
     try:
         text = files.read_text(path, largest=LARGEST_BYTES)
         check_yaml_text(path, text)
@@ -111,13 +111,15 @@ def _read_config(path: Path) -> dict[str, Any]:
         RecursionError,
         yaml.YAMLError,
     ) as error:
-        # Constructors of YAML's tags raise whatever Python does: `!!bool x` is a KeyError.
+        # YAML tag constructors raise arbitrary exceptions: `!!bool x` raises KeyError.
         raise UserError(f"{path}: can't be read ({error}); {REMEDY}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: must hold settings by key; {REMEDY}")
+        raise UserError(f"{path}: must be a mapping of settings; {REMEDY}")
     found = flat(settings)
     for key, value in found.items():
-        if isinstance(value, int) and abs(value) >= 2**64:  # Python prints none of more than 4,300 digits
+        if (
+            isinstance(value, int) and abs(value) >= 2**64
+        ):  # Python refuses to print integers of more than 4,300 digits
             raise UserError(f"{path}: {key}: the number is too large; {REMEDY}")
     return found
 
@@ -147,11 +149,11 @@ def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
     found = [
         key for key in keys if not _is_left_out(key) and len({str(r.settings.get(key)) for r in runs}) > 1
     ]
-    # A data set may have moved; only other data make another setting.
+    # Paths differ if the data set was moved; only a different fingerprint makes a different setting.
     if FINGERPRINT in found or any(FINGERPRINT not in run.settings for run in runs):
         found += [key for key in PLACES if len({str(run.settings.get(key)) for run in runs}) > 1]
     if any((key.startswith("data.") and key != FINGERPRINT) or key == "choices.data" for key in found):
-        found = [key for key in found if key != FINGERPRINT]  # another key names the difference
+        found = [key for key in found if key != FINGERPRINT]  # another data key shows the difference already
     chosen = {key.removeprefix("choices.") for key in found if key.startswith("choices.")}
     kept = []
     for key in found:
@@ -213,7 +215,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str, with_std: bool = False) -
     values = [float(row[key]) for row in rows if row.get(key) is not None]
     if not values:
         return {}
-    if not all(abs(value) < 2.0**500 for value in values):  # a diverged run's: squares would overflow
+    if not all(abs(value) < 2.0**500 for value in values):  # values of a diverged run: squares would overflow
         return {key: float("nan")}
     spread = {f"{key} std": statistics.stdev(values)} if with_std and len(values) > 1 else {}
     return {key: statistics.fmean(values), **spread}

@@ -38,7 +38,7 @@ def conf_folder() -> Path:
 
 @contextmanager
 def hydra_session() -> Iterator[GlobalHydra]:
-    """Initialize Hydra with the shipped configs; a host program that uses Hydra finds its own state again."""
+    """Initialize Hydra with the shipped configs; restore Hydra's previous state at the end."""
     hydra, version_base = GlobalHydra.instance().hydra, VersionBase.instance().version_base
     GlobalHydra.instance().clear()
     try:
@@ -91,7 +91,7 @@ def _compose(
         except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
             raise UserError(_explain(error, name, overrides, config_dir)) from error
         except (OSError, ValueError) as error:
-            # Hydra and OmegaConf raise these for a file that holds no mapping, or a defaults list that is none.
+            # Hydra and OmegaConf raise these if a file is not a mapping, or if `defaults` is not a list.
             if problem := find_malformed_file(config_dir):
                 raise UserError(problem) from error
             raise
@@ -109,7 +109,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
         parsed = OverridesParser.create().parse_overrides(quote_values(overrides))
     except HydraException as error:
         raise UserError(_syntax(error)) from error
-    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+    except ValueError as error:  # Python refuses to parse integers of more than 4,300 digits
         longest = max(overrides, key=len)
         raise UserError(f"{longest.partition('=')[0]}: the value cannot be read: {error}") from error
     except RecursionError as error:
@@ -125,10 +125,10 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def quote_values(overrides: Sequence[str]) -> list[str]:
-    """Quote the values that Hydra's grammar cannot read although they are plain text, such as `~/photos` or `fünf.csv`.
+    """Quote plain-text values that Hydra's grammar cannot parse, such as `~/photos` or `fünf.csv`.
 
-    A value with brackets, braces, parentheses, quotes or commas keeps its meaning in the grammar. A leading `~` or
-    `~user` becomes the home folder: shells do not expand it behind `=`.
+    Values with brackets, braces, parentheses, quotes or commas are left to Hydra's grammar. A leading `~` or `~user` is
+    expanded to the home folder, because shells do not expand it after `=`.
     """
     return [_quote_value(override) for override in overrides]
 
@@ -136,7 +136,7 @@ def quote_values(overrides: Sequence[str]) -> list[str]:
 _PLAIN_KEY = re.compile(r"[+~]{0,2}[\w./@:-]+")
 _READABLE = re.compile(
     r"[A-Za-z0-9_/\\+.$%*@?|:{}\s-]*"
-)  # what Hydra's grammar takes without quotes, and ${...}
+)  # values that Hydra's grammar accepts without quotes, and ${...}
 
 
 def _quote_value(override: str) -> str:
@@ -174,8 +174,8 @@ def _syntax(error: Exception) -> str:
     )
     if element := re.match(r"([\w.]+)\[[^=]*=", shown):
         return (
-            f"{shown!r}: one element of a list cannot be overridden; give the whole list, as {element[1]}=[...], or "
-            "change it in a YAML file of your own (--config-dir)"
+            f"{shown!r}: a single list element cannot be overridden; give the whole list, {element[1]}=[...], or set "
+            "it in your own YAML file (--config-dir)"
         )
     return (
         f"can't read {shown!r}\nan override is written KEY=VALUE, as epochs=20; a value with spaces or special "
@@ -302,29 +302,31 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
 
 
 def _yaml_problem(error: YAMLError, file: Path | None = None) -> str:
-    """Where a YAML file cannot be read, and the likely cause."""
+    """Describe where a YAML file is invalid, and the likely cause."""
     mark = getattr(error, "problem_mark", None)
     where = file or getattr(mark, "name", "a config file")
     line = f":{mark.line + 1}" if mark else ""
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     return (
-        f"{where}{line}: not valid YAML ({problem}); check that this line and the one above it are indented alike, "
-        "with spaces, that each `key:` is followed by a space, and that brackets and quotes are closed"
+        f"{where}{line}: not valid YAML ({problem}); check that this line and the line above have the same indentation "
+        "(spaces only), that a space follows each `key:`, and that brackets and quotes are closed"
     )
 
 
 def find_malformed_file(config_dir: Path | None) -> str | None:
-    """Describe the first config file of the user's own that is no mapping, or whose defaults list is none."""
+    """Describe the first config file of the user that is not a mapping, or whose `defaults` is not a list."""
     for file in yaml_files(config_dir) if config_dir else []:
         try:
             content = yaml.safe_load(file.read_text("utf-8"))
         except YAMLError as error:
             return _yaml_problem(error, file)
         if content is not None and not isinstance(content, dict):
-            return f"{file}: a config file holds `key: value` lines; this one holds {_shortened(content)}"
+            return f"{file}: a config file must consist of `key: value` lines, got {_shortened(content)}"
         defaults = (content or {}).get("defaults", [])
         if not isinstance(defaults, list):
-            return f"{file}: defaults: must be a list, as [_base, _self_]; got {_shortened(defaults)}"
+            return (
+                f"{file}: defaults: must be a list, for example [_base, _self_]; got {_shortened(defaults)}"
+            )
     return None
 
 
@@ -334,7 +336,7 @@ def _shortened(value: Any, most: int = 60) -> str:
 
 
 def _no_such_key(key: str, name: str, overrides: Sequence[str], config_dir: Path | None) -> str:
-    """Name the options that have the key, or else the key that was probably meant."""
+    """Describe an unknown key: name the options that have it, or suggest the most similar key."""
     group, _, rest = key.partition(".")
     if rest and group in (options := group_options(config_dir)):
         owners = [option for option in options[group] if rest in _option_keys(group, option, config_dir)]
@@ -356,7 +358,7 @@ def _any_of(names: Sequence[str], most: int = 20) -> str:
 
 
 def _option_keys(group: str, option: str, config_dir: Path | None) -> set[str]:
-    """The keys that an option's own file sets, without those of its defaults list."""
+    """Return the keys set in an option's own file, without those from its defaults list."""
     for folder in filter(None, (config_dir, conf_folder())):
         if (file := folder / group / f"{option}.yaml").is_file():
             try:

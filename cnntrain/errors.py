@@ -46,10 +46,10 @@ def explain_machine(error: BaseException) -> str | None:
 
 
 def is_from_user_code(error: BaseException) -> bool:
-    """Whether code outside cnntrain, the standard library and installed packages raised the error, or called what did.
+    """Return True if user code (outside cnntrain, the standard library and installed packages) is in the traceback.
 
-    An `OSError` of a user's own dataset is a bug to be shown with its traceback. Errors that every program meets when
-    the machine gives out (no memory, no space, an input/output error) are the machine's, whoever meets them.
+    For example, an `OSError` in a user's dataset class is a bug to show with its traceback. Failures of the machine
+    (out of memory, disk full, input/output error) never count as errors of user code.
     """
     machine = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)
     if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in machine):
@@ -63,10 +63,10 @@ def is_from_user_code(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of the host or of the GPU could not be allocated.
+    """Return True if an allocation of host or GPU memory failed.
 
-    PyTorch has a class of its own for its CUDA allocator alone. CUDA, cuDNN and cuBLAS, which allocate for themselves,
-    fail in their own words; cuBLAS can't create its handle when no memory is left for it.
+    `torch.OutOfMemoryError` covers only PyTorch's CUDA allocator. CUDA, cuDNN and cuBLAS allocate memory themselves and
+    raise RuntimeError with their own messages; cuBLAS fails to create its handle.
     """
     words = (
         "out of memory",

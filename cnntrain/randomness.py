@@ -54,7 +54,7 @@ def seed_generators(seed: int) -> None:
 
 
 def fork_generators(device: torch.device) -> AbstractContextManager[None]:
-    """Restore torch's generators of the CPU and of `device` at the end of the context, and of no other GPU."""
+    """Restore torch's random generators of the CPU and of `device` (not of other GPUs) at the end of the context."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 

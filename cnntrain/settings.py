@@ -127,7 +127,7 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.fold and self.folds is None:
             raise UserError(
-                f"data.fold: {self.fold} has no effect without data.folds; set data.folds=5, or the like"
+                f"data.fold: {self.fold} has no effect without data.folds; set data.folds, for example data.folds=5"
             )
 
 
@@ -335,12 +335,12 @@ def _scalar(value: Any, kind: type, key: str, limits: Within, or_null: str) -> A
         raise problem
     try:
         return kind(value)
-    except OverflowError:  # a whole number above the largest float
+    except OverflowError:  # an integer above the largest float
         raise problem from None
 
 
 def _shown(value: Any, most: int = 60) -> str:
-    """A value for a message; long ones are cut."""
+    """Format a value for a message; truncate long values."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print integers of more than 4,300 digits

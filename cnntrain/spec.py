@@ -61,7 +61,7 @@ class Batch:
     Attributes:
         images: (N, C, H, W); uint8 as the store holds them, float and normalised once the pipeline has passed.
         targets: by name, each with N rows: `label` (N,) int64; `points` (N, K, 2) float32 canvas pixels (x, y) at
-            pixel centres with `visible` (N, K) bool, and where objects have annotated boxes `box_size` (N, 2) float32
+            pixel centers with `visible` (N, K) bool, and for objects with annotated boxes `box_size` (N, 2) float32,
             width and height in source pixels; `mask` (N, H, W) uint8 class ids.
         index: (N,) int64 on the CPU, row of each example in its split.
         position: (N,) int64 on the CPU, position of each example in the epoch.
@@ -137,10 +137,10 @@ def mirror_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) 
 
 
 def infer_mirror(keypoints: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Mirror partners from names that have the word left or right, or begin or end with l/r; None when no name has.
+    """Infer left/right pairs from the keypoint names; None if no name contains a side.
 
-    Words end at what is no letter, and before a capital: `left_eye`, `eyeLeft`, `left-eye2`. `lefteye` and `eyeleft`
-    count too where the partner is there; `bright_spot` does not.
+    A name contains a side if it has the word left or right, or begins or ends with l or r. Words end at non-letters and
+    before capitals: `left_eye`, `eyeLeft`, `left-eye2`. `lefteye` and `eyeleft` count only if the partner exists.
 
     Raises:
         UserError: a name says its side, but its partner's name is missing.
@@ -167,7 +167,7 @@ _SIDE_ANYWHERE = re.compile("left|right|Left|Right|LEFT|RIGHT")
 
 
 def _other_side(name: str) -> tuple[str | None, bool]:
-    """The name with its sides exchanged, None where it tells none; and whether a word of its own tells it."""
+    """Return the name with left and right swapped (None if it has no side), and whether the side is a separate word."""
     for pattern in (_SIDE_WORD, _SIDE_LETTER, _SIDE_ANYWHERE):
         if pattern.search(name):
             return pattern.sub(lambda found: _OPPOSITE[found[0]], name), pattern is not _SIDE_ANYWHERE

@@ -68,7 +68,7 @@ def train_to_the_end(
 
     Args:
         state: at its start, or where a checkpoint left it.
-        identity: of this run, for its checkpoints (`cnntrain.saved.identify`).
+        identity: the run's identity, stored in its checkpoints (`cnntrain.saved.identify`).
         watch: see `train`.
 
     Raises:
@@ -99,7 +99,7 @@ def train_to_the_end(
             fit(state, training, validation, assembly.pipeline, task, compute, plan, told, save, stop)
         except StoppedError as error:
             again = typed(run_dir=run.path, resume="auto")
-            how = f"its state is saved; to go on: the same command with {again}"
+            how = f"its state is saved; to continue, run the same command with {again}"
             raise StoppedError(
                 error.exit_code - 128, f"{error} at step {state.progress.step}; {how}"
             ) from error
@@ -136,7 +136,7 @@ def train_to_the_end(
 
 
 def _early_stop(state: TrainState, plan: Plan, task: Task) -> str:
-    """What is said of a training that early stopping ended; empty where it went to its end."""
+    """Return the message for a training run ended by early stopping; empty if it ran to completion."""
     progress = state.progress
     if plan.early_stopping is None or progress.step >= plan.total_steps:
         return ""
@@ -147,8 +147,8 @@ def _early_stop(state: TrainState, plan: Plan, task: Task) -> str:
     )
     planned = -(-plan.total_steps // plan.steps_per_epoch)
     return (
-        f"early stopping: ended after epoch {progress.epoch} of {planned}, {progress.epochs_since_best} epochs without "
-        f"a better {name or 'train/loss'}; the best is epoch {progress.best['epoch']:.0f}"
+        f"early stopping: ended after epoch {progress.epoch} of {planned}; no improvement of {name or 'train/loss'} "
+        f"for {progress.epochs_since_best} epochs; the best epoch is {progress.best['epoch']:.0f}"
     )
 
 
