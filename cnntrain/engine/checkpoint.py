@@ -76,7 +76,9 @@ def remove_temporaries(folder: Path) -> None:
     for inner in (folder, folder / "checkpoints", folder / "figures"):
         if inner == folder or files.is_folder(inner, folder):
             for leftover in inner.glob(".*.tmp"):
-                ours = re.fullmatch(r"\..+\.[0-9]+\.tmp", leftover.name)  # as `files.replacing` names them
+                ours = re.fullmatch(
+                    r"\..+\.[0-9]+\.tmp", leftover.name
+                )  # the name pattern of `files.replacing`
                 if ours and (leftover.is_symlink() or not leftover.is_dir()):
                     files.remove(leftover, folder)
 
@@ -85,7 +87,7 @@ def versions() -> dict[str, str]:
     """What the numbers of a run may depend on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    # Not platform.platform(), which runs `uname` for the processor's name.
+    # Not platform.platform(): it runs `uname` to find the processor's name.
     machine = (platform.system(), platform.release(), platform.machine(), "".join(platform.libc_ver()))
     found = {"python": platform.python_version(), "platform": "-".join(filter(None, machine))}
     for name in ("cnntrain", "torch", "torchvision", "numpy", "hydra-core"):

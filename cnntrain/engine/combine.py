@@ -37,7 +37,7 @@ def combine(state: TrainState, sums: Tensor, had_images: bool, finite: Finitenes
         had_images: whether this process had a share of the step. Without one it takes part with zeros, and takes the
             others' gradients. (With one it knows which parameters have gradients; a network that uses some of them
             for some images only would have to tell.)
-        finite: becomes that of all processes: what is not finite in one is not finite in all.
+        finite: updated with the flags of all processes: a non-finite value in one process counts for all.
     """
     parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.requires_grad]
     mine = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -89,12 +89,11 @@ def align(model: nn.Module, ranks: Ranks) -> None:
 
 
 def synchronise_norms(model: nn.Module) -> nn.Module:
-    """BatchNorm over the images of all processes; parameters, buffers, their names and what is frozen stay what they
-    were.
+    """Replace BatchNorm by SyncBatchNorm; parameters, buffers, their names and frozen layers are preserved.
 
-    torch's own layers become torch's SyncBatchNorm, and timm's, which bring an activation, timm's. Other classes
-    derived from BatchNorm may compute more than a norm: they stay, each process normalises by its own images, and a
-    warning names them.
+    PyTorch's layers become PyTorch's SyncBatchNorm. timm's layers, which include an activation, become timm's
+    SyncBatchNorm. Other subclasses of BatchNorm may compute more than a norm, so they are not replaced: each process
+    normalizes with its own images, and a warning names these layers.
     """
     left: dict[str, str] = {}
     for name, module in list(model.named_modules()):
@@ -112,17 +111,17 @@ def synchronise_norms(model: nn.Module) -> nn.Module:
         model.set_submodule(name, new)
     if left:
         log.warning(
-            "BatchNorm is not synchronised in %d layers of the class %s (%s first): each process uses its own images",
+            "BatchNorm is not synchronized in %d layers of class %s (first: %s); each process uses its own images",
             len(left), ", ".join(sorted(set(left.values()))), next(iter(left)),
         )  # fmt: skip
     return model
 
 
 def _converter(norm: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
-    """What makes a SyncBatchNorm that computes the same as `norm`; None where nothing is known to."""
+    """Return a function that converts `norm` to an equivalent SyncBatchNorm; None if there is none."""
     if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         return nn.SyncBatchNorm.convert_sync_batchnorm
-    layers = sys.modules.get("timm.layers")  # there, if the network is timm's
+    layers = sys.modules.get("timm.layers")  # loaded if the network is from timm
     if layers is not None and type(norm) is layers.BatchNormAct2d:
         return layers.convert_sync_batchnorm
     return None

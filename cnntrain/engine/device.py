@@ -82,13 +82,15 @@ def choose_compute(
     if ranks.count > 1 and chosen.type == "cuda":
         chosen = own_gpu(ranks.local_rank)
     if chosen.type == "cuda" and chosen.index is not None:
-        torch.cuda.set_device(chosen)  # for what is given no device: streams, cuBLAS, libraries
+        torch.cuda.set_device(chosen)  # default device for streams, cuBLAS and libraries
     return Compute(chosen, precision, channels_last, ranks, compile)
 
 
 def missing_for_compiling(device: torch.device) -> str | None:
-    """What `torch.compile` needs on this device and does not find: it generates C++ for CPUs, and Triton code, which
-    needs a C compiler for its launchers, for CUDA."""
+    """Return the missing requirement of `torch.compile` on this device; None if it is complete.
+
+    On CPUs it generates C++ code. On CUDA it generates Triton code, whose launchers need a C compiler.
+    """
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "Triton"
@@ -136,7 +138,7 @@ def _fast_precision(device: torch.device) -> str:
 
 
 def count_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -170,7 +172,7 @@ def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE
 
 @contextlib.contextmanager
 def preserve_process_settings() -> Iterator[None]:
-    """Give a host program its own settings back: torch's flags and random state, warning filters, environment."""
+    """Restore process-wide settings at the end: torch's flags and random state, warning filters, environment."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     deterministic, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
@@ -181,7 +183,7 @@ def preserve_process_settings() -> Iterator[None]:
     flushes = not bool(torch.tensor(1e-310, dtype=torch.float64) * 1)  # torch has no getter
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    current = torch.cuda.current_device() if devices else 0  # CUDA's own default
+    current = torch.cuda.current_device() if devices else 0  # CUDA's default device
     try:
         with torch.random.fork_rng(devices), warnings.catch_warnings():
             yield
@@ -200,13 +202,13 @@ def preserve_process_settings() -> Iterator[None]:
 
 def _use_deterministic_algorithms(on: bool, warn_only: bool) -> None:
     now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if now != (on, warn_only):  # the call imports the compiler, which takes seconds
+    if now != (on, warn_only):  # skip if unchanged: the call imports the compiler, which takes seconds
         torch.use_deterministic_algorithms(on, warn_only=warn_only)
 
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute float32 products in full precision for as long as the context lasts: no TensorFloat-32 on CUDA."""
+    """Disable TensorFloat-32 on CUDA inside the context, so that float32 products have full precision."""
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -35,8 +35,8 @@ REMEDY = (
 class Finiteness:
     """Whether a training is still finite, as tensors on its device: noting something never waits.
 
-    Once a loss or a gradient was not finite, every later update is left out. So the weights stay those that the batch
-    met, until the host reads the flag and replays the step.
+    After a non-finite loss or gradient, every later update is skipped. The weights stay as they were before that batch
+    until the host reads the flag and replays the step.
 
     Args:
         scaled: gradients are scaled (fp16): a step whose gradients overflow is skipped, and counts only after 20 in
@@ -44,26 +44,26 @@ class Finiteness:
         explain: finds out what happened at a batch.
 
     Attributes:
-        poison: scalar, 0 while everything was finite, then NaN. (Zero times infinity is NaN, so one addition of zero
-            times a value notes it.)
+        poison: scalar; 0 while all values were finite, then NaN. (Zero times infinity is NaN, so adding zero times a
+            value records it.)
     """
 
     def __init__(self, device: torch.device, scaled: bool, explain: Callable[[int], DivergedError]) -> None:
         self.scaled, self.explain = scaled, explain
         self.poison = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._bad_steps = torch.zeros((), device=device)  # the last so many steps
+        self._bad_steps = torch.zeros((), device=device)  # number of consecutive bad steps
         self._last_batches: list[int] = []  # of the steps since the last check
 
     def note(self, value: Tensor) -> None:
-        """`value`, a scalar on the device, must be finite."""
+        """Record whether `value`, a scalar on the device, is finite."""
         self.poison.add_(value, alpha=0)
 
     def skip(self, norm: Tensor, batch: int) -> Tensor:
-        """1.0 where the update of a step with gradients of this `norm` must be left out, else 0.0.
+        """Return 1.0 if the update of a step with this gradient `norm` must be skipped, else 0.0.
 
         Args:
-            batch: the step's last batch, as a number in its epoch.
+            batch: index of the step's last batch in its epoch.
         """
         overflows = ~norm.isfinite() if self.scaled else None
         if overflows is not None:
@@ -80,7 +80,7 @@ class Finiteness:
         """Waits for the device.
 
         Raises:
-            DivergedError: a step since the last check was not finite.
+            DivergedError: a step since the last check had a non-finite loss or gradient.
         """
         if bad_steps := int(self._bad_steps):
             raise self.explain(self._last_batches[-bad_steps])
@@ -120,8 +120,9 @@ def diverged(
     plan: Plan,
     first_bad: int,
 ) -> DivergedError:
-    """What happened in the step that batch `first_bad` of this epoch ends, found by replaying it; the weights are those
-    it met.
+    """Replay the step that ends with batch `first_bad` and describe what was not finite.
+
+    The weights must be those before the step.
 
     Each process replays its own share, and the one that finds the cause says it.
     """
@@ -157,7 +158,7 @@ def diverged(
 
 
 def _few_names(loader: Loader, rows: Tensor) -> str:
-    """The first examples of a batch by name, and how many more there are."""
+    """List the names of a batch's first examples and the number of others."""
     names = [loader.examples.names[row] for row in rows[:SHOWN_EXAMPLES].tolist()]
     more = f" and {len(rows) - SHOWN_EXAMPLES} more" if len(rows) > SHOWN_EXAMPLES else ""
     return ", ".join(names) + more

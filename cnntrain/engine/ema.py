@@ -28,7 +28,7 @@ class MovingAverage:
             copies, buffers = by_dtype.setdefault(mine.dtype, ([], []))
             copies.append(mine)
             buffers.append(theirs)
-        for copies, buffers in by_dtype.values():  # one kernel for tensors of one type on CUDA
+        for copies, buffers in by_dtype.values():  # one kernel per dtype on CUDA
             torch._foreach_copy_(copies, buffers)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Tensor]:

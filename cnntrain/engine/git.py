@@ -1,7 +1,7 @@
-"""The git commit of a working folder, read from git's own files: git itself is not run.
+"""Read the git commit of a working directory from git's files, without running git.
 
-`git status` executes programs that the repository's config names (core.fsmonitor, filters, hooks), and a run may be
-started in a folder from a stranger. Formats: gitrepository-layout(5) and gitformat-index(5).
+`git status` executes programs named in the repository's config (core.fsmonitor, filters, hooks), and a run may be
+started in an untrusted folder. Formats: gitrepository-layout(5) and gitformat-index(5).
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from pathlib import Path
 from cnntrain import files
 from cnntrain.errors import UserError
 
-MOST_FILES = 50_000  # tracked, of which the state is looked at
-MOST_BYTES = 2**28  # of files whose content has to be looked at
+MOST_FILES = 50_000  # tracked files to compare with the index
+MOST_BYTES = 2**28  # total size of the files to hash
 LARGEST_REFS_BYTES = 2**26
 _OBJECT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _REF = re.compile(r"refs/[A-Za-z0-9][\w.+@/-]*")
@@ -25,10 +25,12 @@ _REF = re.compile(r"refs/[A-Za-z0-9][\w.+@/-]*")
 
 @dataclass(frozen=True)
 class Commit:
-    """Attributes:
-    name: the commit's hash.
-    dirty: whether a tracked file differs from the index; None where that can't be told. Files that git does not know,
-        and changes that are staged, don't count.
+    """A checked-out git commit.
+
+    Attributes:
+        name: the commit's hash.
+        dirty: whether a tracked file differs from the index; None if unknown. Untracked files and staged changes are
+            ignored.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Commit:
 
 
 def find_commit(folder: Path) -> Commit | None:
-    """The commit checked out in the repository that `folder` lies in; None where there is none."""
+    """Return the commit checked out in the repository that contains `folder`; None if there is none."""
     try:
         for root in (folder := folder.resolve(), *folder.parents):
             if (git := _git_folder(root)) is not None:
@@ -48,7 +50,7 @@ def find_commit(folder: Path) -> Commit | None:
 
 
 def _git_folder(root: Path) -> Path | None:
-    """`root/.git`, or the folder that a file of this name points to (worktrees, submodules)."""
+    """Return `root/.git`, or the folder that a `.git` file points to (worktrees, submodules)."""
     path = root / ".git"
     if path.is_dir():
         return path
@@ -81,7 +83,7 @@ def _head(git: Path) -> str | None:
 
 
 def _is_dirty(root: Path, index: Path) -> bool | None:
-    """Whether a file of the index is gone, of another size, or of another content where its time differs."""
+    """Return True if a file in the index is missing, has another size, or has a new time and other content."""
     left = MOST_BYTES
     try:
         for path, mode, size, mtime, name in _entries(files.read_bytes(index, largest=MOST_BYTES)):
@@ -107,21 +109,21 @@ def _is_dirty(root: Path, index: Path) -> bool | None:
 
 
 def _blob(path: Path, length: int) -> bytes:
-    """git's name for a file of this content."""
+    """Return git's object hash for the file's content."""
     content = files.read_bytes(path, largest=MOST_BYTES)
     kind = hashlib.sha1 if length == 20 else hashlib.sha256
     return kind(b"blob %d\0" % len(content) + content, usedforsecurity=False).digest()
 
 
 def _entries(index: bytes) -> Iterator[tuple[bytes, int, int, tuple[int, int], bytes]]:
-    """Path, mode, size, (seconds, nanoseconds) and object name of each file in an index.
+    """Yield path, mode, size, (seconds, nanoseconds) and object hash of each file in an index.
 
     Raises:
-        ValueError, struct.error, IndexError: it is none, of an unknown version, or has too many files.
+        ValueError, struct.error, IndexError: not an index, an unknown version, or too many files.
     """
     magic, version, count = struct.unpack_from(">4sII", index)
     if magic != b"DIRC" or version not in (2, 3, 4) or count > MOST_FILES:
-        raise ValueError("not an index, or one of too many files")
+        raise ValueError("not an index, or an index with too many files")
     place, before = 12, b""
     for _ in range(count):
         start = place
@@ -132,23 +134,23 @@ def _entries(index: bytes) -> Iterator[tuple[bytes, int, int, tuple[int, int], b
         if version >= 3 and flags & 0x4000:
             assumed |= struct.unpack_from(">H", index, place - 2)[0] & 0x4000  # --skip-worktree
         kept = 0
-        if version == 4:  # the path's beginning is that of the one before
+        if version == 4:  # the path is prefix-compressed against the previous one
             strip, place = _varint(index, place)
             kept = len(before) - strip
             if kept < 0:
-                raise ValueError("a path that takes away more than there is")
+                raise ValueError("invalid prefix length of a compressed path")
         end = index.index(b"\0", place)
         path = before[:kept] + index[place:end]
         place = end + 1 if version == 4 else start + (end - start + 8) // 8 * 8
         before = path
         if b".." in path.split(b"/") or path.startswith(b"/"):
-            raise ValueError("a path that leaves the folder")
-        if not assumed and not flags & 0x3000:  # a stage above 0 is a merge under way
+            raise ValueError("a path outside the folder")
+        if not assumed and not flags & 0x3000:  # a stage above 0 means an unfinished merge
             yield path, mode, size, (mtime[0], mtime[1]), name
 
 
 def _varint(index: bytes, place: int) -> tuple[int, int]:
-    """git's variable-length number and where it ends."""
+    """Decode git's variable-length integer; return it and the offset after it."""
     byte = index[place]
     value = byte & 0x7F
     while byte & 0x80:

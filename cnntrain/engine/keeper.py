@@ -10,7 +10,7 @@ from cnntrain.engine.state import TrainState
 
 
 class Keeper:
-    """Writes checkpoints by name, `keeper("last")` or `keeper("last", "best")`, while the training goes on.
+    """Write checkpoints by name in the background: `keeper("last")` or `keeper("last", "best")`.
 
     What is written is the state of the call's instant. Files come to the disk one after the other, in the order of the
     calls, one at a time; all of them by the end of the `with` block.
@@ -66,8 +66,10 @@ class Keeper:
         return self._last_good
 
     def _write(self, packed: memoryview, names: tuple[str, ...], numbered: str | None, place: str) -> None:
-        """A kill between two of the files loses none: an epoch whose last.pt is missing is trained again, and one whose
-        best.pt is missing has it in last.pt."""
+        """Write the files in an order that tolerates a kill between them.
+
+        If last.pt was not written, the epoch is trained again. If best.pt was not written, last.pt has the weights.
+        """
         if numbered:
             checkpoint.write(packed, self.run.checkpoints / f"{numbered}.pt")
             checkpoint.keep_newest(self.run.checkpoints, self.keep)

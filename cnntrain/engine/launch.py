@@ -95,7 +95,7 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Watche
     # Torch would keep a second store, for the processes to share, at an address that others reach too.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", *(["SIGUSR1"] if "SLURM_JOB_ID" in os.environ else []))
-    # What is ignored here (SIGHUP under nohup) stays so.
+    # A signal that is ignored here (SIGHUP under nohup) stays ignored.
     caught = ",".join(n for n in names if signal.getsignal(getattr(signal, n)) is not signal.SIG_IGN)
     options: dict[str, Any] = {"signals_to_handle": caught} if "signals_to_handle" in known else {}
     with (

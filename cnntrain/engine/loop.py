@@ -46,7 +46,7 @@ class Silent:
 
 
 class _Timed:
-    """A journal whose own time is measured (`seconds`), so that drawing pictures does not count as training."""
+    """Wrapper of a journal that measures its time (`seconds`), so that drawing does not count as training time."""
 
     def __init__(self, journal: Journal) -> None:
         self.journal, self.seconds = journal, 0.0
@@ -82,11 +82,11 @@ def fit(
 ) -> None:
     """Train from where `state` stands to the end of the plan.
 
-    `save("last")` and `save("last", "best")` write checkpoints; never after a loss that is not finite. An epoch is
-    logged before it is saved: a kill between the two leaves a row that the resumed run writes again, never a gap.
+    `save("last")` and `save("last", "best")` write checkpoints, never after a non-finite loss. An epoch is logged
+    before it is saved. After a kill between the two, the resumed run writes the row again, so no row is missing.
 
-    Where `plan.total_steps` ends the training within an epoch, that part is validated and logged as an epoch is, and
-    the state keeps its position: a longer training goes on from there.
+    If `plan.total_steps` ends training within an epoch, the partial epoch is validated and logged like a full one. The
+    state keeps its position, so that a longer run can continue from there.
 
     Raises:
         DivergedError: a loss or a gradient is no longer finite.
@@ -178,7 +178,7 @@ def train_epoch(
         unfreeze(model)  # again in each epoch: a resumed run has a model that was just frozen
     model.train()
     recent = torch.zeros(2, device=compute.device)  # loss sum and count since the last reading
-    sums: Tensor | None = None  # the same, of the batches of this step so far
+    sums: Tensor | None = None  # loss and count of this step's batches so far
     ranks = compute.ranks
     share, had_images = ranks.share(pipeline), False
     since, images_since = time.perf_counter(), 0

@@ -1,7 +1,7 @@
-"""Bring an optimizer's saved state into the shape, type and layout that the optimizer itself would give it.
+"""Validate a saved optimizer state and copy it to the shape, dtype and memory layout that the optimizer expects.
 
-A fused kernel trusts shape and strides: a moment of another shape, or one whose elements share memory (a stride of 0),
-lets it read and write beyond what is its own. So nothing of a file is used in place: what fits is copied.
+Fused kernels do not check shapes and strides. A moment with another shape, or with overlapping elements (a stride of
+0), would cause out-of-bounds memory access. Tensors from a file are therefore checked and copied, never used directly.
 """
 
 import math
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-TEMPLATE_SIDE = 2  # of the tensors that an optimizer is tried on
+TEMPLATE_SIDE = 2  # side length of the dummy parameter for `_template`
 
 
 def fit_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict for `optimizer.load_state_dict` with the values of `saved`, every tensor of it a new one.
+    """Return a state dict for `optimizer.load_state_dict` with validated copies of the tensors in `saved`.
 
-    Settings that this optimizer's groups don't have are left out.
+    Settings that this optimizer's groups do not have are dropped.
 
     Raises:
-        ValueError: other parameter groups.
-        TypeError: a moment is missing, of another shape or kind, or not finite.
+        ValueError: the parameter groups do not match.
+        TypeError: a moment is missing, has another shape or type, or is not finite.
     """
     groups = _fit_groups(optimizer, saved["param_groups"])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -30,11 +30,11 @@ def fit_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
     templates: dict[tuple[int, int, torch.dtype], dict[str, Any] | None] = {}
     state: dict[Any, dict[str, Any]] = {}
     if not isinstance(saved["state"], Mapping):
-        raise TypeError("the optimizer's state is no mapping")
+        raise TypeError("the optimizer's state is not a mapping")
     group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
     for key, values in saved["state"].items():
         if key not in number_of or not isinstance(values, Mapping):
-            raise TypeError(f"there is state for a parameter {key!r} that the optimizer does not have")
+            raise TypeError(f"the state has a parameter {key!r} that the optimizer does not have")
         index = number_of[key]
         parameter = parameters[index]
         kind = (group_of[index], parameter.ndim, parameter.dtype)
@@ -47,16 +47,16 @@ def fit_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fit_groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
     if not isinstance(saved, Sequence) or not all(isinstance(group, Mapping) for group in saved):
-        raise TypeError("its parameter groups are no list")
+        raise TypeError("the parameter groups are not a list")
     if len(saved) != len(optimizer.param_groups):
-        raise ValueError("another number of parameter groups")
+        raise ValueError("the number of parameter groups does not match")
     found, seen = [], set()
     for theirs, mine in zip(saved, optimizer.param_groups, strict=True):
         keys = theirs["params"]
         if not isinstance(keys, list) or not all(type(key) is int for key in keys):
-            raise TypeError("the parameters of a group are no list of numbers")
+            raise TypeError("the parameters of a group are not a list of integers")
         if len(keys) != len(mine["params"]) or seen & set(keys) or len(set(keys)) < len(keys):
-            raise ValueError("other parameters in a group")
+            raise ValueError("the parameters of a group do not match")
         seen |= set(keys)
         settings = {name: _like(name, theirs[name], value) for name, value in mine.items() if name in theirs}
         found.append({**settings, "params": keys})
@@ -64,7 +64,7 @@ def _fit_groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
 
 
 def _like(name: str, saved: Any, mine: Any) -> Any:
-    """A setting of a group, of the type that the optimizer's own has; its own where the kinds differ."""
+    """Convert a group's setting to the type of the optimizer's own value; return the own value if types differ."""
     if name == "params":
         return saved
     if isinstance(mine, bool) or mine is None:
@@ -72,18 +72,20 @@ def _like(name: str, saved: Any, mine: Any) -> Any:
     if isinstance(mine, int | float):
         number = isinstance(saved, int | float) and not isinstance(saved, bool)
         if not number or not math.isfinite(saved):
-            raise TypeError(f"{name} must be a finite number, and is {saved!r}")
+            raise TypeError(f"{name} must be a finite number, got {saved!r}")
         return saved
     if isinstance(mine, tuple) and all(isinstance(each, int | float) for each in mine):
         if not isinstance(saved, list | tuple) or len(saved) != len(mine):
-            raise TypeError(f"{name} must be {len(mine)} numbers, and is {saved!r}")
+            raise TypeError(f"{name} must be {len(mine)} numbers, got {saved!r}")
         return tuple(_like(name, theirs, own) for theirs, own in zip(saved, mine, strict=True))
     return mine
 
 
 def _template(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any] | None:
-    """What the optimizer keeps of a tiny parameter of the same kind after a step; None for one of the user's own,
-    which may keep something else at every step."""
+    """Return the optimizer's state for a small dummy parameter after one step, as a template.
+
+    None for a user-defined optimizer, whose state may change from step to step.
+    """
     if not type(optimizer).__module__.startswith("torch.optim"):
         return None
     tiny = torch.ones((TEMPLATE_SIDE,) * parameter.ndim, dtype=parameter.dtype, device=parameter.device)
@@ -111,23 +113,23 @@ def _fit_values(values: Mapping[str, Any], template: Mapping[str, Any], paramete
                 fitted[name] = expected
             continue
         if isinstance(value, int | float) and not isinstance(value, bool) and not expected.ndim:
-            value = torch.tensor(float(value))  # as older versions of torch keep the number of steps
-        # A side of 2 is the parameter's, another one (1 of Adafactor's rows and columns) is as it is.
+            value = torch.tensor(float(value))  # older versions of torch store `step` as a number
+        # A side of TEMPLATE_SIDE follows the parameter's shape. Other sides (1 in Adafactor's factors) are fixed.
         shape = tuple(
             length if side == TEMPLATE_SIDE else side
             for side, length in zip(expected.shape, parameter.shape, strict=bool(expected.ndim))
         )
         if not isinstance(value, Tensor) or value.shape != shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a tensor of shape {shape}, and is {found}")
+            raise TypeError(f"{name} must be a tensor of shape {shape}, got {found}")
         fitted[name] = _copy_as(name, value, expected, parameter)
     return fitted
 
 
 def _copy_as(name: str, value: Tensor, expected: Tensor, parameter: Tensor) -> Tensor:
-    """A copy with the expected type, in the parameter's memory layout where it has its shape."""
+    """Copy with the expected dtype; use the parameter's memory format if the shapes are equal."""
     if value.is_complex() or value.is_floating_point() != expected.is_floating_point():
-        raise TypeError(f"{name} must be of {expected.dtype}, and is of {value.dtype}")
+        raise TypeError(f"{name} must have dtype {expected.dtype}, got {value.dtype}")
     if not bool(value.isfinite().all()) or (name == "step" and float(value) < 0):
         raise TypeError(f"{name} must be finite" + " and not negative" * (name == "step"))
     like = parameter if value.shape == parameter.shape and expected.ndim else value
@@ -137,7 +139,7 @@ def _copy_as(name: str, value: Tensor, expected: Tensor, parameter: Tensor) -> T
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of an optimizer of the user's own, which knows what it keeps: every tensor a new one."""
+    """Copy the state of a user-defined optimizer without a template; clone every tensor."""
     return {
         name: value.detach().clone(memory_format=torch.contiguous_format)
         if isinstance(value, Tensor)

@@ -150,7 +150,7 @@ def set_learning_rate(optimizer: Optimizer, schedule: Schedule, step: int) -> fl
 
 
 def learning_rate_at(optimizer: Optimizer, schedule: Schedule, step: int) -> float:
-    """What `set_learning_rate` would set for the first group."""
+    """Return the learning rate that `set_learning_rate` would set for the first group."""
     return optimizer.param_groups[0]["peak_lr"] * schedule.factor(step)
 
 

@@ -48,16 +48,16 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
 
 
 def _whole_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """A number from the environment.
+    """Read an integer from an environment variable.
 
     Raises:
-        UserError: the variable holds something else.
+        UserError: the value is not an integer.
     """
     text = environment.get(name, "" if default is None else str(default))
     if not re.fullmatch(r"\s*[0-9]{1,18}\s*", text):
         raise UserError(
-            f"launch: the environment variable {name} must be a whole number, got {text!r}; unset it, or start with "
-            "torchrun, srun or launch.devices=N"
+            f"launch: the environment variable {name} must be a whole number, got {text!r}; unset it, or launch "
+            "with torchrun, srun or launch.devices=N"
         )
     return int(text)
 

@@ -41,31 +41,31 @@ class RunFolder:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has been at work in this folder, or is, so that it must be locked before it is read."""
+    """Return True if a run has written to this folder; it must then be locked before it is read."""
     there = (folder / "checkpoints").exists() or (folder / ".lock").exists()
-    return there and os.access(folder, os.W_OK)  # an archived run can only be read
+    return there and os.access(folder, os.W_OK)  # an archived run may be read-only
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder while the block runs; the system frees it when its holder dies.
+    """Hold the lock of a run folder while the block runs; the system releases it if the process dies.
 
-    It consists of two: one on the file `.lock`, which other machines see too where the file system allows, and one on
-    the folder itself, which still holds after somebody deleted the file.
+    There are two locks. The lock on the file `.lock` is visible to other machines if the file system supports it. The
+    lock on the folder itself remains if somebody deletes the file.
 
     Raises:
-        UserError: another process holds it.
-        MachineError: the file can't be made.
+        UserError: another process holds the lock.
+        MachineError: the lock file cannot be created.
     """
     with contextlib.ExitStack() as held:
         try:
             _lock_file(folder, held)
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             held.callback(os.close, descriptor)
-            _take(descriptor)  # where only files can be locked (NFS), the file's lock alone has to do
+            _take(descriptor)  # file systems that cannot lock folders (NFS) rely on the file's lock
         except BlockingIOError as error:
             raise UserError(
-                f"run_dir: another process is at work in {folder}; wait for it, or choose another folder"
+                f"run_dir: another process is using {folder}; wait for it to finish, or choose another folder"
             ) from error
         except OSError as error:
             raise MachineError(f"{folder / '.lock'}: can't lock the folder: {error.strerror}") from error
@@ -73,7 +73,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _lock_file(folder: Path, held: contextlib.ExitStack) -> None:
-    """Lock the file `.lock`: the one that still has this name once it is locked."""
+    """Lock the file `.lock`; retry if the file was replaced before the lock was acquired."""
     while True:
         with contextlib.ExitStack() as opened:
             lock = opened.enter_context(open_lock(folder / ".lock"))
@@ -86,15 +86,15 @@ def _lock_file(folder: Path, held: contextlib.ExitStack) -> None:
                 continue
             if missing:
                 log.warning(
-                    "run_dir: the file system of %s locks no files (%s), so a second process in this folder would not "
-                    "be noticed; start none", folder, missing,
+                    "run_dir: the file system of %s does not support file locks (%s); do not start a second process "
+                    "in this folder, it would not be detected", folder, missing,
                 )  # fmt: skip
             held.enter_context(opened.pop_all())
             return
 
 
 def _take(descriptor: int) -> str | None:
-    """Lock an open file or folder; what the system says where its file system has no locks.
+    """Lock an open file or folder; return the system's error message if the file system has no locks, else None.
 
     Raises:
         BlockingIOError: another process holds the lock.
@@ -112,15 +112,15 @@ def _take(descriptor: int) -> str | None:
 def open_run_folder(
     path: Path | None, label: str, trains: bool = False, locked: bool = False
 ) -> Iterator[RunFolder]:
-    """The run's folder, made if need be and locked while the block runs.
+    """Create the run folder if it is missing, and lock it while the block runs.
 
     Args:
-        path: where the user wants it, or None for a new folder outputs/DATE/TIME-label.
-        trains: it is a training's; whatever else is done does not write over one.
-        locked: the caller holds its lock (`lock_folder`) already.
+        path: the folder, or None for a new folder outputs/DATE/TIME-label.
+        trains: the command is a training run; other commands do not write into the folder of a training run.
+        locked: the caller already holds the lock (`lock_folder`).
 
     Raises:
-        UserError: another process is at work in it, or it is a training's.
+        UserError: another process is using the folder, or it belongs to a training run.
     """
     folder = unused_folder(Path("outputs") / f"{datetime.date.today()}", label) if path is None else path
     if folder.exists() and not folder.is_dir():
@@ -136,7 +136,7 @@ def open_run_folder(
         for inner in (run.checkpoints, run.figures):
             if exists(inner) and not is_folder(inner, folder):
                 raise UserError(
-                    f"{inner}: is a link or a file, and must be a folder; links inside a run folder are not followed"
+                    f"{inner}: must be a folder, but is a link or a file; links inside a run folder are not followed"
                 )
         remove_temporaries(folder)
         yield run

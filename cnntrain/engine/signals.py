@@ -1,8 +1,8 @@
-"""SIGINT, SIGTERM and SIGHUP set a flag that the loop reads after every batch; a second SIGINT ends it at once.
+"""Signal handling: SIGINT, SIGTERM and SIGHUP set a flag that the loop reads after every batch.
 
-SIGHUP comes when a terminal or an ssh session closes. Under Slurm SIGUSR1 sets the flag too, which
-`sbatch --signal=USR1@60` sends a minute before the time is over. A signal that the process was started to ignore
-(SIGHUP by `nohup`, SIGINT by a shell script's `&`) stays ignored.
+A second SIGINT terminates the process immediately. SIGHUP is sent when a terminal or an ssh session closes. Under
+Slurm, SIGUSR1 sets the flag too; `sbatch --signal=USR1@60` sends it one minute before the time limit. A signal that was
+ignored when the process started (SIGHUP under `nohup`, SIGINT under a shell script's `&`) stays ignored.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def stop_flag(flag: StopFlag | None = None) -> Iterator[StopFlag]:
     def handle(number: int, frame: FrameType | None) -> None:
         flag.number = number
         if signal.SIGINT in before:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next Ctrl-C ends it at once
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next Ctrl-C terminates immediately
 
     before = {}
     asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

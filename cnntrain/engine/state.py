@@ -18,7 +18,8 @@ class Progress:
     """Where a training stands.
 
     Attributes:
-        epoch: the epoch under way, from 0, which is how many are over; `batch`: how many of its batches have been seen.
+        epoch: index of the current epoch, which equals the number of finished epochs.
+        batch: number of batches done in the current epoch.
         step: optimizer steps done.
         images: training images seen in all.
         wall_s: seconds spent, over all sittings.
@@ -68,9 +69,9 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take weights, moments and position from `state`; the optimizer's settings stay as configured.
+        """Load weights, moments and position from `state`; the optimizer's settings stay as configured.
 
-        Learning rate and momentum are those of the last step until the next one: the schedule sets them at each step.
+        Learning rate and momentum keep the values of the last step until the schedule sets them for the next step.
 
         Raises:
             ValueError, TypeError, LookupError, AttributeError, RuntimeError: the state is not one of such a training.
@@ -102,22 +103,22 @@ class TrainState:
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(_numbers(state["scaler"], self.scaler.state_dict()))
         self.progress = Progress(**state["progress"])
-        # Copies: tensors of a file may share memory.
+        # Copy, because tensors from a file may share memory.
         self.meter = {
             name: value.clone(memory_format=torch.contiguous_format) for name, value in state["meter"].items()
         }
 
 
 def _numbers(values: Mapping[str, Any], own: Mapping[str, float]) -> dict[str, Any]:
-    """A loss scaler's numbers, each finite and as large as one of its own can be.
+    """Validate the numbers of a loss scaler's state.
 
     Raises:
-        TypeError: one is not.
+        TypeError: a number is not finite or out of range.
     """
     for name in own:
         value = values[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2.0**127:
-            raise TypeError(f"scaler.{name} must be a number from 0 to 2**127, and is {value!r}")
+            raise TypeError(f"scaler.{name} must be a number from 0 to 2**127, got {value!r}")
     return {name: values[name] for name in own}
 
 

@@ -26,7 +26,7 @@ from cnntrain.errors import MachineError, StoppedError
 
 PERIOD_S = 0.3
 SILENCE_S = 15.0  # without a sign of life
-SUSPENDED_S = 3.0  # between two looks: this process, or the store, was suspended
+SUSPENDED_S = 3.0  # a longer interval between two polls means that this process or the store was suspended
 LAST_WORDS_S = 10.0  # for a process to end by itself once another has failed
 
 
@@ -124,7 +124,7 @@ class Watch:
                 return
 
     def _forgive_suspension(self) -> None:
-        """Time during which this thread did not run counts for nobody: after Ctrl-Z or SIGSTOP all go on."""
+        """Exclude time in which this thread was suspended (Ctrl-Z, SIGSTOP) from all timeouts."""
         now = time.monotonic()
         away_s = now - self._looked_at - PERIOD_S
         if away_s > SUSPENDED_S:

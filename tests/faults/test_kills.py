@@ -235,7 +235,7 @@ def test_the_second_process_in_a_folder_is_refused_and_a_dead_ones_lock_is_free(
     endless = (*cnntrain.quick, "epochs=1000000", "run_dir=run", "resume=auto")
     first = cnntrain.start(*endless)
     wait_for(Path("run/checkpoints/last.pt").exists, first)
-    assert "another process is at work in run" in cnntrain(*endless, code=2).stderr
+    assert "another process is using run" in cnntrain(*endless, code=2).stderr
     assert first.poll() is None
     first.send_signal(signal.SIGKILL)
     first.wait()
