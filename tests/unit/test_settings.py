@@ -245,7 +245,7 @@ def test_values_of_the_grammar_keep_their_types(value: str, expected: object) ->
 @pytest.mark.parametrize(
     ("text", "where"),
     [
-        ("5", r"five\.yaml: .*this one holds 5"),
+        ("5", r"five\.yaml: .*`key: value` lines, got 5"),
         ("defaults: 5", r"five\.yaml: defaults: must be a list"),
         ("_target_: x\n  hidden: 3\n", r"five\.yaml:2: not valid YAML"),
         ("a: [1\n", r"five\.yaml:\d: not valid YAML"),

@@ -36,7 +36,7 @@ def judge(settings: Any, command_line: str) -> dict[str, float]:
 
 
 def command_in(message: str) -> list[str]:
-    return shlex.split(message[message.index("cnntrain ") :].partition(" (with")[0])[1:]
+    return shlex.split(message[message.index("cnntrain ") :].partition(" (replace")[0])[1:]
 
 
 def test_a_stopped_sweep_names_the_command_that_goes_on_with_it() -> None:

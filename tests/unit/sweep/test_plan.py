@@ -110,7 +110,7 @@ def test_data_folds_alone_asks_for_all_of_them_and_a_fold_for_one(plan: Read) ->
 def test_a_fold_without_folds_is_refused(plan: Read) -> None:
     with pytest.raises(UserError, match=r"data\.fold: .* has no effect without data\.folds"):
         plan("data.fold=0,1,2")
-    with pytest.raises(UserError, match=r"data\.fold: repeats are listed"):
+    with pytest.raises(UserError, match=r"data\.fold: give the repeats as a list"):
         plan("data.folds=5", "data.fold=int(interval(0,5))", "sweep.sampler=random")
 
 
