@@ -1,4 +1,4 @@
-"""Images of more than 8 bits: how many of the bits of their files they use."""
+"""Bit depth of 16-bit images: scale values by the number of bits in use."""
 
 import logging
 from dataclasses import replace
@@ -14,14 +14,14 @@ from cnntrain.errors import UserError
 log = logging.getLogger("cnntrain")
 SAMPLED_FILES = 100
 MOST_READ = 2_000
-FEW_BITS = 12  # of 16: less than this leaves 16 gray levels of 256
+FEW_BITS = 12  # of 16; images that use at most 12 bits get at most 16 of 256 gray levels
 
 
 def with_bits(splits: dict[str, Examples], bits: int) -> dict[str, Examples]:
-    """The same examples, whose 16-bit files are read as holding values up to 2**bits - 1.
+    """Return the examples with a decoder that scales 16-bit files by their maximum value 2**bits - 1.
 
     Raises:
-        UserError: the images do not come from files that are decoded here.
+        UserError: the images are not decoded from files by cnntrain.
     """
     changed = {}
     for name, examples in splits.items():
@@ -34,9 +34,9 @@ def with_bits(splits: dict[str, Examples], bits: int) -> dict[str, Examples]:
 
 
 def warn_of_unused_bits(examples: Examples) -> None:
-    """Say so where the training images are 16-bit files whose values need 12 bits at most: they would be almost black.
+    """Warn if the training images are 16-bit files that use at most 12 bits, because they would be almost black.
 
-    A sample decides that such files may be there; then 2,000 more are read before it is said.
+    If a sample of the files finds 16-bit images, up to 2,000 more files are read to confirm it.
     """
     images = examples.images
     if not isinstance(images, LazyImages) or not isinstance(images.decoder, Decoder) or not len(images):
@@ -57,8 +57,8 @@ def warn_of_unused_bits(examples: Examples) -> None:
     if highest:
         needed = max(9, highest.bit_length())
         log.warning(
-            "data: the training images have 16 bits, but no value above %d: at most %d of 256 gray levels are used; "
-            "data.bits=%d scales them by what they need", highest, highest // 257 + 1, needed,
+            "data: the training images have 16 bits but no value above %d, so they use at most %d of 256 gray levels; "
+            "set data.bits=%d to use the full range", highest, highest // 257 + 1, needed,
         )  # fmt: skip
 
 
@@ -67,11 +67,11 @@ def _is_deep(path: str) -> bool:
         with reading(path) as image:
             return image.mode.startswith("I")
     except BadFile:
-        return False  # decoding names it
+        return False  # decoding reports it
 
 
 def _largest(path: str) -> int | None:
-    """The largest value of a file of more than 8 bits; None for others, and for what can't be read."""
+    """Return the largest value of a file with more than 8 bits; None for other and for unreadable files."""
     try:
         with reading(path) as image:
             if not image.mode.startswith("I"):

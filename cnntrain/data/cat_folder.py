@@ -13,16 +13,16 @@ from cnntrain.data.listing import files_below, split_folders, train_and_other_fo
 from cnntrain.data.schemes import CAT9
 from cnntrain.data.source import given_folder
 
-LAYOUT = "images with a .cat file beside each, in train/, val/ and test/ where they are split"
+LAYOUT = "images, each with a .cat file, optionally in train/, val/ and test/"
 logger = logging.getLogger("cnntrain")
 
 
 class CatFolder(KeypointSource):
     """`IMAGE.jpg` with `IMAGE.jpg.cat`, which says `9 x y x y ...`, in folders of any depth.
 
-    Folders `train/`, `val/` (also called `valid/` or `validation/`) and `test/` in `root` are splits; where there
-    is none of them, all images are for training.
-    Points have the names of the cat's own sides: the files' first eye, on the picture's left, is `right_eye`.
+    Folders `train/`, `val/` (or `valid/`, `validation/`) and `test/` in `root` are splits. Without them, all images are
+    training images.
+    Left and right are the cat's own: the first eye in a file, on the left of the picture, is `right_eye`.
     Images without a `.cat` file are left out (the original download has one).
 
     Args:

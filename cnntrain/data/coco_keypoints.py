@@ -103,7 +103,7 @@ class CocoFile:
 
     @property
     def skeleton(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of point indices; the file counts from 1. What is no such pair is left out: it is only drawn."""
+        """Return pairs of point indices (1-based in the file). Invalid pairs are ignored: they are only for drawing."""
         pairs = self.category.get("skeleton")
         numbers = range(1, len(self.names) + 1)
         return tuple(
@@ -125,7 +125,7 @@ class CocoFile:
             where = f"annotation {row.get('id')!r}"
             points = self._points(row, complaints, where)
             if points is None or not points[:, 2].any():
-                continue  # of an object without labelled points nothing else is used
+                continue  # objects without labeled points are not used
             box = self._box(row, complaints, where)
             image = row.get("image_id")
             name = file_names.get(image) if _is_id(image) else None
@@ -143,17 +143,19 @@ class CocoFile:
         return objects
 
     def _file_names(self, complaints: Complaints) -> dict[float | str, str]:
-        """The file of each image by its id; images that are not of COCO's form go to the complaints."""
+        """Return the file name of each image by id; report images that are not in COCO format."""
         names: dict[float | str, str] = {}
         for place, image in enumerate(self.content["images"]):
             number, name = image.get("id"), image.get("file_name")
             if not _is_id(number) or not isinstance(name, str):
                 complaints.add(
                     f"image {place} of the list",
-                    f"id must be a number or a text, and file_name a text; got {number!r} and {name!r}"[:200],
+                    f"id must be a number or a string, and file_name a string; got {number!r} and {name!r}"[
+                        :200
+                    ],
                 )
             elif names.setdefault(number, name) != name:
-                complaints.add(f"image {place} of the list", f"another image has the id {number!r} too")
+                complaints.add(f"image {place} of the list", f"duplicate id {number!r}")
         return names
 
     def _points(self, row: dict[str, Any], complaints: Complaints, where: str) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""What images hold, in a few digits: enough to notice that they are no longer those of a training."""
+"""Content hash of images and masks, to detect on resume that a data set has changed."""
 
 import hashlib
 import os
@@ -13,15 +13,16 @@ from cnntrain.data.parallel import in_threads
 from cnntrain.data.spans import Span, span_of
 
 SAMPLED_FILES = 200
-LARGEST_PART = 1 << 20  # bytes that are read of each
+LARGEST_PART = 1 << 20  # bytes read per file
 SAMPLED_IMAGES = 64
 
 
 def content_hash(examples: Examples) -> str:
-    """16 hex digits of the images and masks, the same on every machine that has the same files.
+    """Return a hash (16 hex digits) of the images and masks; equal on every machine with the same files.
 
-    Of files: the size of every one and the bytes of 200, evenly spaced, up to 1 MiB each. Of images in memory: the
-    mean of each quarter of 64, in whole grey levels, because what computed them may round differently elsewhere.
+    For files, the hash covers the size of every file and up to 1 MiB of 200 evenly spaced files. For images in memory,
+    it covers the mean of each quadrant of 64 images, rounded to whole gray levels because machines may round
+    differently.
     """
     digest = hashlib.sha256()
     masks = {name: target for name, target in examples.targets.items() if name == "mask"}
@@ -50,7 +51,7 @@ def _rows(count: int, wanted: int) -> list[int]:
 
 
 def _size(file: str) -> int:
-    """Bytes; -1 where reading it will say what is wrong with it."""
+    """Return the file size in bytes; -1 on an error, which decoding reports."""
     try:
         return os.stat(file).st_size
     except OSError:
@@ -58,7 +59,7 @@ def _size(file: str) -> int:
 
 
 def _read(span: Span) -> bytes:
-    if span.size is None and not os.path.isfile(span.file):  # opening a FIFO would wait for ever
+    if span.size is None and not os.path.isfile(span.file):  # opening a FIFO would block forever
         return b""
     try:
         with open(span.file, "rb") as file:
@@ -69,10 +70,10 @@ def _read(span: Span) -> bytes:
 
 
 def same_examples(before: str, now: str) -> bool:
-    """Whether two fingerprints name the same count, names and targets."""
+    """Return True if two fingerprints have the same count, names and targets."""
     return before.split("-")[:2] == now.split("-")[:2]
 
 
 def same_data(before: str, now: str) -> bool:
-    """Whether two fingerprints are of the same data; older ones have no part that tells the images."""
+    """Return True if two fingerprints are of the same data; older fingerprints have no hash of the images."""
     return before.split("-") == now.split("-")[: len(before.split("-"))]

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LARGEST_PIXELS = 100_000_000  # a few kilobytes of PNG can unpack to terabytes: refused from the header
-# Formats that are opened, all decoded inside this process. Pillow knows more: EPS starts Ghostscript, WMF and others
-# call what a program has registered, IPTC opens whatever lies inside, and decoders of rare formats are little tried.
+# Allowed formats, all decoded inside this process. Pillow's other formats are risky: EPS runs Ghostscript, WMF and
+# others call registered handlers, IPTC opens embedded files, and decoders of rare formats are hardly tested.
 FORMATS = (
     "JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM", "QOI", "TGA", "PCX", "ICO",
 )  # fmt: skip
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 HEIF_ENDINGS = {".heic", ".heif"}
-# How formats begin that are refused: to name them, and what to do.
+# Magic bytes of rejected formats, for the error message.
 REFUSED_FORMATS = (
     (b"%!PS", "EPS or PostScript"), (b"\xc5\xd0\xd3\xc6", "EPS"), (b"%PDF", "PDF"), (b"8BPS", "Photoshop"),
     (b"<svg", "SVG"), (b"<?xml", "XML or SVG"), (b"\xd7\xcd\xc6\x9a", "WMF"), (b"\x89HDF", "HDF5"),
@@ -63,7 +63,7 @@ def refuse(bad: Iterable[BadFile], of: int, root: str | Path | None = None, advi
     Args:
         of: how many files there are in all.
         root: folder that the names are shown relative to.
-        advice: what to do, where it is the same for several files; put on a line of its own.
+        advice: a remedy for several files, appended on a separate line.
     """
     ordered = sorted(bad, key=lambda one: one.path)
     if not ordered:
@@ -89,7 +89,7 @@ class Decoder:
     black.
 
     Attributes:
-        bits: of files whose pixels have more than 8 bits, those that are used: 2**bits - 1 becomes white.
+        bits: number of bits in use in 16-bit files: the value 2**bits - 1 becomes white.
     """
 
     height: int
@@ -138,7 +138,7 @@ class Decoder:
             placement = place(*size, (self.height, self.width), self.resize, box)
             reduced = placement.reduced(_reduce(image, placement, orientation > 1))
             load_pixels(image)
-            if image.format == "TIFF":  # Pillow turns these while it loads them
+            if image.format == "TIFF":  # Pillow rotates these on load
                 orientation = _orientation(image)
             return self._drawn(to_eight_bits(turn_upright(image, orientation), self.bits), reduced), placement
 
@@ -183,10 +183,10 @@ class reading:
 
 
 def _open(span: Span) -> "Image.Image":
-    """Read the header of an image in one of `FORMATS`, or of an HEIC file where `pillow_heif` is installed.
+    """Open an image and read its header; supports `FORMATS`, and HEIC if `pillow_heif` is installed.
 
     Raises:
-        Unusable: the file is in no such format.
+        Unusable: the file has another format.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -196,7 +196,7 @@ def _open(span: Span) -> "Image.Image":
     except (
         UnidentifiedImageError,
         RuntimeError,
-    ) as error:  # RuntimeError: the AVIF reader's word for most damage
+    ) as error:  # RuntimeError: raised by the AVIF reader for most corrupt files
         failure = error
     start = _part(span._replace(offset=span.offset or 0, size=min(span.size or 16, 16))).getvalue()
     if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
@@ -205,20 +205,18 @@ def _open(span: Span) -> "Image.Image":
         except ImportError:
             remedy = "`pip install pillow-heif`, or convert it to JPEG or PNG"
             raise Unusable(f"is HEIC, which needs another package: {remedy}") from None
-        return HeifImageFile(source)  # by itself: it is not registered with Pillow for the whole process
+        return HeifImageFile(source)  # opened directly, not registered with Pillow for the whole process
     for beginning, name in REFUSED_FORMATS:
         if start.startswith(beginning):
-            raise Unusable(f"is {name}, which is not read; convert it to PNG or JPEG")
+            raise Unusable(f"is {name}, which is not supported; convert it to PNG or JPEG")
     if isinstance(failure, RuntimeError):
         raise failure
-    raise Unusable(
-        "is no image in a format that is read (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF and the like)"
-    )
+    raise Unusable("is no image in a supported format (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF and others)")
 
 
 @cache
 def known_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow has: older ones lack some, and fail over their names."""
+    """Return the formats in `FORMATS` that this version of Pillow has; it raises an error for unknown names."""
     from PIL import Image
 
     Image.init()
@@ -226,7 +224,7 @@ def known_formats() -> tuple[str, ...]:
 
 
 def image_endings() -> set[str]:
-    """File name endings, in small letters with the dot, of the formats that can be read."""
+    """Return the file name extensions (lowercase, with the dot) of the supported formats."""
     from PIL import Image
 
     endings = Image.registered_extensions()
@@ -237,14 +235,14 @@ def load_pixels(image: "Image.Image") -> None:
     """Decode an opened image.
 
     Raises:
-        Unusable: the pixels have another size than the header said, by which they would be placed.
+        Unusable: the size of the pixel data differs from the size in the header, which determines the placement.
     """
     size = image.size
     image.load()
     turned = image.format == "TIFF" and image.size == size[::-1]
     if image.size != size and not turned:
         shown = "{} x {}".format(*size), "{} x {}".format(*image.size)
-        raise Unusable(f"is damaged: its header says {shown[0]} pixels, its content {shown[1]}")
+        raise Unusable(f"is damaged: its header says {shown[0]} pixels, its data {shown[1]}")
 
 
 def _part(span: Span) -> io.BytesIO:
@@ -276,9 +274,9 @@ def upright_size(path: str) -> tuple[int, int]:
 
 
 def _upright_size(image: "Image.Image") -> tuple[int, int]:
-    """(width, height) in pixels after the EXIF orientation, of an image that has not been loaded."""
+    """Return (width, height) in pixels after the EXIF orientation, without loading the image."""
     width, height = image.size
-    if image.format == "TIFF":  # Pillow may have exchanged them already: the tags have not changed
+    if image.format == "TIFF":  # Pillow may have swapped the sides already; the tags are unchanged
         tags: Any = getattr(image, "tag_v2", {})
         width, height = int(tags.get(256, width)), int(tags.get(257, height))
     return (height, width) if _orientation(image) >= 5 else (width, height)
@@ -346,10 +344,10 @@ def to_eight_bits(image: "Image.Image", bits: int = 16) -> "Image.Image":
     white.
 
     Args:
-        bits: of 16, those that are used: 2**bits - 1 becomes 255.
+        bits: number of bits in use: the value 2**bits - 1 becomes 255.
 
     Raises:
-        Unusable: 32-bit values that have no known range, or values that need more bits.
+        Unusable: 32-bit values with an unknown range, or values that need more than `bits` bits.
     """
     from PIL import Image
 
@@ -363,7 +361,9 @@ def to_eight_bits(image: "Image.Image", bits: int = 16) -> "Image.Image":
             raise Unusable("has 32-bit pixels outside 0 to 65535; save it with 8 or 16 bits")
         white = 2**bits - 1
         if values.max() > white:
-            raise Unusable(f"has values up to {int(values.max())}; data.bits={bits} takes {white} for white")
+            raise Unusable(
+                f"has values up to {int(values.max())}, but data.bits={bits} allows at most {white}"
+            )
         return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         clear = image.convert("RGBA")

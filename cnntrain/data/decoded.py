@@ -27,10 +27,10 @@ from cnntrain.data.spans import span_of
 from cnntrain.errors import MachineError, UserError
 
 log = logging.getLogger("cnntrain")
-FORMAT = 3  # of the files; another one makes them anew
+FORMAT = 3  # file format version; files of another version are rebuilt
 SHARE_OF_DISK = 0.5  # of what is free
 MATRIX = 3 * 3 * 8  # bytes
-CHUNK = 1 << 26  # bytes that have one checksum
+CHUNK = 1 << 26  # bytes per checksum
 
 
 def folder() -> Path:
@@ -60,9 +60,9 @@ def worth_keeping(splits: dict[str, Examples]) -> bool:
 def keep_decoded(splits: dict[str, Examples]) -> dict[str, Examples]:
     """The same examples with images and masks mapped from files, which are made where they are missing.
 
-    A file is named by what it holds (paths, sizes and modification times of the files, decoder, boxes), so one out of
-    date is not found; it appears whole or not at all, and several processes may ask for it at once. Checksums tell
-    damage, and image files that changed although their size and time are the same.
+    The name of a cache file is a hash of its inputs (paths, sizes and modification times of the image files, decoder,
+    boxes), so an outdated cache file is never used. Cache files are written atomically, and several processes may use
+    them at the same time. Checksums detect corruption, and image files that changed without a new size or time.
 
     Raises:
         UserError: names all the files that can't be used; or a decoder does not tell what it does.
@@ -86,10 +86,10 @@ def _keep(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
     target.parent.mkdir(parents=True, exist_ok=True)
     if not _is_current(target, lazy, changed):
         with _alone(target.with_suffix(".lock")):
-            # Another process may have made or confirmed it meanwhile.
+            # Another process may have written or confirmed it in the meantime.
             if not _is_current(target, lazy, changed) and not _confirm(target, lazy, changed):
                 _make(lazy, target, changed, bad)
-    if bad or not target.exists():  # there are files that can't be used, and all will be refused
+    if bad or not target.exists():  # some files are unusable, so all will be rejected
         nothing = torch.zeros(1)
         return nothing.byte().expand(lazy.shape), nothing.double().expand(len(lazy), 3, 3)
     parts = _map(target, lazy, "c")
@@ -97,14 +97,14 @@ def _keep(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
 
 
 class Parts(NamedTuple):
-    """A file of decoded images, mapped, in the order of its bytes.
+    """Memory-mapped parts of a cache file of decoded images, in the order of the file.
 
     Attributes:
-        changed: (N,) int64, when each image file last changed in any way (ctime, ns), which nobody can set.
+        changed: (N,) int64, ctime of each image file in ns; unlike mtime, it cannot be set.
         matrices: (N, 3, 3) float64.
         sources: (N,) uint32, CRC-32 of each image file.
         pixels: uint8, of the images' shape.
-        sums: (chunks,) uint32, CRC-32 of what lies between `changed` and here, 64 MiB each.
+        sums: (chunks,) uint32, CRC-32 of each 64 MiB chunk of the parts between `changed` and `sums`.
     """
 
     changed: np.ndarray
@@ -123,12 +123,12 @@ def _layout(lazy: LazyImages) -> list[tuple[type, tuple[int, ...]]]:
 
 
 def _size(lazy: LazyImages) -> int:
-    """Bytes of the whole file."""
+    """Return the size of the whole file in bytes."""
     return sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in _layout(lazy))
 
 
 def _map(path: Path, lazy: LazyImages, mode: Literal["c", "r+"]) -> Parts:
-    """`c`: what is written to the parts stays in this process."""
+    """Map the parts of a cache file; in mode "c" (copy-on-write), writes stay in this process."""
     whole, parts, start = np.memmap(path, np.uint8, mode), [], 0
     for kind, shape in _layout(lazy):
         stop = start + np.dtype(kind).itemsize * math.prod(shape)
@@ -148,7 +148,7 @@ def _make(lazy: LazyImages, target: Path, changed: np.ndarray, bad: list[BadFile
         def note(row: int) -> None:
             parts.sources[row] = _sum_of_file(lazy.paths[row])
 
-        found = decode_into(images, matrices, lazy, f"decoding {len(lazy):,} files, this once", note)
+        found = decode_into(images, matrices, lazy, f"decoding {len(lazy):,} files (only once)", note)
         if found:
             bad += found
             return
@@ -162,7 +162,7 @@ def _make(lazy: LazyImages, target: Path, changed: np.ndarray, bad: list[BadFile
 
 
 def _is_current(target: Path, lazy: LazyImages, changed: np.ndarray) -> bool:
-    """Whether the file is whole, and no image file has changed since it was made or confirmed."""
+    """Return True if the cache file is intact and no image file has changed since it was written or confirmed."""
     if not target.exists() or target.stat().st_size != _size(lazy):
         return False
     parts = _map(target, lazy, "c")
@@ -170,14 +170,15 @@ def _is_current(target: Path, lazy: LazyImages, changed: np.ndarray) -> bool:
 
 
 def _confirm(target: Path, lazy: LazyImages, changed: np.ndarray) -> bool:
-    """Whether image files that were written again hold the same bytes: copied once more, say. That is noted.
+    """Return True if image files with a new ctime (for example, after a copy) still have the same bytes.
 
-    Their size and modification time are the same, by which the file was found; these can be set to anything.
+    The new ctimes are then stored. Size and modification time are equal, but they can be set to any value, so the bytes
+    are compared by checksum.
     """
     if not target.exists():
         return False
     if target.stat().st_size != _size(lazy):
-        log.warning("data: %s is cut off or damaged; its images are decoded again", target)
+        log.warning("data: %s is truncated or damaged; its images are decoded again", target)
         return False
     parts = _map(target, lazy, "r+")
     if not np.array_equal(parts.sums, _sums(target, lazy)):
@@ -194,7 +195,7 @@ def _confirm(target: Path, lazy: LazyImages, changed: np.ndarray) -> bool:
 
 
 def _sums(path: Path, lazy: LazyImages) -> list[int]:
-    """CRC-32 of each chunk of what is decoded: about 3 GB/s a core, of what is read soon in any case."""
+    """Return the CRC-32 of each chunk: about 3 GB/s per core, of data that will be read soon anyway."""
     content = np.memmap(path, np.uint8, "r").data
     chunks, first = math.prod(_layout(lazy)[-1][1]), 8 * len(lazy)
     end = len(content) - 4 * chunks
@@ -207,7 +208,7 @@ def _sums(path: Path, lazy: LazyImages) -> list[int]:
 
 
 def _sum_of_file(path: str) -> int:
-    """CRC-32 of an image file's bytes; 0 where it can't be read, which decoding reports."""
+    """Return the CRC-32 of an image file's bytes; 0 on a read error, which decoding reports."""
     span = span_of(path)
     try:
         with open(span.file, "rb") as file:
@@ -233,7 +234,7 @@ def _reserve(file: int, size: int, target: Path) -> None:
 
 
 def _identify(lazy: LazyImages) -> tuple[Path, np.ndarray]:
-    """The file's place, named by all that decides what is in it; (N,) int64, when each image file last changed."""
+    """Return the path of the cache file (a hash of all inputs), and the (N,) int64 ctimes of the image files in ns."""
     from PIL import __version__ as pillow
     from simplejpeg import __version__ as simplejpeg
 
@@ -251,8 +252,7 @@ def _identify(lazy: LazyImages) -> tuple[Path, np.ndarray]:
 
 
 def _about(file: str) -> tuple[int, int, int]:
-    """Bytes, and the times of the last modification and of the last change of any kind in ns; -1 where decoding will
-    say what is wrong with it."""
+    """Return size in bytes, mtime and ctime in ns; -1 on an error, which decoding reports."""
     try:
         found = os.stat(file)
     except OSError:

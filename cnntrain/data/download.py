@@ -14,11 +14,11 @@ def download(name: str, root: Path, looked_in: str, allowed: bool = True, **argu
 
     Args:
         looked_in: where the files were looked for, for the message.
-        allowed: whether it may be downloaded; not where a checkpoint alone names the data set.
+        allowed: whether a download is allowed; False if only a checkpoint names the data set.
         arguments: further ones of the data set's class.
 
     Raises:
-        UserError: no network, a full or read-only disk, a damaged download, or one that is not allowed.
+        UserError: no network, a full or read-only disk, a corrupt download, or a download that is not allowed.
     """
     import torchvision.datasets
 
@@ -31,9 +31,9 @@ def download(name: str, root: Path, looked_in: str, allowed: bool = True, **argu
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if not allowed:
             raise UserError(
-                f"data: {name} is not there, and a checkpoint alone starts no download ({reason})\n"
+                f"data: {name} was not found, and a checkpoint cannot start a download ({reason})\n"
                 f"  looked in {looked_in}\n"
-                f"  give data.root=PATH: the folder that has it, or the one to download it to"
+                f"  give data.root=PATH, a folder that contains it or that it should be downloaded to"
             ) from error
         raise UserError(
             f"data: {name} is not there and could not be downloaded ({reason})\n"

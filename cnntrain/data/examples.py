@@ -114,13 +114,13 @@ class Examples:
 
 
 def check_examples(split: str, examples: Examples, spec: DataSpec) -> Examples:
-    """The examples with every target in the form that tasks need: those of a source of one's own may be anything.
+    """Validate the examples of a user-defined source and convert targets to the form that tasks need.
 
-    What can only be meant in one way is converted: numpy arrays and lists, labels of another type of integer or as
-    whole floating-point numbers, (N, 1) or one-hot (N, C), masks of other integers, points of other number types.
+    Unambiguous targets are converted: numpy arrays and lists; labels of other integer types, as whole floats, of shape
+    (N, 1) or one-hot (N, C); masks of other integer types; points of other number types.
 
     Raises:
-        UserError: names the split, what is wrong, and the remedy.
+        UserError: names the split, the problem, and the remedy.
     """
     images, count = examples.images, len(examples)
     if not isinstance(images, Tensor | LazyImages):
@@ -145,7 +145,9 @@ def check_examples(split: str, examples: Examples, spec: DataSpec) -> Examples:
     needed = "points" if spec.keypoints else "mask" if spec.per_pixel else "label" if spec.classes else None
     if needed is not None and needed not in given:
         has = ", ".join(map(repr, given)) or "none"
-        raise UserError(f"data: the {split} split needs the target {needed!r}, as spec() says, and has {has}")
+        raise UserError(
+            f"data: the {split} split needs the target {needed!r} according to spec(), but has {has}"
+        )
     if "label" in targets and spec.classes:
         targets["label"] = _labels(targets["label"], split, examples.names, len(spec.classes))
     if "mask" in targets:
@@ -165,20 +167,20 @@ def _as_tensor(values: Any, what: str) -> Tensor:
 
 
 def _labels(label: Tensor, split: str, names: Sequence[str], classes: int) -> Tensor:
-    """(N,) int64, in range."""
-    remedy = "labels must be int64 (N,), the number of each image's class"
+    """Return labels as (N,) int64; check their range."""
+    remedy = "labels must be int64 (N,), the class index of each image"
     if label.dim() == 2 and label.shape[1] == 1:
         label = label[:, 0]
     elif label.dim() == 2 and label.shape[1] == classes and _is_one_hot(label):
         label = label.long().argmax(1)
     if label.dim() != 1:
-        hint = "; of one-hot rows or scores take .argmax(1)" if label.dim() == 2 else ""
+        hint = "; for one-hot rows or scores use .argmax(1)" if label.dim() == 2 else ""
         raise UserError(f"data: the {split} labels are {label.dtype} {tuple(label.shape)}; {remedy}{hint}")
     whole = not label.is_complex() and (
         not label.is_floating_point() or bool((label.isfinite() & (label == label.round())).all())
     )
     if not whole:
-        raise UserError(f"data: the {split} labels are {label.dtype} and not whole numbers; {remedy}")
+        raise UserError(f"data: the {split} labels are {label.dtype} but not whole numbers; {remedy}")
     label = label.to(torch.int64)
     wrong = ((label < 0) | (label >= classes)).nonzero().flatten().tolist()
     if wrong:
@@ -190,34 +192,36 @@ def _labels(label: Tensor, split: str, names: Sequence[str], classes: int) -> Te
 
 
 def _is_one_hot(rows: Tensor) -> bool:
-    """Each row has one 1 and else 0."""
+    """Return True if each row has a single 1 and is 0 elsewhere."""
     if rows.is_complex():
         return False
     return bool((((rows == 0) | (rows == 1)).all(1) & (rows.double().sum(1) == 1)).all())
 
 
 def _masks(mask: Tensor, split: str, spec: DataSpec) -> Tensor:
-    """(N, H, W) uint8."""
-    remedy = f"masks must be uint8 (N, {spec.height}, {spec.width}), the number of each pixel's class"
+    """Return masks as (N, H, W) uint8; check their values."""
+    remedy = f"masks must be uint8 (N, {spec.height}, {spec.width}), the class index of each pixel"
     if mask.dim() == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
     if tuple(mask.shape[1:]) != spec.image_size or mask.is_floating_point() or mask.is_complex():
         raise UserError(f"data: the {split} masks are {mask.dtype} {tuple(mask.shape)}; {remedy}")
     if mask.numel() and not 0 <= int(mask.min()) <= int(mask.max()) <= 255:
-        raise UserError(f"data: the {split} masks hold {int(mask.min())} to {int(mask.max())}; {remedy}")
+        raise UserError(
+            f"data: the {split} masks have values from {int(mask.min())} to {int(mask.max())}; {remedy}"
+        )
     mask = mask.to(torch.uint8)
     found = torch.bincount(mask.flatten(), minlength=256).nonzero().flatten().tolist()
     wrong = [value for value in found if value >= len(spec.classes) and value != spec.outside]
     if wrong:
         raise UserError(
-            f"data: the {split} masks hold {', '.join(map(str, wrong[:8]))}; the classes are 0 to "
+            f"data: the {split} masks have the values {', '.join(map(str, wrong[:8]))}; the classes are 0 to "
             f"{len(spec.classes) - 1}, and {spec.outside} is ignored"
         )
     return mask
 
 
 def _points(targets: dict[str, Tensor], split: str, spec: DataSpec) -> dict[str, Tensor]:
-    """`points` (N, K, 2) float32 and `visible` (N, K) bool; visible are all where that is not given."""
+    """Return `points` (N, K, 2) float32 and `visible` (N, K) bool; by default all points are visible."""
     points = targets["points"]
     shape = (len(points), len(spec.keypoints), 2)
     if tuple(points.shape) != shape or points.is_complex():
@@ -231,6 +235,6 @@ def _points(targets: dict[str, Tensor], split: str, spec: DataSpec) -> dict[str,
     points, visible = points.float(), visible.bool()
     if not points[visible].isfinite().all():
         raise UserError(
-            f"data: some {split} points are visible and not finite; 'visible' must be False for them"
+            f"data: some {split} points are visible but not finite; 'visible' must be False for them"
         )
     return {"points": torch.where(visible[..., None], points, 0.0), "visible": visible}

@@ -1,4 +1,4 @@
-"""Training images decoded on a finer canvas than the network sees, for random crops to be cut from."""
+"""Decode training images at a higher resolution than the network input, so that random crops keep detail."""
 
 import logging
 import math
@@ -17,14 +17,14 @@ from cnntrain.data.parallel import in_threads
 
 log = logging.getLogger("cnntrain")
 SAMPLED_FILES = 200
-SHARE = 0.9  # of the images that may be decoded at their full size; a few large ones do not decide for all
-LEAST = 1.02  # times the pixels per side: less is not worth it
+SHARE = 0.9  # quantile of the source resolutions that limits the resolution; ignores a few large images
+LEAST = 1.02  # smallest magnification per side that is worth the memory
 
 
 def on_finer_canvas(examples: Examples, magnification: float) -> Examples:
-    """The same examples, decoded on a canvas of ceil(`magnification` times its sides), but no finer than the files are.
+    """Return the examples decoded at ceil(`magnification` * size), limited by the resolution of the files.
 
-    Points and masks move along. Images that are in memory already, or come from another decoder, stay as they are.
+    Points and masks are transformed as well. Images in memory or from another decoder are returned unchanged.
     """
     lazy = examples.images
     if not isinstance(lazy, LazyImages) or type(lazy.decoder) is not Decoder or not len(lazy):
@@ -43,12 +43,12 @@ def on_finer_canvas(examples: Examples, magnification: float) -> Examples:
     if examples.to_canvas is not None:
         finer.to_canvas = _matrices(lazy, replace(lazy.decoder, height=height, width=width))
         if finer.to_canvas is None:
-            return examples  # files that can't be read: decoding names them
+            return examples  # some files are unreadable; decoding reports them
         finer.targets = _moved(examples.targets, finer.to_canvas @ torch.linalg.inv(examples.to_canvas))
     before, after = (resident.decoded_bytes(each) / 2**20 for each in (examples, finer))
     log.info(
-        "data: training images are decoded at %d x %d px, so that random crops are not blown up (%.0f MiB, not %.0f); "
-        "validation at %d x %d", width, height, after, before, lazy.decoder.width, lazy.decoder.height,
+        "data: training images are decoded at %d x %d px so that random crops are not upsampled (%.0f MiB instead of "
+        "%.0f); validation images at %d x %d", width, height, after, before, lazy.decoder.width, lazy.decoder.height,
     )  # fmt: skip
     return finer
 
@@ -60,14 +60,14 @@ def _at(lazy: LazyImages, height: int, width: int) -> LazyImages:
 
 
 def _source_pixels(lazy: LazyImages, decoder: Decoder) -> float:
-    """How many pixels per side most files have for one of the canvas; of a sample, by their headers."""
+    """Estimate the ratio of file pixels to canvas pixels per side, from the headers of a sample of files."""
     rows = torch.linspace(0, len(lazy) - 1, min(len(lazy), SAMPLED_FILES), dtype=torch.float64).round().long()
 
     def one(row: int) -> float | None:
         try:
             size = upright_size(lazy.paths[row])
         except BadFile:
-            return None  # decoding names it
+            return None  # decoding reports it
         placement = place(*size, (decoder.height, decoder.width), decoder.resize, _box(lazy, row))
         left, top, right, bottom = placement.box
         return max((right - left) / placement.width, (bottom - top) / placement.height)
@@ -77,9 +77,9 @@ def _source_pixels(lazy: LazyImages, decoder: Decoder) -> float:
 
 
 def _matrices(lazy: LazyImages, decoder: Decoder) -> Tensor | None:
-    """(N, 3, 3) float64 from the files' pixels to the canvas of `decoder`; None where a header can't be read."""
+    """Return (N, 3, 3) float64 matrices from file pixels to the canvas of `decoder`; None if a header is unreadable."""
     canvas = (decoder.height, decoder.width)
-    sizes: Sequence[tuple[int, int]] = [(1, 1)] * len(lazy)  # boxes say it all
+    sizes: Sequence[tuple[int, int]] = [(1, 1)] * len(lazy)  # with boxes, the sizes are not needed
     if lazy.boxes is None:
         paths = sorted(set(lazy.paths))
         read, bad = resident.read_sizes(paths)

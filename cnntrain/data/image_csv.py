@@ -23,8 +23,9 @@ class Row(NamedTuple):
 
 
 class ImageCsv(ClassifiedFiles):
-    """A CSV file with the columns `path` and `label`, and where wanted `split` (train, val or test;
-    valid and validation mean val) and `group`.
+    """Images listed in a CSV file with the columns `path` and `label`, and optionally `split` and `group`.
+
+    `split` is train, val (or valid, validation) or test.
 
     The classes are train's labels, sorted (as numbers when all of them are).
 

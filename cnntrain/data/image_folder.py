@@ -22,7 +22,7 @@ from cnntrain.data.source import Source, given_folder
 from cnntrain.errors import UserError, suggest
 from cnntrain.spec import DataSpec
 
-LAYOUT = "train/CLASS/IMAGE, and where there are any val/ (or valid/, validation/) and test/ in the same way"
+LAYOUT = "train/CLASS/IMAGE, and optionally val/ (or valid/, validation/) and test/ with the same layout"
 
 
 class ClassifiedFiles(Source):
@@ -45,8 +45,9 @@ class ClassifiedFiles(Source):
 
 
 class ImageFolder(ClassifiedFiles):
-    """`root/train/<class>/...`, optional `val/` (also called `valid/` or `validation/`) and `test/`; the classes are
-    train's, sorted by name.
+    """Images in `root/train/<class>/...`, and optionally `val/` (or `valid/`, `validation/`) and `test/`.
+
+    The classes are the class folders of train, sorted by name.
 
     Args:
         root: the folder that has `train/`.
@@ -68,7 +69,7 @@ class ImageFolder(ClassifiedFiles):
 
     @cached_property
     def folders(self) -> dict[str, Path]:
-        """The splits' folders."""
+        """Return the folder of each split."""
         return train_and_other_folders(self.root, LAYOUT)
 
     @cached_property
@@ -87,9 +88,9 @@ class ImageFolder(ClassifiedFiles):
             count += len(paths)
             if outside := _images_directly_in(folder):
                 count += len(outside)
-                shown = f"{len(outside)} image(s) in no class folder, {outside[0]} for one"
+                shown = f"{len(outside)} image(s) outside the class folders, for example {outside[0]}"
                 bad.append(
-                    BadFile(folder, f"has {shown}; move them into a class's folder, or out of {self.root}")
+                    BadFile(folder, f"has {shown}; move them into a class folder, or out of {self.root}")
                 )
             elif not paths:
                 bad.append(BadFile(folder, "has no images"))
@@ -117,7 +118,7 @@ class ImageFolder(ClassifiedFiles):
 
 
 def _images_directly_in(folder: Path) -> list[str]:
-    """Names of the image files that lie beside the class folders, sorted."""
+    """Return the sorted names of image files that are outside the class folders."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if ends_with(entry.name, IMAGE_ENDINGS) and entry.is_file()]
     return sorted(name for name in names if not is_ignored(name))

@@ -20,9 +20,9 @@ class KeypointCsv(KeypointSource):
     """A header `image_name,NAME_x,NAME_y,...`, then a line per object; both cells empty: the point isn't
     labelled.
 
-    Where wanted: `split` (train, val or test; valid and validation mean val), `group`, and a given box
-    `box_left,box_top,box_right,box_bottom` in pixels from the image's edge. An image may have several lines
-    when they have boxes.
+    Optional columns: `split` (train, val or test; valid and validation mean val), `group`, and an object box
+    `box_left,box_top,box_right,box_bottom` in pixels from the image's edge. An image may have several lines if
+    they have boxes.
 
     Args:
         file: the CSV file; null: the only one in `root`.

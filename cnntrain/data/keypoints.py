@@ -92,8 +92,8 @@ class KeypointSource(Source):
         names, objects, skeleton = self.read()
         for name in names:
             if not name or not name.isprintable() or names.count(name) > 1:
-                fault = "stands there twice" if names.count(name) > 1 else "can't be a name"
-                raise UserError(f"data: the keypoint {name!r} {fault}; names must be printable and differ")
+                fault = "is listed twice" if names.count(name) > 1 else "is not a valid name"
+                raise UserError(f"data: the keypoint {name!r} {fault}; names must be printable and unique")
         if self.scheme is not None:
             if len(self.scheme.names) != len(names):
                 raise UserError(
@@ -174,7 +174,7 @@ class KeypointSource(Source):
 
 
 def _size(box: Box | None) -> tuple[float, float]:
-    """Width and height of an annotated box, both 0 where there is none."""
+    """Return width and height of an annotated box; (0, 0) without a box."""
     if box is None or box[2] <= box[0] or box[3] <= box[1]:
         return 0.0, 0.0
     return box[2] - box[0], box[3] - box[1]

@@ -11,7 +11,7 @@ from cnntrain.errors import UserError, suggest
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SPLITS = ("train", "val", "test")
 IMAGE_ENDINGS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"])
-RUN_FILES = {"run.json", "sweep.json"}  # mark a folder that a training wrote, whose figures are no data
+RUN_FILES = {"run.json", "sweep.json"}  # these files mark a run folder; its figures are not data
 IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # left behind by file managers and archivers
 
 
@@ -26,7 +26,7 @@ def folders_in(folder: Path) -> list[str]:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folders of `root` that are splits: `train`, `val` (also called `valid` or `validation`) and `test`.
+    """Return the split folders of `root`: `train`, `val` (or `valid`, `validation`) and `test`.
 
     Raises:
         UserError: two folders are the same split.
@@ -36,31 +36,29 @@ def split_folders(root: Path) -> dict[str, Path]:
 
 
 def train_and_other_folders(root: Path, layout: str) -> dict[str, Path]:
-    """The same, with a `train/` that must be there, and no folder of images beside it that is no split.
+    """Return the split folders of `root`; require `train/` and reject other folders with images.
 
     Args:
-        layout: what `root` must have, for messages.
+        layout: description of the expected layout, for messages.
 
     Raises:
-        UserError: it is not so, or two folders are the same split.
+        UserError: `train/` is missing, there is another folder with images, or two folders are the same split.
     """
     found = split_folders(root)
     if "train" not in found:
         names = folders_in(root)
         there = f"its folders are {', '.join(names[:6])}" if names else "it has no folders"
-        remedy = (
-            "; move them into train/, and validation data are held out of it" if names and not found else ""
-        )
+        remedy = "; move them into train/; validation data will be split off" if names and not found else ""
         raise UserError(f"data.root: {root} has no train/ ({there}{remedy}); it must have {layout}")
     refuse_other_folders(root, IMAGE_ENDINGS)
     return found
 
 
 def refuse_other_folders(root: Path, endings: Collection[str]) -> None:
-    """Refuse folders of `root` that are no split and hold examples, which nobody would use.
+    """Reject folders of `root` that contain examples but are not a split: these would be ignored silently.
 
     Args:
-        endings: of the files that hold examples, in small letters.
+        endings: lowercase file name extensions of examples.
 
     Raises:
         UserError: names the first such folder.
@@ -68,14 +66,14 @@ def refuse_other_folders(root: Path, endings: Collection[str]) -> None:
     for name in folders_in(root):
         if name not in SPLIT_NAMES and (example := first_file(root / name, endings)):
             raise UserError(
-                f"data.root: {root / name} is no split, but holds {os.path.relpath(example, root)}; the splits are "
+                f"data.root: {root / name} is no split, but contains {os.path.relpath(example, root)}; the splits are "
                 f"train, val (or valid, or validation) and test{suggest(name.lower(), list(SPLIT_NAMES))}; "
                 f"rename the folder, or move it out of {root}"
             )
 
 
 def one_name_each(names: Iterable[str], where: str) -> dict[str, str]:
-    """The name that each split goes by; names of no split are passed over.
+    """Return the name used for each split; ignore names that are not a split.
 
     Raises:
         UserError: two names mean the same split.
@@ -94,8 +92,10 @@ def one_name_each(names: Iterable[str], where: str) -> dict[str, str]:
 
 
 def first_file(folder: Path, endings: Collection[str]) -> str | None:
-    """A file below the folder whose name has one of the endings; None when there is none. Links are not followed,
-    and folders that a training wrote are passed over."""
+    """Return a file below the folder whose name has one of the endings; None if there is none.
+
+    Links are not followed, and run folders are skipped.
+    """
     for parent, folders, files in os.walk(folder):
         if RUN_FILES.intersection(files):
             folders.clear()
@@ -108,7 +108,7 @@ def first_file(folder: Path, endings: Collection[str]) -> str | None:
 
 
 def ends_with(name: str, endings: Collection[str]) -> bool:
-    """Whether the file's name has one of the endings, which are in small letters."""
+    """Return True if the file name has one of the (lowercase) endings, ignoring case."""
     return name.rpartition(".")[2].lower() in endings
 
 

@@ -33,8 +33,8 @@ class Data:
         spec: the facts, mean and std included.
         train, val: never None; `val` decides which checkpoint is best.
         test: used once, at the end; None where the data set has none.
-        fingerprint: 'count-hash-hash' over the names and targets, and over a sample of the images, of all splits,
-            before val was held out of train.
+        fingerprint: 'count-hash-hash' of all splits before val was split off: a hash of names and targets, and a hash
+            of a sample of the images.
         own_val: val is the data set's own, not held out of train.
     """
 
@@ -66,8 +66,8 @@ def load_data(
         store: 'stream' leaves images in their files; 'disk' keeps them decoded in a file of their own, 'auto' does
             where there are many and the disk has room, and else decodes what fits into half of the free memory.
         how: how much of the files that stay on disk is looked at now; the rest is refused when it is met.
-        magnification: of the pipeline; above 1, training images come on a finer canvas (see `on_finer_canvas`).
-        bits: that are used of 16-bit files; None: all, with a warning where 12 would do.
+        magnification: the pipeline's; above 1, training images have a higher resolution (see `on_finer_canvas`).
+        bits: number of bits in use in 16-bit files; None: 16, with a warning if 12 are enough.
 
     Raises:
         UserError: the data can't be had, or are not as they should be; all faulty files in one message.
@@ -124,7 +124,7 @@ def load_data(
 
 
 def _tell_of_classes_without_examples(train: Examples, facts: DataSpec) -> None:
-    """Warn of classes that no training image has, as where labels count from 1."""
+    """Warn about classes without a training image, for example if labels start at 1."""
     if "label" not in train.targets or not facts.classes:
         return
     counts = torch.bincount(train.targets["label"], minlength=len(facts.classes)).tolist()
@@ -132,24 +132,24 @@ def _tell_of_classes_without_examples(train: Examples, facts: DataSpec) -> None:
     if absent:
         shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
         logger.warning(
-            "data: no training image is of %d of the %d classes: %s", len(absent), len(counts), shown
+            "data: no training images for %d of the %d classes: %s", len(absent), len(counts), shown
         )
 
 
 def _checked_splits(splits: Any) -> dict[str, Examples]:
-    """What a source loaded, by the names that splits have here: a source of one's own may return anything.
+    """Validate the return value of a source's `load()` and use the standard split names as keys.
 
     Raises:
-        UserError: it is no dictionary of examples, has no train, or a name that is no split's.
+        UserError: the value is not a dictionary of examples, has no train split, or has an unknown split.
     """
     if not isinstance(splits, Mapping) or not all(isinstance(each, Examples) for each in splits.values()):
         raise UserError(
-            'data: load() must return a dictionary of Examples: "train", and "val", "test" if any'
+            'data: load() must return a dictionary of Examples with "train", and optionally "val" and "test"'
         )
     if unknown := [name for name in splits if name not in SPLIT_NAMES]:
         near = suggest(str(unknown[0]), list(SPLIT_NAMES))
         raise UserError(
-            f"data: load() returned {unknown[0]!r}, which is no split; they are {', '.join(SPLITS)}{near}"
+            f"data: load() returned {unknown[0]!r}, which is no split; the splits are {', '.join(SPLITS)}{near}"
         )
     names = one_name_each(splits, "data: the result of load()")
     if "train" not in names:
@@ -182,10 +182,10 @@ def number_as(known: DataSpec, data: Data) -> None:
 
 
 def read_fingerprint(source: Source) -> str:
-    """The fingerprint of all that a source has; no image is decoded for it.
+    """Compute the fingerprint of a source's data without decoding images.
 
     Raises:
-        UserError: the data can't be had.
+        UserError: the data cannot be loaded.
     """
     with without_collector():
         return _fingerprint(source.load())

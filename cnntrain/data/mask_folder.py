@@ -19,8 +19,8 @@ from cnntrain.spec import DataSpec
 logger = logging.getLogger("cnntrain")
 Pairs = dict[str, list[tuple[str, str]]]  # by split: files of an image and of its mask
 LAYOUT = (
-    "train/images/NAME.jpg with train/masks/NAME.png, where there are any val/ (or valid/, validation/) and test/ "
-    "in the same way"
+    "train/images/NAME.jpg with train/masks/NAME.png, and optionally val/ (or valid/, validation/) and test/ with "
+    "the same layout"
 )
 
 
@@ -31,12 +31,12 @@ class MaskSource(Source):
         root: the folder; relative names in messages count from it.
         classes: names by id.
         ignore_index: the id that counts neither as right nor as wrong; also what lies outside a mask.
-        ids: class id (or `ignore_index`) of each value in the mask files; null: the values are the ids. Where there
-            are two classes and the masks of all splits hold 0 and 255 alone, null means {0: 0, 255: 1}.
+        ids: maps each value in the mask files to a class id (or `ignore_index`); null: the values are the ids. With two
+            classes and masks that contain only 0 and 255, null means {0: 0, 255: 1}.
         size, channels, resize: as for `ImageFolder`.
     """
 
-    names_are_given = True  # the user names the classes, so that one without pixels is a mistake
+    names_are_given = True  # classes are named by the user, so a class without pixels is an error
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class MaskSource(Source):
         return splits
 
     def _mask_decoder(self, values: Sequence[frozenset[int]]) -> MaskDecoder:
-        """The decoder for masks that hold these values, one set a mask."""
+        """Return the decoder for masks with these values (one set per mask)."""
         ids = self.ids
         if ids is None:
             ids = {i: i for i in (*range(len(self.classes)), self.ignore_index)}
@@ -118,8 +118,8 @@ class MaskSource(Source):
                 if frozenset().union(*values) in ({0, 255}, {255}):
                     ids = {0: 0, 255: 1}
                     logger.info(
-                        "data: the only values in the masks are 0 and 255, so 255 means class %s, not ignore; "
-                        "data.ids says which value is which class",
+                        "data: the masks contain only 0 and 255, so 255 means class %s, not ignore; set data.ids to "
+                        "map values to classes differently",
                         self.classes[1],
                     )
                 elif self.ignore_index == 255:
@@ -129,59 +129,60 @@ class MaskSource(Source):
         return MaskDecoder(d.height, d.width, self.resize, table, self.ignore_index)
 
     def _look_for_classes(self, found: set[int], values: frozenset[int]) -> None:
-        """Refuse (for classes that the user named; else tell of) classes without a pixel in the training masks.
+        """Raise an error for user-named classes without a pixel in the training masks; warn for other classes.
 
         Args:
-            found: class ids of the training masks. values: what stands in their files.
+            found: class ids in the training masks.
+            values: values in the mask files.
         """
         absent = [name for i, name in enumerate(self.classes) if i not in found and i != self.ignore_index]
         if not absent:
             return
         shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
         if not self.names_are_given:
-            logger.warning("data: no pixel of the training masks is labelled %s", shown)
+            logger.warning("data: the training masks have no pixels of %s", shown)
             return
-        remedy = "take what has no pixels out of data.classes, and say by data.ids which value is which of the others"
+        remedy = "remove classes without pixels from data.classes, and map the mask values to the others with data.ids"
         if self.ids is None and 255 in values and self.ignore_index == 255:
-            remedy += f"; 255 is ignored, by data.ignore_index: if it is a class, {self._advice(values)}"
+            remedy += f"; 255 is ignored (data.ignore_index); if it is a class, {self._advice(values)}"
         raise UserError(
-            f"data: no pixel of the training masks is labelled {shown}; they hold the values {_some(values)}; {remedy}"
+            f"data: the training masks have no pixels of {shown}; their values are {_some(values)}; {remedy}"
         )
 
     def _advice(self, values: frozenset[int]) -> str:
-        """How to say which value is which class, with the values that there are."""
+        """Return a suggestion for `data.ids` with the values found in the masks."""
         there = sorted(value for value in values if 0 <= value <= 255)
         if len(there) > len(self.classes):
             there = [value for value in there if value != self.ignore_index]
-        how = "tell by data.ids which value of the mask files is which class"
+        how = "map mask values to classes with data.ids"
         if len(there) == len(self.classes):
-            return f"{how}, as data.ids='{{{', '.join(f'{value}: {i}' for i, value in enumerate(there))}}}'"
+            return f"{how}, for example data.ids='{{{', '.join(f'{value}: {i}' for i, value in enumerate(there))}}}'"
         if len(there) > len(self.classes):
-            return f"{how} (they hold {len(there)} values, {_some(there)}); masks must be saved without loss, as PNG"
+            return f"{how} (there are {len(there)} values, {_some(there)}); save masks losslessly, for example as PNG"
         return how
 
 
 def _look(pair: tuple[str, str]) -> BadFile | frozenset[int]:
-    """The values of a mask, or what is wrong with the pair of files: sizes that differ, or colors."""
+    """Return the values of a mask, or the problem with the pair of files: different sizes, or colors."""
     image_file, mask_file = pair
     try:
         size = upright_size(image_file)
         with reading(mask_file) as mask:
             if mask.size != size:
                 shown = "{} x {}".format(*mask.size), "{} x {}".format(*size)
-                return BadFile(mask_file, f"is {shown[0]} pixels, its image {shown[1]}")
+                return BadFile(mask_file, f"is {shown[0]} pixels, but its image is {shown[1]}")
             return present_values(mask_values(mask))
     except BadFile as problem:
         return problem
 
 
 def _warn_of_two_kinds(values: Sequence[frozenset[int]]) -> None:
-    """Tell of masks of two classes where some say 1 and others 255, and none says both: two ways to write one class."""
+    """Warn if some binary masks use 1 and others use 255, but none uses both: probably the same class."""
     ones = sum(1 in each and 255 not in each for each in values)
     highs = sum(255 in each and 1 not in each for each in values)
     if ones and highs and not any({1, 255} <= each for each in values):
         logger.warning(
-            "data: %d masks hold the value 1 and %d others 255, which is ignored; if both mean the same class, set "
+            "data: %d masks have the value 1 and %d others 255, which is ignored; if both mean the same class, set "
             "data.ids='{0: 0, 1: 1, 255: 1}'",
             ones,
             highs,
@@ -189,7 +190,7 @@ def _warn_of_two_kinds(values: Sequence[frozenset[int]]) -> None:
 
 
 def _read_ids(ids: Mapping[int, int], classes: int, ignore_index: int) -> dict[int, int]:
-    """`data.ids` with its keys as numbers; `ignore_index` stays what it is where it is not named.
+    """Return `data.ids` with integer keys; `ignore_index` maps to itself unless given.
 
     Raises:
         UserError: a value or an id is out of range.
@@ -204,23 +205,23 @@ def _read_ids(ids: Mapping[int, int], classes: int, ignore_index: int) -> dict[i
         else:
             got = f"{value!r}: {meaning!r}" if isinstance(ids, Mapping) else repr(ids)
             raise UserError(
-                f"data.ids: must give each value (0 to 255) of the mask files its class id (0 to {classes - 1}, or "
-                f"{ignore_index}: ignored), as data.ids='{{0: 0, 255: 1}}'; got {got}"
+                f"data.ids: must map each value (0 to 255) of the mask files to a class id (0 to {classes - 1}, or "
+                f"{ignore_index}: ignored), for example data.ids='{{0: 0, 255: 1}}'; got {got}"
             )
     return read
 
 
 def _some(values: Iterable[int]) -> str:
-    """The first of the values, in words."""
+    """Format the first few values for a message."""
     names = [{-1: "below 0", 256: "above 255"}.get(value, str(value)) for value in sorted(values)]
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 class MaskFolder(MaskSource):
-    """`root/train/images/NAME.jpg` with `root/train/masks/NAME.png`, optional `val/` (also called
-    `valid/` or `validation/`) and `test/`.
+    """Images `root/train/images/NAME.jpg` with masks `root/train/masks/NAME.png`.
 
-    A mask's values, gray or palette, are read as they are; `ids` says which class each stands for.
+    `val/` (or `valid/`, `validation/`) and `test/` are optional. Gray values or palette indices of the masks are read
+    without conversion; `ids` maps them to classes.
 
     Args:
         root: the folder that has `train/`.

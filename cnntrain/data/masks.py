@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MaskDecoder:
-    """Turns a mask file into uint8 class ids (height, width), by nearest neighbour; values are read, never
-    interpolated.
+    """Decode a mask file to uint8 class ids (height, width), resized by nearest neighbor without interpolation.
 
     Attributes:
         ids: for each of the 256 values in the file the class id that it stands for, or -1 where it means
@@ -54,13 +53,13 @@ class MaskDecoder:
         return torch.from_numpy(np.array(pixels)), placement.matrix()
 
     def refuse_unknown(self, values: Iterable[int]) -> None:
-        """Refuse a mask that has values which stand for no class.
+        """Reject a mask with values that map to no class.
 
         Args:
-            values: as `present_values` gives them.
+            values: the return value of `present_values`.
 
         Raises:
-            Unusable: names them.
+            Unusable: names these values.
         """
         unknown = sorted(v for v in values if not 0 <= v <= 255 or self.ids[v] < 0)
         if unknown:
@@ -69,12 +68,12 @@ class MaskDecoder:
 
 
 def mask_values(image: "Image.Image") -> np.ndarray:
-    """The values of a mask file, whole numbers (h, w) at the file's own size; of a palette image the indices.
+    """Return the values of a mask file as integers (h, w) at the file's size; palette images give their indices.
 
-    Images saved in color are accepted where all channels are equal and nothing is transparent.
+    RGB images are accepted if all channels are equal and no pixel is transparent.
 
     Raises:
-        Unusable: the file holds colors.
+        Unusable: the file contains colors.
     """
     load_pixels(image)
     if image.mode in ("1", "L", "P", "I;16", "I"):
@@ -95,6 +94,6 @@ def mask_values(image: "Image.Image") -> np.ndarray:
 
 
 def present_values(values: np.ndarray) -> frozenset[int]:
-    """The values that occur in a mask; -1 stands for all below 0, 256 for all above 255."""
+    """Return the set of values in a mask; -1 stands for all values below 0, 256 for all above 255."""
     counts = np.bincount(values.ravel().astype(np.int32).clip(-1, 256) + 1, minlength=258)
     return frozenset((np.flatnonzero(counts) - 1).tolist())

@@ -20,7 +20,7 @@ FILES = {
 }
 
 
-LARGEST_UNPACKED_BYTES = 2**28  # of a .gz; MNIST's 60,000 images have 47 million
+LARGEST_UNPACKED_BYTES = 2**28  # limit for .gz files; MNIST's 60,000 images take 47 million
 
 
 class IdxDataset(Source):
@@ -110,7 +110,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     int32, then the values (http://yann.lecun.com/exdb/mnist/).
 
     Raises:
-        UserError: the file is no such thing, its length is not what its header says, or a .gz is too large.
+        UserError: the file is not an IDX file, its length does not match its header, or a .gz file is too large.
     """
     packed = not path.is_file()
     if packed:
@@ -128,7 +128,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
                     "with gunzip if it is meant to be that large"
                 )
             if sound and (packed or count < path.stat().st_size):
-                values = file.read(count + 1)  # one more than there should be: a longer file is refused
+                values = file.read(count + 1)  # read one extra byte to detect a file that is too long
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"data: {path}: can't be read ({error}); remove it to have it downloaded again"

@@ -40,7 +40,7 @@ def decode_into(
         images, matrices: uint8, of the shape of `lazy`, and (N, 3, 3); both in memory that processes share
             (`shared_zeros`, or a mapped file).
         what: what a bar on the terminal calls it.
-        also: called with the place of every file that was decoded, right after it, by whichever process did.
+        also: called with the index of each decoded file, in the process that decoded it.
 
     Raises:
         MachineError: a process died.

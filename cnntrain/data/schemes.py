@@ -70,10 +70,10 @@ COCO17 = Scheme(
      ("left_hip", "left_knee", "left_ankle"), ("right_hip", "right_knee", "right_ankle")),
 )  # fmt: skip
 
-# Zhang, Sun, Tang, Cat Head Detection, ECCV 2008. "right" is the cat's own right, on the picture's left, as in the
-# other schemes. The files begin with the eye and the ear on the picture's left, which the data set's own description
-# calls left (of 00000001_000.jpg the first eye is at x = 175, the second at 239). Both ears count from the picture's
-# left to its right: root, tip, root. So the right ear's outer root, 1, is the partner of the left ear's, 3.
+# Zhang, Sun, Tang, Cat Head Detection, ECCV 2008. "right" is the cat's own right, on the left of the picture, as in the
+# other schemes. The files list the eye and the ear on the left of the picture first; the data set's description calls
+# these left (in 00000001_000.jpg the first eye is at x = 175, the second at 239). The points of both ears run from left
+# to right in the picture: root, tip, root. So the right ear's outer root, 1, is the partner of the left ear's, 3.
 CAT9 = Scheme(
     ("right_eye", "left_eye", "mouth", *_numbered("right_ear", 1, 2, 3), *_numbered("left_ear", 1, 2, 3)),
     (

@@ -13,7 +13,7 @@ class Source(ABC):
     """A kind of data set; one class per kind, one YAML file per data set.
 
     Attributes:
-        downloads: whether missing files may be fetched into its folder.
+        downloads: whether missing files may be downloaded to its folder.
     """
 
     downloads = True
@@ -43,8 +43,8 @@ def default_root() -> Path:
         return Path.home() / ".cache" / "cnntrain"
     except RuntimeError as error:  # no HOME, and the user id has no entry in passwd, as in some containers
         raise UserError(
-            "there is no home folder for downloads and caches (HOME is not set and the user has no passwd entry); set "
-            "HOME or XDG_CACHE_HOME to a folder, or give data.root"
+            "no home folder for downloads and caches (HOME is not set and the user has no passwd entry); set HOME or "
+            "XDG_CACHE_HOME to a folder, or give data.root"
         ) from error
 
 

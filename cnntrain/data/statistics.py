@@ -21,14 +21,14 @@ AT_ONCE = 2**24  # numbers that are looked at together: large sets are mapped fr
 def measure(
     examples: Examples, seed: int, files: LazyImages | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and standard deviation over all pixels of the images, on the 0-1 scale.
+    """Measure the per-channel mean and standard deviation over all pixels of the images, on the 0-1 scale.
 
-    Canvas that no image covers (letterbox borders, boxes that reach beyond their image) is left out. Exact for decoded
-    images without such borders; from 2,000 drawn by `seed` where there may be some, or images stay on disk. A channel
-    that never changes gets the standard deviation 1.
+    Padding (letterbox borders, boxes that extend beyond their image) is excluded. The result is exact for decoded
+    images without padding. If there may be padding or the images stay on disk, 2,000 images sampled with `seed` are
+    used. A constant channel gets the standard deviation 1.
 
     Args:
-        files: where `examples` were decoded from, in the same order; None for images that come from elsewhere.
+        files: the files that `examples` were decoded from, in the same order; None if not decoded from files.
     """
     channels = examples.images.shape[1]
     levels = torch.arange(256, dtype=torch.float64) / 255
@@ -47,7 +47,7 @@ def measure(
 
 
 def _parts(examples: Examples, seed: int, files: LazyImages | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The images, or the sample of those on disk, a few at a time; (N, H, W) bool of what they cover, None: all."""
+    """Yield batches of the images (or of a sample) with their coverage (N, H, W) bool; None: no padding."""
     several = max(1, AT_ONCE // math.prod(examples.images.shape[1:]))
     images = examples.images
     files = images if isinstance(images, LazyImages) else files
@@ -68,12 +68,12 @@ def _parts(examples: Examples, seed: int, files: LazyImages | None) -> Iterator[
 
 
 def may_have_borders(files: LazyImages) -> bool:
-    """Whether the decoder may leave some of the canvas uncovered."""
+    """Return True if the decoder may pad images."""
     return type(files.decoder) is Decoder and (files.decoder.resize == "letterbox" or files.boxes is not None)
 
 
 def coverage(files: LazyImages, rows: Tensor) -> Tensor:
-    """(M, H, W) bool: the canvas pixels that lie wholly on the image, by the headers of the files `rows`."""
+    """Return (M, H, W) bool: canvas pixels fully covered by the image, from the headers of the files `rows`."""
     decoder = files.decoder
     assert isinstance(decoder, Decoder)
     canvas = (decoder.height, decoder.width)
@@ -86,7 +86,7 @@ def coverage(files: LazyImages, rows: Tensor) -> Tensor:
         try:
             size = upright_size(files.paths[row])
         except BadFile:
-            return  # decoding names it
+            return  # decoding reports it
         x, y = covered_sides(place(*size, canvas, decoder.resize, box), size)
         covered[index, y, x] = True
 
@@ -95,7 +95,7 @@ def coverage(files: LazyImages, rows: Tensor) -> Tensor:
 
 
 def covered_sides(placement: Placement, size: tuple[int, int]) -> tuple[slice, slice]:
-    """Columns and rows of the canvas that lie wholly on an image of (width, height)."""
+    """Return the canvas columns and rows fully covered by an image of (width, height)."""
     left, top, right, bottom = placement.box
     sides = []
     for near, far, length, start, span in (

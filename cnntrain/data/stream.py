@@ -41,7 +41,7 @@ class WorkerPool:
     ) -> None:
         self.requests = _Requests()
         self.timeout_s = timeout_s
-        # No time limit of torch's: it counts while the run is suspended (Ctrl-Z), and does not reach everywhere.
+        # DataLoader's own `timeout` is not used: it includes time in which the run is suspended (Ctrl-Z).
         options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4}
         self.loader = DataLoader(
             _Decoded(examples, with_matrices),
@@ -105,10 +105,10 @@ class WorkerPool:
 
 
 class _Patience:
-    """Kills the workers when no batch comes for `timeout_s`: so that the run ends with an error.
+    """Kill the workers if no batch arrives for `timeout_s`, so that the run ends with an error.
 
-    Time is counted in steps of a second: one during which this process did not run (Ctrl-Z, SIGSTOP, a laptop asleep)
-    counts as one, for its workers did not run either.
+    Time is counted in steps of one second. A suspension of this process (Ctrl-Z, SIGSTOP, a sleeping laptop) counts as
+    a single step, because its workers did not run either.
     """
 
     def __init__(self, loader: DataLoader[Any], timeout_s: int) -> None:

@@ -86,8 +86,9 @@ def read_table(file: Path) -> Table:
 
 
 def splits_of(table: Table) -> list[str]:
-    """The split of each row, from the column `split`: train, val (also called valid or validation) or test. Without
-    that column every row is train's. Another word goes to the table's complaints.
+    """Return the split of each row from the column `split`: train, val (or valid, validation) or test.
+
+    Without this column every row belongs to train. Other values are added to the table's complaints.
 
     Raises:
         UserError: two words in the column mean the same split.
@@ -105,7 +106,7 @@ def splits_of(table: Table) -> list[str]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file. A name that no file can have (too long, with a zero byte) is none."""
+    """Return True if the file exists; False for invalid names (too long, or with a null byte)."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -113,7 +114,7 @@ def is_file(path: Path) -> bool:
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """The names, sorted: by value when all are whole numbers."""
+    """Sort the names; by value if all are integers."""
     distinct = set(names)
     as_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in distinct)
     return tuple(sorted(distinct, key=lambda name: (int(name) if as_numbers else 0, name)))

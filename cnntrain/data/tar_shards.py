@@ -29,8 +29,8 @@ from cnntrain.data.spans import path_within
 from cnntrain.errors import UserError
 
 LAYOUT = (
-    "train-000.tar and so on (or train/000.tar), and where there are any val (or valid, or validation) and test in the "
-    "same way, with KEY.jpg beside KEY.cls or KEY.json"
+    "train-000.tar and so on (or train/000.tar), and optionally val (or valid, validation) and test with the same "
+    "layout; each shard contains KEY.jpg with KEY.cls or KEY.json"
 )
 LARGEST_LABEL = 65_536  # bytes of a .cls or .json
 
@@ -44,10 +44,10 @@ class Item(NamedTuple):
 
 
 class TarShards(ClassifiedFiles):
-    """`root/train-000.tar` (or `root/train/000.tar`) and so on.
+    """Images in tar shards `root/train-000.tar` (or `root/train/000.tar`) and so on.
 
-    Members of one key (their path up to the first dot) are one example. The other splits are `val` (also called `valid`
-    or `validation`) and `test`.
+    Members with the same key (their path up to the first dot) form one example. The other splits are `val` (or `valid`,
+    `validation`) and `test`.
 
     A label is the text of KEY.cls, and where there is none `label` (else `cls`) in KEY.json: a class's number where all
     labels are whole numbers below a million, else its name. Nothing is unpacked: an image is read from its place.
@@ -73,10 +73,10 @@ class TarShards(ClassifiedFiles):
 
     @cached_property
     def shards(self) -> dict[str, list[Path]]:
-        """The shards of each split: files that begin with its name, and all in a folder of its name.
+        """Return the shards of each split: files whose names begin with the split, or files in a folder of that name.
 
         Raises:
-            UserError: there are none for train, or a tar file belongs to no split.
+            UserError: train has no shards, or a tar file belongs to no split.
         """
         beside: dict[str, list[Path]] = {}
         for path in sorted(self.root.glob("*.tar")):
@@ -88,7 +88,7 @@ class TarShards(ClassifiedFiles):
             inside = sorted(path for path in folder.glob("*.tar") if not is_ignored(path.name))
             if inside and split in found:
                 raise UserError(
-                    f"data.root: {self.root} has shards for {split} in {folder.name}/ and beside it "
+                    f"data.root: {self.root} has shards for {split} both in {folder.name}/ and outside it "
                     f"({found[split][0].name}); keep one of the two"
                 )
             if inside:
@@ -102,14 +102,14 @@ class TarShards(ClassifiedFiles):
         refuse_other_folders(self.root, {"tar"})
         if strangers := [paths[0].name for word, paths in beside.items() if word not in SPLIT_NAMES]:
             raise UserError(
-                f"data.root: {self.root / strangers[0]} is of no split: names of shards begin with train, val (or "
-                "valid, or validation) or test; rename it, or move it elsewhere"
+                f"data.root: {self.root / strangers[0]} belongs to no split: names of shards must begin with train, "
+                "val (or valid, validation) or test; rename it, or move it elsewhere"
             )
         return found
 
     @cached_property
     def items(self) -> dict[str, list[Item]]:
-        """The examples of each split in the order of the shards, whose headers are read once."""
+        """Return the examples of each split in the order of the shards; headers are read once."""
         bad: list[BadFile] = []
         found: dict[str, list[Item]] = {}
         count = 0
@@ -161,7 +161,7 @@ class TarShards(ClassifiedFiles):
 
 
 def _first_word(name: str) -> str:
-    """The letters that a file's name begins with."""
+    """Return the leading letters of a file name."""
     return re.match(r"[A-Za-z]*", name)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
@@ -245,7 +245,7 @@ def _label(content: bytes, ending: str, path: str) -> str | BadFile:
                 raise TypeError(value)
             text = str(value).strip()
         text = str(int(text)) if text.isdecimal() else text
-        text.encode()  # JSON may hold halves of characters, which can't be written again
+        text.encode()  # JSON may contain lone surrogates, which cannot be encoded
     except (ValueError, LookupError, TypeError, RecursionError):
         text = ""
     return text or BadFile(path, "holds no label")

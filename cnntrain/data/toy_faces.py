@@ -14,12 +14,12 @@ from cnntrain.errors import UserError
 from cnntrain.randomness import hash_seed
 from cnntrain.spec import DataSpec, mirror_permutation
 
-MOST_DRAWN = 1_000_000  # images a split
+MOST_DRAWN = 1_000_000  # images per split
 SUPERSAMPLING = 3
 Colour = tuple[int, int, int]
 
-# The left side (the cat's own) of a head of width 2 seen from the front: x to the right of the picture, y down, z
-# towards the viewer. Left ears count from the inside, as in the CAT data set.
+# The left side (the cat's own) of a head of width 2, seen from the front: x to the right of the picture, y down, z
+# toward the viewer. The points of the left ear start at the inside, as in the CAT data set.
 LEFT_SIDE = {"eye": (0.42, -0.10), "ear": ((0.36, -0.80, 0.1), (0.76, -1.40, 0.0), (0.92, -0.34, 0.0))}
 HEAD = (1.0, 0.88, 0.75)  # half axes
 MOUTH = (0.0, 0.46)
@@ -40,7 +40,7 @@ class Pose:
 
 class ToyFaces(Source):
     """Cat faces of varied pose, scale, lighting and fur, some half hidden; points stay labelled behind
-    things. Left and right are the cat's own: its left eye is on the right of the picture.
+    things. Left and right are the cat's own: its left eye appears on the right of the picture.
 
     Each cat has an eye patch on one side and a notch in one ear, so that a mirrored picture differs at sight
     from its original; which side is drawn at random, so that the mirrored picture is as likely a cat as its
@@ -122,7 +122,7 @@ _NOSE = _on_front((-0.10, 0.16), (0.10, 0.16), (0.0, 0.28))
 
 @cache
 def _parts(side: int) -> dict[str, np.ndarray]:
-    """What never changes on one side of the head (1: the cat's left, -1: its right), (M, 3) each."""
+    """Return the fixed 3D points, (M, 3) each, of one side of the head (1: the cat's left, -1: its right)."""
     middle = np.array(LEFT_SIDE["eye"]) * (side, 1)
     start = _on_front((side * 0.3, 0.36))
     return {

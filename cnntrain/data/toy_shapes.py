@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CLASSES = ("background", "disc", "square", "triangle", "ring")
-MOST_DRAWN = 1_000_000  # images a split
+MOST_DRAWN = 1_000_000  # images per split
 SUPERSAMPLING = 3  # odd: the middle one of a pixel's samples is its centre
 
 

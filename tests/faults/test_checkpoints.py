@@ -78,7 +78,7 @@ def test_the_config_of_a_checkpoint_is_data(cnntrain, trained: Path) -> None:
     """Neither what it names nor what it trusts is run, and no environment variable is read."""
     change(model={"_target_": "os.mkdir", "path": "touched"}, trusted_packages=["os"])
     said = cnntrain.refused("evaluate", f"checkpoint={LAST}", "threads=1")
-    assert "model._target_: 'os.mkdir' can't be a model" in said and not Path("touched").exists()
+    assert "model._target_: 'os.mkdir' is not allowed as model" in said and not Path("touched").exists()
 
 
 def test_to_compare_runs_builds_nothing_of_theirs(cnntrain, trained: Path) -> None:

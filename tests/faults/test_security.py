@@ -12,13 +12,19 @@ pytestmark = pytest.mark.slow
 
 TOUCH = "import pathlib\npathlib.Path('touched').touch()\nclass Net: ...\n"
 NAMED = {
-    "a function of torch's": ("model._target_=torch.load", "'torch.load' can't be a model"),
-    "the hub": ("model._target_=torch.hub.load", "'torch.hub.load' can't be a model"),
-    "a builtin": ("task._target_=builtins.eval", "'builtins.eval' can't be a task"),
-    "the system": ("optimizer._target_=os.system", "'os.system' can't be a optimizer"),
-    "an optimizer where data belong": ("data._target_=torch.optim.SGD", "'torch.optim.SGD' can't be a data"),
-    "what a module imported": ("model._target_=torch.nn.modules.module.OrderedDict", "can't be a model"),
-    "a function of torch.nn's": ("model._target_=torch.nn.utils.get_total_norm", "can't be a model"),
+    "a function of torch's": ("model._target_=torch.load", "'torch.load' is not allowed as model"),
+    "the hub": ("model._target_=torch.hub.load", "'torch.hub.load' is not allowed as model"),
+    "a builtin": ("task._target_=builtins.eval", "'builtins.eval' is not allowed as task"),
+    "the system": ("optimizer._target_=os.system", "'os.system' is not allowed as optimizer"),
+    "an optimizer where data belong": (
+        "data._target_=torch.optim.SGD",
+        "'torch.optim.SGD' is not allowed as data",
+    ),
+    "what a module imported": (
+        "model._target_=torch.nn.modules.module.OrderedDict",
+        "is not allowed as model",
+    ),
+    "a function of torch.nn's": ("model._target_=torch.nn.utils.get_total_norm", "is not allowed as model"),
     "code of one's own": ("schedule._target_=evil.Net", "add trusted_packages=[evil]"),
 }
 
@@ -37,7 +43,7 @@ def test_trust_is_given_on_the_command_line_alone(cnntrain) -> None:
         "# @package _global_\ntrusted_packages: [evil]\nmodel: {_target_: evil.Net}\n"
     )
     said = cnntrain.refused("--config-dir", "own", "experiment=given", "threads=1")
-    assert "model._target_: 'evil.Net' can't be a model" in said and not Path("touched").exists()
+    assert "model._target_: 'evil.Net' is not allowed as model" in said and not Path("touched").exists()
 
 
 FLOW = ", ".join(["*a{}"] * 9)

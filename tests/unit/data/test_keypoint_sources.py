@@ -259,7 +259,7 @@ def annotation(**fields):
 
 @pytest.mark.parametrize("name", ["a", "", "\ud800", "\x1b[31m"])
 def test_names_of_keypoints_are_printable_and_differ(photographs, name):
-    with pytest.raises(UserError, match="names must be printable and differ"):
+    with pytest.raises(UserError, match="names must be printable and unique"):
         coco(photographs, categories=[{"id": 1, "keypoints": ["a", name]}]).spec()
 
 
@@ -278,7 +278,7 @@ COCO_FAULTS = [
     ({"images": [{"id": 0, "file_name": 5}]}, "image 0 of the list: id must be"),
     (
         {"images": [{"id": 0, "file_name": "0.png"}, {"id": 0, "file_name": "1.png"}]},
-        "another image has the id 0",
+        "duplicate id 0",
     ),
     ({"images": [{"id": 0, "file_name": "a\0b"}]}, "no file 'a\\x00b'"),
     ({"images": [{"id": 0, "file_name": "a" * 5000}]}, "no file 'aaa"),

@@ -73,7 +73,7 @@ def test_all_faults_are_reported_at_once(root, save, pixels):
         folder(root).load()
     for part in (
         "train/masks/0.png: has ids that are no class: 7",
-        "train/masks/1.png: is 23 x 16 pixels, its image 24 x 16",
+        "train/masks/1.png: is 23 x 16 pixels, but its image is 24 x 16",
         "train/images/2.jpg: has no mask",
         "train/masks/other.png: has no image",
         "test/masks/0.png: must hold class ids (gray or palette), but is RGB",
@@ -234,7 +234,7 @@ def test_255_beside_1_in_any_split_stays_ignored(tmp_path, save, pixels, split, 
     with caplog.at_level(logging.WARNING, "cnntrain"):
         splits = folder(tmp_path, size=[8, 12]).load()
     assert splits[split].lazy_targets["mask"][int(split == "train")].tolist() == halves(255, 0).tolist()
-    assert "masks hold the value 1 and 1 others 255" in caplog.text
+    assert "masks have the value 1 and 1 others 255" in caplog.text
 
 
 def test_a_border_of_255_around_objects_of_1_is_no_reason_to_warn(tmp_path, save, pixels, caplog):
@@ -266,17 +266,17 @@ def test_ids_that_say_nothing_are_refused(tmp_path, ids):
 @pytest.mark.parametrize(
     ("masks", "classes", "parts"),
     [
-        ([halves(0, 0)], 2, ["labelled c1", "hold the values 0"]),
-        ([halves(255, 255)], 2, ["labelled c0"]),
-        ([halves(0, 1)], 3, ["labelled c2"]),
+        ([halves(0, 0)], 2, ["no pixels of c1", "their values are 0"]),
+        ([halves(255, 255)], 2, ["no pixels of c0"]),
+        ([halves(0, 1)], 3, ["no pixels of c2"]),
         (
             [halves(0, 1), halves(255, 0)],
             3,
-            ["labelled c2", "255 is ignored", "data.ids='{0: 0, 1: 1, 255: 2}'"],
+            ["no pixels of c2", "255 is ignored", "data.ids='{0: 0, 1: 1, 255: 2}'"],
         ),
         ([halves(1, 2)], 2, ["no class: 2", "data.ids='{1: 0, 2: 1}'"]),
         ([halves(0, 128), halves(255, 0)], 3, ["no class: 128", "data.ids='{0: 0, 128: 1, 255: 2}'"]),
-        ([halves(0, 128), halves(255, 3)], 2, ["no class: 128", "without loss"]),
+        ([halves(0, 128), halves(255, 3)], 2, ["no class: 128", "losslessly"]),
     ],
 )
 def test_a_class_without_pixels_in_train_is_refused_with_the_remedy(

@@ -249,7 +249,7 @@ def test_two_names_of_one_split_are_refused(make_folder):
 @pytest.mark.parametrize("name", ["Valid", "test1", "dev"])
 def test_a_folder_of_images_beside_train_that_is_no_split_is_refused(make_folder, name):
     root = make_folder("train", name)
-    with pytest.raises(UserError, match=rf"{name} is no split, but holds {name}/cat/0\.png"):
+    with pytest.raises(UserError, match=rf"{name} is no split, but contains {name}/cat/0\.png"):
         ImageFolder(str(root)).load()
 
 
@@ -268,7 +268,9 @@ def test_folders_without_images_and_those_of_trainings_may_lie_beside_train(make
 def test_images_beside_the_class_folders_are_refused(make_folder, save, pixels, split):
     root = make_folder("train")
     save(root / split / "x.jpg", pixels(4, 4))
-    with pytest.raises(UserError, match=rf"{split}: has 1 image\(s\) in no class folder, x\.jpg"):
+    with pytest.raises(
+        UserError, match=rf"{split}: has 1 image\(s\) outside the class folders, for example x\.jpg"
+    ):
         ImageFolder(str(root)).load()
 
 

@@ -232,8 +232,8 @@ def test_validation_shards_are_used_under_each_of_their_names(tmp_path, name, pl
     [
         (["val.tar", "valid-0.tar"], "'val' and 'valid'"),
         (["val/0.tar", "validation/0.tar"], "'val' and 'validation'"),
-        (["valid/0.tar", "val-0.tar"], r"val in valid/ and beside it \(val-0.tar\)"),
-        (["dev-0.tar"], "dev-0.tar is of no split"),
+        (["valid/0.tar", "val-0.tar"], r"val both in valid/ and outside it \(val-0.tar\)"),
+        (["dev-0.tar"], "dev-0.tar belongs to no split"),
         (["testing/0.tar"], "testing is no split"),
     ],
 )
