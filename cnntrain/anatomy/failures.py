@@ -16,8 +16,8 @@ class Failure:
 
     layer: the innermost module that was running, by its name in the model ('' for the model itself).
     what: the layer, its input and what is wrong, in one line. `too_small`: a window is larger than the map
-    it gets, so that larger images are a remedy. `advice`: what else to change. positions: a dense layer gets a number
-    for each row or column in place of the channels, so that images of another size would only fit by accident.
+    it gets, so that larger images are a remedy. `advice`: what else to change. positions: a dense layer's input has one
+    value per row or column instead of per channel, so that images of another size fit only by accident.
     """
 
     layer: str
@@ -35,8 +35,8 @@ def explain(trace: Trace, error: BaseException) -> Failure:
     shape = call.input_shapes[0] if call.input_shapes else ()
     reason, advice, too_small = _reason(call.module, shape, error)
     if positions := _gets_positions(trace, call.module, shape):
-        advice = "average over rows and columns alone, x.mean((2, 3)), or use flatten"
-        reason += ": a number for each position, as the channels were averaged away"
+        advice = "average only over rows and columns, x.mean((2, 3)), or use flatten"
+        reason += ": one value per position, because the channels were averaged"
     if not reason:
         reason = first_line(error)
         if trace.failing is not None:
@@ -50,7 +50,7 @@ def explain(trace: Trace, error: BaseException) -> Failure:
 
 
 def _gets_positions(trace: Trace, module: nn.Module, shape: Shape) -> bool:
-    """Whether a dense layer gets rows, columns or pixels of the last map, whose channels are gone."""
+    """Return True if a dense layer's inputs are rows, columns or pixels of the last map, without channels."""
     maps = [op.output_shape for op in trace.operations if len(op.output_shape) > 3]
     if not isinstance(module, nn.Linear) or len(shape) != 2 or not maps or shape[1] == module.in_features:
         return False

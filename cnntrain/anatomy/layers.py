@@ -57,7 +57,7 @@ class Row:
     start: tuple[float, ...] | None = None
     whole: bool = False
     ran: bool = True
-    trainable: int = 0  # of the parameters
+    trainable: int = 0  # number of trainable parameters
 
     def count(self, convention: Convention) -> int:
         """Parameters by a convention."""
@@ -70,12 +70,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A network opened up.
+    """Summary of a network.
 
     Attributes:
-        depth: convolutions and dense layers on the longest path from the image to the output, as networks are named
-            (ResNet-18, VGG-16); see `_depth`.
-        uncounted, unfollowed: what the numbers leave out, by layer.
+        depth: number of convolutions and dense layers on the longest path from input to output, as in the names
+            ResNet-18 and VGG-16; see `_depth`.
+        uncounted, unfollowed: layers that the counts do not include.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Anatomy:
 
     @property
     def trainable(self) -> int:
-        """Parameters that are not frozen."""
+        """Number of parameters that are not frozen."""
         return sum(row.trainable for row in self.rows)
 
     @property
@@ -171,12 +171,12 @@ def analyse(model_or_builder: Buildable, input_shape: Sequence[int], name: str |
 
 
 def _depth(trace: Trace, output: object) -> int:
-    """Convolutions and dense layers on the longest path from the image to the output.
+    """Count the convolutions and dense layers on the longest path from input to output.
 
-    A projection on a shortcut lies beside a longer path and does not count; of an Inception module the longest branch
-    does. A depthwise convolution and the 1x1 convolution that directly follows it are one layer (Chollet 2017: 36
-    convolutions in Xception); with a norm or an activation between them they are two (Howard et al. 2017: 28 layers in
-    MobileNet).
+    A projection shortcut is parallel to a longer path and is not counted. In an Inception module the longest branch is
+    counted. A depthwise convolution directly followed by a 1x1 convolution counts as one layer (Chollet 2017: 36
+    convolutions in Xception). With a norm or an activation between them they count as two (Howard et al. 2017: 28
+    layers in MobileNet).
     """
     depths: list[int] = []
     for operation in trace.operations:
@@ -187,13 +187,13 @@ def _depth(trace: Trace, output: object) -> int:
 
 
 def _is_weighted(operation: Operation) -> bool:
-    """Whether it is a convolution or a dense layer; a product of two activations (attention) is neither."""
+    """Return True for a convolution or dense layer; False for a product of two activations (attention)."""
     dense = operation.name in ("addmm", "mm") and len(operation.inputs) == 1
     return dense or operation.name == "convolution"
 
 
 def _ends_separable(trace: Trace, operation: Operation) -> bool:
-    """Whether it is the 1x1 convolution of a separable one: its input comes straight from a depthwise convolution."""
+    """Return True for the 1x1 convolution of a separable convolution: its input is a depthwise convolution's output."""
     geometry, first = operation.geometry, operation.inputs[0] if operation.inputs else -1
     pointwise = geometry is not None and geometry.groups == 1 and set(geometry.kernel) == {1}
     return pointwise and first >= 0 and is_depthwise(trace.operations[first])

@@ -151,7 +151,7 @@ def last_local(trace: Trace) -> Operation | None:
 
 
 def _small_field(trace: Trace, image_size: tuple[int, ...]) -> Finding | None:
-    """Of a network whose output is a map: each position answers for itself. A global pool puts positions together."""
+    """Warn about a small receptive field of a network whose output is a map; global pooling combines positions."""
     last = last_local(trace)
     if last is None or last.axes is None or last.index + 1 < len(trace.operations):
         return None

@@ -19,11 +19,11 @@ class Owner:
         self.buffers = {id(b) for b in model.buffers() if b.is_floating_point()}
 
     def take(self, names: Iterable[str]) -> tuple[int, int]:
-        """Parameters, and how many of them are trainable."""
+        """Return the number of parameters and of trainable parameters."""
         return self._take(self.parameters[name] for name in names)
 
     def take_module(self, module: nn.Module) -> tuple[tuple[int, int], int]:
-        """Parameters with how many of them are trainable, and statistics."""
+        """Return (parameters, trainable parameters) and the number of running statistics."""
         taken = self._take(module.parameters())
         statistics = [b for b in module.buffers() if id(b) in self.buffers]
         self.buffers -= {id(b) for b in statistics}
@@ -34,7 +34,7 @@ class Owner:
         return sum(p.numel() for p in taken), sum(p.numel() for p in taken if p.requires_grad)
 
     def rest(self) -> list[tuple[str, tuple[int, int], int]]:
-        """(module, parameters with how many are trainable, statistics) that nothing used: auxiliary heads, say."""
+        """Return (module, (parameters, trainable), statistics) of unused modules, for example auxiliary heads."""
         homes = dict.fromkeys(name.rpartition(".")[0] for name in self.left.values())
         found = []
         for home in homes:

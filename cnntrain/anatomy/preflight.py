@@ -65,7 +65,7 @@ def preflight(
 
 
 def output_size(model: nn.Module, in_channels: int, image_size: Sequence[int]) -> tuple[int, int] | None:
-    """(height, width) of the output map of a meta network; None where it can't be run or answers otherwise."""
+    """Return (height, width) of a meta network's output map; None if it fails or its output is not a map."""
     try:
         with torch.no_grad():
             output = model(images(in_channels, tuple(image_size), 1))
@@ -161,10 +161,10 @@ def smallest_size(
     batch_size: int,
     expected: Sequence[int | None] | None = None,
 ) -> tuple[int, bool] | None:
-    """The smallest square image that a meta network takes, and whether it takes larger ones too.
+    """Return the smallest square image size that a meta network accepts, and whether it accepts larger images too.
 
-    None if not found, or where it only fits by accident: the output is not of the `expected` shape, or one side of the
-    image has to be exact and the other one does not matter.
+    None if there is none, or if a size fits only by accident: the output does not have the `expected` shape, or one side
+    of the image must be exact and the other does not matter.
 
     By bisection between common sizes, in the mode that the network is in; given up after a few seconds.
     """

@@ -36,7 +36,7 @@ def report(
             0 shows every row.
         folder: made when it isn't there. One network: layers.csv (every row, not folded), anatomy.json
             and anatomy.png. Several: comparison.csv, comparison.json, and each one's picture.
-        pictures: whether to draw the PNG files.
+        pictures: draw the PNG files.
 
     Returns:
         the paths of the files written.

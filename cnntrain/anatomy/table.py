@@ -96,9 +96,9 @@ def layer_table(anatomy: Anatomy, depth: int | None = None, convention: Conventi
 
 
 def parameter_lines(anatomy: Anatomy, convention: Convention = "torch") -> list[str]:
-    """Total, trainable and non-trainable parameters; Keras counts running statistics among the last.
+    """Return lines with total, trainable and non-trainable parameters; Keras counts running statistics as the latter.
 
-    With BatchNorm folded away there is nothing to train, and the total stands alone.
+    With folded BatchNorm only the total is shown, because a folded network is not trained.
     """
     total = anatomy.parameters(convention)
     lines = [f"Total parameters: {total:,}"]
@@ -144,8 +144,8 @@ _CONVENTIONS: dict[Convention, str] = {
 
 
 _DEPTH = (
-    "depth: convolutions and dense layers on the longest path; a depthwise and a 1x1 convolution with nothing between "
-    "them are one"
+    "depth: convolutions and dense layers on the longest path; a depthwise convolution directly followed by a 1x1 "
+    "convolution counts as one"
 )
 
 

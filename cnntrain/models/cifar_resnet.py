@@ -13,7 +13,7 @@ from cnntrain.models.elements import check_word
 
 SHORTCUTS = ("pad", "projection", "none")
 
-DEEPEST = 6 * 500 + 2  # He et al. 2016 went to 1202
+DEEPEST = 6 * 500 + 2  # the deepest network in He et al. 2016 has 1202 layers
 
 
 class CifarBlock(nn.Module):
@@ -73,7 +73,7 @@ class CifarResNet(nn.Module):
             below = max(8, (depth - 2) // 6 * 6 + 2)
             raise UserError(f"model.depth: {depth} is not 6n + 2; the nearest are {below} and {below + 6}")
         if depth > DEEPEST:
-            raise UserError(f"model.depth: {depth} is too deep, at most {DEEPEST} is possible")
+            raise UserError(f"model.depth: {depth} is too deep; the maximum is {DEEPEST}")
         check_word("shortcut", shortcut, SHORTCUTS)
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)

@@ -34,7 +34,7 @@ class FCN(nn.Module):
             follows its last map is left out.
         skips: how many finer maps are scored too.
         upsampling: nearest, bilinear or bicubic.
-        stem: auto, imagenet or small, of a backbone that is one of our ResNets.
+        stem: auto, imagenet or small; only for resnet backbones.
 
     Raises:
         UserError: an unknown backbone or word; a backbone without maps, or that can't be traced.

@@ -17,7 +17,7 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
         name: as `timm.list_models()` has it, e.g. convnext_atto; with `.tag` for certain weights.
 
     Raises:
-        UserError: timm is not installed; an unknown name, with the near miss.
+        UserError: timm is not installed, or the name is unknown (the message suggests a similar name).
     """
     timm = _timm()
     if not timm.is_model(name):
@@ -28,30 +28,30 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
     model = _create(name, image_size, in_chans=in_channels, num_classes=num_outputs)
     head = model.get_classifier()  # type: ignore[operator]
     if isinstance(head, nn.Linear):
-        # timm draws that of an EfficientNet from +-1/sqrt(outputs): with one output (two classes) logits of +-10, which
-        # take a short training to unlearn.
+        # timm initializes an EfficientNet's head in +-1/sqrt(outputs). With one output (two classes) this gives logits of
+        # +-10, which slow down the start of training.
         head.reset_parameters()
     model.head_names = tuple(n for n, module in model.named_modules() if module is head)  # type: ignore[assignment]
     return model
 
 
 def published_weights(name: str, image_size: Sequence[int]) -> Mapping[str, Tensor]:
-    """timm's own weights for a model, with position embeddings for `image_size` (height, width).
+    """Download timm's weights for a model, with position embeddings for `image_size` (height, width).
 
     Raises:
-        UserError: there are none, or they can't be fetched.
+        UserError: the weights do not exist or cannot be downloaded.
     """
     try:
         return _create(name, image_size, pretrained=True).state_dict()
     except UserError as error:
         raise UserError(
-            f"model.pretrained: could not get timm's weights of {str(error).removeprefix('model.name=')}; fetch them "
-            "elsewhere and give the file: model.pretrained=FILE.safetensors"
+            f"model.pretrained: cannot download timm's weights for {str(error).removeprefix('model.name=')}; download "
+            "them on another machine and set model.pretrained=FILE.safetensors"
         ) from error
 
 
 def preprocessing(name: str) -> Preprocessing | None:
-    """How images for timm's weights are prepared; None where timm is missing or does not know the model."""
+    """Return the preprocessing of timm's weights; None if timm is not installed or does not know the model."""
     with contextlib.suppress(ImportError, RuntimeError):
         import timm  # pyright: ignore[reportMissingImports]  (an optional extra)
 

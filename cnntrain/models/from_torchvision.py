@@ -19,7 +19,7 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
         name: as `torchvision.models.list_models` has it, e.g. mobilenet_v2.
 
     Raises:
-        UserError: an unknown name, with the near miss.
+        UserError: the name is unknown (the message suggests a similar name).
     """
     model = build(name, "classifier", in_channels, num_outputs, image_size)
     model.head_names = (last_of_width(model, num_outputs),)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Adaptive average pooling with a deterministic gradient on CUDA, where PyTorch has none."""
+"""Adaptive average pooling with a deterministic backward pass on CUDA (PyTorch's is nondeterministic)."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from cnntrain.transfer import constant
 
 
 def make_pooling_deterministic(model: nn.Module) -> None:
-    """Let the network's `nn.AdaptiveAvgPool2d` modules compute by `deterministic_adaptive_avg_pool2d`."""
+    """Make the network's `nn.AdaptiveAvgPool2d` modules use `deterministic_adaptive_avg_pool2d`."""
     for module in model.modules():
         if type(module) is nn.AdaptiveAvgPool2d:
             size = module.output_size
@@ -19,10 +19,10 @@ def make_pooling_deterministic(model: nn.Module) -> None:
 
 
 def deterministic_adaptive_avg_pool2d(input: Tensor, height: int | None, width: int | None) -> Tensor:
-    """`functional.adaptive_avg_pool2d` of (N, C, H, W) or (C, H, W) images; None keeps a side.
+    """Compute `functional.adaptive_avg_pool2d` for (N, C, H, W) or (C, H, W) input; None keeps a side.
 
-    Where the output's sides divide the input's, the windows don't overlap: it is an average pooling with a stride.
-    Elsewhere it is a product with one matrix for each side.
+    If the output size divides the input size, the windows do not overlap and average pooling with a stride is used.
+    Otherwise the input is multiplied by one matrix per side.
     """
     height, width = height or input.shape[-2], width or input.shape[-1]
     if (height, width) == (1, 1):
@@ -31,13 +31,16 @@ def deterministic_adaptive_avg_pool2d(input: Tensor, height: int | None, width: 
         return functional.avg_pool2d(input, (input.shape[-2] // height, input.shape[-1] // width))
     rows = window_means(input.shape[-2], height, input.device)
     columns = window_means(input.shape[-1], width, input.device)
-    with torch.autocast(input.device.type, enabled=False):  # bf16 would round the weights of the mean
+    with torch.autocast(input.device.type, enabled=False):  # bf16 would round the averaging weights
         return (rows @ input.float() @ columns.mT).to(input.dtype)
 
 
 def window_means(length: int, output_length: int, device: torch.device) -> Tensor:
-    """(output_length, length) float32: row i averages inputs floor(i * length / output_length) to
-    ceil((i + 1) * length / output_length), the end excluded (as `torch.nn.AdaptiveAvgPool2d`)."""
+    """Return the averaging matrix (output_length, length) float32.
+
+    Row i averages inputs floor(i * length / output_length) to ceil((i + 1) * length / output_length), end excluded, as
+    in `torch.nn.AdaptiveAvgPool2d`.
+    """
     rows = []
     for i in range(output_length):
         start, end = i * length // output_length, -(-(i + 1) * length // output_length)

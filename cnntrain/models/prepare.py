@@ -36,17 +36,17 @@ def prepare(
     """Apply the common keys of a model's YAML, in this order; null and 'default' leave the network as it is.
 
     Args:
-        norm: batch, layer, instance, group or none, in place of every norm there is; not for a network with
-            layer norms, nor with pretrained weights.
+        norm: batch, layer, instance, group or none; replaces every norm. Not allowed for networks with layer norms or
+            pretrained weights.
         activation: relu, gelu, tanh, ... in place of every activation.
-        init: he or xavier, for every convolution and dense layer; not with pretrained weights.
-        freeze: backbone (only the head is trained), or names of layers.
-        unfreeze: epoch from which what was frozen is trained too; read by the loop, which calls `unfreeze`.
-        weights: pretrained weights, to be loaded.
-        num_outputs, outputs, image_size: of the task and the data, for loading them; see `load_pretrained`.
+        init: he or xavier, for every convolution and dense layer; not allowed with pretrained weights.
+        freeze: backbone (train only the head), or names of layers.
+        unfreeze: epoch from which frozen layers are trained too; the training loop reads it and calls `unfreeze`.
+        weights: pretrained weights to load.
+        num_outputs, outputs, image_size: task and data properties for loading the weights; see `load_pretrained`.
 
     Raises:
-        UserError: an unknown word, or one that this network has no place for; weights that don't fit.
+        UserError: an unknown option, an option that does not apply to this network, or weights that do not fit.
     """
     if unfreeze is not None and freeze is None:
         raise UserError(f"model.unfreeze={unfreeze}: nothing is frozen; set model.freeze=backbone too")
@@ -68,29 +68,29 @@ def prepare(
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Whether the network began with weights that were learned elsewhere."""
+    """Return True if the network was initialized with pretrained weights."""
     return any(hasattr(module, "pretrained_from") for module in model.modules())
 
 
 def _check_same_parts(
     model: nn.Module, weights: Weights | None, norm: str | None, activation: str | None
 ) -> None:
-    """Refuse other norms than the weights were learned with, and warn of other activations."""
+    """Reject norms that differ from those of the pretrained weights; warn if the activations differ."""
     before = weights.model if weights is not None else None
     if norm is not None and before is None and (weights is not None or is_pretrained(model)):
         raise UserError(
-            f"model.norm={norm} would replace the norms that the pretrained weights were learned with; "
+            f"model.norm={norm} would replace the norms that the pretrained weights were trained with; "
             "set model.norm=null"
         )
     if before is not None and before.get("norm") != norm:
         then, now = (value or "null" for value in (before.get("norm"), norm))
         raise UserError(
-            f"model.norm={now}: the run of the pretrained weights had model.norm={then}; set the same here"
+            f"model.norm={now}: the pretrained weights were trained with model.norm={then}; use the same value"
         )
     then = before.get("activation") if before is not None else None
     if activation != then and (weights is not None or is_pretrained(model)):
         logging.getLogger("cnntrain").warning(
-            "model.activation=%s: the pretrained weights were learned with %s",
+            "model.activation=%s: the pretrained weights were trained with %s",
             activation or "null", then or "the network's own activations",
         )  # fmt: skip
 
@@ -116,13 +116,13 @@ def materialise(model: nn.Module, channels: int, image_size: tuple[int, int]) ->
 
 
 def initialise(model: nn.Module, init: str) -> None:
-    """Draw the weights of every convolution and dense layer anew, biases 0; norms keep what they have.
+    """Reinitialize the weights of every convolution and dense layer and set biases to 0; norms are unchanged.
 
     he: N(0, 2 / fan_in) (He et al. 2015); xavier: uniform, variance 2 / (fan_in + fan_out) (Glorot and Bengio
     2010).
 
     Raises:
-        UserError: an unknown word, or pretrained weights, which it would throw away.
+        UserError: unknown `init`, or the network has pretrained weights that would be lost.
     """
     check_word("init", init, INITS)
     if init == "default":
@@ -142,24 +142,24 @@ def initialise(model: nn.Module, init: str) -> None:
 
 
 def freeze_layers(model: nn.Module, freeze: str | Sequence[str], new: Sequence[str] = ()) -> None:
-    """Leave layers as they are: their parameters get no gradient, their norms keep their statistics.
+    """Freeze layers: their parameters get no gradient, and their norms keep their running statistics.
 
-    What the network itself froze stays frozen, here and when `unfreeze` sets the rest free.
+    Parameters that the network froze itself stay frozen, even after `unfreeze`.
 
     Args:
-        freeze: backbone (everything but the head), or names of layers, with all that is in them.
-        new: layers that start from scratch, which pretrained weights don't have; they can't be among the frozen.
+        freeze: backbone (everything except the head), or names of layers, including their submodules.
+        new: randomly initialized layers that the pretrained weights lack; they must not be frozen.
 
     Raises:
-        UserError: no such layer, a new one, or a network that does not say what its head is (`head_names`: the
-            names of the head's modules).
+        UserError: an unknown layer, a layer in `new`, or freeze=backbone for a network without `head_names` (names of
+            the head's modules).
     """
     heads: tuple[str, ...] = getattr(model, "head_names", ())
     if freeze == "backbone":
         if not heads:
             raise UserError(
-                f"model.freeze=backbone: {type(model).__name__} does not say what its head is; give the class "
-                "head_names = ('fc',), the names of its last layers, or list the layers to freeze: "
+                f"model.freeze=backbone: {type(model).__name__} does not define its head; set the class attribute "
+                "head_names = ('fc',) with the names of its last layers, or list the layers to freeze: "
                 "model.freeze=[conv1,conv2]"
             )
     else:
@@ -171,8 +171,8 @@ def freeze_layers(model: nn.Module, freeze: str | Sequence[str], new: Sequence[s
 
     if random := [name for name in new if is_frozen(name)]:
         raise UserError(
-            f"model.freeze: {', '.join(random[:4])} would be frozen with random weights, for model.pretrained has none "
-            "of that shape; freeze other layers (model.freeze=[...]), or give the network the weights' shape"
+            f"model.freeze: {', '.join(random[:4])} would be frozen with random weights because model.pretrained has "
+            "no weights of that shape; freeze other layers (model.freeze=[...]), or change the network to fit the weights"
         )
     chosen = [name for name, p in model.named_parameters() if p.requires_grad and is_frozen(name)]
     for name in chosen:
@@ -184,12 +184,12 @@ def freeze_layers(model: nn.Module, freeze: str | Sequence[str], new: Sequence[s
 
 
 def _check_layers(model: nn.Module, freeze: object) -> None:
-    """Refuse what names no layer or parameter of the network."""
+    """Reject names that are not a layer or parameter of the network."""
     known = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
     names = [freeze] if isinstance(freeze, str) else freeze
     if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(
-            f"model.freeze: must be null, backbone, or names of layers as [layer1,layer2], got {freeze!r}"
+            f"model.freeze: must be null, backbone, or a list of layers like [layer1,layer2], got {freeze!r}"
         )
     for name in names:
         if name not in known:
@@ -201,7 +201,7 @@ def _check_layers(model: nn.Module, freeze: object) -> None:
 
 
 def count_trainable(model: nn.Module) -> tuple[int, int]:
-    """Parameters that are trained, and all of them."""
+    """Return the number of trainable parameters and of all parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
@@ -217,7 +217,7 @@ def stays_in_eval(module: nn.Module) -> bool:
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Undo `freeze_layers`: what it froze is trained again, and its norms follow train and eval mode."""
+    """Undo `freeze_layers`: its parameters become trainable, and its norms follow train and eval mode again."""
     for name in getattr(model, "frozen_parameters", ()):
         model.get_parameter(name).requires_grad_(True)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Pretrained weights: those that torchvision or timm publish, a file, or an earlier run; found, read, loaded."""
+"""Find and load pretrained weights: from torchvision or timm, from a file, or from an earlier run."""
 
 import logging
 import math
@@ -15,17 +15,17 @@ from cnntrain.tensor_file import read_tensors
 
 log = logging.getLogger("cnntrain")
 FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
-# Where a file of somebody's training keeps the weights, beside optimizer and epoch.
+# Keys under which common training scripts store the state dict in a checkpoint.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images were prepared when weights were learned.
+    """Image preprocessing that the weights were trained with.
 
     Attributes:
         mean, std: per channel, on the 0-1 scale.
-        size: (height, width) in pixels; None where the weights take images of any size.
+        size: (height, width) in pixels; None if the weights work with images of any size.
     """
 
     mean: tuple[float, ...]
@@ -33,7 +33,7 @@ class Preprocessing:
     size: tuple[int, int] | None = None
 
     def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation for images of other channels, as `adapt_first_conv` adapts the filters."""
+        """Return mean and std for another number of channels, consistent with `adapt_first_conv`."""
         return _for_channels(self.mean, channels), _for_channels(self.std, channels)
 
 
@@ -45,10 +45,10 @@ def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]
 
 @dataclass(frozen=True)
 class Published:
-    """The weights that a library publishes for an architecture.
+    """Weights that a library publishes for an architecture.
 
     Attributes:
-        part: the submodule that the architecture is in a network of the config; "" where it is all of it.
+        part: the submodule of the configured network that has this architecture; "" for the whole network.
     """
 
     library: Literal["torchvision", "timm"]
@@ -56,13 +56,13 @@ class Published:
     part: str = ""
 
     def names(self) -> tuple[str, ...]:
-        """What `model.pretrained` may name; DEFAULT also where the library does not know the architecture."""
+        """Return the valid names for `model.pretrained`; includes DEFAULT even if the architecture is unknown."""
         if self.library == "timm":
             return ("DEFAULT",)
         return ("DEFAULT", *(entry.name for entry in self._weights() or ()))
 
     def preprocessing(self, name: str) -> Preprocessing | None:
-        """How the images for the weights called `name` are prepared; None where the library does not say."""
+        """Return the preprocessing of the weights `name`; None if the library does not define it."""
         if self.library == "timm":
             from cnntrain.models.from_timm import preprocessing
 
@@ -77,13 +77,13 @@ class Published:
         )
 
     def read(self, name: str, image_size: Sequence[int]) -> Mapping[str, Tensor]:
-        """The state dict; fetched, unless it has been before.
+        """Return the state dict, downloaded if it is not cached.
 
         Args:
             image_size: (height, width) in pixels, for position embeddings.
 
         Raises:
-            UserError: there is none, or it can't be fetched.
+            UserError: the weights do not exist or cannot be downloaded.
         """
         if self.library == "timm":
             from cnntrain.models.from_timm import published_weights
@@ -99,12 +99,12 @@ class Published:
             return chosen.get_state_dict(progress=False, check_hash=True)
         except (URLError, OSError) as error:
             raise UserError(
-                f"model.pretrained: could not fetch {chosen.url} ({error}); fetch it elsewhere and give "
-                "the file: model.pretrained=FILE.pth"
+                f"model.pretrained: cannot download {chosen.url} ({error}); download it on another machine "
+                "and set model.pretrained=FILE.pth"
             ) from error
 
     def _weights(self) -> Any:
-        """torchvision's enumeration; None where it has none."""
+        """Return torchvision's weights enum; None if it has none."""
         from torchvision import models
 
         try:
@@ -114,10 +114,10 @@ class Published:
 
 
 def published_for(model: Mapping[str, Any]) -> Published | None:
-    """Whose weights fit the network that a node of the config describes; None where nobody publishes any."""
+    """Return the published weights for the network of a config node; None if there are none."""
     target = str(model.get("_target_")).removeprefix("cnntrain.models.")
     name, backbone = str(model.get("name")), model.get("backbone", "resnet18")
-    if target == model.get("_target_"):  # the user's own
+    if target == model.get("_target_"):  # a user-defined network
         return None
     if target == "resnet.ResNet":
         return Published("torchvision", f"resnet{model.get('depth')}")
@@ -134,14 +134,14 @@ def published_for(model: Mapping[str, Any]) -> Published | None:
 
 @dataclass(frozen=True)
 class Weights:
-    """What `model.pretrained` names.
+    """Weights named by `model.pretrained`.
 
     Attributes:
         name: as in the config, for messages.
-        published: the library that has weights for this network, if one does.
-        state: the tensors of a file; None where the library has them.
-        preprocessing: how their images were prepared; None where nobody says.
-        outputs: names of the classes or keypoints that an earlier run learned; None where the file doesn't tell.
+        published: the library's weights for this network, if any.
+        state: state dict from a file; None if the library provides it.
+        preprocessing: image preprocessing of the weights; None if unknown.
+        outputs: names of the classes or keypoints of an earlier run; None if unknown.
         model: the `model` section of an earlier run's config; None for other weights.
     """
 
@@ -154,14 +154,14 @@ class Weights:
 
     @property
     def part(self) -> str:
-        """The submodule that the tensors belong to; "" for the whole network, as in a checkpoint of its own."""
+        """Return the submodule that the tensors belong to; "" for the whole network, as in a run's checkpoint."""
         part = self.published.part if self.published else ""
         whole = self.state is not None and any(key.startswith(f"{part}.") for key in self.state)
         return "" if whole else part
 
     @property
     def stem(self) -> str | None:
-        """The stem of one of our ResNets that has these weights: imagenet or small; None where it has neither."""
+        """Return the ResNet stem of these weights, imagenet or small; None if they have neither."""
         if self.state is None:
             return "imagenet"
         first = next(
@@ -174,20 +174,20 @@ class Weights:
 def find_weights(
     model: Mapping[str, Any], pretrained: object, check_run: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Weights | None:
-    """The weights that `pretrained` means for the network that the node `model` describes; reads a file, fetches none.
+    """Find the weights that `pretrained` names for the network `model` (a config node); does not download.
 
     Args:
-        pretrained: null or false (None); true or DEFAULT; the name of a library's weights; a file; a run's folder.
-        check_run: returns the content of a run's checkpoint once every field has been checked; else a UserError.
+        pretrained: null or false (None); true or DEFAULT; a name of published weights; a file; a run folder.
+        check_run: validates the content of a run's checkpoint and returns it, or raises UserError.
 
     Raises:
-        UserError: no such weights, no such file, or no weights in it.
+        UserError: the weights or the file do not exist, or the file contains no weights.
     """
     if pretrained is None or pretrained is False:
         return None
     if pretrained is not True and not isinstance(pretrained, str):
         raise UserError(
-            f"model.pretrained: must be DEFAULT, a name, a file or a run's folder, got {pretrained!r}"
+            f"model.pretrained: must be DEFAULT, a name, a file or a run folder, got {pretrained!r}"
         )
     name = "DEFAULT" if pretrained is True else pretrained
     published = published_for(model)
@@ -199,12 +199,12 @@ def find_weights(
         return _read_file(name, _find_file(path), published, check_run)
     if published is None:
         raise UserError(
-            f"model.pretrained: nobody publishes weights for this network, and there is no file {path.absolute()}; "
-            "give a file of its weights, or the folder of a run that trained it"
+            f"model.pretrained: there are no published weights for this network, and no file {path.absolute()}; give "
+            "a file with its weights, or the folder of a run that trained it"
         )
     raise UserError(
         f"model.pretrained: {published.architecture} has no weights {name!r}{suggest(name, names)} "
-        f"(known: {', '.join(names)}, or a .pth file, or a run's folder)"
+        f"(known: {', '.join(names)}, or a .pth file, or a run folder)"
     )
 
 
@@ -214,7 +214,7 @@ def _find_file(path: Path) -> Path:
             return candidate
     if path.is_dir():
         raise UserError(
-            f"model.pretrained: {path.absolute()} has no checkpoints/best.pt; give a file or a run's folder"
+            f"model.pretrained: {path.absolute()} has no checkpoints/best.pt; give a file or a run folder"
         )
     raise UserError(f"model.pretrained: no file {path.absolute()}")
 
@@ -225,7 +225,7 @@ def _read_file(
     published: Published | None,
     check_run: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Weights:
-    """The weights in a file: a state dict, one beside other things, or a checkpoint of cnntrain's."""
+    """Read weights from a file: a state dict, a checkpoint that contains one, or a cnntrain checkpoint."""
     content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
     if not isinstance(content, dict):
         content = {}
@@ -233,27 +233,25 @@ def _read_file(
         try:
             return _from_run(name, check_run(content), published)
         except UserError as error:
-            raise UserError(
-                f"model.pretrained: {path}: not the checkpoint of a training ({error})"
-            ) from error
+            raise UserError(f"model.pretrained: {path}: not a valid training checkpoint ({error})") from error
     state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     if not state or not all(
         isinstance(key, str) and isinstance(value, Tensor) and not value.is_complex()
         for key, value in state.items()
     ):
         raise UserError(
-            f"model.pretrained: {path} holds no state dict (real tensors by the names of their layers)"
+            f"model.pretrained: {path} contains no state dict (a mapping from layer names to real tensors)"
         )
-    if all(key.startswith("module.") for key in state):  # as DataParallel names them
+    if all(key.startswith("module.") for key in state):  # prefix added by DataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return Weights(name, published, state, published.preprocessing("DEFAULT") if published else None)
 
 
 def _from_run(name: str, saved: Mapping[str, Any], published: Published | None) -> Weights:
-    """Weights of an earlier run: those that were validated.
+    """Return the weights of an earlier run: the EMA weights if it has them, as used in validation.
 
     Args:
-        saved: the content of its checkpoint, checked.
+        saved: the validated content of its checkpoint.
     """
     state, spec, model = saved["state"], saved["spec"], saved["config"]["model"]
     for key in ("norm", "activation"):
@@ -274,9 +272,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
     try:
         return load_file(path)
-    except Exception as error:  # SafetensorError is derived from Exception itself
+    except Exception as error:  # SafetensorError is a direct subclass of Exception
         raise UserError(
-            f"{path}: not a readable file of tensors ({type(error).__name__}); use another one"
+            f"{path}: not a readable tensor file ({type(error).__name__}); use another one"
         ) from error
 
 
@@ -288,17 +286,17 @@ def load_pretrained(
     outputs: tuple[str, ...] = (),
     image_size: Sequence[int] = (),
 ) -> tuple[str, ...]:
-    """Load `weights` into `model`, whole layers at a time.
+    """Load `weights` into `model`; each layer is loaded completely or not at all.
 
-    What may start from scratch instead is named in the log: the head, where it has another shape or the run of the
-    weights learned other classes; a first convolution of another kernel size; a dense layer that reads maps of another
-    size. A first convolution with other channels is adapted. What only the file has (auxiliary heads) is left out.
+    These layers may stay randomly initialized, and the log lists them: the head, if its shape or the classes differ; a
+    first convolution with another kernel size; a dense layer whose input maps have another size. A first convolution
+    with another number of channels is adapted. Layers that only the file has (auxiliary heads) are ignored.
 
     Args:
-        outputs: names of the classes or keypoints that are to be learned.
+        outputs: names of the classes or keypoints to learn.
 
     Returns:
-        names of the layers that start from scratch.
+        names of the randomly initialized layers.
 
     Raises:
         UserError: weights of another architecture.
@@ -339,17 +337,17 @@ def load_pretrained(
         )
     fitting = {key: theirs[key] for key in ours if key in theirs and _layer(key) not in new}
     model.load_state_dict({**ours, **fitting})
-    log.info("loaded %s; not in it, so untrained: %s", weights.name, ", ".join(new) or "nothing")
+    log.info("loaded %s; layers without pretrained weights: %s", weights.name, ", ".join(new) or "none")
     return tuple(new)
 
 
 def _layer(key: str) -> str:
-    """The layer that a tensor is of; one right below the network stands for itself."""
+    """Return the layer that a tensor belongs to; a top-level tensor counts as its own layer."""
     return key.rpartition(".")[0] or key
 
 
 def _by_layer(state: Iterable[str]) -> dict[str, list[str]]:
-    """Keys of a state dict by the layer that they are of. Old files lack BatchNorm's count of batches."""
+    """Group the keys of a state dict by layer. `num_batches_tracked` is skipped, because old files lack it."""
     found: dict[str, list[str]] = {}
     for key in state:
         if not key.endswith(".num_batches_tracked"):
@@ -360,7 +358,7 @@ def _by_layer(state: Iterable[str]) -> dict[str, list[str]]:
 def _reads_another_size(
     name: str, keys: Sequence[str], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
 ) -> bool:
-    """Whether a dense layer differs in its inputs alone, as after a flattened map of another size."""
+    """Return True if a dense layer differs only in its number of inputs, as after flattening another map size."""
     weight = f"{name}.weight"
     if weight not in keys or any(key not in theirs for key in keys):
         return False
@@ -371,13 +369,13 @@ def _reads_another_size(
 
 
 def heads_of(model: nn.Module, num_outputs: int) -> tuple[str, ...]:
-    """Names of a network's last layers: `head_names`, or else the last layer that has as many outputs."""
+    """Return the names of a network's last layers: `head_names`, or the last layer with `num_outputs` outputs."""
     heads: tuple[str, ...] = getattr(model, "head_names", ())
     return heads or tuple(filter(None, [last_of_width(model, num_outputs)]))
 
 
 def last_of_width(model: nn.Module, num_outputs: int) -> str:
-    """Name of the last layer: dense, or SqueezeNet's convolution; "" where none has as many outputs."""
+    """Return the name of the last dense layer or convolution with `num_outputs` outputs; "" if there is none."""
     name = ""
     for candidate, module in model.named_modules():
         width = getattr(module, "out_features", getattr(module, "out_channels", None))
@@ -387,7 +385,7 @@ def last_of_width(model: nn.Module, num_outputs: int) -> str:
 
 
 def in_head(name: str, heads: tuple[str, ...]) -> bool:
-    """Whether a parameter or module of this name lies in one of the modules that are the head."""
+    """Return True if the parameter or module belongs to one of the head's modules."""
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 

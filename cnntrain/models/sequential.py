@@ -25,7 +25,7 @@ from cnntrain.models.blocks import Branches, PadShortcut, Residual
 from cnntrain.models.elements import ACTIVATIONS
 from cnntrain.models.shapes import Place, Shape, output_shape
 
-MOST_LAYERS = 10_000  # with all repeats written out; ResNet-1202 has about 3,000
+MOST_LAYERS = 10_000  # with repeats expanded; ResNet-1202 has about 3,000
 Shaped = tuple[nn.Module, Shape]
 Builder = Callable[..., nn.Module | Shaped]
 """(place, arguments of the YAML) -> the module; one made of lists knows the shape that leaves it, too."""
@@ -57,9 +57,7 @@ class Sequential(nn.Module):
         place = Place((in_channels, *image_size), num_outputs, "model.layers")
         count = count_layers(layers) if isinstance(layers, list | tuple) else 0
         if count > MOST_LAYERS:
-            raise UserError(
-                f"model.layers: unfolds to {count:,} layers, at most {MOST_LAYERS:,} are possible"
-            )
+            raise UserError(f"model.layers: expands to {count:,} layers; the maximum is {MOST_LAYERS:,}")
         outputs = [i for i, entry in enumerate(layers) if _word_of(entry) == "output"]
         if len(outputs) != 1:
             raise UserError(f"model.layers: exactly one layer must be `output`, the list has {len(outputs)}")
@@ -76,7 +74,7 @@ class Sequential(nn.Module):
 
 
 def count_layers(layers: Sequence[object]) -> int:
-    """How many layers a list unfolds to, at most; what is no layer is refused when it is built."""
+    """Return an upper bound of the number of layers after expansion; invalid layers are rejected when built."""
     total = 0
     for entry in layers:
         if isinstance(entry, list | tuple):

@@ -51,7 +51,7 @@ def swap_norm(model: nn.Module, norm: str) -> None:
 
 
 def _norm_like(old: nn.Module, norm: str) -> nn.Module:
-    """A norm in the place of `old`; with the activation that timm's layers bring (BatchNormAct2d, GroupNormAct)."""
+    """Return a replacement for the norm `old`, including the activation of timm's BatchNormAct2d and GroupNormAct."""
     if type(old) not in _NORM_DIMENSIONS:
         parts = dict(old.named_children())
         if not type(old).__module__.startswith("timm.layers.") or set(parts) != {"drop", "act"}:
