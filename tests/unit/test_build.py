@@ -18,6 +18,7 @@ REFUSED = [
     ("model", "torch.nn.modules.module.register_module_forward_hook"),
     ("model", "torchvision.models.resnet18"),
     ("model", "torchvision.models.get_model"),
+    ("model", "torchvision.models.vision_transformer.MLP"),  # a module, but one of torchvision.ops
     ("model", "timm.models.load_state_dict"),
     ("model", "timm.models.load_checkpoint"),
     ("model", "timm.models.create_model"),
@@ -79,14 +80,49 @@ def test_every_builder_is_there() -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_a_package_counts_only_by_its_whole_name(role: str) -> None:
     first = ROLES[role][0][0]
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="can't be a"):  # and is not looked for
         resolve({"_target_": f"{first}evil.Net"}, role, role)
+
+
+def test_a_trusted_package_does_not_lend_its_name(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("lending.py").write_text(
+        "from cnntrain.models.pretrained import read_state\n\ndef own():\n    return 5\n"
+    )
+    monkeypatch.syspath_prepend(str(own_folder))
+    assert build({"_target_": "lending.own"}, "model", "model", ["lending"]) == 5
+    with pytest.raises(UserError, match="can't be a"):
+        resolve({"_target_": "lending.read_state"}, "model", "model", ["lending"])
 
 
 @pytest.mark.parametrize("name", ["_partial_", "_args_", "_recursive_", "_convert_", "__class__", 5])
 def test_no_argument_begins_with_an_underscore(name: Any) -> None:
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="no argument has such a name"):
         resolve({"_target_": "torch.nn.Linear", name: True}, "model", "model")
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63), float("inf"), float("-inf"), float("nan")])
+def test_a_number_beyond_measure_is_refused_by_its_key(value: float) -> None:
+    with pytest.raises(UserError, match=r"^model\.in_features: "):
+        resolve({"_target_": "torch.nn.Linear", "in_features": value}, "model", "model")
+    resolve({"_target_": "torch.nn.Linear", "in_features": 2**63 - 1}, "model", "model")
+
+
+def test_facts_take_the_place_of_null_and_not_of_a_value() -> None:
+    node = {"_target_": "torch.nn.Linear", "in_features": None, "bias": False}
+    bound = resolve(node, "model", "model", in_features=2, out_features=3, bias=True, unknown=5)
+    assert bound.keywords == {"in_features": 2, "out_features": 3, "bias": False}
+
+
+def test_no_memory_for_a_part_is_no_fault_of_its_arguments(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("greedy.py").write_text("def own(message):\n    raise RuntimeError(message)\n")
+    monkeypatch.syspath_prepend(str(own_folder))
+    node = {"_target_": "greedy.own", "message": "CUDA out of memory"}
+    with pytest.raises(RuntimeError, match="^CUDA out of memory"):
+        build(node, "model", "model", ["greedy"])
+    with pytest.raises(UserError, match="refused its arguments: another"):
+        build({**node, "message": "another"}, "model", "model", ["greedy"])
 
 
 def test_nested_targets_and_interpolations_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

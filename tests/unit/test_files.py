@@ -62,6 +62,27 @@ def test_writing_replaces_what_was_there(kind: str, outside: Path) -> None:
     assert [each.name for each in Path("run").iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("sync", [True, False])
+def test_content_and_name_reach_the_disk_in_order(sync: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name on the disk before its content would be an empty file after a power failure."""
+    path, done, (fsync, replace) = Path("file"), [], (os.fsync, os.replace)
+
+    def note_fsync(descriptor: int) -> None:
+        about = os.fstat(descriptor)
+        done.append("folder" if stat.S_ISDIR(about.st_mode) else f"{about.st_size} bytes")
+        fsync(descriptor)
+
+    def note_replace(*arguments: str, **folders: int) -> None:
+        done.append("replace")
+        replace(*arguments, **folders)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    files.write_whole(path, b"new", sync=sync)
+    assert done == (["3 bytes", "replace", "folder"] if sync else ["replace"])
+    assert path.read_bytes() == b"new"
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(outside: Path) -> None:
     path = Path("run/file")
     path.write_text("old")
@@ -96,6 +117,15 @@ def test_a_linked_folder_on_the_way_is_refused(call: Callable[[Path, Path], obje
         call(Path("run/figures/../../elsewhere/file"), Path("run"))
     assert Path("elsewhere/file").read_text() == "mine" and len(list(Path("elsewhere").iterdir())) == 1
     assert not files.is_regular(Path("run/figures/file"), Path("run"))
+
+
+@pytest.mark.parametrize("path", ["run/../outside", "run/figures/../../outside", "run/figures/.."])
+def test_no_path_leads_out_of_the_root(path: str, outside: Path) -> None:
+    Path("run/figures").mkdir()
+    for call in (files.open_read, files.open_append, files.remove):
+        with pytest.raises(UserError, match="leaves"):
+            call(Path(path), Path("run"))
+    assert outside.read_text() == "mine"
 
 
 def test_the_root_may_be_reached_through_a_link() -> None:

@@ -56,6 +56,22 @@ def test_what_an_older_checkpoint_lacks_has_its_default() -> None:
     assert checked["state"]["progress"]["finished"] is False
 
 
+def test_what_an_older_checkpoint_has_is_kept_beside_the_defaults() -> None:
+    older = content()
+    older["config"]["log"] = {"every_steps": config()["log"]["every_steps"] + 1}
+    checked = check_saved(older, config())["config"]["log"]
+    assert checked == {**config()["log"], "every_steps": config()["log"]["every_steps"] + 1}
+
+
+def test_images_of_too_many_values_are_refused() -> None:
+    bad = content()
+    bad["spec"] = {"channels": 4096, "height": 256, "width": 256}
+    check_saved(bad, config())
+    bad["spec"]["width"] = 257
+    with pytest.raises(UserError, match="4096 x 256 x 257"):
+        check_saved(bad, config())
+
+
 BAD = {
     "state": [None, [], 5], "config": [None, "x", []], "spec": [None, [], 5], "fingerprint": [None, 5],
     "resolved": [[], 5], "monitor": [5, "top1", ["top1"], ["top1", "most"], [1, "max"]],

@@ -47,6 +47,7 @@ BAD: dict[str, Any] = {
     "a key that is a tuple": {(1, 2): 3},
     "another type": [object()],
     "a tensor of a few bytes": torch.zeros(1).expand(10**9),
+    "a tensor of wide numbers": torch.zeros(1, dtype=torch.float64).expand(2**23 + 2),
     "a sparse tensor": torch.eye(3).to_sparse(),
     "a tensor nowhere": torch.zeros(3, device="meta"),
     "a quantized tensor": torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.quint8),
@@ -64,6 +65,13 @@ def test_what_has_no_end_or_no_use_is_refused(kind: str) -> None:
     for content in (BAD[kind], {"state": [BAD[kind]]}):
         with pytest.raises((TypeError, ValueError)):
             check_values(content)
+
+
+def test_what_is_as_large_as_may_be_passes() -> None:
+    check_values(deep(49))
+    with pytest.raises(ValueError, match="50 deep"):
+        check_values(deep(50))
+    check_values(torch.zeros(1, dtype=torch.float64).expand(2**23 + 1))
 
 
 @pytest.mark.parametrize("kind", ["doubled beyond", "circle", "a tensor of a few bytes", "a sparse tensor"])
@@ -87,6 +95,16 @@ def test_a_compressed_file_is_refused() -> None:
         read_tensors(Path("small.pt"))
 
 
+def test_a_flipped_bit_is_found() -> None:
+    torch.save({"w": torch.zeros(1000)}, "whole.pt")
+    content = bytearray(Path("whole.pt").read_bytes())
+    place = content.index(bytes(4000)) + 2000
+    content[place] ^= 1
+    Path("flipped.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"flipped\.pt: damaged \(checksum"):
+        read_tensors(Path("flipped.pt"))
+
+
 def test_links_count_as_files_where_the_user_names_them_alone() -> None:
     torch.save({"w": torch.zeros(2)}, "there.pt")
     Path("run").mkdir()
@@ -94,6 +112,10 @@ def test_links_count_as_files_where_the_user_names_them_alone() -> None:
     assert torch.equal(read_tensors(Path("run/link.pt"))["w"], torch.zeros(2))
     with pytest.raises(UserError, match="link"):
         read_tensors(Path("run/link.pt"), Path("run"))
+    Path("run/checkpoints").mkdir()
+    Path("run/checkpoints/last.pt").symlink_to("../../there.pt")
+    with pytest.raises(UserError, match="link"):
+        read_tensors(Path("run/checkpoints/last.pt"))
     for missing in (None, Path("run")):
         with pytest.raises(UserError, match="no such file"):
             read_tensors(Path("run/missing.pt"), missing)

@@ -23,15 +23,18 @@ def git(*words: str) -> str:
 
 
 @pytest.fixture
-def repository(own_folder: Path) -> Path:
+def repository(own_folder: Path, request: pytest.FixtureRequest) -> Path:
     root = own_folder / "repo"
     (root / "below" / "deep").mkdir(parents=True)
     (root / "a.py").write_text("print(1)\n")
     (root / "below" / "b.py").write_text("print(2)\n")
     (root / "below" / "bé.py").write_text("")
+    (root / "below" / ("x" * 150)).write_text("long")  # a length of two bytes where an index shortens paths
+    for length in range(1, 10):  # and of every padding
+        (root / ("c" * length)).touch()
     (root / "link").symlink_to("a.py")
     os.chdir(root)
-    git("init", "-q")
+    git("init", "-q", f"--object-format={getattr(request, 'param', 'sha1')}")
     git("add", ".")
     git("commit", "-qm", "first")
     return root
@@ -58,9 +61,11 @@ def test_the_commit_is_gits_own(repository: Path, how: str, version: str) -> Non
 
 
 @needs_git
+@pytest.mark.parametrize("repository", ["sha1", "sha256"], indirect=True)
 def test_a_changed_tracked_file_is_noticed(repository: Path) -> None:
     file, name = Path("below/b.py"), git("rev-parse", "HEAD")
-    later = time.time() + 5
+    before, later = file.stat(), time.time() + 5
+    assert find_commit(repository) == Commit(name, False)
     os.utime(file, (later, later))
     assert find_commit(repository) == Commit(name, False), "touched, with the same content"
     file.write_text("print(3)\n")
@@ -68,11 +73,72 @@ def test_a_changed_tracked_file_is_noticed(repository: Path) -> None:
     assert find_commit(repository) == Commit(name, True), "the same size"
     file.write_text("print(33)\n")
     assert find_commit(repository) == Commit(name, True)
+    os.utime(file, ns=(0, before.st_mtime_ns))
+    assert find_commit(repository) == Commit(name, True), "another size at the same time"
     file.unlink()
     assert find_commit(repository) == Commit(name, True)
     git("checkout", "-q", "below/b.py")
     Path("new.py").touch()
     assert find_commit(repository) == Commit(name, False), "git does not know it"
+
+
+@needs_git
+@pytest.mark.parametrize("version", ["2", "4"])
+@pytest.mark.parametrize("flag", ["--assume-unchanged", "--skip-worktree"])
+def test_files_that_git_was_told_not_to_look_at_do_not_count(
+    repository: Path, flag: str, version: str
+) -> None:
+    name = git("rev-parse", "HEAD")
+    git("update-index", "--index-version", version)
+    git("update-index", flag, "below/b.py")
+    Path("below/b.py").unlink()
+    assert find_commit(repository) == Commit(name, False)
+    Path("c").write_text("comes later in the index")
+    assert find_commit(repository) == Commit(name, True)
+
+
+@needs_git
+def test_a_submodule_does_not_count(repository: Path) -> None:
+    name = git("rev-parse", "HEAD")
+    git("update-index", "--add", "--cacheinfo", f"160000,{name},module")
+    Path("module").mkdir()
+    assert find_commit(repository) == Commit(name, False)
+
+
+@needs_git
+def test_a_merge_under_way_is_a_change(repository: Path) -> None:
+    for branch, text in (("one", "1"), ("two", "2")):
+        git("checkout", "-q", "-b", branch, "main")
+        Path("a.py").write_text(text)
+        git("commit", "-qam", branch)
+    with pytest.raises(subprocess.CalledProcessError):
+        git("merge", "-q", "one")
+    assert find_commit(repository) == Commit(git("rev-parse", "HEAD"), True)
+
+
+@needs_git
+@pytest.mark.parametrize("path", [b"../../b.py", b"/elow/b.py", b"below/../b"])
+def test_an_index_leads_out_of_no_folder(repository: Path, path: bytes) -> None:
+    index = Path(".git/index").read_bytes()
+    assert index.count(b"below/b.py") == 1
+    Path(".git/index").write_bytes(index.replace(b"below/b.py", path))
+    assert find_commit(repository) == Commit(git("rev-parse", "HEAD"), None)
+
+
+@needs_git
+def test_of_too_much_content_nothing_is_said(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("large", "larger"):
+        Path(name).write_bytes(bytes(60_000))
+    git("add", ".")
+    git("commit", "-qm", "second")
+    commit = git("rev-parse", "HEAD")
+    for name in ("large", "larger"):
+        os.utime(name, (0, 0))
+    assert find_commit(repository) == Commit(commit, False)
+    monkeypatch.setattr("cnntrain.engine.git.MOST_BYTES", 119_999)
+    assert find_commit(repository) == Commit(commit, None)
+    monkeypatch.setattr("cnntrain.engine.git.MOST_BYTES", 120_000)
+    assert find_commit(repository) == Commit(commit, False)
 
 
 @needs_git
@@ -126,6 +192,13 @@ def test_files_that_only_look_like_gits_say_nothing(own_folder: Path) -> None:
     Path(".git/HEAD").unlink()
     os.mkfifo(".git/HEAD")
     assert find_commit(own_folder) is None
+
+
+def test_a_packed_branch_is_found_by_its_whole_name(own_folder: Path) -> None:
+    head("ref: refs/heads/main")
+    lines = (f"{'1' * 40} refs/aaa/refs/heads/main", f"{'2' * 40} refs/heads/main", f"^{'3' * 40}")
+    Path(".git/packed-refs").write_text("\n".join(["# pack-refs with: peeled", *lines]))
+    assert find_commit(own_folder) == Commit("2" * 40, None)
 
 
 def test_outside_a_repository_there_is_no_commit(own_folder: Path) -> None:
