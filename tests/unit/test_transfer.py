@@ -1,8 +1,10 @@
 """Host data on the device."""
 
+import pytest
 import torch
+from torch import Tensor
 
-from cnntrain.transfer import arange, constant, to_device
+from cnntrain.transfer import STAGED_BYTES, arange, constant, free_bytes, to_device
 
 CPU = torch.device("cpu")
 
@@ -29,3 +31,20 @@ def test_what_is_there_already_is_not_copied():
     tensor = torch.ones(3)
     assert to_device(tensor, CPU) is tensor
     assert to_device(tensor, CPU, torch.float64).dtype == torch.float64
+
+
+def test_only_what_cuda_would_wait_for_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self.nbytes) or self)
+    monkeypatch.setattr(Tensor, "to", lambda self, *where, **how: self)
+    for size in (1, STAGED_BYTES, STAGED_BYTES + 1):
+        to_device(torch.zeros(size, dtype=torch.uint8), torch.device("cuda"))
+        to_device(torch.zeros(size, dtype=torch.uint8), CPU)
+    assert pinned == [STAGED_BYTES + 1]
+
+
+def test_what_torch_keeps_of_freed_tensors_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    assert free_bytes(torch.device("cuda")) == 120

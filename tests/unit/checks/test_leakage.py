@@ -56,6 +56,13 @@ def test_hashes_that_differ_in_a_few_bits_are_paired_as_one_by_one() -> None:
     assert len(near_hashes(some[:0], train)) == 0 and len(near_hashes(some, train[:0])) == 0
 
 
+def test_all_of_a_large_training_set_is_compared() -> None:
+    random = np.random.default_rng(0)
+    train = random.integers(0, 2**63, 40_000, dtype=np.uint64)
+    places = [0, 16_383, 16_384, 32_768, 39_999]
+    assert near_hashes(train[places], train).tolist() == [[i, k] for i, k in enumerate(places)]
+
+
 def test_of_many_candidates_the_nearest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cnntrain.checks.leakage.CANDIDATES", 3)
     train = np.array([1, 3, 7, 15, 0, 0], dtype=np.uint64)

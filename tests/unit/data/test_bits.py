@@ -67,6 +67,18 @@ def test_files_that_use_few_of_their_bits_are_noticed(folder: Path, caplog: pyte
     assert not caplog.text
 
 
+@pytest.mark.parametrize(("highest", "said"), [(5, "data.bits=9"), (4095, "data.bits=12"), (4096, None)])
+def test_the_bits_that_are_named_are_those_that_are_needed(
+    tmp_path: Path, highest: int, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for label in ("a", "b"):
+        for number in range(5):
+            ramp(tmp_path / "train" / label / f"{number}.png", highest)
+    with caplog.at_level(logging.WARNING, "cnntrain"):
+        load_data(ImageFolder(str(tmp_path), size=8, channels=1))
+    assert (said in caplog.text and f"no value above {highest}:" in caplog.text) if said else not caplog.text
+
+
 @pytest.mark.parametrize("other", ["16 bits", "8 bits"])
 def test_nothing_is_said_of_sound_files(folder: Path, other: str, caplog: pytest.LogCaptureFixture) -> None:
     """One bright image of many is enough, in the sample or not."""

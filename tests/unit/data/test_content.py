@@ -13,6 +13,7 @@ from cnntrain.cli import main
 from cnntrain.data.content import content_hash, same_data, same_examples
 from cnntrain.data.decode import Decoder
 from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.spans import path_within
 
 
 def files(folder: Path, count: int = 5) -> Examples:
@@ -38,6 +39,20 @@ def test_of_many_files_every_size_counts(tmp_path: Path, monkeypatch: pytest.Mon
     first = content_hash(files(tmp_path))
     Image.new("RGB", (9, 8), (2, 10, 10)).save(tmp_path / "2.bmp")  # not in the sample
     assert content_hash(files(tmp_path)) != first
+
+
+def test_of_members_of_a_shard_their_own_bytes_count(tmp_path: Path) -> None:
+    shard = tmp_path / "a.tar"
+    paths = [path_within(shard, f"{place}.bmp", place, 10) for place in (100, 200)]
+    found = []
+    for changed in (None, 0, 99, 110, 210, 100, 109, 200, 209):
+        content = bytearray(300)
+        if changed is not None:
+            content[changed] = 1
+        shard.write_bytes(content)
+        found.append(content_hash(Examples(LazyImages(paths, Decoder(8, 8, 3)), {}, ["0", "1"])))
+    assert found[1:5] == found[:1] * 4  # outside of both
+    assert len({found[0], *found[5:]}) == 5
 
 
 def test_masks_count_wherever_they_are() -> None:

@@ -5,6 +5,7 @@ import fcntl
 import os
 import threading
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cnntrain.data import decoded, resident
 from cnntrain.data.decode import BadFile, Decoder
 from cnntrain.data.decoded import folder, keep_decoded, worth_keeping
 from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.spans import path_within
 from cnntrain.errors import MachineError, UserError
 
 
@@ -108,6 +110,14 @@ def test_a_file_whose_size_and_time_are_the_same_is_decoded_again_where_its_byte
     assert same(keep_decoded(splits), after) and len(list(folder().iterdir())) == kept
 
 
+def test_a_member_of_a_shard_has_the_checksum_of_its_own_bytes(tmp_path: Path) -> None:
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(b"before-" + b"content" + b"-after")
+    (tmp_path / "alone").write_bytes(b"content")
+    within = decoded._sum_of_file(path_within(shard, "a.png", 7, 7))
+    assert within == decoded._sum_of_file(str(tmp_path / "alone")) == zlib.crc32(b"content")
+
+
 @pytest.mark.parametrize("damage", ["zeroed", "cut", "longer", "empty", "one byte", "sums", "times"])
 def test_a_damaged_file_is_made_anew(splits: dict[str, Examples], damage: str) -> None:
     good = keep_decoded(splits)
@@ -130,6 +140,22 @@ def test_a_damaged_file_is_made_anew(splits: dict[str, Examples], damage: str) -
         )
     assert same(keep_decoded(splits), good)
     assert same(keep_decoded(splits), resident.decode(splits))
+
+
+def test_images_that_are_damaged_are_named_though_a_damaged_file_of_them_is_there(
+    splits: dict[str, Examples],
+) -> None:
+    keep_decoded(splits)
+    for path in folder().glob("*.u8"):
+        path.unlink()
+        path.write_bytes(b"cut off")
+    images = splits["train"].images
+    assert isinstance(images, LazyImages)
+    before = os.stat(images.paths[1])
+    Path(images.paths[1]).write_bytes(bytes(before.st_size))
+    os.utime(images.paths[1], ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match=r"1\.png"):
+        keep_decoded(splits)
 
 
 def test_what_is_written_to_the_images_stays_in_the_process(splits: dict[str, Examples]) -> None:

@@ -14,7 +14,7 @@ from cnntrain.augment.geometry import HorizontalFlip
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.augment.warp import RandomResizedCrop, Rotation
 from cnntrain.config import read_settings
-from cnntrain.data.canvas import move
+from cnntrain.data.canvas import move, place
 from cnntrain.data.decode import Decoder
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.finer import on_finer_canvas
@@ -99,6 +99,26 @@ def test_the_canvas_is_no_finer_than_the_files_are(tmp_path: Path) -> None:
     assert on_finer_canvas(held, 3.0) is held
 
 
+@pytest.mark.parametrize(
+    ("sizes", "resize", "magnification", "expected"),
+    [
+        ([(70, 70)] * 9 + [(400, 400)], "letterbox", 3.0, (70, 70)),  # a large one does not decide for all
+        ([(70, 70)] * 8 + [(400, 400)] * 2, "letterbox", 3.0, (150, 150)),
+        ([(100, 75)] * 4, "stretch", 3.0, (100, 100)),  # (height, width): as fine as the finer side
+        ([(75, 100)] * 4, "stretch", 3.0, (100, 100)),
+        ([(400, 400)] * 4, "letterbox", 1.1, (55, 55)),  # 1.1 * 50 is a little more than 55
+        ([(51, 51)] * 4, "letterbox", 3.0, (51, 51)),
+        ([(400, 400)] * 4, "letterbox", 1.01, (50, 50)),  # not worth it
+    ],
+)
+def test_how_fine_the_canvas_is(tmp_path: Path, sizes, resize, magnification, expected) -> None:
+    paths = [str(tmp_path / f"{number}.png") for number in range(len(sizes))]
+    for path, (height, width) in zip(paths, sizes, strict=True):
+        Image.new("L", (width, height)).save(path)
+    examples = Examples(LazyImages(paths, Decoder(50, 50, 1, resize)), {}, paths)
+    assert on_finer_canvas(examples, magnification).images.shape[-2:] == expected
+
+
 def spots(path: Path, points: np.ndarray, height: int, width: int) -> None:
     ys, xs = np.mgrid[:height, :width]
     pixels = sum(255 * np.exp(-((xs - x) ** 2 + (ys - y) ** 2) / 40) for x, y in points)
@@ -143,6 +163,20 @@ def test_points_lie_where_they_did(tmp_path: Path, crop: str) -> None:
         seen = fine.targets["visible"]
         torch.testing.assert_close(fine.targets["points"][seen].double(), expected[seen], atol=1e-2, rtol=0)
         assert float((fine.images - coarse.images).abs().mean()) < 0.02
+
+
+def test_points_that_nobody_sees_stay_at_zero(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.png")
+    Image.new("L", (90, 60)).save(path)
+    lazy = LazyImages([path], Decoder(30, 30, 1, "letterbox"))
+    to_canvas = place(90, 60, (30, 30), "letterbox", None).matrix()[None]
+    points = torch.tensor([[[7.0, 11.0], [0.0, 0.0]]])
+    visible = torch.tensor([[True, False]])
+    finer = on_finer_canvas(
+        Examples(lazy, {"points": points, "visible": visible}, [path], to_canvas=to_canvas), 2.0
+    )
+    assert finer.images.shape[-2:] == (60, 60)
+    torch.testing.assert_close(finer.targets["points"], torch.tensor([[[14.5, 22.5], [0.0, 0.0]]]))
 
 
 def test_masks_move_along(tmp_path: Path) -> None:

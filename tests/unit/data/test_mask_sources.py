@@ -240,10 +240,17 @@ def test_255_beside_1_in_any_split_stays_ignored(tmp_path, save, pixels, split, 
 def test_a_border_of_255_around_objects_of_1_is_no_reason_to_warn(tmp_path, save, pixels, caplog):
     bordered = halves(0, 1)
     bordered[:, 5] = 255
-    write_masks(tmp_path, save, pixels, "train", bordered, halves(0, 0), halves(255, 0))
+    write_masks(tmp_path, save, pixels, "train", bordered, halves(0, 0), halves(255, 0), halves(0, 1))
     with caplog.at_level(logging.INFO, "cnntrain"):
         assert set(train_masks(folder(tmp_path, size=[8, 12])).flatten().tolist()) == {0, 1, 255}
     assert not caplog.records
+
+
+@pytest.mark.parametrize("ignore_index", [0, 1])
+def test_255_is_not_taken_for_a_class_where_one_of_the_two_is_ignored(tmp_path, save, pixels, ignore_index):
+    write_masks(tmp_path, save, pixels, "train", halves(255, 0))
+    with pytest.raises(UserError, match="no class: 255"):
+        folder(tmp_path, ignore_index=ignore_index).load()
 
 
 def test_ids_say_which_value_is_which_class(tmp_path, save, pixels):
@@ -267,7 +274,7 @@ def test_ids_that_say_nothing_are_refused(tmp_path, ids):
     ("masks", "classes", "parts"),
     [
         ([halves(0, 0)], 2, ["no pixels of c1", "their values are 0"]),
-        ([halves(255, 255)], 2, ["no pixels of c0"]),
+        ([halves(255, 255)], 2, ["no pixels of c0;"]),
         ([halves(0, 1)], 3, ["no pixels of c2"]),
         (
             [halves(0, 1), halves(255, 0)],
@@ -293,6 +300,23 @@ def test_a_class_that_is_ignored_needs_no_pixels(tmp_path, save, pixels):
     write_masks(tmp_path, save, pixels, "train", halves(1, 2))
     source = folder(tmp_path, classes=["void", "a", "b"], ignore_index=0, size=[8, 12])
     assert train_masks(source)[0].tolist() == halves(1, 2).tolist()
+
+
+@pytest.mark.parametrize(("shape", "found"), [((7, 12), "12 x 7"), ((8, 11), "11 x 8"), ((12, 8), "8 x 12")])
+def test_a_mask_of_another_size_than_its_image_is_refused(tmp_path, save, pixels, shape, found):
+    write_masks(tmp_path, save, pixels, "train", halves(0, 1))
+    save(tmp_path / "train" / "masks" / "0.png", np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match=f"is {found} pixels, its image 12 x 8"):
+        folder(tmp_path).load()
+
+
+def test_values_above_255_are_not_taken_for_the_ignored_255(tmp_path, save, pixels):
+    write_masks(tmp_path, save, pixels, "train", halves(0, 1))
+    deep = halves(0, 1).astype(np.uint16)
+    deep[0, 0] = 300
+    Image.fromarray(deep).save(tmp_path / "train" / "masks" / "0.png")
+    with pytest.raises(UserError, match="no class: above 255"):
+        folder(tmp_path).load()
 
 
 def test_transparent_masks_are_refused(tmp_path, save, pixels):

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from cnntrain.data import statistics
-from cnntrain.data.canvas import place
-from cnntrain.data.decode import cut
-from cnntrain.data.examples import Examples
+from cnntrain.data.canvas import Resize, place
+from cnntrain.data.decode import Decoder, cut
+from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_folder import ImageFolder
 from cnntrain.data.keypoint_csv import KeypointCsv
 from cnntrain.data.load import load_data
@@ -65,6 +65,30 @@ def test_of_points_and_their_boxes_only_the_image_counts(tmp_path: Path, crop: s
     images = data.train.images
     assert isinstance(images, Tensor) and float((images == 0).float().mean()) > 0.2
     assert data.spec.mean == pytest.approx((144.5 / 255,) * 3, abs=0.015)
+
+
+def test_what_is_covered_is_told_of_the_rows_that_are_asked_for(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for path, (height, width) in zip(paths, [(8, 8), (8, 4), (2, 8)], strict=True):
+        noise(Path(path), height, width, seed=0)
+    found = statistics.coverage(LazyImages(paths, Decoder(8, 8, 3, "letterbox")), torch.tensor([2, 1]))
+    expected = torch.zeros(2, 8, 8, dtype=torch.bool)
+    expected[0, 3:5] = True
+    expected[1, :, 2:6] = True
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "short_side", "stretch"])
+def test_a_box_that_reaches_beyond_its_image_leaves_borders(tmp_path: Path, resize: Resize) -> None:
+    path = str(tmp_path / "a.png")
+    Image.new("RGB", (20, 20), (100, 100, 100)).save(path)
+    boxes = torch.tensor([[-20.0, 0.0, 20.0, 20.0]], dtype=torch.float64)
+    files = LazyImages([path], Decoder(16, 16, 3, resize), boxes)
+    images = torch.stack([files[0]])
+    assert float((images == 0).float().mean()) > 0.4
+    mean, std = statistics.measure(Examples(images, {}, ["a"]), seed=0, files=files)
+    assert mean == pytest.approx((100 / 255,) * 3, abs=0.03)
+    assert all(each < 0.1 or each == 1 for each in std)
 
 
 @settings(max_examples=100, deadline=None)

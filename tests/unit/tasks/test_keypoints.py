@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cnntrain.errors import UserError
 from cnntrain.spec import DataSpec
 from cnntrain.tasks import heatmaps, overlays
-from cnntrain.tasks.keypoints import Keypoints
+from cnntrain.tasks.keypoints import Keypoints, object_sizes
 from cnntrain.tasks.regression import make_distance
 from cnntrain.tasks.source_pixels import inverse_3x3
 
@@ -195,7 +195,19 @@ def test_an_annotated_box_comes_before_the_points():
     task, spread = make(), [[5.0, 5.0], [6.0, 5.0], [5.0, 6.0], [6.0, 6.0]]
     boxes = torch.tensor([[20.0, 20.0]])
     assert nme(task, [spread], 1.0, box_size=boxes) == pytest.approx(1 / 20)
-    assert nme(task, [spread], 1.0, box_size=torch.zeros(1, 2)) == nme(task, [spread], 1.0)
+    alone = nme(task, [spread], 1.0)
+    for none in ([0.0, 0.0], [20.0, 0.0], [0.0, 20.0]):
+        assert nme(task, [spread], 1.0, box_size=torch.tensor([none])) == alone
+
+
+def test_which_sizes_are_known():
+    true = torch.tensor([[[0.0, 0.0], [8.0, 2.0]]]).repeat(4, 1, 1)
+    visible = torch.tensor([[True, True], [True, False], [True, False], [False, False]])
+    boxes = torch.tensor([[0.0, 0.0], [0.0, 0.0], [9.0, 4.0], [9.0, 4.0]])
+    size, known = object_sizes(true, visible, boxes)
+    assert known.tolist() == [True, False, True, False]
+    assert size[known].tolist() == pytest.approx([(8 * 4) ** 0.5, (9 * 4.5) ** 0.5])
+    assert object_sizes(true, visible, None)[1].tolist() == [True, False, False, False]
 
 
 def test_per_keypoint_errors_and_their_names():

@@ -289,6 +289,16 @@ def test_the_middle_at_another_scale_is_refused_before_any_data_are_read():
     assert assembled(LAYERS["half of the middle"], "task.fit=crop").task.output_scale is None
 
 
+@pytest.mark.parametrize("factors", [(1, 2), (2, 1)])
+def test_a_scale_of_one_axis_alone_is_none(factors):
+    """Along the other axis the network does something else: nothing is cropped."""
+    task = make()
+    size = task.spec.image_size
+    with pytest.raises(UserError, match=r"task\.fit=auto"):
+        task.settle(lambda asked: (factors[0] * asked[0], factors[1] * asked[1]), [size])
+    assert task.output_scale is None
+
+
 def test_the_papers_network_without_padding_is_cropped():
     data = ["data=toy_shapes", "data.size=108", "data.train_count=4", "data.test_count=2", "augment=none"]
     model = ["model=unet", "model.padding=valid", "model.depth=2", "model.width=4", "threads=1"]
