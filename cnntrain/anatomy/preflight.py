@@ -163,8 +163,8 @@ def smallest_size(
 ) -> tuple[int, bool] | None:
     """Return the smallest square image size that a meta network accepts, and whether it accepts larger images too.
 
-    None if there is none, or if a size fits only by accident: the output does not have the `expected` shape, or one side
-    of the image must be exact and the other does not matter.
+    None if there is none, or if a size fits only by accident: the output does not have the `expected` shape, or one
+    side of the image must be exact and the other does not matter.
 
     By bisection between common sizes, in the mode that the network is in; given up after a few seconds.
     """

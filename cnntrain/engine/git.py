@@ -43,7 +43,7 @@ def find_commit(folder: Path) -> Commit | None:
         for root in (folder := folder.resolve(), *folder.parents):
             if (git := _git_folder(root)) is not None:
                 name = _head(git)
-                return Commit(name, _is_dirty(root, git / "index")) if name else None
+                return Commit(name, _is_dirty(root, git / "index", len(name) // 2)) if name else None
     except (OSError, UserError, ValueError, struct.error, IndexError, OverflowError):
         pass
     return None
@@ -82,11 +82,15 @@ def _head(git: Path) -> str | None:
     return None
 
 
-def _is_dirty(root: Path, index: Path) -> bool | None:
-    """Return True if a file in the index is missing, has another size, or has a new time and other content."""
+def _is_dirty(root: Path, index: Path, hash_bytes: int) -> bool | None:
+    """Return True if a file in the index is missing, unmerged, has another size, or a new time and other content."""
     left = MOST_BYTES
     try:
-        for path, mode, size, mtime, name in _entries(files.read_bytes(index, largest=MOST_BYTES)):
+        for path, mode, size, mtime, name, merged in _entries(
+            files.read_bytes(index, largest=MOST_BYTES), hash_bytes
+        ):
+            if not merged:
+                return True
             place = os.path.join(os.fsencode(root), path)
             try:
                 now = os.lstat(place)
@@ -115,8 +119,12 @@ def _blob(path: Path, length: int) -> bytes:
     return kind(b"blob %d\0" % len(content) + content, usedforsecurity=False).digest()
 
 
-def _entries(index: bytes) -> Iterator[tuple[bytes, int, int, tuple[int, int], bytes]]:
-    """Yield path, mode, size, (seconds, nanoseconds) and object hash of each file in an index.
+def _entries(index: bytes, hash_bytes: int) -> Iterator[tuple[bytes, int, int, tuple[int, int], bytes, bool]]:
+    """Yield path, mode, size, (seconds, nanoseconds), object hash, and whether it is merged, of each file in an index.
+
+    Args:
+        index: the index file's content.
+        hash_bytes: 20 in a SHA-1 repository, 32 in a SHA-256 repository.
 
     Raises:
         ValueError, struct.error, IndexError: not an index, an unknown version, or too many files.
@@ -127,9 +135,9 @@ def _entries(index: bytes) -> Iterator[tuple[bytes, int, int, tuple[int, int], b
     place, before = 12, b""
     for _ in range(count):
         start = place
-        fields = struct.unpack_from(">10I20sH", index, place)
+        fields = struct.unpack_from(f">10I{hash_bytes}sH", index, place)
         mtime, mode, size, name, flags = fields[2:4], fields[6], fields[9], fields[10], fields[11]
-        place += 64 if version >= 3 and flags & 0x4000 else 62
+        place += 42 + hash_bytes + (2 if version >= 3 and flags & 0x4000 else 0)
         assumed = flags & 0x8000  # --assume-unchanged
         if version >= 3 and flags & 0x4000:
             assumed |= struct.unpack_from(">H", index, place - 2)[0] & 0x4000  # --skip-worktree
@@ -145,8 +153,15 @@ def _entries(index: bytes) -> Iterator[tuple[bytes, int, int, tuple[int, int], b
         before = path
         if b".." in path.split(b"/") or path.startswith(b"/"):
             raise ValueError("a path outside the folder")
-        if not assumed and not flags & 0x3000:  # a stage above 0 means an unfinished merge
-            yield path, mode, size, (mtime[0], mtime[1]), name
+        if not assumed:
+            yield (
+                path,
+                mode,
+                size,
+                (mtime[0], mtime[1]),
+                name,
+                not flags & 0x3000,
+            )  # stages above 0 are unmerged
 
 
 def _varint(index: bytes, place: int) -> tuple[int, int]:

@@ -28,8 +28,8 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
     model = _create(name, image_size, in_chans=in_channels, num_classes=num_outputs)
     head = model.get_classifier()  # type: ignore[operator]
     if isinstance(head, nn.Linear):
-        # timm initializes an EfficientNet's head in +-1/sqrt(outputs). With one output (two classes) this gives logits of
-        # +-10, which slow down the start of training.
+        # timm initializes an EfficientNet's head in +-1/sqrt(outputs). With one output (two classes) this gives logits
+        # of +-10, which slow down the start of training.
         head.reset_parameters()
     model.head_names = tuple(n for n, module in model.named_modules() if module is head)  # type: ignore[assignment]
     return model

@@ -172,7 +172,7 @@ def freeze_layers(model: nn.Module, freeze: str | Sequence[str], new: Sequence[s
     if random := [name for name in new if is_frozen(name)]:
         raise UserError(
             f"model.freeze: {', '.join(random[:4])} would be frozen with random weights because model.pretrained has "
-            "no weights of that shape; freeze other layers (model.freeze=[...]), or change the network to fit the weights"
+            "no weights of that shape; freeze other layers (model.freeze=[...]), or change the network"
         )
     chosen = [name for name, p in model.named_parameters() if p.requires_grad and is_frozen(name)]
     for name in chosen:

@@ -80,23 +80,23 @@ def test_every_builder_is_there() -> None:
 @pytest.mark.parametrize("role", ROLES)
 def test_a_package_counts_only_by_its_whole_name(role: str) -> None:
     first = ROLES[role][0][0]
-    with pytest.raises(UserError, match="can't be a"):  # and is not looked for
+    with pytest.raises(UserError, match="is not allowed as"):  # and is not looked for
         resolve({"_target_": f"{first}evil.Net"}, role, role)
 
 
 def test_a_trusted_package_does_not_lend_its_name(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("lending.py").write_text(
-        "from cnntrain.models.pretrained import read_state\n\ndef own():\n    return 5\n"
+        "from cnntrain.tensor_file import read_tensors\n\ndef own():\n    return 5\n"
     )
     monkeypatch.syspath_prepend(str(own_folder))
     assert build({"_target_": "lending.own"}, "model", "model", ["lending"]) == 5
-    with pytest.raises(UserError, match="can't be a"):
-        resolve({"_target_": "lending.read_state"}, "model", "model", ["lending"])
+    with pytest.raises(UserError, match="is not allowed as"):
+        resolve({"_target_": "lending.read_tensors"}, "model", "model", ["lending"])
 
 
 @pytest.mark.parametrize("name", ["_partial_", "_args_", "_recursive_", "_convert_", "__class__", 5])
 def test_no_argument_begins_with_an_underscore(name: Any) -> None:
-    with pytest.raises(UserError, match="no argument has such a name"):
+    with pytest.raises(UserError, match="not a valid argument name"):
         resolve({"_target_": "torch.nn.Linear", name: True}, "model", "model")
 
 
@@ -119,7 +119,7 @@ def test_no_memory_for_a_part_is_no_fault_of_its_arguments(
     Path("greedy.py").write_text("def own(message):\n    raise RuntimeError(message)\n")
     monkeypatch.syspath_prepend(str(own_folder))
     node = {"_target_": "greedy.own", "message": "CUDA out of memory"}
-    with pytest.raises(RuntimeError, match="^CUDA out of memory"):
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory"):
         build(node, "model", "model", ["greedy"])
     with pytest.raises(UserError, match="refused its arguments: another"):
         build({**node, "message": "another"}, "model", "model", ["greedy"])

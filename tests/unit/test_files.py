@@ -123,7 +123,7 @@ def test_a_linked_folder_on_the_way_is_refused(call: Callable[[Path, Path], obje
 def test_no_path_leads_out_of_the_root(path: str, outside: Path) -> None:
     Path("run/figures").mkdir()
     for call in (files.open_read, files.open_append, files.remove):
-        with pytest.raises(UserError, match="leaves"):
+        with pytest.raises(UserError, match="lies outside"):
             call(Path(path), Path("run"))
     assert outside.read_text() == "mine"
 

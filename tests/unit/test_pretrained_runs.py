@@ -303,12 +303,12 @@ def test_a_run_that_is_not_as_a_training_writes_it_is_refused(kind: str, digits:
 @pytest.mark.parametrize(
     ("model", "pretrained", "message"),
     [
-        ("lenet5", "DEFAULT", r"model\.pretrained: nobody publishes .*run"),
+        ("lenet5", "DEFAULT", r"model\.pretrained: no published weights .*run"),
         ("lenet5", "nothere", r"model\.pretrained: .*nothere"),
         ("lenet5", "empty", r"model\.pretrained: .*empty has no checkpoints/best\.pt"),
         ("lenet5", "5", r"model\.pretrained: .*must be"),
         ("lenet5", "odd.pt", r"model\.pretrained: .*odd\.pt"),
-        ("lenet5", "strange.pt", r"model\.pretrained: .*strange\.pt.*not the checkpoint of a training"),
+        ("lenet5", "strange.pt", r"model\.pretrained: .*strange\.pt.*not a valid training checkpoint"),
         ("resnet18", "IMAGENET1K_V", r"did you mean 'IMAGENET1K_V1'"),
         ("resnet18 model.depth=19", "DEFAULT", r"model\.depth: 19"),
         ("torchvision model.name=mobilenetv2", "DEFAULT", r"did you mean 'mobilenet_v2'"),
@@ -369,7 +369,7 @@ def test_a_network_that_loads_its_weights_by_itself_is_left_to_it(tmp_path: Path
     assert given("model.pretrained=false") is None
     with pytest.raises(UserError, match=r"model\.init=he would throw"):
         given("model.pretrained=somewhere.pt", "model.init=he")
-    with pytest.raises(UserError, match=r"model\._target_: selfmade\.nothing makes a int"):
+    with pytest.raises(UserError, match=r"model\._target_: selfmade\.nothing returns a int"):
         assemble(compose("model=none", "data=digits", config_dir=tmp_path / "conf"))
 
 

@@ -136,8 +136,12 @@ def test_a_class_without_training_images_is_told(caplog: pytest.LogCaptureFixtur
             r"masks are torch.uint8 \(6, 4, 5\)",
         ),
         ({"mask": torch.zeros(6, 4, 4)}, {"per_pixel": True}, "masks are torch.float32"),
-        ({"mask": torch.full((6, 4, 4), 256)}, {"per_pixel": True}, "hold 256 to 256"),
-        ({"mask": torch.full((6, 4, 4), 2)}, {"per_pixel": True}, "masks hold 2; the classes are 0 to 1"),
+        ({"mask": torch.full((6, 4, 4), 256)}, {"per_pixel": True}, "values from 256 to 256"),
+        (
+            {"mask": torch.full((6, 4, 4), 2)},
+            {"per_pixel": True},
+            "masks have the values 2; the classes are 0 to 1",
+        ),
     ],
 )
 def test_targets_that_no_task_can_use_are_refused(

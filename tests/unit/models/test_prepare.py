@@ -104,7 +104,7 @@ def test_errors_name_the_key_and_the_near_miss() -> None:
         prepare(plain({"conv": 8}), norm="group")
     with pytest.raises(UserError, match="no activation layer"):
         prepare(plain({"conv": 8}), activation="gelu")
-    with pytest.raises(UserError, match="does not say what its head is"):
+    with pytest.raises(UserError, match="does not define its head"):
         freeze_layers(nn.Sequential(nn.Linear(3, 2)), "backbone")
 
 

@@ -98,7 +98,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", unreachable)
-    with pytest.raises(UserError, match=r"could not fetch https://.*model\.pretrained=FILE\.pth"):
+    with pytest.raises(UserError, match=r"cannot download https://.*model\.pretrained=FILE\.pth"):
         resnet18(3, 96, pretrained="DEFAULT")
 
 

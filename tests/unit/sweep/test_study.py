@@ -187,7 +187,7 @@ def test_settings_of_a_file_are_part_of_the_sweep(own_folder: Path) -> None:
         asked = read_plan(parse_arguments(argv), True)
         if width == 8:
             open_study(asked, own_folder, 1)
-    with pytest.raises(UserError, match=r"model\.values\.width was 8, is 9"):
+    with pytest.raises(UserError, match=r"model\.values\.width was 8, is now 9"):
         open_study(asked, own_folder, 1)
 
 
