@@ -31,7 +31,7 @@ def test_early_stopping_is_said_and_stands_in_the_results(capsys: Said) -> None:
         results["ended_by"] == "early_stopping" and results["epochs"] == 3 and results["best"]["epoch"] == 1
     )
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("early stopping")]
-    assert "epoch 3 of 9" in said and "for 2 epochs" in said and "val/top1" in said and "epoch 1" in said
+    assert "epoch 3 of 9" in said and "for 2 epochs" in said and "val/top1" in said and "epoch is 1" in said
 
 
 def test_a_training_that_goes_on_says_what_it_has_done(capsys: Said) -> None:
