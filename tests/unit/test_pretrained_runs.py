@@ -303,7 +303,7 @@ def test_a_run_that_is_not_as_a_training_writes_it_is_refused(kind: str, digits:
 @pytest.mark.parametrize(
     ("model", "pretrained", "message"),
     [
-        ("lenet5", "DEFAULT", r"model\.pretrained: no published weights .*run"),
+        ("lenet5", "DEFAULT", r"model\.pretrained: there are no published weights .*folder of a run"),
         ("lenet5", "nothere", r"model\.pretrained: .*nothere"),
         ("lenet5", "empty", r"model\.pretrained: .*empty has no checkpoints/best\.pt"),
         ("lenet5", "5", r"model\.pretrained: .*must be"),

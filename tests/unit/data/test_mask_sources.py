@@ -306,7 +306,7 @@ def test_a_class_that_is_ignored_needs_no_pixels(tmp_path, save, pixels):
 def test_a_mask_of_another_size_than_its_image_is_refused(tmp_path, save, pixels, shape, found):
     write_masks(tmp_path, save, pixels, "train", halves(0, 1))
     save(tmp_path / "train" / "masks" / "0.png", np.zeros(shape, np.uint8))
-    with pytest.raises(UserError, match=f"is {found} pixels, its image 12 x 8"):
+    with pytest.raises(UserError, match=f"is {found} pixels, but its image is 12 x 8"):
         folder(tmp_path).load()
 
 
