@@ -16,12 +16,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cnntrain.augment.augmentation import Augmentation
-from cnntrain.augment.colour import ColourJitter
+from cnntrain.augment.base import Augmentation
+from cnntrain.augment.color import ColourJitter
 from cnntrain.augment.geometry import Crop, HorizontalFlip
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.augment.warp import Rotation, Zoom
-from cnntrain.spec import Batch, DataSpec
+from cnntrain.types import Batch, DataSpec
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}

@@ -26,7 +26,7 @@ import numpy as np
 from fashion import COMMAND
 from PIL import Image
 
-from cnntrain.engine.cpu_load import BUSY_CORES, others_cores, read_cpu
+from cnntrain.train.cpu_load import BUSY_CORES, others_cores, read_cpu
 
 PEER = Path(__file__).parent / "peers" / "folder_dataloader.py"
 CLASSES = 10

@@ -24,8 +24,8 @@ CHILD = """
 import resource, sys, time
 import torch
 from cnntrain import compose
-from cnntrain.assembly import make_model
-from cnntrain.heap import keep_freed_memory
+from cnntrain.train.setup import make_model
+from cnntrain.memory import keep_freed_memory
 
 how, name, batch, *shape = sys.argv[1:]
 if how == "kept":

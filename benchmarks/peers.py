@@ -23,9 +23,9 @@ from pathlib import Path
 
 from fashion import COMMAND, add_root, fashion_mnist
 
-from cnntrain.engine.cpu_load import others_cores, read_cpu
-from cnntrain.engine.device import choose_compute
-from cnntrain.engine.timing import Windows
+from cnntrain.train.cpu_load import others_cores, read_cpu
+from cnntrain.train.device import choose_compute
+from cnntrain.train.timing import Windows
 
 SCRIPTS = Path(__file__).parent / "peers"
 PEERS = {"dataloader": "torch", "lightning_peer": "lightning", "keras_peer": "keras", "fastai_peer": "fastai"}

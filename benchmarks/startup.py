@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fashion import add_root, fashion_mnist
 
-from cnntrain.engine.cpu_load import BUSY_CORES, others_cores, read_cpu
+from cnntrain.train.cpu_load import BUSY_CORES, others_cores, read_cpu
 
 # What a child prints at the end of its first step; then it is over.
 REPORT = """
@@ -46,7 +46,7 @@ from cnntrain.cli import main
 class Watched:
     # The loop's module, as soon as it has been imported, tells when its first step is over.
     def find_spec(self, name, path=None, target=None):
-        if name == "cnntrain.engine.loop":
+        if name == "cnntrain.train.loop":
             sys.meta_path.remove(self)
             import importlib.util
             spec = importlib.util.find_spec(name)

@@ -28,12 +28,12 @@ from fashion import add_root, fashion_mnist
 from torch.nn.functional import cross_entropy
 
 from cnntrain import compose
-from cnntrain.assembly import assemble
 from cnntrain.augment.pipeline import MOST_BATCHES
 from cnntrain.commands.train import train
-from cnntrain.engine.cpu_load import BUSY_CORES, others_cores, read_cpu
+from cnntrain.config.schema import Settings
 from cnntrain.report.journal import RunJournal
-from cnntrain.settings import Settings
+from cnntrain.train.cpu_load import BUSY_CORES, others_cores, read_cpu
+from cnntrain.train.setup import assemble
 
 MODELS = ("fmnist_cnn", "resnet18", "lenet5")
 

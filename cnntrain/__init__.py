@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cnntrain.settings import Settings
+    from cnntrain.config.schema import Settings
 
 __all__ = ["compose", "overfit", "train"]
 
@@ -18,7 +18,7 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> "Settings"
     Raises:
         UserError: a group, an option, a key or a value is wrong.
     """
-    from cnntrain.config import read_settings
+    from cnntrain.config.compose import read_settings
 
     return read_settings(overrides, Path(config_dir) if config_dir else None)
 
@@ -38,7 +38,7 @@ def train(settings: "Settings") -> dict[str, Any]:
     """
     _check_settings(settings, "train")
     from cnntrain.commands.train import train as run
-    from cnntrain.engine.device import preserve_process_settings
+    from cnntrain.train.device import preserve_process_settings
 
     with preserve_process_settings():
         return run(settings)
@@ -51,14 +51,14 @@ def overfit(settings: "Settings") -> dict[str, Any]:
     """
     _check_settings(settings, "overfit")
     from cnntrain.commands.overfit import overfit as run
-    from cnntrain.engine.device import preserve_process_settings
+    from cnntrain.train.device import preserve_process_settings
 
     with preserve_process_settings():
         return run(settings)
 
 
 def _check_settings(settings: object, name: str) -> None:
-    from cnntrain.settings import Settings
+    from cnntrain.config.schema import Settings
 
     if not isinstance(settings, Settings):
         raise TypeError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnntrain.command_line import command_text, mask_passwords, override
+from cnntrain.config.command_text import command_text, mask_passwords, override
 from cnntrain.errors import (
     CnntrainError,
     ElsewhereError,
@@ -24,8 +24,8 @@ from cnntrain.errors import (
     is_from_user_code,
     suggest,
 )
-from cnntrain.heap import keep_freed_memory
-from cnntrain.streams import flush_or_discard, lenient, printable
+from cnntrain.io.streams import flush_or_discard, lenient, printable
+from cnntrain.memory import keep_freed_memory
 
 DEFAULT_COMMAND = "train"
 SWEEPING = ("train", "overfit", "inspect")  # what takes several values
@@ -110,7 +110,10 @@ def parse_arguments(argv: Sequence[str]) -> Invocation:
 
 def looks_like_setting(word: str, following: Sequence[str] = ()) -> str | None:
     """Suggest `optimizer.lr=0.1` for the words `optimizer.lr 0.1`; return None if `word` is not a config key."""
-    from cnntrain.config import conf_folder, group_options  # Hydra is imported only when something is wrong
+    from cnntrain.config.compose import (  # Hydra is imported only when something is wrong
+        conf_folder,
+        group_options,
+    )
 
     top = re.findall(r"^(\w+):", (conf_folder() / "config.yaml").read_text(), re.MULTILINE)
     if word.partition(".")[0] not in {*top, *group_options()}:
@@ -120,7 +123,7 @@ def looks_like_setting(word: str, following: Sequence[str] = ()) -> str | None:
 
 def help_text(invocation: Invocation) -> str:
     """What there is to choose from, from the config folders and the command files."""
-    from cnntrain.config import conf_folder, group_options
+    from cnntrain.config.compose import conf_folder, group_options
 
     word = invocation.command
     source = Path(__file__).parent / "commands" / f"{word.replace('-', '_')}.py"
@@ -168,7 +171,7 @@ def complete(line: str) -> list[str]:
     """Words that may follow what has been typed, for the shell: command words, groups, options, keys."""
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
-    from cnntrain.config import conf_folder, hydra_session
+    from cnntrain.config.compose import conf_folder, hydra_session
 
     typed = line.split()[1:]
     known = commands()
@@ -265,7 +268,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError("clean: has no config")
     if invocation.multirun and invocation.command not in SWEEPING:
         raise UserError(f"{invocation.command}: no -m; give each key one value")
-    from cnntrain.config import check_early, composed_text
+    from cnntrain.config.compose import check_early, composed_text
 
     asked = invocation.command, invocation.overrides, invocation.config_dir
     check_early(*asked)

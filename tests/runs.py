@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cnntrain.engine import checkpoint
+from cnntrain.train import checkpoint
 
 CLOCK = ("wall_s", "images_per_s")
 PLACE = ("run_dir", "resume", "run")  # where a run lies and what it descends from

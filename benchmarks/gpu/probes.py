@@ -87,9 +87,9 @@ class Training:
     """
 
     def __init__(self, words: list[str], device: str) -> None:
-        from cnntrain.assembly import assemble
-        from cnntrain.config import read_settings
-        from cnntrain.training import prepare
+        from cnntrain.config.compose import read_settings
+        from cnntrain.train.run import prepare
+        from cnntrain.train.setup import assemble
 
         self.assembly = assembly = assemble(read_settings([*words, f"device={device}"], None))
         data = assembly.load()
@@ -102,9 +102,9 @@ class Training:
         self._common = (assembly.pipeline, assembly.task, assembly.compute)
 
     def epoch(self) -> None:
-        from cnntrain.engine.divergence import Finiteness
-        from cnntrain.engine.loop import Silent, train_epoch
-        from cnntrain.engine.signals import StopFlag
+        from cnntrain.train.loop import Silent, train_epoch
+        from cnntrain.train.nonfinite import Finiteness
+        from cnntrain.train.signals import StopFlag
 
         state, device = self.state, self.assembly.compute.device
         state.progress.batch = 0
@@ -115,7 +115,7 @@ class Training:
         )
 
     def evaluate(self) -> None:
-        from cnntrain.engine.evaluate import evaluate
+        from cnntrain.train.evaluate import evaluate
 
         evaluate(self.state.judged, self.validation, *self._common, self.plan.batch_size, FEW_STEPS)
 
@@ -232,10 +232,10 @@ def group(args: argparse.Namespace) -> None:
     import torch.distributed as dist
     from torch import nn
 
-    from cnntrain.engine.combine import accompany, combine, synchronise_norms
-    from cnntrain.engine.divergence import Finiteness
-    from cnntrain.engine.group import joined
-    from cnntrain.engine.ranks import Place
+    from cnntrain.train.combine import accompany, combine, synchronise_norms
+    from cnntrain.train.distributed import Place
+    from cnntrain.train.group import joined
+    from cnntrain.train.nonfinite import Finiteness
 
     cuda, device = is_cuda(args), torch.device(args.device)
     place = Place(0, 1, 0, 1, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -279,7 +279,7 @@ def rank(args: argparse.Namespace) -> None:
 
     from cnntrain import cli
     from cnntrain.commands import train
-    from cnntrain.engine import device, group
+    from cnntrain.train import device, group
 
     if is_cuda(args):
         begin = dist.init_process_group

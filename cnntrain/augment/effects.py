@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnntrain.augment.augmentation import Effect, between, checked_probability, checked_range
+from cnntrain.augment.base import Effect, between, checked_probability, checked_range
 from cnntrain.augment.blur import gaussian_blur
 from cnntrain.transfer import arange, to_device
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnntrain.augment.augmentation import Geometry, checked_probability
+from cnntrain.augment.base import Geometry, checked_probability
 from cnntrain.errors import UserError
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnntrain.augment.augmentation import Effect, checked_probability
+from cnntrain.augment.base import Effect, checked_probability
 from cnntrain.augment.effects import boxes_mask
 from cnntrain.errors import UserError
 from cnntrain.transfer import to_device

@@ -8,15 +8,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cnntrain.augment.augmentation import Augmentation, Colour, Effect, Geometry, by_kind
-from cnntrain.augment.colour import chain
+from cnntrain.augment.base import Augmentation, Colour, Effect, Geometry, by_kind
+from cnntrain.augment.color import chain
 from cnntrain.augment.paint import normalise, paint
-from cnntrain.augment.per_sample import SampleTransform, TorchvisionTransform
 from cnntrain.augment.points import is_mirrored, move_points
 from cnntrain.augment.resample import BORDERS, Gather, GridResample
+from cnntrain.augment.torchvision_transform import SampleTransform, TorchvisionTransform
 from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import uniform
-from cnntrain.spec import Batch, DataSpec, join
+from cnntrain.types import Batch, DataSpec, join
 
 # What is augmented at once, where batches are small: so many of them, and so many pixel values (4 MiB of float32).
 MOST_BATCHES = 4
@@ -230,7 +230,7 @@ class Pipeline:
             if not isinstance(item, Augmentation):
                 raise UserError(
                     f"augment.{key}: {type(item).__name__} is no augmentation; derive it from Geometry, "
-                    f"Colour or Effect of cnntrain.augment.augmentation"
+                    f"Colour or Effect of cnntrain.augment.base"
                 )
         if not isinstance(self.border, str) or self.border not in BORDERS:
             near = suggest(self.border, tuple(BORDERS))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnntrain.augment.augmentation import Geometry, between, checked_probability, checked_range
+from cnntrain.augment.base import Geometry, between, checked_probability, checked_range
 from cnntrain.augment.geometry import checked_size, identities, translation
 from cnntrain.errors import UserError
 

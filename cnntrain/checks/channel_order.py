@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.practice import few
 from cnntrain.checks.verdicts import passed, skipped, warned
-from cnntrain.engine.hooks import attached
-from cnntrain.findings import Finding
+from cnntrain.train.hooks import attached
+from cnntrain.types import Finding
 
 IMAGES = 256
 NEARER = 0.8  # how far the exchanged are from what was learned, beside the images as they are: below is told

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.overfit import calibrate_norms
 from cnntrain.checks.practice import few, generator, trainable
 from cnntrain.checks.verdicts import failed, passed, skipped, some
-from cnntrain.findings import Finding
 from cnntrain.tasks.task import Task
+from cnntrain.types import Finding
 
 CHANGES = (1e-6, 1e-8, 1e-4, 1e-3)  # of the loss, by which strides are chosen
 AGREES = 1e-3  # relative error

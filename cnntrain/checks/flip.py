@@ -26,8 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnntrain.findings import Finding
-from cnntrain.spec import DataSpec
+from cnntrain.types import DataSpec, Finding
 
 SURE = 2.0  # standard errors that an exchange must be away from making no difference
 FEWEST_EXAMPLES = 5

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.verdicts import failed, passed, some, warned
 from cnntrain.data.parallel import in_threads
-from cnntrain.findings import Finding
+from cnntrain.types import Finding
 
 MOST_READ = 3_000  # images of a split that are read where they stay on disk
 CHUNK = 4_096

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.overfit import BLANK, Trial, calibrate_norms, judge, learn_by_heart
 from cnntrain.checks.practice import trainable
 from cnntrain.checks.short_training import (
@@ -18,7 +18,7 @@ from cnntrain.checks.short_training import (
 )
 from cnntrain.checks.steps import usable_rate
 from cnntrain.checks.verdicts import failed, passed, skipped
-from cnntrain.findings import Finding
+from cnntrain.types import Finding
 
 BUDGET = "the budget (check.budget_s) is used up"
 TRAINED = "the weights are trained already"

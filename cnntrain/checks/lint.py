@@ -5,12 +5,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.verdicts import passed, warned
-from cnntrain.engine.plan import Plan
-from cnntrain.findings import Finding
 from cnntrain.models.pretrained import Preprocessing
-from cnntrain.spec import DataSpec
+from cnntrain.train.plan import Plan
+from cnntrain.types import DataSpec, Finding
 
 FAR = 0.05  # from the mean or standard deviation that weights learned from, on the 0-1 scale
 SMALL = 4  # times smaller than the images that weights learned from

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.practice import few, generator
 from cnntrain.checks.verdicts import failed, passed, skipped
-from cnntrain.findings import Finding
+from cnntrain.types import Finding
 
 IMAGES = 16
 SAME = 1e-4

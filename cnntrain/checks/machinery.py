@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.overfit import FP16_SCALE
 from cnntrain.checks.practice import calibrated, distance, practise
 from cnntrain.checks.verdicts import failed, passed, skipped, some
-from cnntrain.data.store import StreamLoader
-from cnntrain.engine import checkpoint
-from cnntrain.findings import Finding
+from cnntrain.data.loader import StreamLoader
+from cnntrain.train import checkpoint
+from cnntrain.types import Finding
 
 BUDGET = "the budget (check.budget_s) is used up"
 RANDOM = "two evaluations of the same images differ; see modes"
@@ -49,7 +49,14 @@ def reload(bench: Bench) -> Finding:
         spec = dataclasses.asdict(bench.spec)
         checkpoint.save({"state": {"model": model.state_dict()}, "config": config, "spec": spec}, saved)
         torch.save(images.cpu(), shown)
-        command = [sys.executable, "-m", "cnntrain.fresh", str(saved), str(shown), str(answered)]
+        command = [
+            sys.executable,
+            "-m",
+            "cnntrain.checks.reload_worker",
+            str(saved),
+            str(shown),
+            str(answered),
+        ]
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         try:
             done = subprocess.run(

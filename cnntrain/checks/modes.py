@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.practice import distance
 from cnntrain.checks.verdicts import failed, passed, some, warned
 from cnntrain.checks.watch import watch_modes
-from cnntrain.findings import Finding
+from cnntrain.types import Finding
 
 IMAGES = 8
 SAME = 1e-4

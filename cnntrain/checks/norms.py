@@ -6,12 +6,12 @@ import math
 import torch
 from torch import nn
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.modes import HASTY
 from cnntrain.checks.practice import practise
 from cnntrain.checks.short_training import ShortTraining, batch_of
 from cnntrain.checks.verdicts import failed, passed, skipped, some
-from cnntrain.findings import Finding
+from cnntrain.types import Finding
 
 SETTLING_BATCHES = 8
 LEARNED = (

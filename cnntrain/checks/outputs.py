@@ -6,13 +6,13 @@ import math
 import torch
 from torch import Tensor
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.practice import distance, few, generator
 from cnntrain.checks.verdicts import failed, passed, skipped, warned
-from cnntrain.findings import Finding
 from cnntrain.tasks.classification import Classification
 from cnntrain.tasks.keypoints import Keypoints
 from cnntrain.tasks.segmentation import Segmentation
+from cnntrain.types import Finding
 
 FEW = 5
 SAME = 1e-3  # relative difference that batch sizes may make: other kernels, lower precision

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cnntrain.checks.watch import dead_rectifiers
-from cnntrain.engine.device import Compute
-from cnntrain.engine.signals import StopFlag
-from cnntrain.findings import Finding
-from cnntrain.spec import Batch
 from cnntrain.tasks.task import Task
+from cnntrain.train.device import Compute
+from cnntrain.train.signals import StopFlag
+from cnntrain.types import Batch, Finding
 
 NEGLIGIBLE = 1e-8  # gradient norm, beside the largest of the same step
 LARGEST_JUMP = 10.0  # factor by which one step may change a tensor's norm

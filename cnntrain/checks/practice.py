@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.overfit import backward, calibrate_norms
 
 PRACTICE_IMAGES = 16  # of a batch

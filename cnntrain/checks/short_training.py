@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.overfit import backward, calibrate_norms
 from cnntrain.randomness import epoch_order
-from cnntrain.spec import Batch
 from cnntrain.tasks.task import Targets, Task
+from cnntrain.types import Batch
 
 IMAGES, IMAGES_PER_CLASS = 256, 16  # trained on, at least
 IMAGES_OF_MAPS = 64  # where every pixel is an answer

@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.practice import calibrated, difference, few, generator, practised
 from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
 from cnntrain.checks.watch import Weighted, alive_units, signal, signals
-from cnntrain.findings import Finding
+from cnntrain.types import Finding
 
 IMAGES = 32
 SOUND_SIZE, ABSURD_SIZE = 3.0, 10.0  # deviation of outputs at random: what costs more is WARN, or FAIL

@@ -5,12 +5,12 @@ import time
 
 import torch
 
-from cnntrain.checks.bench import Bench
-from cnntrain.checks.learning_rate import LEAST_FALL, RangeTest
+from cnntrain.checks.context import Bench
 from cnntrain.checks.overfit import backward
 from cnntrain.checks.short_training import step_seconds
 from cnntrain.checks.verdicts import failed, passed, skipped, warned
-from cnntrain.findings import Finding
+from cnntrain.train.lr_finder import LEAST_FALL, RangeTest
+from cnntrain.types import Finding
 
 RANGE_SHARE = 0.25  # of the seconds left
 SMALLEST_BATCH = 8

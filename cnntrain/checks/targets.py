@@ -2,10 +2,10 @@
 
 import torch
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.flip import FEWEST_EXAMPLES, compare, judge_flip
 from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
-from cnntrain.findings import Finding
+from cnntrain.types import Finding
 
 IMBALANCE = 50.0  # times as many examples of the commonest class as of the rarest
 TINY = 0.03  # share of the canvas that points may not all lie within

@@ -7,18 +7,17 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.practice import distance, few, trainable
 from cnntrain.checks.verdicts import failed, passed, skipped, some
-from cnntrain.engine import loop
-from cnntrain.engine.device import seed_step
-from cnntrain.engine.plan import Plan
-from cnntrain.engine.schedule import Schedule
-from cnntrain.engine.state import TrainState
 from cnntrain.errors import DivergedError
-from cnntrain.findings import Finding
 from cnntrain.randomness import epoch_order
-from cnntrain.spec import Batch
+from cnntrain.train import loop
+from cnntrain.train.device import seed_step
+from cnntrain.train.plan import Plan
+from cnntrain.train.schedule import Schedule
+from cnntrain.train.state import TrainState
+from cnntrain.types import Batch, Finding
 
 STEPS = 3
 NOTICED = 1e-3  # relative size of the loop's first step

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cnntrain.findings import Finding
+from cnntrain.types import Finding
 
 
 def passed(evidence: str) -> Finding:

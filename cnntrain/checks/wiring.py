@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.bench import Bench
+from cnntrain.checks.context import Bench
 from cnntrain.checks.practice import practise, trainable
 from cnntrain.checks.verdicts import failed, passed, some, warned
 from cnntrain.checks.watch import Weighted, gradient_cut, never_called
-from cnntrain.findings import Finding
+from cnntrain.types import Finding
 
 STEPS = (
     4  # a zero head, zero norms before it, what lies before them: each takes a step to let gradients through

@@ -21,25 +21,25 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cnntrain.assembly import Assembly, assemble, build_training_parts, make_optimizer
+from cnntrain.benchmark.throughput import Speed, load_line, part_rows, recommend, speed_rows
 from cnntrain.cli import Invocation
-from cnntrain.config import read_settings
-from cnntrain.data.resident import free_host_bytes
-from cnntrain.data.store import Loader
-from cnntrain.engine.device import Compute
-from cnntrain.engine.memory import forget_peak, peak_mib
-from cnntrain.engine.plan import Plan
-from cnntrain.engine.rig import Rig, make_rig
-from cnntrain.engine.run_folder import open_run_folder, provenance
-from cnntrain.engine.signals import StopFlag, stop_flag
-from cnntrain.engine.timing import Windows, interleave
+from cnntrain.config.compose import read_settings
+from cnntrain.config.schema import Settings
+from cnntrain.data.cache import free_host_bytes
+from cnntrain.data.loader import Loader
 from cnntrain.errors import UserError, is_out_of_memory
 from cnntrain.report.console import log_to_console
 from cnntrain.report.journal import RunJournal
 from cnntrain.report.progress import Bar
-from cnntrain.report.speed import Speed, load_line, part_rows, recommend, speed_rows
 from cnntrain.report.table import print_rows
-from cnntrain.settings import Settings
+from cnntrain.train.device import Compute
+from cnntrain.train.device_memory import forget_peak, peak_mib
+from cnntrain.train.plan import Plan
+from cnntrain.train.run_dir import open_run_folder, provenance
+from cnntrain.train.setup import Assembly, assemble, build_training_parts, make_optimizer
+from cnntrain.train.signals import StopFlag, stop_flag
+from cnntrain.train.step_timer import Rig, make_rig
+from cnntrain.train.timing import Windows, interleave
 
 log = logging.getLogger("cnntrain")
 ROUNDS = 5  # windows of each kind that a setting gets

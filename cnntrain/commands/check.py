@@ -16,7 +16,24 @@ from typing import Any
 
 from rich.progress import Progress
 
-from cnntrain.assembly import (
+from cnntrain.checks.check_run import choose, run_checks
+from cnntrain.checks.context import Bench
+from cnntrain.checks.flip import judge_flip
+from cnntrain.cli import Invocation
+from cnntrain.commands.evaluate import read_own, restore
+from cnntrain.config.compose import read_settings
+from cnntrain.config.schema import EvaluateSettings, Settings, parse
+from cnntrain.data.splits import limit_rows
+from cnntrain.errors import UserError
+from cnntrain.plots.checks import draw_curves
+from cnntrain.plots.curves import save, survive_drawing
+from cnntrain.plots.flip_picture import draw_symmetry
+from cnntrain.report.console import console, log_to_console
+from cnntrain.report.journal import statistics
+from cnntrain.report.table import print_findings
+from cnntrain.train.run_dir import RunFolder, open_run_folder, provenance
+from cnntrain.train.saved import locate, read_saved
+from cnntrain.train.setup import (
     Assembly,
     assemble,
     build_source,
@@ -25,25 +42,8 @@ from cnntrain.assembly import (
     notice,
     try_learning_rates,
 )
-from cnntrain.checks.bench import Bench
-from cnntrain.checks.flip import judge_flip
-from cnntrain.checks.flip_picture import draw_symmetry
-from cnntrain.checks.run import choose, run_checks
-from cnntrain.cli import Invocation
-from cnntrain.commands.evaluate import read_own, restore
-from cnntrain.config import read_settings
-from cnntrain.data.splits import limit_rows
-from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
-from cnntrain.engine.signals import StopFlag, stop_flag
-from cnntrain.errors import UserError
-from cnntrain.findings import Finding
-from cnntrain.report.check_picture import draw_curves
-from cnntrain.report.console import console, log_to_console
-from cnntrain.report.figures import save, survive_drawing
-from cnntrain.report.journal import statistics
-from cnntrain.report.table import print_findings
-from cnntrain.saved import locate, read_saved
-from cnntrain.settings import EvaluateSettings, Settings, parse
+from cnntrain.train.signals import StopFlag, stop_flag
+from cnntrain.types import Finding
 
 MOST_EXAMPLES = 20_000  # more would not make the mean shape any surer
 BUDGET_OF_A_CHECKPOINT_S = 60.0

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from cnntrain.cli import Invocation
-from cnntrain.comparison import differing_keys, find_runs, fold, monitor_of, read_run, table, write_csv
-from cnntrain.config import compose
-from cnntrain.engine.run_folder import open_run_folder, provenance
+from cnntrain.config.compose import compose
+from cnntrain.config.schema import CompareSettings, parse
 from cnntrain.errors import UserError, suggest
-from cnntrain.report.comparison import learning_curves
+from cnntrain.plots.curves import save, survive_drawing
+from cnntrain.report.compare import differing_keys, find_runs, fold, monitor_of, read_run, table, write_csv
+from cnntrain.report.comparison_table import learning_curves
 from cnntrain.report.console import console, log_to_console
-from cnntrain.report.figures import save, survive_drawing
 from cnntrain.report.table import markdown, print_rows
-from cnntrain.settings import CompareSettings, parse
+from cnntrain.train.run_dir import open_run_folder, provenance
 
 
 def run(invocation: Invocation) -> int:

@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnntrain.anatomy.meta import needs_numbers
-from cnntrain.assembly import Assembly, assemble, build_pipeline, build_task, make_model
-from cnntrain.build import trust_folder
 from cnntrain.cli import Invocation
-from cnntrain.config import compose, parse_overrides
+from cnntrain.config.compose import compose, parse_overrides
+from cnntrain.config.instantiate import trust_folder
+from cnntrain.config.schema import EvaluateSettings, PredictSettings, Settings, parse
 from cnntrain.data.content import same_data
 from cnntrain.data.source import Source
-from cnntrain.engine.evaluate import evaluate
-from cnntrain.engine.run_folder import open_run_folder, provenance
-from cnntrain.engine.signals import stop_flag
 from cnntrain.errors import DivergedError, UserError
-from cnntrain.files import exists, is_folder, replacing_text, run_folder_of
+from cnntrain.io.safe_files import exists, is_folder, replacing_text, run_folder_of
+from cnntrain.plots.curves import save, sign, survive_drawing
 from cnntrain.report.console import console, log_to_console
-from cnntrain.report.figures import save, sign, survive_drawing
 from cnntrain.report.table import print_rows
-from cnntrain.saved import load_weights, locate, read_saved, refuse_misfits, saved_spec
-from cnntrain.settings import EvaluateSettings, PredictSettings, Settings, parse
-from cnntrain.spec import Batch, DataSpec
+from cnntrain.summary.meta import needs_numbers
+from cnntrain.train.evaluate import evaluate
+from cnntrain.train.run_dir import open_run_folder, provenance
+from cnntrain.train.saved import load_weights, locate, read_saved, refuse_misfits, saved_spec
+from cnntrain.train.setup import Assembly, assemble, build_pipeline, build_task, make_model
+from cnntrain.train.signals import stop_flag
+from cnntrain.types import Batch, DataSpec
 
 log = logging.getLogger("cnntrain")
 NAMES = {"train": "training", "val": "validation", "test": "test"}  # as pictures call the splits

@@ -10,10 +10,16 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from cnntrain.anatomy.layers import Anatomy, analyse
-from cnntrain.anatomy.preflight import preflight
-from cnntrain.anatomy.report import report
-from cnntrain.assembly import (
+from cnntrain.cli import Invocation
+from cnntrain.config.compose import expand_grid, read_settings
+from cnntrain.config.schema import Settings
+from cnntrain.errors import UserError
+from cnntrain.report.console import console, log_to_console
+from cnntrain.summary.layer_table import Anatomy, analyse
+from cnntrain.summary.preflight import preflight
+from cnntrain.summary.report import report
+from cnntrain.train.run_dir import open_run_folder
+from cnntrain.train.setup import (
     build_pipeline,
     build_source,
     build_task,
@@ -22,12 +28,6 @@ from cnntrain.assembly import (
     pretrained_weights,
     size_remedy,
 )
-from cnntrain.cli import Invocation
-from cnntrain.config import expand_grid, read_settings
-from cnntrain.engine.run_folder import open_run_folder
-from cnntrain.errors import UserError
-from cnntrain.report.console import console, log_to_console
-from cnntrain.settings import Settings
 
 log = logging.getLogger("cnntrain")
 

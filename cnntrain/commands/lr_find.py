@@ -10,17 +10,17 @@ Cyclical Learning Rates, section 3.3.
 from pathlib import Path
 from typing import Any
 
-from cnntrain.assembly import assemble, build_training_parts, try_learning_rates, with_rate
-from cnntrain.checks.learning_rate import RangeTest
 from cnntrain.cli import Invocation
-from cnntrain.config import read_settings
-from cnntrain.engine.run_folder import open_run_folder, provenance
-from cnntrain.engine.signals import stop_flag
+from cnntrain.config.compose import read_settings
+from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
+from cnntrain.plots.curves import save, survive_drawing
+from cnntrain.plots.range_picture import draw_range_test
 from cnntrain.report.console import log_to_console
-from cnntrain.report.figures import save, survive_drawing
-from cnntrain.report.range_picture import draw_range_test
-from cnntrain.settings import Settings
+from cnntrain.train.lr_finder import RangeTest
+from cnntrain.train.run_dir import open_run_folder, provenance
+from cnntrain.train.setup import assemble, build_training_parts, try_learning_rates, with_rate
+from cnntrain.train.signals import stop_flag
 
 
 def run(invocation: Invocation) -> int:

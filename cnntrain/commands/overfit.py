@@ -17,21 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.assembly import Assembly, assemble, build_training_parts, make_optimizer
 from cnntrain.checks.overfit import Trial, calibrate_norms, judge, judge_pace, learn_by_heart
 from cnntrain.cli import Invocation
-from cnntrain.config import read_settings
+from cnntrain.config.compose import read_settings
+from cnntrain.config.schema import Settings
 from cnntrain.data.load import Data
-from cnntrain.data.store import Loader
-from cnntrain.engine.run_folder import open_run_folder, provenance
-from cnntrain.engine.signals import stop_flag
+from cnntrain.data.loader import Loader
 from cnntrain.errors import UserError
-from cnntrain.findings import Finding
+from cnntrain.plots.curves import learning, save, survive_drawing
 from cnntrain.report.console import log_to_console
-from cnntrain.report.figures import learning, save, survive_drawing
 from cnntrain.report.table import print_findings
-from cnntrain.settings import Settings
-from cnntrain.spec import Batch
+from cnntrain.train.run_dir import open_run_folder, provenance
+from cnntrain.train.setup import Assembly, assemble, build_training_parts, make_optimizer
+from cnntrain.train.signals import stop_flag
+from cnntrain.types import Batch, Finding
 
 log = logging.getLogger("cnntrain")
 CALIBRATION_IMAGES = 32
@@ -49,7 +48,7 @@ def run(invocation: Invocation) -> int:
         )
     if invocation.multirun:
         from cnntrain.sweep.perform import Job  # imports optuna, which a single run does without
-        from cnntrain.sweep.run import run_sweep
+        from cnntrain.sweep.sweep_run import run_sweep
 
         return run_sweep(invocation, Job(overfit_trial))
     settings = read_settings(invocation.overrides, invocation.config_dir)

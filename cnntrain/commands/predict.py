@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cnntrain.assembly import build_model, build_pipeline, build_task
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.cli import Invocation
 from cnntrain.commands.evaluate import (
@@ -31,27 +30,28 @@ from cnntrain.commands.evaluate import (
     read_own,
     refuse_other_network,
 )
-from cnntrain.data import resident
+from cnntrain.config.schema import PredictSettings, Settings, parse
+from cnntrain.data import cache as resident
 from cnntrain.data.boxes import frame, read_boxes
-from cnntrain.data.decode import BadFile, Decoder, image_endings, refuse, upright_size
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.image_folder import make_decoder
-from cnntrain.data.listing import files_below
+from cnntrain.data.files import files_below
+from cnntrain.data.image_reader import BadFile, Decoder, image_endings, refuse, upright_size
+from cnntrain.data.loader import Loader, make_loader
 from cnntrain.data.scan import scan
-from cnntrain.data.store import Loader, make_loader
-from cnntrain.engine.device import Compute, choose_compute, prepare_torch
-from cnntrain.engine.run_folder import RunFolder, open_run_folder, provenance
-from cnntrain.engine.signals import StopFlag, stop_flag
+from cnntrain.data.sources.image_folder import make_decoder
 from cnntrain.errors import UserError
-from cnntrain.files import replacing_text
+from cnntrain.io.safe_files import replacing_text
+from cnntrain.plots.curves import save, survive_drawing
 from cnntrain.report.console import log_to_console
-from cnntrain.report.figures import save, survive_drawing
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
-from cnntrain.saved import locate, read_saved, saved_spec
-from cnntrain.settings import PredictSettings, Settings, parse
-from cnntrain.spec import Batch, DataSpec
 from cnntrain.tasks.segmentation import Segmentation
 from cnntrain.tasks.task import Task
+from cnntrain.train.device import Compute, choose_compute, prepare_torch
+from cnntrain.train.run_dir import RunFolder, open_run_folder, provenance
+from cnntrain.train.saved import locate, read_saved, saved_spec
+from cnntrain.train.setup import build_model, build_pipeline, build_task
+from cnntrain.train.signals import StopFlag, stop_flag
+from cnntrain.types import Batch, DataSpec
 
 log = logging.getLogger("cnntrain")
 IMAGES_PER_PAGE = 24

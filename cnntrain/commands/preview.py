@@ -15,24 +15,24 @@ import torch
 import yaml
 from torch import Tensor
 
-from cnntrain.assembly import build_pipeline, build_source, with_chosen_statistics
 from cnntrain.augment.geometry import HorizontalFlip
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.cli import Invocation
-from cnntrain.command_line import without_passwords
-from cnntrain.config import read_settings
+from cnntrain.config.command_text import without_passwords
+from cnntrain.config.compose import read_settings
+from cnntrain.config.schema import Settings
 from cnntrain.data.load import load_data
-from cnntrain.data.store import make_loader
-from cnntrain.engine.device import prepare_torch
-from cnntrain.engine.run_folder import open_run_folder, provenance
+from cnntrain.data.loader import make_loader
 from cnntrain.errors import UserError
+from cnntrain.plots.curves import save
 from cnntrain.randomness import epoch_order
 from cnntrain.report.console import log_to_console
-from cnntrain.report.figures import save
 from cnntrain.report.previews import draw_batches, draw_flip
 from cnntrain.report.tensorboard import Events
-from cnntrain.settings import Settings
-from cnntrain.spec import Batch
+from cnntrain.train.device import prepare_torch
+from cnntrain.train.run_dir import open_run_folder, provenance
+from cnntrain.train.setup import build_pipeline, build_source, with_chosen_statistics
+from cnntrain.types import Batch
 
 log = logging.getLogger("cnntrain")
 FLIPPED_IMAGES = 2

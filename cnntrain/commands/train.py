@@ -13,34 +13,28 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cnntrain.assembly import assemble, notice
 from cnntrain.cli import Invocation, looks_like_setting
-from cnntrain.command_line import chosen_options, without_passwords
 from cnntrain.commands.evaluate import evaluate_checkpoint
-from cnntrain.config import compose, read_settings, swept_by_itself
-from cnntrain.engine.ranks import ALONE, Place, Ranks, find_place
-from cnntrain.engine.run_folder import RunFolder, holds_run, lock_folder, open_run_folder, provenance
-from cnntrain.engine.signals import stop_flag
+from cnntrain.config.command_text import chosen_options, without_passwords
+from cnntrain.config.compose import compose, read_settings, swept_by_itself
+from cnntrain.config.schema import EvaluateSettings, Settings, parse
 from cnntrain.errors import CheckFailedError, UserError
-from cnntrain.expectations import judge_expectations, parse_expectation
-from cnntrain.files import run_folder_of
-from cnntrain.processes import check_processes, uses_gpus
+from cnntrain.io.safe_files import run_folder_of
+from cnntrain.io.streams import flush_or_discard
 from cnntrain.report.console import log_to_console, silence_log
+from cnntrain.report.expectations import judge_expectations, parse_expectation
 from cnntrain.report.table import print_findings, print_run_summary
-from cnntrain.resume import bring_best, keep_choices, resume
-from cnntrain.saved import (
-    differences,
-    find_folder,
-    find_saved,
-    finished_results,
-    identify,
-)
-from cnntrain.settings import EvaluateSettings, Settings, parse
-from cnntrain.streams import flush_or_discard
-from cnntrain.training import prepare, train_to_the_end
+from cnntrain.train.distributed import ALONE, Place, Ranks, find_place
+from cnntrain.train.processes import check_processes, uses_gpus
+from cnntrain.train.resume import bring_best, keep_choices, resume
+from cnntrain.train.run import prepare, train_to_the_end
+from cnntrain.train.run_dir import RunFolder, holds_run, lock_folder, open_run_folder, provenance
+from cnntrain.train.saved import differences, find_folder, find_saved, finished_results, identify
+from cnntrain.train.setup import assemble, notice
+from cnntrain.train.signals import stop_flag
 
 if TYPE_CHECKING:
-    from cnntrain.engine.launch import Home
+    from cnntrain.train.launch import Home
 
 log = logging.getLogger("cnntrain")
 
@@ -56,7 +50,7 @@ def run(invocation: Invocation) -> int:
                 "-m: a sweep is one process; start it without torchrun or srun, with launch.devices=N"
             )
         from cnntrain.sweep.perform import Job  # imports optuna, which a single run does without
-        from cnntrain.sweep.run import run_sweep
+        from cnntrain.sweep.sweep_run import run_sweep
 
         return run_sweep(invocation, Job(train_trial, test_trial))
     settings = read_settings(invocation.overrides, invocation.config_dir)
@@ -106,7 +100,7 @@ def train(
     if settings.launch.devices == 1:
         return _train(settings, command_line, test, watch, ALONE)
     check_processes(settings, None)
-    from cnntrain.engine.launch import launch  # what a single process does without
+    from cnntrain.train.launch import launch  # what a single process does without
 
     return launch(_one_of_several, settings.launch.devices, settings, command_line, test, watch=watch)
 
@@ -121,7 +115,7 @@ def _more(saved: Mapping[str, Any], settings: Settings) -> str:
 
 def _one_of_several(home: "Home", settings: Settings, command_line: str, test: bool) -> dict[str, Any]:
     """A process that `train` started."""
-    from cnntrain.engine.launch import in_rank
+    from cnntrain.train.launch import in_rank
 
     def work() -> dict[str, Any]:
         log_to_console()
@@ -133,7 +127,7 @@ def _one_of_several(home: "Home", settings: Settings, command_line: str, test: b
 
 @contextlib.contextmanager
 def _joined(place: Place, settings: Settings, **more: Any) -> Iterator[Ranks]:
-    from cnntrain.engine.group import joined
+    from cnntrain.train.group import joined
 
     if place.rank:
         silence_log()

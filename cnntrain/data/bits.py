@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cnntrain.data.decode import BadFile, Decoder, load_pixels, reading
 from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.image_reader import BadFile, Decoder, load_pixels, reading
 from cnntrain.data.parallel import in_threads
 from cnntrain.errors import UserError
 

@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
-from cnntrain.data.canvas import Box, widen
-from cnntrain.data.table import read_table
+from cnntrain.data.csv_table import read_table
+from cnntrain.data.resize import Box, widen
 from cnntrain.errors import UserError
 
 SIDES = ("box_left", "box_top", "box_right", "box_bottom")

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnntrain.data.decode import BadFile
+from cnntrain.data.cache import decoded_bytes, lazy_images, read_all
 from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.image_reader import BadFile
 from cnntrain.data.parallel import MANY, decode_into, in_threads
-from cnntrain.data.resident import decoded_bytes, lazy_images, read_all
 from cnntrain.data.source import default_root
 from cnntrain.data.spans import span_of
 from cnntrain.errors import MachineError, UserError

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cnntrain.data.canvas import Box
+from cnntrain.data.resize import Box
 from cnntrain.errors import UserError
-from cnntrain.spec import DataSpec
+from cnntrain.types import DataSpec
 
 
 class Decodes(Protocol):

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cnntrain.data import resident
-from cnntrain.data.canvas import Box, move, place
-from cnntrain.data.decode import BadFile, Decoder, upright_size
+from cnntrain.data import cache as resident
 from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.image_reader import BadFile, Decoder, upright_size
 from cnntrain.data.masks import MaskDecoder
 from cnntrain.data.parallel import in_threads
+from cnntrain.data.resize import Box, move, place
 
 log = logging.getLogger("cnntrain")
 SAMPLED_FILES = 200

@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
-from cnntrain.data import resident
+from cnntrain.data import cache as resident
 from cnntrain.data.bits import warn_of_unused_bits, with_bits
 from cnntrain.data.content import content_hash
 from cnntrain.data.decoded import keep_decoded, worth_keeping
 from cnntrain.data.examples import Examples, LazyImages, check_examples
+from cnntrain.data.files import SPLIT_NAMES, SPLITS, one_name_each
 from cnntrain.data.finer import on_finer_canvas
-from cnntrain.data.listing import SPLIT_NAMES, SPLITS, one_name_each
 from cnntrain.data.scan import Scan, scan
 from cnntrain.data.source import Source
 from cnntrain.data.splits import check_groups_apart, limit_rows, split_train_val
 from cnntrain.data.statistics import measure
 from cnntrain.errors import UserError, suggest
-from cnntrain.heap import without_collector
-from cnntrain.spec import DataSpec
+from cnntrain.memory import without_collector
+from cnntrain.types import DataSpec
 
 logger = logging.getLogger("cnntrain")
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnntrain.data.canvas import Box, Resize, place
-from cnntrain.data.decode import Unusable, cut, load_pixels, reading
+from cnntrain.data.image_reader import Unusable, cut, load_pixels, reading
+from cnntrain.data.resize import Box, Resize, place
 
 if TYPE_CHECKING:
     from PIL import Image

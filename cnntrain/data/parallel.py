@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from cnntrain.data.decode import BadFile
 from cnntrain.data.examples import LazyImages
+from cnntrain.data.image_reader import BadFile
 from cnntrain.errors import MachineError
 
 T = TypeVar("T")

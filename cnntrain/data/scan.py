@@ -8,10 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from cnntrain.data.decode import BadFile, refuse, upright_size
+from cnntrain.data.cache import common_folder, lazy_images
 from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.image_reader import BadFile, refuse, upright_size
 from cnntrain.data.parallel import in_threads
-from cnntrain.data.resident import common_folder, lazy_images
 from cnntrain.data.source import default_root
 from cnntrain.data.spans import span_of
 

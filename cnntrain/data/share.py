@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnntrain.spec import Batch
+from cnntrain.types import Batch
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cnntrain.data.examples import Examples
 from cnntrain.errors import UserError
-from cnntrain.spec import DataSpec
+from cnntrain.types import DataSpec
 
 
 class Source(ABC):

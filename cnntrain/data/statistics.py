@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cnntrain.data.canvas import Placement, place
-from cnntrain.data.decode import BadFile, Decoder, upright_size
+from cnntrain.data.cache import decode
 from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.image_reader import BadFile, Decoder, upright_size
 from cnntrain.data.parallel import in_threads
-from cnntrain.data.resident import decode
+from cnntrain.data.resize import Placement, place
 from cnntrain.randomness import hash_seed
 
 SAMPLED_IMAGES = 2000  # when they are not in memory; the mean is then good to about 1/200

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnntrain.models.elements import make_activation, make_norm
+from cnntrain.models.norm_act import make_activation, make_norm
 
 
 class ConvNormActivation(nn.Sequential):

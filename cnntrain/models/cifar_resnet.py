@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cnntrain.errors import UserError
 from cnntrain.models.blocks import PadShortcut
-from cnntrain.models.elements import check_word
+from cnntrain.models.norm_act import check_word
 
 SHORTCUTS = ("pad", "projection", "none")
 

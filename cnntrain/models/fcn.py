@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from cnntrain.errors import UserError
 from cnntrain.models.cifar_resnet import CifarResNet
-from cnntrain.models.elements import check_word
-from cnntrain.models.from_torchvision import classifier
+from cnntrain.models.norm_act import check_word
 from cnntrain.models.resnet import ResNet
-from cnntrain.models.sequential import build_layers
-from cnntrain.models.shapes import Place
+from cnntrain.models.sequential.parser import build_layers
+from cnntrain.models.sequential.shapes import Place
+from cnntrain.models.torchvision import classifier
 
 _PROBE_PX = 256
 UPSAMPLINGS = ("nearest", "bilinear", "bicubic")

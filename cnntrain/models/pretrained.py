@@ -11,7 +11,7 @@ from urllib.error import URLError
 from torch import Tensor, nn
 
 from cnntrain.errors import UserError, suggest
-from cnntrain.tensor_file import read_tensors
+from cnntrain.train.tensor_file import read_tensors
 
 log = logging.getLogger("cnntrain")
 FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
@@ -64,7 +64,7 @@ class Published:
     def preprocessing(self, name: str) -> Preprocessing | None:
         """Return the preprocessing of the weights `name`; None if the library does not define it."""
         if self.library == "timm":
-            from cnntrain.models.from_timm import preprocessing
+            from cnntrain.models.timm import preprocessing
 
             return preprocessing(self.architecture)
         weights = self._weights()
@@ -86,7 +86,7 @@ class Published:
             UserError: the weights do not exist or cannot be downloaded.
         """
         if self.library == "timm":
-            from cnntrain.models.from_timm import published_weights
+            from cnntrain.models.timm import published_weights
 
             return published_weights(self.architecture, image_size)
         weights = self._weights()

@@ -11,7 +11,7 @@ from functools import cache
 from torch import Tensor, nn
 
 from cnntrain.errors import UserError
-from cnntrain.models.elements import check_word
+from cnntrain.models.norm_act import check_word
 
 _BLOCKS = {
     18: (2, 2, 2, 2),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from cnntrain.errors import UserError
-from cnntrain.models.elements import make_activation, make_norm
+from cnntrain.models.norm_act import make_activation, make_norm
 
 _NORM_DIMENSIONS: dict[type[nn.Module], int] = {
     nn.BatchNorm1d: 0,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cnntrain.errors import UserError
-from cnntrain.models.elements import check_word
+from cnntrain.models.norm_act import check_word
 
 UPSAMPLINGS = ("transposed", "nearest", "bilinear", "bicubic", "unpool")
 PADDINGS = ("same", "valid")

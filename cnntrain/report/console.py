@@ -6,7 +6,7 @@ import warnings
 
 from rich.console import Console
 
-from cnntrain.streams import lenient, printable
+from cnntrain.io.streams import lenient, printable
 
 console = Console()
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cnntrain.errors import CnntrainError
-from cnntrain.report.figures import batch_grid, curves, filters, save, sign, survive_drawing
+from cnntrain.plots.curves import batch_grid, curves, filters, save, sign, survive_drawing
 from cnntrain.report.metrics import MetricsFile
 from cnntrain.report.progress import Bar
 from cnntrain.report.tensorboard import Events
-from cnntrain.spec import Batch, DataSpec
 from cnntrain.tasks.meter import Meter
 from cnntrain.tasks.task import Task
+from cnntrain.types import Batch, DataSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

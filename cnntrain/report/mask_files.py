@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from cnntrain import files
+from cnntrain.io import safe_files as files
 
 
 def mask_names(names: list[str]) -> list[str]:

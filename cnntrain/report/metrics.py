@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cnntrain import files
 from cnntrain.errors import UserError
+from cnntrain.io import safe_files as files
 
 
 class MetricsFile:

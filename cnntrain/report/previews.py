@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnntrain.spec import Batch, DataSpec
-from cnntrain.tasks.drawing import COLOURS, image_grid, shorten, style, unnormalise
-from cnntrain.tasks.overlays import class_colours, paint_mask
+from cnntrain.plots.images import COLOURS, image_grid, shorten, style, unnormalise
+from cnntrain.plots.overlays import class_colours, paint_mask
+from cnntrain.types import Batch, DataSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from cnntrain.streams import lenient, printable
+from cnntrain.io.streams import lenient, printable
 
 
 class Bar:

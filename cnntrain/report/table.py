@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cnntrain.command_line import command_text, override
-from cnntrain.findings import Finding
+from cnntrain.config.command_text import command_text, override
+from cnntrain.io.streams import printable
 from cnntrain.report.progress import seconds_text
-from cnntrain.streams import printable
+from cnntrain.types import Finding
 
 _VERDICT_STYLE = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
 

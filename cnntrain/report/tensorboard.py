@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnntrain import files
-from cnntrain.report.figures import png
+from cnntrain.io import safe_files as files
+from cnntrain.plots.curves import png
 from cnntrain.report.protos import protos
 
 if TYPE_CHECKING:

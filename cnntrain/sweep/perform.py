@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
+from cnntrain.config.schema import Settings
 from cnntrain.errors import CnntrainError, DivergedError, PrunedError, StoppedError
-from cnntrain.files import make_folder
-from cnntrain.settings import Settings
-from cnntrain.streams import output_to
+from cnntrain.io.safe_files import make_folder
+from cnntrain.io.streams import output_to
 from cnntrain.sweep.plan import Run
 from cnntrain.sweep.study import Outcome
 

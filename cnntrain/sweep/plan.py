@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cnntrain.assembly import build_pipeline, build_source, build_task
 from cnntrain.cli import DEFAULT_COMMAND, Invocation
-from cnntrain.command_line import command_text
-from cnntrain.config import add_swept_keys, parse_overrides, read_settings, read_space
+from cnntrain.config.command_text import command_text
+from cnntrain.config.compose import add_swept_keys, parse_overrides, read_settings, read_space
+from cnntrain.config.schema import Settings, SweepSettings
 from cnntrain.data.load import read_fingerprint
 from cnntrain.errors import UserError
-from cnntrain.expectations import NEUTRAL
-from cnntrain.saved import flat
-from cnntrain.settings import Settings, SweepSettings
-from cnntrain.space import Axis, grid
+from cnntrain.report.expectations import NEUTRAL
+from cnntrain.sweep.search_space import Axis, grid
+from cnntrain.train.saved import flat
+from cnntrain.train.setup import build_pipeline, build_source, build_task
 
 T = TypeVar("T")
 DRAWN_TRIALS = 20  # where the sampler draws and `sweep.trials` says nothing

@@ -14,9 +14,9 @@ from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
-from cnntrain.command_line import mask_passwords
+from cnntrain.config.command_text import mask_passwords
 from cnntrain.errors import UserError
-from cnntrain.files import open_lock, read_bytes, read_json, write_text, write_whole
+from cnntrain.io.safe_files import open_lock, read_bytes, read_json, write_text, write_whole
 from cnntrain.sweep.plan import Plan
 from cnntrain.sweep.study import Study
 

@@ -11,8 +11,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from cnntrain.randomness import hash_seed
-from cnntrain.space import Axis
 from cnntrain.sweep.plan import Plan, Repeat
+from cnntrain.sweep.search_space import Axis
 
 READY_S = 30.0  # how long another machine may take to lay out the trials
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnntrain.errors import UserError
-from cnntrain.spec import DataSpec
-from cnntrain.tasks import drawing
+from cnntrain.plots import images as drawing
+from cnntrain.plots.ranking import average_precision, roc_auc
 from cnntrain.tasks.arguments import number
+from cnntrain.tasks.class_weights import ClassWeights, balanced_weights, parse_class_weights
 from cnntrain.tasks.meter import Meter, count_pairs, ratio
-from cnntrain.tasks.ranking import average_precision, roc_auc
 from cnntrain.tasks.task import Targets, Task
-from cnntrain.tasks.weights import ClassWeights, balanced_weights, parse_class_weights
+from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cnntrain.errors import UserError, suggest
-from cnntrain.spec import DataSpec
-from cnntrain.tasks import drawing, heatmaps, overlays
+from cnntrain.plots import images as drawing
+from cnntrain.plots import overlays
+from cnntrain.tasks import heatmaps
 from cnntrain.tasks.arguments import choice, number
 from cnntrain.tasks.keypoint_meter import KeypointMeter
 from cnntrain.tasks.meter import Meter, ratio, wide_dtype
@@ -19,6 +20,7 @@ from cnntrain.tasks.regression import make_distance
 from cnntrain.tasks.source_pixels import source_pixels_per_canvas_pixel, unmap_points
 from cnntrain.tasks.task import Targets, Task
 from cnntrain.transfer import constant
+from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnntrain.errors import UserError
-from cnntrain.spec import DataSpec
-from cnntrain.tasks import drawing, overlays
+from cnntrain.plots import images as drawing
+from cnntrain.plots import overlays
 from cnntrain.tasks.arguments import choice
+from cnntrain.tasks.class_weights import ClassWeights, balanced_weights, parse_class_weights
 from cnntrain.tasks.dense import centre, choose_fit, dice_loss
 from cnntrain.tasks.meter import Meter, count_pairs, ratio
 from cnntrain.tasks.task import Size, Targets, Task
-from cnntrain.tasks.weights import ClassWeights, balanced_weights, parse_class_weights
+from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

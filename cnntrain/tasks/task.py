@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cnntrain.spec import DataSpec
 from cnntrain.tasks.meter import Meter
+from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

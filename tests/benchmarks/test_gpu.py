@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cnntrain.cli import parse_arguments
-from cnntrain.config import check_early, compose, conf_folder
+from cnntrain.config.compose import check_early, compose, conf_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "benchmarks" / "gpu" / "run.py"

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from cnntrain import compose
-from cnntrain.assembly import assemble
-from cnntrain.checks.bench import Bench
-from cnntrain.checks.run import choose, run_checks
+from cnntrain.checks.check_run import choose, run_checks
+from cnntrain.checks.context import Bench
 from cnntrain.commands.check import build_bench
-from cnntrain.engine.signals import StopFlag
-from cnntrain.findings import Finding
+from cnntrain.train.setup import assemble
+from cnntrain.train.signals import StopFlag
+from cnntrain.types import Finding
 
 PLANTED = Path(__file__).parent / "planted"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnntrain.engine import loop
+from cnntrain.train import loop
 
 FACES = ("data=toy_faces", "data.train_count=60", "data.test_count=4", "data.size=32")
 SHAPES = ("data=toy_shapes", "data.train_count=60", "data.test_count=4", "data.size=32")

@@ -13,23 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cnntrain import compose, overfit
-from cnntrain.assembly import assemble
-from cnntrain.checks.overfit import (
-    FASTER,
-    SLOWEST,
-    Trial,
-    backward,
-    judge_pace,
-    learn_by_heart,
-)
-from cnntrain.checks.overfit import (
-    QUICK as FEW_STEPS,
-)
+from cnntrain.checks.overfit import FASTER, SLOWEST, Trial, backward, judge_pace, learn_by_heart
+from cnntrain.checks.overfit import QUICK as FEW_STEPS
 from cnntrain.cli import main
 from cnntrain.commands.overfit import pick_examples
-from cnntrain.engine.device import Compute
-from cnntrain.spec import Batch, DataSpec
 from cnntrain.tasks.classification import Classification
+from cnntrain.train.device import Compute
+from cnntrain.train.setup import assemble
+from cnntrain.types import Batch, DataSpec
 
 PLANTED = Path(__file__).parent / "planted"
 QUICK = ("log.pictures=false", "threads=1")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cnntrain.anatomy.layers import analyse
-from cnntrain.anatomy.table import compare
+from cnntrain.summary.layer_table import analyse
+from cnntrain.summary.view import compare
 from tests.contracts.networks import header
 from tests.contracts.test_models import DEEP, build
 

@@ -9,9 +9,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from cnntrain.engine.optim import layers_of
 from cnntrain.errors import UserError
-from cnntrain.models.prepare import freeze_layers, prepare
+from cnntrain.models.modify import freeze_layers, prepare
+from cnntrain.train.optim import layers_of
 from tests.contracts.networks import COSTLY, FOLDER, MASKS, NAMES, SMALLEST_PX, header
 
 # The others take a second or more each.

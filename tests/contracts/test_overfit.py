@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cnntrain import compose, overfit
-from cnntrain.data.digits import read_digits
+from cnntrain.data.sources.digits import read_digits
 from tests.contracts.networks import COSTLY, MASKS, NAMES, SMALLEST_PX
 
 QUICK_MODELS = ["mlp", "lenet5", "fmnist_cnn", "sequential"]

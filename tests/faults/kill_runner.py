@@ -45,8 +45,8 @@ def kill(whom: str) -> None:
 
 def serve() -> None:
     import cnntrain.commands.train
-    import cnntrain.report.figures
-    import cnntrain.sweep.run  # noqa: F401
+    import cnntrain.plots.curves
+    import cnntrain.sweep.sweep_run  # noqa: F401
     from cnntrain.cli import main
 
     for line in sys.stdin:

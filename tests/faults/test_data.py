@@ -152,7 +152,7 @@ OWN = """
 import torch
 from cnntrain.data.examples import Examples
 from cnntrain.data.source import Source
-from cnntrain.spec import DataSpec
+from cnntrain.types import DataSpec
 
 class Wrong(Source):
     def spec(self):

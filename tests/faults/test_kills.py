@@ -111,29 +111,31 @@ MODES = {
     "sweep of workers": (*SMALL, "log.pictures=false", "-m", "optimizer.lr=0.001,0.01", "sweep.jobs=2"),
 }
 RUN = {  # the functions, and how often a run calls each of them
-    "cnntrain.files:os.replace": 22,  # of every file that is written whole
-    "cnntrain.files:os.fsync": 30,  # when it is written and not yet in place
-    "cnntrain.engine.checkpoint:write": 16,
-    "cnntrain.engine.loop:set_learning_rate": 18,
-    "cnntrain.engine.loop:evaluate": 3,  # after an epoch's last step
-    "cnntrain.engine.keeper:Keeper.__call__": 9,
+    "cnntrain.io.safe_files:os.replace": 22,  # of every file that is written whole
+    "cnntrain.io.safe_files:os.fsync": 30,  # when it is written and not yet in place
+    "cnntrain.train.checkpoint:write": 16,
+    "cnntrain.train.loop:set_learning_rate": 18,
+    "cnntrain.train.loop:evaluate": 3,  # after an epoch's last step
+    "cnntrain.train.keeper:Keeper.__call__": 9,
     "cnntrain.report.metrics:MetricsFile.append": 3,
     "cnntrain.report.journal:RunJournal.saved": 3,
-    "cnntrain.training:_judge": 2,
-    "cnntrain.engine.run_folder:RunFolder.write_json": 2,
+    "cnntrain.train.run:_judge": 2,
+    "cnntrain.train.run_dir:RunFolder.write_json": 2,
 }
 RESUMING = {
     "cnntrain.commands.train:find_saved": 1,
     "cnntrain.commands.train:resume": 1,
     "cnntrain.commands.train:bring_best": 1,
-    "cnntrain.engine.run_folder:remove_temporaries": 1,
+    "cnntrain.train.run_dir:remove_temporaries": 1,
     "cnntrain.report.metrics:MetricsFile._rewrite": 1,
 }
 OF_MODE = {
     "plain": RUN | RESUMING,
     "pictures": {"cnntrain.report.journal:save": 5},
     "ranks": RUN | RESUMING,
-    "sweep": RUN | RESUMING | {"cnntrain.sweep.study:Study.record": 2, "cnntrain.sweep.run:find_answer": 1},
+    "sweep": RUN
+    | RESUMING
+    | {"cnntrain.sweep.study:Study.record": 2, "cnntrain.sweep.sweep_run:find_answer": 1},
     "sweep of workers": {name: RUN[name] for name in RUN if "files" not in name},
 }
 
@@ -174,19 +176,19 @@ def ranking(folder: str) -> list[dict[str, str]]:
 SAMPLE = {
     "in a checkpoint's write": (
         "plain",
-        (Kill("cnntrain.files:os.replace", 5), Kill("cnntrain.files:os.fsync", 9)),
+        (Kill("cnntrain.io.safe_files:os.replace", 5), Kill("cnntrain.io.safe_files:os.fsync", 9)),
     ),
     "between row and checkpoint": (
         "plain",
         (Kill("cnntrain.report.metrics:MetricsFile.append", 2, "after"),),
     ),
-    "between last.pt and best.pt": ("plain", (Kill("cnntrain.engine.checkpoint:write", 3, "after"),)),
-    "after the last step": ("plain", (Kill("cnntrain.engine.loop:evaluate", 3),)),
-    "before the results": ("plain", (Kill("cnntrain.engine.run_folder:RunFolder.write_json", 2),)),
+    "between last.pt and best.pt": ("plain", (Kill("cnntrain.train.checkpoint:write", 3, "after"),)),
+    "after the last step": ("plain", (Kill("cnntrain.train.loop:evaluate", 3),)),
+    "before the results": ("plain", (Kill("cnntrain.train.run_dir:RunFolder.write_json", 2),)),
     "while resuming": (
         "plain",
         (
-            Kill("cnntrain.engine.loop:set_learning_rate", 12),
+            Kill("cnntrain.train.loop:set_learning_rate", 12),
             Kill("cnntrain.commands.train:resume", 1, "after"),
         ),
     ),

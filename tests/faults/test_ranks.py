@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnntrain.engine import checkpoint
+from cnntrain.train import checkpoint
 
 pytestmark = pytest.mark.slow
 LONG = pytest.mark.long  # each of these starts and stops several processes

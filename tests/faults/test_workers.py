@@ -28,7 +28,7 @@ def children(pid: int) -> list[int]:
 
 def test_a_worker_says_nothing_of_a_batch_that_nobody_took_over(capfd) -> None:
     """The thread that hands it over calls sys.excepthook, in the worker, where the main process breaks off."""
-    from cnntrain.data.stream import _start_worker
+    from cnntrain.data.workers import _start_worker
 
     def reset(hook_of: str) -> None:
         _start_worker(0)

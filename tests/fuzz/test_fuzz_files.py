@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cnntrain.assembly import build_source
 from cnntrain.cli import main
 from cnntrain.commands.evaluate import restore
-from cnntrain.config import compose, read_settings
-from cnntrain.data.decode import BadFile, Decoder, upright_size
+from cnntrain.config.compose import compose, read_settings
+from cnntrain.config.schema import EvaluateSettings, Settings, parse
+from cnntrain.data.image_reader import BadFile, Decoder, upright_size
 from cnntrain.data.load import load_data
-from cnntrain.saved import read_saved
-from cnntrain.settings import EvaluateSettings, Settings, parse
+from cnntrain.train.saved import read_saved
+from cnntrain.train.setup import build_source
 
 pytestmark = pytest.mark.long
 # `FUZZ_EXAMPLES=20000 python -m pytest -m long tests/fuzz` takes an hour.

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from cnntrain.cli import main
-from cnntrain.data.decode import BadFile, Decoder, image_endings, upright_size
+from cnntrain.data.image_reader import BadFile, Decoder, image_endings, upright_size
 from cnntrain.data.masks import MaskDecoder
 
 # `FUZZ_EXAMPLES=200000 python -m pytest -m long tests/fuzz/test_fuzz_images.py` takes an hour.

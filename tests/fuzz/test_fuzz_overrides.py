@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cnntrain.cli import main
-from cnntrain.config import compose
-from cnntrain.saved import flat
+from cnntrain.config.compose import compose
+from cnntrain.train.saved import flat
 
 pytestmark = pytest.mark.long
 # `FUZZ_EXAMPLES=20000 python -m pytest -m long tests/fuzz` takes an hour.

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cnntrain.data.digits import Digits
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.toy_faces import ToyFaces
-from cnntrain.data.toy_shapes import ToyShapes
-from cnntrain.spec import DataSpec
+from cnntrain.data.sources.digits import Digits
+from cnntrain.data.sources.toy_faces import ToyFaces
+from cnntrain.data.sources.toy_shapes import ToyShapes
+from cnntrain.types import DataSpec
 
 Splits = dict[str, Examples]
 

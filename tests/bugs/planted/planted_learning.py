@@ -7,10 +7,10 @@ import torch
 from broken import Sound
 from torch import Tensor, nn
 
-from cnntrain.data.digits import Digits
 from cnntrain.data.examples import Examples
-from cnntrain.data.toy_faces import ToyFaces
-from cnntrain.data.toy_shapes import ToyShapes
+from cnntrain.data.sources.digits import Digits
+from cnntrain.data.sources.toy_faces import ToyFaces
+from cnntrain.data.sources.toy_shapes import ToyShapes
 
 Splits = dict[str, Examples]
 

@@ -1,0 +1,65 @@
+"""CIFAR-10 and CIFAR-100, read through torchvision, which checks the files' MD5 sums."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cnntrain.data.download import download
+from cnntrain.data.examples import Examples
+from cnntrain.data.source import Source, default_root
+from cnntrain.types import DataSpec
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# fmt: off
+CIFAR100_CLASSES = (
+    "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl",
+    "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair",
+    "chimpanzee", "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin",
+    "elephant", "flatfish", "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp",
+    "lawn_mower", "leopard", "lion", "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain",
+    "mouse", "mushroom", "oak_tree", "orange", "orchid", "otter", "palm_tree", "pear", "pickup_truck",
+    "pine_tree", "plain", "plate", "poppy", "porcupine", "possum", "rabbit", "raccoon", "ray", "road",
+    "rocket", "rose", "sea", "seal", "shark", "shrew", "skunk", "skyscraper", "snail", "snake", "spider",
+    "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television",
+    "tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf",
+    "woman", "worm",
+)
+# fmt: on
+
+
+class CIFAR10(Source):
+    """60,000 colour images 32x32 in 10 classes (Krizhevsky 2009).
+
+    Args:
+        root: folder that has torchvision's folder of batches; null: `~/.cache/cnntrain`, downloaded when
+            missing.
+    """
+
+    name = "CIFAR10"
+    folder = "cifar-10-batches-py"
+    facts = DataSpec(3, 32, 32, CIFAR10_CLASSES, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+
+    def __init__(self, root: str | None = None) -> None:
+        self.root = Path(root).expanduser() if root else default_root()
+
+    def spec(self) -> DataSpec:
+        return self.facts
+
+    def load(self) -> dict[str, Examples]:
+        root = self.root.parent if self.root.name == self.folder else self.root
+        splits = {}
+        for split in ("train", "test"):
+            found = download(self.name, root, str(root / self.folder), self.downloads, train=split == "train")
+            images = torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)))
+            names = [f"{split}/{row:05}" for row in range(len(images))]
+            splits[split] = Examples(images, {"label": torch.tensor(found.targets, dtype=torch.int64)}, names)
+        return splits
+
+
+class CIFAR100(CIFAR10):
+    """60,000 colour images 32x32 in 100 classes (Krizhevsky 2009)."""
+
+    name = "CIFAR100"
+    folder = "cifar-100-python"
+    facts = DataSpec(3, 32, 32, CIFAR100_CLASSES, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))

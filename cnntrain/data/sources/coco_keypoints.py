@@ -1,0 +1,190 @@
+"""Points in COCO's JSON files."""
+
+import json
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+
+from cnntrain.data.csv_table import Complaints, is_file, read_annotations
+from cnntrain.data.resize import Box, Resize
+from cnntrain.data.source import given_folder
+from cnntrain.data.sources.keypoint_base import KeypointSource, Labelled
+from cnntrain.errors import UserError
+
+
+class CocoKeypoints(KeypointSource):
+    """COCO's person_keypoints files, or others of their form; one example per annotated object.
+
+    Crowds and objects without a labelled point are left out. All objects of an image go to the same split.
+
+    Args:
+        root: folder that the other paths count from.
+        train, val, test: the JSON files; null where there is none.
+        train_images, val_images, test_images: folders that their `file_name`s count from.
+        size, channels, crop, crop_margin, resize, scheme, mirror: as for `KeypointSource`.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        train: str = "annotations/person_keypoints_train2017.json",
+        val: str | None = "annotations/person_keypoints_val2017.json",
+        test: str | None = None,
+        train_images: str = "train2017",
+        val_images: str = "val2017",
+        test_images: str = "test2017",
+        size: int | list[int] = 96,
+        channels: int = 3,
+        crop: str = "box",
+        crop_margin: float = 0.2,
+        resize: Resize = "letterbox",
+        scheme: str | None = None,
+        mirror: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(size, channels, crop, crop_margin, resize, scheme, mirror)
+        self.root = given_folder(root, "COCO's annotation files and images")
+        self.files = {
+            split: (self.root / file, self.root / images)
+            for split, file, images in (
+                ("train", train, train_images), ("val", val, val_images), ("test", test, test_images)
+            )
+            if file is not None
+        }  # fmt: skip
+
+    def read(self) -> tuple[tuple[str, ...], list[Labelled], tuple[tuple[int, int], ...]]:
+        objects: list[Labelled] = []
+        facts: tuple[tuple[str, ...], tuple[tuple[int, int], ...]] | None = None
+        for split, (file, images) in self.files.items():
+            one = CocoFile(file, images, split)
+            if facts is not None and facts[0] != one.names:
+                raise UserError(f"data: {file}: names other keypoints than the file for train")
+            facts = facts or (one.names, one.skeleton)
+            objects += one.objects()
+        assert facts is not None
+        return facts[0], objects, facts[1]
+
+
+class CocoFile:
+    """One JSON file.
+
+    Raises:
+        UserError: it can't be read, or isn't of COCO's form; all faulty annotations in one message.
+    """
+
+    def __init__(self, file: Path, images: Path, split: str) -> None:
+        self.file, self.images, self.split = file, images, split
+        try:
+            content = json.loads(read_annotations(file))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"data: {file}: can't be read as JSON ({error})") from error
+        self.content: dict[str, Any] = content if isinstance(content, dict) else {}
+        for key in ("images", "annotations", "categories"):
+            rows = self.content.get(key)
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise UserError(f"data: {file}: expected an object with a list of objects {key!r}")
+
+    @cached_property
+    def category(self) -> dict[str, Any]:
+        found = [c for c in self.content["categories"] if c.get("keypoints")]
+        names = found[0]["keypoints"] if len(found) == 1 else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"data: {self.file}: expected one category with a list of names 'keypoints', found {len(found)}"
+            )
+        return found[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.category["keypoints"])
+
+    @property
+    def skeleton(self) -> tuple[tuple[int, int], ...]:
+        """Return pairs of point indices (1-based in the file). Invalid pairs are ignored: they are only for drawing."""
+        pairs = self.category.get("skeleton")
+        numbers = range(1, len(self.names) + 1)
+        return tuple(
+            (pair[0] - 1, pair[1] - 1)
+            for pair in (pairs if isinstance(pairs, list) else ())
+            if isinstance(pair, list)
+            and len(pair) == 2
+            and all(type(n) is int and n in numbers for n in pair)
+        )
+
+    def objects(self) -> list[Labelled]:
+        complaints = Complaints(self.file)
+        file_names = self._file_names(complaints)
+        present: dict[str, bool] = {}
+        objects = []
+        for row in self.content["annotations"]:
+            if row.get("category_id") != self.category.get("id") or row.get("iscrowd"):
+                continue
+            where = f"annotation {row.get('id')!r}"
+            points = self._points(row, complaints, where)
+            if points is None or not points[:, 2].any():
+                continue  # objects without labeled points are not used
+            box = self._box(row, complaints, where)
+            image = row.get("image_id")
+            name = file_names.get(image) if _is_id(image) else None
+            if name is None:
+                complaints.add(where, f"no image has the id {image!r}")
+                continue
+            if name not in present:
+                present[name] = is_file(self.images / name)
+                if not present[name]:
+                    complaints.add(where, f"no file {name!r} in {self.images}")
+            path = str(self.images / name)
+            example = f"{self.split}/{name}:{row.get('id')}"
+            objects.append(Labelled(path, example, points[:, :2], points[:, 2] > 0, box, self.split, path))
+        complaints.raise_if_any()
+        return objects
+
+    def _file_names(self, complaints: Complaints) -> dict[float | str, str]:
+        """Return the file name of each image by id; report images that are not in COCO format."""
+        names: dict[float | str, str] = {}
+        for place, image in enumerate(self.content["images"]):
+            number, name = image.get("id"), image.get("file_name")
+            if not _is_id(number) or not isinstance(name, str):
+                complaints.add(
+                    f"image {place} of the list",
+                    f"id must be a number or a string, and file_name a string; got {number!r} and {name!r}"[
+                        :200
+                    ],
+                )
+            elif names.setdefault(number, name) != name:
+                complaints.add(f"image {place} of the list", f"duplicate id {number!r}")
+        return names
+
+    def _points(self, row: dict[str, Any], complaints: Complaints, where: str) -> torch.Tensor | None:
+        """(K, 3): x, y and 0 (not labelled), 1 (hidden, but labelled) or 2."""
+        values: Any = row.get("keypoints")
+        count = 3 * len(self.names)
+        if not _are_numbers(values, count) or not all(v in (0, 1, 2) for v in values[2::3]):
+            complaints.add(where, f"keypoints must be {count} numbers x, y, v with v of 0, 1, 2")
+            return None
+        return torch.tensor(values, dtype=torch.float64).view(-1, 3)
+
+    def _box(self, row: dict[str, Any], complaints: Complaints, where: str) -> Box | None:
+        values = row.get("bbox")
+        if values is None:
+            return None
+        if not _are_numbers(values, 4) or values[2] < 0 or values[3] < 0:
+            complaints.add(where, f"bbox must be left, top, width, height in pixels, got {str(values)[:80]}")
+            return None
+        return values[0], values[1], values[0] + values[2], values[1] + values[3]
+
+
+def _is_id(value: Any) -> TypeGuard[float | str]:
+    return isinstance(value, float | int | str) and not isinstance(value, bool)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= 1e6 for v in values)
+        and all(math.isfinite(v) for v in values)
+    )

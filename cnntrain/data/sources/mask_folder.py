@@ -1,0 +1,269 @@
+"""Images with a mask of class ids each."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.files import files_below, seen_from, train_and_other_folders
+from cnntrain.data.image_reader import BadFile, Unusable, reading, refuse, upright_size
+from cnntrain.data.masks import MaskDecoder, mask_values, present_values
+from cnntrain.data.parallel import in_threads
+from cnntrain.data.resize import Resize
+from cnntrain.data.source import Source, given_folder
+from cnntrain.data.sources.image_folder import make_decoder
+from cnntrain.errors import UserError
+from cnntrain.types import DataSpec
+
+logger = logging.getLogger("cnntrain")
+Pairs = dict[str, list[tuple[str, str]]]  # by split: files of an image and of its mask
+LAYOUT = (
+    "train/images/NAME.jpg with train/masks/NAME.png, and optionally val/ (or valid/, validation/) and test/ with "
+    "the same layout"
+)
+
+
+class MaskSource(Source):
+    """Images with masks; subclasses say where the files are.
+
+    Args:
+        root: the folder; relative names in messages count from it.
+        classes: names by id.
+        ignore_index: the id that counts neither as right nor as wrong; also what lies outside a mask.
+        ids: maps each value in the mask files to a class id (or `ignore_index`); null: the values are the ids. With two
+            classes and masks that contain only 0 and 255, null means {0: 0, 255: 1}.
+        size, channels, resize: as for `ImageFolder`.
+    """
+
+    names_are_given = True  # classes are named by the user, so a class without pixels is an error
+
+    def __init__(
+        self,
+        root: Path,
+        classes: Sequence[str] | None,
+        ignore_index: int,
+        ids: Mapping[int, int] | None,
+        size: int | list[int],
+        channels: int,
+        resize: Resize,
+    ) -> None:
+        if not 0 <= ignore_index <= 255:
+            raise UserError(f"data.ignore_index: must be from 0 to 255, got {ignore_index!r}")
+        if not classes:
+            raise UserError(
+                "data.classes: missing; name the classes in the order of their ids in the masks, as "
+                "'data.classes=[background,object]'"
+            )
+        if len(classes) < 2 or len(set(classes)) < len(classes) or len(classes) > 255:
+            raise UserError("data.classes: must be 2 to 255 different names, in the order of the masks' ids")
+        self.root = root
+        self.classes = tuple(str(name) for name in classes)
+        self.ignore_index = ignore_index
+        self.decoder = make_decoder(size, channels, resize)
+        self.ids = None if ids is None else _read_ids(ids, len(classes), ignore_index)
+        self.resize: Resize = resize
+
+    def spec(self) -> DataSpec:
+        d = self.decoder
+        return DataSpec(
+            d.channels, d.height, d.width, self.classes, per_pixel=True, ignore_index=self.ignore_index
+        )
+
+    def pairs(self, bad: list[BadFile]) -> Pairs:
+        """The files; what doesn't pair up goes to `bad`."""
+        raise NotImplementedError
+
+    def load(self) -> dict[str, Examples]:
+        bad: list[BadFile] = []
+        pairs = self.pairs(bad)
+        everything = [pair for split in pairs.values() for pair in split]
+        looked = in_threads(_look, everything)
+        bad += [found for found in looked if isinstance(found, BadFile)]
+        values = {
+            mask: found
+            for (_, mask), found in zip(everything, looked, strict=True)
+            if not isinstance(found, BadFile)
+        }
+        decoder = self._mask_decoder(list(values.values()))
+        unknown = []
+        for mask, found in values.items():
+            try:
+                decoder.refuse_unknown(found)
+            except Unusable as problem:
+                unknown.append(BadFile(mask, str(problem)))
+        bad += unknown
+        all_values = frozenset().union(*values.values())
+        advice = self._advice(all_values) if unknown else ""
+        refuse(bad, max(2 * len(everything), len(bad)), self.root, advice)
+        splits = {}
+        for split, files in pairs.items():
+            if files:
+                images = LazyImages([image for image, _ in files], self.decoder)
+                masks = LazyImages([mask for _, mask in files], decoder)
+                names = seen_from(self.root, images.paths)
+                splits[split] = Examples(images, {}, names, lazy_targets={"mask": masks})
+        if "train" not in splits:
+            raise UserError(f"data.root: {self.root} has no images with masks for train")
+        in_train = frozenset().union(*(values[mask] for _, mask in pairs["train"]))
+        self._look_for_classes({decoder.ids[value] for value in in_train}, in_train)
+        return splits
+
+    def _mask_decoder(self, values: Sequence[frozenset[int]]) -> MaskDecoder:
+        """Return the decoder for masks with these values (one set per mask)."""
+        ids = self.ids
+        if ids is None:
+            ids = {i: i for i in (*range(len(self.classes)), self.ignore_index)}
+            if len(self.classes) == 2 and self.ignore_index not in (0, 1):
+                if frozenset().union(*values) in ({0, 255}, {255}):
+                    ids = {0: 0, 255: 1}
+                    logger.info(
+                        "data: the masks contain only 0 and 255, so 255 means class %s, not ignore; set data.ids to "
+                        "map values to classes differently",
+                        self.classes[1],
+                    )
+                elif self.ignore_index == 255:
+                    _warn_of_two_kinds(values)
+        table = tuple(ids.get(value, -1) for value in range(256))
+        d = self.decoder
+        return MaskDecoder(d.height, d.width, self.resize, table, self.ignore_index)
+
+    def _look_for_classes(self, found: set[int], values: frozenset[int]) -> None:
+        """Raise an error for user-named classes without a pixel in the training masks; warn for other classes.
+
+        Args:
+            found: class ids in the training masks.
+            values: values in the mask files.
+        """
+        absent = [name for i, name in enumerate(self.classes) if i not in found and i != self.ignore_index]
+        if not absent:
+            return
+        shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
+        if not self.names_are_given:
+            logger.warning("data: the training masks have no pixels of %s", shown)
+            return
+        remedy = "remove classes without pixels from data.classes, and map the mask values to the others with data.ids"
+        if self.ids is None and 255 in values and self.ignore_index == 255:
+            remedy += f"; 255 is ignored (data.ignore_index); if it is a class, {self._advice(values)}"
+        raise UserError(
+            f"data: the training masks have no pixels of {shown}; their values are {_some(values)}; {remedy}"
+        )
+
+    def _advice(self, values: frozenset[int]) -> str:
+        """Return a suggestion for `data.ids` with the values found in the masks."""
+        there = sorted(value for value in values if 0 <= value <= 255)
+        if len(there) > len(self.classes):
+            there = [value for value in there if value != self.ignore_index]
+        how = "map mask values to classes with data.ids"
+        if len(there) == len(self.classes):
+            return f"{how}, for example data.ids='{{{', '.join(f'{value}: {i}' for i, value in enumerate(there))}}}'"
+        if len(there) > len(self.classes):
+            return f"{how} (there are {len(there)} values, {_some(there)}); save masks losslessly, for example as PNG"
+        return how
+
+
+def _look(pair: tuple[str, str]) -> BadFile | frozenset[int]:
+    """Return the values of a mask, or the problem with the pair of files: different sizes, or colors."""
+    image_file, mask_file = pair
+    try:
+        size = upright_size(image_file)
+        with reading(mask_file) as mask:
+            if mask.size != size:
+                shown = "{} x {}".format(*mask.size), "{} x {}".format(*size)
+                return BadFile(mask_file, f"is {shown[0]} pixels, but its image is {shown[1]}")
+            return present_values(mask_values(mask))
+    except BadFile as problem:
+        return problem
+
+
+def _warn_of_two_kinds(values: Sequence[frozenset[int]]) -> None:
+    """Warn if some binary masks use 1 and others use 255, but none uses both: probably the same class."""
+    ones = sum(1 in each and 255 not in each for each in values)
+    highs = sum(255 in each and 1 not in each for each in values)
+    if ones and highs and not any({1, 255} <= each for each in values):
+        logger.warning(
+            "data: %d masks have the value 1 and %d others 255, which is ignored; if both mean the same class, set "
+            "data.ids='{0: 0, 1: 1, 255: 1}'",
+            ones,
+            highs,
+        )
+
+
+def _read_ids(ids: Mapping[int, int], classes: int, ignore_index: int) -> dict[int, int]:
+    """Return `data.ids` with integer keys; `ignore_index` maps to itself unless given.
+
+    Raises:
+        UserError: a value or an id is out of range.
+    """
+    read = {ignore_index: ignore_index}
+    known = {*range(classes), ignore_index}
+    pairs: Iterable[tuple[object, object]] = ids.items() if isinstance(ids, Mapping) else [(ids, None)]
+    for value, meaning in pairs:
+        number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value) else value
+        if type(number) is int and number in range(256) and type(meaning) is int and meaning in known:
+            read[number] = meaning
+        else:
+            got = f"{value!r}: {meaning!r}" if isinstance(ids, Mapping) else repr(ids)
+            raise UserError(
+                f"data.ids: must map each value (0 to 255) of the mask files to a class id (0 to {classes - 1}, or "
+                f"{ignore_index}: ignored), for example data.ids='{{0: 0, 255: 1}}'; got {got}"
+            )
+    return read
+
+
+def _some(values: Iterable[int]) -> str:
+    """Format the first few values for a message."""
+    names = [{-1: "below 0", 256: "above 255"}.get(value, str(value)) for value in sorted(values)]
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+class MaskFolder(MaskSource):
+    """Images `root/train/images/NAME.jpg` with masks `root/train/masks/NAME.png`.
+
+    `val/` (or `valid/`, `validation/`) and `test/` are optional. Gray values or palette indices of the masks are read
+    without conversion; `ids` maps them to classes.
+
+    Args:
+        root: the folder that has `train/`.
+        classes, ignore_index, size, channels, resize, ids: as for `MaskSource`.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        classes: Sequence[str] | None,
+        ignore_index: int = 255,
+        size: int | list[int] = 128,
+        channels: int = 3,
+        resize: Resize = "short_side",
+        ids: Mapping[int, int] | None = None,
+    ) -> None:
+        super().__init__(given_folder(root, LAYOUT), classes, ignore_index, ids, size, channels, resize)
+
+    def pairs(self, bad: list[BadFile]) -> Pairs:
+        folders = train_and_other_folders(self.root, LAYOUT)
+        if not (folders["train"] / "images").is_dir():
+            raise UserError(f"data.root: {self.root} has no train/images/; it must have {LAYOUT}")
+        return {
+            split: pair_by_name(folder / "images", folder / "masks", bad) for split, folder in folders.items()
+        }
+
+
+def pair_by_name(images: Path, masks: Path, bad: list[BadFile]) -> list[tuple[str, str]]:
+    """Images and masks that have the same name up to the ending; the others go to `bad`."""
+    by_name: list[dict[str, str]] = []
+    for folder in (images, masks):
+        if not folder.is_dir():
+            bad.append(BadFile(folder, "is no folder"))
+            return []
+        named: dict[str, str] = {}
+        for file in files_below(folder, bad):
+            name = str(Path(file).relative_to(folder).with_suffix(""))
+            if name in named:
+                bad.append(BadFile(file, f"has the same name as {Path(named[name]).name}"))
+            named[name] = file
+        by_name.append(named)
+    image_of, mask_of = by_name
+    bad += [BadFile(image_of[name], "has no mask") for name in sorted(image_of.keys() - mask_of.keys())]
+    bad += [BadFile(mask_of[name], "has no image") for name in sorted(mask_of.keys() - image_of.keys())]
+    return [(image_of[name], mask_of[name]) for name in sorted(image_of.keys() & mask_of.keys())]

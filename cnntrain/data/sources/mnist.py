@@ -1,0 +1,140 @@
+"""MNIST and Fashion-MNIST from their IDX files."""
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cnntrain.data.download import download
+from cnntrain.data.examples import Examples
+from cnntrain.data.source import Source, default_root
+from cnntrain.errors import UserError
+from cnntrain.types import DataSpec
+
+FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+LARGEST_UNPACKED_BYTES = 2**28  # limit for .gz files; MNIST's 60,000 images take 47 million
+
+
+class IdxDataset(Source):
+    """28x28 grey images in IDX files, laid out as torchvision does.
+
+    Args:
+        root: folder that has `<folder>/raw/`, or these files themselves; null: `~/.cache/cnntrain`,
+            downloaded through torchvision when it isn't there.
+    """
+
+    folder: str
+    facts: DataSpec
+
+    def __init__(self, root: str | None = None) -> None:
+        self.root = Path(root).expanduser() if root else default_root()
+
+    def spec(self) -> DataSpec:
+        return self.facts
+
+    def load(self) -> dict[str, Examples]:
+        raw = self._find() or self._download()
+        splits = {}
+        for split, (image_file, label_file) in FILES.items():
+            images, labels = read_idx(raw / image_file, 3), read_idx(raw / label_file, 1)
+            if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
+                raise UserError(
+                    f"data: {raw} holds {images.shape} images and {labels.shape} labels; not {self.folder}"
+                )
+            names = [f"{split}/{row:05}" for row in range(len(labels))]
+            targets = {"label": torch.from_numpy(labels.astype(np.int64))}
+            splits[split] = Examples(torch.from_numpy(images)[:, None], targets, names)
+        return splits
+
+    def _find(self) -> Path | None:
+        """The folder that has all four files, plain or .gz."""
+        names = [name for pair in FILES.values() for name in pair]
+        for folder in (self.root / self.folder / "raw", self.root / "raw", self.root):
+            if all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in names):
+                return folder
+        return None
+
+    def _download(self) -> Path:
+        download(
+            self.folder, self.root, f"{self.root / self.folder / 'raw'} (and {self.root})", self.downloads
+        )
+        found = self._find()
+        assert found is not None, "torchvision changed its layout"
+        return found
+
+
+class MNIST(IdxDataset):
+    """70,000 handwritten digits (LeCun, Cortes, Burges 1998); the usual mean and standard deviation."""
+
+    folder = "MNIST"
+    facts = DataSpec(1, 28, 28, tuple("0123456789"), mean=(0.1307,), std=(0.3081,), mirror_safe=False)
+
+
+class FashionMNIST(IdxDataset):
+    """70,000 pictures of clothes (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747)."""
+
+    folder = "FashionMNIST"
+    facts = DataSpec(
+        1,
+        28,
+        28,
+        (
+            "T-shirt/top",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
+        ),
+        mean=(0.2860,),
+        std=(0.3530,),
+    )
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """uint8 array of an IDX file, or of its .gz where the file itself is missing.
+
+    The format: two zero bytes, the type (8: unsigned byte), the number of dimensions, each as a big-endian
+    int32, then the values (http://yann.lecun.com/exdb/mnist/).
+
+    Raises:
+        UserError: the file is not an IDX file, its length does not match its header, or a .gz file is too large.
+    """
+    packed = not path.is_file()
+    if packed:
+        path = path.with_name(path.name + ".gz")
+    header_bytes, values = 4 + 4 * dimensions, b""
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
+            header = file.read(header_bytes)
+            shape = tuple(np.frombuffer(header[4:], ">i4").tolist()) if len(header) == header_bytes else ()
+            sound = header[:4] == bytes([0, 0, 8, dimensions]) and min(shape, default=-1) >= 0
+            count = math.prod(shape)
+            if sound and packed and count > LARGEST_UNPACKED_BYTES:
+                raise UserError(
+                    f"data: {path}: would unpack to {count:,} bytes, more than {LARGEST_UNPACKED_BYTES:,}; unpack it "
+                    "with gunzip if it is meant to be that large"
+                )
+            if sound and (packed or count < path.stat().st_size):
+                values = file.read(count + 1)  # read one extra byte to detect a file that is too long
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"data: {path}: can't be read ({error}); remove it to have it downloaded again"
+        ) from error
+    if not sound or len(values) != count:
+        raise UserError(
+            f"data: {path}: no whole IDX file of {dimensions} dimension(s); remove it, and download again"
+        )
+    return np.frombuffer(values, np.uint8).reshape(shape).copy()

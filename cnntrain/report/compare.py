@@ -1,0 +1,233 @@
+"""Runs side by side: which settings differ, what they came to, and seeds folded into one line."""
+
+import csv
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cnntrain.config.yaml_files import LARGEST_BYTES, LOADER, check_yaml_text
+from cnntrain.errors import UserError
+from cnntrain.io import safe_files as files
+from cnntrain.report.expectations import NEUTRAL
+from cnntrain.report.metrics import read_metrics
+from cnntrain.train.saved import flat, read_saved
+
+log = logging.getLogger("cnntrain")
+
+# What tells where a run was and not what it was.
+PLACES = ("data.root", "data.file")
+LEFT_OUT = NEUTRAL | {"expect", "data.fold", "data.split_seed", *PLACES}
+FINGERPRINT = "data.fingerprint"  # not a setting: identifies the data that a run was trained on
+REMEDY = "leave out this folder, or use the folder of a training run"
+SECTIONS_LEFT_OUT = ("log", "checkpoint", "sweep", "preview", "inspect", "overfit", "check")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Content of a run folder.
+
+    Attributes:
+        settings: flat mapping from key to value; includes the data fingerprint if run.json has it.
+        rows: rows of metrics.csv.
+        results: content of results.json; empty if the run is not finished.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    rows: list[dict[str, float]]
+    results: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in the seed and the validation split."""
+
+    values: Mapping[str, Any]
+    runs: list[RunRecord]
+
+    @property
+    def name(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.values.items()) or self.runs[0].folder.name
+
+
+def find_runs(path: Path) -> list[Path]:
+    """The run's folder, or those inside a sweep's, in the order of their names.
+
+    Raises:
+        UserError: no run there.
+    """
+    if files.exists(path / "metrics.csv"):
+        return [path]
+    children = sorted(each.parent for each in path.glob("*/metrics.csv"))
+    found = [child for child in children if files.is_folder(child, path)]
+    if len(found) < len(children):
+        log.warning("%s: ignoring %d links to folders", path, len(children) - len(found))
+    if not found:
+        raise UserError(f"{path}: no run there (a folder with metrics.csv), and no sweep of runs")
+    return found
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        UserError: a file is missing, a link, corrupt, or has unexpected content.
+    """
+    results = folder / "results.json"
+    known = files.read_json(results, REMEDY) if files.exists(results) else {}
+    for name in ("best", "test"):
+        values = known.get(name) or {}
+        if not isinstance(values, dict) or not all(map(_is_number, values.values())):
+            raise UserError(f"{results}: {name}: must map names to numbers; {REMEDY}")
+    for name in ("parameters", "wall_s"):
+        if not _is_number(known.get(name)):
+            raise UserError(f"{results}: {name}: must be a number; {REMEDY}")
+    settings, about = _read_config(folder / "config.yaml"), folder / "run.json"
+    data = files.read_json(about, REMEDY).get("data") if files.exists(about) else None
+    if isinstance(data, str):
+        settings[FINGERPRINT] = data
+    return RunRecord(folder, settings, read_metrics(folder / "metrics.csv"), known)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return the settings in a run's config.yaml as a flat mapping."""
+    try:
+        text = files.read_text(path, largest=LARGEST_BYTES)
+        check_yaml_text(path, text)
+        settings = yaml.load(text, LOADER)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; {REMEDY}") from error
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
+        # YAML tag constructors raise arbitrary exceptions: `!!bool x` raises KeyError.
+        raise UserError(f"{path}: can't be read ({error}); {REMEDY}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: must be a mapping of settings; {REMEDY}")
+    found = flat(settings)
+    for key, value in found.items():
+        if (
+            isinstance(value, int) and abs(value) >= 2**64
+        ):  # Python refuses to print integers of more than 4,300 digits
+            raise UserError(f"{path}: {key}: the number is too large; {REMEDY}")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
+    )
+
+
+def monitor_of(folder: Path) -> tuple[str, str] | None:
+    """The metric that chose the run's best epoch, with its better end; None where no checkpoint was saved."""
+    path = next(
+        (p for name in ("best", "last") if files.exists(p := folder / "checkpoints" / f"{name}.pt")), None
+    )
+    if path is None:
+        return None
+    match read_saved(path).get("monitor"):
+        case str(metric), ("min" | "max") as better:
+            return metric, better
+    return None
+
+
+def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
+    """Keys whose values are not the same in all runs; a chosen group stands for the keys that it brings along."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    found = [
+        key for key in keys if not _is_left_out(key) and len({str(r.settings.get(key)) for r in runs}) > 1
+    ]
+    # Paths differ if the data set was moved; only a different fingerprint makes a different setting.
+    if FINGERPRINT in found or any(FINGERPRINT not in run.settings for run in runs):
+        found += [key for key in PLACES if len({str(run.settings.get(key)) for run in runs}) > 1]
+    if any((key.startswith("data.") and key != FINGERPRINT) or key == "choices.data" for key in found):
+        found = [key for key in found if key != FINGERPRINT]  # another data key shows the difference already
+    chosen = {key.removeprefix("choices.") for key in found if key.startswith("choices.")}
+    kept = []
+    for key in found:
+        group = key.split(".")[0]
+        if group in chosen and not _varies_within(key, f"choices.{group}", runs):
+            continue
+        kept.append(key)
+    return sorted(kept, key=lambda key: not key.startswith("choices."))
+
+
+def fold(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[Group]:
+    """Runs with the same values of `keys` together, in the order in which they come."""
+    groups: dict[str, Group] = {}
+    for run in runs:
+        values = {key.removeprefix("choices."): run.settings.get(key) for key in keys}
+        groups.setdefault(str(values), Group(values, [])).runs.append(run)
+    return list(groups.values())
+
+
+def table(groups: Sequence[Group], metric: str, monitor: tuple[str, str]) -> list[dict[str, Any]]:
+    """One row a group: the settings that differ, the best epoch on validation data, the test set where it was used,
+    the cost; means over the seeds, with the standard deviation of the metric.
+
+    Args:
+        metric: which is shown.
+        monitor: by which the best epoch of a run that isn't done is told, with its better end.
+    """
+    rows = []
+    for group in groups:
+        best = [b for run in group.runs if (b := _best(run, *monitor))]
+        tests = [run.results["test"] for run in group.runs if run.results.get("test")]
+        row: dict[str, Any] = {**group.values} or {"run": group.runs[0].folder.name}
+        row["runs"] = len(group.runs)
+        row |= _mean(best, f"val/{metric}", with_std=True) | _mean(best, "val/loss") | _mean(best, "epoch")
+        row |= _mean(tests, f"test/{metric}", with_std=True)
+        for key in ("parameters", "wall_s"):
+            row |= _mean([run.results for run in group.runs], key)
+        rows.append(row)
+    return rows
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows under all the columns that any of them has."""
+    with files.replacing_text(path, sync=False) as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _best(run: RunRecord, metric: str, better: str) -> Mapping[str, float] | None:
+    if run.results.get("best"):
+        return run.results["best"]
+    rows = [row for row in run.rows if f"val/{metric}" in row]
+    pick = max if better == "max" else min
+    return pick(rows, key=lambda row: row[f"val/{metric}"]) if rows else None
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str, with_std: bool = False) -> dict[str, float]:
+    values = [float(row[key]) for row in rows if row.get(key) is not None]
+    if not values:
+        return {}
+    if not all(abs(value) < 2.0**500 for value in values):  # values of a diverged run: squares would overflow
+        return {key: float("nan")}
+    spread = {f"{key} std": statistics.stdev(values)} if with_std and len(values) > 1 else {}
+    return {key: statistics.fmean(values), **spread}
+
+
+def _varies_within(key: str, choice: str, runs: Sequence[RunRecord]) -> bool:
+    """Whether a key has several values among runs that chose the same option."""
+    seen: dict[Any, set[str]] = {}
+    for run in runs:
+        seen.setdefault(run.settings.get(choice), set()).add(str(run.settings.get(key)))
+    return any(len(values) > 1 for values in seen.values())
+
+
+def _is_left_out(key: str) -> bool:
+    return key in LEFT_OUT or key.split(".")[0] in SECTIONS_LEFT_OUT

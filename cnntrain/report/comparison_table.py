@@ -1,0 +1,84 @@
+"""Learning curves of several trainings on one picture, as figure 6 of He et al. 2016 has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cnntrain.plots.images import COLOURS, new_figure, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, float]]  # as in metrics.csv
+_LEGEND = 16  # more names than this would hide the curves
+
+
+def learning_curves(groups: Mapping[str, Sequence[Rows]], metric: str) -> Figure:
+    """One colour per group: training dashed and thin, validation bold; means over seeds, with a band from the lowest
+    to the highest.
+
+    Args:
+        groups: name -> the metrics.csv of each of its trainings (same settings, other seeds).
+        metric: e.g. `top1`, which is drawn as error in %.
+    """
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    colours: Sequence[object] = COLOURS
+    if len(groups) > len(COLOURS):
+        colours = [colormaps["viridis"](i / (len(groups) - 1)) for i in range(len(groups))]
+    axis = _abscissa([rows for runs in groups.values() for rows in runs])
+    with style():
+        figure = new_figure(7.4, 4.6)
+        ax = figure.subplots()
+        for (name, runs), colour in zip(groups.items(), colours, strict=False):
+            _draw(ax, runs, f"train/{metric}", axis, colour, linewidth=1.1, linestyle=(0, (4, 2)), alpha=0.9)
+            _draw(ax, runs, f"val/{metric}", axis, colour, linewidth=2.2, label=name, band=True)
+        is_error = _is_share(metric)
+        ax.set(xlabel=axis, ylabel=f"{metric} error (%)" if is_error else metric)
+        ax.set_title("dashed: training, bold: validation")
+        heights = [y for line in ax.lines for y in line.get_ydata() if math.isfinite(y)]  # pyright: ignore
+        if not is_error and heights and min(heights) > 0 and max(heights) > 30 * min(heights):
+            ax.set_yscale("log")
+        elif is_error:
+            ax.set_ylim(bottom=0)
+        if axis == "epoch":
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(True)
+        if len(groups) <= _LEGEND:
+            ax.legend(loc="best")
+    return figure
+
+
+def _draw(
+    ax: Axes, runs: Sequence[Rows], key: str, axis: str, colour: object, band: bool = False, **how: object
+) -> None:
+    """The mean over the runs, at every epoch that all of those still going have reached."""
+    points: dict[float, list[float]] = {}
+    for rows in runs:
+        for row in rows:
+            value = row.get(key, math.nan)
+            if math.isfinite(value):
+                metric = key.split("/", 1)[1]
+                points.setdefault(row[axis], []).append(100 * (1 - value) if _is_share(metric) else value)
+    if not points:
+        return
+    x = sorted(points)
+    ax.plot(x, [sum(points[at]) / len(points[at]) for at in x], color=colour, **how)  # type: ignore[arg-type]
+    if band and len(runs) > 1:
+        low, high = [min(points[at]) for at in x], [max(points[at]) for at in x]
+        ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)  # type: ignore[arg-type]
+
+
+def _is_share(metric: str) -> bool:
+    """Whether a metric is a share of right answers, which is drawn as its error."""
+    return metric.startswith("top")
+
+
+def _abscissa(runs: Sequence[Rows]) -> str:
+    """`epoch` where all have as many steps in one; else `step`."""
+    lengths = {rows[0]["step"] / rows[0]["epoch"] for rows in runs if rows and rows[0].get("epoch")}
+    return "epoch" if len(lengths) <= 1 else "step"

@@ -1,0 +1,224 @@
+"""Where, in what precision, and together with whom to compute."""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cnntrain.errors import MachineError, UserError
+from cnntrain.models.pooling import make_pooling_deterministic
+from cnntrain.randomness import hash_seed, seed_generators
+from cnntrain.train.distributed import ALONE, Ranks
+from cnntrain.train.lean import spare_the_compiler
+
+log = logging.getLogger("cnntrain")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The device, the number format of the forward pass, the memory layout of images and 4-D weights, and the
+    processes that train together."""
+
+    device: torch.device
+    precision: str  # fp32 | bf16 | fp16
+    channels_last: bool
+    ranks: Ranks = ALONE
+    compile: str = "off"  # or a mode of torch.compile
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def place(self, model: nn.Module) -> None:
+        """Bring a model that will be trained to the device, in the layout; compile its calls where that is asked for.
+
+        It stays the module it is: its parameters, names and state dict are those of the network as it was written.
+
+        Raises:
+            MachineError: there is no compiler.
+        """
+        model.to(self.device).to(memory_format=self.memory_format)
+        if torch.are_deterministic_algorithms_enabled() and self.device.type == "cuda":
+            make_pooling_deterministic(model)
+        if self.compile != "off":
+            if missing := missing_for_compiling(self.device):
+                raise MachineError(
+                    f"compile: {self.compile} needs {missing}, which was not found; use compile=off"
+                )
+            torch.compiler.reset()  # what an earlier training of this process compiled
+            model.compile(mode=self.compile)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype)
+
+
+def choose_compute(
+    device: str,
+    precision: str,
+    channels_last: bool,
+    ranks: Ranks = ALONE,
+    compile: str = "off",
+) -> Compute:
+    """Resolve `auto`; of several processes each takes a GPU of its own.
+
+    Raises:
+        UserError: the device is not there, or does not compute in that precision.
+    """
+    chosen = _choose_device(device)
+    if precision == "auto":
+        precision = _fast_precision(chosen)
+    if precision == "fp16" and chosen.type != "cuda":
+        raise UserError(f"precision: fp16 needs a CUDA device, this is {chosen}; use bf16, fp32 or auto")
+    if ranks.count > 1 and chosen.type == "cuda":
+        chosen = own_gpu(ranks.local_rank)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # default device for streams, cuBLAS and libraries
+    return Compute(chosen, precision, channels_last, ranks, compile)
+
+
+def missing_for_compiling(device: torch.device) -> str | None:
+    """Return the missing requirement of `torch.compile` on this device; None if it is complete.
+
+    On CPUs it generates C++ code. On CUDA it generates Triton code, whose launchers need a C compiler.
+    """
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton"
+        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        return None if any(map(shutil.which, compilers)) else f"a C compiler ({' or '.join(compilers)})"
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"
+
+
+def own_gpu(local_rank: int) -> torch.device:
+    """The GPU of one of several processes; where each sees but one (`srun --gpus-per-task=1`), all call theirs 0."""
+    return torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N, mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device: {name!r} is not there ({torch.cuda.device_count()} CUDA devices); use device=auto"
+        )
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: 'mps' is not there; use device=auto")
+    return device
+
+
+def _fast_precision(device: torch.device) -> str:
+    """What the hardware computes fast: bf16 from Ampere on and on CPUs with AMX, fp16 on older GPUs, else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    if device.type == "cpu":
+        has = (
+            getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile")
+        )
+        return "bf16" if any(ask is not None and ask() for ask in has) else "fp32"
+    return "fp32"
+
+
+def count_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE) -> None:
+    """Process-wide settings: CPU threads (the cores are divided between processes), determinism, TF32 where fp32 is
+    chosen on CUDA (full float32 with `deterministic`), and no subnormal numbers on the CPU.
+
+    With `deterministic`, an operation that has no deterministic kernel gives a warning instead of an error.
+
+    Where a weight's gradient has become zero, as in front of units that are dead, an optimizer's averages of it shrink
+    until they are subnormal (below 1.2e-38), and stay so. A CPU takes a hundred times as long for such numbers: after
+    700 steps of lenet5 they made the optimizer's step 2.6 times slower. This is a setting of the calling thread, and of
+    those that torch starts from now on: threads that it started before, in a notebook, go on as they began.
+    """
+    spare_the_compiler()
+    torch.set_flush_denormal(True)
+    # NumPy before 2.4 finds that it is zero.
+    warnings.filterwarnings("ignore", "The value of the smallest subnormal")
+    if deterministic:  # cuBLAS wants it before the first kernel (CUDA's documentation, cuBLAS, 2.1.4)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if threads is None and ranks.count > 1:
+        threads = max(1, count_cores() // ranks.local_count)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _use_deterministic_algorithms(deterministic, warn_only=deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic
+    torch.set_float32_matmul_precision("highest" if deterministic else "high")
+
+
+@contextlib.contextmanager
+def preserve_process_settings() -> Iterator[None]:
+    """Restore process-wide settings at the end: torch's flags and random state, warning filters, environment."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    tf32 = torch.backends.cudnn.allow_tf32
+    flushes = not bool(torch.tensor(1e-310, dtype=torch.float64) * 1)  # torch has no getter
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    current = torch.cuda.current_device() if devices else 0  # CUDA's default device
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.set_flush_denormal(flushes)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        torch.backends.cudnn.allow_tf32 = tf32
+        if torch.cuda.is_initialized():
+            torch.cuda.set_device(current)
+        _use_deterministic_algorithms(deterministic, warn_only)
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def _use_deterministic_algorithms(on: bool, warn_only: bool) -> None:
+    now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if now != (on, warn_only):  # skip if unchanged: the call imports the compiler, which takes seconds
+        torch.use_deterministic_algorithms(on, warn_only=warn_only)
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Disable TensorFloat-32 on CUDA inside the context, so that float32 products have full precision."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def seed_step(*parts: int | str) -> None:
+    """Make what torch draws next (weights, dropout) a function of `parts` alone."""
+    seed_generators(hash_seed(*parts))

@@ -1,0 +1,226 @@
+"""A training from its first step to its results: fitting, the best epoch judged, the test set used once, the log."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnntrain.config.command_text import typed
+from cnntrain.data.load import Data
+from cnntrain.data.loader import Loader
+from cnntrain.data.workers import explain_worker_error
+from cnntrain.errors import DivergedError, StoppedError
+from cnntrain.io.safe_files import read_text
+from cnntrain.plots.curves import survive_drawing
+from cnntrain.report.journal import RunJournal, statistics
+from cnntrain.tasks.meter import Worst
+from cnntrain.tasks.task import Task
+from cnntrain.train import checkpoint
+from cnntrain.train.combine import synchronise_norms
+from cnntrain.train.ema import MovingAverage
+from cnntrain.train.evaluate import evaluate
+from cnntrain.train.keeper import Keeper
+from cnntrain.train.loop import Silent, fit
+from cnntrain.train.optim import learning_rate_at
+from cnntrain.train.plan import Plan
+from cnntrain.train.run_dir import RunFolder
+from cnntrain.train.saved import checkpoint_facts, flat, load_weights
+from cnntrain.train.setup import Assembly, build_training_parts
+from cnntrain.train.signals import StopFlag
+from cnntrain.train.state import TrainState
+from cnntrain.types import Batch
+
+log = logging.getLogger("cnntrain")
+MISTAKES_SHOWN = 24
+
+
+def prepare(assembly: Assembly, data: Data) -> tuple[Plan, TrainState]:
+    """How long to train, and the training at its start."""
+    settings, compute = assembly.settings, assembly.compute
+    plan, optimizer, schedule = build_training_parts(assembly, data)
+    if compute.ranks.count > 1 and compute.device.type == "cuda":
+        assembly.model = synchronise_norms(assembly.model)
+    compute.place(assembly.model)
+    state = TrainState(
+        assembly.model,
+        optimizer,
+        schedule,
+        torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None,
+        MovingAverage(assembly.model, settings.ema_decay) if settings.ema_decay else None,
+    )
+    return plan, state
+
+
+def train_to_the_end(
+    run: RunFolder,
+    assembly: Assembly,
+    data: Data,
+    plan: Plan,
+    state: TrainState,
+    identity: Mapping[str, Any],
+    stop: StopFlag,
+    watch: Callable[[dict[str, float]], None] | None,
+) -> dict[str, Any]:
+    """Fit, then judge the best epoch's weights; what results.json holds, {} on all processes but the first.
+
+    Args:
+        state: at its start, or where a checkpoint left it.
+        identity: the run's identity, stored in its checkpoints (`cnntrain.train.saved.identify`).
+        watch: see `train`.
+
+    Raises:
+        StoppedError: a signal stopped it; its state is saved.
+        DivergedError: the loss is no number any more, or the like.
+        MachineError: a worker died.
+    """
+    settings, compute, task = assembly.settings, assembly.compute, assembly.task
+    facts, ranks = {**checkpoint_facts(assembly, data), "run": identity}, assembly.compute.ranks
+
+    training = assembly.loader(data.train, augmented=True)
+    validation = assembly.loader(data.val) if data.val else None
+    with (
+        Keeper(run, state, facts, settings.checkpoint.keep, ranks.leads) as save,
+        _journal(run, assembly, plan, state, watch) if ranks.leads else contextlib.nullcontext() as journal,
+    ):
+        hparams = flat(
+            {
+                k: v
+                for k, v in facts["config"].items()
+                if k not in ("run_dir", "resume", "log", "expect", "sweep")
+            }
+        )
+        if journal:
+            journal.start(hparams, read_text(run.path / "config.yaml"), data.test is not None)
+        try:
+            told = journal or Silent()
+            fit(state, training, validation, assembly.pipeline, task, compute, plan, told, save, stop)
+        except StoppedError as error:
+            again = typed(run_dir=run.path, resume="auto")
+            how = f"its state is saved; to continue, run the same command with {again}"
+            raise StoppedError(
+                error.exit_code - 128, f"{error} at step {state.progress.step}; {how}"
+            ) from error
+        except DivergedError as error:
+            raise DivergedError(f"{error}\nlast good checkpoint: {save.last_good}") from error
+        except (RuntimeError, OSError, EOFError) as error:
+            # A worker's death shows wherever the main process is.
+            explained = explain_worker_error(error, assembly.data_settings.timeout_s)
+            if explained is None:
+                raise
+            raise explained from error
+
+        if journal and (said := _early_stop(state, plan, task)):
+            log.info("%s", said)
+        best = state.judged
+        save.flush()
+        if ranks.leads:
+            kept = checkpoint.load(run.best)["state"]
+            load_weights(best, kept["average"] or kept["model"])
+        ranks.copy_weights(best)
+        judged = validation or training
+        meter, worst = _judge(best, assembly, judged, plan, stop)
+        test = {}
+        if data.test is not None:
+            test_meter, _ = _judge(best, assembly, assembly.loader(data.test), plan, stop)
+            test = {f"test/{name}": value for name, value in test_meter.compute().items()}
+        if not journal:
+            return {}
+        mistakes = _draw_mistakes(best, assembly, judged, worst) if settings.log.pictures else None
+        split = "validation" if validation else "training"
+        journal.finish(best, meter, mistakes, split, state.progress.best, test, state.progress.step)
+    ended_by = "early_stopping" if _early_stop(state, plan, task) else "steps" if settings.steps else "epochs"
+    return {**_summary(state, best, test), "ended_by": ended_by}
+
+
+def _early_stop(state: TrainState, plan: Plan, task: Task) -> str:
+    """Return the message for a training run ended by early stopping; empty if it ran to completion."""
+    progress = state.progress
+    if plan.early_stopping is None or progress.step >= plan.total_steps:
+        return ""
+    if progress.epochs_since_best < plan.early_stopping:
+        return ""
+    name = next(
+        (key for key in (f"val/{task.monitor[0]}", f"train/{task.monitor[0]}") if key in progress.best), ""
+    )
+    planned = -(-plan.total_steps // plan.steps_per_epoch)
+    return (
+        f"early stopping: ended after epoch {progress.epoch} of {planned}; no improvement of {name or 'train/loss'} "
+        f"for {progress.epochs_since_best} epochs; the best epoch is {progress.best['epoch']:.0f}"
+    )
+
+
+def _journal(
+    run: RunFolder,
+    assembly: Assembly,
+    plan: Plan,
+    state: TrainState,
+    watch: Callable[[dict[str, float]], None] | None,
+) -> RunJournal:
+    progress, settings = state.progress, assembly.settings
+    return RunJournal(
+        run.path,
+        assembly.task,
+        assembly.spec,
+        plan.total_steps,
+        -(-plan.total_steps // plan.steps_per_epoch),
+        progress.step,
+        progress.epoch,
+        settings.log.tensorboard,
+        settings.log.pictures,
+        watch,
+        lambda step: learning_rate_at(state.optimizer, state.schedule, step),
+    )
+
+
+def _judge(model: nn.Module, assembly: Assembly, loader: Loader, plan: Plan, stop: StopFlag):
+    """Metrics over a split, and which of its examples are answered worst."""
+    worst, ranks = Worst(MISTAKES_SHOWN), assembly.compute.ranks
+
+    def look(batch: Batch, outputs: Tensor) -> None:
+        worst.update(assembly.task.mistake_score(outputs, batch.truth), batch.index)
+
+    meter = evaluate(
+        model, loader, assembly.pipeline, assembly.task, assembly.compute, plan.batch_size, plan.limit_batches,
+        stop, look,
+    )  # fmt: skip
+    for rank, (scores, rows) in enumerate(ranks.gather(worst.state()) if ranks.count > 1 else ()):
+        if rank != ranks.rank and len(scores):
+            worst.update(scores, rows)
+    return meter, worst
+
+
+@torch.no_grad()
+def _draw_mistakes(model: nn.Module, assembly: Assembly, loader: Loader, worst: Worst):
+    """The answers that are wrong with the most confidence, as a figure; None when all are right."""
+    rows = worst.rows()
+    if not len(rows):
+        return None
+    batch = assembly.pipeline.plain(next(iter(loader.batches(rows, len(rows)))))
+    model.eval()
+    outputs = model(batch.images.contiguous(memory_format=assembly.compute.memory_format)).float()
+    names = [loader.examples.names[row] for row in batch.index.tolist()]
+    with survive_drawing("the mistakes"):
+        return assembly.task.draw(batch.images, outputs, batch.truth, names, *statistics(assembly.spec))
+
+
+def _summary(state: TrainState, model: nn.Module, test: Mapping[str, float]) -> dict[str, Any]:
+    """What results.json holds."""
+    progress = state.progress
+    best = {name: value for name, value in progress.best.items() if not name.startswith("images_per_s")}
+    parameters = sum(p.numel() for p in model.parameters())
+    statistics_count = sum(
+        b.numel() for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))
+    )
+    return {
+        "parameters": parameters,
+        "parameters_keras": parameters + statistics_count,
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "wall_s": round(progress.wall_s, 3),
+        "images_per_s": round(progress.images / max(progress.wall_s, 1e-9), 1),
+        "best": {**best, "epoch": int(best["epoch"]), "step": int(best["step"])},
+        "test": dict(test) or None,
+    }

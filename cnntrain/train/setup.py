@@ -1,0 +1,536 @@
+"""From settings to the parts of a run: device, data, task, augmentation, model. Shared by the commands."""
+
+import dataclasses
+import inspect
+import logging
+import math
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.checks.lint import Facts, lint, typed_keys
+from cnntrain.config.compose import compose
+from cnntrain.config.instantiate import build, resolve
+from cnntrain.config.schema import DataSettings, ModelSettings, Node, OptimizerSettings, Settings, parse
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.load import Data, load_data, number_as
+from cnntrain.data.loader import Loader, make_loader
+from cnntrain.data.source import Source
+from cnntrain.errors import UserError
+from cnntrain.models.modify import count_trainable, is_pretrained, materialise, prepare
+from cnntrain.models.pretrained import Preprocessing, Weights, find_weights
+from cnntrain.summary.design_warnings import SMALL_FIELD
+from cnntrain.summary.meta import as_meta
+from cnntrain.summary.preflight import output_size, preflight
+from cnntrain.tasks.task import Task
+from cnntrain.train.batch_size import choose_batch_size
+from cnntrain.train.device import Compute, choose_compute, prepare_torch, seed_step
+from cnntrain.train.distributed import ALONE, Ranks
+from cnntrain.train.lr_finder import RangeTest, range_test, settle
+from cnntrain.train.optim import build_optimizer, check_that_it_steps, supports_fused
+from cnntrain.train.plan import Plan
+from cnntrain.train.saved_content import check_saved
+from cnntrain.train.schedule import Schedule
+from cnntrain.train.signals import StopFlag, stop_flag
+from cnntrain.train.step_timer import Rig, make_rig
+from cnntrain.types import DataSpec, Finding
+
+log = logging.getLogger("cnntrain")
+
+
+@dataclass
+class Assembly:
+    """The parts of a run before any data has been read."""
+
+    settings: Settings
+    compute: Compute
+    source: Source
+    data_settings: DataSettings
+    spec: DataSpec
+    task: Task
+    model: nn.Module
+    pipeline: Pipeline
+    learned: Preprocessing | None = None  # preprocessing of the pretrained weights
+
+    def load(self, augmented: bool = True) -> Data:
+        """Load the data and pass its statistics (mean and std) to the task and the pipeline.
+
+        Args:
+            augmented: whether training images will be augmented; random crops need images at a higher resolution.
+        """
+        chosen = self.data_settings
+        magnification = self.pipeline.magnification if augmented else 1.0
+        data = load_data(
+            self.source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit,
+            chosen.store, chosen.scan, magnification, chosen.bits,
+        )  # fmt: skip
+        if self.spec.mean is None:
+            self.spec = data.spec
+        number_as(self.spec, data)
+        data.spec = self.spec
+        self.pipeline = build_pipeline(self.settings, self.spec)
+        scale = self.task.output_scale
+        self.task = build_task(self.settings, self.spec, self.pipeline)
+        self.task.output_scale = scale
+        self.task.prepare(data.train.targets)
+        return data
+
+    def loader(self, examples: Examples, augmented: bool = False) -> Loader:
+        """Batches of a split; with `augmented`, by workers where a transform of torchvision wants single images."""
+        chosen, per_sample = self.data_settings, augmented and bool(self.pipeline.per_sample)
+        if per_sample:
+            log.info(
+                "augment: %s change single images, so workers read them", ", ".join(self.pipeline.per_sample)
+            )
+            names = [item.name for item in self.pipeline.per_sample.values()]
+            if "RandomResizedCrop" in names:
+                log.warning(
+                    "augment: torchvision's RandomResizedCrop crops images that are already resized to data.size and "
+                    "upsamples the crop; augment=resized_crop crops from images at a higher resolution"
+                )
+        return make_loader(
+            examples, self.compute.device, chosen.workers, chosen.timeout_s, chosen.store, per_sample
+        )
+
+
+def assemble(
+    settings: Settings, known: DataSpec | None = None, ranks: Ranks = ALONE, resumes: bool = False
+) -> Assembly:
+    """Build everything that needs no data, and run the network on shapes alone.
+
+    Args:
+        known: facts that hold whatever the data say now (a checkpoint's: classes, mean and std).
+        ranks: the processes that train together.
+        resumes: the weights will come from a checkpoint, so pretrained weights are not loaded.
+
+    Raises:
+        UserError: a part can't be built, or the network does not fit its input; nothing has been read yet.
+    """
+    prepare_torch(settings.threads, settings.deterministic, ranks)
+    compute = choose_compute(
+        settings.device, settings.precision, settings.channels_last, ranks, settings.compile
+    )
+    weights = None if known or resumes else pretrained_weights(settings)
+    settings = follow_weights(settings, weights)
+    source, _ = build_source(settings)
+    facts = known or source.spec()
+    settings = follow_statistics(settings, weights, facts.channels)
+    _, data_settings = split_data(settings)
+    spec = known or with_chosen_statistics(facts, data_settings)
+    pipeline = build_pipeline(settings, spec)
+    task = build_task(settings, spec, pipeline)
+    if pipeline.mirrors and not spec.mirror_safe:
+        log.warning(
+            "augment: a mirrored image of these data means something else (digits, text); take the flip out"
+        )
+    model = build_model(settings, spec, task, pipeline.output_size, weights, advise=known is None)
+    if not known:
+        tell_frozen(settings, model, resumes)
+    learned = weights.preprocessing if weights else None
+    return Assembly(
+        settings, compute, source, data_settings, spec, task, model.to(compute.device), pipeline, learned
+    )
+
+
+def pretrained_weights(settings: Settings) -> Weights | None:
+    """Return the weights that `model.pretrained` names; None if it is unset or the network loads them itself.
+
+    Raises:
+        UserError: the weights do not exist.
+    """
+    node, common = split_common(settings.model, ModelSettings)
+    pretrained = parse(ModelSettings, common, "model.").pretrained
+    return None if _loads_itself(settings, node) else find_weights(node, pretrained, _check_run)
+
+
+def _check_run(content: dict[str, Any]) -> dict[str, Any]:
+    return check_saved(content, compose("config", ()))
+
+
+def _loads_itself(settings: Settings, node: Node) -> bool:
+    """Return True if the constructor of a user's network has the parameter `pretrained`."""
+    factory = resolve(node, "model", "model", settings.trusted_packages, pretrained=True)
+    return "pretrained" in getattr(factory, "keywords", {})
+
+
+def follow_weights(settings: Settings, weights: Weights | None) -> Settings:
+    """Set the stem and the image size to those of the pretrained weights where the settings leave them open."""
+    if weights is None:
+        return settings
+    model, data = dict(settings.model), dict(settings.data)
+    if model.get("stem") == "auto" and weights.stem and str(model["_target_"]).startswith("cnntrain.models."):
+        model["stem"] = weights.stem
+    size = weights.preprocessing.size if weights.preprocessing else None
+    if size and "size" in data and data["size"] is None:
+        data["size"] = size[0] if size[0] == size[1] else list(size)
+        log.info(
+            "model.pretrained=%s: using the image size of these weights, data.size=%s",
+            weights.name,
+            data["size"],
+        )
+    return dataclasses.replace(settings, model=model, data=data)
+
+
+def follow_statistics(settings: Settings, weights: Weights | None, channels: int) -> Settings:
+    """Set mean and std to those of the pretrained weights unless the settings give them."""
+    if weights is None or (settings.data.get("mean"), settings.data.get("std")) != (None, None):
+        return settings
+    if weights.preprocessing is None:
+        log.info(
+            "model.pretrained=%s: these weights have no known mean and std; measuring data.mean and data.std",
+            weights.name,
+        )
+        return settings
+    mean, std = (list(values) for values in weights.preprocessing.statistics(channels))
+    shown = ("[" + ",".join(f"{value:.4g}" for value in values) + "]" for values in (mean, std))
+    log.info(
+        "model.pretrained=%s: using the statistics of these weights, data.mean=%s data.std=%s",
+        weights.name,
+        *shown,
+    )
+    return dataclasses.replace(settings, data={**settings.data, "mean": mean, "std": std})
+
+
+def tell_frozen(settings: Settings, model: nn.Module, resumes: bool) -> None:
+    """Log the number of trainable parameters if layers are frozen; warn if frozen layers have random weights."""
+    freeze = settings.model.get("freeze")
+    if freeze is None:
+        return
+    trained, total = count_trainable(model)
+    if resumes or is_pretrained(model):
+        log.info("model.freeze=%s: %s of %s parameters are trainable", freeze, f"{trained:,}", f"{total:,}")
+        return
+    log.warning(
+        "model.freeze=%s without model.pretrained: %s of %s parameters are trainable, the others keep random weights; "
+        "set model.pretrained (DEFAULT, a file, or a run folder), or set model.freeze=null",
+        freeze, f"{trained:,}", f"{total:,}",
+    )  # fmt: skip
+
+
+def build_source(settings: Settings) -> tuple[Source, DataSettings]:
+    """Build the data source without reading any data, and the settings common to all data sources.
+
+    Raises:
+        UserError: `data` does not name a data source, or a key is invalid.
+    """
+    node, common = split_data(settings)
+    source = build(node, "data", "data", settings.trusted_packages)
+    if not _is_source(source):
+        raise _no_source(node["_target_"], type(source))
+    return source, common
+
+
+def split_data(settings: Settings) -> tuple[Node, DataSettings]:
+    """Split `data` into the source's own arguments and the common settings; drop `size` if null (source's default)."""
+    node, common = split_common(settings.data, DataSettings)
+    node = {key: value for key, value in node.items() if (key, value) != ("size", None)}
+    missing = [field.name for field in dataclasses.fields(DataSettings) if field.name not in common]
+    if missing:  # probably a class that is not a data source
+        factory = resolve(node, "data", "data", settings.trusted_packages)
+        target = factory.func if isinstance(factory, partial) else factory
+        if inspect.isclass(target) and not _is_source(target):
+            raise _no_source(node["_target_"], target)
+        raise UserError(
+            f"data.{missing[0]}: missing; add `defaults: [_base, _self_]` to the YAML file to get the keys that every "
+            "data source needs"
+        )
+    return node, parse(DataSettings, common, "data.")
+
+
+def _is_source(candidate: object) -> bool:
+    return all(callable(getattr(candidate, name, None)) for name in ("spec", "load"))
+
+
+def _no_source(path: str, found: type) -> UserError:
+    kind = "a torch Dataset" if issubclass(found, Dataset) else f"not a data source ({found.__name__})"
+    return UserError(
+        f"data._target_: {path} is {kind}; it must be a cnntrain.data.source.Source: a class with spec(), which "
+        'returns a DataSpec, and load(), which returns {"train": Examples(images, {"label": labels}, names)} with '
+        'uint8 images (N, C, H, W); the README has an example under "Your own network, data, augmentation"'
+    )
+
+
+def with_chosen_statistics(spec: DataSpec, chosen: DataSettings) -> DataSpec:
+    """The facts with the mean and standard deviation that the config gives, if it gives any."""
+    if chosen.mean is None and chosen.std is None:
+        return spec
+    for key, values in (("mean", chosen.mean), ("std", chosen.std)):
+        good = values is not None and len(values) == spec.channels and all(0 <= v <= 1 for v in values)
+        if not good or (key == "std" and 0 in (values or ())):
+            raise UserError(
+                f"data.{key}: must be {spec.channels} numbers from 0 to 1, one per channel, got {values!r}"
+            )
+    return spec.with_statistics(tuple(chosen.mean or ()), tuple(chosen.std or ()))
+
+
+def split_common(node: Node, cls: type) -> tuple[Node, Node]:
+    """A leaf's own arguments, and the keys that every leaf of its group has (the fields of `cls`)."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {k: v for k, v in node.items() if k not in names}, {k: v for k, v in node.items() if k in names}
+
+
+def build_task(settings: Settings, spec: DataSpec, pipeline: Pipeline) -> Task:
+    """The task, for images of the size that leaves the pipeline."""
+    height, width = pipeline.output_size
+    seen = dataclasses.replace(spec, height=height, width=width)
+    return build(settings.task, "task", "task", settings.trusted_packages, spec=seen)
+
+
+def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
+    """The configured augmentations, for images as `spec` has them."""
+    nodes = dict(settings.augment)
+    border = nodes.pop("border", "zero")
+    built = {
+        name: build(node, "augment", f"augment.{name}", settings.trusted_packages)
+        for name, node in nodes.items()
+    }
+    return Pipeline(spec, built, border=border)
+
+
+def make_model(
+    settings: Settings,
+    channels: int,
+    num_outputs: int,
+    image_size: tuple[int, int],
+    weights: Weights | None = None,
+    outputs: tuple[str, ...] = (),
+) -> nn.Module:
+    """Build the configured network for images of `channels` x `image_size`; uses torch's global random generator.
+
+    Args:
+        weights: pretrained weights to load.
+        outputs: names of the classes or keypoints.
+
+    Raises:
+        UserError: the network cannot be built, or the result is not an `nn.Module`.
+    """
+    node, common = split_common(settings.model, ModelSettings)
+    chosen = dataclasses.asdict(parse(ModelSettings, common, "model."))
+    pretrained = chosen.pop("pretrained")
+    facts = {
+        "in_channels": channels,
+        "num_outputs": num_outputs,
+        "num_classes": num_outputs,
+        "image_size": image_size,
+        # For networks that load pretrained weights themselves; false overrides a default of true.
+        **({} if pretrained is None else {"pretrained": pretrained or None}),
+    }
+    model = build(node, "model", "model", settings.trusted_packages, **facts)
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model._target_: {node['_target_']} returns a {type(model).__name__}, not a torch.nn.Module; give the "
+            "class of a network, or a function that returns a network"
+        )
+    if pretrained and weights is None and _loads_itself(settings, node):
+        model.pretrained_from = str(pretrained)  # type: ignore[assignment]
+    materialise(model, channels, image_size)
+    return prepare(
+        model, **chosen, weights=weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size
+    )
+
+
+def build_model(
+    settings: Settings,
+    spec: DataSpec,
+    task: Task,
+    image_size: tuple[int, int],
+    weights: Weights | None = None,
+    advise: bool = True,
+) -> nn.Module:
+    """Build the network and check its shapes without data.
+
+    Its initial weights depend only on the seed, except for layers loaded from the pretrained `weights`.
+
+    Args:
+        advise: warn about probable design mistakes; False for a network that is already trained.
+
+    Raises:
+        UserError: a layer does not fit its input, or the outputs are not what the task needs.
+    """
+    seed_step(settings.seed, "weights")
+    outputs = spec.classes or spec.keypoints
+    model = make_model(settings, spec.channels, task.num_outputs, image_size, weights, outputs)
+    findings = preflight(
+        model, spec.channels, image_size, task.output_shape(), batch_size=min(settings.known_batch_size or 32, 32),
+        classification=bool(spec.classes) and not spec.keypoints, name=settings.model.get("name"),
+    )  # fmt: skip
+    for finding in findings:
+        if finding.verdict == "FAIL":
+            raise UserError(
+                f"{finding.evidence}\n{size_remedy(finding.remedy, 'data.size', 'size' in settings.data)}"
+            )
+        # `inspect` reports the receptive field.
+        if advise and finding.verdict == "WARN" and finding.name != SMALL_FIELD:
+            log.warning("%s: %s", finding.evidence, finding.remedy)
+    if spec.per_pixel and task.output_shape() is not None:
+        shapes = as_meta(model).eval()
+        task.settle(lambda size: output_size(shapes, spec.channels, size), [image_size, spec.image_size])
+    return model
+
+
+def size_remedy(remedy: str, key: str, there: bool) -> str:
+    """Pre-flight's advice with the key that sets the image size here, or without it where there is none."""
+    return re.sub(r"set data\.size=(\d+)", rf"set {key}=\1", remedy) if there else re.sub(
+        r"set data\.size=\d+(, | or )?", "", remedy
+    )  # fmt: skip
+
+
+def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimizer, Schedule]:
+    """How long to train, and with what: resolved from settings and the number of training images.
+
+    `batch_size=auto` and `optimizer.lr=auto` become numbers here, in `assembly.settings` too.
+
+    Raises:
+        UserError: no learning rate can be found.
+    """
+    settings, count, ranks = assembly.settings, len(data.train), assembly.compute.ranks
+    if rate_is_sought := settings.optimizer.get("lr") == "auto":
+        settings = assembly.settings = with_rate(settings, 1.0)  # stands in until it is found
+    batch_size = settings.known_batch_size or find_batch_size(assembly, data)
+    settings = assembly.settings = dataclasses.replace(settings, batch_size=batch_size)
+    has_norm = has_batch_norm(assembly.model)
+    drop_last = has_norm and count > batch_size and leaves_one_image(count % batch_size, assembly.compute)
+    if drop_last:
+        log.info(
+            "the last batch of each epoch would leave BatchNorm a single image, which it can't use: left out"
+        )
+    if has_norm and ranks.count > 1 and assembly.compute.device.type != "cuda":
+        log.info(
+            "BatchNorm on CPUs uses each process's own share of a batch (%d images), not all of it; GPUs synchronise",
+            batch_size // ranks.count,
+        )
+    batches = count // batch_size if drop_last else -(-count // batch_size)
+    if settings.limit_batches is not None:
+        batches = min(batches, settings.limit_batches)
+        log.info(
+            "limit_batches=%d: each epoch, validation and test uses at most %d images; the metrics are not those of "
+            "the whole data set",
+            settings.limit_batches, settings.limit_batches * batch_size,
+        )  # fmt: skip
+    steps_per_epoch = -(-batches // settings.accumulate)
+    plan = Plan(
+        seed=settings.seed,
+        batch_size=batch_size,
+        batches_per_epoch=batches,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=settings.steps or settings.epochs * steps_per_epoch,
+        accumulate=settings.accumulate,
+        clip_grad_norm=settings.clip_grad_norm,
+        early_stopping=settings.early_stopping,
+        read_every_steps=settings.log.every_steps,
+        save_every_steps=settings.checkpoint.every_steps,
+        limit_batches=settings.limit_batches,
+        drop_last=drop_last,
+        unfreeze_epoch=settings.model.get("unfreeze"),
+        processes=ranks.count,
+    )
+    if plan.unfreeze_epoch and (plan.unfreeze_epoch - 1) * steps_per_epoch >= plan.total_steps:
+        log.warning("model.unfreeze=%d: the training ends before that epoch", plan.unfreeze_epoch)
+    schedule = build(
+        settings.schedule, "schedule", "schedule", settings.trusted_packages,
+        total_steps=plan.total_steps, steps_per_epoch=steps_per_epoch,
+    )  # fmt: skip
+    if rate_is_sought:
+        # The leader alone tries them, as one process would.
+        with stop_flag() as stop:
+            rate = settle(try_learning_rates(assembly, data, plan, stop)) if ranks.leads else None
+        settings = assembly.settings = with_rate(settings, ranks.tell(rate))
+    return plan, make_optimizer(settings, assembly.model, assembly.compute), schedule
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def leaves_one_image(rest: int, compute: Compute) -> bool:
+    """Whether a last batch of `rest` images leaves one to a BatchNorm by itself; GPUs' BatchNorms see all of them."""
+    count = 1 if compute.device.type == "cuda" else compute.ranks.count
+    return 0 < rest < 2 * count
+
+
+def find_batch_size(assembly: Assembly, data: Data) -> int:
+    """What `batch_size=auto` comes to, by steps of copies; see `choose_batch_size`."""
+    loader = assembly.loader(data.train, augmented=True)
+    compute = dataclasses.replace(assembly.compute, compile="off")  # each size would be compiled
+
+    def rig(size: int) -> Rig:
+        plan = Plan(assembly.settings.seed, size, batches_per_epoch=1, steps_per_epoch=1, total_steps=1)
+        return make_rig(assembly.model, partial(make_optimizer, assembly.settings), assembly.task,
+                        compute, plan, loader, assembly.pipeline, assembly.settings.ema_decay)  # fmt: skip
+
+    size = choose_batch_size(
+        rig, assembly.compute.device, len(data.train), 1 + has_batch_norm(assembly.model)
+    )
+    loader.close()
+    return size
+
+
+def try_learning_rates(
+    assembly: Assembly, data: Data, plan: Plan, stop: StopFlag, ends_at: float = math.inf
+) -> RangeTest:
+    """Run the learning rate range test with the `lr_find` settings on a copy of the network.
+
+    `lr-find`, `optimizer.lr=auto` and `check` all call this function, so their results agree.
+
+    Args:
+        ends_at: deadline in `time.monotonic()` seconds.
+    """
+    chosen, loader = assembly.settings.lr_find, assembly.loader(data.train, augmented=True)
+    compute = dataclasses.replace(assembly.compute, ranks=ALONE)
+    plan = dataclasses.replace(plan, processes=1)
+    try:
+        return range_test(
+            assembly.model, lambda model: make_optimizer(assembly.settings, model, compute), loader, assembly.pipeline,
+            assembly.task, compute, plan, stop, chosen.lowest, chosen.highest, chosen.steps, ends_at,
+        )  # fmt: skip
+    finally:
+        loader.close()
+
+
+def with_rate(settings: Settings, rate: float) -> Settings:
+    """The settings with this learning rate."""
+    return dataclasses.replace(settings, optimizer={**settings.optimizer, "lr": rate})
+
+
+def notice(assembly: Assembly, data: Data, plan: Plan, command_line: str) -> list[Finding]:
+    """What lint says about the config, now that the data have been read."""
+    norms = [m for m in assembly.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return lint(
+        Facts(
+            dataclasses.asdict(assembly.settings), typed_keys(command_line), plan, assembly.spec, len(data.train),
+            any(norm.weight is None or norm.weight.requires_grad for norm in norms), data.own_val,
+            isinstance(data.train.images, LazyImages) or bool(assembly.pipeline.per_sample),
+            assembly.compute.device.type, assembly.learned,
+        )
+    )  # fmt: skip
+
+
+def make_optimizer(settings: Settings, model: nn.Module, compute: Compute) -> Optimizer:
+    """The configured optimizer over the model's parameters.
+
+    Raises:
+        UserError: `optimizer.lr` or `optimizer.weight_decay` is no number that it can use.
+    """
+    node, common = split_common(settings.optimizer, OptimizerSettings)
+    chosen = parse(OptimizerSettings, common, "optimizer.")
+    for key in ("lr", "weight_decay"):
+        value = node.get(key, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            auto = "" if key != "lr" else "; `auto` is for trainings and checks"
+            raise UserError(f"optimizer.{key}: must be a finite number >= 0, got {value!r}{auto}")
+    fused = True if supports_fused(compute.device) else None
+    factory = resolve(node, "optimizer", "optimizer", settings.trusted_packages, fused=fused)
+    try:
+        check_that_it_steps(factory)
+        return build_optimizer(
+            factory, model, node.get("weight_decay", 0.0), chosen.decay_norms_and_biases, chosen.layer_decay
+        )
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        name = node.get("name", node["_target_"])
+        raise UserError(f"optimizer: {name} refused its arguments: {error}") from error

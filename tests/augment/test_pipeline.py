@@ -1,0 +1,255 @@
+"""What the pipeline promises: no draw depends on the batch or on other augmentations; and what it refuses."""
+
+import contextlib
+from itertools import pairwise
+
+import pytest
+import torch
+
+from cnntrain.augment.base import Augmentation, Geometry
+from cnntrain.augment.color import ColourJitter, Contrast, Invert
+from cnntrain.augment.effects import Blur, Erasing, Noise
+from cnntrain.augment.geometry import Crop, HorizontalFlip, Shift, VerticalFlip
+from cnntrain.augment.mix import Cutmix, Mixup
+from cnntrain.augment.paint import affine_by_channel
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.augment.trivial_augment import Trivial
+from cnntrain.augment.warp import Perspective, RandomResizedCrop, Rotation, Shear, Zoom
+from cnntrain.types import Batch, DataSpec
+
+ITEMS: dict[str, Augmentation] = {
+    "flip": HorizontalFlip(),
+    "vertical_flip": VerticalFlip(),
+    "crop": Crop(padding_px=3),
+    "shift": Shift(pixels=2),
+    "resized_crop": RandomResizedCrop(),
+    "zoom": Zoom(factor=(0.4, 1.6)),
+    "rotation": Rotation(degrees=50),
+    "shear": Shear(),
+    "perspective": Perspective(),
+    "trivial": Trivial(),
+    "jitter": ColourJitter(hue=0.1),
+    "contrast": Contrast(strength=0.8),
+    "invert": Invert(probability=0.5),
+    "erasing": Erasing(),
+    "blur": Blur(),
+    "noise": Noise(),
+}
+SPEC = DataSpec(3, 12, 17, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+KEYPOINTS = DataSpec(3, 12, 17, keypoints=("left_eye", "right_eye"))
+
+
+def part(batch: Batch, rows: slice) -> Batch:
+    targets = {name: values[rows] for name, values in batch.targets.items()}
+    return Batch(batch.images[rows], targets, batch.index[rows], batch.position[rows])
+
+
+@pytest.mark.parametrize("name", [*ITEMS, "all", "whole pixels"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_does_not_depend_on_its_batch(make_batch, name, channels):
+    """Bit by bit: not on the batch's size, nor on what else is in it."""
+    chosen = {"all": list(ITEMS), "whole pixels": ["flip", "vertical_flip", "crop", "shift"]}.get(
+        name, [name]
+    )
+    spec = DataSpec(channels, 12, 17)
+    pipeline = Pipeline(spec, {key: ITEMS[key] for key in chosen})
+    batch = make_batch(11, channels=channels)
+    whole = pipeline(batch, 1, 2)
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 11)):
+        assert torch.equal(pipeline(part(batch, rows), 1, 2).images, whole.images[rows])
+    others = make_batch(11, channels=channels)
+    others.images[1:] = 255 - others.images[1:]
+    others.position[1:] += 1000
+    assert torch.equal(pipeline(others, 1, 2).images[0], whole.images[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("names", [["flip", "crop"], ["rotation", "perspective", "jitter"], list(ITEMS)])
+def test_batches_augmented_together_are_those_augmented_alone(make_batch, monkeypatch, names, threads):
+    """Bit by bit, wherever a group begins; what has no image, and what an effect may mix, stays by itself."""
+    torch.set_num_threads(threads)
+    spec = DataSpec(3, 40, 41, mean=SPEC.mean, std=SPEC.std)
+    pipeline = Pipeline(spec, {name: ITEMS[name] for name in names})
+    nothing = torch.zeros(0, dtype=torch.int64)
+    ends = (0, 9, 18, 27, 30, 30, 41, 45)
+    batches = [
+        make_batch(stop - start, height=40, width=41, first=start)
+        if stop > start
+        else Batch(torch.zeros(0), {}, nothing, nothing)
+        for start, stop in pairwise(ends)
+    ]
+    alone = [pipeline(batch, 1, 2) if len(batch) else batch for batch in batches]
+    sizes: list[int] = []
+    augment = Pipeline.__call__
+
+    def counted(self: Pipeline, batch: Batch, seed: int, epoch: int) -> Batch:
+        sizes.append(len(batch))
+        return augment(self, batch, seed, epoch)
+
+    monkeypatch.setattr(Pipeline, "__call__", counted)
+    monkeypatch.setattr("cnntrain.augment.pipeline.MOST_TOGETHER", 20 * 3 * 40 * 41)
+    for first in range(len(batches)):
+        sizes.clear()
+        got = list(pipeline.each(iter(batches[first:]), 1, 2, together=True))
+        assert len(got) == len(batches) - first
+        for one, other in zip(got, alone[first:], strict=True):
+            assert torch.equal(one.images, other.images) and torch.equal(one.position, other.position)
+            assert one.targets.keys() == other.targets.keys()
+            assert all(torch.equal(one.targets[name], other.targets[name]) for name in other.targets)
+        if first == 0:
+            assert sizes == ([9, 9, 9, 3, 11, 4] if len(names) == len(ITEMS) else [18, 12, 15])
+    sizes.clear()
+    asked: list[int] = []
+    for _ in pipeline.each((asked.append(len(batch)) or batch for batch in batches), 1, 2):
+        assert len(asked) == len(sizes) + asked.count(0)  # nothing is fetched beforehand
+    assert sizes == [9, 9, 9, 3, 11, 4]
+
+
+def test_draws_change_with_seed_epoch_and_position_alone(make_batch):
+    pipeline = Pipeline(SPEC, ITEMS)
+    batch = make_batch(3)
+    first = pipeline(batch, 1, 2)
+    torch.manual_seed(99)
+    assert torch.equal(pipeline(batch, 1, 2).images, first.images)
+    assert not torch.equal(pipeline(batch, 2, 2).images, first.images)
+    assert not torch.equal(pipeline(batch, 1, 3).images, first.images)
+    batch.position += 1
+    assert not torch.equal(pipeline(batch, 1, 2).images, first.images)
+
+
+def test_draws_do_not_depend_on_other_augmentations(make_batch):
+    batch = make_batch(16)
+    for name, item in ITEMS.items():
+        if not isinstance(item, Geometry):
+            continue
+        alone = Pipeline(SPEC, {name: item})(batch, 1, 2).to_canvas
+        rest = {key: other for key, other in ITEMS.items() if not isinstance(other, Geometry)}
+        together = Pipeline(SPEC, {**rest, name: item})(batch, 1, 2).to_canvas
+        assert alone is not None
+        assert together is not None
+        assert torch.equal(alone, together)
+    flip_only = Pipeline(SPEC, {"flip": HorizontalFlip()})(batch, 1, 2).to_canvas
+    with_crop = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()})(batch, 1, 2).to_canvas
+    assert torch.equal(flip_only[:, 0, 0], with_crop[:, 0, 0])
+
+
+def test_the_batch_that_comes_in_is_left_alone(make_batch):
+    batch = make_batch(5)
+    batch.targets |= {
+        "points": torch.rand(5, 2, 2) * 10,
+        "visible": torch.ones(5, 2, dtype=torch.bool),
+        "mask": torch.ones(5, 12, 17, dtype=torch.uint8),
+    }
+    before = {name: values.clone() for name, values in batch.targets.items()}
+    images = batch.images.clone()
+    for items in (ITEMS, {"flip": HorizontalFlip()}, {"mixup": Mixup()}, {}):
+        Pipeline(SPEC, items)(batch, 1, 2)
+        assert torch.equal(batch.images, images)
+        assert batch.targets.keys() == before.keys()
+        assert all(torch.equal(batch.targets[name], before[name]) for name in before)
+        assert batch.to_canvas is None
+
+
+def test_autocast_changes_nothing(make_batch):
+    pipeline = Pipeline(SPEC, ITEMS)
+    batch = make_batch(5)
+    expected = pipeline(batch, 1, 2).images
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = pipeline(batch, 1, 2).images
+        plain = pipeline.plain(batch).images
+    assert result.dtype == plain.dtype == torch.float32
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("name", [*ITEMS, "mixup", "cutmix", "all"])
+def test_the_device_is_never_waited_for(make_batch, monkeypatch, name):
+    """A meta tensor has no values: reading one, as waiting for a GPU would, raises."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    mixing = {"mixup": Mixup(), "cutmix": Cutmix()}
+    items = {**ITEMS, "cutmix": Cutmix()} if name == "all" else {name: (ITEMS | mixing)[name]}
+    batch = make_batch(5)
+    batch.images = batch.images.to("meta")
+    batch.targets = {"label": batch.targets["label"].to("meta")}
+    if name not in ("mixup", "cutmix", "all"):
+        batch.targets = {
+            "points": torch.zeros(5, 2, 2, device="meta"),
+            "visible": torch.zeros(5, 2, dtype=torch.bool, device="meta"),
+            "mask": torch.zeros(5, 12, 17, dtype=torch.uint8, device="meta"),
+        }
+    spec = DataSpec(3, 12, 17, keypoints=("l", "r"), mirror=(1, 0)) if "points" in batch.targets else SPEC
+    pipeline = Pipeline(spec, items)
+    moved = pipeline(batch, 1, 2)
+    assert moved.images.shape == (5, 3, 12, 17)
+    assert moved.images.is_meta
+    assert all(values.is_meta for values in moved.targets.values())
+    assert pipeline.plain(batch).images.is_meta
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colour_on_a_gpu_is_the_same_sum(channels):
+    values, matrix, offset = (
+        torch.rand(4, channels, 50),
+        torch.randn(4, channels, channels),
+        torch.randn(4, channels, 1),
+    )
+    torch.testing.assert_close(
+        affine_by_channel(values, matrix, offset), torch.baddbmm(offset, matrix, values)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["whole pixels", "all"])
+def test_a_gpu_gives_the_same_batch_without_waiting(make_batch, name):
+    items = ITEMS if name == "all" else {key: ITEMS[key] for key in ("flip", "crop", "shift", "jitter")}
+    pipeline = Pipeline(SPEC, items)
+    batch = make_batch(9)
+    expected = pipeline(batch, 1, 2).images
+    batch.images = batch.images.cuda()
+    pipeline(batch, 1, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = pipeline(batch, 1, 2).images
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(result.cpu(), expected, atol=2e-3, rtol=0)
+    alone = pipeline(part(batch, slice(3, 4)), 1, 2).images
+    assert torch.equal(alone[0], result[3])
+
+
+def test_the_way_back_to_the_source_file_is_kept(make_batch):
+    batch = make_batch(4)
+    batch.to_canvas = torch.eye(3, dtype=torch.float64).repeat(4, 1, 1)
+    batch.to_canvas[:, 0, 0] = 0.25
+    moved = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()})(batch, 1, 2)
+    alone = make_batch(4)
+    move = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()})(alone, 1, 2).to_canvas
+    assert torch.equal(moved.to_canvas, move @ batch.to_canvas)
+    plain = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()}).plain(batch)
+    assert torch.equal(plain.to_canvas, batch.to_canvas)
+
+
+def test_plain_is_the_middle_on_the_same_canvas(make_batch):
+    batch = make_batch(2, height=20, width=30)
+    spec = DataSpec(3, 20, 30)
+    pipeline = Pipeline(spec, {"resized_crop": RandomResizedCrop(size=10)}, "edge")
+    plain = pipeline.plain(batch)
+    assert plain.images.shape == pipeline(batch, 0, 0).images.shape == (2, 3, 10, 10)
+    # The box is the largest square in the middle: columns 5 to 25, on its edges.
+    edges = plain.to_canvas[0] @ torch.tensor([[4.5, 24.5], [-0.5, 19.5], [1, 1]], dtype=torch.float64)
+    torch.testing.assert_close(edges[:2], torch.tensor([[-0.5, 9.5], [-0.5, 9.5]]).double())
+
+
+def test_images_with_masks_are_judged_whole_however_small_the_training_windows_are() -> None:
+    spec = DataSpec(1, 12, 16, ("a", "b"), per_pixel=True, ignore_index=255)
+    pipeline = Pipeline(spec, {"crop": Crop(size=[6, 8], padding_px=0)})
+    rows = torch.arange(2)
+    batch = Batch(
+        torch.rand(2, 1, 12, 16).mul(255).byte(),
+        {"mask": torch.randint(0, 2, (2, 12, 16)).byte()},
+        rows,
+        rows,
+    )
+    assert pipeline(batch, 0, 0).images.shape[-2:] == (6, 8)
+    plain = pipeline.plain(batch)
+    assert plain.images.shape[-2:] == (12, 16)
+    assert torch.equal(plain.targets["mask"], batch.targets["mask"])

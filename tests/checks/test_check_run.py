@@ -1,0 +1,69 @@
+"""What runs the checks: how numbers are computed in them, and what they leave as it was."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cnntrain import compose
+from cnntrain.checks import check_run as run
+from cnntrain.checks.context import Bench
+from cnntrain.checks.verdicts import passed
+from cnntrain.commands.check import build_bench
+from cnntrain.randomness import fork_generators
+from cnntrain.train.setup import assemble
+from cnntrain.train.signals import StopFlag
+from cnntrain.types import Finding
+
+
+@pytest.fixture
+def bench() -> Bench:
+    settings = compose("threads=1", "model=mlp", "data.limit=60")
+    return build_bench(assemble(settings), time.monotonic() + 60, StopFlag())
+
+
+@pytest.fixture
+def tensor_float32() -> Iterator[None]:
+    """Products as a training on a GPU computes them."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize(("name", "exact"), [("batch order", True), ("loop", True), ("learning rate", False)])
+def test_numbers_are_compared_in_full_precision_and_trainings_are_not_slowed(
+    name: str, exact: bool, bench: Bench, tensor_float32: None
+) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def look(bench: Bench) -> Finding:
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        raise ValueError("the settings come back whatever a check raises")
+
+    (finding,) = run.run_checks(bench, {name: look}, lambda *_: None)
+    assert finding.verdict == "FAIL"
+    assert seen == [("highest", False) if exact else ("high", True)]
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+
+
+def test_generators_come_back(bench: Bench) -> None:
+    state = torch.get_rng_state()
+    run.run_checks(bench, {"loss": lambda _: passed(str(torch.rand(3)))}, lambda *_: None)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("device", "forked"), [("cpu", []), ("cuda:1", [torch.device("cuda", 1)]), ("mps", [])]
+)
+def test_generators_of_other_gpus_are_left_alone(
+    device: str, forked: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several GPUs torch warns where the devices are not named, and saves the generator of each."""
+    asked: list[object] = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: asked.append(devices))
+    fork_generators(torch.device(device))
+    assert asked == [forked]

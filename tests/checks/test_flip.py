@@ -1,0 +1,251 @@
+"""A wrong pair is told by name, whatever single exchange made it; a right map passes."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cnntrain.checks.flip import compare, judge_flip, judge_map, judge_names, side_and_part
+from cnntrain.cli import main
+from cnntrain.data.sources.schemes import CAT9, COCO17, IBUG68, Scheme
+from cnntrain.data.sources.toy_faces import ToyFaces
+from cnntrain.types import DataSpec, Finding, infer_mirror, mirror_permutation
+
+Shapes = tuple[Tensor, Tensor]
+
+
+def right_map(scheme: Scheme) -> tuple[int, ...]:
+    declared = infer_mirror(scheme.names)
+    if scheme.mirror is not None:
+        declared = mirror_permutation(scheme.names, scheme.mirror)
+    assert declared is not None
+    return declared
+
+
+def spec_of(scheme: Scheme, mirror: tuple[int, ...], named: bool = True) -> DataSpec:
+    names = scheme.names if named else tuple(f"part_{i}" for i in range(len(scheme.names)))
+    return DataSpec(3, 64, 64, keypoints=names, mirror=mirror, skeleton=scheme.skeleton)
+
+
+def wrong_pairings(right: tuple[int, ...]) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Every other map that one exchange makes: of the names of two points, or of two entries of the list."""
+    found: dict[tuple[int, ...], tuple[int, int]] = {}
+    for i in range(len(right)):
+        for j in range(i):
+            swap = list(range(len(right)))
+            swap[i], swap[j] = j, i
+            found[tuple(right[swap[k]] for k in range(len(right)))] = (i, j)
+            found[tuple(swap[right[swap[k]]] for k in range(len(right)))] = (i, j)
+    found.pop(right, None)
+    return {(*pair, n): wrong for n, (wrong, pair) in enumerate(found.items())}  # type: ignore[misc]
+
+
+def verdicts(findings: list[Finding]) -> dict[str, str]:
+    return {finding.name: finding.verdict for finding in findings}
+
+
+# Half a template, right side in the picture's left: x from the axis, y down; what stays lies on the axis.
+PERSON = {"nose": (0, 0), "eye": (4, -3), "ear": (8, -2), "shoulder": (18, 20), "elbow": (26, 45), "wrist": (28, 68),
+          "hip": (11, 70), "knee": (12, 105), "ankle": (13, 140)}  # fmt: skip
+
+
+def people(count: int = 150) -> Shapes:
+    """COCO's points on people who stand, lean and turn; a fifth of the points hidden."""
+    generator = torch.Generator().manual_seed(0)
+    template = []
+    for name in COCO17.names:
+        x, y = PERSON[name.removeprefix("left_").removeprefix("right_")]
+        template.append((x if name.startswith("left_") else -x, y))  # seen from the front
+    shape = torch.tensor(template, dtype=torch.float64)
+    turn = torch.randn(count, generator=generator) * 0.25
+    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], 1).view(-1, 2, 2).double()
+    width = torch.rand(count, 1, 1, generator=generator).double() * 0.8 + 0.2
+    points = (shape * torch.cat([width, torch.ones_like(width)], 2)) @ rotation.mT
+    points += 2.5 * torch.randn(points.shape, generator=generator)
+    return points + 200, torch.rand(count, 17, generator=generator) > 0.2
+
+
+def cats(count: int = 60) -> Shapes:
+    targets = ToyFaces(train_count=count, test_count=1).load()["train"].targets
+    return targets["points"], targets["visible"]
+
+
+def drawn_faces(count: int = 60) -> Shapes:
+    """iBUG's points on a drawn face: one height for each name, half a width for each that tells a side."""
+    generator = torch.Generator().manual_seed(1)
+    right = right_map(IBUG68)
+    order = torch.arange(68)
+    shape = torch.stack([order * 37 % 61 + 4, order * 3], 1).double()  # no two upon one another
+    for i, partner in enumerate(right):
+        shape[i] = torch.stack([shape[i, 0] * (partner != i), shape[i, 1]])
+        if partner < i:
+            shape[i] = shape[partner] * torch.tensor([-1.0, 1.0])
+    return shape + 0.5 * torch.randn(count, 68, 2, generator=generator), torch.ones(
+        count, 68, dtype=torch.bool
+    )
+
+
+def real_faces(folder: Path) -> Shapes:
+    with (folder / "faces" / "face_landmarks.csv").open() as file:
+        rows = [[float(cell) for cell in row[1:]] for row in list(csv.reader(file))[1:]]
+    points = torch.tensor(rows, dtype=torch.float64).view(-1, 68, 2)
+    return points, torch.ones(points.shape[:2], dtype=torch.bool)
+
+
+@pytest.fixture(params=["people", "cats", "drawn faces", "real faces"])
+def case(request: pytest.FixtureRequest) -> tuple[Scheme, Shapes]:
+    if request.param == "real faces":
+        return IBUG68, real_faces(request.getfixturevalue("shared_data"))
+    made = {"people": (COCO17, people), "cats": (CAT9, cats), "drawn faces": (IBUG68, drawn_faces)}
+    scheme, make = made[request.param]
+    return scheme, make()
+
+
+def test_a_right_map_passes(case: tuple[Scheme, Shapes]) -> None:
+    scheme, shapes = case
+    findings, symmetry = judge_flip(*shapes, spec_of(scheme, right_map(scheme)))
+    assert set(verdicts(findings).values()) == {"PASS"}, findings
+    assert symmetry is not None and symmetry.relabelled < symmetry.kept / 2
+
+
+@pytest.mark.parametrize("most", [40, pytest.param(10**6, marks=pytest.mark.long)])
+def test_every_exchange_that_pairs_up_is_told_from_the_shapes_alone(
+    case: tuple[Scheme, Shapes], most: int
+) -> None:
+    """Names say nothing here, and the map undoes itself: only the geometry can tell."""
+    scheme, shapes = case
+    right = right_map(scheme)
+    # The distance is a sum over the points, so that what it changes by is known for every map from one table.
+    symmetry = compare(*shapes, right)
+    sure = symmetry.change >= 2 * symmetry.error
+    upper = torch.ones_like(sure).triu(1).bool()
+    assert sure[upper].all(), "the data can't tell some exchange"
+    pairings = wrong_pairings(right)
+    involutions = [
+        wrong for wrong in pairings.values() if all(wrong[wrong[k]] == k for k in range(len(right)))
+    ]
+    assert len(involutions) > len(right)
+    step = max(1, len(involutions) // most)
+    for wrong in involutions[::step]:
+        findings, _ = judge_flip(*shapes, spec_of(scheme, wrong, named=False))
+        told = next(finding for finding in findings if finding.name == "mirror pairs")
+        changed = {f"part_{k}" for k in range(len(right)) if wrong[k] != right[k]}
+        assert told.verdict == "FAIL", (wrong, told)
+        assert any(name in told.evidence.replace(",", " ").split() for name in changed), (
+            changed,
+            told.evidence,
+        )
+
+
+def test_every_exchange_is_worse_than_the_right_map(case: tuple[Scheme, Shapes]) -> None:
+    """All of them: the mean shape's own distances, and for those that break the map the map's finding."""
+    scheme, shapes = case
+    right = right_map(scheme)
+    symmetry = compare(*shapes, right)
+    cost = torch.cdist(symmetry.shape, symmetry.mirrored).square()  # (K, K): a point, another's mirror image
+    rows = torch.arange(len(right))
+    best = cost[rows, torch.tensor(right)].sum()
+    for wrong in wrong_pairings(right).values():
+        assert cost[rows, torch.tensor(wrong)].sum() > best
+        undoes_itself = all(wrong[wrong[k]] == k for k in range(len(right)))
+        assert judge_map(scheme.names, wrong).verdict == ("PASS" if undoes_itself else "FAIL")
+
+
+def test_identity_and_shifted_lists_are_told(case: tuple[Scheme, Shapes]) -> None:
+    scheme, shapes = case
+    right = right_map(scheme)
+    found = verdicts(judge_flip(*shapes, spec_of(scheme, tuple(range(len(right)))))[0])
+    assert found == {
+        "mirror map": "PASS",
+        "mirror names": "FAIL",
+        "mirror shape": "WARN",
+        "mirror pairs": "FAIL",
+    }
+    shifted = (*right[1:], right[0])
+    assert judge_map(scheme.names, shifted).verdict == "FAIL"
+    assert verdicts(judge_flip(*shapes, spec_of(scheme, shifted, named=False))[0])["mirror pairs"] == "FAIL"
+
+
+def test_broken_lists_name_the_point() -> None:
+    names = ("left_eye", "right_eye", "nose")
+    assert "has 2 entries, there are 3" in judge_map(names, (1, 0)).evidence
+    assert "right_eye" in judge_map(names, (1, 7, 2)).evidence
+    assert "left_eye becomes right_eye, but right_eye becomes nose" in judge_map(names, (1, 2, 0)).evidence
+    assert (
+        judge_flip(torch.zeros(3, 3, 2), torch.ones(3, 3), DataSpec(1, 9, 9, keypoints=names))[0][0].verdict
+        == "FAIL"
+    )
+
+
+def test_names() -> None:
+    assert side_and_part("left_ear_1") == side_and_part("leftEar3") == ("left", "ear")
+    assert side_and_part("ear_r") == side_and_part("r_ear") == ("r", "ear")
+    assert side_and_part("LEFT_EYE") == ("left", "eye") and side_and_part("lefteye") == ("left", "eye")
+    assert side_and_part("nose") == (None, "nose")
+    names = ("left_eye", "right_eye", "left_ear", "right_ear", "nose")
+    assert judge_names(names, (1, 0, 3, 2, 4)).verdict == "PASS"
+    assert "left_eye trades with right_ear" in judge_names(names, (3, 2, 1, 0, 4)).evidence
+    assert "left_eye stays" in judge_names(names, (0, 1, 3, 2, 4)).evidence
+    assert judge_names(("a", "b"), (1, 0)).verdict == "SKIP"
+
+
+def test_points_upon_one_another_can_not_be_told_and_are_named() -> None:
+    """Closed lips: the data say nothing about the upper one's partner, and the check says so."""
+    shape = torch.tensor([[-10.0, 0], [10, 0], [-5, 20], [5, 20], [-5, 20], [5, 20]])
+    noise = torch.randn(40, 6, 2, generator=torch.Generator().manual_seed(2))
+    names = ("left_eye", "right_eye", "left_lip_1", "right_lip_1", "left_lip_2", "right_lip_2")
+    spec = DataSpec(1, 9, 9, keypoints=names, mirror=(1, 0, 3, 2, 5, 4))
+    findings, _ = judge_flip(shape + noise, torch.ones(40, 6, dtype=torch.bool), spec)
+    told = findings[-1]
+    assert (
+        told.verdict == "WARN" and "left_lip_1 and left_lip_2" in told.evidence and "eye" not in told.evidence
+    )
+
+
+def test_the_command_passes_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["data=toy_faces", "data.train_count=60", "data.test_count=1"]
+    assert main(["check", "flip", *data, "run_dir=out"]) == 0
+    report = json.loads(Path("out/check.json").read_text())
+    assert (
+        report["verdict"] == "PASS"
+        and report["examples"] == 60
+        and ["right_eye", "left_eye"] in report["pairs"]
+    )
+    assert Path("out/figures/flip.png").stat().st_size > 5000
+    assert "PASS: better than" in capsys.readouterr().out
+
+
+def test_the_command_names_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save("cat.png")
+    points, _ = cats(30)
+    header = ",".join(f"{name}_{axis}" for name in CAT9.names for axis in "xy")
+    lines = [
+        f"cat{i}.png," + ",".join(f"{v:.2f}" for v in p.flatten().tolist()) for i, p in enumerate(points)
+    ]
+    for i in range(len(lines)):
+        Path(f"cat{i}.png").symlink_to("cat.png")
+    Path("cats.csv").write_text("\n".join([f"image_name,{header}", *lines]))
+    mirror = "{left_eye:right_eye,left_ear_1:right_ear_1,left_ear_2:right_ear_2,left_ear_3:right_ear_3}"
+    assert (
+        main(
+            ["check", "flip", "data=keypoint_csv", "data.file=cats.csv", f"data.mirror={mirror}", "run_dir=o"]
+        )
+        == 1
+    )
+    said = capsys.readouterr().out
+    assert "right_ear_1 trades with left_ear_1" in said and "FAIL" in said
+    assert json.loads(Path("o/check.json").read_text())["verdict"] == "FAIL"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["check", "flyp"], "did you mean 'flip'"),
+    (["check", "flip", "data=digits"], "no keypoints"),
+])  # fmt: skip
+def test_slips(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""What a config may name, and with which arguments."""
+
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cnntrain.config.instantiate import BUILDERS, ROLES, build, resolve
+from cnntrain.errors import UserError
+
+REFUSED = [
+    ("model", "torch.load"),
+    ("model", "torch.hub.load"),
+    ("model", "torch.nn.init.zeros_"),
+    ("model", "torch.nn.modules.module.register_module_forward_hook"),
+    ("model", "torchvision.models.resnet18"),
+    ("model", "torchvision.models.get_model"),
+    ("model", "torchvision.models.vision_transformer.MLP"),  # a module, but one of torchvision.ops
+    ("model", "timm.models.load_state_dict"),
+    ("model", "timm.models.load_checkpoint"),
+    ("model", "timm.models.create_model"),
+    ("model", "timm.models._hub.load_custom_from_hf"),
+    ("model", "cnntrain.models.pretrained.read_state"),
+    ("model", "cnntrain.models.torchvision.build"),
+    ("model", "cnntrain.models.sequential.shapes.Place"),
+    ("data", "cnntrain.data.download.download"),
+    ("data", "cnntrain.data.scan.scan"),
+    ("data", "cnntrain.data.image_reader.Decoder"),
+    ("augment", "cnntrain.augment.paint.paint"),
+    ("augment", "cnntrain.augment.pipeline.Pipeline"),
+    ("task", "cnntrain.tasks.arguments.number"),
+    ("optimizer", "torch.optim.lr_scheduler.StepLR"),
+    ("optimizer", "torch.optim.swa_utils.get_ema_avg_fn"),
+    ("optimizer", "cnntrain.train.optim.build_optimizer"),
+    ("schedule", "cnntrain.train.schedule.math"),
+    ("schedule", "cnntrain.train.schedule._in_unit"),
+]
+
+
+@pytest.mark.parametrize(("role", "target"), REFUSED)
+def test_a_slot_refuses_what_is_not_of_its_kind(role: str, target: str) -> None:
+    if target.startswith("timm"):
+        pytest.importorskip("timm")
+    with pytest.raises(UserError, match=r"_target_"):
+        resolve({"_target_": target}, role, role)
+
+
+def test_a_file_is_not_unpickled_by_a_function_of_a_package(own_folder: Path) -> None:
+    pytest.importorskip("timm")
+
+    class Touch:
+        def __reduce__(self) -> Any:
+            return Path.touch, (own_folder / "touched",)
+
+    Path("evil.pt").write_bytes(pickle.dumps(Touch()))
+    node = {"_target_": "timm.models.load_state_dict", "checkpoint_path": "evil.pt", "weights_only": False}
+    with pytest.raises(UserError):
+        build(node, "model", "model")
+    assert not Path("touched").exists()
+
+
+@pytest.mark.parametrize(("target", "arguments"), [
+    ("torch.nn.Linear", {"in_features": 2, "out_features": 3}),
+    ("torchvision.models.VisionTransformer", {"image_size": 8, "patch_size": 4, "num_layers": 1, "num_heads": 1,
+                                              "hidden_dim": 4, "mlp_dim": 4}),
+])  # fmt: skip
+def test_module_classes_can_be_named(target: str, arguments: dict[str, Any]) -> None:
+    assert isinstance(build({"_target_": target, **arguments}, "model", "model"), torch.nn.Module)
+
+
+def test_every_builder_is_there() -> None:
+    for role, names in BUILDERS.items():
+        for name in names:
+            resolve({"_target_": name}, role, role)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_package_counts_only_by_its_whole_name(role: str) -> None:
+    first = ROLES[role][0][0]
+    with pytest.raises(UserError, match="is not allowed as"):  # and is not looked for
+        resolve({"_target_": f"{first}evil.Net"}, role, role)
+
+
+def test_a_trusted_package_does_not_lend_its_name(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("lending.py").write_text(
+        "from cnntrain.train.tensor_file import read_tensors\n\ndef own():\n    return 5\n"
+    )
+    monkeypatch.syspath_prepend(str(own_folder))
+    assert build({"_target_": "lending.own"}, "model", "model", ["lending"]) == 5
+    with pytest.raises(UserError, match="is not allowed as"):
+        resolve({"_target_": "lending.read_tensors"}, "model", "model", ["lending"])
+
+
+@pytest.mark.parametrize("name", ["_partial_", "_args_", "_recursive_", "_convert_", "__class__", 5])
+def test_no_argument_begins_with_an_underscore(name: Any) -> None:
+    with pytest.raises(UserError, match="not a valid argument name"):
+        resolve({"_target_": "torch.nn.Linear", name: True}, "model", "model")
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63), float("inf"), float("-inf"), float("nan")])
+def test_a_number_beyond_measure_is_refused_by_its_key(value: float) -> None:
+    with pytest.raises(UserError, match=r"^model\.in_features: "):
+        resolve({"_target_": "torch.nn.Linear", "in_features": value}, "model", "model")
+    resolve({"_target_": "torch.nn.Linear", "in_features": 2**63 - 1}, "model", "model")
+
+
+def test_facts_take_the_place_of_null_and_not_of_a_value() -> None:
+    node = {"_target_": "torch.nn.Linear", "in_features": None, "bias": False}
+    bound = resolve(node, "model", "model", in_features=2, out_features=3, bias=True, unknown=5)
+    assert bound.keywords == {"in_features": 2, "out_features": 3, "bias": False}
+
+
+def test_no_memory_for_a_part_is_no_fault_of_its_arguments(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("greedy.py").write_text("def own(message):\n    raise RuntimeError(message)\n")
+    monkeypatch.syspath_prepend(str(own_folder))
+    node = {"_target_": "greedy.own", "message": "CUDA out of memory"}
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory"):
+        build(node, "model", "model", ["greedy"])
+    with pytest.raises(UserError, match="refused its arguments: another"):
+        build({**node, "message": "another"}, "model", "model", ["greedy"])
+
+
+def test_nested_targets_and_interpolations_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "told")
+    node = {"_target_": "builtins.eval", "expression": "1"}
+    layers = [node]
+    bound = resolve(
+        {
+            "_target_": "cnntrain.models.sequential.parser.Sequential",
+            "layers": layers,
+            "values": {"a": "${oc.env:SECRET}"},
+        },
+        "model",
+        "model",
+    )
+    assert isinstance(bound, partial)
+    assert bound.keywords["layers"] == [node] and bound.keywords["values"]["a"] == "${oc.env:SECRET}"

@@ -1,0 +1,261 @@
+"""Decoded images are kept in a file: the same pixels, made once, never out of date, whole or not at all."""
+
+import errno
+import fcntl
+import os
+import threading
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cnntrain.cli import main
+from cnntrain.data import cache as resident
+from cnntrain.data import decoded
+from cnntrain.data.decoded import folder, keep_decoded, worth_keeping
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.image_reader import BadFile, Decoder
+from cnntrain.data.spans import path_within
+from cnntrain.errors import MachineError, UserError
+
+
+@pytest.fixture
+def splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Examples]:
+    """Five pictures of different sizes, letterboxed onto 8x12; one object cut out of the last."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    paths = []
+    for number in range(5):
+        pixels = random.integers(0, 256, (6 + number, 20 - number, 3), dtype=np.uint8)
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    decoder = Decoder(8, 12, 3)
+    masks = LazyImages(paths[:4], Decoder(8, 12, 1))
+    boxes = torch.tensor([[1.0, 1.0, 9.0, 6.0]], dtype=torch.float64)
+    train = LazyImages(paths[:4], decoder)
+    return {
+        "train": Examples(train, {"label": torch.arange(4)}, paths[:4], lazy_targets={"mask": masks}),
+        "val": Examples(LazyImages(paths[4:], decoder, boxes), {"label": torch.zeros(1)}, paths[4:]),
+    }  # fmt: skip
+
+
+def same(one: dict[str, Examples], other: dict[str, Examples]) -> bool:
+    pairs = [(one[name], other[name]) for name in one]
+    return all(
+        torch.equal(tensor(a.images), tensor(b.images))
+        and torch.equal(tensor(a.to_canvas), tensor(b.to_canvas))
+        and all(torch.equal(a.targets[name], b.targets[name]) for name in b.targets)
+        for a, b in pairs
+    )
+
+
+def tensor(value: object) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value
+
+
+def test_what_is_kept_is_what_decoding_gives(splits: dict[str, Examples]) -> None:
+    first, plain = keep_decoded(splits), resident.decode(splits)
+    assert same(first, plain) and first["train"].lazy_targets == {}
+    assert len(list(folder().glob("*.u8"))) == 3 and len(list(folder().iterdir())) == 3
+
+
+def test_the_second_time_nothing_is_decoded(
+    splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = keep_decoded(splits)
+    monkeypatch.setattr(Decoder, "__call__", never)
+    assert same(keep_decoded(splits), first)
+
+
+def test_a_changed_file_is_decoded_again(splits: dict[str, Examples]) -> None:
+    before = keep_decoded(splits)
+    images = splits["train"].images
+    assert isinstance(images, LazyImages)
+    Image.new("RGB", (9, 9), (200, 10, 10)).save(images.paths[1])
+    after = keep_decoded(splits)
+    assert not torch.equal(tensor(after["train"].images)[1], tensor(before["train"].images)[1])
+    assert torch.equal(tensor(after["train"].images)[0], tensor(before["train"].images)[0])
+
+
+def never(*_: object) -> None:
+    raise AssertionError("decoded again")
+
+
+def test_a_file_whose_size_and_time_are_the_same_is_decoded_again_where_its_bytes_are_not(
+    splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = splits["train"].images
+    assert isinstance(images, LazyImages)
+    images.paths = [str(Path(path).with_suffix(".bmp")) for path in images.paths]
+    for number, path in enumerate(images.paths):
+        Image.new("RGB", (9, 9), (40 * number, 10, 10)).save(path)
+    before, size = keep_decoded(splits), os.stat(images.paths[1])
+    Image.new("RGB", (9, 9), (200, 99, 10)).save(images.paths[1])
+    os.utime(images.paths[1], ns=(size.st_atime_ns, size.st_mtime_ns))
+    assert os.stat(images.paths[1]).st_size == size.st_size
+    after = keep_decoded(splits)
+    assert same(after, resident.decode(splits)) and not same(after, before)
+    kept = len(list(folder().iterdir()))
+    monkeypatch.setattr(Decoder, "__call__", never)
+    for path in images.paths:  # copied once more: the same bytes
+        os.utime(path, ns=(size.st_atime_ns, os.stat(path).st_mtime_ns))
+    assert same(keep_decoded(splits), after)
+    monkeypatch.setattr(decoded, "_sum_of_file", never)  # which is confirmed once
+    assert same(keep_decoded(splits), after) and len(list(folder().iterdir())) == kept
+
+
+def test_a_member_of_a_shard_has_the_checksum_of_its_own_bytes(tmp_path: Path) -> None:
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(b"before-" + b"content" + b"-after")
+    (tmp_path / "alone").write_bytes(b"content")
+    within = decoded._sum_of_file(path_within(shard, "a.png", 7, 7))
+    assert within == decoded._sum_of_file(str(tmp_path / "alone")) == zlib.crc32(b"content")
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "cut", "longer", "empty", "one byte", "sums", "times"])
+def test_a_damaged_file_is_made_anew(splits: dict[str, Examples], damage: str) -> None:
+    good = keep_decoded(splits)
+    for path in folder().glob("*.u8"):
+        content = bytearray(path.read_bytes())
+        if damage == "one byte":
+            content[len(content) // 2] ^= 1
+        elif damage == "sums":
+            content[-1] ^= 1
+        elif damage == "times":
+            content[0] ^= 1
+        path.unlink()  # the file that is mapped stays
+        path.write_bytes(
+            {
+                "zeroed": bytes(len(content)),
+                "cut": content[:-100],
+                "longer": content + b"?",
+                "empty": b"",
+            }.get(damage, content)
+        )
+    assert same(keep_decoded(splits), good)
+    assert same(keep_decoded(splits), resident.decode(splits))
+
+
+def test_images_that_are_damaged_are_named_though_a_damaged_file_of_them_is_there(
+    splits: dict[str, Examples],
+) -> None:
+    keep_decoded(splits)
+    for path in folder().glob("*.u8"):
+        path.unlink()
+        path.write_bytes(b"cut off")
+    images = splits["train"].images
+    assert isinstance(images, LazyImages)
+    before = os.stat(images.paths[1])
+    Path(images.paths[1]).write_bytes(bytes(before.st_size))
+    os.utime(images.paths[1], ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(UserError, match=r"1\.png"):
+        keep_decoded(splits)
+
+
+def test_what_is_written_to_the_images_stays_in_the_process(splits: dict[str, Examples]) -> None:
+    first = tensor(keep_decoded(splits)["train"].images)
+    before = first.clone()
+    first.zero_()
+    assert torch.equal(tensor(keep_decoded(splits)["train"].images), before)
+
+
+def test_files_that_can_not_be_used_are_all_named_and_nothing_is_kept(splits: dict[str, Examples]) -> None:
+    for name in ("train", "val"):
+        images = splits[name].images
+        assert isinstance(images, LazyImages)
+        Path(images.paths[0]).write_bytes(b"no image")
+    with pytest.raises(UserError, match="2 of") as told:
+        keep_decoded(splits)
+    assert "0.png" in str(told.value) and "4.png" in str(told.value)
+    assert list(folder().iterdir()) == []
+
+
+def test_a_file_is_named_though_the_set_is_larger_than_memory(
+    splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, bad = splits["train"].images, []
+    assert isinstance(images, LazyImages)
+    large = LazyImages(images.paths[:1] * 100_000, Decoder(8192, 8192, 3))  # 20 TB
+    monkeypatch.setattr(
+        decoded, "_make", lambda lazy, target, changed, bad: bad.append(BadFile("0.png", "is damaged"))
+    )
+    pixels, matrices = decoded._keep(large, bad)
+    assert len(bad) == 1 and pixels.shape == large.shape and matrices.shape == (100_000, 3, 3)
+
+
+def test_a_full_disk_is_told_before_anything_is_decoded(
+    splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MachineError, match="no room for"):
+        keep_decoded(splits)
+    assert list(folder().iterdir()) == []
+
+
+def test_a_lock_that_was_removed_holds_nobody_out(tmp_path: Path) -> None:
+    lock, entered = tmp_path / "a.lock", threading.Event()
+
+    def wait() -> None:
+        with decoded._alone(lock):
+            entered.set()
+
+    with lock.open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.2)
+        lock.unlink()
+        second = lock.open("w")
+        fcntl.flock(second, fcntl.LOCK_EX)
+    assert not entered.wait(0.3)
+    lock.unlink()
+    second.close()
+    waiting.join(10)
+    assert entered.is_set() and not lock.exists()
+
+
+def test_what_a_killed_run_left_is_not_taken_for_whole(splits: dict[str, Examples]) -> None:
+    keep_decoded(splits)
+    whole = sorted(folder().glob("*.u8"))
+    contents = [path.read_bytes() for path in whole]
+    for path in whole:
+        path.rename(path.with_suffix(".part"))
+        path.with_suffix(".part").write_bytes(b"half")
+    keep_decoded(splits)
+    assert [path.read_bytes() for path in whole] == contents and len(list(folder().iterdir())) == 3
+
+
+@dataclass(frozen=True)
+class Own(Decoder):
+    """Its code may change while it looks the same."""
+
+
+def test_what_auto_keeps(splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not worth_keeping(splits)  # a few are quickly decoded
+    monkeypatch.setattr(decoded, "MANY", 1)
+    assert worth_keeping(splits)
+    monkeypatch.setattr(decoded, "SHARE_OF_DISK", 0.0)
+    assert not worth_keeping(splits)
+    keep_decoded(splits)
+    assert worth_keeping(splits)  # there already
+    images = splits["train"].images
+    assert isinstance(images, LazyImages)
+    images.decoder = Own(8, 12, 3)
+    assert not worth_keeping(splits)
+
+
+def test_clean_removes_it(splits: dict[str, Examples], capsys: pytest.CaptureFixture[str]) -> None:
+    keep_decoded(splits)
+    assert main(["clean"]) == 0
+    assert "3 files" in capsys.readouterr().out and not folder().exists()
+    assert main(["clean"]) == 0 and main(["clean", "all"]) == 2

@@ -1,0 +1,237 @@
+"""Random crops are cut from images that are decoded finer: as sharp as torchvision's, at the same places."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cnntrain.augment.geometry import HorizontalFlip
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.augment.warp import RandomResizedCrop, Rotation
+from cnntrain.config.compose import read_settings
+from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.finer import on_finer_canvas
+from cnntrain.data.image_reader import Decoder
+from cnntrain.data.load import load_data
+from cnntrain.data.loader import make_loader
+from cnntrain.data.resize import move, place
+from cnntrain.data.sources.image_folder import ImageFolder
+from cnntrain.data.sources.keypoint_csv import KeypointCsv
+from cnntrain.data.sources.mask_folder import MaskFolder
+from cnntrain.train.setup import assemble
+from cnntrain.types import Batch, DataSpec
+
+SIZE = 64
+
+
+def photograph(path: Path, height: int = 300, width: int = 300, seed: int = 0) -> np.ndarray:
+    """Texture at all scales, as photographs have: power falls with the square of the frequency."""
+    random = np.random.default_rng(seed)
+    fy, fx = np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]
+    amplitude = 1 / np.maximum(np.hypot(fy, fx), 1 / max(height, width))
+    noise = np.fft.ifft2(amplitude * np.fft.fft2(random.standard_normal((height, width)))).real
+    pixels = np.clip(127 + 50 * noise / noise.std(), 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def sharpness(images: Tensor) -> float:
+    """Share of the power in the upper half of the frequencies along each axis."""
+    centred = images.double() - images.double().mean((-2, -1), keepdim=True)
+    power = torch.fft.fft2(centred).abs().square()
+    high = torch.fft.fftfreq(images.shape[-1]).abs() > 0.25
+    return float(power[..., high, :].sum() + power[..., :, high].sum()) / float(power.sum())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for split, count in (("train", 6), ("val", 2)):
+        for label in ("a", "b"):
+            for number in range(count):
+                photograph(
+                    tmp_path / split / label / f"{number}.png", 300, 280, seed=number + 10 * (label == "b")
+                )
+    return tmp_path
+
+
+@pytest.mark.parametrize(("area", "share"), [(0.35, 0.5), (0.5, 0.65), (0.7, 0.9), (1.0, 0.75)])
+def test_a_crop_is_as_sharp_as_torchvisions_on_the_original(folder: Path, area: float, share: float) -> None:
+    """Bilinear sampling costs most where a crop has just one pixel for each of its own."""
+    from torchvision.transforms import v2
+
+    source = ImageFolder(str(folder), size=SIZE, channels=1)
+    magnification = Pipeline(source.spec(), {"crop": RandomResizedCrop(area=[0.35, 1])}).magnification
+    assert magnification == pytest.approx(0.35**-0.5)
+    pipeline = Pipeline(source.spec(), {"crop": RandomResizedCrop(area=[area, area], ratio=[1, 1])})
+    seen = {}
+    for factor in (1.0, magnification):
+        data = load_data(source, magnification=factor)
+        assert data.train.images.shape[-2:] == (math.ceil(SIZE * factor),) * 2
+        assert data.val.images.shape[-2:] == (SIZE, SIZE)
+        seen[factor] = pipeline(
+            next(make_loader(data.train, "cpu").batches(torch.arange(12), 12)), 0, 0
+        ).images
+    torch.manual_seed(0)
+    theirs = v2.Compose(
+        [v2.CenterCrop(280), v2.RandomResizedCrop(SIZE, (area, area), (1, 1), antialias=True)]
+    )
+    originals = [torch.from_numpy(np.array(Image.open(folder / name)))[None] for name in data.train.names]
+    reference = sharpness(torch.stack([theirs(image) for image in originals]))
+    assert sharpness(seen[magnification]) > share * reference
+    if area < 1:
+        assert sharpness(seen[1.0]) < 0.4 * reference
+
+
+def test_the_canvas_is_no_finer_than_the_files_are(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{number}.png") for number in range(4)]
+    for path in paths:
+        photograph(Path(path), 70, 70)
+    examples = Examples(LazyImages(paths, Decoder(SIZE, SIZE, 1)), {}, paths)
+    assert on_finer_canvas(examples, 3.0).images.shape[-2:] == (70, 70)
+    same = Examples(LazyImages(paths, Decoder(70, 70, 1)), {}, paths)
+    assert on_finer_canvas(same, 3.0) is same
+    held = Examples(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), {}, paths)
+    assert on_finer_canvas(held, 3.0) is held
+
+
+@pytest.mark.parametrize(
+    ("sizes", "resize", "magnification", "expected"),
+    [
+        ([(70, 70)] * 9 + [(400, 400)], "letterbox", 3.0, (70, 70)),  # a large one does not decide for all
+        ([(70, 70)] * 8 + [(400, 400)] * 2, "letterbox", 3.0, (150, 150)),
+        ([(100, 75)] * 4, "stretch", 3.0, (100, 100)),  # (height, width): as fine as the finer side
+        ([(75, 100)] * 4, "stretch", 3.0, (100, 100)),
+        ([(400, 400)] * 4, "letterbox", 1.1, (55, 55)),  # 1.1 * 50 is a little more than 55
+        ([(51, 51)] * 4, "letterbox", 3.0, (51, 51)),
+        ([(400, 400)] * 4, "letterbox", 1.01, (50, 50)),  # not worth it
+    ],
+)
+def test_how_fine_the_canvas_is(tmp_path: Path, sizes, resize, magnification, expected) -> None:
+    paths = [str(tmp_path / f"{number}.png") for number in range(len(sizes))]
+    for path, (height, width) in zip(paths, sizes, strict=True):
+        Image.new("L", (width, height)).save(path)
+    examples = Examples(LazyImages(paths, Decoder(50, 50, 1, resize)), {}, paths)
+    assert on_finer_canvas(examples, magnification).images.shape[-2:] == expected
+
+
+def spots(path: Path, points: np.ndarray, height: int, width: int) -> None:
+    ys, xs = np.mgrid[:height, :width]
+    pixels = sum(255 * np.exp(-((xs - x) ** 2 + (ys - y) ** 2) / 40) for x, y in points)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("crop", ["none", "points"])
+def test_points_lie_where_they_did(tmp_path: Path, crop: str) -> None:
+    lines, source_points = ["image_name,left_eye_x,left_eye_y,right_eye_x,right_eye_y"], []
+    for number in range(4):
+        points = np.array([[60 + 3 * number, 80], [150, 110 + 5 * number]], float)
+        spots(tmp_path / f"{number}.png", points, 200, 240 + number)
+        source_points.append(points)
+        lines.append(",".join([f"{number}.png", *map(str, points.ravel())]))
+    (tmp_path / "points.csv").write_text("\n".join(lines))
+    source = KeypointCsv(root=str(tmp_path), size=[48, 60], channels=1, crop=crop, crop_margin=1.0)
+    finer = load_data(source, magnification=2.0)
+    assert finer.train.images.shape[-2:] == (96, 120) and finer.val.images.shape[-2:] == (48, 60)
+    rows = [int(name.split(".")[0]) for name in finer.train.names]
+    truth = torch.from_numpy(np.stack([source_points[row] for row in rows]))
+    assert isinstance(finer.train.to_canvas, Tensor)
+    torch.testing.assert_close(
+        move(truth, finer.train.to_canvas), finer.train.targets["points"].double(), atol=1e-3, rtol=0
+    )
+    flip_and_crop = {"flip": HorizontalFlip(probability=1.0), "crop": RandomResizedCrop(), "turn": Rotation()}
+    pipeline = Pipeline(source.spec(), flip_and_crop)
+    batches = []
+    for data in (finer, load_data(source)):
+        batches.append(next(make_loader(data.train, "cpu").batches(torch.arange(3), 3)))
+    for fine, coarse in (
+        (f(batches[0]), f(batches[1])) for f in (pipeline.plain, lambda b: pipeline(b, 0, 0))
+    ):
+        assert fine.images.shape == coarse.images.shape
+        torch.testing.assert_close(fine.targets["points"], coarse.targets["points"], atol=0.5, rtol=0)
+        assert torch.equal(fine.targets["visible"], coarse.targets["visible"])
+        assert fine.to_canvas is not None
+        expected = move(truth, fine.to_canvas)
+        expected = (
+            expected if float(fine.to_canvas[0, 0, 0]) > 0 else expected.flip(1)
+        )  # mirrored: names change sides
+        seen = fine.targets["visible"]
+        torch.testing.assert_close(fine.targets["points"][seen].double(), expected[seen], atol=1e-2, rtol=0)
+        assert float((fine.images - coarse.images).abs().mean()) < 0.02
+
+
+def test_points_that_nobody_sees_stay_at_zero(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.png")
+    Image.new("L", (90, 60)).save(path)
+    lazy = LazyImages([path], Decoder(30, 30, 1, "letterbox"))
+    to_canvas = place(90, 60, (30, 30), "letterbox", None).matrix()[None]
+    points = torch.tensor([[[7.0, 11.0], [0.0, 0.0]]])
+    visible = torch.tensor([[True, False]])
+    finer = on_finer_canvas(
+        Examples(lazy, {"points": points, "visible": visible}, [path], to_canvas=to_canvas), 2.0
+    )
+    assert finer.images.shape[-2:] == (60, 60)
+    torch.testing.assert_close(finer.targets["points"], torch.tensor([[[14.5, 22.5], [0.0, 0.0]]]))
+
+
+def test_masks_move_along(tmp_path: Path) -> None:
+    for number in range(4):
+        photograph(tmp_path / "train/images" / f"{number}.png", 120, 160, number)
+        mask = np.zeros((120, 160), np.uint8)
+        mask[30 + 5 * number :, 60:] = 1
+        (tmp_path / "train/masks").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(tmp_path / "train/masks" / f"{number}.png")
+    source = MaskFolder(str(tmp_path), ["no", "yes"], size=32, channels=1)
+    pipeline = Pipeline(source.spec(), {"crop": RandomResizedCrop(area=[0.25, 1])})
+    for store in ("auto", "stream"):
+        finer, plain = (
+            load_data(source, val_fraction=0.25, store=store, magnification=m) for m in (2.0, 1.0)
+        )
+        fine, coarse = (next(make_loader(d.train, "cpu").batches(torch.arange(3), 3)) for d in (finer, plain))
+        assert fine.targets["mask"].shape == (3, 64, 64)
+        for f in (pipeline.plain, lambda b: pipeline(b, 0, 0)):
+            one, other = f(fine).targets["mask"], f(coarse).targets["mask"]
+            assert one.shape == other.shape == (3, 32, 32)
+            assert float((one == other).float().mean()) > 0.96
+
+
+def test_what_is_seen_does_not_depend_on_the_canvas() -> None:
+    """A smooth picture, drawn on both canvases: the same crop of each looks the same."""
+    spec = DataSpec(1, 40, 30, mean=(0.0,), std=(1.0,))
+
+    def drawn(scale: int) -> Tensor:
+        y, x = (torch.arange(scale * side, dtype=torch.float64) + 0.5 for side in spec.image_size)
+        waves = 127 + 60 * torch.sin(y / scale / 7)[:, None] + 60 * torch.cos(x / scale / 5)[None]
+        return waves.round().to(torch.uint8)[None, None].repeat(8, 1, 1, 1)
+
+    pipeline = Pipeline(spec, {"crop": RandomResizedCrop(), "turn": Rotation()}, border="edge")
+    rows = torch.arange(8)
+    coarse, fine = (pipeline(Batch(drawn(scale), {}, rows, rows), 3, 1) for scale in (1, 3))
+    assert float((coarse.images - fine.images).abs().max()) < 0.06
+    plain = pipeline.plain(Batch(drawn(3), {}, rows, rows))
+    assert float((plain.images - pipeline.plain(Batch(drawn(1), {}, rows, rows)).images).abs().max()) < 0.06
+
+
+def test_a_configured_crop_decodes_finer_and_evaluating_does_not(folder: Path) -> None:
+    data = [
+        "data=image_folder",
+        f"data.root={folder}",
+        f"data.size={SIZE}",
+        "model=mlp",
+        "threads=1",
+        "device=cpu",
+    ]
+    shapes = {}
+    for augment in ("flip_crop", "resized_crop", "[resized_crop,torchvision]"):
+        assembly = assemble(read_settings([*data, f"augment={augment}"]))
+        shapes[augment] = [assembly.load(augmented).train.images.shape[-1] for augmented in (True, False)]
+    assert shapes == {
+        "flip_crop": [64, 64],
+        "resized_crop": [109, 64],
+        "[resized_crop,torchvision]": [64, 64],
+    }

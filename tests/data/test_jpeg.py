@@ -1,0 +1,142 @@
+"""Plain JPEGs read without Pillow: the same pixels as Pillow's to the bit, and its word on all that isn't plain."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cnntrain.data import image_reader as decode
+from cnntrain.data import jpeg
+from cnntrain.data.image_reader import BadFile, Decoder
+from cnntrain.data.jpeg import plain_jpeg
+from cnntrain.data.spans import path_within, span_of
+
+
+def picture(size: tuple[int, int], mode: str, seed: int = 0) -> Image.Image:
+    """Coarse noise, as smooth as photographs are."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image: Image.Image, **how: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **how)
+    return file.getvalue()
+
+
+def outcome(decoder: Decoder, path: str, box: tuple[float, float, float, float] | None = None) -> object:
+    try:
+        image, matrix = decoder(path, box)
+    except BadFile as error:
+        return error.reason
+    return image.tolist(), matrix.tolist()
+
+
+@pytest.fixture
+def by_pillow(monkeypatch):
+    """The outcome when nothing counts as a plain JPEG."""
+
+    def decoded(*what: object) -> object:
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "plain_jpeg", lambda span: None)
+            return outcome(*what)  # pyright: ignore[reportArgumentType]
+
+    return decoded
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("how", [{}, {"quality": 30}, {"quality": 98, "subsampling": 0}, {"subsampling": 1},
+                                 {"progressive": True}, {"restart_marker_rows": 1}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (1, 1), (96, 17)], ids=str)
+def test_pixels_are_pillows(tmp_path, mode, how, size):
+    (tmp_path / "a.jpg").write_bytes(encoded(picture(size, mode), **how))
+    found = plain_jpeg(span_of(str(tmp_path / "a.jpg")))
+    assert found and (found.width, found.height) == size
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.mode == mode
+        assert np.array_equal(found.pixels(), np.asarray(image))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.sampled_from([1, 3]),
+    st.sampled_from(["L", "RGB", "CMYK"]),
+    st.sampled_from(["letterbox", "short_side", "stretch"]),
+    st.none() | st.tuples(*[st.floats(-20, 40)] * 2, *[st.floats(41, 100)] * 2),
+)
+def test_the_canvas_is_what_pillow_makes_of_it(tmp_path_factory, size, canvas, channels, mode, resize, box):
+    path = tmp_path_factory.mktemp("jpeg") / "a.jpg"
+    path.write_bytes(encoded(picture(size, mode)))
+    decoder = Decoder(canvas[0], canvas[1], channels, resize)
+    pixels, placement = decoder._any(str(path), box)
+    plain = decoder._plain(str(path), box)
+    assert (plain is None) == (mode == "CMYK" or decode._divisor(size, placement) > 1)
+    if plain:
+        assert np.array_equal(plain[0], pixels) and plain[1] == placement
+
+
+def test_what_may_be_turned_is_pillows(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a.jpg").write_bytes(encoded(picture((20, 10), "RGB"), exif=exif))
+    assert plain_jpeg(span_of(str(tmp_path / "a.jpg"))) is None
+    image, _ = Decoder(20, 10, 3, "stretch")(str(tmp_path / "a.jpg"))
+    with Image.open(tmp_path / "a.jpg") as source:
+        upright = np.asarray(source.transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(image.permute(1, 2, 0), upright)
+
+
+def test_too_many_pixels_and_files_that_never_end_are_not_read(tmp_path, monkeypatch):
+    content = bytearray(encoded(picture((32, 32), "L")))
+    start = content.index(b"\xff\xc0") + 5
+    content[start : start + 4] = b"\xff\xff\xff\xff"  # 65535 x 65535 px, by the header
+    (tmp_path / "bomb.jpg").write_bytes(content)
+    assert "million" in str(outcome(Decoder(8, 8, 1), str(tmp_path / "bomb.jpg")))
+    os.mkfifo(tmp_path / "fifo.jpg")
+    assert outcome(Decoder(8, 8, 1), str(tmp_path / "fifo.jpg")) == "is no regular file"
+    assert plain_jpeg(span_of("/dev/zero")) is None
+    monkeypatch.setattr(jpeg, "LARGEST_FILE", 100)
+    (tmp_path / "a.jpg").write_bytes(encoded(picture((32, 32), "L")))
+    assert plain_jpeg(span_of(str(tmp_path / "a.jpg"))) is None
+
+
+def test_a_member_of_an_archive_is_read_in_its_place(tmp_path):
+    first, second = (encoded(picture((16, 16), "RGB", seed)) for seed in (1, 2))
+    (tmp_path / "a.tar").write_bytes(b"before" + first + second)
+    within = path_within(tmp_path / "a.tar", "2.jpg", 6 + len(first), len(second))
+    (tmp_path / "2.jpg").write_bytes(second)
+    decoder = Decoder(16, 16, 3)
+    assert decoder._plain(within, None) is not None
+    assert torch.equal(decoder(within)[0], decoder(str(tmp_path / "2.jpg"))[0])
+
+
+@pytest.mark.parametrize("kind", ["cut", "a byte", "ten bytes", "a hole"])
+def test_damage_is_what_pillow_says_it_is(tmp_path, by_pillow, kind):
+    """Whatever is done to a file: the same pixels, or the same refusal."""
+    random = np.random.default_rng(5)
+    whole, path, refused = (
+        encoded(picture((40, 40), "RGB"), progressive=kind == "a hole"),
+        tmp_path / "a.jpg",
+        0,
+    )
+    for _ in range(150):
+        content, at = bytearray(whole), int(random.integers(2, len(whole)))
+        if kind == "cut":
+            del content[at:]
+        elif kind == "a hole":
+            del content[at : at + int(random.integers(1, 60))]
+        else:
+            for place in random.integers(2, len(whole), 1 if kind == "a byte" else 10):
+                content[place] = random.integers(0, 256)
+        path.write_bytes(content)
+        found = outcome(Decoder(40, 40, 3), str(path))
+        assert found == by_pillow(Decoder(40, 40, 3), str(path))
+        refused += isinstance(found, str)
+    assert refused

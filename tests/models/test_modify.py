@@ -1,0 +1,214 @@
+"""Other norms, activations and weights for a network that is built, and a frozen backbone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from cnntrain.errors import UserError
+from cnntrain.models.cifar_resnet import CifarResNet
+from cnntrain.models.modify import freeze_layers, initialise, materialise, prepare, unfreeze
+from cnntrain.models.norm_act import make_norm
+from cnntrain.models.sequential.parser import Sequential
+
+
+def network(depth: int = 8) -> CifarResNet:
+    torch.manual_seed(0)
+    return CifarResNet(depth=depth, in_channels=3, num_outputs=10, image_size=(32, 32))
+
+
+def plain(*layers: object) -> Sequential:
+    torch.manual_seed(0)
+    return Sequential(
+        layers=[*layers, "flatten", "output"], in_channels=3, num_outputs=10, image_size=(32, 32)
+    )
+
+
+def test_nothing_asked_nothing_changed() -> None:
+    before = network()
+    after = prepare(network())
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_layer_norms_are_not_swapped_in_part() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm(30))
+    with pytest.raises(UserError, match="has layer norms"):
+        prepare(model, norm="group")
+    assert isinstance(model[1], nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("norm", ["layer", "instance", "group"])
+def test_norms_know_no_other_example(norm: str) -> None:
+    model = prepare(network(), norm=norm).train()
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model(images)[:1], model(images[:1]), rtol=1e-3, atol=1e-4)
+
+
+def test_norms_there_and_back_keep_the_parameters_count() -> None:
+    count = sum(p.numel() for p in network().parameters())
+    assert (
+        sum(p.numel() for p in prepare(prepare(network(), norm="group"), norm="batch").parameters()) == count
+    )
+
+
+@pytest.mark.parametrize(("norm", "over"), [("layer", (1, 2, 3)), ("instance", (2, 3))])
+def test_norms_normalise_over(norm: str, over: tuple[int, ...]) -> None:
+    """Wu and He 2018, figure 2."""
+    x = torch.randn(2, 8, 16, 16) * 5 + 3
+    y = make_norm(norm, 8)(x)
+    torch.testing.assert_close(y.mean(over), torch.zeros_like(y.mean(over)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(y.var(over, correction=0), torch.ones_like(y.mean(over)), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 20, 64, 96])
+def test_group_norm_takes_any_channels(channels: int) -> None:
+    assert make_norm("group", channels)(torch.randn(2, channels, 4, 4)).isfinite().all()
+
+
+def test_a_norm_that_computes_more_is_not_replaced_by_less() -> None:
+    """A class derived from BatchNorm may bring an activation; timm's do, and keep it."""
+
+    class NormThenReLU(nn.BatchNorm2d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).relu()
+
+    with pytest.raises(UserError, match=r"model\.norm=group: NormThenReLU"):
+        prepare(nn.Sequential(nn.Conv2d(3, 4, 3), NormThenReLU(4)), norm="group")
+
+
+def test_timms_norms_are_swapped_without_their_activations() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=3)
+    activations = [type(module).__name__ for module in model.modules() if isinstance(module, nn.SiLU)]
+    swapped = prepare(model, norm="group")
+    assert activations == [
+        type(module).__name__ for module in swapped.modules() if isinstance(module, nn.SiLU)
+    ]
+    assert not [m for m in swapped.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert swapped(torch.randn(2, 3, 64, 64)).shape == (2, 3)
+
+
+def test_errors_name_the_key_and_the_near_miss() -> None:
+    with pytest.raises(UserError, match=r"model\.norm: 'bach' .*did you mean 'batch'"):
+        prepare(network(), norm="bach")
+    with pytest.raises(UserError, match=r"model\.activation: 'rellu' .*did you mean 'relu'"):
+        prepare(network(), activation="rellu")
+    with pytest.raises(UserError, match=r"model\.init: 'xaver' .*did you mean 'xavier'"):
+        prepare(network(), init="xaver")
+    with pytest.raises(UserError, match=r"model\.freeze: 'backbon' .*did you mean 'backbone'"):
+        prepare(network(), freeze="backbon")
+    with pytest.raises(UserError, match="no norm to swap"):
+        prepare(plain({"conv": 8}), norm="group")
+    with pytest.raises(UserError, match="no activation layer"):
+        prepare(plain({"conv": 8}), activation="gelu")
+    with pytest.raises(UserError, match="does not define its head"):
+        freeze_layers(nn.Sequential(nn.Linear(3, 2)), "backbone")
+
+
+@pytest.mark.parametrize(("init", "std"), [("he", (2 / 576) ** 0.5), ("xavier", (2 / 1152) ** 0.5)])
+def test_initialisation(init: str, std: float) -> None:
+    """Of a 3x3 convolution from 64 to 64 channels: fan in and fan out are 576."""
+    model = plain({"conv": 64}, {"conv": 64})
+    initialise(model, init)
+    conv = model.layers[1]
+    assert conv.weight.std().item() == pytest.approx(std, rel=0.02)
+    assert not conv.bias.any()
+
+
+def test_he_keeps_the_signal_where_small_weights_fade() -> None:
+    """He et al. 2015, section 2.2: the variance survives the layers; with std 0.01 it dies."""
+    sizes = {}
+    for init in ("he", "std 0.01"):
+        model = plain(*[{"conv": {"out": 32, "padding": "same"}}, "relu"] * 10)
+        initialise(model, "he")
+        for module in model.modules():
+            if init == "std 0.01" and isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+        sizes[init] = model.layers[:20](torch.randn(4, 3, 32, 32)).std().item()
+    assert 0.1 < sizes["he"] < 10
+    assert sizes["std 0.01"] < 1e-6
+
+
+def test_no_initialization_that_no_lecture_has() -> None:
+    with pytest.raises(UserError, match=r"model\.init: 'lecture'"):
+        prepare(network(), init="lecture")
+
+
+def test_pretrained_weights_are_not_thrown_away() -> None:
+    model = network()
+    model.pretrained_from = "somewhere"  # type: ignore[assignment]
+    with pytest.raises(UserError, match="would throw the pretrained weights away"):
+        prepare(model, init="he")
+
+
+def test_a_frozen_backbone_stays_as_it_is_and_the_head_learns() -> None:
+    model = prepare(network(), freeze="backbone")
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model.train()
+        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"fc.weight", "fc.bias"}
+
+
+def test_a_copy_of_a_frozen_network_is_frozen_and_unfreezing_sets_all_free() -> None:
+    model = pickle.loads(pickle.dumps(copy.deepcopy(prepare(network(), freeze="backbone"))))
+    model.train()
+    model(torch.randn(4, 3, 32, 32))
+    assert not model.bn1.training
+    unfreeze(model)
+    before = model.bn1.running_mean.clone()
+    model(torch.randn(4, 3, 32, 32))
+    assert model.bn1.training
+    assert not torch.equal(model.bn1.running_mean, before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_the_network_froze_stays_frozen() -> None:
+    """In the backbone and in the head, while the rest is frozen and after it has been set free."""
+    model = network()
+    own = (model.conv1.weight, model.fc.bias)
+    for parameter in own:
+        parameter.requires_grad_(False)
+    prepare(model, freeze="backbone")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight"]
+    copied = copy.deepcopy(model)
+    unfreeze(copied)
+    assert [n for n, p in copied.named_parameters() if not p.requires_grad] == ["conv1.weight", "fc.bias"]
+    unfreeze(network())  # nothing was frozen, nothing to do
+
+
+def test_listed_layers_are_frozen_with_all_that_is_in_them() -> None:
+    """`stage1` is no part of `stage10`, and norms in a frozen layer keep their statistics."""
+    model = network()
+    model.add_module("stage10", nn.Linear(2, 2))
+    prepare(model, freeze=["stage1", "bn1"])
+    still = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert still == {"stage1", "bn1"}
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    model(torch.randn(4, 3, 32, 32))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and not [name for name in changed if name.startswith(("stage1.", "bn1."))]
+
+
+def test_lazy_layers_get_their_shapes_and_nothing_else_changes() -> None:
+    def lazy(outputs: int = 10) -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(outputs))
+
+    model = lazy()
+    materialise(model, 3, (8, 12))
+    assert model.training
+    assert [tuple(p.shape) for p in model.parameters()] == [(4, 3, 3, 3), (4,), (4,), (4,), (10, 240), (10,)]
+    assert int(model[1].num_batches_tracked) == 0
+    other = lazy()
+    materialise(other, 3, (8, 12))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(UserError, match=r"lazy layers .* \(2, 3, 2, 2\): RuntimeError: .*[Kk]ernel"):
+        materialise(lazy(), 3, (2, 2))

@@ -1,0 +1,124 @@
+"""Rows and totals of an anatomy: the AlexNet slide, conventions, sums."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cnntrain.errors import UserError
+from cnntrain.summary.layer_table import Anatomy, analyse
+
+
+@pytest.fixture(scope="module")
+def alexnet() -> Anatomy:
+    from torchvision import models
+
+    return analyse(lambda: models.alexnet(weights=None), (3, 227, 227), "alexnet")
+
+
+def test_the_alexnet_slide_memory(alexnet: Anatomy) -> None:
+    """Lecture, AlexNet's memory in KB, layer by layer; 2,375 with average pool and flatten."""
+    kib = [r.activations_kib for r in alexnet.rows if r.kind in ("Conv2d", "MaxPool2d", "Linear")]
+    assert [round(value) for value in kib[:-1]] == [784, 182, 547, 127, 254, 169, 169, 36, 16, 16]
+    assert round(kib[-1], 1) == 3.9
+    assert round(alexnet.activations_kib) == 2375
+
+
+def test_the_alexnet_slide_multiply_adds(alexnet: Anatomy) -> None:
+    """Lecture, AlexNet's multiply-adds in millions; torchvision's first map is 56x56 at 227 px."""
+    millions = [row.multiply_adds / 1e6 for row in alexnet.rows if row.multiply_adds]
+    assert [round(value, 1) for value in millions] == [72.9, 223.9, 112.1, 149.5, 99.7, 37.7, 16.8, 4.1]
+    assert round(alexnet.multiply_adds / 1e6, 1) == 716.8
+    assert alexnet.row("features.0").output_shape == (64, 56, 56)
+
+
+def test_the_alexnet_slide_parameters(alexnet: Anatomy) -> None:
+    """Lecture: 96 % of AlexNet's parameters are in its dense layers."""
+    dense = sum(row.parameters for row in alexnet.rows if row.kind == "Linear")
+    assert alexnet.parameters() == 61_100_840
+    assert round(dense / alexnet.parameters(), 2) == 0.96
+
+
+def test_totals_are_the_sum_of_the_rows(alexnet: Anatomy) -> None:
+    assert alexnet.parameters() == sum(row.parameters for row in alexnet.rows)
+    assert alexnet.multiply_adds == sum(row.multiply_adds for row in alexnet.rows)
+    assert alexnet.activations_kib == sum(row.activations_kib for row in alexnet.rows)
+    assert len({row.name for row in alexnet.rows}) == len(alexnet.rows)
+
+
+def test_notation(alexnet: Anatomy) -> None:
+    assert alexnet.row("features.0").notation == "C64 K11 P2 S4"
+    net = nn.Conv2d(4, 8, (3, 1), padding="same", dilation=2, groups=4, padding_mode="reflect")
+    assert analyse(nn.Sequential(net), (4, 9, 9)).rows[0].notation == "C8 K3x1 P2x0 S1 D2 G4"
+
+
+class Shared(nn.Module):
+    """One convolution used twice, a head that validation doesn't use, a tied weight, and a residual add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU()
+        self.auxiliary = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.conv(x)))
+        return self.relu(self.conv(x)) + x * self.scale
+
+
+def test_everything_has_its_row() -> None:
+    """Used twice: two rows, parameters once. Not run: it says so. A loose weight: its operation's row."""
+    net = Shared()
+    anatomy = analyse(net, (4, 8, 8))
+    assert [row.name for row in anatomy.rows] == [
+        "conv", "norm", "relu", "conv#2", "relu#2", "mul", "add", "auxiliary.0", "auxiliary.1",
+    ]  # fmt: skip
+    assert anatomy.row("conv#2").parameters == 0
+    assert anatomy.row("conv#2").multiply_adds == anatomy.row("conv").multiply_adds > 0
+    assert anatomy.row("mul").parameters == 4
+    assert [row.ran for row in anatomy.rows[-2:]] == [False, False]
+    assert anatomy.parameters() == sum(p.numel() for p in net.parameters())
+    statistics = sum(b.numel() for b in net.buffers() if b.is_floating_point())
+    assert anatomy.parameters("keras") == anatomy.parameters() + statistics
+
+
+def test_folding_counts_what_folding_leaves() -> None:
+    """As torch's own fusion does it: the norm goes, the convolution gains a bias; a late norm stays."""
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    conv, norm, late = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+    anatomy = analyse(nn.Sequential(conv, norm, nn.ReLU(), late), (3, 9, 9))
+    fused = fuse_conv_bn_eval(conv.eval(), norm.eval())
+    left = sum(p.numel() for p in fused.parameters()) + sum(p.numel() for p in late.parameters())
+    assert anatomy.parameters("folded") == left
+    assert anatomy.parameters("keras") == anatomy.parameters() + 32
+
+
+def test_in_place_layers_take_no_memory() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Dropout(), nn.ReLU())
+    assert [row.activations_kib for row in analyse(net, (1, 10, 10)).rows] == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_vgg_e_in_a_second() -> None:
+    """19 layers, 143,667,240 parameters (Simonyan and Zisserman 2015, table 2), without drawing a weight."""
+    import time
+
+    from torchvision import models
+
+    start = time.perf_counter()
+    anatomy = analyse(lambda: models.vgg19(weights=None), (3, 224, 224))
+    assert (anatomy.parameters(), anatomy.depth) == (143_667_240, 19)
+    assert time.perf_counter() - start < 3  # a second on a quiet machine
+
+
+def test_a_network_that_does_not_fit() -> None:
+    with pytest.raises(UserError, match=r"model\.1 Conv2d\(4 -> 4, K9 P0 S1\): \(6 - 9 \+ 2\*0\)/1 \+ 1 < 1"):
+        analyse(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 9)), (1, 8, 8))
+
+
+def test_signals_and_volumes() -> None:
+    line = analyse(nn.Sequential(nn.Conv1d(1, 2, 5, stride=2), nn.MaxPool1d(2)), (1, 33))
+    assert line.receptive_field == (7,)
+    block = analyse(nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv3d(2, 2, 3)), (1, 9, 9, 9))
+    assert (block.receptive_field, block.rows[1].multiply_adds) == ((5, 5, 5), 125 * 2 * 2 * 27)

@@ -1,0 +1,308 @@
+"""Pre-flight: its verdict is torch's, its message names the layer, and its margin notes are deserved."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cnntrain.summary.preflight import preflight
+from cnntrain.types import Finding
+
+
+def layer(kind: str, size: int, stride: int, width: int, padding: int) -> nn.Module:
+    if kind == "conv":
+        return nn.Conv2d(width, 2, size, stride, padding)
+    if kind == "max pool":
+        return nn.MaxPool2d(size, stride, min(padding, size // 2))
+    if kind == "average pool":
+        return nn.AvgPool2d(size, stride, min(padding, size // 2))
+    if kind == "transposed":
+        return nn.ConvTranspose2d(width, 2, size, stride, padding)
+    if kind == "norm":
+        return nn.BatchNorm2d(width)
+    if kind == "flatten":
+        return nn.Flatten()
+    return nn.Linear(8 * width, 2)
+
+
+LAYERS = st.tuples(
+    st.sampled_from(["conv", "max pool", "average pool", "transposed", "norm", "flatten", "linear"]),
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.sampled_from([2, 2, 2, 2, 3]),
+    st.integers(0, 2),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(specs=st.lists(LAYERS, min_size=1, max_size=6), size=st.integers(1, 14), batch_size=st.integers(1, 2))
+def test_the_verdict_is_torchs(specs: list[tuple[Any, ...]], size: int, batch_size: int) -> None:
+    """For random layer lists: it fails where torch fails, names that layer; else the shape is torch's."""
+    net = nn.Sequential(*(layer(*spec) for spec in specs))
+    value, failed = torch.rand(batch_size, 2, size, size), None
+    for i, module in enumerate(net):
+        try:
+            value = module(value)
+        except (RuntimeError, ValueError, IndexError):
+            failed = i
+            break
+        if value.numel() == 0:  # a transposed convolution that crops all of its output
+            failed = i
+            break
+    right = preflight(net, 2, (size, size), tuple(value.shape[1:]), batch_size=batch_size)
+    if failed is None:
+        assert all(finding.verdict == "WARN" for finding in right)
+        wrong = preflight(net, 2, (size, size), (*value.shape[1:], 7), batch_size=batch_size)
+        assert [finding.verdict for finding in wrong] == ["FAIL"]
+    else:
+        (finding,) = right
+        assert finding.verdict == "FAIL"
+        assert finding.evidence.startswith(f"model.{failed} {type(net[failed]).__name__}")
+
+
+def torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
+    from torchvision import models
+
+    return lambda: models.get_model(name, weights=None, **options)
+
+
+def only(findings: list[Finding]) -> Finding:
+    (finding,) = findings
+    assert (finding.name, finding.verdict) == ("preflight", "FAIL")
+    assert finding.remedy
+    return finding
+
+
+def test_alexnet_on_28_px() -> None:
+    """The layer, its input, the arithmetic, and the smallest size that works: 63 px."""
+    finding = only(preflight(torchvision("alexnet"), 3, (28, 28)))
+    assert "model.features.5 MaxPool2d(K3 P0 S2): (2 - 3 + 2*0)/2 + 1 < 1" in finding.evidence
+    assert "its input is 192x2x2" in finding.evidence
+    assert "images are 28x28 px" in finding.evidence
+    assert "alexnet needs at least 63 px" in finding.evidence
+    assert "data.size=63" in finding.remedy
+    assert preflight(torchvision("alexnet"), 3, (63, 63)) == []
+
+
+def test_vgg_on_8_px() -> None:
+    finding = only(preflight(torchvision("vgg11"), 3, (8, 8)))
+    assert "model.features.15 MaxPool2d" in finding.evidence
+    assert "at least 32 px" in finding.evidence
+
+
+def test_wrong_channels() -> None:
+    finding = only(preflight(torchvision("alexnet"), 1, (224, 224)))
+    assert "model.features.0 Conv2d" in finding.evidence
+    assert "needs 3 channels, but gets 1" in finding.evidence
+    assert "in_channels=1" in finding.remedy
+
+
+def test_wrong_dense_width() -> None:
+    """The size at which the numbers meet is found, and so is the number that would meet them."""
+    net = nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1152, 10))
+    finding = only(preflight(net, 1, (32, 32)))
+    assert "model.4 Linear(1152 -> 10): needs in_features=1152, but gets 1568" in finding.evidence
+    assert "exactly 28 px" in finding.evidence
+    assert "in_features=1568" in finding.remedy
+
+
+class Reduces(nn.Module):
+    """A convolution of `width` channels, something that should make a vector of the channels, a dense layer."""
+
+    def __init__(
+        self, width: int, reduce: Callable[[Tensor], Tensor], features: int, classes: int = 10
+    ) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, width, 3, padding=1), nn.Linear(features, classes)
+        self.reduce = reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.reduce(self.conv(x)))
+
+
+@pytest.mark.parametrize("width", [8, 12, 16])
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        lambda x: x.mean((1, 2)),
+        lambda x: x.mean((1, 3)),
+        lambda x: x.mean(1).flatten(1),
+        lambda x: x.amax((1, 2)),
+        lambda x: x.mean((1, 2)) + 0,
+    ],
+    ids=["columns", "rows", "pixels", "columns by maximum", "and an addition"],
+)
+def test_a_size_that_fits_by_accident_is_no_remedy(reduce: Callable[[Tensor], Tensor], width: int) -> None:
+    """Averaged over the channels, the map is as wide as the dense layer for one size; the network would be wrong."""
+    finding = only(preflight(Reduces(width, reduce, width), 1, (28, 28), (10,)))
+    assert "data.size" not in finding.remedy and "exactly" not in finding.evidence
+    assert "mean((2, 3))" in finding.remedy and "in_features" not in finding.remedy
+
+
+def test_a_size_whose_output_the_task_can_not_use_is_no_remedy() -> None:
+    """view(-1, 64) moves pixels into the batch: it runs at 8 px, with other images than there were."""
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), Views(), nn.Linear(64, 10))
+    finding = only(preflight(net, 1, (30, 30), (10,)))
+    assert "data.size" not in finding.remedy
+
+
+class Views(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1, 64)
+
+
+@pytest.mark.parametrize("width", [4, 8, 16])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_a_size_that_fits_whatever_the_widths_is_a_remedy(width: int, classes: int) -> None:
+    net = Reduces(width, lambda x: x.flatten(1), width * 16 * 16, classes)
+    finding = only(preflight(net, 1, (28, 28), (classes,)))
+    assert "exactly 16 px" in finding.evidence and "data.size=16" in finding.remedy
+
+
+def test_a_missing_flatten() -> None:
+    finding = only(preflight(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(2704, 10)), 1, (28, 28)))
+    assert "model.1 Linear" in finding.evidence
+    assert "flatten" in finding.remedy
+
+
+def test_the_configs_own_words() -> None:
+    """A layer that was built from a list is called what the list calls it."""
+    net = nn.Sequential(nn.MaxPool2d(7), nn.Conv2d(1, 50, 5))
+    net[1].in_config = "model.layers[7] conv(out=50, kernel=5)"  # type: ignore[assignment]
+    finding = only(preflight(net, 1, (28, 28)))
+    assert finding.evidence.startswith("model.layers[7] conv(out=50, kernel=5): (4 - 5 + 2*0)/1 + 1 < 1")
+
+
+def test_a_sum_that_does_not_fit() -> None:
+    """An operation between layers is named by the module that does it, with the shapes that meet there."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + x
+
+    finding = only(preflight(nn.Sequential(nn.Conv2d(1, 4, 1), Block()), 1, (28, 28)))
+    assert finding.evidence.startswith("model.1 Block: add of 4x26x26 and 4x28x28")
+
+
+def test_one_value_per_channel_in_training() -> None:
+    """In validation this network runs; a batch of one has no variance in training."""
+    net = nn.Sequential(nn.Conv2d(1, 8, 28), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
+    finding = only(preflight(net, 1, (28, 28), batch_size=1))
+    assert "model.1 BatchNorm2d(8): one value per channel" in finding.evidence
+    assert "batch_size" in finding.remedy
+
+
+def test_output_that_the_task_does_not_expect() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    assert preflight(net, 1, (28, 28), (10,)) == []
+    assert "(N, 10); the task needs one tensor (N, 7)" in only(preflight(net, 1, (28, 28), (7,))).evidence
+    flat = only(preflight(net, 1, (28, 28), (10, None, None)))
+    assert "needs one tensor (N, 10, height, width)" in flat.evidence and "unet_small" in flat.remedy
+
+    class Many(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"out": x, "aux": x}
+
+    assert "a dict with out, aux" in only(preflight(Many(), 1, (28, 28), (1, 28, 28))).evidence
+
+
+def test_the_network_is_left_as_it_is() -> None:
+    """Neither weights, statistics, mode nor hooks change, and the builder is called on the meta device."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    preflight(net, 1, (28, 28))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert all(module.training and not module._forward_hooks for module in net.modules())
+    devices = []
+    preflight(lambda: devices.append(torch.empty(1).device.type) or nn.Conv2d(1, 1, 3), 1, (8, 8))
+    assert devices == ["meta"]
+
+
+def test_a_network_that_looks_at_values_is_skipped() -> None:
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    (finding,) = preflight(Looks(), 1, (8, 8))
+    assert finding.verdict == "SKIP"
+
+
+def test_lazy_layers() -> None:
+    net = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+    assert preflight(net, 1, (28, 28), (10,)) == []
+    assert "model.0 Conv2d" in only(preflight(net, 1, (2, 2))).evidence
+
+
+def names(net: nn.Module, channels: int = 1, size: int = 32, batch_size: int = 16) -> list[str]:
+    return [finding.name for finding in preflight(net, channels, (size, size), batch_size=batch_size)]
+
+
+def head(width: int) -> list[nn.Module]:
+    return [nn.ReLU(), nn.Flatten(), nn.Linear(width, 10)]
+
+
+NOTES = {
+    "unread rows": nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.MaxPool2d(4), *head(16)),
+    "nothing between": nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3), *head(3600)),
+    "softmax last": nn.Sequential(nn.Conv2d(1, 4, 3), *head(3600), nn.Softmax(1)),
+    "bias before BatchNorm": nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), *head(3600)),
+    "small receptive field": nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.Conv2d(4, 10, 1)),
+    "even kernel with 'same'": nn.Sequential(nn.Conv2d(1, 4, 4, padding="same"), *head(4096)),
+    "large first layer": nn.Sequential(
+        nn.Conv2d(1, 64, 3, padding=1), nn.MaxPool2d(8), nn.Conv2d(64, 4, 3), *head(16)
+    ),
+}
+
+
+def test_a_global_pool_puts_positions_together() -> None:
+    pooled = [nn.Conv2d(1, 4, 5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)]
+    assert names(nn.Sequential(*pooled)) == []
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_each_margin_note(note: str) -> None:
+    assert names(NOTES[note]) == [note]
+
+
+def test_batch_norm_on_1x1_maps() -> None:
+    """With few images only."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 32, bias=False), nn.BatchNorm2d(4), *head(4))
+    assert names(net, batch_size=2) == ["BatchNorm on 1x1 maps"]
+    assert names(net, batch_size=64) == []
+
+
+def test_unread_rows_are_counted() -> None:
+    """(out-1)*S + D*(K-1) + 1 - P < W: 5x5 with stride 3 on 33 px reads 32 of them."""
+    (finding,) = preflight(nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), *head(400)), 1, (33, 33))
+    assert "1 of 33 rows" in finding.evidence
+
+
+def test_meant_exceptions_are_not_noted() -> None:
+    """Strided 1x1 shortcuts skip rows by design, and a depthwise convolution meets its 1x1 one directly."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 2, 1, stride=2), nn.ReLU(), nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 4, 1)
+    )
+    assert names(nn.Sequential(net, *head(784)), 2) == []
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg16"])
+def test_good_networks_get_no_note(name: str) -> None:
+    assert preflight(torchvision(name), 3, (224, 224), (1000,), 32) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["googlenet", "densenet121", "mobilenet_v2", "efficientnet_b0", "convnext_tiny", "swin_t"]
+)
+def test_other_good_networks_get_no_note(name: str) -> None:
+    options = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
+    assert preflight(torchvision(name, **options), 3, (224, 224), (1000,), 32) == []

@@ -1,0 +1,263 @@
+"""Receptive fields: against the support of gradients, the lecture's table, and published numbers."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cnntrain.summary.layer_table import analyse
+from cnntrain.summary.meta import as_meta, images
+from cnntrain.summary.receptive_field import Span, transposed_window, window
+from cnntrain.summary.run import trace_run
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class SideBySide(nn.Module):
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], 1)[:, ::2]
+
+
+class Function(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.name == "every second row":
+            return x[:, :, 1::2]
+        if self.name == "pad":
+            return functional.pad(x, (2, 1, 0, 3))
+        if self.name == "functional pool":
+            return functional.avg_pool2d(x, 3, 2, 1)
+        if self.name == "dense on every pixel":
+            weight = torch.full((2, 2), 0.5, dtype=x.dtype, device=x.device)
+            return (x.permute(0, 2, 3, 1) @ weight).permute(0, 3, 1, 2)
+        return x.transpose(2, 3).flip(1).transpose(2, 3) if self.name == "turn" else x
+
+
+_BORDER = 20  # pixels: nearer to it, cropped and padded maps inside the network make the support smaller
+
+
+def conv(kernel: int, **options: int) -> nn.Module:
+    return nn.Conv2d(2, 2, kernel, bias=False, **options)  # type: ignore[arg-type]
+
+
+BUILDERS = {
+    "conv3": lambda: conv(3),
+    "conv3 same": lambda: conv(3, padding=1),
+    "conv5 stride 2": lambda: conv(5, stride=2, padding=2),
+    "conv2 stride 2": lambda: conv(2, stride=2),
+    "dilated": lambda: conv(3, dilation=3, padding=3),
+    "even same": lambda: nn.Conv2d(2, 2, 4, padding="same", bias=False),
+    "oblong": lambda: nn.Conv2d(2, 2, (1, 5), stride=(2, 1), bias=False),
+    "shortcut": lambda: conv(1, stride=2),
+    "transposed": lambda: nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1, bias=False),
+    "transposed 4": lambda: nn.ConvTranspose2d(2, 2, 4, stride=2, padding=1, bias=False),
+    "pool": lambda: nn.AvgPool2d(2),
+    "pool3": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+    "nearest": lambda: nn.Upsample(scale_factor=2),
+    "bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+    "bilinear to 15": lambda: nn.Upsample(size=15, mode="bilinear", align_corners=True),
+    "residual": lambda: Residual(nn.Sequential(conv(3, padding=1), nn.Softplus(), conv(3, padding=1))),
+    "inception": lambda: SideBySide(conv(1), nn.Sequential(conv(1), conv(5, padding=2))),
+    "adaptive": lambda: nn.AdaptiveAvgPool2d(7),
+    "pixel shuffle": lambda: nn.Sequential(nn.Conv2d(2, 8, 1, bias=False), nn.PixelShuffle(2)),
+    "pixel unshuffle": lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(8, 2, 1, bias=False)),
+    **{
+        name: (lambda name=name: Function(name))
+        for name in ("every second row", "pad", "functional pool", "turn")
+    },
+    "dense on every pixel": lambda: Function("dense on every pixel"),
+}
+
+
+def support(net: nn.Module, size: tuple[int, int], position: tuple[int, int]) -> list[tuple[int, int]]:
+    """First and last pixel per axis that the output at `position` has a gradient to."""
+    x = torch.rand(1, 2, *size, dtype=torch.float64, requires_grad=True)
+    net(x)[0, :, position[0], position[1]].sum().backward()
+    assert x.grad is not None
+    seen = x.grad[0].abs().sum(0) > 0
+    return [
+        (int(line.nonzero().min()), int(line.nonzero().max())) if line.any() else (0, -1)
+        for line in (seen.any(1), seen.any(0))
+    ]
+
+
+def positive(net: nn.Module) -> nn.Module:
+    """Weights above zero, so that no two paths cancel."""
+    with torch.no_grad():
+        for p in net.double().parameters():
+            p.uniform_(0.1, 0.5)
+    return net
+
+
+@settings(max_examples=25, deadline=None)
+@given(names=st.lists(st.sampled_from(sorted(BUILDERS)), min_size=1, max_size=5), data=st.data())
+def test_the_field_is_the_support_of_the_gradient(names: list[str], data: st.DataObject) -> None:
+    """For random networks with branches, at a random position, on both axes."""
+    torch.manual_seed(0)
+    size = (60, 66)
+    net = positive(nn.Sequential(*(BUILDERS[name]() for name in names)))
+    try:
+        shape = net(torch.zeros(1, 2, *size, dtype=torch.float64)).shape[2:]
+    except RuntimeError:
+        return  # too small for its layers: pre-flight's business
+    if shape.numel() > 10_000:
+        return
+    trace, _ = trace_run(as_meta(net), images(2, size))
+    axes = trace.calls[0].axes
+    assert axes is not None
+    position = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    found = support(net, size, position)  # type: ignore[arg-type]
+    for axis, side, place, (first, last) in zip(axes, size, position, found, strict=True):
+        assert axis.kind in ("along", "fixed")
+        low, high = axis.span.at(place if axis.kind == "along" else 0)
+        if first <= last:
+            assert low <= first
+            assert last <= high
+        if low >= _BORDER and high < side - _BORDER:
+            assert (first, last) == (low, high)
+
+
+def _reads(before: Callable[[int], set[int]], numbers: tuple[bool, int, int, int, int], o: int) -> set[int]:
+    """The pixels of output o, tap by tap, from those of the layer before."""
+    up, kernel, stride, padding, dilation = numbers
+    if up:
+        places = [o + padding - dilation * k for k in range(kernel)]
+        taps = [place // stride for place in places if place % stride == 0]
+    else:
+        taps = [o * stride - padding + dilation * k for k in range(kernel)]
+    return {pixel for tap in taps for pixel in before(tap)}
+
+
+@given(
+    layers=st.lists(
+        st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(1, 3)), max_size=4
+    ),
+    ups=st.lists(st.booleans(), min_size=4, max_size=4),
+    position=st.integers(-20, 20),
+)
+def test_a_span_is_the_hull_of_what_the_taps_read(
+    layers: list[tuple[int, int, int, int]], ups: list[bool], position: int
+) -> None:
+    """Whatever windows and transposed windows follow one another: brute force over taps, at any position."""
+    span = Span()
+    reads: Callable[[int], set[int]] = lambda i: {i}  # noqa: E731
+    for (kernel, stride, padding, dilation), up in zip(layers, ups, strict=False):
+        make = transposed_window if up else window
+        span = make(kernel, stride, padding, dilation)(span)
+
+        reads = partial(_reads, reads, (up, kernel, stride, padding, dilation))
+    pixels = reads(position)
+    low, high = span.at(position)
+    assert (low, high) == (min(pixels), max(pixels)) if pixels else low > high
+
+
+def test_the_lectures_table() -> None:
+    """conv 7 stride 2 pad 3, norm, relu, max-pool 3 stride 2 pad 1 on 256 px, as computed by hand."""
+    net = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    rows = analyse(net, (3, 256, 256)).rows
+    assert [row.output_shape[1] for row in rows] == [128, 128, 128, 64]
+    assert [row.start for row in rows] == [(0.5, 0.5)] * 4
+    assert [row.jump for row in rows] == [(2, 2), (2, 2), (2, 2), (4, 4)]
+    assert [row.receptive_field for row in rows] == [(7, 7), (7, 7), (7, 7), (11, 11)]
+
+
+def test_two_3x3_see_what_one_5x5_sees() -> None:
+    """VGG's argument (Simonyan and Zisserman 2015, 2.3): 18C^2 weights, not 25C^2, for the same field."""
+    twice = analyse(
+        nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False)), (8, 32, 32)
+    )
+    once = analyse(nn.Sequential(nn.Conv2d(8, 8, 5, bias=False)), (8, 32, 32))
+    assert twice.receptive_field == once.receptive_field == (5, 5)
+    assert (twice.parameters(), once.parameters()) == (18 * 64, 25 * 64)
+
+
+PUBLISHED = {"alexnet": 195, "vgg16": 212, "vgg19": 268, "resnet18": 435, "resnet34": 899, "resnet50": 427}
+PUBLISHED_SLOW = {"resnet101": 971, "googlenet": 379, "mobilenet_v2": 491, "densenet121": 2071}
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [*PUBLISHED.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in PUBLISHED_SLOW.items())],
+)
+def test_published_fields(name: str, field: int) -> None:
+    """Of the last feature map at 224 px (Araujo et al., Distill 2019, for torchvision's strides)."""
+    from torchvision import models
+
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    anatomy = analyse(lambda: models.get_model(name, weights=None, **options), (3, 224, 224))
+    assert anatomy.receptive_field == (field, field)
+    assert anatomy.unfollowed == []
+
+
+def test_a_global_pool_on_one_path_sees_everything() -> None:
+    """Squeeze and excitation: the map keeps its own field, and one path sees the whole image."""
+
+    class Squeeze(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+    row = analyse(nn.Sequential(nn.Conv2d(3, 4, 5), Squeeze()), (3, 40, 40)).rows[-1]
+    assert (row.receptive_field, row.local_field, row.whole) == ((40, 40), (5, 5), True)
+
+
+@pytest.mark.parametrize("order", [1, 2.0, float("inf")])
+def test_dividing_by_a_norm_over_the_channels_moves_no_window(order: float) -> None:
+    """As in the cosine attention of Swin v2; a norm over the map sees all of it."""
+
+    class Divided(nn.Module):
+        def __init__(self, dim: int | tuple[int, int]) -> None:
+            super().__init__()
+            self.dim = dim
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / torch.linalg.vector_norm(x, order, dim=self.dim, keepdim=True)
+
+    over_channels = analyse(nn.Sequential(nn.Conv2d(3, 4, 5), Divided(1)), (3, 40, 40))
+    over_map = analyse(nn.Sequential(nn.Conv2d(3, 4, 5), Divided((2, 3))), (3, 40, 40))
+    assert (over_channels.rows[-1].receptive_field, over_channels.rows[-1].whole) == ((5, 5), False)
+    assert (over_map.rows[-1].receptive_field, over_map.rows[-1].whole) == ((40, 40), True)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_modes_see_what_zeros_see(mode: str) -> None:
+    """Where the border comes from moves no window; what wraps round counts as lying beyond the border."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 5, stride=2, padding=2, padding_mode=mode), nn.Conv2d(4, 4, 3))
+    first, second = analyse(net, (3, 20, 20)).rows
+    assert (first.receptive_field, first.start, second.receptive_field) == ((5, 5), (0.5, 0.5), (9, 9))
+    assert (first.notation, second.jump) == ("C4 K5 P2 S2", (2, 2))
+
+
+def test_a_flat_network_sees_what_its_windows_read() -> None:
+    """A dense layer over a map whose last rows no window reads doesn't see those rows."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, stride=4), nn.Flatten(), nn.Linear(8, 10))
+    assert analyse(net, (1, 10, 10)).rows[-1].receptive_field == (7, 7)
+
+
+def test_what_cannot_be_followed_is_said() -> None:
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.fft2(x).real
+
+    anatomy = analyse(nn.Sequential(nn.Conv2d(3, 4, 3), Turned()), (3, 16, 16))
+    assert anatomy.rows[-1].receptive_field is None
+    assert any("1: " in place for place in anatomy.unfollowed)
+    assert any("fft" in place for place in anatomy.uncounted)

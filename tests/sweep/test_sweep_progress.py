@@ -1,0 +1,72 @@
+"""What a user watches."""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from cnntrain.sweep.plan import Plan, Repeat
+from cnntrain.sweep.study import Outcome
+from cnntrain.sweep.sweep_progress import Board
+
+OUTCOMES = [
+    Outcome("done", 0.91, {"epoch": 3, "val/top1": 0.91}, time_s=4.0),
+    Outcome("done", 0.95, {"epoch": 2, "val/top1": 0.95}, time_s=4.0),
+    Outcome("killed", error="killed by signal 9", time_s=1.0),
+    Outcome("pruned", 0.3, time_s=2.0),
+]
+
+
+def play(plan: Plan, console: Console) -> Board:
+    board = Board(plan, console)
+    with board:
+        board.to_come = 2
+        for seed, outcome in enumerate(OUTCOMES):
+            values = {"model": "mlp", "optimizer.lr": f"0.{seed}1234567890"}
+            run = plan.run(seed, values, Repeat(seed), Path("s"))
+            board.started(run)
+            board.epoch(run, 1, 0.5)
+            board.ended(run, outcome)
+        board.started(dataclasses.replace(run, trial=9))
+        board.epoch(dataclasses.replace(run, trial=9), 7, 0.123)
+        drawn = Console(file=io.StringIO(), width=110)
+        drawn.print(board._draw())
+        assert isinstance(drawn.file, io.StringIO)
+        board.drawn = drawn.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    return board
+
+
+def test_a_log_has_a_line_a_run_and_the_error_at_once(plan: Callable[..., Plan]) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    play(plan("model=mlp,lenet5"), console)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0].startswith("[1/3] model=mlp optimizer.lr=0.01235: done val/top1 0.91, 4.0 s, about")
+    assert "error: model=mlp optimizer.lr=0.2123: killed: killed by signal 9" in lines
+    assert any(line.startswith("[4/6]") and "pruned" in line for line in lines)
+
+
+def test_the_table_tells_what_runs_what_is_best_and_what_is_left(plan: Callable[..., Plan]) -> None:
+    terminal = Console(file=io.StringIO(), width=110, force_terminal=True)
+    drawn = play(plan("model=mlp,lenet5"), terminal).drawn  # pyright: ignore[reportAttributeAccessIssue]
+    assert "sweep of 7 runs: 1 running, 2 done, 1 killed, 1 pruned, 2 to come" in drawn
+    assert "best so far: val/top1 0.95 (model=mlp optimizer.lr=0.1123)" in drawn
+    assert "0.123" in drawn and "running" in drawn and "left" in drawn
+
+
+def test_lower_is_better_for_errors(plan: Callable[..., Plan]) -> None:
+    asked = plan("model=mlp,lenet5")
+    board = Board(dataclasses.replace(asked, monitor=("nme", "min")), Console(file=io.StringIO()))
+    for trial, value in enumerate((0.3, 0.1, 0.2)):
+        board.note(Outcome("done", value), trial, {"model": str(value)})
+    assert board.best == (0.1, "model=0.1")
+
+
+def test_the_best_so_far_is_a_setting_by_its_mean_and_not_a_lucky_run(plan: Callable[..., Plan]) -> None:
+    board = Board(plan("model=mlp,lenet5", "data.folds=3"), Console(file=io.StringIO()))
+    for trial, values in enumerate([(0.5, 0.99, 0.4), (0.7, 0.7, 0.7), (0.98, 0.98)]):
+        for value in values:
+            board.note(Outcome("done", value), trial, {"model": str(trial)})
+    assert board.best is not None and board.best[1] == "model=1"

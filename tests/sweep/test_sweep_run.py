@@ -1,0 +1,258 @@
+"""Whole sweeps, in this process: what runs, what is written, what is said."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+from optuna.storages import BaseStorage
+
+from cnntrain import compose, train
+from cnntrain.cli import main
+from cnntrain.report.metrics import read_metrics
+from cnntrain.sweep import storage
+from cnntrain.train.saved import read_saved
+
+pytestmark = pytest.mark.slow
+
+QUICK = (
+    "epochs=1",
+    "data.limit=60",
+    "batch_size=16",
+    "threads=1",
+    "log.pictures=false",
+    "log.tensorboard=false",
+)
+Said = pytest.CaptureFixture[str]
+
+
+def rows(folder: str = "s") -> list[dict[str, str]]:
+    with Path(folder, "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def sweep(*arguments: str, folder: str = "s") -> int:
+    return main(["-m", *QUICK, f"run_dir={folder}", *arguments])
+
+
+def results(folder: str | Path) -> dict[str, object]:
+    """results.json without what the clock says and without the test set."""
+    known = json.loads(Path(folder, "results.json").read_text())
+    known["best"] = {k: v for k, v in known["best"].items() if "per_s" not in k}
+    return {k: v for k, v in known.items() if k not in ("wall_s", "images_per_s", "test")}
+
+
+def test_a_sweep_ends_with_an_answer(capsys: Said) -> None:
+    space = ("model=mlp,lenet5", "optimizer.lr=0.03,0.001", "sweep.seeds=2")
+    assert sweep(*space) == 0
+    found = rows()
+    assert [(r["model"], r["optimizer.lr"], r["seed"]) for r in found] == [
+        (model, rate, seed)
+        for model in ("mlp", "lenet5")
+        for rate in ("0.03", "0.001")
+        for seed in ("0", "1")
+    ]
+    for row in found:
+        assert row["status"] == "done" and float(row["time_s"]) > 0 and 0 <= float(row["val/top1"]) <= 1
+    said, report = capsys.readouterr().out, Path("s/results.md").read_text()
+    for text in (said, report):
+        assert "95 % interval" in text and "runner-up: " in text and "paired over 2 seeds" in text
+        assert "explains by itself" in text and "cnntrain epochs=1" in text and "used once" in text
+
+    assert sweep(*space, "resume=auto", "log.pictures=true") == 0  # all is done: nothing but the pictures
+    report = Path("s/results.md").read_text()
+    assert rows() == found
+    for name in ("curves", "parallel", "effect-model", "effect-optimizer.lr"):
+        assert (Path("s/figures") / f"{name}.png").stat().st_size > 5000 and f"figures/{name}.png" in report
+
+
+def test_the_mean_over_seeds_is_that_of_the_runs(capsys: Said) -> None:
+    sweep("model=mlp,lenet5", "sweep.seeds=2")
+    said = capsys.readouterr().out
+    means = {}
+    for model in ("mlp", "lenet5"):
+        values = [float(r["val/top1"]) for r in rows() if r["model"] == model]
+        means[model] = sum(values) / len(values)
+    best = max(means, key=lambda model: means[model])
+    assert f"best: model={best}: val/top1 {means[best]:.4g} ±" in said
+
+
+def test_only_the_winner_sees_the_test_set_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnntrain.commands import train as command
+
+    judged = []
+    real = command.evaluate_checkpoint
+    monkeypatch.setattr(command, "evaluate_checkpoint", lambda *a: judged.append(a[0].checkpoint) or real(*a))
+    sweep("optimizer.lr=0.003,1e-9")
+    assert judged == ["s/000-0.003"]
+    tests = {p.parent.name: json.loads(p.read_text())["test"] for p in Path("s").glob("*/results.json")}
+    assert tests.pop("000-0.003")["test/top1"] >= 0 and set(tests.values()) == {None}
+    assert sweep("optimizer.lr=0.003,1e-9", "resume=auto") == 0
+    assert len(judged) == 1
+
+
+def test_folds_rank_settings_and_every_fold_of_the_winner_is_tested() -> None:
+    assert sweep("data.folds=3", "data.fold=0,1,2", "optimizer.lr=0.003,1e-9", "epochs=2") == 0
+    found = rows()
+    assert [(r["optimizer.lr"], r["seed"], r["data.fold"]) for r in found] == [
+        (rate, "0", fold) for rate in ("0.003", "1e-09") for fold in ("0", "1", "2")
+    ]
+    configs = [yaml.safe_load(p.read_text())["data"]["fold"] for p in sorted(Path("s").glob("*/config.yaml"))]
+    assert configs == [0, 1, 2, 0, 1, 2]
+    tests = {p.parent.name: json.loads(p.read_text())["test"] for p in Path("s").glob("*/results.json")}
+    assert {name for name, test in tests.items() if test} == {f"000-0.003-fold{fold}" for fold in range(3)}
+    means = [statistics.fmean(float(r["val/top1"]) for r in found[i : i + 3]) for i in (0, 3)]
+    assert means[0] > means[1] and f"val/top1 {means[0]:.4g} ±" in Path("s/results.md").read_text()
+
+
+def secrets(folder: str, secret: str) -> list[str]:
+    return [str(p) for p in Path(folder).rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
+
+
+def test_the_password_of_a_storage_is_written_nowhere(monkeypatch: pytest.MonkeyPatch, capfd: Said) -> None:
+    real, url = storage._storage, "postgresql://me:s3cret@host/db"
+    opened: list[str | None] = []
+
+    def local(folder: Path, where: str | None) -> BaseStorage:
+        opened.append(where)
+        return real(folder, None)
+
+    monkeypatch.setattr(storage, "_storage", local)
+    more = ("model=mlp", "optimizer.lr=0.01,0.02", "log.tensorboard=true")
+    assert sweep(*more, f"sweep.storage={url}") == 0
+    assert sweep(*more, f"sweep.storage={url}", "resume=auto") == 0
+    assert opened == [url, url] and len(rows()) == 2
+
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/shared.yaml").write_text("# @package _global_\nsweep: {storage: '${oc.env:DB}'}\n")
+    monkeypatch.setenv("DB", url)
+    asked = ["--config-dir", "mine", *QUICK, "model=mlp", "experiment=shared"]
+    assert main(["-m", *asked, "optimizer.lr=0.01,0.02", "run_dir=t"]) == 0 and opened[2] == url
+    assert main([*asked, "run_dir=u"]) == 0  # a training alone needs no storage
+    assert main(["-m", "--cfg", *asked]) == 0 and main(["--cfg", *asked]) == 0
+    assert main(["-m", *asked, f"sweep.storage={url}x=[y"]) == 2
+    assert [secrets(folder, "s3cret") for folder in "stu"] == [[], [], []]
+    said = capfd.readouterr()
+    assert "s3cret" not in said.out + said.err and "me:***@host" in said.out
+    checkpoint = read_saved(Path("u/checkpoints/last.pt"))
+    assert checkpoint["config"]["sweep"]["storage"] == "postgresql://me:***@host/db"
+
+
+def test_a_trial_is_what_its_command_gives_alone() -> None:
+    sweep("model=mlp,lenet5", "optimizer.lr=0.01,0.003", "seed=0,3", "epochs=2")
+    for row in rows():
+        overrides = [f"{key}={row[key]}" for key in ("model", "optimizer.lr", "seed")]
+        alone = f"alone-{row['trial']}-{row['seed']}"
+        train(compose(*QUICK, "epochs=2", *overrides, f"run_dir={alone}"))
+        name = f"s/{int(row['trial']):03d}-{row['model']}-{row['optimizer.lr']}-seed{row['seed']}"
+        assert results(name) == results(alone)
+        for one, other in zip(
+            read_metrics(f"{name}/metrics.csv"), read_metrics(f"{alone}/metrics.csv"), strict=True
+        ):
+            assert {**one, "images_per_s": 0} == {**other, "images_per_s": 0}
+    winner = next(p for p in Path("s").glob("*/results.json") if json.loads(p.read_text())["test"])
+    alone = Path(f"alone-{int(winner.parent.name[:3])}-{winner.parent.name[-1]}", "results.json")
+    known = json.loads(winner.read_text())["test"]
+    assert {name: known[name] for name in json.loads(alone.read_text())["test"]} == json.loads(
+        alone.read_text()
+    )["test"]
+
+
+def test_a_run_that_raises_and_one_that_diverges_are_told_apart(nets: Path, capsys: Said) -> None:
+    space = ["model=ill", "model.ill=no,raises", "optimizer=sgd", "optimizer.lr=0.01,1e30"]
+    code = main(["-m", "--config-dir", str(nets), *QUICK, "run_dir=s", *space])
+    assert code == 1
+    assert [(r["status"], r["error"][:40]) for r in rows()] == [
+        ("done", ""), ("diverged", rows()[1]["error"][:40]), ("failed", "IndexError: a slip of the author"),
+        ("failed", "IndexError: a slip of the author"),
+    ]  # fmt: skip
+    assert "not finite" in rows()[1]["error"] or "the loss is" in rows()[1]["error"]
+    said = capsys.readouterr()
+    assert "error: model.ill=raises optimizer.lr=0.01: failed: IndexError: a slip of the author" in said.err
+    assert "Traceback" not in said.err and "Traceback" in Path("s/002-raises-0.01/log.txt").read_text()
+    assert "epoch 1/1" in Path("s/000-no-0.01/log.txt").read_text()
+
+
+def test_a_diverged_run_is_a_result_and_no_failure() -> None:
+    assert sweep("optimizer=sgd", "optimizer.lr=1e30,0.01") == 0
+    assert [r["status"] for r in rows()] == ["diverged", "done"]
+    assert sweep("optimizer=sgd", "optimizer.lr=1e30,1e31", folder="all") == 1
+
+
+def test_values_that_do_not_go_together_fail_in_their_place(capsys: Said) -> None:
+    assert sweep("model.activation=relu,gelu", "model=mlp,lenet5", "model.norm=null,batch") == 1
+    assert {r["status"] for r in rows()} <= {"done", "failed"} and len(rows()) == 8
+    assert "error: " in capsys.readouterr().err
+
+
+def test_on_error_stop_begins_nothing_more(nets: Path) -> None:
+    asked = ["-m", "--config-dir", str(nets), *QUICK, "run_dir=s", "model=ill", "model.ill=raises,no,nothing"]
+    assert main([*asked, "sweep.on_error=stop"]) == 1
+    assert [r["status"] for r in rows()] == ["failed"]
+    assert main([*asked, "resume=auto"]) == 1  # the failed one stays failed and is not tried again
+    assert [r["status"] for r in rows()] == ["failed", "done", "done"]
+
+
+def test_no_time_begins_nothing_and_more_time_goes_on() -> None:
+    assert sweep("model=mlp,lenet5", "sweep.timeout_s=0") == 1
+    assert rows() == []
+    assert sweep("model=mlp,lenet5", "resume=auto") == 0
+    assert [r["status"] for r in rows()] == ["done", "done"]
+
+
+def test_a_finished_sweep_is_not_overwritten(capsys: Said) -> None:
+    sweep("model=mlp,lenet5")
+    before = Path("s/results.csv").read_text()
+    assert sweep("model=mlp,lenet5") == 2
+    assert "already contains a sweep; continue it with resume=auto" in capsys.readouterr().err
+    assert main(["-m", *QUICK, "model=mlp,lenet5", "resume=s"]) == 0
+    assert Path("s/results.csv").read_text() == before
+    assert main(["-m", *QUICK, "model=mlp,lenet5", "resume=elsewhere"]) == 2
+
+
+def test_pruning_spares_epochs_and_the_other_seeds() -> None:
+    assert sweep("optimizer.lr=0.003,0.0031,0.0032,0.0033,1e-9", "sweep.pruner=median", "epochs=4", "sweep.seeds=2",
+                 "model=mlp", "data.limit=100") == 0  # fmt: skip
+    last = [r for r in rows() if r["optimizer.lr"] in ("1e-09", "1e-9")]
+    assert [r["status"] for r in last] == ["pruned"]
+    assert len(read_metrics("s/004-1e-09-seed0/metrics.csv")) < 4
+
+
+def test_random_and_tpe_draw_as_many_as_asked_for() -> None:
+    for sampler in ("random", "tpe"):
+        space = ("optimizer.lr=tag(log,interval(1e-4,1e-1))", "model=mlp,lenet5")
+        assert sweep(*space, f"sweep.sampler={sampler}", "sweep.trials=3", folder=sampler) == 0
+        assert len(rows(sampler)) == 3
+
+
+def test_sweeping_over_checks_gives_verdicts(capsys: Said) -> None:
+    arguments = ["overfit", "-m", *QUICK, "run_dir=s", "model=mlp,lenet5", "overfit.steps=100"]
+    assert main(arguments) == 0
+    assert [(r["model"], r["verdict"]) for r in rows()] == [("mlp", "PASS"), ("lenet5", "PASS")]
+    assert "verdict" in capsys.readouterr().out
+    assert main(["overfit", "-m", *QUICK, "run_dir=t", "model=mlp,lenet5", "overfit.steps=1"]) == 1
+    assert {r["verdict"] for r in rows("t")} == {"FAIL"}
+
+
+def test_data_sets_with_different_metrics_run_without_a_ranking(capsys: Said) -> None:
+    assert sweep("data=digits,toy_faces", "model=lenet5") in (0, 1)
+    assert "best:" not in capsys.readouterr().out
+
+
+def test_groups_and_experiments_are_swept_like_keys() -> None:
+    assert sweep("model=mlp", "augment=none,[shift],[shift,rotation]") == 0
+    assert [r["augment"] for r in rows()] == ["none", "[shift]", "[shift,rotation]"]
+    assert (
+        sweep(
+            "experiment=plain_vs_residual",
+            "data=digits",
+            "augment=none",
+            "model.depth=8",
+            "steps=2",
+            folder="e",
+        )
+        == 0
+    )
+    assert [r["model"] for r in rows("e")] == ["cifar_plain", "cifar_resnet"]

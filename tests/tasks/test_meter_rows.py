@@ -1,0 +1,67 @@
+"""What a meter keeps of every example, however many there are."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from cnntrain.errors import UserError
+from cnntrain.tasks.classification import Classification
+from cnntrain.tasks.meter import LEAST_ROOM, Meter
+from cnntrain.types import DataSpec
+
+
+class Keeping(Meter):
+    """Keeps its outputs as they come."""
+
+    def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+        self._keep("score", outputs)
+
+    def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        return {}
+
+
+def test_rows_are_kept_in_order_beyond_any_room() -> None:
+    meter, one = Keeping(), torch.ones(())
+    batches = [torch.randn(count, 2) for count in (3, LEAST_ROOM - 1, 1, 5 * LEAST_ROOM, 0, 7)]
+    for number, batch in enumerate(batches):
+        before = meter.state().get("rows/score")
+        kept = None if before is None else before.clone()
+        meter.update(batch, {}, one, one)
+        assert torch.equal(meter.state()["rows/score"], torch.cat(batches[: number + 1]))
+        if before is not None and kept is not None:  # a state that was taken is nobody else's
+            assert torch.equal(before, kept)
+    other = Keeping()
+    other.load_state(meter.state(), torch.device("cpu"))
+    assert torch.equal(other.state()["rows/score"], torch.cat(batches))
+
+
+FOREIGN = {
+    "sums of another shape": {"top5": torch.zeros(3)},
+    "a matrix of another size": {"confusion": torch.zeros(9, dtype=torch.int64)},
+    "rows of another width": {"rows/loss": torch.zeros(2, 5)},
+    "rows of another type": {"rows/loss": torch.zeros(2, 2, dtype=torch.int64)},
+    "rows that are a number": {"rows/loss": torch.tensor(1.0)},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_sums_of_another_training_are_refused(kind: str) -> None:
+    """As a checkpoint saved in the middle of an epoch may bring them: they were broadcast, or ended in a traceback."""
+    task = Classification(spec=DataSpec(1, 8, 8, classes=tuple("0123456789")))
+    outputs, targets = torch.zeros(2, 10), {"label": torch.zeros(2, dtype=torch.int64)}
+
+    def count(meter: Meter) -> Meter:
+        meter.update(outputs, targets, *task.loss(outputs, targets))
+        return meter
+
+    sound = count(task.meter()).state()
+    assert FOREIGN[kind].keys() <= sound.keys()
+    again = task.meter()
+    again.load_state(sound, torch.device("cpu"))
+    count(again).compute()
+    with pytest.raises(UserError, match=r"state\.meter"):  # noqa: PT012
+        meter = task.meter()
+        meter.load_state({**sound, **FOREIGN[kind]}, torch.device("cpu"))
+        count(meter).compute()

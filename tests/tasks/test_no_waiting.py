@@ -1,0 +1,51 @@
+"""A training step must not wait for the device: on the meta device there are no values to ask for."""
+
+import pytest
+import torch
+
+from cnntrain.tasks.classification import Classification
+from cnntrain.tasks.keypoints import Keypoints
+from cnntrain.tasks.segmentation import Segmentation
+from cnntrain.tasks.task import Task
+from cnntrain.types import DataSpec
+
+CLASSES = tuple("abcdefg")
+TWO = DataSpec(1, 8, 8, classes=CLASSES[:2], ignore_index=255)
+SEVEN = DataSpec(1, 8, 8, classes=CLASSES, keypoints=CLASSES, ignore_index=255)
+TASKS = {
+    "seven classes": Classification(SEVEN, label_smoothing=0.1, class_weights=list(range(7))),
+    "one logit": Classification(TWO),
+    "regression": Keypoints(SEVEN, normalise_by=["a", "b"]),
+    "heat maps": Keypoints(SEVEN, head="heatmap"),
+    "masks": Segmentation(SEVEN, loss="sum", class_weights=list(range(7))),
+}
+
+
+def targets(task: Task) -> dict[str, torch.Tensor]:
+    if isinstance(task, Segmentation):
+        return {"mask": torch.zeros(4, 8, 8, dtype=torch.uint8, device="meta")}
+    if isinstance(task, Keypoints):
+        visible = torch.ones(4, 7, dtype=torch.bool, device="meta")
+        matrix = torch.zeros(4, 3, 3, dtype=torch.float64, device="meta")
+        return {"points": torch.zeros(4, 7, 2, device="meta"), "visible": visible, "to_canvas": matrix}
+    return {"label": torch.zeros(4, dtype=torch.int64, device="meta")}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_loss_meter_and_scores_never_ask_for_a_value(name):
+    task = TASKS[name]
+    known = targets(task)
+    outputs = task.zero_outputs(known).requires_grad_()
+    meter = task.meter()
+    for plain in (False, True):
+        loss_sum, loss_count = task.loss(outputs, known, plain)
+        (loss_sum / loss_count).backward()
+        meter.update(outputs, known, loss_sum, loss_count)
+    assert task.mistake_score(outputs, known).shape == (4,)
+    assert loss_sum.shape == loss_count.shape == ()
+    assert all(value.device.type == "meta" for value in meter.state().values())
+
+
+def test_the_meta_device_tells_who_waits():
+    with pytest.raises(RuntimeError):
+        float(torch.zeros((), device="meta"))

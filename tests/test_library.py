@@ -1,0 +1,117 @@
+"""cnntrain inside a host program: what it changes in the process is changed back."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+import cnntrain
+from cnntrain.cli import main
+from cnntrain.plots.curves import survive_drawing
+from cnntrain.train.device import prepare_torch, preserve_process_settings
+
+QUICK = ["data.limit=60", "steps=1", "log.pictures=false", "log.tensorboard=false"]
+
+
+def test_compose_leaves_a_hosts_hydra_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("a: 1\n")
+    with initialize_config_dir(str(tmp_path), version_base="1.2", job_name="host"):
+        before = GlobalHydra.instance().hydra
+        cnntrain.compose("epochs=3")
+        with pytest.raises(cnntrain.errors.UserError):
+            cnntrain.compose("epohcs=3")
+        assert before is not None and GlobalHydra.instance().hydra is before
+
+
+@pytest.mark.parametrize("function", [cnntrain.train, cnntrain.overfit])
+@pytest.mark.parametrize("wrong", ["model=mlp", None, {"model": "mlp"}])
+def test_settings_come_from_compose(function, wrong: object) -> None:
+    with pytest.raises(TypeError, match="compose"):
+        function(wrong)
+
+
+def process_settings() -> dict[str, object]:
+    return {
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        "precision": torch.get_float32_matmul_precision(),
+        "random": torch.get_rng_state().tolist(),
+        "flushes": not bool(torch.tensor(1e-310, dtype=torch.float64) * 1),
+        "filters": list(warnings.filters),
+        "showwarning": warnings.showwarning,
+        "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    }
+
+
+def test_train_gives_the_process_its_settings_back() -> None:
+    torch.manual_seed(123)
+    torch.set_float32_matmul_precision("highest")
+    before = process_settings()
+    with preserve_process_settings():
+        prepare_torch(threads=2, deterministic=False)
+        assert process_settings() != before
+    cnntrain.train(cnntrain.compose(*QUICK, "threads=2", "run_dir=run"))
+    assert process_settings() == before
+
+
+def test_an_os_error_of_a_users_code_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "my_failing_net.py").write_text(
+        "import torch\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        open('lookup-table.bin')\n"
+    )
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [_base, _self_]\n_target_: my_failing_net.Net\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(FileNotFoundError, match="lookup-table"):
+        main(["--config-dir", str(tmp_path), "model=mine", *QUICK])
+
+
+def test_a_full_disk_is_the_machines_fault_whoever_meets_it() -> None:
+    def user_code() -> None:
+        raise OSError(28, "No space left on device", "mine.bin")
+
+    with pytest.raises(OSError, match="No space") as caught:
+        user_code()
+    assert not cnntrain.errors.is_from_user_code(caught.value)
+    with pytest.raises(OSError, match="denied") as caught:
+        exec("raise PermissionError(13, 'denied')", {})
+    assert cnntrain.errors.is_from_user_code(caught.value)
+
+
+def test_a_picture_never_ends_a_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("latex was not found")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
+    monkeypatch.setattr(logging.getLogger("cnntrain"), "propagate", True)
+    assert main([*QUICK[:2], "run_dir=run"]) == 0
+    assert Path("run/results.json").is_file()
+    assert not list(Path("run").glob("figures/*.png"))
+    assert "latex was not found" in caplog.text
+    with pytest.raises(cnntrain.errors.StoppedError), survive_drawing("x"):
+        raise cnntrain.errors.StoppedError(2, "stopped")
+
+
+def test_a_users_matplotlibrc_does_not_change_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib
+
+    from cnntrain.plots.images import new_figure, style
+
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 17)
+    with style():
+        figure = new_figure(2, 2)
+        text = figure.text(0, 0, r"$\broken{ $")  # names of files may hold dollar signs
+        assert not text.get_usetex() and matplotlib.rcParams["lines.linewidth"] != 17
+        figure.canvas.draw()
+    assert matplotlib.rcParams["text.usetex"] is True

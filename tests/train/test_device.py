@@ -1,0 +1,141 @@
+"""Settings of the whole process."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cnntrain.errors import explain_machine, is_out_of_memory
+from cnntrain.report.console import in_plain_words
+from cnntrain.train.device import (
+    choose_compute,
+    missing_for_compiling,
+    prepare_torch,
+    preserve_process_settings,
+)
+from cnntrain.transfer import free_bytes
+from tests.simulated_cuda import simulated_cuda
+
+CODE = """
+import sys
+import torch
+from cnntrain import compose
+from cnntrain.commands.train import train
+
+train(compose("epochs=1", "limit_batches=2", "threads=2", f"run_dir={sys.argv[1]}"), test=False)
+print("subnormal:", (torch.full((1_000_000,), 1e-30) * 1e-10).count_nonzero().item())
+"""
+
+
+@pytest.mark.slow
+def test_no_thread_computes_subnormal_numbers(tmp_path: Path) -> None:
+    """A thread that was there before the setting would go on as it began: none may be."""
+    command = [sys.executable, "-c", CODE, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "subnormal: 0\n" in done.stdout
+
+
+def test_a_gpu_by_number_becomes_the_current_one() -> None:
+    """Streams, cuBLAS handles and libraries that are given no device use the current one."""
+    with simulated_cuda():
+        torch.cuda.device_count.return_value = 2
+        assert choose_compute("cuda:1", "auto", True).device == torch.device("cuda", 1)
+        torch.cuda.set_device.assert_called_once_with(torch.device("cuda", 1))
+        torch.cuda.set_device.reset_mock()
+        choose_compute("cuda", "auto", True)
+        choose_compute("cpu", "auto", True)
+        torch.cuda.set_device.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "there", "missing"),
+    [
+        ("cpu", {}, {"g++"}, None),
+        ("cpu", {}, {"gcc"}, "C++"),
+        ("cpu", {"CXX": "icpx"}, {"icpx"}, None),
+        ("cuda", {}, {"gcc", "triton"}, None),
+        ("cuda", {}, {"clang", "triton"}, None),
+        ("cuda", {}, {"g++", "triton"}, "C compiler"),
+        ("cuda", {"CC": "icx"}, {"gcc", "triton"}, "icx"),
+        ("cuda", {}, {"gcc"}, "Triton"),
+    ],
+)
+def test_what_compiling_needs(
+    device: str,
+    environment: dict[str, str],
+    there: set[str],
+    missing: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in there else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in there else None)
+    found = missing_for_compiling(torch.device(device))
+    assert found is None if missing is None else missing in str(found)
+
+
+@pytest.fixture
+def strict_host() -> Iterator[None]:
+    with preserve_process_settings():
+        yield
+
+
+@pytest.mark.usefixtures("strict_host")
+def test_an_operation_without_a_deterministic_kernel_is_a_warning() -> None:
+    prepare_torch(threads=None, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+    prepare_torch(threads=None, deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_the_warning_names_the_setting() -> None:
+    torch_says = (
+        "cumsum_cuda_kernel does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True, warn_only=True)'. You can file an issue"
+    )
+    assert in_plain_words(torch_says).startswith("deterministic=true: cumsum_cuda_kernel ")
+    assert in_plain_words("another warning") == "another warning"
+
+
+def test_what_torch_keeps_of_freed_tensors_counts_as_free() -> None:
+    with simulated_cuda(free_bytes=5 << 30):
+        torch.cuda.memory_reserved.return_value = 3 << 30
+        torch.cuda.memory_allocated.return_value = 1 << 30
+        assert free_bytes(torch.device("cuda", 0)) == 7 << 30
+
+
+def test_deterministic_pooling_is_put_in_on_cuda_alone() -> None:
+    for device, replaced in (("cpu", False), ("cuda", True)):
+        with simulated_cuda(), preserve_process_settings():
+            prepare_torch(threads=None, deterministic=True)
+            model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(2))
+            choose_compute(device, "fp32", False).place(model)
+            assert ("forward" in vars(model[1])) == replaced
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 MiB", True),
+        ("CUDA error: out of memory", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_memory_that_cuda_could_not_allocate(text: str, memory: bool) -> None:
+    assert is_out_of_memory(RuntimeError(text)) == memory
+    assert (explain_machine(RuntimeError(text)) is not None) == memory

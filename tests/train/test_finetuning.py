@@ -1,0 +1,194 @@
+"""Fine-tuning: learning rates that fall towards the images, and a backbone that is set free at an epoch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from cnntrain import compose, train
+from cnntrain.errors import StoppedError, UserError
+from cnntrain.models.fcn import FCN
+from cnntrain.models.resnet import ResNet
+from cnntrain.models.sequential.parser import Sequential
+from cnntrain.train import checkpoint, loop
+from cnntrain.train.optim import build_optimizer, layers_of, set_learning_rate
+from cnntrain.train.schedule import Constant, Cosine
+from cnntrain.train.setup import assemble
+
+SMALL = (
+    "data.limit=300", "epochs=3", "batch_size=32", "log.pictures=false", "log.tensorboard=false", "threads=1",
+    "model=fmnist_cnn", "schedule=constant",
+)  # fmt: skip
+FROZEN = (*SMALL, "model.freeze=backbone")
+STEPS_PER_EPOCH = 9
+FACTS: dict[str, Any] = {"in_channels": 3, "num_outputs": 10, "image_size": (32, 32)}
+
+
+def resnet() -> ResNet:
+    torch.manual_seed(0)
+    return ResNet(depth=18, **FACTS)
+
+
+def sgd(model: nn.Module, layer_decay: float | None, **options: Any) -> Optimizer:
+    return build_optimizer(lambda p: SGD(p, lr=0.5, **options), model, 0.0, False, layer_decay)
+
+
+def names(model: nn.Module) -> list[list[str]]:
+    known = {id(p): name for name, p in model.named_parameters()}
+    return [[known[id(p)] for p in layer] for layer in layers_of(model)]
+
+
+def rates(optimizer: Optimizer) -> dict[int, float]:
+    """Learning rate by parameter; every parameter is in one group alone."""
+    found: dict[int, float] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            assert id(p) not in found
+            found[id(p)] = group["lr"]
+    return found
+
+
+def weights(run_dir: str) -> dict[str, torch.Tensor]:
+    return checkpoint.load(Path(run_dir) / "checkpoints" / "last.pt")["state"]["model"]
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_a_resnets_layers_are_its_blocks() -> None:
+    """The stem with its norm, eight blocks, the head."""
+    layers = names(resnet())
+    assert layers[0] == ["conv1.weight", "bn1.weight", "bn1.bias"]
+    assert layers[-1] == ["fc.weight", "fc.bias"]
+    blocks = [{".".join(name.split(".")[:2]) for name in layer} for layer in layers[1:-1]]
+    assert blocks == [{f"layer{stage}.{block}"} for stage in (1, 2, 3, 4) for block in (0, 1)]
+
+
+def test_a_list_of_layers_is_opened_and_a_norm_belongs_to_its_convolution() -> None:
+    layers = [{"conv": 4}, "batch_norm", "relu", {"repeat": {"times": 2, "layers": [{"conv": 4}, "relu"]}}]
+    found = names(Sequential(layers=[*layers, "flatten", "output"], **FACTS))
+    assert [layer[0] for layer in found] == [f"layers.{n}.weight" for n in ("0", "3.0.0", "3.1.0", "5")]
+    assert found[0] == [f"layers.{n}" for n in ("0.weight", "0.bias", "1.weight", "1.bias")]
+
+
+def test_the_head_is_the_last_layer_wherever_it_stands() -> None:
+    """An FCN scores three maps, and all three scorings are its head; a mere wrapper is no layer."""
+    net = FCN(**FACTS)
+    assert [name.split(".")[0] for name in names(net)[-1]] == ["score"] * 6
+    wrapped = nn.Sequential(nn.ModuleDict({"network": resnet()}))
+    assert [len(layer) for layer in names(wrapped)] == [len(layer) for layer in names(resnet())]
+
+
+def test_each_layer_learns_slower_than_the_one_after_it() -> None:
+    """lr * decay^distance (Bao et al. 2022, BEiT), at any step of a schedule; the head's is reported."""
+    model = resnet()
+    optimizer = sgd(model, 0.5, weight_decay=0.1)
+    schedule = Cosine(final=0.1, total_steps=10, steps_per_epoch=5)
+    for step in range(10):
+        head = set_learning_rate(optimizer, schedule, step)
+        assert head == pytest.approx(0.5 * schedule.factor(step))
+        found = rates(optimizer)
+        assert found.keys() == {id(p) for p in model.parameters()}
+        for distance, layer in enumerate(reversed(layers_of(model))):
+            assert [found[id(p)] for p in layer] == pytest.approx([head * 0.5**distance] * len(layer))
+
+
+def test_one_step_goes_as_far_as_the_layers_learning_rate_says() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = sgd(model, 0.25)
+    set_learning_rate(optimizer, Constant(total_steps=1, steps_per_epoch=1), 0)
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    for old, new, rate in zip(before, model.parameters(), (0.125, 0.125, 0.5, 0.5), strict=True):
+        assert new.grad is not None
+        torch.testing.assert_close(new.detach(), old - rate * new.grad)
+
+
+def test_a_decay_of_one_changes_no_bit() -> None:
+    for name, extra in (("none", ()), ("one", ("optimizer.layer_decay=1",))):
+        train(compose(*SMALL, "epochs=1", *extra, f"run_dir={name}"))
+    assert not changed(weights("none"), weights("one"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "optimizer.layer_decay=0",
+            r"optimizer\.layer_decay: must be a number >= 1e-06 and <= 1 or null, got 0",
+        ),
+        ("optimizer.layer_decay=1.1", r"optimizer\.layer_decay: must be a number .* got 1\.1"),
+        ("optimizer.layer_decay=deep", r"optimizer\.layer_decay: must be a number .* got 'deep'"),
+        (
+            "optimizer.layer_dekay=0.5",
+            r"optimizer\.layer_dekay: no such key; did you mean 'optimizer\.layer_decay'",
+        ),
+        ("model.unfreeze=2", r"model\.unfreeze=2: nothing is frozen; set model\.freeze=backbone"),
+        ("model.unfreeze=1", r"model\.unfreeze: must be a whole number >= 2 or null, got 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(compose(*SMALL, override))
+    assert not Path("outputs").exists()
+
+
+def test_other_groups_than_the_checkpoints_are_refused() -> None:
+    train(compose(*SMALL, "epochs=1", "run_dir=run"))
+    with pytest.raises(UserError, match=r"resume: .* parameter groups .* optimizer\.layer_decay"):
+        train(compose(*SMALL, "epochs=2", "run_dir=run", "resume=auto", "optimizer.layer_decay=0.5"))
+
+
+def test_a_backbone_is_set_free_at_its_epoch() -> None:
+    """Before it the head alone changes; from it on everything does, the running statistics too."""
+    model = assemble(compose(*FROZEN)).model
+    start, (last,) = model.state_dict(), model.head_names
+    head = {f"{last}.weight", f"{last}.bias"}
+    settings = (*FROZEN, "model.unfreeze=3", "run_dir=run")
+    train(compose(*settings, "epochs=2"))
+    before = weights("run")
+    assert changed(start, before) == head
+    train(compose(*settings, "epochs=3", "resume=auto"))
+    assert changed(before, weights("run")) == set(start)
+
+
+def test_an_epoch_that_never_comes_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "cnntrain"):
+        train(compose(*FROZEN, "epochs=1", "model.unfreeze=2", "run_dir=run"))
+    assert "model.unfreeze=2: the training ends before that epoch" in caplog.text
+
+
+@pytest.mark.parametrize("step", [STEPS_PER_EPOCH - 4, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 4])
+def test_a_run_broken_around_the_epoch_goes_on_as_if_unbroken(
+    step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, at and in the epoch from which the backbone is free; with learning rates by layer."""
+    settings = (*FROZEN, "model.unfreeze=2", "optimizer.layer_decay=0.7", "ema_decay=0.9")
+    train(compose(*settings, "run_dir=whole"))
+    original = loop.set_learning_rate
+
+    def stopping(optimizer: Any, schedule: Any, now: int) -> float:
+        if now == step:
+            monkeypatch.setattr(loop, "set_learning_rate", original)
+            raise StoppedError(15, "stopped")
+        return original(optimizer, schedule, now)
+
+    monkeypatch.setattr(loop, "set_learning_rate", stopping)
+    with pytest.raises(StoppedError):
+        train(compose(*settings, "run_dir=broken"))
+    progress = checkpoint.load(Path("broken/checkpoints/last.pt"))["state"]["progress"]
+    assert (progress["epoch"], progress["batch"]) == divmod(step, STEPS_PER_EPOCH)
+    train(compose(*settings, "run_dir=broken", "resume=auto"))
+    whole, broken = (
+        checkpoint.load(Path(f"{run}/checkpoints/last.pt"))["state"] for run in ("whole", "broken")
+    )
+    for part in ("model", "average"):
+        assert not changed(whole[part], broken[part])
+    for index, moments in whole["optimizer"]["state"].items():
+        assert not changed(moments, broken["optimizer"]["state"][index])
