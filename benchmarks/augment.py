@@ -5,7 +5,7 @@ installed.
     python benchmarks/augment.py --device cuda    # also the share of a resnet18 training step
 
 Prints a table: milliseconds per batch (the best of many runs), and how many times as long the others take.
-All start from the same uint8 batch and end in normalised float32. kornia is no dependency: `pip install
+All start from the same uint8 batch and end in normalized float32. kornia is no dependency: `pip install
 kornia` to compare.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cnntrain.augment.base import Augmentation
-from cnntrain.augment.color import ColourJitter
+from cnntrain.augment.color import ColorJitter
 from cnntrain.augment.geometry import Crop, HorizontalFlip
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.augment.warp import Rotation, Zoom
@@ -57,11 +57,11 @@ def ours(images: Tensor, items: dict[str, Augmentation]) -> Callable[[], Tensor]
 
 
 def small_images(device: torch.device) -> dict[str, Callable[[], object]]:
-    """Crop with padding, flip and colour jitter of 128 images 3x32x32."""
+    """Crop with padding, flip and color jitter of 128 images 3x32x32."""
     images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8, device=device)
     runs: dict[str, Callable[[], object]] = {
         "cnntrain": ours(
-            images, {"crop": Crop(padding_px=4), "flip": HorizontalFlip(), "jitter": ColourJitter(**JITTER)}
+            images, {"crop": Crop(padding_px=4), "flip": HorizontalFlip(), "jitter": ColorJitter(**JITTER)}
         )
     }
     from torchvision.transforms import v2
@@ -151,12 +151,12 @@ def print_share_of_a_step(device: torch.device) -> None:
     images = torch.randint(0, 256, (256, 3, 224, 224), dtype=torch.uint8, device=device)
     labels = torch.arange(256, device=device)
     items: dict[str, dict[str, Augmentation]] = {
-        "crop, flip, jitter": {"crop": Crop(), "flip": HorizontalFlip(), "jitter": ColourJitter(**JITTER)},
+        "crop, flip, jitter": {"crop": Crop(), "flip": HorizontalFlip(), "jitter": ColorJitter(**JITTER)},
         "rotation, zoom, flip, jitter": {
             "rotation": Rotation(),
             "zoom": Zoom(),
             "flip": HorizontalFlip(),
-            "jitter": ColourJitter(**JITTER),
+            "jitter": ColorJitter(**JITTER),
         },
     }
     ready = ours(images, {})().to(memory_format=torch.channels_last)

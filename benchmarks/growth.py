@@ -69,7 +69,7 @@ def draw(tables: Mapping[str, tuple[str, Mapping[int, float], bool]], path: Path
         works, taken = list(medians), list(medians.values())
         axes.plot(works, taken, "o-")
         if proportional:
-            axes.plot([0, works[-1]], [0, taken[-1]], ":", color="grey", label="proportional")
+            axes.plot([0, works[-1]], [0, taken[-1]], ":", color="gray", label="proportional")
             axes.legend(frameon=False)
         axes.set(title=title, xlabel=label, ylabel="seconds", xlim=(0, None), ylim=(0, 1.1 * max(taken)))
     figure.savefig(path, dpi=110)

@@ -5,7 +5,7 @@
 
 Forward, backward and optimizer step on one batch of random numbers, in fp32 on the CPU, channels_last. Two processes
 take turns, and each waits while the other works. Prints medians: milliseconds and page faults of a step, the most
-memory that the process held, and the ratio of neighbouring turns.
+memory that the process held, and the ratio of neighboring turns.
 """
 
 import argparse

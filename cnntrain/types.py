@@ -62,7 +62,7 @@ class Batch:
     """N examples on their way from the store to the loss.
 
     Attributes:
-        images: (N, C, H, W); uint8 as the store holds them, float and normalised once the pipeline has passed.
+        images: (N, C, H, W); uint8 as the store holds them, float and normalized once the pipeline has passed.
         targets: by name, each with N rows: `label` (N,) int64; `points` (N, K, 2) float32 canvas pixels (x, y) at
             pixel centers with `visible` (N, K) bool, and for objects with annotated boxes `box_size` (N, 2) float32,
             width and height in source pixels; `mask` (N, H, W) uint8 class ids.
@@ -179,7 +179,7 @@ def _other_side(name: str) -> tuple[str | None, bool]:
 
 @dataclass(frozen=True)
 class Finding:
-    """One judgement.
+    """One judgment.
 
     `name` is the check's, `evidence` the numbers it rests on, `cause` the likely reason, `remedy` what to do,
     and `keys` the config keys concerned.

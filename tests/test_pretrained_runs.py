@@ -1,4 +1,4 @@
-"""What `model.pretrained` decides in a run: stem, image size, normalisation, head, and what may be frozen."""
+"""What `model.pretrained` decides in a run: stem, image size, normalization, head, and what may be frozen."""
 
 import logging
 import shutil
@@ -87,7 +87,7 @@ def warnings(assembly: Assembly) -> list[str]:
     return [key for finding in notice(assembly, data, plan, "") for key in finding.keys]
 
 
-def test_weights_of_imagenet_bring_their_stem_size_and_normalisation(resnet: Path, photos: str) -> None:
+def test_weights_of_imagenet_bring_their_stem_size_and_normalization(resnet: Path, photos: str) -> None:
     """64 px would get a new random 3x3 stem, which `freeze` froze."""
     assembly = assemble(
         compose("model=resnet18", f"model.pretrained={resnet}", FREEZE, "data=image_folder", photos)
@@ -124,7 +124,7 @@ def test_a_head_alone_may_learn_fast(resnet: Path, photos: str) -> None:
     assert "optimizer.lr" not in warnings(assemble(compose(*fast, FREEZE)))
 
 
-def test_without_pretrained_weights_size_and_normalisation_are_the_data_sets(photos: str) -> None:
+def test_without_pretrained_weights_size_and_normalization_are_the_data_sets(photos: str) -> None:
     assembly = assemble(compose("data=image_folder", photos))
     assert assembly.spec.image_size == (64, 64) and assembly.spec.mean is None
 
@@ -153,7 +153,7 @@ def test_a_frozen_random_backbone_is_told_with_its_counts(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_norms_and_initialisation_that_would_throw_weights_away_are_refused(
+def test_norms_and_initialization_that_would_throw_weights_away_are_refused(
     resnet: Path, photos: str
 ) -> None:
     asked = ("model=resnet18", f"model.pretrained={resnet}", "data=image_folder", photos)
@@ -162,7 +162,7 @@ def test_norms_and_initialisation_that_would_throw_weights_away_are_refused(
             assemble(compose(*asked, f"{key}={value}"))
 
 
-def test_timms_weights_bring_their_normalisation_and_are_not_drawn_anew(photos: str, tmp_path: Path) -> None:
+def test_timms_weights_bring_their_normalization_and_are_not_drawn_anew(photos: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     name = "test_efficientnet"
     torch.save(timm.create_model(name).state_dict(), tmp_path / "w.pth")
@@ -190,7 +190,7 @@ def test_timms_weights_bring_their_normalisation_and_are_not_drawn_anew(photos: 
 def test_a_run_that_goes_on_or_is_judged_needs_no_pretrained_file(
     resnet: Path, photos: str, tmp_path: Path
 ) -> None:
-    """Stem, size and normalisation are in the checkpoint's config; the file may be gone."""
+    """Stem, size and normalization are in the checkpoint's config; the file may be gone."""
     file = tmp_path / "copy.pth"
     shutil.copy(resnet, file)
     asked = ("model=resnet18", f"model.pretrained={file}", FREEZE, "data=image_folder", photos, *QUICK)

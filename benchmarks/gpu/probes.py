@@ -232,7 +232,7 @@ def group(args: argparse.Namespace) -> None:
     import torch.distributed as dist
     from torch import nn
 
-    from cnntrain.train.combine import accompany, combine, synchronise_norms
+    from cnntrain.train.combine import accompany, combine, synchronize_norms
     from cnntrain.train.distributed import Place
     from cnntrain.train.group import joined
     from cnntrain.train.nonfinite import Finiteness
@@ -253,7 +253,7 @@ def group(args: argparse.Namespace) -> None:
         found["tell"] = ranks.tell("word")
         ranks.copy_weights(state.model)
         if cuda:
-            state.model = synchronise_norms(state.model)
+            state.model = synchronize_norms(state.model)
             found["sync_norms"] = sum(
                 isinstance(module, nn.SyncBatchNorm) for module in state.model.modules()
             )

@@ -63,7 +63,7 @@ def fashion_mnist(options: Options) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images[: options.limit]), torch.from_numpy(labels[: options.limit])
 
 
-def normalised(images: Tensor) -> Tensor:
+def normalized(images: Tensor) -> Tensor:
     """float32 with the data set's mean and standard deviation."""
     return (images.float() / 255 - MEAN) / STD
 

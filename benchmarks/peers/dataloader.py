@@ -6,7 +6,7 @@ python benchmarks/peers/dataloader.py --root DATA --model fmnist_cnn --precision
 import time
 
 import torch
-from common import BATCH_SIZE, device, fashion_mnist, network, normalised, parse, tell
+from common import BATCH_SIZE, device, fashion_mnist, network, normalized, parse, tell
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 def main() -> None:
     options = parse(__doc__)
     images, labels = fashion_mnist(options)
-    loader = DataLoader(TensorDataset(normalised(images), labels), batch_size=BATCH_SIZE, shuffle=True)
+    loader = DataLoader(TensorDataset(normalized(images), labels), batch_size=BATCH_SIZE, shuffle=True)
     model = network(options.model).to(device(), memory_format=options.memory_format)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loss_function = nn.CrossEntropyLoss()

@@ -8,7 +8,7 @@ Its mixed precision is for GPUs alone: on a CPU `--precision bf16` is refused.
 import sys
 import time
 
-from common import BATCH_SIZE, device, fashion_mnist, network, normalised, parse, tell
+from common import BATCH_SIZE, device, fashion_mnist, network, normalized, parse, tell
 from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, accuracy
 from torch.utils.data import TensorDataset
 
@@ -31,7 +31,7 @@ def main() -> None:
     if options.precision == "bf16" and device().type == "cpu":
         sys.exit("not offered: fastai's mixed precision is for GPUs")
     images, labels = fashion_mnist(options)
-    x = normalised(images)
+    x = normalized(images)
     train, valid = TensorDataset(x, labels), TensorDataset(x[:BATCH_SIZE], labels[:BATCH_SIZE])
     loaders = DataLoaders.from_dsets(train, valid, bs=BATCH_SIZE, num_workers=0, device=device())
     learner = Learner(loaders, network(options.model), loss_func=CrossEntropyLossFlat(), metrics=accuracy)

@@ -12,7 +12,7 @@ import time
 os.environ["KERAS_BACKEND"] = "torch"
 
 import keras
-from common import BATCH_SIZE, DENSE_DROPOUT, DROPOUT, fashion_mnist, normalised, parse, tell
+from common import BATCH_SIZE, DENSE_DROPOUT, DROPOUT, fashion_mnist, normalized, parse, tell
 from keras import layers
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     if options.precision == "bf16":
         keras.mixed_precision.set_global_policy("mixed_bfloat16")
     images, labels = fashion_mnist(options)
-    x, y = normalised(images).permute(0, 2, 3, 1).numpy(), labels.numpy()
+    x, y = normalized(images).permute(0, 2, 3, 1).numpy(), labels.numpy()
     model = network(options.model)
     model.compile(
         optimizer=keras.optimizers.AdamW(1e-3),

@@ -9,7 +9,7 @@ import warnings
 
 import lightning
 import torch
-from common import BATCH_SIZE, Options, fashion_mnist, network, normalised, parse, tell
+from common import BATCH_SIZE, Options, fashion_mnist, network, normalized, parse, tell
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,7 +50,7 @@ def main() -> None:
     options = parse(__doc__)
     warnings.filterwarnings("ignore")
     images, labels = fashion_mnist(options)
-    loader = DataLoader(TensorDataset(normalised(images), labels), batch_size=BATCH_SIZE, shuffle=True)
+    loader = DataLoader(TensorDataset(normalized(images), labels), batch_size=BATCH_SIZE, shuffle=True)
     clock = Clock()
     precision = "bf16-mixed" if options.precision == "bf16" else "32-true"
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What an augmentation is: a matrix over places, a matrix over colours, or (where neither will do) an effect.
+"""What an augmentation is: a matrix over places, a matrix over colors, or (where neither will do) an effect.
 
 Each class draws nothing itself. It states how many uniform numbers an image needs (`draws`) and turns a table
 of them, (N, draws) float64 on the CPU, into matrices; the pipeline draws the table, a function of the image's
@@ -23,7 +23,7 @@ class Augmentation(ABC):
 class Geometry(Augmentation):
     """Moves pixels: one homogeneous 3x3 matrix per image, from input to output pixels.
 
-    Coordinates are (x, y) at pixel centres: the first pixel's centre is 0, the last one's W - 1.
+    Coordinates are (x, y) at pixel centers: the first pixel's center is 0, the last one's W - 1.
 
     Attributes:
         mirrors: whether its matrix can have a negative determinant as configured (left becomes right).
@@ -51,10 +51,10 @@ class Geometry(Augmentation):
         return 1.0
 
 
-class Colour(Augmentation):
-    """Changes colours on the 0-1 scale: one 3x7 matrix per image.
+class Color(Augmentation):
+    """Changes colors on the 0-1 scale: one 3x7 matrix per image.
 
-    A colour v becomes P v + Q m + p, where m is the image's mean colour at this point of the chain (only
+    A color v becomes P v + Q m + p, where m is the image's mean color at this point of the chain (only
     contrast asks for it); the matrix is [P | Q | p]. What reaches the pixels in the end is 3x4, because the
     mean moves with the matrix.
 
@@ -70,7 +70,7 @@ class Colour(Augmentation):
 
 
 class Effect(Augmentation):
-    """Anything that is no matrix: acts on the normalised float batch after geometry and colour.
+    """Anything that is no matrix: acts on the normalized float batch after geometry and color.
 
     Attributes:
         mixes_labels: whether the targets change with the images, so that only classification can take it.
@@ -85,7 +85,7 @@ class Effect(Augmentation):
         """Images and targets afterwards.
 
         Args:
-            images: (N, C, H, W) float32, normalised; may be changed in place.
+            images: (N, C, H, W) float32, normalized; may be changed in place.
             targets: as in `Batch`; not to be changed in place.
             draws: (N, `draws`) float64 on the CPU.
             std: per channel; what was 1 on the 0-1 scale is 1 / std now.

@@ -13,7 +13,7 @@ def gaussian_blur(images: Tensor, sigma_px: Tensor) -> Tensor:
     """Each image blurred by its own Gaussian; a sigma of 0 leaves its axis alone.
 
     The sum runs over shifted copies, not through a convolution: an image's bits then don't depend on its
-    neighbours.
+    neighbors.
 
     Args:
         images: (N, C, H, W) float.
@@ -25,7 +25,7 @@ def gaussian_blur(images: Tensor, sigma_px: Tensor) -> Tensor:
         if radius < 1:
             continue
         taps = torch.arange(-radius, radius + 1, dtype=torch.float64)
-        reach = torch.ceil(3 * sigma)[:, None]  # each image's own radius: its neighbours' must not widen it
+        reach = torch.ceil(3 * sigma)[:, None]  # each image's own radius: its neighbors' must not widen it
         weights = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-6)[:, None]) ** 2) * (taps.abs() <= reach)
         weights = to_device(weights / weights.sum(1, keepdim=True), images.device, images.dtype)
         margin = [radius, radius, 0, 0] if dim == 3 else [0, 0, radius, radius]

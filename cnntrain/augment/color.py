@@ -1,8 +1,8 @@
-"""Colour on the 0-1 scale as matrices: brightness, contrast, saturation, hue, grayscale, invert.
+"""Color on the 0-1 scale as matrices: brightness, contrast, saturation, hue, grayscale, invert.
 
 Most of them blend an image with something plain: out = factor * image + (1 - factor) * other, and `other` is
-black, the mean gray, the pixel's own gray or the negative, itself a 3x7 matrix [P | Q | p] (see `Colour`). A
-chain is a product of such matrices and is clamped once, at its end: a colour that an early member pushes out
+black, the mean gray, the pixel's own gray or the negative, itself a 3x7 matrix [P | Q | p] (see `Color`). A
+chain is a product of such matrices and is clamped once, at its end: a color that an early member pushes out
 of range may come back.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnntrain.augment.base import Colour, between, checked_probability, checked_range
+from cnntrain.augment.base import Color, between, checked_probability, checked_range
 
 # ITU-R BT.601 luma; the weights sum to one, so that gray stays gray.
 LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
@@ -60,14 +60,14 @@ def chain(first: Tensor, then: Tensor) -> Tensor:
     """(N, 3, 7): `first` and `then` (each (N, 3, 7)) one after the other."""
     pixel, mean, offset = first.split((3, 3, 1), dim=2)
     then_pixel, then_mean, then_offset = then.split((3, 3, 1), dim=2)
-    # `first` has moved the mean colour as well: to (pixel + mean) m + offset.
+    # `first` has moved the mean color as well: to (pixel + mean) m + offset.
     mean_moved = torch.cat([torch.zeros_like(pixel), pixel + mean, offset], dim=2)
     total = torch.baddbmm(then_mean @ mean_moved, then_pixel, first)
     total[:, :, 6:] += then_offset
     return total
 
 
-class _Blend(Colour):
+class _Blend(Color):
     """A random factor between the image and `_other`; a factor of 1 leaves the image alone."""
 
     draws = 2
@@ -96,12 +96,12 @@ class Contrast(_Blend):
 
 
 class Saturation(_Blend):
-    """Stretches each colour about its own gray by a factor as `Brightness`; 0 is a gray image."""
+    """Stretches each color about its own gray by a factor as `Brightness`; 0 is a gray image."""
 
     _other = OWN_GRAY
 
 
-class Hue(Colour):
+class Hue(Color):
     """Rotates about the gray axis (YIQ) by -strength to strength of a full circle (at most 0.5), or a pair
     [low, high].
 
@@ -119,7 +119,7 @@ class Hue(Colour):
         return turn_hue(torch.where(draws[:, 0] < self.probability, turns, 0.0))
 
 
-class _Switch(Colour):
+class _Switch(Color):
     """Replaces the image by `_other` with `probability`."""
 
     draws = 1
@@ -133,7 +133,7 @@ class _Switch(Colour):
 
 
 class Grayscale(_Switch):
-    """Takes the colours away with `probability`."""
+    """Takes the colors away with `probability`."""
 
     _other = OWN_GRAY
 
@@ -144,7 +144,7 @@ class Invert(_Switch):
     _other = NEGATIVE
 
 
-class ColourJitter(Colour):
+class ColorJitter(Color):
     """Brightness, contrast, saturation and hue in this order, each as in its own class; 0 leaves one out."""
 
     draws = 5

@@ -25,7 +25,7 @@ def boxes_mask(box: Tensor, height: int, width: int, device: torch.device) -> Te
 
 
 class Erasing(Effect):
-    """Covers a random box with the mean colour (Zhong et al. 2020, Random Erasing).
+    """Covers a random box with the mean color (Zhong et al. 2020, Random Erasing).
 
     Keypoints and mask stay as they are: what is hidden is still there.
 
@@ -60,7 +60,7 @@ class Erasing(Effect):
         top = torch.floor(draws[:, 4] * (height - box_height + 1))
         box = torch.stack([left, top, box_width, box_height], dim=1)
         kept = ~boxes_mask(box, height, width, images.device)
-        return images.mul_(kept.to(images.dtype)), targets  # normalised: the mean colour is 0
+        return images.mul_(kept.to(images.dtype)), targets  # normalized: the mean color is 0
 
 
 class Blur(Effect):

@@ -44,14 +44,14 @@ class Mix(Effect):
         device, (height, width) = images.device, images.shape[2:]
         weight = torch.where(draws[:, 0] < self.probability, beta_quantile(draws[:, 1], self.alpha), 1.0)
         cut = draws[:, 2] < self.cutmix_share
-        # A box whose area is the partner's share, its centre anywhere (Yun et al. 2019, equation 2).
+        # A box whose area is the partner's share, its center anywhere (Yun et al. 2019, equation 2).
         side = (1 - weight).sqrt()
         low, high = [], []
         for length, column in ((width, 3), (height, 4)):
-            centre = torch.floor(draws[:, column] * length)
+            center = torch.floor(draws[:, column] * length)
             half = torch.floor(side * length / 2)
-            low.append((centre - half).clamp(0, length))
-            high.append((centre + half).clamp(0, length))
+            low.append((center - half).clamp(0, length))
+            high.append((center + half).clamp(0, length))
         box = torch.stack([low[0], low[1], high[0] - low[0], high[1] - low[1]], dim=1)
         weight = torch.where(cut, 1 - box[:, 2] * box[:, 3] / (height * width), weight)
         mix = to_device(weight, device, torch.float32)

@@ -1,4 +1,4 @@
-"""Colour matrices and normalisation laid over whole batches, in as few passes over memory as possible."""
+"""Color matrices and normalization laid over whole batches, in as few passes over memory as possible."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from cnntrain.transfer import constant, to_device
 
 
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(N, C, H, W) on the 0-255 scale, of any type -> float32, (value / 255 - mean) / std per channel."""
     scale = constant([1 / (255 * s) for s in std], images.device).view(1, -1, 1, 1)
     offset = constant([-m / s for m, s in zip(mean, std, strict=True)], images.device).view(1, -1, 1, 1)
@@ -17,15 +17,15 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def paint(
-    images: Tensor, colour: Tensor, uses_mean: bool, mean: Sequence[float], std: Sequence[float]
+    images: Tensor, color: Tensor, uses_mean: bool, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Images after their colour matrix, clamped to 0-1 once, and normalised.
+    """Images after their color matrix, clamped to 0-1 once, and normalized.
 
-    Scale, matrix and normalisation are one matrix; the clamp's bounds are moved along instead of the pixels.
+    Scale, matrix and normalization are one matrix; the clamp's bounds are moved along instead of the pixels.
 
     Args:
         images: (N, C, H, W) on the 0-255 scale, of any type; C is 1 or 3.
-        colour: (N, 3, 7) float64 on the CPU, see `Colour`.
+        color: (N, 3, 7) float64 on the CPU, see `Color`.
         uses_mean: whether its middle part can be other than zero.
         mean, std: per channel on the 0-1 scale.
 
@@ -33,10 +33,10 @@ def paint(
         (N, C, H, W) float32.
     """
     count, channels, height, width = images.shape
-    if channels == 1:  # a gray image is a colour one with three equal channels
-        parts = colour[:, :1].split((3, 3, 1), dim=2)
-        colour = torch.cat([part.sum(2, keepdim=True) for part in parts], dim=2)  # (N, 1, 3)
-    pixel, of_mean, offset = colour.split((channels, channels, 1), dim=2)
+    if channels == 1:  # a gray image is a color one with three equal channels
+        parts = color[:, :1].split((3, 3, 1), dim=2)
+        color = torch.cat([part.sum(2, keepdim=True) for part in parts], dim=2)  # (N, 1, 3)
+    pixel, of_mean, offset = color.split((channels, channels, 1), dim=2)
     mean_column, std_column = (torch.tensor(values, dtype=torch.float64)[:, None] for values in (mean, std))
     folded = torch.cat(
         [

@@ -1,4 +1,4 @@
-"""All augmentations of a run, on whole batches: one move, one change of colour, then effects."""
+"""All augmentations of a run, on whole batches: one move, one change of color, then effects."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,9 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cnntrain.augment.base import Augmentation, Colour, Effect, Geometry, by_kind
+from cnntrain.augment.base import Augmentation, Color, Effect, Geometry, by_kind
 from cnntrain.augment.color import chain
-from cnntrain.augment.paint import normalise, paint
+from cnntrain.augment.paint import normalize, paint
 from cnntrain.augment.points import is_mirrored, move_points
 from cnntrain.augment.resample import BORDERS, Gather, GridResample
 from cnntrain.augment.torchvision_transform import SampleTransform, TorchvisionTransform
@@ -27,17 +27,17 @@ MOST_TOGETHER_ON_CUDA = 1 << 24
 
 
 class Pipeline:
-    """Augments and normalises batches.
+    """Augments and normalizes batches.
 
-    Geometry comes first, then colour, then effects; within each kind the order is that of `augmentations`,
+    Geometry comes first, then color, then effects; within each kind the order is that of `augmentations`,
     whose keys name the draws: what an image gets is a function of (seed, epoch, position in the epoch, key).
     All moves are one move: nothing is cut off between a crop and a shift, and the border shows only where the
     store has no pixel.
 
     Args:
-        spec: facts about the images; its mean and std normalise (without them images stay on the 0-1 scale).
+        spec: facts about the images; its mean and std normalize (without them images stay on the 0-1 scale).
         augmentations: by YAML key.
-        border: what lies outside an image: `zero` (black), `edge` or `reflect`; filled before colours change.
+        border: what lies outside an image: `zero` (black), `edge` or `reflect`; filled before colors change.
         canvas: (height, width) that the images are resized to in the end; None keeps what the augmentations
             give.
 
@@ -65,7 +65,7 @@ class Pipeline:
         self.augmentations = dict(augmentations)
         self.border = border
         self._geometries = cast("dict[str, Geometry]", by_kind(augmentations, Geometry))
-        self._colours = cast("dict[str, Colour]", by_kind(augmentations, Colour))
+        self._colors = cast("dict[str, Color]", by_kind(augmentations, Color))
         self._effects = cast("dict[str, Effect]", by_kind(augmentations, Effect))
         self.per_sample = cast(
             "dict[str, TorchvisionTransform]", by_kind(augmentations, TorchvisionTransform)
@@ -94,7 +94,7 @@ class Pipeline:
         )
 
     def __call__(self, batch: Batch, seed: int, epoch: int) -> Batch:
-        """The batch augmented: images (N, C, H, W) float32 normalised; targets and `to_canvas` move along."""
+        """The batch augmented: images (N, C, H, W) float32 normalized; targets and `to_canvas` move along."""
 
         def draw(key: str, item: Augmentation) -> Tensor:
             return uniform(seed, epoch, batch.position, key, item.draws)
@@ -103,15 +103,15 @@ class Pipeline:
         with torch.no_grad(), torch.autocast(device_type, enabled=False):
             if self._geometries or self._resize is not None:
                 batch = self._move(batch, self._matrices(len(batch), draw), self._whole_pixel)
-            colour: Tensor | None = None
-            for key, item in self._colours.items():
+            color: Tensor | None = None
+            for key, item in self._colors.items():
                 matrix = item.paint(draw(key, item))
-                colour = matrix if colour is None else chain(colour, matrix)
-            if colour is None:
-                images = normalise(batch.images, self.mean, self.std)
+                color = matrix if color is None else chain(color, matrix)
+            if color is None:
+                images = normalize(batch.images, self.mean, self.std)
             else:
-                uses_mean = any(item.uses_mean for item in self._colours.values())
-                images = paint(batch.images, colour, uses_mean, self.mean, self.std)
+                uses_mean = any(item.uses_mean for item in self._colors.values())
+                images = paint(batch.images, color, uses_mean, self.mean, self.std)
             targets = batch.targets
             for key, item in self._effects.items():
                 images, targets = item.apply(images, targets, draw(key, item), self.std)
@@ -165,7 +165,7 @@ class Pipeline:
         return SampleTransform(self.per_sample, seed, epoch) if self.per_sample else None
 
     def plain(self, batch: Batch) -> Batch:
-        """The batch normalised, with nothing random done to it.
+        """The batch normalized, with nothing random done to it.
 
         It is on the same canvas as the augmented ones; images with masks, whose every pixel is judged, stay whole.
         """
@@ -178,7 +178,7 @@ class Pipeline:
                 batch = self._move(batch, self._rest.repeat(len(batch), 1, 1), whole_pixel)
             else:
                 batch = self.on_canvas(batch)
-            return replace(batch, images=normalise(batch.images, self.mean, self.std))
+            return replace(batch, images=normalize(batch.images, self.mean, self.std))
 
     def on_canvas(self, batch: Batch) -> Batch:
         """The batch on the data's canvas; unchanged where it is, in float32 where it came on a finer one."""
@@ -230,7 +230,7 @@ class Pipeline:
             if not isinstance(item, Augmentation):
                 raise UserError(
                     f"augment.{key}: {type(item).__name__} is no augmentation; derive it from Geometry, "
-                    f"Colour or Effect of cnntrain.augment.base"
+                    f"Color or Effect of cnntrain.augment.base"
                 )
         if not isinstance(self.border, str) or self.border not in BORDERS:
             near = suggest(self.border, tuple(BORDERS))
@@ -249,11 +249,11 @@ class Pipeline:
             if item.moves_pixels and what:
                 raise UserError(
                     f"augment.{key}: torchvision's {item.name} may move pixels and would leave the {what} where "
-                    "they were; use cnntrain's own geometry, or one that only changes colours"
+                    "they were; use cnntrain's own geometry, or one that only changes colors"
                 )
-        if self._colours and self.spec.channels not in (1, 3):
+        if self._colors and self.spec.channels not in (1, 3):
             raise UserError(
-                f"augment.{next(iter(self._colours))}: colours need images of 1 or 3 channels, these have "
+                f"augment.{next(iter(self._colors))}: colors need images of 1 or 3 channels, these have "
                 f"{self.spec.channels}; take it out"
             )
 
@@ -277,7 +277,7 @@ def _size(batch: Batch) -> tuple[int, int]:
 
 
 def resize_matrix(size: tuple[int, int], output_size: tuple[int, int]) -> Tensor:
-    """(3, 3) float64 that stretches height x width px over `output_size`, edges (not centres) onto edges."""
+    """(3, 3) float64 that stretches height x width px over `output_size`, edges (not centers) onto edges."""
     scale_y, scale_x = (after / before for before, after in zip(size, output_size, strict=True))
     return torch.tensor(
         [[scale_x, 0, (scale_x - 1) / 2], [0, scale_y, (scale_y - 1) / 2], [0, 0, 1]], dtype=torch.float64

@@ -9,7 +9,7 @@ from cnntrain.transfer import to_device
 def is_mirrored(matrix: Tensor, height: int, width: int) -> Tensor:
     """(N,) bool: whether a matrix (N, 3, 3) turns left into right.
 
-    That is a negative determinant; for a perspective the Jacobian's at the centre of the height x width px
+    That is a negative determinant; for a perspective the Jacobian's at the center of the height x width px
     image. A turn by 180 degrees and two mirrors have a positive one, a flip composed with any rotation a
     negative one.
     """
@@ -28,7 +28,7 @@ def move_points(
     """Points and visibility after the move, renamed where the image was mirrored.
 
     Args:
-        points: (N, K, 2) (x, y) pixels at pixel centres; visible: (N, K) bool.
+        points: (N, K, 2) (x, y) pixels at pixel centers; visible: (N, K) bool.
         matrix: (N, 3, 3) float64 on the CPU, input to output pixels; mirrored: (N,) bool on the CPU.
         mirror: each point's partner, or None (then nothing may be mirrored).
         output_size: (height, width): points outside it, or behind the camera, become invisible.
@@ -46,6 +46,6 @@ def move_points(
     before = place[..., 2] > 1e-6
     moved = place[..., :2] / torch.where(before, place[..., 2], 1.0)[..., None]
     height, width = output_size
-    # A pixel reaches half a step around its centre.
+    # A pixel reaches half a step around its center.
     inside = (moved >= -0.5).all(-1) & (moved[..., 0] <= width - 0.5) & (moved[..., 1] <= height - 0.5)
     return moved, visible & before & inside

@@ -2,8 +2,8 @@
 resample.
 
 Both fill what comes from outside the image in one of three ways (`border`): `zero` is black, `edge` repeats
-the last pixel, `reflect` mirrors the image about the centre of its last pixel. A mask's outside is always the
-ignore id. The border is filled before the colours are changed: black paper that the picture lies on, seen
+the last pixel, `reflect` mirrors the image about the center of its last pixel. A mask's outside is always the
+ignore id. The border is filled before the colors are changed: black paper that the picture lies on, seen
 through the same camera.
 """
 
@@ -126,7 +126,7 @@ class GridResample:
 def sampling_grid(
     inverse: Tensor, size: tuple[int, int], output_size: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """(N, H', W', 2) float32: each output pixel's place in the input, from -1 (first centre) to 1 (last).
+    """(N, H', W', 2) float32: each output pixel's place in the input, from -1 (first center) to 1 (last).
 
     Args:
         inverse: (N, 3, 3) float64 on the CPU, output to input pixels.
@@ -152,10 +152,10 @@ def sampling_grid(
 
 
 def step_px(inverse: Tensor, output_size: tuple[int, int]) -> Tensor:
-    """(N, 2) float64: the input pixels along x and y that one output pixel steps over, at the centre."""
+    """(N, 2) float64: the input pixels along x and y that one output pixel steps over, at the center."""
     height, width = output_size
-    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2, 1], dtype=torch.float64)
-    place = inverse @ centre  # (N, 3)
+    center = torch.tensor([(width - 1) / 2, (height - 1) / 2, 1], dtype=torch.float64)
+    place = inverse @ center  # (N, 3)
     weight = place[:, 2, None, None]
     jacobian = (inverse[:, :2, :2] - place[:, :2, None] / weight * inverse[:, 2:, :2]) / weight
     return jacobian.norm(dim=2)

@@ -10,7 +10,7 @@ from cnntrain.augment.base import Augmentation
 from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import hash_seed
 
-# They change colours and move no pixel: safe for keypoints and masks, which they don't know.
+# They change colors and move no pixel: safe for keypoints and masks, which they don't know.
 MOVES_NO_PIXEL = frozenset(
     (
         "ColorJitter",

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from cnntrain.augment.base import Colour, Geometry, checked_probability
+from cnntrain.augment.base import Color, Geometry, checked_probability
 from cnntrain.augment.color import BLACK, MEAN_GRAY, OWN_GRAY, UNCHANGED, blend
 from cnntrain.augment.geometry import identities, translation
-from cnntrain.augment.warp import about_centre, rotation, shear
+from cnntrain.augment.warp import about_center, rotation, shear
 
 
-class Trivial(Geometry, Colour):
+class Trivial(Geometry, Color):
     """One of nine operations, evenly: nothing, brightness, contrast, saturation, shear or shift along x or y,
     rotation.
 
@@ -52,11 +52,11 @@ class Trivial(Geometry, Colour):
         zero = torch.zeros_like(strength)
         matrix = identities(len(draws))
         for number, candidate in (
-            (4, about_centre(shear(0.99 * strength, zero), height, width)),
-            (5, about_centre(shear(zero, 0.99 * strength), height, width)),
+            (4, about_center(shear(0.99 * strength, zero), height, width)),
+            (5, about_center(shear(zero, 0.99 * strength), height, width)),
             (6, translation(strength * width / 7, zero)),
             (7, translation(zero, strength * height / 7)),
-            (8, about_centre(rotation(torch.deg2rad(135 * strength)), height, width)),
+            (8, about_center(rotation(torch.deg2rad(135 * strength)), height, width)),
         ):
             matrix = torch.where((operation == number)[:, None, None], candidate, matrix)
         return matrix

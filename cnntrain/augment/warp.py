@@ -11,8 +11,8 @@ from cnntrain.augment.geometry import checked_size, identities, translation
 from cnntrain.errors import UserError
 
 
-def about_centre(matrix: Tensor, height: int, width: int) -> Tensor:
-    """(N, 3, 3): `matrix` (N, 3, 3) with the image's centre as its origin."""
+def about_center(matrix: Tensor, height: int, width: int) -> Tensor:
+    """(N, 3, 3): `matrix` (N, 3, 3) with the image's center as its origin."""
     x, y = torch.tensor([[(width - 1) / 2], [(height - 1) / 2]], dtype=torch.float64)
     return translation(x, y) @ matrix @ translation(-x, -y)
 
@@ -22,13 +22,13 @@ def box_to_canvas(box: Tensor, output_size: tuple[int, int]) -> Tensor:
 
     Args:
         box: (N, 4) float64: left, top, width, height in pixels from the image's edge (not from a pixel's
-            centre).
+            center).
     """
     matrix = identities(len(box))
     for axis, length in ((0, output_size[1]), (1, output_size[0])):
         scale = length / box[:, 2 + axis]
         matrix[:, axis, axis] = scale
-        # The first centre is half a pixel from the edge on both sides of the move.
+        # The first center is half a pixel from the edge on both sides of the move.
         matrix[:, axis, 2] = (0.5 - box[:, axis]) * scale - 0.5
     return matrix
 
@@ -85,13 +85,13 @@ class RandomResizedCrop(Geometry):
         return box_to_canvas(torch.tensor([box], dtype=torch.float64), (output_height, output_width))[0]
 
 
-class _AboutCentre(Geometry):
-    """A matrix about the centre, where `probability` says so."""
+class _AboutCenter(Geometry):
+    """A matrix about the center, where `probability` says so."""
 
     probability: float
 
     def move(self, draws: Tensor, height: int, width: int) -> Tensor:
-        matrix = about_centre(self._about_origin(draws[:, 1:]), height, width)
+        matrix = about_center(self._about_origin(draws[:, 1:]), height, width)
         chosen = (draws[:, 0] < self.probability)[:, None, None]
         return torch.where(chosen, matrix, torch.eye(3, dtype=torch.float64))
 
@@ -99,7 +99,7 @@ class _AboutCentre(Geometry):
         raise NotImplementedError
 
 
-class Zoom(_AboutCentre):
+class Zoom(_AboutCenter):
     """Enlarges by a factor from `factor` = [low, high], drawn on a log scale; below 1 it shrinks."""
 
     draws = 2
@@ -133,7 +133,7 @@ def shear(x: Tensor, y: Tensor) -> Tensor:
     return matrix
 
 
-class Rotation(_AboutCentre):
+class Rotation(_AboutCenter):
     """Turns by -degrees to degrees, or by a pair [low, high]; positive is counter-clockwise."""
 
     draws = 2
@@ -146,7 +146,7 @@ class Rotation(_AboutCentre):
         return rotation(torch.deg2rad(between(draws[:, 0], self.low, self.high)))
 
 
-class Shear(_AboutCentre):
+class Shear(_AboutCenter):
     """Slants by angles from -degrees to degrees along x, then y; each a number or a pair [low, high]."""
 
     draws = 3
@@ -168,7 +168,7 @@ class Shear(_AboutCentre):
 
 
 class Perspective(Geometry):
-    """Pulls each corner towards the centre by up to `distortion` of half the width and height (0 to 0.6).
+    """Pulls each corner towards the center by up to `distortion` of half the width and height (0 to 0.6).
 
     Beyond two thirds the corners may cross, and parts of the picture would come to lie behind the camera.
     """

@@ -8,7 +8,7 @@ MEANING = {
     "step": "forward, backward, optimizer step",
     "metrics": "loss, metrics, gradient norm, divergence guard, average of the weights",
     "logging": "readings: bar, TensorBoard",
-    "augment": "normalise and augment the batch",
+    "augment": "normalize and augment the batch",
     "transfer": "images to the device",
     "data": "taking the batch from the store, or waiting for workers",
 }

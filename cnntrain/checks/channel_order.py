@@ -1,4 +1,4 @@
-"""Do the colours come in the order from which the weights were learned?"""
+"""Do the colors come in the order from which the weights were learned?"""
 
 import math
 
@@ -14,7 +14,7 @@ from cnntrain.types import Finding
 IMAGES = 256
 NEARER = 0.8  # how far the exchanged are from what was learned, beside the images as they are: below is told
 USUAL = 0.25  # nats: images farther from what was learned are of another kind in either order
-COLOURS = 3
+COLORS = 3
 Norm = nn.modules.batchnorm._BatchNorm
 
 
@@ -23,7 +23,7 @@ def channel_order(bench: Bench) -> Finding:
     learned = bench.trained or any(hasattr(module, "pretrained_from") for module in bench.network.modules())
     if not learned:
         return skipped("nothing was learned from one order of the channels")
-    if bench.spec.channels != COLOURS:
+    if bench.spec.channels != COLORS:
         return skipped(f"{bench.spec.channels} channels")
     count = few(bench, IMAGES)
     images = (
@@ -53,7 +53,7 @@ def surprises(model: nn.Module, images: Tensor) -> list[float]:
     The Kullback-Leibler divergence of two normal distributions: of what arrives, from what was learned.
 
     Args:
-        model: in eval mode; images: (N, C, H, W) normalised.
+        model: in eval mode; images: (N, C, H, W) normalized.
     """
     found: list[float] = []
 

@@ -41,7 +41,7 @@ Check = Callable[[Bench], Finding]
 CHECKS: dict[str, dict[str, Check]] = {
     "config": {"config": lint.config_agrees},
     "data": {
-        "normalised inputs": images.normalised_inputs,
+        "normalized inputs": images.normalized_inputs,
         "layout": images.layout,
         "channel order": channel_order.channel_order,
         "blank images": images.blank_images,
@@ -81,7 +81,7 @@ CHECKS: dict[str, dict[str, Check]] = {
         "one example": learning.one_example,
         "eight examples": learning.eight_examples,
         "learning rate": steps.learning_rate,
-        "generalises": learning.generalises,
+        "generalizes": learning.generalizes,
         "batch norm gap": norms.batch_norm_gap,
     },
     "machinery": {

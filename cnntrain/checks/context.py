@@ -83,7 +83,7 @@ class Bench:
         return _copy(self._samples[key])
 
     def plain(self, split: str = "train", count: int = SAMPLE) -> Batch:
-        """As `stored`, normalised, in the compute's memory layout, not augmented."""
+        """As `stored`, normalized, in the compute's memory layout, not augmented."""
         return self._laid_out(self.pipeline.plain(self.stored(split, count)))
 
     def augmented(self, count: int = SAMPLE, epoch: int = 0) -> Batch:

@@ -1,7 +1,7 @@
 """Do the declared mirror partners fit the data? A flip that relabels by a wrong pair teaches wrong names.
 
 Three questions: is the map one that undoes itself; do names that tell a side trade with the other side; and does the
-mirrored and relabelled mean shape come back onto the mean shape, nearer than without relabelling, and nearer than with
+mirrored and relabeled mean shape come back onto the mean shape, nearer than without relabeling, and nearer than with
 the partners of any two points exchanged? Exchanging the partners of i and j changes the squared distance by
 2 v . w, where v is the mean way from j to i and w that between their mirrored partners: the two ways agree when the
 pairs are right, and are opposite when they are exchanged. Being ways, they need no common origin, and each is a mean
@@ -40,7 +40,7 @@ class Symmetry:
 
     Attributes:
         shape: (K, 2) mean shape about its middle; mirrored: (K, 2) the same in the mirror, names kept.
-        relabelled, kept: root mean square distance of the mirrored shape from the mean shape, with names traded as
+        relabeled, kept: root mean square distance of the mirrored shape from the mean shape, with names traded as
             the map says, and without.
         change: (K, K) by how much the summed squared distance grows when i and j exchange their partners.
         error: (K, K) standard error of `change`; infinite where too few examples show all four points.
@@ -48,15 +48,15 @@ class Symmetry:
 
     shape: Tensor
     mirrored: Tensor
-    relabelled: float
+    relabeled: float
     kept: float
     change: Tensor
     error: Tensor
 
     def exchanged(self, i: int, j: int) -> float:
-        """`relabelled` as it would be with the partners of i and j exchanged."""
+        """`relabeled` as it would be with the partners of i and j exchanged."""
         count = len(self.shape)
-        return max(self.relabelled**2 + float(self.change[i, j]) / count, 0.0) ** 0.5
+        return max(self.relabeled**2 + float(self.change[i, j]) / count, 0.0) ** 0.5
 
 
 def judge_flip(points: Tensor, visible: Tensor, spec: DataSpec) -> tuple[list[Finding], Symmetry | None]:
@@ -181,7 +181,7 @@ def compare(points: Tensor, visible: Tensor, mirror: Sequence[int]) -> Symmetry:
 def judge_shape(mirror: Sequence[int], symmetry: Symmetry) -> Finding:
     """Whether trading names brings the mirrored mean shape nearer to the mean shape."""
     evidence = (
-        f"the mirrored mean shape lies {symmetry.relabelled:.3f} of its size from the mean shape with names "
+        f"the mirrored mean shape lies {symmetry.relabeled:.3f} of its size from the mean shape with names "
         f"traded, {symmetry.kept:.3f} with names kept"
     )
     if all(partner == i for i, partner in enumerate(mirror)):
@@ -192,7 +192,7 @@ def judge_shape(mirror: Sequence[int], symmetry: Symmetry) -> Finding:
         return Finding(
             "mirror shape", "WARN", f"no two points trade names; {evidence}", cause, remedy, (KEY,)
         )
-    if symmetry.relabelled < symmetry.kept:
+    if symmetry.relabeled < symmetry.kept:
         return Finding("mirror shape", "PASS", evidence)
     cause = "most pairs are wrong, or the shapes have no common upright"
     return Finding(
@@ -211,7 +211,7 @@ def judge_exchanges(names: Sequence[str], mirror: Sequence[int], symmetry: Symme
         i, j = worst_pair(symmetry, wrong)
         evidence = (
             f"{_says(names, mirror, i)}, {_says(names, mirror, j)}: with these partners exchanged the mirrored "
-            f"mean shape lies nearer, {symmetry.exchanged(i, j):.3f} of its size instead of {symmetry.relabelled:.3f}"
+            f"mean shape lies nearer, {symmetry.exchanged(i, j):.3f} of its size instead of {symmetry.relabeled:.3f}"
         )
         pairs = {frozenset((i, mirror[j])), frozenset((j, mirror[i]))}
         better = ", ".join(": ".join(names[k] for k in sorted(pair)) for pair in pairs if len(pair) == 2)

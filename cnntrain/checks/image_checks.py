@@ -1,11 +1,11 @@
-"""Are the images what the network should see? Normalised, laid out rightly, none blank, validation left alone."""
+"""Are the images what the network should see? Normalized, laid out rightly, none blank, validation left alone."""
 
 import contextlib
 
 import torch
 from torch import Tensor, nn
 
-from cnntrain.augment.paint import normalise
+from cnntrain.augment.paint import normalize
 from cnntrain.checks.context import Bench
 from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
 from cnntrain.train.hooks import attached
@@ -15,10 +15,10 @@ NORMAL_MEAN, NORMAL_STD = 0.75, (0.4, 2.0)  # what a channel's mean and deviatio
 ABSURD_MEAN, ABSURD_STD = 1.5, (0.2, 2.2)  # beyond: FAIL
 SMOOTHER = 0.7  # part of the roughness that a right order of the axes leaves
 LOOKED_AT = 1024  # images of a split that are looked at for blank ones
-BLANK = 0.5  # standard deviation of the pixels of a blank image, in grey levels of 255
+BLANK = 0.5  # standard deviation of the pixels of a blank image, in gray levels of 255
 
 
-def normalised_inputs(bench: Bench) -> Finding:
+def normalized_inputs(bench: Bench) -> Finding:
     """What reaches the first layer with weights has about mean 0 and deviation 1 in every channel."""
     batch = bench.plain()
     seen = first_input(bench.model(), batch.images)
@@ -46,14 +46,14 @@ def normalised_inputs(bench: Bench) -> Finding:
     if _is_normal(mean, low, high):
         return passed(evidence)
     if high > 20:
-        cause = "pixels from 0 to 255 reach the network: nothing divides them by 255 and normalises them"
+        cause = "pixels from 0 to 255 reach the network: nothing divides them by 255 and normalizes them"
     elif high > NORMAL_STD[1]:
-        cause = "they are normalised twice, once by the pipeline and once more in the data or the model"
+        cause = "they are normalized twice, once by the pipeline and once more in the data or the model"
     elif float(channels.min()) >= 0 and float(channels.max()) <= 1:
-        cause = "they are on the scale from 0 to 1 and not normalised"
+        cause = "they are on the scale from 0 to 1 and not normalized"
     else:
         cause = "mean and standard deviation are those of other images, or something scales them once more"
-    remedy = "let the pipeline alone normalise: uint8 from the data, true mean and std in its spec, none in the model"
+    remedy = "let the pipeline alone normalize: uint8 from the data, true mean and std in its spec, none in the model"
     absurd = abs(mean) > ABSURD_MEAN or low < ABSURD_STD[0] or high > ABSURD_STD[1]
     return (failed if absurd else warned)(evidence, cause, remedy, "data", "model")
 
@@ -69,9 +69,9 @@ def _is_normal(mean: float, low: float, high: float) -> bool:
 
 
 def _dark_borders(images: Tensor, bench: Bench) -> Tensor:
-    """(N, H, W) bool: rows and columns at the edges of normalised images (N, C, H, W) that are all black."""
+    """(N, H, W) bool: rows and columns at the edges of normalized images (N, C, H, W) that are all black."""
     zero = torch.zeros(1, images.shape[1], 1, 1, device=images.device)
-    dark = (images - normalise(zero, bench.pipeline.mean, bench.pipeline.std)).abs().amax(1) < 1e-3
+    dark = (images - normalize(zero, bench.pipeline.mean, bench.pipeline.std)).abs().amax(1) < 1e-3
     border = torch.zeros_like(dark)
     for dim in (1, 2):
         line = dark.all(3 - dim).int()
@@ -104,7 +104,7 @@ def first_input(model: nn.Module, images: Tensor) -> Tensor | None:
 
 
 def layout(bench: Bench) -> Finding:
-    """Neighbours look alike: no other order of the axes makes the images much smoother."""
+    """Neighbors look alike: no other order of the axes makes the images much smoother."""
     images = bench.stored(count=64).images.float()
     if (images.std(dim=(2, 3)) > 0).sum() < 1:
         return skipped("the images are blank")
@@ -126,7 +126,7 @@ def layout(bench: Bench) -> Finding:
     own = roughness(images)
     cause, other = min(((cause, roughness(each)) for cause, each in others.items()), key=lambda pair: pair[1])
     evidence = (
-        f"neighbours differ by {own:.2f} of the images' deviation; {other:.2f} in another order of the axes"
+        f"neighbors differ by {own:.2f} of the images' deviation; {other:.2f} in another order of the axes"
     )
     if other < SMOOTHER * own:
         return failed(
@@ -136,7 +136,7 @@ def layout(bench: Bench) -> Finding:
 
 
 def roughness(images: Tensor) -> float:
-    """Mean difference of neighbouring pixels of (N, C, H, W), beside the deviation of all of them."""
+    """Mean difference of neighboring pixels of (N, C, H, W), beside the deviation of all of them."""
     down, right = images.diff(dim=2).abs().mean(), images.diff(dim=3).abs().mean()
     return float((down + right) / 2 / images.std().clamp(min=1e-6))
 
@@ -167,7 +167,7 @@ def blank_images(bench: Bench) -> Finding:
 
 
 def validation_is_plain(bench: Bench) -> Finding:
-    """Validation images are the same whenever they are looked at, and only normalised."""
+    """Validation images are the same whenever they are looked at, and only normalized."""
     loader = bench.loaders["val"]
     rows = torch.linspace(0, len(loader) - 1, min(64, len(loader))).round().long().unique()
     first = next(loader.batches(rows, len(rows)))
@@ -216,7 +216,7 @@ def augmentation(bench: Bench) -> Finding:
             for each in (batch, bench.stored(count=128))
         )
         kept = after / before if before else 1.0
-        parts.append(f"{100 * kept:.0f} % of the labelled pixels stay")
+        parts.append(f"{100 * kept:.0f} % of the labeled pixels stay")
     evidence = ", ".join(parts)
     keys = tuple(f"augment.{key}" for key in pipeline.augmentations)
     if blank > 0.05:

@@ -27,7 +27,7 @@ AT_ONCE_BYTES = 1 << 23  # of images that are compared together
 def leakage(bench: Bench) -> Finding:
     """No image of val or test stands in train, neither the same bits nor nearly (other size of file, other quality).
 
-    Near duplicates, mirrored ones too, are found by a difference hash (64 signs between neighbours of the image at
+    Near duplicates, mirrored ones too, are found by a difference hash (64 signs between neighbors of the image at
     9x8) of which at most 4 differ, and confirmed by the correlation of their pixels and of their edges.
     """
     train, looked = _images(bench, "train")
@@ -151,14 +151,14 @@ def exact_hashes(images: Tensor) -> np.ndarray:
 
 
 def difference_hashes(images: Tensor) -> np.ndarray:
-    """(N,) uint64: whether each of 8x8 places is brighter than its right neighbour."""
+    """(N,) uint64: whether each of 8x8 places is brighter than its right neighbor."""
     powers = (np.uint64(1) << np.arange(64, dtype=np.uint64)).astype(np.uint64)
     parts = []
     for part in images.split(CHUNK):
         small = F.interpolate(part.float().mean(1, keepdim=True), (8, 9), mode="area")
         signs = (
             (small.diff(dim=3) < -1.0).flatten(1).numpy().astype(np.uint64)
-        )  # a grey level: noise is no sign
+        )  # a gray level: noise is no sign
         parts.append(signs @ powers)
     return np.concatenate(parts)
 
@@ -171,7 +171,7 @@ def correlation(one: Tensor, other: Tensor) -> Tensor:
 
 
 def edges(images: Tensor) -> Tensor:
-    """Differences to the right and to the lower neighbours, (N, ...) float32.
+    """Differences to the right and to the lower neighbors, (N, ...) float32.
 
     Pictures of one kind (trousers on black) may correlate as copies do; where their edges lie tells them apart.
     """

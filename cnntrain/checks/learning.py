@@ -40,7 +40,7 @@ GAINED = 0.75  # of the loss of the answer that ignores the image: learned well 
 LITTLE = 0.2  # share of what is known of training images that carries over to others: less is nothing,
 UNSURE = 2.0  # where it is within so many standard errors of nothing, too
 MANY_PASSES, MANY_STEPS = 20, 300  # after which something must be known of the images trained on
-ALIKE = 1e-3  # deviation from image to image of normalised pixels
+ALIKE = 1e-3  # deviation from image to image of normalized pixels
 FEWEST_JUDGED = 20  # validation images
 MORE_JUDGED = 2048  # looked at before the worst is said
 
@@ -125,7 +125,7 @@ def _by_heart(bench: Bench, count: int) -> Finding:
     )
 
 
-def generalises(bench: Bench) -> Finding:
+def generalizes(bench: Bench) -> Finding:
     """What a short training learns holds for validation images too, better than without looking at the image."""
     if len(bench.loaders.get("val", ())) < FEWEST_JUDGED:
         return skipped(f"fewer than {FEWEST_JUDGED} validation images")

@@ -100,7 +100,7 @@ def loss_sign(bench: Bench) -> Finding:
     )
     if not math.isfinite(last) or last < floor - SAME - 1e-3 * abs(floor):
         cause = f"the loss falls below the lowest that there is ({floor:.4g}): its sign is flipped"
-        return failed(evidence, cause, "minimise the loss, not its negative", TASK)
+        return failed(evidence, cause, "minimize the loss, not its negative", TASK)
     if after > 0.5 * before and before > 1e-3:
         cause = "lowering the loss does not make the answers right: it compares them with another truth than the metric"
         return failed(evidence, cause, "look at losses() and mistake_score()", TASK)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cnntrain.checks.context import Bench
 from cnntrain.checks.overfit import FP16_SCALE
-from cnntrain.checks.practice import calibrated, distance, practise
+from cnntrain.checks.practice import calibrated, distance, practice
 from cnntrain.checks.verdicts import failed, passed, skipped, some
 from cnntrain.data.loader import StreamLoader
 from cnntrain.train import checkpoint
@@ -36,7 +36,7 @@ def reload(bench: Bench) -> Finding:
         return skipped(BUDGET)
     model = bench.model()
     if not bench.trained:  # what is a function of the seed alone would come back even if it were not saved
-        practise(bench, model, bench.make_optimizer(model), 2)
+        practice(bench, model, bench.make_optimizer(model), 2)
     images = bench.plain(count=IMAGES).images
     with torch.no_grad():
         mine = bench.outputs(model, images)
@@ -89,7 +89,7 @@ def repeat(bench: Bench) -> Finding:
     ends = []
     for _ in range(2):
         model = bench.model()
-        practise(bench, model, bench.make_optimizer(model), STEPS)
+        practice(bench, model, bench.make_optimizer(model), STEPS)
         ends.append(torch.cat([value.detach().flatten().double() for value in model.state_dict().values()]))
     cause = "something is drawn from a generator that is not set before each step: numpy's, Python's or one of its own"
     remedy = "draw with torch's global generator, or from a seed of your own"

@@ -1,4 +1,4 @@
-"""Do normalisation layers say the same of an image in training and in evaluation?"""
+"""Do normalization layers say the same of an image in training and in evaluation?"""
 
 import copy
 import math
@@ -8,7 +8,7 @@ from torch import nn
 
 from cnntrain.checks.context import Bench
 from cnntrain.checks.modes import HASTY
-from cnntrain.checks.practice import practise
+from cnntrain.checks.practice import practice
 from cnntrain.checks.short_training import ShortTraining, batch_of
 from cnntrain.checks.verdicts import failed, passed, skipped, some
 from cnntrain.types import Finding
@@ -33,7 +33,7 @@ def batch_norm_gap(bench: Bench) -> Finding:
     if bench.trained:
         return _gap_of_trained(bench)
     if training is None:
-        practise(bench, model, bench.make_optimizer(model), 2)
+        practice(bench, model, bench.make_optimizer(model), 2)
     return _statistics_move(bench, norms) or _gap(bench, training, len(norms))
 
 

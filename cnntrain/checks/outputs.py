@@ -133,11 +133,11 @@ def output_layer(bench: Bench) -> Finding:
 
 
 def _judge_points(evidence: str, last: str, outputs: Tensor) -> Finding:
-    """Coordinates count from the centre of the canvas: half of them are negative."""
+    """Coordinates count from the center of the canvas: half of them are negative."""
     name = _is(last, POSITIVE | SQUASHED | LOGS)
     if name or (outputs.min() >= 0 and outputs.numel() >= HARDLY_CHANCE):
         cause = f"{'a ' + name if name else 'something'} on the outputs keeps them on one side of zero: "
-        cause += "points left of the centre or above it can't be reached"
+        cause += "points left of the center or above it can't be reached"
         return failed(evidence, cause, "end in a bare dense layer", "model")
     return passed(evidence)
 

@@ -29,7 +29,7 @@ QUICK = 50  # steps for one example, and the root of their number more for sever
 FASTER = 5  # times: what a rate ten times as high must gain for the configured one to count as too low
 SLOWEST = 300  # steps for one example: 168 at most were measured, for heat maps of a narrow U-Net
 FP16_SCALE = 1024.0  # of the loss
-BLANK = 1e-3  # standard deviation over the pixels of a normalised image
+BLANK = 1e-3  # standard deviation over the pixels of a normalized image
 
 
 @dataclass
@@ -105,7 +105,7 @@ def learn_by_heart(
     """Train `model` (in eval mode, norms calibrated) on `batch` until its loss is near the floor.
 
     Args:
-        batch: the examples, normalised, on the device.
+        batch: the examples, normalized, on the device.
         other: examples with other targets, to see whether the answer depends on the image.
         steps: optimizer steps at most.
         allowed_frozen: parameters that are frozen on purpose.
@@ -241,7 +241,7 @@ def judge(trial: Trial, example: str) -> list[Finding]:
             "loss sign", not loss < trial.floor - 1e-4 - abs(trial.floor) * 1e-3,
             f"loss {loss:.4g}, floor {trial.floor:.4g}",
             f"the loss fell below the lowest that there is ({trial.floor:.4g}): its sign is flipped",
-            "minimise the loss, not its negative", ("task",),
+            "minimize the loss, not its negative", ("task",),
         ),
         _finding(
             "steady", trial.jump is None, "no step changed a tensor more than tenfold" if not trial.jump else
@@ -257,7 +257,7 @@ def judge(trial: Trial, example: str) -> list[Finding]:
         _finding(
             "rectifiers", not trial.dead, f"{len(set(trial.dead))} dead layers",
             f"every ReLU is dead (zero for every image) in {_names(sorted(set(trial.dead)))}",
-            "look at the initialisation and the biases before it", ("model.init",),
+            "look at the initialization and the biases before it", ("model.init",),
         ),
         _finding(
             "logits", trial.reached_at is not None or not trial.probabilities, "outputs are no probabilities",
@@ -290,7 +290,7 @@ def _learned(trial: Trial) -> Finding:
         known = f", the loss of an answer that knows nothing ({trial.uninformed:.4g})"
         near = abs(loss - trial.uninformed) < 0.1 * max(trial.uninformed, 1e-9)
         cause = f"the loss is stuck at {loss:.4g}{known if near else ''}"
-        remedy = "try another optimizer.lr; look at the initialisation and at what forward() returns"
+        remedy = "try another optimizer.lr; look at the initialization and at what forward() returns"
     else:
         cause = f"the loss falls, but slowly: {loss:.4g} after {steps} steps"
         remedy = "raise optimizer.lr (or overfit.steps)"

@@ -32,7 +32,7 @@ def calibrated(bench: Bench, images: Tensor) -> nn.Module:
     return model
 
 
-def practise(
+def practice(
     bench: Bench,
     model: nn.Module,
     optimizer: Optimizer,
@@ -66,10 +66,10 @@ def practise(
     return losses
 
 
-def practised(bench: Bench, images: Tensor, steps: int) -> nn.Module:
+def practiced(bench: Bench, images: Tensor, steps: int) -> nn.Module:
     """A calibrated copy after a few careful steps: what starts at zero has left it, whatever the learning rate."""
     model = bench.model()
-    practise(bench, model, torch.optim.Adam(trainable(model).values(), lr=CAREFUL), steps)
+    practice(bench, model, torch.optim.Adam(trainable(model).values(), lr=CAREFUL), steps)
     if not bench.trained:
         calibrate_norms(model, images)
     return model

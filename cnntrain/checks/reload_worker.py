@@ -1,6 +1,6 @@
 """Answer images with saved weights, in a process that knows nothing else, for `cnntrain check reload`.
 
-`python -m cnntrain.checks.reload_worker CHECKPOINT IMAGES OUT`: IMAGES holds normalised images
+`python -m cnntrain.checks.reload_worker CHECKPOINT IMAGES OUT`: IMAGES holds normalized images
 (N, C, H, W), OUT will hold the outputs.
 """
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.checks.context import Bench
-from cnntrain.checks.practice import calibrated, difference, few, generator, practised
+from cnntrain.checks.practice import calibrated, difference, few, generator, practiced
 from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
 from cnntrain.checks.watch import Weighted, alive_units, signal, signals
 from cnntrain.types import Finding
@@ -34,7 +34,7 @@ def initial_loss(bench: Bench) -> Finding:
     """The first loss is near that of an answer that knows nothing.
 
     The band: a network at random need not answer nothing, but outputs drawn at random with a standard deviation of 3
-    already cost more than any usual initialisation does.
+    already cost more than any usual initialization does.
     """
     if bench.trained:
         return skipped(TRAINED)
@@ -49,12 +49,12 @@ def initial_loss(bench: Bench) -> Finding:
     evidence = f"loss {loss:.4g}; knowing nothing costs {uninformed:.4g}, outputs at random up to {high:.4g}"
     if not math.isfinite(loss):
         cause = f"the loss is {loss} before any step: a division by zero, or weights far too large"
-        return failed(evidence, cause, "look at the initialisation and the inputs", INIT, "model")
+        return failed(evidence, cause, "look at the initialization and the inputs", INIT, "model")
     if high <= uninformed or loss <= high:  # a loss with its sign flipped: `loss sign` says so
         return passed(evidence)
     deviation = float(outputs.std())
     cause = f"the initial weights are {'far ' if loss > absurd else ''}too large: outputs deviate by {deviation:.3g}"
-    remedy = "initialise smaller (model.init=he), above all the last layer; look at the inputs' scale"
+    remedy = "initialize smaller (model.init=he), above all the last layer; look at the inputs' scale"
     return (failed if loss > absurd else warned)(evidence, cause, remedy, INIT, "model")
 
 
@@ -73,7 +73,7 @@ def answers_differ(bench: Bench) -> Finding:
     with torch.no_grad():
         share, after = difference(calibrated(bench, images)(images)), ""
     if share <= WEAK:
-        model = practised(bench, images, STEPS)
+        model = practiced(bench, images, STEPS)
         with torch.no_grad():
             share, after = max(share, difference(model(images))), f" (after {STEPS} steps)"
     evidence = f"answers differ by {share:.2g} of their size over {len(images)} images{after}"
@@ -98,7 +98,7 @@ def activations(bench: Bench) -> Finding:
     images = bench.plain(count=few(bench, IMAGES)).images
     found = signals(calibrated(bench, images), images)
     if found and min(found.values()) == 0:  # behind a branch that starts at nothing
-        found = signals(practised(bench, images, STEPS), images)
+        found = signals(practiced(bench, images, STEPS), images)
     if not found:
         evidence = "no layer has a weight other than zero"
         return failed(evidence, ALL_ZERO, "draw them at random: model.init=he", INIT)
@@ -123,11 +123,11 @@ def activations(bench: Bench) -> Finding:
         return failed(evidence, cause, "look at what forward() gives it", "model")
     if growth > GROWTH:
         cause = f"activations explode, most in {_steepest(names, values, 1)}: weights too large"
-        remedy = "initialise smaller (model.init=he), or put norms between"
+        remedy = "initialize smaller (model.init=he), or put norms between"
         return (failed if growth > ABSURD_GROWTH else warned)(evidence, cause, remedy, INIT)
     if growth < DECAY:
         cause = f"activations die with depth, most in {_steepest(names, values, -1)}: weights too small"
-        remedy = "initialise larger (model.init=he), or put norms between"
+        remedy = "initialize larger (model.init=he), or put norms between"
         return (failed if growth < ABSURD_DECAY else warned)(evidence, cause, remedy, INIT)
     return passed(evidence)
 
@@ -169,7 +169,7 @@ def pixels_seen(bench: Bench) -> Finding:
     images = bench.plain(count=few(bench, IMAGES)).images
     look = _look(calibrated(bench, images), images)
     if look is None or look[0] < SEEN_IN_ALL[1] or look[1] < SEEN_IN_ONE[1]:
-        again = _look(practised(bench, images, STEPS), images)
+        again = _look(practiced(bench, images, STEPS), images)
         look = again if look is None or again is None else (*map(max, look[:2], again[:2]), *again[2:])
     remedy = "look for what overwrites, crops or pools away the image"
     if look is None:

@@ -48,7 +48,7 @@ def points(bench: Bench) -> Finding:
     examples = bench.loaders["train"].examples
     where, visible = examples.targets["points"].float(), examples.targets["visible"].bool()
     if not visible.any():
-        return failed("no point of any training example is visible", "they are unlabelled, or all lie outside their "
+        return failed("no point of any training example is visible", "they are unlabeled, or all lie outside their "
                       "images (other units than pixels?)", "look at them: cnntrain preview", "data")  # fmt: skip
     height, width = bench.spec.image_size
     seen = where[visible]
@@ -59,17 +59,17 @@ def points(bench: Bench) -> Finding:
         f"{high[1]:.0f} of {height} px"
     )
     if float((high - low).max()) < TINY * max(height, width):
-        cause = "all points lie in one spot: they are not in pixels (from 0 to 1, or from -1 to 1: normalised already)"
+        cause = "all points lie in one spot: they are not in pixels (from 0 to 1, or from -1 to 1: normalized already)"
         return failed(evidence, cause, "give them in pixels of the image; the task scales them", "data")
     mirror = bench.spec.mirror
     if mirror is not None and len(where) >= FEWEST_EXAMPLES and len(mirror) == len(bench.spec.keypoints):
-        upright, lying = (compare(each, visible, mirror).relabelled for each in (where, where.flip(-1)))
+        upright, lying = (compare(each, visible, mirror).relabeled for each in (where, where.flip(-1)))
         evidence += f"; mirrored shapes fit to {upright:.2f}, with x and y exchanged to {lying:.2f}"
         if lying < 0.5 * upright:
             return failed(evidence, "the points are (y, x): the shapes are symmetric about a level line",
                           "exchange the two columns", "data")  # fmt: skip
     if share < 0.5:
-        cause = "most points are unlabelled or lie outside their images"
+        cause = "most points are unlabeled or lie outside their images"
         return warned(evidence, cause, "look at them: cnntrain preview", "data")
     return passed(evidence)
 
@@ -82,26 +82,28 @@ def masks(bench: Bench) -> Finding:
     names, ignore = bench.spec.classes, bench.spec.ignore_index
     counts = torch.bincount(batch.targets["mask"].flatten().long().cpu(), minlength=256)
     total = int(counts.sum())
-    unlabelled = int(counts[ignore]) if ignore is not None else 0
+    unlabeled = int(counts[ignore]) if ignore is not None else 0
     if ignore is not None:
         counts[ignore] = 0
     unknown = [i for i in counts.nonzero().flatten().tolist() if i >= len(names)]
-    evidence = f"{len(names)} classes in {len(batch)} masks, {100 * unlabelled / total:.0f} % of the pixels unlabelled"
+    evidence = (
+        f"{len(names)} classes in {len(batch)} masks, {100 * unlabeled / total:.0f} % of the pixels unlabeled"
+    )
     if unknown:
         return failed(evidence, f"ids {some([str(i) for i in unknown])} are no classes",
                       "name them in data.classes, or map them to data.ignore_index", "data.classes")  # fmt: skip
-    if total == unlabelled:
+    if total == unlabeled:
         return failed(
-            evidence, "no pixel is labelled", "look at data.ignore_index and the masks", "data.ignore_index"
+            evidence, "no pixel is labeled", "look at data.ignore_index and the masks", "data.ignore_index"
         )
     missing = [names[i] for i in range(len(names)) if counts[i] == 0]
     if missing:
         return warned(
             evidence, f"no pixel of {some(missing)}", "look whether these classes are there at all", "data"
         )
-    if unlabelled > 0.9 * total:
+    if unlabeled > 0.9 * total:
         return warned(
-            evidence, "hardly anything is labelled", "look at data.ignore_index and the masks", "data"
+            evidence, "hardly anything is labeled", "look at data.ignore_index and the masks", "data"
         )
     return passed(evidence)
 

@@ -63,7 +63,7 @@ def alive_units(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """For each rectifier, by its layer's name, which of its units (channels) give more than zero for any image.
 
     Args:
-        images: (N, C, H, W) normalised.
+        images: (N, C, H, W) normalized.
     """
     with naming(model) as stack, _RectifierWatch(lambda: stack[-1]) as watch:
         model(images)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cnntrain.checks.context import Bench
-from cnntrain.checks.practice import practise, trainable
+from cnntrain.checks.practice import practice, trainable
 from cnntrain.checks.verdicts import failed, passed, some, warned
 from cnntrain.checks.watch import Weighted, gradient_cut, never_called
 from cnntrain.types import Finding
@@ -147,7 +147,7 @@ def gradients(bench: Bench) -> Finding:
             if parameter.grad is not None:
                 largest[name] = max(largest[name] or 0.0, float(parameter.grad.abs().max()))
 
-    losses = practise(bench, model, built, STEPS, look)
+    losses = practice(bench, model, built, STEPS, look)
     absent = [name for name, size in largest.items() if size is None]
     zero = [name for name, size in largest.items() if size == 0]
     count = len(parameters) - len(absent) - len(zero)
@@ -161,7 +161,7 @@ def gradients(bench: Bench) -> Finding:
         return failed(evidence, cause, "lower optimizer.lr; see initial loss", "optimizer.lr")
     if zero:
         cause = f"the gradient of {some(zero)} is exactly zero: dead ReLUs or weights of zero lie behind"
-        return failed(evidence, cause, "see dead units; look at the initialisation", "model", "model.init")
+        return failed(evidence, cause, "see dead units; look at the initialization", "model", "model.init")
     rates = _rates(built)
     still = [
         name

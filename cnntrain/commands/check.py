@@ -1,4 +1,4 @@
-"""Judge a set-up before the time is spent: data, initialisation, wiring, learning, machinery; exit code 1 on any FAIL.
+"""Judge a set-up before the time is spent: data, initialization, wiring, learning, machinery; exit code 1 on any FAIL.
 
 `cnntrain check model=... data=...` runs every check that fits, in about a minute for a small network on a CPU
 (`check.budget_s`), and prints each one's verdict, the numbers it rests on, the likely cause and the remedy. `cnntrain
@@ -142,7 +142,7 @@ def _judge(
             progress.update(bar, advance=1, description=f"checked {finding.name}")
 
         findings = run_checks(bench, chosen, tell)
-    report = summarise(findings)
+    report = summarize(findings)
     for row in report["findings"]:
         row["seconds"] = seconds[row["name"]]
     run_folder.write_json("run.json", provenance(command_line))
@@ -184,7 +184,7 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
         points, visible = points[rows], visible[rows]
     findings, symmetry = judge_flip(points, visible, spec)
     data = settings.choices["data"]
-    report = {"check": "flip", "data": data, "examples": len(points), **summarise(findings)}
+    report = {"check": "flip", "data": data, "examples": len(points), **summarize(findings)}
     mirror = enumerate(spec.mirror or ())
     report["pairs"] = [
         [spec.keypoints[i], spec.keypoints[k]] for i, k in mirror if i < k < len(spec.keypoints)
@@ -201,7 +201,7 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     return {**report, "run_dir": str(run_folder.path)}
 
 
-def summarise(findings: list[Finding]) -> dict[str, Any]:
+def summarize(findings: list[Finding]) -> dict[str, Any]:
     """The verdict of all findings together, and the line that tells why."""
     for verdict in ("FAIL", "WARN"):
         if found := [finding for finding in findings if finding.verdict == verdict]:

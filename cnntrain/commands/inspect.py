@@ -15,7 +15,7 @@ from cnntrain.config.compose import expand_grid, read_settings
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
 from cnntrain.report.console import console, log_to_console
-from cnntrain.summary.layer_table import Anatomy, analyse
+from cnntrain.summary.layer_table import Anatomy, analyze
 from cnntrain.summary.preflight import preflight
 from cnntrain.summary.report import report
 from cnntrain.train.run_dir import open_run_folder
@@ -73,7 +73,7 @@ def open_network(settings: Settings) -> Anatomy:
         if finding.verdict == "FAIL":
             raise UserError(f"{finding.evidence}\n{size_remedy(finding.remedy, 'inspect.image_size', True)}")
         log.warning("%s: %s", finding.evidence, finding.remedy)
-    return analyse(make, (channels, *image_size), name)
+    return analyze(make, (channels, *image_size), name)
 
 
 def square(size: int | list[int]) -> tuple[int, int]:

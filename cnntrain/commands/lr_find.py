@@ -47,7 +47,7 @@ def lr_find(settings: Settings, command_line: str = "") -> dict[str, Any]:
         plan, _, _ = build_training_parts(assembly, data)
         with open_run_folder(folder, f"lr-find-{settings.label}") as run_folder:
             test = try_learning_rates(assembly, data, plan, stop)
-            report = summarise(test, configured)
+            report = summarize(test, configured)
             run_folder.write_json("run.json", provenance(command_line))
             run_folder.write_json("lr_find.json", report)
             if settings.log.pictures:
@@ -65,7 +65,7 @@ def lr_find(settings: Settings, command_line: str = "") -> dict[str, Any]:
     return {**report, "run_dir": str(run_folder.path)}
 
 
-def summarise(test: RangeTest, configured: Any) -> dict[str, Any]:
+def summarize(test: RangeTest, configured: Any) -> dict[str, Any]:
     return {
         "suggestion": test.suggestion,
         "steepest": test.steepest,

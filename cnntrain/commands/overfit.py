@@ -97,7 +97,7 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
         findings = judge(trial, example)
         if all(finding.verdict != "FAIL" for finding in findings):
             findings.append(judge_pace(trial, len(batch), attempt_faster, settings.overfit.strict))
-        report = summarise(trial, findings, example, measure(assembly, batch))
+        report = summarize(trial, findings, example, measure(assembly, batch))
         run_folder.write_json("overfit.json", report)
         if settings.log.pictures:
             title = f"{report['verdict']}: {example}"
@@ -163,7 +163,7 @@ def measure(assembly: Assembly, batch: Batch) -> dict[str, float]:
     return {name: value for name, value in meter.compute().items() if name != "loss"}
 
 
-def summarise(
+def summarize(
     trial: Trial, findings: list[Finding], example: str, metrics: dict[str, float]
 ) -> dict[str, Any]:
     wrong = next((f for verdict in ("FAIL", "WARN") for f in findings if f.verdict == verdict), None)

@@ -2,7 +2,7 @@
 
 `cnntrain predict checkpoint=RUN images=FILE|FOLDER`. Images of any size and mode are brought onto the canvas as in
 training; the data set itself is not needed. Points are given in pixels of the image as it is seen upright (after its
-EXIF orientation), x to the right and y down, the first pixel's centre at 0. Masks have the image's own size; what the
+EXIF orientation), x to the right and y down, the first pixel's center at 0. Masks have the image's own size; what the
 network did not see gets the ignore id. Writes predictions.csv, predictions.json, masks/ and figures/.
 """
 

@@ -2,7 +2,7 @@
 
 `cnntrain preview data=... augment=...` draws the same few images, plain in the first column and as the first epochs of
 a training with this seed would show them in the others: keypoints named and joined, masks laid over the images. For
-keypoints a second picture shows the flip with names, plain beside mirrored and relabelled. PNG, and TensorBoard
+keypoints a second picture shows the flip with names, plain beside mirrored and relabeled. PNG, and TensorBoard
 images in the run folder. `preview.images=3 preview.epochs=8` draws other numbers of them. No network is built.
 """
 

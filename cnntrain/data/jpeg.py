@@ -1,6 +1,6 @@
 """Plain JPEGs read by libjpeg-turbo alone: for small ones Pillow takes five times as long to come to the same pixels.
 
-Plain: grey or YCbCr, and nothing in it that might turn the image. All else, and what is damaged, is left to Pillow.
+Plain: gray or YCbCr, and nothing in it that might turn the image. All else, and what is damaged, is left to Pillow.
 """
 
 import os
@@ -15,7 +15,7 @@ from cnntrain.data.spans import Span
 LARGEST_FILE = 1 << 26  # bytes: a larger one is not read whole
 # EXIF 2.32, section 4.7.2; XMP part 3, section 1.1.3.
 MAY_TURN = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
-COLOURS = {"Gray": "GRAY", "YCbCr": "RGB"}
+COLORS = {"Gray": "GRAY", "YCbCr": "RGB"}
 
 
 class PlainJpeg(NamedTuple):
@@ -24,7 +24,7 @@ class PlainJpeg(NamedTuple):
     content: bytes
     width: int
     height: int
-    colours: str
+    colors: str
 
     def pixels(self) -> np.ndarray:
         """uint8 (height, width), or (height, width, 3) of RGB.
@@ -32,8 +32,8 @@ class PlainJpeg(NamedTuple):
         Raises:
             ValueError: it is damaged, however little.
         """
-        decoded = decode_jpeg(self.content, self.colours)
-        return decoded[:, :, 0] if self.colours == "GRAY" else decoded
+        decoded = decode_jpeg(self.content, self.colors)
+        return decoded[:, :, 0] if self.colors == "GRAY" else decoded
 
 
 def plain_jpeg(span: Span) -> PlainJpeg | None:
@@ -57,4 +57,4 @@ def plain_jpeg(span: Span) -> PlainJpeg | None:
     if not content.startswith(b"\xff\xd8\xff") or any(mark in content for mark in MAY_TURN):
         return None
     height, width, space, _ = decode_jpeg_header(content)
-    return PlainJpeg(content, int(width), int(height), COLOURS[space]) if space in COLOURS else None
+    return PlainJpeg(content, int(width), int(height), COLORS[space]) if space in COLORS else None

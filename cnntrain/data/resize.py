@@ -1,6 +1,6 @@
 """Where an image of any size lies on the canvas, and the matrix that says so.
 
-Coordinates are (x, y) at pixel centres: the first pixel's centre is 0. Resizing by s keeps edges on edges, so
+Coordinates are (x, y) at pixel centers: the first pixel's center is 0. Resizing by s keeps edges on edges, so
 that x' = (x + 0.5) s - 0.5. Boxes count from the image's edge: the whole image is (0, 0, width, height).
 """
 
@@ -31,7 +31,7 @@ class Placement:
     height: int
 
     def matrix(self) -> Tensor:
-        """(3, 3) float64, from source to canvas pixel centres."""
+        """(3, 3) float64, from source to canvas pixel centers."""
         return _matrix(self).clone()
 
     def reduced(self, divisor: int) -> "Placement":
@@ -59,7 +59,7 @@ def place(
 
     `letterbox` shows all of it with borders, `short_side` fills the canvas and cuts what stands over at both
     ends, `stretch` fills it and changes the aspect. A given `box` is widened to the canvas's aspect instead,
-    around its centre, and fills the canvas.
+    around its center, and fills the canvas.
     """
     canvas_height, canvas_width = canvas
     if box is not None:

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of training images, for normalising."""
+"""Mean and standard deviation of training images, for normalizing."""
 
 import math
 from collections.abc import Iterator

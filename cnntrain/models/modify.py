@@ -59,7 +59,7 @@ def prepare(
     if weights is not None:
         model.pretrained_from = weights.name  # type: ignore[assignment]
     if init != "default":
-        initialise(model, init)
+        initialize(model, init)
     if weights is not None:
         new = load_pretrained(model, weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size)
     if freeze is not None:
@@ -95,7 +95,7 @@ def _check_same_parts(
         )  # fmt: skip
 
 
-def materialise(model: nn.Module, channels: int, image_size: tuple[int, int]) -> None:
+def materialize(model: nn.Module, channels: int, image_size: tuple[int, int]) -> None:
     """Give torch's lazy layers (`nn.LazyLinear`) their shapes, by two black images of `image_size` (height, width).
 
     Raises:
@@ -115,7 +115,7 @@ def materialise(model: nn.Module, channels: int, image_size: tuple[int, int]) ->
     model.train(mode)
 
 
-def initialise(model: nn.Module, init: str) -> None:
+def initialize(model: nn.Module, init: str) -> None:
     """Reinitialize the weights of every convolution and dense layer and set biases to 0; norms are unchanged.
 
     he: N(0, 2 / fan_in) (He et al. 2015); xavier: uniform, variance 2 / (fan_in + fan_out) (Glorot and Bengio

@@ -9,7 +9,7 @@ from cnntrain.errors import UserError, suggest
 
 
 class LayerNorm(nn.GroupNorm):
-    """Normalises each example over all its channels and pixels, with a scale and shift per channel.
+    """Normalizes each example over all its channels and pixels, with a scale and shift per channel.
 
     Source: Ba et al. 2016 for convolutions, as in Wu and He 2018, figure 2: it knows no image size.
     """

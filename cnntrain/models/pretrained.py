@@ -397,13 +397,13 @@ def first_conv_name(model: nn.Module) -> str | None:
 def adapt_first_conv(weight: Tensor, in_channels: int) -> Tensor:
     """Filters for images of other channels: (O, 3, K, K) -> (O, in_channels, K, K).
 
-    One channel: the sum over colour, which is what the filters answer to a grey image written three times.
-    Otherwise the colours in turn, scaled by 3 / in_channels so that the answers keep their size.
+    One channel: the sum over color, which is what the filters answer to a gray image written three times.
+    Otherwise the colors in turn, scaled by 3 / in_channels so that the answers keep their size.
     """
-    colours = weight.shape[1]
-    if in_channels == colours:
+    colors = weight.shape[1]
+    if in_channels == colors:
         return weight
     if in_channels == 1:
         return weight.sum(dim=1, keepdim=True)
-    repeated = weight.repeat(1, -(-in_channels // colours), 1, 1)[:, :in_channels]
-    return repeated * (colours / in_channels)
+    repeated = weight.repeat(1, -(-in_channels // colors), 1, 1)[:, :in_channels]
+    return repeated * (colors / in_channels)

@@ -119,9 +119,9 @@ class ResNet(nn.Module):
         self.layer4, channels = _stage(block, channels, 512, _BLOCKS[depth][3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_outputs)
-        self._initialise(zero_init_last_norm)
+        self._initialize(zero_init_last_norm)
 
-    def _initialise(self, zero_init_last_norm: bool) -> None:
+    def _initialize(self, zero_init_last_norm: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

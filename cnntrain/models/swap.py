@@ -37,7 +37,7 @@ def swap_norm(model: nn.Module, norm: str) -> None:
     LRN, which learns nothing, stays. With 'none' a convolution that had no bias still has none.
 
     Raises:
-        UserError: an unknown name, or a network without norms, or with layer norms: those normalise the last
+        UserError: an unknown name, or a network without norms, or with layer norms: those normalize the last
             dimensions, whatever they are, and what stands there may be no channels.
     """
     make_norm(norm, 1)

@@ -13,7 +13,7 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
     """A classification model of torchvision: (N, C, H, W) -> (N, num_outputs), with fresh weights.
 
     GoogLeNet and Inception come without their auxiliary heads, and without `transform_input`: they answer
-    with a plain tensor, to images normalised as all others.
+    with a plain tensor, to images normalized as all others.
 
     Args:
         name: as `torchvision.models.list_models` has it, e.g. mobilenet_v2.

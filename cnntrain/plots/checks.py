@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cnntrain.plots.images import COLOURS, new_figure, style
+from cnntrain.plots.images import COLORS, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +29,7 @@ def draw_curves(curves: Mapping[str, Lines]) -> Figure:
             ax.set_axis_off()
         for ax, (title, lines) in zip(axes, curves.items(), strict=False):
             for number, (label, (x, y)) in enumerate(lines.items()):
-                ax.plot(x, y, color=COLOURS[number % len(COLOURS)], label=label, linewidth=1.3)
+                ax.plot(x, y, color=COLORS[number % len(COLORS)], label=label, linewidth=1.3)
             xs = [value for x, _ in lines.values() for value in x]
             ys = [value for _, y in lines.values() for value in y]
             if 0 not in xs and _wide(xs):

@@ -14,7 +14,7 @@ from torch import Tensor
 from cnntrain.io import safe_files as files
 from cnntrain.plots.images import (
     BAD,
-    COLOURS,
+    COLORS,
     GOOD,
     INK,
     SOFT,
@@ -25,7 +25,7 @@ from cnntrain.plots.images import (
     shorten,
     style,
     survive_drawing,
-    unnormalise,
+    unnormalize,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ __all__ = [
     "save",
     "sign",
     "survive_drawing",
-    "unnormalise",
+    "unnormalize",
 ]
 
 # Not curves of learning: counters and rates of the machine.
@@ -90,12 +90,12 @@ def curves(
             for key in metrics[name]:
                 values = [_number(row.get(key)) for row in rows]
                 part = key.split("/", 1)[0] if "/" in key else ""
-                colour = {"train": COLOURS[5], "val": COLOURS[1]}.get(part, COLOURS[0])
+                color = {"train": COLORS[5], "val": COLORS[1]}.get(part, COLORS[0])
                 marker = "o" if len(rows) <= 20 else None
                 if key == "lr" and rate_at is not None:
-                    ax.plot(*rates_by_step(rows, rate_at), color=colour)
+                    ax.plot(*rates_by_step(rows, rate_at), color=color)
                     continue
-                ax.plot(epochs, values, color=colour, marker=marker, markersize=3.5, label=part or None)
+                ax.plot(epochs, values, color=color, marker=marker, markersize=3.5, label=part or None)
             _finish_panel(ax, name, [_number(row.get(key)) for key in metrics[name] for row in rows])
             if best is not None and name != "lr":
                 ax.axvline(best, color=SOFT, linewidth=0.9, linestyle=":")
@@ -177,16 +177,16 @@ def learning(losses: Sequence[float], lowest: float, uninformed: float, title: s
         ax = figure.subplots()
         ax.axhline(
             uninformed,
-            color=COLOURS[1],
+            color=COLORS[1],
             linestyle="--",
             linewidth=1.1,
             label=f"knows nothing {uninformed:.3f}",
         )
         if lowest > 0:
             ax.axhline(
-                lowest, color=COLOURS[2], linestyle="--", linewidth=1.1, label=f"lowest there is {lowest:.3f}"
+                lowest, color=COLORS[2], linestyle="--", linewidth=1.1, label=f"lowest there is {lowest:.3f}"
             )
-        ax.plot(range(len(losses)), losses, color=COLOURS[0], label="loss")  # after so many steps
+        ax.plot(range(len(losses)), losses, color=COLORS[0], label="loss")  # after so many steps
         known = [value for value in losses if math.isfinite(value)]
         if known and max(known) > 30 * max(min(known), 1e-12):
             ax.set_yscale("log")
@@ -199,8 +199,8 @@ def learning(losses: Sequence[float], lowest: float, uninformed: float, title: s
 def batch_grid(
     images: Tensor, captions: Sequence[str], mean: Sequence[float], std: Sequence[float], title: str = ""
 ) -> Figure:
-    """A batch as the network sees it: (N, C, H, W) normalised floats, shown on the 0-1 scale."""
-    return image_grid(unnormalise(images, mean, std), captions, title=title)
+    """A batch as the network sees it: (N, C, H, W) normalized floats, shown on the 0-1 scale."""
+    return image_grid(unnormalize(images, mean, std), captions, title=title)
 
 
 def sign(figure: Figure, split: str) -> Figure:
@@ -213,7 +213,7 @@ def filters(weight: Tensor, title: str = "First layer's filters", limit: int = 6
     """Kernels of a first convolution, each on its own scale around zero (gray).
 
     Args:
-        weight: (out, in, kH, kW); three input channels show as colour, others as gray, averaged.
+        weight: (out, in, kH, kW); three input channels show as color, others as gray, averaged.
         limit: show at most so many.
     """
     kernels = weight.detach().float().cpu()[:limit]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cnntrain.checks.flip import SURE, Symmetry, worst_pair
-from cnntrain.plots.images import BAD, COLOURS, INK, SOFT, new_figure, shorten, style
+from cnntrain.plots.images import BAD, COLORS, INK, SOFT, new_figure, shorten, style
 from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def draw_symmetry(symmetry: Symmetry, spec: DataSpec, title: str) -> Figure:
     """The mean shape as rings and its mirror image as dots, joined by name: names kept, and names traded."""
     assert spec.mirror is not None
     shape, mirrored = symmetry.shape.numpy(), symmetry.mirrored.numpy()
-    panels = {"mirrored, names kept": mirrored, "mirrored and relabelled": mirrored[list(spec.mirror)]}
+    panels = {"mirrored, names kept": mirrored, "mirrored and relabeled": mirrored[list(spec.mirror)]}
     reach = abs(shape).max() * 1.25
     faulty: set[int] = set()
     upper = torch.ones_like(symmetry.change, dtype=torch.bool).triu(1)
@@ -32,9 +32,9 @@ def draw_symmetry(symmetry: Symmetry, spec: DataSpec, title: str) -> Figure:
             for a, b in spec.skeleton:
                 ax.plot(*shape[[a, b]].T, color="#d5dae0", linewidth=1.2, zorder=1)
             for k, (start, end) in enumerate(zip(shape, other, strict=True)):
-                colour = BAD if k in faulty else COLOURS[4]
+                color = BAD if k in faulty else COLORS[4]
                 ax.plot(
-                    [start[0], end[0]], [start[1], end[1]], color=colour, linewidth=1.3, alpha=0.8, zorder=2
+                    [start[0], end[0]], [start[1], end[1]], color=color, linewidth=1.3, alpha=0.8, zorder=2
                 )
                 if names_fit or k in faulty:
                     look: dict[str, Any] = {
@@ -54,8 +54,8 @@ def draw_symmetry(symmetry: Symmetry, spec: DataSpec, title: str) -> Figure:
                 zorder=3,
                 label="mean shape",
             )
-            ax.scatter(*other.T, s=13, color=COLOURS[0], zorder=4, label="in the mirror")
-            distance = symmetry.kept if other is mirrored else symmetry.relabelled
+            ax.scatter(*other.T, s=13, color=COLORS[0], zorder=4, label="in the mirror")
+            distance = symmetry.kept if other is mirrored else symmetry.relabeled
             ax.set_title(f"{caption}: {distance:.3f} apart")
             ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal", xticks=[], yticks=[])
             for spine in ax.spines.values():

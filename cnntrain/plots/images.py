@@ -22,8 +22,8 @@ log = logging.getLogger("cnntrain")
 
 INK, SOFT, GRID = "#1f2933", "#66727f", "#e4e8ec"
 GOOD, BAD = "#1a7f4b", "#c62f2f"
-# Okabe and Ito's colours, told apart with any colour vision; then darker kin for more lines.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#4d4d4d")
+# Okabe and Ito's colors, told apart with any color vision; then darker kin for more lines.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#4d4d4d")
 
 STYLE: dict[str, Any] = {
     "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
@@ -71,8 +71,8 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def unnormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """(N, C, H, W) normalised floats -> (N, H, W, 3) in 0-1 as the eye sees them.
+def unnormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """(N, C, H, W) normalized floats -> (N, H, W, 3) in 0-1 as the eye sees them.
 
     One channel becomes gray; of more than three, the first three are shown; two get an empty third.
     """
@@ -96,7 +96,7 @@ def grid_shape(count: int, aspect: float = 1.0, columns: int | None = None) -> t
 def image_grid(
     images: np.ndarray,
     captions: Sequence[str] = (),
-    colours: Sequence[str] = (),
+    colors: Sequence[str] = (),
     title: str = "",
     columns: int | None = None,
     overlay: Callable[[Axes, int], None] | None = None,
@@ -107,7 +107,7 @@ def image_grid(
     Args:
         images: (N, H, W, 3) in 0-1 or (N, H, W, 3) uint8.
         captions: N texts, or none; long lines are cut to what fits the cell.
-        colours: N colours of the captions and frames.
+        colors: N colors of the captions and frames.
         columns: null lets the figure be about 3:2.
         overlay: draws more on the axes of image i.
         cell: a picture's height in inches.
@@ -132,12 +132,12 @@ def image_grid(
                 ax.axis("off")
                 continue
             ax.imshow(images[i], interpolation="nearest" if max(height, width) < 100 else "antialiased")
-            colour = colours[i] if colours else INK
+            color = colors[i] if colors else INK
             for spine in ax.spines.values():
-                spine.set(visible=True, color=colour if colour in (GOOD, BAD) else "#b8c1ca", linewidth=0.8)
+                spine.set(visible=True, color=color if color in (GOOD, BAD) else "#b8c1ca", linewidth=0.8)
             if captions:
                 text = "\n".join(shorten(line, int(cell_width * 14)) for line in captions[i].split("\n"))
-                ax.set_title(text, fontsize=7.5, color=colour, loc="center", pad=2.5, fontweight="normal")
+                ax.set_title(text, fontsize=7.5, color=color, loc="center", pad=2.5, fontweight="normal")
             if overlay is not None:
                 overlay(ax, i)
         if title:
@@ -148,7 +148,7 @@ def image_grid(
 def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str = "Confusion matrix") -> Figure:
     """How often each true class (row) was taken for each class (column).
 
-    Cells are coloured by their share of the row, the diagonal in blue and mistakes in red, so that a rare
+    Cells are colored by their share of the row, the diagonal in blue and mistakes in red, so that a rare
     mistake is seen beside a good diagonal. Up to 25 classes the counts are written too, or the shares where
     a count reaches 10,000.
 
@@ -205,13 +205,13 @@ def ranking_curves(scores: Tensor, positive: Tensor, name: str) -> Figure:
         left, right = figure.subplots(1, 2)
         left.plot([0, 1], [0, 1], "--", color=SOFT, linewidth=1, label="chance 0.5")
         left.plot(
-            false_rate, true_rate, color=COLOURS[0], label=f"area {ranking.roc_auc(scores, positive):.4f}"
+            false_rate, true_rate, color=COLORS[0], label=f"area {ranking.roc_auc(scores, positive):.4f}"
         )
         left.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
         right.axhline(base_rate, linestyle="--", color=SOFT, linewidth=1, label=f"chance {base_rate:.2f}")
         area = ranking.average_precision(scores, positive)
         right.plot(
-            recall, precision, color=COLOURS[1], drawstyle="steps-pre", label=f"average precision {area:.4f}"
+            recall, precision, color=COLORS[1], drawstyle="steps-pre", label=f"average precision {area:.4f}"
         )
         right.set(xlabel=f"recall of {shorten(name, 20)}", ylabel="precision", title="Precision and recall")
         for ax in (left, right):
@@ -227,7 +227,7 @@ def bars(values: Mapping[str, float], title: str, label: str, limit: float | Non
     with style():
         figure = new_figure(6.0, min(1.0 + 0.24 * len(names), 16.0))
         ax = figure.subplots()
-        ax.barh(range(len(names)), np.nan_to_num(numbers), color=COLOURS[0], height=0.7)
+        ax.barh(range(len(names)), np.nan_to_num(numbers), color=COLORS[0], height=0.7)
         for i, number in enumerate(numbers):
             text = "–" if np.isnan(number) else f"{number:.3g}"
             ax.annotate(

@@ -1,4 +1,4 @@
-"""What is drawn over images: points with their lines, and masks in colour."""
+"""What is drawn over images: points with their lines, and masks in color."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TRUE_COLOUR, PREDICTED_COLOUR, LINK_COLOUR = "#35d07f", "#ff3b6b", "#ffd400"
+TRUE_COLOR, PREDICTED_COLOR, LINK_COLOR = "#35d07f", "#ff3b6b", "#ffd400"
 
 
 def draw_points(
@@ -48,15 +48,15 @@ def draw_points(
             ax.annotate(shorten(name, 30), (x, y), bbox=box, zorder=6, **place)
     if true is not None and predicted is not None:
         for start, end in zip(true[visible], predicted[visible], strict=True):
-            ax.plot(*np.stack([start, end]).T, color=LINK_COLOUR, linewidth=0.8, alpha=0.9, zorder=3)
+            ax.plot(*np.stack([start, end]).T, color=LINK_COLOR, linewidth=0.8, alpha=0.9, zorder=3)
     if true is not None:
-        rings = {"facecolors": "none", "edgecolors": TRUE_COLOUR, "linewidths": 0.9}
+        rings = {"facecolors": "none", "edgecolors": TRUE_COLOR, "linewidths": 0.9}
         ax.scatter(*true[visible].T, s=size * 2, zorder=4, **rings)
     if predicted is not None:
-        colour = {"c": PREDICTED_COLOUR, "linewidths": 0, "zorder": 5, "s": size}
+        color = {"c": PREDICTED_COLOR, "linewidths": 0, "zorder": 5, "s": size}
         judged = visible if true is not None else np.ones(count, dtype=bool)
-        ax.scatter(*predicted[judged].T, **colour)
-        ax.scatter(*predicted[~judged].T, alpha=0.3, **colour)
+        ax.scatter(*predicted[judged].T, **color)
+        ax.scatter(*predicted[~judged].T, alpha=0.3, **color)
 
 
 def point_grid(
@@ -88,30 +88,30 @@ def point_grid(
         images, captions, columns=columns, overlay=overlay, cell=2.1 if images.shape[1] < 100 else 2.6
     )
     if true is not None and predicted is not None:
-        ring = {"markeredgecolor": TRUE_COLOUR, "markerfacecolor": "none"}
-        dot = {"markeredgecolor": "none", "markerfacecolor": PREDICTED_COLOUR}
+        ring = {"markeredgecolor": TRUE_COLOR, "markerfacecolor": "none"}
+        dot = {"markeredgecolor": "none", "markerfacecolor": PREDICTED_COLOR}
         _legend(figure, [("true", {"marker": "o", **ring}), ("predicted", {"marker": "o", **dot})])
     return figure
 
 
-def class_colours(count: int) -> np.ndarray:
-    """(count, 3) in 0-1: colours far apart, the same for the same id whatever the count; id 0 is gray."""
+def class_colors(count: int) -> np.ndarray:
+    """(count, 3) in 0-1: colors far apart, the same for the same id whatever the count; id 0 is gray."""
     from matplotlib.colors import hsv_to_rgb
 
     ids = np.arange(count)
     hue = (ids * 0.61803398875 + 0.33) % 1.0  # the golden ratio never comes near a hue that it has used
     saturation, value = np.array([0.85, 0.6, 0.95])[ids % 3], np.array([0.95, 0.8, 0.65])[ids // 2 % 3]
-    colours = hsv_to_rgb(np.stack([hue, saturation, value], 1))
-    colours[:1] = 0.45
-    return colours
+    colors = hsv_to_rgb(np.stack([hue, saturation, value], 1))
+    colors[:1] = 0.45
+    return colors
 
 
 def paint_mask(image: np.ndarray, mask: np.ndarray, num_classes: int, alpha: float = 0.6) -> np.ndarray:
     """The image (H, W, 3) with each pixel tinted by its class; ids beyond the classes stay as they are."""
     known = mask < num_classes
-    tint = class_colours(num_classes)[np.where(known, mask, 0)]
+    tint = class_colors(num_classes)[np.where(known, mask, 0)]
     share = np.where(known, alpha, 0.0)[..., None]
-    gray = image.mean(2, keepdims=True)  # colours of the image would mix with those of the classes
+    gray = image.mean(2, keepdims=True)  # colors of the image would mix with those of the classes
     return np.where(known[..., None], (1 - share) * gray + share * tint, image)
 
 
@@ -133,11 +133,11 @@ def mask_grid(
     figure = image_grid(
         np.stack(cells), captions, columns=per_image * (2 if len(images) > 3 else 1), cell=1.9
     )
-    colours = class_colours(len(classes))
+    colors = class_colors(len(classes))
     present = np.unique(np.concatenate([masks.ravel() for masks in layers])) if layers else []
     shown = [int(i) for i in present if i < len(classes)][:24]
     patch = {"marker": "s", "markeredgecolor": "none"}
-    _legend(figure, [(classes[i], {"markerfacecolor": colours[i], **patch}) for i in shown])
+    _legend(figure, [(classes[i], {"markerfacecolor": colors[i], **patch}) for i in shown])
     return figure
 
 

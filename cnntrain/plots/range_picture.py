@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cnntrain.plots.images import COLOURS, new_figure, style
+from cnntrain.plots.images import COLORS, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,11 +27,11 @@ def draw_range_test(
     with style():
         figure = new_figure(6.2, 3.6)
         ax = figure.subplots()
-        ax.plot(rates, losses, color=COLOURS[5], linewidth=0.9, label="mini-batch")
-        ax.plot(rates, smoothed, color=COLOURS[0], label="smoothed")
+        ax.plot(rates, losses, color=COLORS[5], linewidth=0.9, label="mini-batch")
+        ax.plot(rates, smoothed, color=COLORS[0], label="smoothed")
         for number, (label, rate) in enumerate(marks.items()):
-            colour = COLOURS[(1, 2, 3, 4)[number % 4]]
-            ax.axvline(rate, color=colour, linestyle="--", linewidth=1.1, label=f"{label} {rate:.2g}")
+            color = COLORS[(1, 2, 3, 4)[number % 4]]
+            ax.axvline(rate, color=color, linestyle="--", linewidth=1.1, label=f"{label} {rate:.2g}")
         ax.set_xscale("log")
         if known:
             low, start = min(known), known[0]

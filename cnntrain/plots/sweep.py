@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from cnntrain.plots.images import BAD, COLOURS, INK, SOFT, new_figure, style
+from cnntrain.plots.images import BAD, COLORS, INK, SOFT, new_figure, style
 from cnntrain.sweep.search_space import Axis
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _TICKS = 12  # more names than this would run into each other
 
 
 def parallel_coordinates(points: Sequence[Point], axes: Sequence[Axis], metric: str, better: str) -> Figure:
-    """One upright line per key and one for the metric; every setting runs through them, the best in colour on top.
+    """One upright line per key and one for the metric; every setting runs through them, the best in color on top.
 
     Args:
         points: settings with a finite metric.
@@ -40,21 +40,21 @@ def parallel_coordinates(points: Sequence[Point], axes: Sequence[Axis], metric: 
         for x, (axis, scale) in enumerate(zip(axes, scales, strict=True)):
             _upright(ax, x, axis.key, scale.ticks())
         _upright(ax, len(axes), metric, _number_ticks(low, high))
-        colours = colormaps["viridis"]
+        colors = colormaps["viridis"]
         for place, (setting, value) in enumerate(worst_first):
             is_best = place == len(worst_first) - 1
             heights = [scale.height(setting[axis.key]) for axis, scale in zip(axes, scales, strict=True)]
             heights.append((value - low) / (high - low) if high > low else 0.5)
             shade = 0.15 + 0.7 * place / max(len(points) - 1, 1)
             x, y = _smooth(heights)
-            ax.plot(x, y, color=BAD if is_best else colours(shade), linewidth=2.6 if is_best else 1.2,
+            ax.plot(x, y, color=BAD if is_best else colors(shade), linewidth=2.6 if is_best else 1.2,
                     alpha=1.0 if is_best else 0.75, zorder=3 if is_best else 2)  # fmt: skip
         ax.set_title(f"{len(points)} settings, the best in red")
     return figure
 
 
 def marginal_effect(points: Sequence[Point], axis: Axis, metric: str, better: str) -> Figure:
-    """The metric over one key: every setting a grey dot, the mean of each value (of each fifth of a range) a blue one.
+    """The metric over one key: every setting a gray dot, the mean of each value (of each fifth of a range) a blue one.
 
     What the other keys do is the spread of the dots.
     """
@@ -76,7 +76,7 @@ def marginal_effect(points: Sequence[Point], axis: Axis, metric: str, better: st
         )
         means = sorted((place, sum(values) / len(values)) for place, values in groups.items())
         line = "-" if scale.numbers else ""  # between names there is nothing
-        ax.plot(*zip(*means, strict=True), line, color=COLOURS[0], marker="o", markersize=7, zorder=3)
+        ax.plot(*zip(*means, strict=True), line, color=COLORS[0], marker="o", markersize=7, zorder=3)
         ticks = scale.ticks()
         ax.set_xticks([scale.at_height(height) for height, _ in ticks], [name for _, name in ticks])
         if max(len(name) for _, name in ticks) * len(ticks) > 46:

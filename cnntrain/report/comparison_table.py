@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cnntrain.plots.images import COLOURS, new_figure, style
+from cnntrain.plots.images import COLORS, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +17,7 @@ _LEGEND = 16  # more names than this would hide the curves
 
 
 def learning_curves(groups: Mapping[str, Sequence[Rows]], metric: str) -> Figure:
-    """One colour per group: training dashed and thin, validation bold; means over seeds, with a band from the lowest
+    """One color per group: training dashed and thin, validation bold; means over seeds, with a band from the lowest
     to the highest.
 
     Args:
@@ -27,16 +27,16 @@ def learning_curves(groups: Mapping[str, Sequence[Rows]], metric: str) -> Figure
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
-    colours: Sequence[object] = COLOURS
-    if len(groups) > len(COLOURS):
-        colours = [colormaps["viridis"](i / (len(groups) - 1)) for i in range(len(groups))]
+    colors: Sequence[object] = COLORS
+    if len(groups) > len(COLORS):
+        colors = [colormaps["viridis"](i / (len(groups) - 1)) for i in range(len(groups))]
     axis = _abscissa([rows for runs in groups.values() for rows in runs])
     with style():
         figure = new_figure(7.4, 4.6)
         ax = figure.subplots()
-        for (name, runs), colour in zip(groups.items(), colours, strict=False):
-            _draw(ax, runs, f"train/{metric}", axis, colour, linewidth=1.1, linestyle=(0, (4, 2)), alpha=0.9)
-            _draw(ax, runs, f"val/{metric}", axis, colour, linewidth=2.2, label=name, band=True)
+        for (name, runs), color in zip(groups.items(), colors, strict=False):
+            _draw(ax, runs, f"train/{metric}", axis, color, linewidth=1.1, linestyle=(0, (4, 2)), alpha=0.9)
+            _draw(ax, runs, f"val/{metric}", axis, color, linewidth=2.2, label=name, band=True)
         is_error = _is_share(metric)
         ax.set(xlabel=axis, ylabel=f"{metric} error (%)" if is_error else metric)
         ax.set_title("dashed: training, bold: validation")
@@ -54,7 +54,7 @@ def learning_curves(groups: Mapping[str, Sequence[Rows]], metric: str) -> Figure
 
 
 def _draw(
-    ax: Axes, runs: Sequence[Rows], key: str, axis: str, colour: object, band: bool = False, **how: object
+    ax: Axes, runs: Sequence[Rows], key: str, axis: str, color: object, band: bool = False, **how: object
 ) -> None:
     """The mean over the runs, at every epoch that all of those still going have reached."""
     points: dict[float, list[float]] = {}
@@ -67,10 +67,10 @@ def _draw(
     if not points:
         return
     x = sorted(points)
-    ax.plot(x, [sum(points[at]) / len(points[at]) for at in x], color=colour, **how)  # type: ignore[arg-type]
+    ax.plot(x, [sum(points[at]) / len(points[at]) for at in x], color=color, **how)  # type: ignore[arg-type]
     if band and len(runs) > 1:
         low, high = [min(points[at]) for at in x], [max(points[at]) for at in x]
-        ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)  # type: ignore[arg-type]
+        ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)  # type: ignore[arg-type]
 
 
 def _is_share(metric: str) -> bool:

@@ -198,5 +198,5 @@ class RunJournal:
 
 
 def statistics(spec: DataSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation by which images are normalised; 0 and 1 where the data have none."""
+    """Mean and standard deviation by which images are normalized; 0 and 1 where the data have none."""
     return spec.mean or (0.0,) * spec.channels, spec.std or (1.0,) * spec.channels

@@ -25,7 +25,7 @@ def write_mask(
     target: Path,
     root: Path | None = None,
 ) -> np.ndarray:
-    """A mask of ids on the canvas as a PNG of the image's own size (width, height), by nearest neighbour; the ids
+    """A mask of ids on the canvas as a PNG of the image's own size (width, height), by nearest neighbor; the ids
     written, (height, width) uint8.
 
     Args:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnntrain.plots.images import COLOURS, image_grid, shorten, style, unnormalise
-from cnntrain.plots.overlays import class_colours, paint_mask
+from cnntrain.plots.images import COLORS, image_grid, shorten, style, unnormalize
+from cnntrain.plots.overlays import class_colors, paint_mask
 from cnntrain.types import Batch, DataSpec
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_NAMES = 20  # more would hide the image
-SIDE_COLOURS = {
-    -1: COLOURS[5],
+SIDE_COLORS = {
+    -1: COLORS[5],
     0: "#ffffff",
-    1: COLOURS[4],
+    1: COLORS[4],
 }  # of a pair's first, of what stays, of a pair's second
 
 
@@ -27,12 +27,12 @@ def draw_batches(batches: Sequence[Batch], names: Sequence[str], spec: DataSpec)
     """One row per example: plain, then as each epoch shows it; with masks a second row, painted.
 
     Args:
-        batches: normalised batches of the same N examples, the plain one first.
+        batches: normalized batches of the same N examples, the plain one first.
         names: N, of the examples.
     """
     statistics = spec.mean or (0.0,) * spec.channels, spec.std or (1.0,) * spec.channels
     pictures = np.stack(
-        [unnormalise(batch.images, *statistics) for batch in batches], 1
+        [unnormalize(batch.images, *statistics) for batch in batches], 1
     )  # (N, columns, H, W, 3)
     heads = ["plain", *(f"epoch {i + 1}" for i in range(len(batches) - 1))]
     captions = [name if head == "plain" else head for name in names for head in heads]
@@ -80,9 +80,9 @@ def _with_points(
 
 
 def draw_flip(plain: Batch, flipped: Batch, names: Sequence[str], spec: DataSpec) -> Figure:
-    """Plain beside mirrored and relabelled, with names: a colour and a name stay on their side of the object."""
+    """Plain beside mirrored and relabeled, with names: a color and a name stay on their side of the object."""
     statistics = spec.mean or (0.0,) * spec.channels, spec.std or (1.0,) * spec.channels
-    pairs = np.stack([unnormalise(batch.images, *statistics) for batch in (plain, flipped)], 1)
+    pairs = np.stack([unnormalize(batch.images, *statistics) for batch in (plain, flipped)], 1)
     pictures = pairs.reshape(-1, *pairs.shape[2:])
 
     def overlay(ax: Axes, i: int) -> None:
@@ -90,7 +90,7 @@ def draw_flip(plain: Batch, flipped: Batch, names: Sequence[str], spec: DataSpec
         points, visible = targets["points"][i // 2].numpy(), targets["visible"][i // 2].numpy()
         _draw_named(ax, points, visible, spec, pictures.shape[1:3], numbered=True, font=6.5)
 
-    captions = [text for name in names for text in (name, "mirrored and relabelled")]
+    captions = [text for name in names for text in (name, "mirrored and relabeled")]
     columns = 2 if len(spec.keypoints) > MOST_NAMES else 2 * len(names)
     cell = 6.0 if len(spec.keypoints) > MOST_NAMES else 3.4
     return _with_sides(image_grid(pictures, captions, columns=columns, overlay=overlay, cell=cell), spec)
@@ -100,17 +100,15 @@ def _draw_named(
     ax: Axes, points: np.ndarray, visible: np.ndarray, spec: DataSpec, size: tuple[int, ...],
     numbered: bool = False, font: float = 5.0,
 ) -> None:  # fmt: skip
-    """Points (K, 2) in the colour of their side, joined, with their names; with numbers where there are many."""
+    """Points (K, 2) in the color of their side, joined, with their names; with numbers where there are many."""
     for a, b in spec.skeleton:
         if visible[a] and visible[b]:
             ax.plot(*points[[a, b]].T, color="white", linewidth=0.8, alpha=0.7, zorder=2)
     sides = sides_of(spec)
     many = len(points) > MOST_NAMES
     for k in np.flatnonzero(visible):
-        colour = SIDE_COLOURS[sides[k]]
-        ax.scatter(
-            *points[k], s=5 if many else 13, color=colour, edgecolors="black", linewidths=0.4, zorder=4
-        )
+        color = SIDE_COLORS[sides[k]]
+        ax.scatter(*points[k], s=5 if many else 13, color=color, edgecolors="black", linewidths=0.4, zorder=4)
         if not many or numbered:
             text = str(k) if many else shorten(spec.keypoints[k], 30)
             box = {"boxstyle": "round,pad=0.12", "facecolor": "black", "alpha": 0.6, "linewidth": 0}
@@ -119,7 +117,7 @@ def _draw_named(
                 "xytext": (2.5 * inward, 2.5),
                 "textcoords": "offset points",
                 "fontsize": font,
-                "color": colour,
+                "color": color,
             }
             note = ax.annotate(
                 text, points[k], bbox=box, zorder=6, ha="left" if inward > 0 else "right", **place
@@ -144,7 +142,7 @@ def sides_of(spec: DataSpec) -> list[int]:
 
 
 def _with_sides(figure: Figure, spec: DataSpec) -> Figure:
-    """The figure with a legend of what the colours of points mean."""
+    """The figure with a legend of what the colors of points mean."""
     sides = sides_of(spec)
     if spec.mirror is None or not any(sides):
         return figure
@@ -153,7 +151,7 @@ def _with_sides(figure: Figure, spec: DataSpec) -> Figure:
         members = [name for name, own in zip(spec.keypoints, sides, strict=True) if own == side]
         if members:
             more = f", … ({len(members)})" if len(members) > 2 else ""
-            entries.append((", ".join(shorten(name, 24) for name in members[:2]) + more, SIDE_COLOURS[side]))
+            entries.append((", ".join(shorten(name, 24) for name in members[:2]) + more, SIDE_COLORS[side]))
     return _legend(figure, entries, "o")
 
 
@@ -168,9 +166,9 @@ def _with_masks(
         rows += [*images, *(paint_mask(image, mask, known) for image, mask in zip(images, own, strict=True))]
         texts += [*captions[i * columns : (i + 1) * columns], *[""] * columns]
     figure = image_grid(np.stack(rows), texts, columns=columns, cell=_cell(pictures))
-    colours = class_colours(known)
+    colors = class_colors(known)
     shown = [int(i) for i in np.unique(masks) if i < known][:24]
-    return _legend(figure, [(shorten(spec.classes[i], 40), colours[i]) for i in shown], "s")
+    return _legend(figure, [(shorten(spec.classes[i], 40), colors[i]) for i in shown], "s")
 
 
 def _cell(pictures: np.ndarray) -> float:
@@ -184,8 +182,7 @@ def _legend(figure: Figure, entries: Sequence[tuple[str, Any]], marker: str) -> 
     with style():
         look = {"linestyle": "none", "marker": marker, "markeredgecolor": "#66727f", "markeredgewidth": 0.5}
         handles = [
-            Line2D([], [], markersize=7, label=name, markerfacecolor=colour, **look)
-            for name, colour in entries
+            Line2D([], [], markersize=7, label=name, markerfacecolor=color, **look) for name, color in entries
         ]
         widest = max(len(name) for name, _ in entries)
         columns = max(1, min(len(entries), int(figure.get_figwidth() / (0.4 + 0.075 * widest))))

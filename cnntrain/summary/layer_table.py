@@ -37,7 +37,7 @@ class Row:
         counts as the lectures count it.
     receptive_field: pixels per axis (the image's side where everything is seen); local_field: leaving out
         paths through a global pool; whole: some path saw all of the image; jump: pixels from one position to
-        the next; start: centre of the first, in pixels. None where it could not be followed, or where no
+        the next; start: center of the first, in pixels. None where it could not be followed, or where no
         dimension walks along the axis.
     """
 
@@ -131,7 +131,7 @@ class Anatomy:
         }
 
 
-def analyse(model_or_builder: Buildable, input_shape: Sequence[int], name: str | None = None) -> Anatomy:
+def analyze(model_or_builder: Buildable, input_shape: Sequence[int], name: str | None = None) -> Anatomy:
     """Open a network for one image of `input_shape` (C, H, W), on shapes alone, as in validation.
 
     Multiply-adds leave out biases: ten 5x5 filters on 3x32x32, padded by 2, make 768,000.

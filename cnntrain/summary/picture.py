@@ -35,10 +35,10 @@ def draw_bars(anatomy: Anatomy, depth: int | None = None, convention: Convention
     figure = Figure(figsize=(13, 2.2 + 0.24 * len(rows)), layout="constrained")
     shape = "x".join(map(str, anatomy.input_shape))
     figure.suptitle(f"{anatomy.name} on {shape}", fontweight="bold")
-    for axes, (title, values, total), colour in zip(
+    for axes, (title, values, total), color in zip(
         figure.subplots(1, 3, sharey=True), charts, ("#4878cf", "#6acc65", "#d65f5f"), strict=True
     ):
-        axes.barh(range(len(values)), values, color=colour, height=0.75)
+        axes.barh(range(len(values)), values, color=color, height=0.75)
         axes.set_title(f"{title}: {total:,.1f}")
         axes.set_yticks(range(len(labels)), labels, fontsize=8)
         axes.grid(axis="x", alpha=0.3)

@@ -43,7 +43,7 @@ class Span:
 
     @property
     def start(self) -> float:
-        """Centre of the first position's field, in pixels; the first pixel's own centre is 0.5."""
+        """Center of the first position's field, in pixels; the first pixel's own center is 0.5."""
         return (self.lows[0] + self.highs[0] + 1) / 2
 
     def at(self, position: int) -> tuple[int, int]:
@@ -130,7 +130,7 @@ def adaptive_window(size_in: int, size_out: int) -> Callable[[Span], Span]:
 
 
 def interpolation(size_in: int, size_out: int, mode: str, align_corners: bool) -> Callable[[Span], Span]:
-    """torch's interpolate by `nearest`, `nearest-exact`, `linear` (two neighbours) or `cubic` (four)."""
+    """torch's interpolate by `nearest`, `nearest-exact`, `linear` (two neighbors) or `cubic` (four)."""
     corners = align_corners and size_out > 1
     ratio = Fraction(size_in - 1, size_out - 1) if corners else Fraction(size_in, size_out)
     shift = Fraction(0) if corners or mode == "nearest" else (ratio - 1) / 2

@@ -16,7 +16,7 @@ from cnntrain.summary.shape_rules import COPIES, FACTORIES, VIEWS, follow, is_po
 
 _Key = tuple[int, int, Shape, Shape]
 
-# Modules of torch that are one layer, though they may have children (a parametrised convolution, attention).
+# Modules of torch that are one layer, though they may have children (a parametrized convolution, attention).
 _LAYERS = (
     nn.modules.conv._ConvNd,
     nn.Linear,

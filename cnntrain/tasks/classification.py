@@ -183,24 +183,24 @@ class Classification(Task):
         mean: Sequence[float],
         std: Sequence[float],
     ) -> Figure:
-        pictures = drawing.unnormalise(images, mean, std)
+        pictures = drawing.unnormalize(images, mean, std)
         answers = self.answers(outputs, targets) if outputs is not None else [{}] * len(images)
         true = (
             [self.spec.classes[i] for i in targets["label"].tolist()]
             if "label" in targets
             else [None] * len(images)
         )
-        captions, colours = [], []
+        captions, colors = [], []
         for name, answer, label in zip(names, answers, true, strict=True):
-            text, colour = str(label if label is not None else name), drawing.INK
+            text, color = str(label if label is not None else name), drawing.INK
             if answer:
                 says = f"{answer['predicted']} {100 * float(str(answer['probability'])):.0f}%"
                 right = label is None or label == answer["predicted"]
                 text = f"{says}\n{name}" if label is None else says if right else f"{says}\ntrue: {label}"
-                colour = drawing.INK if label is None else drawing.GOOD if right else drawing.BAD
+                color = drawing.INK if label is None else drawing.GOOD if right else drawing.BAD
             captions.append(text)
-            colours.append(colour)
-        return drawing.image_grid(pictures, captions, colours)
+            colors.append(color)
+        return drawing.image_grid(pictures, captions, colors)
 
 
 class ClassificationMeter(Meter):
@@ -274,7 +274,7 @@ class ClassificationMeter(Meter):
         return metrics
 
     def details(self) -> dict[str, float]:
-        """`accuracy/<class>`: share of the class's examples that were recognised (its recall)."""
+        """`accuracy/<class>`: share of the class's examples that were recognized (its recall)."""
         right, seen = self._by_class(self.read())
         if right is None or seen is None:
             return {}
@@ -282,7 +282,7 @@ class ClassificationMeter(Meter):
         return {f"accuracy/{name}": ratio(hits, count) for name, hits, count in each}
 
     def _by_class(self, values: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """How many of each class (C,) were recognised, and how many there were; None where nothing was counted."""
+        """How many of each class (C,) were recognized, and how many there were; None where nothing was counted."""
         if "confusion" not in values:
             return values.get("right"), values.get("seen")
         square = values["confusion"].view(self._task.num_classes, -1)

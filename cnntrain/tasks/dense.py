@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 
 
-def dice_loss(logits: Tensor, label: Tensor, labelled: Tensor) -> Tensor:
+def dice_loss(logits: Tensor, label: Tensor, labeled: Tensor) -> Tensor:
     """1 - soft Dice of each image, mean over the classes that it has: (N,).
 
-    Dice of a class is 2 sum(p g) / (sum(p) + sum(g)) over labelled pixels, p the probability and g the truth
+    Dice of a class is 2 sum(p g) / (sum(p) + sum(g)) over labeled pixels, p the probability and g the truth
     (Milletari et al., V-Net, 3DV 2016, without the squares, so that a perfect answer gives 0).
 
     Args:
-        logits: (N, C, H, W). label: (N, H, W) int64. labelled: (N, H, W) bool, which pixels count.
+        logits: (N, C, H, W). label: (N, H, W) int64. labeled: (N, H, W) bool, which pixels count.
     """
-    probability = logits.softmax(1) * labelled[:, None]
-    truth = torch.zeros_like(probability).scatter_(1, label[:, None], labelled[:, None].to(probability.dtype))
+    probability = logits.softmax(1) * labeled[:, None]
+    truth = torch.zeros_like(probability).scatter_(1, label[:, None], labeled[:, None].to(probability.dtype))
     overlap = (probability * truth).sum((2, 3))
     sizes, total = truth.sum((2, 3)), probability.sum((2, 3))
     present = sizes > 0
@@ -47,7 +47,7 @@ def is_fraction(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return False
 
 
-def centre(tensor: Tensor, height: int, width: int) -> Tensor:
+def center(tensor: Tensor, height: int, width: int) -> Tensor:
     """The middle (height, width) of the last two axes, as a view."""
     top, left = (tensor.shape[-2] - height) // 2, (tensor.shape[-1] - width) // 2
     return tensor[..., top : top + height, left : left + width]

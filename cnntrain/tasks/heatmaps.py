@@ -1,6 +1,6 @@
 """Heat maps of keypoints: from points to Gaussian targets, and back with sub-pixel precision.
 
-A map of h x w cells covers the canvas corner to corner, as everywhere at pixel centres: cell 0 lies on pixel
+A map of h x w cells covers the canvas corner to corner, as everywhere at pixel centers: cell 0 lies on pixel
 0 and cell w - 1 on pixel W - 1, so that a flip of the canvas is a flip of the map.
 """
 
@@ -49,9 +49,9 @@ def decode(log_heat: Tensor) -> Tensor:
         index = (y + dy).clamp(0, h - 1) * w + (x + dx).clamp(0, w - 1)
         return log_heat.flatten(2).gather(2, index[..., None])[..., 0]
 
-    centre = heat(0, 0)
+    center = heat(0, 0)
     slope_x, slope_y = (heat(1, 0) - heat(-1, 0)) / 2, (heat(0, 1) - heat(0, -1)) / 2
-    bend_x, bend_y = heat(1, 0) - 2 * centre + heat(-1, 0), heat(0, 1) - 2 * centre + heat(0, -1)
+    bend_x, bend_y = heat(1, 0) - 2 * center + heat(-1, 0), heat(0, 1) - 2 * center + heat(0, -1)
     twist = (heat(1, 1) - heat(1, -1) - heat(-1, 1) + heat(-1, -1)) / 4
     inside_x, inside_y = (x > 0) & (x < w - 1), (y > 0) & (y < h - 1)
     twist = torch.where(inside_x & inside_y, twist, 0.0)

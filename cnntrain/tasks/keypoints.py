@@ -30,14 +30,14 @@ SMALLEST_SIZE = 0.05  # that an error is divided by: share of the canvas's longe
 
 
 class Keypoints(Task):
-    """Where K points are. Points that are not visible (unlabelled, or off the canvas) count nowhere.
+    """Where K points are. Points that are not visible (unlabeled, or off the canvas) count nowhere.
 
     Targets: `points` (N, K, 2) canvas pixels (x, y), `visible` (N, K) bool, and for figures in the pixels of
     the source image `to_canvas` (N, 3, 3), source to canvas, of any float type on any device (none: the
     identity); where the data have them `box_size` (N, 2), width and height of the annotated boxes in source pixels.
 
-    With `head='regression'` the model gives (N, 2K): x and y of each point from the canvas's centre, in units
-    of half its longer side, so that a flip changes a sign and zero is the centre. With `head='heatmap'` it
+    With `head='regression'` the model gives (N, 2K): x and y of each point from the canvas's center, in units
+    of half its longer side, so that a flip changes a sign and zero is the center. With `head='heatmap'` it
     gives maps (N, K, h, w) that cover the canvas corner to corner.
 
     Args:
@@ -48,7 +48,7 @@ class Keypoints(Task):
             mean squared difference from a Gaussian of height 1 (Tompson et al. 2014).
         smooth_l1_beta, wing_width, wing_curvature: constants of those losses, in units of half the canvas.
         heatmap_sigma: the Gaussian's standard deviation in cells of the map.
-        normalise_by: what NME and PCK divide errors by: 'box', the object's size (see `object_sizes`), or the distance
+        normalize_by: what NME and PCK divide errors by: 'box', the object's size (see `object_sizes`), or the distance
             of two named points, e.g. the outer eye corners. It counts as 1/20 of the canvas's longer side at least, so
             that no single object outweighs all others.
 
@@ -65,7 +65,7 @@ class Keypoints(Task):
         wing_width: float = 0.08,
         wing_curvature: float = 0.016,
         heatmap_sigma: float = 1.5,
-        normalise_by: str | Sequence[str] = "box",
+        normalize_by: str | Sequence[str] = "box",
     ) -> None:
         super().__init__(spec)
         if not spec.keypoints:
@@ -80,28 +80,28 @@ class Keypoints(Task):
         if head == "regression":
             name = "wing" if loss == "auto" else loss
             self._distance = make_distance(name, beta, width, curvature)
-        self._pair = _named_pair(normalise_by, spec.keypoints)
+        self._pair = _named_pair(normalize_by, spec.keypoints)
         self.num_outputs = len(spec.keypoints) * (2 if head == "regression" else 1)
         self.monitor = ("nme", "min")
         self.monitor_range = (0.0, math.inf)
 
-    def normalised(self, points: Tensor) -> Tensor:
-        """Canvas pixels -> units of half the canvas from its centre; (..., 2)."""
-        centre, half = self._frame(points)
-        return (points - centre) / half
+    def normalized(self, points: Tensor) -> Tensor:
+        """Canvas pixels -> units of half the canvas from its center; (..., 2)."""
+        center, half = self._frame(points)
+        return (points - center) / half
 
     def _frame(self, like: Tensor) -> tuple[Tensor, float]:
         height, width = self.spec.image_size
-        centre = constant(((width - 1) / 2, (height - 1) / 2), like.device, like.dtype)
-        return centre, max(height - 1, width - 1, 1) / 2
+        center = constant(((width - 1) / 2, (height - 1) / 2), like.device, like.dtype)
+        return center, max(height - 1, width - 1, 1) / 2
 
     def points(self, outputs: Tensor) -> Tensor:
         """The answer in canvas pixels: (N, K, 2) float32 as (x, y)."""
         outputs = outputs.float()
         if self.head == "regression":
             coordinates = outputs.reshape(len(outputs), len(self.spec.keypoints), 2)  # (N,2K) -> (N,K,2)
-            centre, half = self._frame(coordinates)
-            return coordinates * half + centre
+            center, half = self._frame(coordinates)
+            return coordinates * half + center
         log_heat = outputs if self.loss_name == "auto" else outputs.clamp(min=1e-6).log()
         cells = (outputs.shape[-2], outputs.shape[-1])
         return heatmaps.to_pixels(heatmaps.decode(log_heat), self.spec.image_size, cells)
@@ -112,7 +112,7 @@ class Keypoints(Task):
         true = torch.where(visible[..., None], targets["points"].float(), 0.0)
         if self.head == "regression":
             coordinates = outputs.float().reshape(true.shape)  # (N,2K) -> (N,K,2)
-            error = torch.where(visible[..., None], coordinates - self.normalised(true), 0.0)
+            error = torch.where(visible[..., None], coordinates - self.normalized(true), 0.0)
             per_point = self._distance(error).mean(2)
         else:
             per_point = torch.where(visible, self._heatmap_losses(outputs.float(), true), 0.0)
@@ -143,7 +143,7 @@ class Keypoints(Task):
 
     def prepare(self, targets: Targets) -> None:
         if "visible" in targets and not targets["visible"].any():
-            raise UserError("data: no training image has a point that is labelled and on the canvas")
+            raise UserError("data: no training image has a point that is labeled and on the canvas")
 
     def zero_outputs(self, targets: Targets) -> Tensor:
         """Heat maps of a quarter of the canvas: pass a model's own outputs where their size matters."""
@@ -159,7 +159,7 @@ class Keypoints(Task):
         return points if matrix is None else unmap_points(points, matrix)
 
     def errors(self, outputs: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-        """Errors in source pixels (N, K), which of them count (N, K) bool, and what normalises them (N,).
+        """Errors in source pixels (N, K), which of them count (N, K) bool, and what normalizes them (N,).
 
         The norm is 0 where it is not known: fewer than two visible points and no annotated box, or one of the pair not
         visible.
@@ -232,7 +232,7 @@ class Keypoints(Task):
         mean: Sequence[float],
         std: Sequence[float],
     ) -> Figure:
-        pictures = drawing.unnormalise(images, mean, std)
+        pictures = drawing.unnormalize(images, mean, std)
         predicted = None if outputs is None else self.points(outputs).cpu().numpy()
         true = targets["points"].float().cpu().numpy() if "points" in targets else None
         captions = list(names)
@@ -269,14 +269,14 @@ def object_sizes(true: Tensor, visible: Tensor, box_size: Tensor | None) -> tupl
 
 
 def _named_pair(value: str | Sequence[str], names: Sequence[str]) -> tuple[int, int] | None:
-    """Indices of the pair of points that normalises errors; None for the box."""
+    """Indices of the pair of points that normalizes errors; None for the box."""
     if value == "box":
         return None
     if isinstance(value, str) or len(value) != 2 or value[0] == value[1]:
-        raise UserError(f"task.normalise_by: must be box or a pair of keypoints [a, b], got {value!r}")
+        raise UserError(f"task.normalize_by: must be box or a pair of keypoints [a, b], got {value!r}")
     for name in value:
         if name not in names:
-            raise UserError(f"task.normalise_by: {name!r} is no keypoint{suggest(str(name), list(names))}")
+            raise UserError(f"task.normalize_by: {name!r} is no keypoint{suggest(str(name), list(names))}")
     return list(names).index(value[0]), list(names).index(value[1])
 
 

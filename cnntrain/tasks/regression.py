@@ -1,4 +1,4 @@
-"""Distances that a regression may minimise, by name. All are 0 at 0 and grow with the absolute error."""
+"""Distances that a regression may minimize, by name. All are 0 at 0 and grow with the absolute error."""
 
 import math
 from collections.abc import Callable

@@ -15,7 +15,7 @@ from cnntrain.plots import images as drawing
 from cnntrain.plots import overlays
 from cnntrain.tasks.arguments import choice
 from cnntrain.tasks.class_weights import ClassWeights, balanced_weights, parse_class_weights
-from cnntrain.tasks.dense import centre, choose_fit, dice_loss
+from cnntrain.tasks.dense import center, choose_fit, dice_loss
 from cnntrain.tasks.meter import Meter, count_pairs, ratio
 from cnntrain.tasks.task import Size, Targets, Task
 from cnntrain.types import DataSpec
@@ -32,8 +32,8 @@ FURTHER = (
 class Segmentation(Task):
     """A class for each pixel; pixels of the ignore id count nowhere.
 
-    Targets: `mask` (N, H, W) uint8 class ids. The model gives (N, C, h, w). All losses are sums over labelled
-    pixels: cross-entropy of each, and for Dice the image's loss times its number of labelled pixels, so that
+    Targets: `mask` (N, H, W) uint8 class ids. The model gives (N, C, h, w). All losses are sums over labeled
+    pixels: cross-entropy of each, and for Dice the image's loss times its number of labeled pixels, so that
     the mean over a data set doesn't depend on how it was cut into batches.
 
     Args:
@@ -75,7 +75,7 @@ class Segmentation(Task):
     def prepare(self, targets: Targets) -> None:
         if "mask" in targets and bool((targets["mask"] == self.ignore).all()):
             raise UserError(
-                f"data: no pixel of the training masks is labelled: all have the id {self.ignore}, "
+                f"data: no pixel of the training masks is labeled: all have the id {self.ignore}, "
                 "which data.ignore_index leaves out"
             )
         if self._balanced:
@@ -97,7 +97,7 @@ class Segmentation(Task):
         if self._way(given, wanted) == "upsample":
             return F.interpolate(outputs, wanted, mode="bilinear", align_corners=True), mask
         height, width = min(given[0], wanted[0]), min(given[1], wanted[1])
-        return centre(outputs, height, width), centre(mask, height, width)
+        return center(outputs, height, width), center(mask, height, width)
 
     def _way(self, given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
         """'crop' or 'upsample', for sizes (height, width) that differ.
@@ -130,10 +130,10 @@ class Segmentation(Task):
 
     def losses(self, outputs: Tensor, targets: Targets, plain: bool = False) -> tuple[Tensor, Tensor]:
         logits, mask = self.fit(outputs, targets["mask"])
-        labelled = mask != self.ignore
+        labeled = mask != self.ignore
         weights = None if plain or self.loss_name == "dice" else self._weights_on(logits.device)
-        label = torch.where(labelled, mask, 0)
-        share = labelled.float() if weights is None else weights[label] * labelled
+        label = torch.where(labeled, mask, 0)
+        share = labeled.float() if weights is None else weights[label] * labeled
         counts = share.flatten(1).sum(1)
         sums = torch.zeros_like(counts)
         if self.loss_name != "dice":
@@ -143,7 +143,7 @@ class Segmentation(Task):
             entropy = F.cross_entropy(rows, label.flatten(), reduction="none").view(mask.shape)
             sums = sums + (entropy * share).flatten(1).sum(1)
         if self.loss_name != "cross_entropy":
-            sums = sums + counts * dice_loss(logits, label, labelled)
+            sums = sums + counts * dice_loss(logits, label, labeled)
         return sums, counts
 
     def _weights_on(self, device: torch.device) -> Tensor | None:
@@ -172,7 +172,7 @@ class Segmentation(Task):
         (networks without padding) the ignore id."""
         logits, _ = self.fit(outputs, torch.zeros(len(outputs), *size, device=outputs.device))
         result = torch.full((len(outputs), *size), self.ignore, dtype=torch.uint8)
-        centre(result, *logits.shape[-2:])[:] = logits.argmax(1).to(torch.uint8).cpu()
+        center(result, *logits.shape[-2:])[:] = logits.argmax(1).to(torch.uint8).cpu()
         return result
 
     @torch.no_grad()
@@ -202,10 +202,10 @@ class Segmentation(Task):
         return rows
 
     def confusion(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """Confusion counts of the labelled pixels: (C * C,) int64 on the device."""
+        """Confusion counts of the labeled pixels: (C * C,) int64 on the device."""
         logits, mask = self.fit(outputs, targets["mask"])
-        labelled, predicted = mask != self.ignore, logits.argmax(1)
-        return count_pairs(mask.flatten(), predicted.flatten(), labelled.flatten(), self.num_classes)
+        labeled, predicted = mask != self.ignore, logits.argmax(1)
+        return count_pairs(mask.flatten(), predicted.flatten(), labeled.flatten(), self.num_classes)
 
     def iou(self, square: Tensor) -> Tensor:
         """Intersection over union of each class (C,) from a confusion matrix (C, C); NaN for a class that
@@ -219,11 +219,11 @@ class Segmentation(Task):
 
     @torch.no_grad()
     def mistake_score(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """Share of the image's labelled pixels that are wrong."""
+        """Share of the image's labeled pixels that are wrong."""
         logits, mask = self.fit(outputs, targets["mask"])
-        labelled = mask != self.ignore
-        wrong = (logits.argmax(1) != mask) & labelled
-        return wrong.flatten(1).sum(1) / labelled.flatten(1).sum(1).clamp(min=1)
+        labeled = mask != self.ignore
+        wrong = (logits.argmax(1) != mask) & labeled
+        return wrong.flatten(1).sum(1) / labeled.flatten(1).sum(1).clamp(min=1)
 
     def figures(self, meter: Meter) -> dict[str, Figure]:
         values = meter.read() if meter.state() else {}
@@ -263,12 +263,12 @@ class Segmentation(Task):
         captions = []
         for name, score in zip(names, scores, strict=True):
             captions += [name, *(layer + (score if layer == "predicted" else "") for layer in layers)]
-        pictures = drawing.unnormalise(images, mean, std)
+        pictures = drawing.unnormalize(images, mean, std)
         return overlays.mask_grid(pictures, captions, list(layers.values()), self.spec.classes)
 
 
 class SegmentationMeter(Meter):
-    """Loss, pixel accuracy and mean IoU, over the labelled pixels of the whole data set."""
+    """Loss, pixel accuracy and mean IoU, over the labeled pixels of the whole data set."""
 
     def __init__(self, task: Segmentation) -> None:
         super().__init__()

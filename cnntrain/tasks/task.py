@@ -148,7 +148,7 @@ class Task(ABC):
         """A grid of images with what the model answered and what is true.
 
         Args:
-            images: (N, C, H, W) float, normalised by `mean` and `std` (0-1 scale, per channel).
+            images: (N, C, H, W) float, normalized by `mean` and `std` (0-1 scale, per channel).
             outputs: the model's for these images; None draws the truth alone.
             targets: as in `Batch.targets`; a truth that is absent is not drawn.
             names: N captions: ids of the examples.

@@ -88,7 +88,7 @@ def align(model: nn.Module, ranks: Ranks) -> None:
         ranks.copy_weights(model)
 
 
-def synchronise_norms(model: nn.Module) -> nn.Module:
+def synchronize_norms(model: nn.Module) -> nn.Module:
     """Replace BatchNorm by SyncBatchNorm; parameters, buffers, their names and frozen layers are preserved.
 
     PyTorch's layers become PyTorch's SyncBatchNorm. timm's layers, which include an activation, become timm's
@@ -127,7 +127,7 @@ def _converter(norm: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
     return None
 
 
-def has_synchronised_norms(model: nn.Module) -> bool:
+def has_synchronized_norms(model: nn.Module) -> bool:
     return any(isinstance(module, nn.SyncBatchNorm) and module.training for module in model.modules())
 
 

@@ -31,7 +31,7 @@ def evaluate(
 
     Args:
         limit_batches: judge no more than these, spread evenly: files often lie sorted by class.
-        look: shown every batch of this process's (normalised images) with its outputs, (N, ...) float32.
+        look: shown every batch of this process's (normalized images) with its outputs, (N, ...) float32.
     """
     was_training = model.training
     model.eval()

@@ -15,7 +15,7 @@ from cnntrain.errors import StoppedError
 from cnntrain.models.modify import unfreeze
 from cnntrain.randomness import epoch_order
 from cnntrain.tasks.task import Meter, Task
-from cnntrain.train.combine import accompany, align, combine, has_synchronised_norms
+from cnntrain.train.combine import accompany, align, combine, has_synchronized_norms
 from cnntrain.train.device import Compute, seed_step
 from cnntrain.train.distributed import merge, pack_states, states_of, unpack_state
 from cnntrain.train.evaluate import evaluate
@@ -216,7 +216,7 @@ def train_epoch(
                 sums = own if sums is None else sums + own
                 finite.note(loss_sum.detach())
             had_images = True
-        elif has_synchronised_norms(model):  # a short last batch did not go round
+        elif has_synchronized_norms(model):  # a short last batch did not go round
             with compute.autocast():
                 nothing = torch.zeros(
                     0, training.examples.images.shape[1], *pipeline.output_size, device=compute.device

@@ -19,7 +19,7 @@ from cnntrain.report.journal import RunJournal, statistics
 from cnntrain.tasks.meter import Worst
 from cnntrain.tasks.task import Task
 from cnntrain.train import checkpoint
-from cnntrain.train.combine import synchronise_norms
+from cnntrain.train.combine import synchronize_norms
 from cnntrain.train.ema import MovingAverage
 from cnntrain.train.evaluate import evaluate
 from cnntrain.train.keeper import Keeper
@@ -42,7 +42,7 @@ def prepare(assembly: Assembly, data: Data) -> tuple[Plan, TrainState]:
     settings, compute = assembly.settings, assembly.compute
     plan, optimizer, schedule = build_training_parts(assembly, data)
     if compute.ranks.count > 1 and compute.device.type == "cuda":
-        assembly.model = synchronise_norms(assembly.model)
+        assembly.model = synchronize_norms(assembly.model)
     compute.place(assembly.model)
     state = TrainState(
         assembly.model,

@@ -23,7 +23,7 @@ from cnntrain.data.load import Data, load_data, number_as
 from cnntrain.data.loader import Loader, make_loader
 from cnntrain.data.source import Source
 from cnntrain.errors import UserError
-from cnntrain.models.modify import count_trainable, is_pretrained, materialise, prepare
+from cnntrain.models.modify import count_trainable, is_pretrained, materialize, prepare
 from cnntrain.models.pretrained import Preprocessing, Weights, find_weights
 from cnntrain.summary.design_warnings import SMALL_FIELD
 from cnntrain.summary.meta import as_meta
@@ -329,7 +329,7 @@ def make_model(
         )
     if pretrained and weights is None and _loads_itself(settings, node):
         model.pretrained_from = str(pretrained)  # type: ignore[assignment]
-    materialise(model, channels, image_size)
+    materialize(model, channels, image_size)
     return prepare(
         model, **chosen, weights=weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size
     )
@@ -402,7 +402,7 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
         )
     if has_norm and ranks.count > 1 and assembly.compute.device.type != "cuda":
         log.info(
-            "BatchNorm on CPUs uses each process's own share of a batch (%d images), not all of it; GPUs synchronise",
+            "BatchNorm on CPUs uses each process's own share of a batch (%d images), not all of it; GPUs synchronize",
             batch_size // ranks.count,
         )
     batches = count // batch_size if drop_last else -(-count // batch_size)

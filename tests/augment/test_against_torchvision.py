@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from cnntrain.augment.color import YIQ, Brightness, ColourJitter, Contrast, Grayscale, Hue, Invert, Saturation
+from cnntrain.augment.color import YIQ, Brightness, ColorJitter, Contrast, Grayscale, Hue, Invert, Saturation
 from cnntrain.augment.geometry import Crop, HorizontalFlip, Shift, VerticalFlip
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.randomness import uniform
@@ -73,7 +73,7 @@ def test_crop_of_another_size_and_shift_are_exact(make_batch):
     ids=["brightness", "contrast", "saturation"],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_one_colour_change_agrees_with_torchvision(make_batch, item, function, channels):
+def test_one_color_change_agrees_with_torchvision(make_batch, item, function, channels):
     batch = make_batch(24, channels=channels)
     result = Pipeline(DataSpec(channels, 12, 17), {"it": item})(batch, SEED, EPOCH).images
     factors = item.low + (item.high - item.low) * draws(batch, "it", item)[:, 1]
@@ -175,7 +175,7 @@ def test_hue_turns_red_towards_yellow_as_torchvision_does(make_batch):
 
 def test_jitter_is_its_parts_in_order(make_batch):
     batch = make_batch(16)
-    jitter = ColourJitter(brightness=0.3, contrast=0.5, saturation=0.7, hue=0.2, probability=0.8)
+    jitter = ColorJitter(brightness=0.3, contrast=0.5, saturation=0.7, hue=0.2, probability=0.8)
     whole = draws(batch, "jitter", jitter)
     result = Pipeline(SPEC, {"jitter": jitter})(batch, SEED, EPOCH).images
     for i in range(16):
@@ -190,15 +190,15 @@ def test_jitter_is_its_parts_in_order(make_batch):
         torch.testing.assert_close(result[i], expected, atol=1e-5, rtol=0)
 
 
-def test_normalisation_is_after_the_clamp(make_batch):
+def test_normalization_is_after_the_clamp(make_batch):
     batch = make_batch(8)
     mean, std = (0.5, 0.4, 0.1), (0.2, 0.3, 0.25)
     items = {"brightness": Brightness(strength=(3.0, 3.0))}
     plain = Pipeline(SPEC, items)(batch, SEED, EPOCH).images
     assert float(plain.max()) == 1.0
-    normalised = Pipeline(SPEC.with_statistics(mean, std), items)(batch, SEED, EPOCH).images
+    normalized = Pipeline(SPEC.with_statistics(mean, std), items)(batch, SEED, EPOCH).images
     expected = functional.normalize(plain, list(mean), list(std))
-    torch.testing.assert_close(normalised, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalized, expected, atol=1e-5, rtol=0)
     only = Pipeline(SPEC.with_statistics(mean, std), {}).plain(batch).images
     expected = functional.normalize(batch.images.float() / 255, list(mean), list(std))
     torch.testing.assert_close(only, expected, atol=1e-5, rtol=0)

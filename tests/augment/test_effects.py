@@ -55,7 +55,7 @@ def test_blur_leaves_unchosen_images_alone(make_batch):
     assert smooth < 0.5 * rough
 
 
-def test_noise_is_normal_and_on_the_scale_before_normalisation(make_batch):
+def test_noise_is_normal_and_on_the_scale_before_normalization(make_batch):
     batch = many(make_batch, 20)
     plain = Pipeline(SPEC, {}).plain(batch).images
     result = Pipeline(SPEC, {"n": Noise(strength=(0.1, 0.1), probability=1.0)})(batch, 1, 0).images
@@ -85,7 +85,7 @@ def test_the_normal_field_has_no_infinity():
     "item", [Mixup(alpha=0.4), Cutmix(), Mix(alpha=0.8, cutmix_share=0.5, probability=0.7)]
 )
 def test_mixing_keeps_images_and_labels_in_step(make_batch, item):
-    """Images that are one flat colour each: what is in the image says what the weight must be."""
+    """Images that are one flat color each: what is in the image says what the weight must be."""
     count = 64
     batch = many(make_batch, count)
     batch.images[:] = (torch.arange(count) * 3).to(torch.uint8)[:, None, None, None]
@@ -125,7 +125,7 @@ def test_beta_quantile():
 
 
 def test_trivial_does_one_thing_to_each_image(make_batch):
-    """Every operation comes up, evenly; what moves pixels leaves colours alone and the other way round."""
+    """Every operation comes up, evenly; what moves pixels leaves colors alone and the other way round."""
     item = Trivial()
     draws = uniform(0, 0, torch.arange(4000), "trivial", item.draws)
     moves = item.move(draws, 24, 32) - torch.eye(3)

@@ -63,7 +63,7 @@ def check_together(make_spots, faces, items: dict[str, Geometry], seed: int) -> 
         checked += 1
         point = torch.tensor([x, y], dtype=torch.float64)
         assert (centroid(image.clamp(min=0.02) - 0.02) - point).norm() < 0.5
-        assert (centroid(mask == 1) - point).norm() < 0.8  # a disc of whole pixels has no finer centre
+        assert (centroid(mask == 1) - point).norm() < 0.8  # a disc of whole pixels has no finer center
     return checked
 
 
@@ -130,9 +130,9 @@ def draw_matrices(items, batch, seed, epoch):
 
 
 def mirrors_by_cross_product(matrix) -> bool:
-    """Whether a small triangle at the image's centre turns the other way round after the move."""
-    centre = torch.tensor([(WIDTH - 1) / 2, (HEIGHT - 1) / 2], dtype=torch.float64)
-    corners = centre + torch.tensor([[0.0, 0.0], [0.01, 0.0], [0.0, 0.01]], dtype=torch.float64)
+    """Whether a small triangle at the image's center turns the other way round after the move."""
+    center = torch.tensor([(WIDTH - 1) / 2, (HEIGHT - 1) / 2], dtype=torch.float64)
+    corners = center + torch.tensor([[0.0, 0.0], [0.01, 0.0], [0.0, 0.01]], dtype=torch.float64)
     moved = torch.cat([corners, torch.ones(3, 1)], 1) @ matrix.T
     moved = moved[:, :2] / moved[:, 2:]
     (ax, ay), (bx, by) = (moved[1] - moved[0]).tolist(), (moved[2] - moved[0]).tolist()
@@ -141,10 +141,10 @@ def mirrors_by_cross_product(matrix) -> bool:
 
 def step_is_wide(matrix, height, width) -> bool:
     inverse = torch.linalg.inv(matrix)
-    centre = torch.tensor([(width - 1) / 2, (height - 1) / 2, 1.0], dtype=torch.float64)
+    center = torch.tensor([(width - 1) / 2, (height - 1) / 2, 1.0], dtype=torch.float64)
 
     def place(x, y):
-        there = inverse @ (centre + torch.tensor([x, y, 0.0], dtype=torch.float64))
+        there = inverse @ (center + torch.tensor([x, y, 0.0], dtype=torch.float64))
         return there[:2] / there[2]
 
     along_x, along_y = place(0.5, 0) - place(-0.5, 0), place(0, 0.5) - place(0, -0.5)

@@ -55,7 +55,7 @@ def test_flip_twice_is_the_identity_including_order(make_spots, faces, flip, ext
         ("hszx", True),
     ],
 )
-def test_points_are_relabelled_exactly_when_left_became_right(make_spots, faces, names, relabels):
+def test_points_are_relabeled_exactly_when_left_became_right(make_spots, faces, names, relabels):
     kinds = {
         "h": HorizontalFlip(probability=1),
         "v": VerticalFlip(probability=1),
@@ -81,7 +81,7 @@ def test_points_are_relabelled_exactly_when_left_became_right(make_spots, faces,
     assert not (moved["visible"] & ~batch.targets["visible"][:, order]).any()
 
 
-def test_only_the_mirrored_images_of_a_batch_are_relabelled(make_spots, faces):
+def test_only_the_mirrored_images_of_a_batch_are_relabeled(make_spots, faces):
     batch = make_spots(64, 3)
     moved = Pipeline(faces, {"flip": HorizontalFlip()})(batch, 5, 0)
     flipped = moved.to_canvas[:, 0, 0] < 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cnntrain.augment.base import Augmentation, Geometry
-from cnntrain.augment.color import ColourJitter, Contrast, Invert
+from cnntrain.augment.color import ColorJitter, Contrast, Invert
 from cnntrain.augment.effects import Blur, Erasing, Noise
 from cnntrain.augment.geometry import Crop, HorizontalFlip, Shift, VerticalFlip
 from cnntrain.augment.mix import Cutmix, Mixup
@@ -28,7 +28,7 @@ ITEMS: dict[str, Augmentation] = {
     "shear": Shear(),
     "perspective": Perspective(),
     "trivial": Trivial(),
-    "jitter": ColourJitter(hue=0.1),
+    "jitter": ColorJitter(hue=0.1),
     "contrast": Contrast(strength=0.8),
     "invert": Invert(probability=0.5),
     "erasing": Erasing(),
@@ -186,7 +186,7 @@ def test_the_device_is_never_waited_for(make_batch, monkeypatch, name):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_colour_on_a_gpu_is_the_same_sum(channels):
+def test_color_on_a_gpu_is_the_same_sum(channels):
     values, matrix, offset = (
         torch.rand(4, channels, 50),
         torch.randn(4, channels, channels),

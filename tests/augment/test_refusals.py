@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from cnntrain.augment.color import Brightness, ColourJitter, Hue
+from cnntrain.augment.color import Brightness, ColorJitter, Hue
 from cnntrain.augment.geometry import Crop, HorizontalFlip, Shift, VerticalFlip
 from cnntrain.augment.mix import Cutmix, Mixup
 from cnntrain.augment.pipeline import Pipeline
@@ -68,7 +68,7 @@ def test_what_fits_keypoints_is_not_refused():
         lambda: Brightness(strength=float("nan")),
         lambda: Brightness(strength=[1.2, 0.8]),
         lambda: Hue(strength=0.7),
-        lambda: ColourJitter(contrast=[0.5]),
+        lambda: ColorJitter(contrast=[0.5]),
         lambda: Zoom(factor=2.0),
         lambda: Zoom(factor=(0.0, 1.0)),
         lambda: Perspective(distortion=0.9),

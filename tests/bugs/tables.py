@@ -64,7 +64,7 @@ def bugs() -> Iterator[tuple[str, list[str], str, str]]:
     for name, (overrides, words) in data.REFUSED.items():
         yield name, overrides, "refused", words
     for name, overrides in learning.MISALIGNED.items():
-        yield f"{name} of another image", overrides, "generalises", learning.NOT_THEIRS
+        yield f"{name} of another image", overrides, "generalizes", learning.NOT_THEIRS
     own_norm = ["model=sound", "model._target_=planted_learning.OwnNorm"]
     yield "a norm of one's own, wrong in evaluation", own_norm, "batch norm gap", "evaluation mode loses"
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cnntrain import compose, train
-from cnntrain.checks.practice import practise
+from cnntrain.checks.practice import practice
 from cnntrain.cli import main
 from cnntrain.commands.check import check
 from cnntrain.errors import CheckFailedError, UserError
@@ -29,9 +29,9 @@ def findings(tmp_path: Path, *overrides: str) -> dict[str, dict[str, Any]]:
 
 
 BROKEN = {
-    "pixels from 0 to 255": (["data=unnormalised"], "normalised inputs", "pixels from 0 to 255"),
-    "normalised twice": (["model=normalises_again"], "normalised inputs", "normalised twice"),
-    "scale from 0 to 1": (["model=takes_it_back"], "normalised inputs", "from 0 to 1 and not normalised"),
+    "pixels from 0 to 255": (["data=unnormalized"], "normalized inputs", "pixels from 0 to 255"),
+    "normalized twice": (["model=normalizes_again"], "normalized inputs", "normalized twice"),
+    "scale from 0 to 1": (["model=takes_it_back"], "normalized inputs", "from 0 to 1 and not normalized"),
     "reshape for permute": (["data=reshaped", *SHAPES], "layout", "reshaped where a permute belongs"),
     "one image only": (["data=one_only"], "blank images", "blank or the same"),
     "black images": (["data=black"], "blank images", "blank or the same (digits/"),
@@ -41,9 +41,9 @@ BROKEN = {
     "test images in train": (["data=test_in_train"], "leakage", "digits/"),
     "test images in train, brighter": (["data=brighter_in_train"], "leakage", "digits/"),
     "a class never seen": (["data=no_threes"], "classes", "training never sees 3"),
-    "no relabelling": (["data=unrelabelled_toy_faces", *FACES], "flip", "left_eye stays"),
+    "no relabeling": (["data=unrelabeled_toy_faces", *FACES], "flip", "left_eye stays"),
     "points as (y, x)": (["data=rows_first", *FACES], "points", "(y, x)"),
-    "points normalised already": (["data=points_from_zero_to_one", *FACES], "points", "not in pixels"),
+    "points normalized already": (["data=points_from_zero_to_one", *FACES], "points", "not in pixels"),
     "images wiped out": (
         ["augment=erasing", *(f"augment.erasing.{key}" for key in ("probability=1", "area=[0.999,1]", "ratio=[1,1]"))],
         "augmentation", "wipes images out",
@@ -53,7 +53,7 @@ BROKEN = {
 
 
 REFUSED = {
-    "nothing labelled": (["data=nothing_labelled", *SHAPES], "no pixel of the training masks is labelled"),
+    "nothing labeled": (["data=nothing_labeled", *SHAPES], "no pixel of the training masks is labeled"),
 }
 
 
@@ -119,9 +119,9 @@ def test_red_and_blue_exchanged_before_pretrained_weights_are_told(bench_of, jud
     bench = bench_of("data=toy_faces", "data.size=32", "model=cifar_resnet", "model.depth=8")
     assert judge(bench, "channel-order")["channel order"].verdict == "SKIP"  # nothing is learned yet
     blue = bench.loaders["train"].images[:, 2]
-    blue.copy_(blue // 3)  # in the light of a lamp, so that the colours differ
+    blue.copy_(blue // 3)  # in the light of a lamp, so that the colors differ
     model = bench.model()
-    practise(bench, model, torch.optim.Adam(model.parameters(), lr=1e-3), 100)
+    practice(bench, model, torch.optim.Adam(model.parameters(), lr=1e-3), 100)
     bench.network, bench.trained = model, True
     found = judge(bench, "channel-order")["channel order"]
     assert found.verdict == "PASS", found
@@ -138,7 +138,7 @@ def test_a_checkpoint_and_names_after_an_equals_sign_are_taken(tmp_path: Path) -
     assert main(["check", "checks=frozen,optimizer", "data.limit=60", "threads=1"]) == 0
 
 
-def test_letterbox_borders_are_no_wrong_normalisation(tmp_path: Path, bench_of, judge) -> None:
+def test_letterbox_borders_are_no_wrong_normalization(tmp_path: Path, bench_of, judge) -> None:
     """Mean and deviation are those of the images: with the borders the mean of the inputs is far from 0."""
     for label in ("a", "b"):
         (tmp_path / "train" / label).mkdir(parents=True)
@@ -149,4 +149,4 @@ def test_letterbox_borders_are_no_wrong_normalisation(tmp_path: Path, bench_of, 
         "data=image_folder", f"data.root={tmp_path}", "data.size=32", "data.resize=letterbox", "model=lenet5"
     )
     assert float(bench.plain().images.mean()) < -1.5
-    assert judge(bench, "normalised-inputs")["normalised inputs"].verdict == "PASS"
+    assert judge(bench, "normalized-inputs")["normalized inputs"].verdict == "PASS"

@@ -22,12 +22,12 @@ def decayed(optimizer: str) -> list[str]:
 
 
 BROKEN = {
-    "shuffled labels": (["data=shuffled_labels"], "generalises", "FAIL", NOT_THEIRS),
-    "shuffled labels, fmnist_cnn": (["data=shuffled_labels", "model=fmnist_cnn"], "generalises", "FAIL", NOT_THEIRS),
-    "labels of another image": (["data=labels_of_another"], "generalises", "FAIL", NOT_THEIRS),
-    "validation labels of another": (["data=validation_of_another"], "generalises", "FAIL", "not for validation's"),
-    "images of noise": (["data=noise"], "generalises", "FAIL", "do not show what is asked"),
-    "the mean image only": (["data=mean_images"], "generalises", "FAIL", "all images are the same"),
+    "shuffled labels": (["data=shuffled_labels"], "generalizes", "FAIL", NOT_THEIRS),
+    "shuffled labels, fmnist_cnn": (["data=shuffled_labels", "model=fmnist_cnn"], "generalizes", "FAIL", NOT_THEIRS),
+    "labels of another image": (["data=labels_of_another"], "generalizes", "FAIL", NOT_THEIRS),
+    "validation labels of another": (["data=validation_of_another"], "generalizes", "FAIL", "not for validation's"),
+    "images of noise": (["data=noise"], "generalizes", "FAIL", "do not show what is asked"),
+    "the mean image only": (["data=mean_images"], "generalizes", "FAIL", "all images are the same"),
     "detached, one example": (["model=detached"], "one example", "FAIL", "no gradient reaches first.weight"),
     "softmax, one example": (["model=softmax_inside"], "one example", "FAIL", "the outputs are probabilities"),
     "ignores the image, eight": (["model=ignores_image"], "eight examples", "FAIL", "ignores the image"),
@@ -57,14 +57,14 @@ def test_what_does_not_learn_is_named(name: str, bench_of, judge) -> None:
 def test_a_norm_that_knows_other_statistics_in_evaluation_is_named(bench_of, judge) -> None:
     bench = bench_of("model=sound", "model._target_=planted_learning.OwnNorm")
     bench.ends_at = time.monotonic() + 30
-    found = judge(bench, "generalises", "batch-norm-gap")
+    found = judge(bench, "generalizes", "batch-norm-gap")
     assert found["batch norm gap"].verdict == "FAIL", found
     assert "evaluation mode loses what training mode knows" in found["batch norm gap"].cause
 
 
 def test_a_learning_rate_too_low_does_not_look_like_wrong_labels(bench_of, judge) -> None:
-    found = judge(bench_of("optimizer.lr=1e-6"), "learning-rate", "generalises")
-    assert [found[name].verdict for name in ("learning rate", "generalises")] == ["FAIL", "PASS"], found
+    found = judge(bench_of("optimizer.lr=1e-6"), "learning-rate", "generalizes")
+    assert [found[name].verdict for name in ("learning rate", "generalizes")] == ["FAIL", "PASS"], found
 
 
 MISALIGNED = {
@@ -75,7 +75,7 @@ MISALIGNED = {
 
 @pytest.mark.parametrize("name", ["points", pytest.param("masks", marks=pytest.mark.long)])
 def test_points_and_masks_of_another_image_are_named(name: str, bench_of, judge) -> None:
-    found = judge(bench_of(*MISALIGNED[name]), "generalises")["generalises"]
+    found = judge(bench_of(*MISALIGNED[name]), "generalizes")["generalizes"]
     assert found.verdict == "FAIL" and "of other images" in found.evidence + found.cause, found
 
 
@@ -96,7 +96,7 @@ SOUND = {
 def test_what_is_sound_passes(name: str, bench_of, judge) -> None:
     found = judge(bench_of(*SOUND[name]), "learning")
     assert {f.name: f.cause for f in found.values() if f.verdict in ("WARN", "FAIL")} == {}
-    assert found["generalises"].verdict == found["eight examples"].verdict == "PASS", found
+    assert found["generalizes"].verdict == found["eight examples"].verdict == "PASS", found
 
 
 WIDE = {
@@ -129,7 +129,7 @@ def test_what_is_broken_elsewhere_breaks_no_check(model: str, bench_of, judge) -
 def test_without_time_everything_that_takes_it_is_skipped_and_says_so(bench_of, judge) -> None:
     bench = bench_of("model=fmnist_cnn", "data.limit=300")
     bench.ends_at = time.monotonic() - 1
-    for name in ("one example", "eight examples", "learning rate", "generalises", "repeat", "reload"):
+    for name in ("one example", "eight examples", "learning rate", "generalizes", "repeat", "reload"):
         finding = judge(bench, name.replace(" ", "-"))[name]
         assert finding.verdict == "SKIP" and "budget" in finding.evidence, finding
 
@@ -140,7 +140,7 @@ def test_of_trained_weights_only_what_they_know_is_asked(bench_of, judge) -> Non
     bench.network, bench.trained, bench.found = training.model, True, {}
     found = judge(bench, "learning")
     passes = {name for name, finding in found.items() if finding.verdict == "PASS"}
-    assert passes == {"generalises", "batch norm gap"}, found
+    assert passes == {"generalizes", "batch norm gap"}, found
     assert {finding.verdict for finding in found.values()} == {"PASS", "SKIP"}
 
 

@@ -17,10 +17,10 @@ def nme(tmp_path: Path, name: str, *overrides: str) -> float:
 
 
 @pytest.mark.long
-def test_a_flip_helps_and_without_relabelling_it_ruins(tmp_path: Path) -> None:
+def test_a_flip_helps_and_without_relabeling_it_ruins(tmp_path: Path) -> None:
     """The README's figures come from the same runs with 60 epochs and three seeds."""
-    relabelled = nme(tmp_path, "relabelled", "data=toy_faces", "augment=flip")
+    relabeled = nme(tmp_path, "relabeled", "data=toy_faces", "augment=flip")
     none = nme(tmp_path, "none", "data=toy_faces", "augment=none")
-    unrelabelled = nme(tmp_path, "unrelabelled", "data=unrelabelled_toy_faces", "augment=flip")
-    assert relabelled < none - 0.01
-    assert unrelabelled > none + 0.06
+    unrelabeled = nme(tmp_path, "unrelabeled", "data=unrelabeled_toy_faces", "augment=flip")
+    assert relabeled < none - 0.01
+    assert unrelabeled > none + 0.06

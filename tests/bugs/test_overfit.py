@@ -68,11 +68,11 @@ def test_what_is_broken_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_a_blank_image_is_named(tmp_path: Path) -> None:
-    for split, label, colour in [("train", "a", 120), ("train", "b", 10), ("val", "a", 0), ("val", "b", 9)]:
+    for split, label, color in [("train", "a", 120), ("train", "b", 10), ("val", "a", 0), ("val", "b", 9)]:
         folder = tmp_path / "data" / split / label
         folder.mkdir(parents=True)
         for number in range(4):
-            Image.new("RGB", (8, 8), (colour + number,) * 3).save(folder / f"{number}.png")
+            Image.new("RGB", (8, 8), (color + number,) * 3).save(folder / f"{number}.png")
     result = verdict(
         tmp_path,
         "model=sound",
@@ -225,11 +225,11 @@ def test_several_examples(tmp_path: Path) -> None:
 
 def test_files_sorted_by_class(tmp_path: Path) -> None:
     """All that lie near the first are of its class: another has to be fetched from further on."""
-    for label, grey in (("dark", 40), ("light", 200)):
+    for label, gray in (("dark", 40), ("light", 200)):
         (tmp_path / "data" / "train" / label).mkdir(parents=True)
         for number in range(60):
             noise = np.random.default_rng(number).integers(-30, 30, (8, 8))
-            Image.fromarray((grey + noise).astype(np.uint8)).save(
+            Image.fromarray((gray + noise).astype(np.uint8)).save(
                 tmp_path / "data" / "train" / label / f"{number:02}.png"
             )
     asked = (

@@ -108,7 +108,7 @@ def test_a_right_map_passes(case: tuple[Scheme, Shapes]) -> None:
     scheme, shapes = case
     findings, symmetry = judge_flip(*shapes, spec_of(scheme, right_map(scheme)))
     assert set(verdicts(findings).values()) == {"PASS"}, findings
-    assert symmetry is not None and symmetry.relabelled < symmetry.kept / 2
+    assert symmetry is not None and symmetry.relabeled < symmetry.kept / 2
 
 
 @pytest.mark.parametrize("most", [40, pytest.param(10**6, marks=pytest.mark.long)])

@@ -24,14 +24,14 @@ QUICK = (
 
 
 def make_folder(name: str, *classes: str) -> Path:
-    """Flat pictures, each class of a grey of its own."""
+    """Flat pictures, each class of a gray of its own."""
     for label in classes:
         for split, count in (("train", 12), ("test", 4)):
             place = Path(name) / split / label
             place.mkdir(parents=True)
             for number in range(count):
-                grey = np.full((8, 8, 3), GREYS[label] + number % 5, np.uint8)
-                Image.fromarray(grey).save(place / f"{number}.png")
+                gray = np.full((8, 8, 3), GREYS[label] + number % 5, np.uint8)
+                Image.fromarray(gray).save(place / f"{number}.png")
     return Path(name)
 
 

@@ -24,7 +24,7 @@ FEW = ["data.train_count=4", "data.test_count=1", "data.size=32"]
 
 
 def make_checkpoint(*overrides: str, data: dict[str, Any] | None = None) -> Path:
-    """A checkpoint whose weights are all 0, so that its answers are known: even odds, the canvas's centre."""
+    """A checkpoint whose weights are all 0, so that its answers are known: even odds, the canvas's center."""
     assembly = assemble(read_settings([*overrides, "threads=1", "device=cpu"]))
     with torch.no_grad():
         for parameter in assembly.model.parameters():
@@ -66,10 +66,10 @@ def test_points_come_back_in_the_files_own_pixels() -> None:
     for row, nested in zip(rows, told["images"], strict=True):
         width, height = sizes[row["image_name"]]
         back = place(width, height, (32, 32), "letterbox").matrix().inverse()
-        centre = (back @ torch.tensor([15.5, 15.5, 1]).double())[:2].tolist()
-        assert centre == pytest.approx([(width - 1) / 2, (height - 1) / 2], abs=1)  # borders are whole pixels
-        assert [float(row["left_eye_x"]), float(row["left_eye_y"])] == pytest.approx(centre, abs=1e-3)
-        assert nested["points"]["mouth"] == pytest.approx(centre) and set(nested) == {"image_name", "points"}
+        center = (back @ torch.tensor([15.5, 15.5, 1]).double())[:2].tolist()
+        assert center == pytest.approx([(width - 1) / 2, (height - 1) / 2], abs=1)  # borders are whole pixels
+        assert [float(row["left_eye_x"]), float(row["left_eye_y"])] == pytest.approx(center, abs=1e-3)
+        assert nested["points"]["mouth"] == pytest.approx(center) and set(nested) == {"image_name", "points"}
     assert Path("out/figures/predictions-001.png").stat().st_size > 5000
 
 
@@ -170,11 +170,11 @@ def test_objects_are_cut_out_by_given_boxes_as_in_training() -> None:
     )
     rows, told = predict("images=mine", "boxes=boxes.csv")
     assert [row["image_name"] for row in rows] == ["wide.png:0", "wide.png:1", "below/tall.png"]
-    for row, centre in zip(
+    for row, center in zip(
         rows, [(19.5, 14.5), (39.5, 14.5), (9.5, 9.5)], strict=True
-    ):  # the canvas's centre
+    ):  # the canvas's center
         point = (float(row["left_eye_x"]), float(row["left_eye_y"]))
-        assert point == pytest.approx(centre, abs=1e-4)
+        assert point == pytest.approx(center, abs=1e-4)
     assert told["images"][1]["points"]["left_eye"] == pytest.approx([39.5, 14.5], abs=1e-4)
 
 

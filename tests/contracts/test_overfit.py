@@ -25,14 +25,14 @@ INSTANT = (
 DATA = ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "image_csv"]
 
 
-def pictures(size: int, colour: bool, count: int = 80) -> tuple[np.ndarray, np.ndarray]:
-    """Real digits enlarged to size x size px, tinted if in colour: uint8 (N, size, size[, 3]), and labels."""
+def pictures(size: int, color: bool, count: int = 80) -> tuple[np.ndarray, np.ndarray]:
+    """Real digits enlarged to size x size px, tinted if in color: uint8 (N, size, size[, 3]), and labels."""
     images, labels = read_digits()
     factor = size // 8
     large = images[:count, 0].repeat(factor, 1).repeat(factor, 2)
     edge = size - large.shape[1]
     large = np.pad(large, ((0, 0), (edge // 2, edge - edge // 2), (edge // 2, edge - edge // 2)))
-    if colour:
+    if color:
         tint = np.random.default_rng(0).uniform(0.4, 1, (count, 1, 1, 3))
         large = (large[..., None] * tint).astype(np.uint8)
     return large, labels[:count]
@@ -47,7 +47,7 @@ def lay_out_idx(root: Path, name: str) -> None:
     """As torchvision leaves MNIST and its like."""
     raw = root / name / "raw"
     raw.mkdir(parents=True)
-    images, labels = pictures(28, colour=False)
+    images, labels = pictures(28, color=False)
     for part in ("train", "t10k"):
         write_idx(raw / f"{part}-images-idx3-ubyte", images)
         write_idx(raw / f"{part}-labels-idx1-ubyte", labels)
@@ -57,7 +57,7 @@ def lay_out_cifar(root: Path, hundred: bool) -> None:
     """As torchvision leaves CIFAR: pickled dictionaries of rows (red, green, blue)."""
     folder = root / ("cifar-100-python" if hundred else "cifar-10-batches-py")
     folder.mkdir(parents=True)
-    images, labels = pictures(32, colour=True)
+    images, labels = pictures(32, color=True)
     rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
     key = "fine_labels" if hundred else "labels"
     names = ["train", "test"] if hundred else [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
@@ -68,7 +68,7 @@ def lay_out_cifar(root: Path, hundred: bool) -> None:
 
 
 def lay_out_images(root: Path, size: int = 32) -> None:
-    images, labels = pictures(size, colour=True)
+    images, labels = pictures(size, color=True)
     lines = ["path,label"]
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         path = root / "train" / str(label) / f"{number}.png"
@@ -142,7 +142,7 @@ def test_real_fashion_mnist(model: str, shared_data: Path) -> None:
     ],
 )
 def test_every_classifier_at_its_smallest_size(model: str, tmp_path: Path) -> None:
-    """Each file of conf/model learns one colour image, as small as it takes them."""
+    """Each file of conf/model learns one color image, as small as it takes them."""
     if model == "timm":
         pytest.importorskip("timm")
     size = 32 if model == "timm" else SMALLEST_PX.get(model, 8)

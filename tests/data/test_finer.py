@@ -42,8 +42,8 @@ def photograph(path: Path, height: int = 300, width: int = 300, seed: int = 0) -
 
 def sharpness(images: Tensor) -> float:
     """Share of the power in the upper half of the frequencies along each axis."""
-    centred = images.double() - images.double().mean((-2, -1), keepdim=True)
-    power = torch.fft.fft2(centred).abs().square()
+    centered = images.double() - images.double().mean((-2, -1), keepdim=True)
+    power = torch.fft.fft2(centered).abs().square()
     high = torch.fft.fftfreq(images.shape[-1]).abs() > 0.25
     return float(power[..., high, :].sum() + power[..., :, high].sum()) / float(power.sum())
 

@@ -53,8 +53,8 @@ def test_corners_of_the_source_land_where_the_placement_says(
         assert (placement.width, placement.height) == (canvas_width, canvas_height)
         assert float(matrix[0, 0]) == pytest.approx(float(matrix[1, 1]))
         middle = torch.tensor([[(width - 1) / 2, (height - 1) / 2]], dtype=torch.float64)
-        centre = [(canvas_width - 1) / 2, (canvas_height - 1) / 2]
-        assert move(middle, matrix).flatten().tolist() == pytest.approx(centre, abs=1e-6)
+        center = [(canvas_width - 1) / 2, (canvas_height - 1) / 2]
+        assert move(middle, matrix).flatten().tolist() == pytest.approx(center, abs=1e-6)
     if resize == "letterbox":
         assert canvas_width in (placement.width,) or canvas_height in (placement.height,)
 
@@ -150,14 +150,14 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("mode", EXPECTED)
-def test_every_mode_is_read_as_the_colour_that_a_person_sees(tmp_path, mode):
+def test_every_mode_is_read_as_the_color_that_a_person_sees(tmp_path, mode):
     path = tmp_path / "image.tiff"
     modes()[mode].save(path)
     image, _ = Decoder(4, 6, 3)(str(path))
     assert image[:, 2, 3].tolist() == pytest.approx(EXPECTED[mode], abs=1)
-    grey, _ = Decoder(4, 6, 1)(str(path))
+    gray, _ = Decoder(4, 6, 1)(str(path))
     luma = sum(w * v for w, v in zip((0.299, 0.587, 0.114), EXPECTED[mode], strict=True))
-    assert int(grey[0, 2, 3]) == pytest.approx(luma, abs=1)
+    assert int(gray[0, 2, 3]) == pytest.approx(luma, abs=1)
 
 
 def test_sixteen_bits_are_scaled_not_saturated(tmp_path):

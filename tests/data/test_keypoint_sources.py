@@ -34,7 +34,7 @@ def test_ibug_partners_are_the_published_ones():
     assert infer_mirror(IBUG68.names) == tuple(expected)
 
 
-def test_coco_partners_are_neighbours():
+def test_coco_partners_are_neighbors():
     assert infer_mirror(COCO17.names) == (0, *(i + 1 if i % 2 else i - 1 for i in range(1, 17)))
 
 
@@ -115,12 +115,12 @@ def test_points_land_on_what_was_marked(photographs):
                 assert near.max() == image[0][:, max(0, x - 2) : x + 3].max() > 0
 
 
-def test_points_outside_and_unlabelled_ones_are_not_visible_and_counted(photographs, caplog):
+def test_points_outside_and_unlabeled_ones_are_not_visible_and_counted(photographs, caplog):
     write(photographs, "0.png,20,10,60,10", "1.png,,,40,11", "2.png,-3,5,59,39", "3.png,20,10,40,10")
     with caplog.at_level(logging.WARNING, "cnntrain"):
         train = KeypointCsv(root=str(photographs), crop="none").load()["train"]
     assert train.targets["visible"].tolist() == [[True, False], [False, True], [False, True], [True, True]]
-    assert "2 of 7 labelled points lie outside" in caplog.text
+    assert "2 of 7 labeled points lie outside" in caplog.text
     assert (train.targets["points"][~train.targets["visible"]] == 0).all()
 
 
@@ -311,7 +311,7 @@ def test_a_skeleton_that_is_none_is_not_drawn(photographs, skeleton):
     assert coco(photographs, categories=[category]).spec().skeleton == ()
 
 
-def test_what_an_object_without_labelled_points_says_besides_is_not_asked(photographs):
+def test_what_an_object_without_labeled_points_says_besides_is_not_asked(photographs):
     hidden = {"id": 8, "category_id": 1, "keypoints": [0] * 6}
     rows = [
         {**hidden, "image_id": 0, "bbox": [0, 0, 0, 0]},

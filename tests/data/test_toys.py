@@ -50,10 +50,10 @@ def test_faces_have_eyes_where_their_labels_are():
     pupils, rims = [], []
     for seed in range(60):
         image, points = draw_face(64, seed)
-        grey = image.mean(-1)
+        gray = image.mean(-1)
         for x, y in np.rint(points[:2]).astype(int):
-            pupils.append(grey[y, x])
-            rims.append(grey[y - 2 : y + 3, x - 2 : x + 3].mean())
+            pupils.append(gray[y, x])
+            rims.append(gray[y - 2 : y + 3, x - 2 : x + 3].mean())
     assert np.mean(pupils) < 0.8 * np.mean(rims)
 
 
@@ -86,7 +86,7 @@ def test_shapes_have_masks_of_their_classes_and_flat_insides():
 
 
 def test_shapes_masks_agree_with_the_picture():
-    """Where the class changes, so does the colour, far more than elsewhere."""
+    """Where the class changes, so does the color, far more than elsewhere."""
     across, within = [], []
     for seed in range(20):
         image, mask = draw_shapes(64, seed)

@@ -51,10 +51,10 @@ def test_all_that_is_wrong_is_told_at_once(cnntrain, make_images) -> None:
     os.mkfifo(dark / "pipe.png")
     os.symlink("..", dark / "loop")
     os.symlink("nowhere", dark / "dangling.png")
-    (root / "val" / "grey").mkdir()
-    photograph(root / "val" / "grey" / "one.png")
+    (root / "val" / "gray").mkdir()
+    photograph(root / "val" / "gray" / "one.png")
     said = cnntrain.refused(*arguments(root))
-    assert "grey: is a class that train lacks" in said
+    assert "gray: is a class that train lacks" in said
     for name, reason in {
         "pipe.png": "no regular file",
         "loop": "a link that leads back",
@@ -64,8 +64,8 @@ def test_all_that_is_wrong_is_told_at_once(cnntrain, make_images) -> None:
     os.remove(dark / "pipe.png")
     os.remove(dark / "loop")
     os.remove(dark / "dangling.png")
-    (root / "val" / "grey" / "one.png").unlink()
-    (root / "val" / "grey").rmdir()
+    (root / "val" / "gray" / "one.png").unlink()
+    (root / "val" / "gray").rmdir()
     started = time.monotonic()
     said = cnntrain.refused(*arguments(root))
     for name, reason in {

@@ -306,7 +306,7 @@ def test_errors_in_the_data_are_told_once(cnntrain, make_images) -> None:
 
 
 @LONG
-def test_torchrun_and_srun_are_recognised(cnntrain, tmp_path) -> None:
+def test_torchrun_and_srun_are_recognized(cnntrain, tmp_path) -> None:
     settings = (*TWO[:-1], "epochs=1")
     cnntrain(*settings, "run_dir=torchrun", around=TORCHRUN)
     with socket.socket() as listener:

@@ -17,7 +17,7 @@ def test_zeros_and_scale_are_those_of_the_probability(p):
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)), rtol=2**-12, atol=0)
 
 
-def test_neighbours_are_drawn_independently():
+def test_neighbors_are_drawn_independently():
     """Four numbers come out of one draw of the generator: all 16 combinations must be equally frequent."""
     torch.manual_seed(0)
     kept = dropout(torch.ones(400_000), 0.5).view(-1, 4).ne(0).long()

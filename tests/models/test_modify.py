@@ -9,7 +9,7 @@ from torch import nn
 
 from cnntrain.errors import UserError
 from cnntrain.models.cifar_resnet import CifarResNet
-from cnntrain.models.modify import freeze_layers, initialise, materialise, prepare, unfreeze
+from cnntrain.models.modify import freeze_layers, initialize, materialize, prepare, unfreeze
 from cnntrain.models.norm_act import make_norm
 from cnntrain.models.sequential.parser import Sequential
 
@@ -54,7 +54,7 @@ def test_norms_there_and_back_keep_the_parameters_count() -> None:
 
 
 @pytest.mark.parametrize(("norm", "over"), [("layer", (1, 2, 3)), ("instance", (2, 3))])
-def test_norms_normalise_over(norm: str, over: tuple[int, ...]) -> None:
+def test_norms_normalize_over(norm: str, over: tuple[int, ...]) -> None:
     """Wu and He 2018, figure 2."""
     x = torch.randn(2, 8, 16, 16) * 5 + 3
     y = make_norm(norm, 8)(x)
@@ -109,10 +109,10 @@ def test_errors_name_the_key_and_the_near_miss() -> None:
 
 
 @pytest.mark.parametrize(("init", "std"), [("he", (2 / 576) ** 0.5), ("xavier", (2 / 1152) ** 0.5)])
-def test_initialisation(init: str, std: float) -> None:
+def test_initialization(init: str, std: float) -> None:
     """Of a 3x3 convolution from 64 to 64 channels: fan in and fan out are 576."""
     model = plain({"conv": 64}, {"conv": 64})
-    initialise(model, init)
+    initialize(model, init)
     conv = model.layers[1]
     assert conv.weight.std().item() == pytest.approx(std, rel=0.02)
     assert not conv.bias.any()
@@ -123,7 +123,7 @@ def test_he_keeps_the_signal_where_small_weights_fade() -> None:
     sizes = {}
     for init in ("he", "std 0.01"):
         model = plain(*[{"conv": {"out": 32, "padding": "same"}}, "relu"] * 10)
-        initialise(model, "he")
+        initialize(model, "he")
         for module in model.modules():
             if init == "std 0.01" and isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
@@ -203,12 +203,12 @@ def test_lazy_layers_get_their_shapes_and_nothing_else_changes() -> None:
         return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(outputs))
 
     model = lazy()
-    materialise(model, 3, (8, 12))
+    materialize(model, 3, (8, 12))
     assert model.training
     assert [tuple(p.shape) for p in model.parameters()] == [(4, 3, 3, 3), (4,), (4,), (4,), (10, 240), (10,)]
     assert int(model[1].num_batches_tracked) == 0
     other = lazy()
-    materialise(other, 3, (8, 12))
+    materialize(other, 3, (8, 12))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(UserError, match=r"lazy layers .* \(2, 3, 2, 2\): RuntimeError: .*[Kk]ernel"):
-        materialise(lazy(), 3, (2, 2))
+        materialize(lazy(), 3, (2, 2))

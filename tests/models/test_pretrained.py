@@ -48,8 +48,8 @@ def resnet18(channels: int, size: int, pretrained: object = None, **options: obj
     return model
 
 
-def test_a_grey_image_is_answered_like_the_same_image_in_colour(weights: Path) -> None:
-    """Summing the filters over colour is exact: the backbone sees no difference."""
+def test_a_gray_image_is_answered_like_the_same_image_in_color(weights: Path) -> None:
+    """Summing the filters over color is exact: the backbone sees no difference."""
     images = torch.randn(2, 1, 96, 96)
     answers = []
     for channels in (1, 3):
@@ -334,7 +334,7 @@ def test_a_timm_head_of_one_output_starts_small() -> None:
     assert head.weight.abs().max() <= head.in_features**-0.5
 
 
-def test_real_weights_recognise_photographs(shared_data: Path) -> None:
+def test_real_weights_recognize_photographs(shared_data: Path) -> None:
     """All layers of the published file are taken, and scikit-learn's two photographs get their ImageNet classes."""
     pytest.importorskip("timm")
     from sklearn.datasets import load_sample_images

@@ -42,7 +42,7 @@ def test_answers_as_torchvisions_does_with_the_same_state(depth: int) -> None:
     "depth", [18, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 50, 101, 152))]
 )
 def test_starts_as_torchvisions_does(depth: int) -> None:
-    """The same seed draws the same weights: the modules are made, and initialised, in the same order."""
+    """The same seed draws the same weights: the modules are made, and initialized, in the same order."""
     from torchvision import models
 
     torch.manual_seed(0)
@@ -124,6 +124,6 @@ def test_cifar_shortcut_without_parameters() -> None:
     assert not side[:, 16:].any()
 
 
-def test_cifar_depth_names_its_neighbours() -> None:
+def test_cifar_depth_names_its_neighbors() -> None:
     with pytest.raises(UserError, match="21 is not 6n \\+ 2; the nearest are 20 and 26"):
         CifarResNet(depth=21, in_channels=3, num_outputs=10, image_size=(32, 32))

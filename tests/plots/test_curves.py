@@ -64,10 +64,10 @@ def test_curves_bear_gaps(rows):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
-def test_normalisation_is_undone(channels):
+def test_normalization_is_undone(channels):
     mean, std = [0.2] * channels, [0.5] * channels
     images = torch.rand(2, channels, 4, 6)
-    shown = figures.unnormalise((images - 0.2) / 0.5, mean, std)
+    shown = figures.unnormalize((images - 0.2) / 0.5, mean, std)
     assert shown.shape == (2, 4, 6, 3)
     for channel in range(min(channels, 3)):
         np.testing.assert_allclose(shown[..., channel], images[:, channel].numpy(), atol=1e-6)

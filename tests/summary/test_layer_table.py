@@ -5,14 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.errors import UserError
-from cnntrain.summary.layer_table import Anatomy, analyse
+from cnntrain.summary.layer_table import Anatomy, analyze
 
 
 @pytest.fixture(scope="module")
 def alexnet() -> Anatomy:
     from torchvision import models
 
-    return analyse(lambda: models.alexnet(weights=None), (3, 227, 227), "alexnet")
+    return analyze(lambda: models.alexnet(weights=None), (3, 227, 227), "alexnet")
 
 
 def test_the_alexnet_slide_memory(alexnet: Anatomy) -> None:
@@ -48,7 +48,7 @@ def test_totals_are_the_sum_of_the_rows(alexnet: Anatomy) -> None:
 def test_notation(alexnet: Anatomy) -> None:
     assert alexnet.row("features.0").notation == "C64 K11 P2 S4"
     net = nn.Conv2d(4, 8, (3, 1), padding="same", dilation=2, groups=4, padding_mode="reflect")
-    assert analyse(nn.Sequential(net), (4, 9, 9)).rows[0].notation == "C8 K3x1 P2x0 S1 D2 G4"
+    assert analyze(nn.Sequential(net), (4, 9, 9)).rows[0].notation == "C8 K3x1 P2x0 S1 D2 G4"
 
 
 class Shared(nn.Module):
@@ -70,7 +70,7 @@ class Shared(nn.Module):
 def test_everything_has_its_row() -> None:
     """Used twice: two rows, parameters once. Not run: it says so. A loose weight: its operation's row."""
     net = Shared()
-    anatomy = analyse(net, (4, 8, 8))
+    anatomy = analyze(net, (4, 8, 8))
     assert [row.name for row in anatomy.rows] == [
         "conv", "norm", "relu", "conv#2", "relu#2", "mul", "add", "auxiliary.0", "auxiliary.1",
     ]  # fmt: skip
@@ -88,7 +88,7 @@ def test_folding_counts_what_folding_leaves() -> None:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     conv, norm, late = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
-    anatomy = analyse(nn.Sequential(conv, norm, nn.ReLU(), late), (3, 9, 9))
+    anatomy = analyze(nn.Sequential(conv, norm, nn.ReLU(), late), (3, 9, 9))
     fused = fuse_conv_bn_eval(conv.eval(), norm.eval())
     left = sum(p.numel() for p in fused.parameters()) + sum(p.numel() for p in late.parameters())
     assert anatomy.parameters("folded") == left
@@ -97,7 +97,7 @@ def test_folding_counts_what_folding_leaves() -> None:
 
 def test_in_place_layers_take_no_memory() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Dropout(), nn.ReLU())
-    assert [row.activations_kib for row in analyse(net, (1, 10, 10)).rows] == [1.0, 0.0, 0.0, 1.0]
+    assert [row.activations_kib for row in analyze(net, (1, 10, 10)).rows] == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_vgg_e_in_a_second() -> None:
@@ -107,18 +107,18 @@ def test_vgg_e_in_a_second() -> None:
     from torchvision import models
 
     start = time.perf_counter()
-    anatomy = analyse(lambda: models.vgg19(weights=None), (3, 224, 224))
+    anatomy = analyze(lambda: models.vgg19(weights=None), (3, 224, 224))
     assert (anatomy.parameters(), anatomy.depth) == (143_667_240, 19)
     assert time.perf_counter() - start < 3  # a second on a quiet machine
 
 
 def test_a_network_that_does_not_fit() -> None:
     with pytest.raises(UserError, match=r"model\.1 Conv2d\(4 -> 4, K9 P0 S1\): \(6 - 9 \+ 2\*0\)/1 \+ 1 < 1"):
-        analyse(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 9)), (1, 8, 8))
+        analyze(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 9)), (1, 8, 8))
 
 
 def test_signals_and_volumes() -> None:
-    line = analyse(nn.Sequential(nn.Conv1d(1, 2, 5, stride=2), nn.MaxPool1d(2)), (1, 33))
+    line = analyze(nn.Sequential(nn.Conv1d(1, 2, 5, stride=2), nn.MaxPool1d(2)), (1, 33))
     assert line.receptive_field == (7,)
-    block = analyse(nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv3d(2, 2, 3)), (1, 9, 9, 9))
+    block = analyze(nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv3d(2, 2, 3)), (1, 9, 9, 9))
     assert (block.receptive_field, block.rows[1].multiply_adds) == ((5, 5, 5), 125 * 2 * 2 * 27)

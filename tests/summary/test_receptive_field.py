@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnntrain.summary.layer_table import analyse
+from cnntrain.summary.layer_table import analyze
 from cnntrain.summary.meta import as_meta, images
 from cnntrain.summary.receptive_field import Span, transposed_window, window
 from cnntrain.summary.run import trace_run
@@ -173,7 +173,7 @@ def test_a_span_is_the_hull_of_what_the_taps_read(
 def test_the_lectures_table() -> None:
     """conv 7 stride 2 pad 3, norm, relu, max-pool 3 stride 2 pad 1 on 256 px, as computed by hand."""
     net = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-    rows = analyse(net, (3, 256, 256)).rows
+    rows = analyze(net, (3, 256, 256)).rows
     assert [row.output_shape[1] for row in rows] == [128, 128, 128, 64]
     assert [row.start for row in rows] == [(0.5, 0.5)] * 4
     assert [row.jump for row in rows] == [(2, 2), (2, 2), (2, 2), (4, 4)]
@@ -182,10 +182,10 @@ def test_the_lectures_table() -> None:
 
 def test_two_3x3_see_what_one_5x5_sees() -> None:
     """VGG's argument (Simonyan and Zisserman 2015, 2.3): 18C^2 weights, not 25C^2, for the same field."""
-    twice = analyse(
+    twice = analyze(
         nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False)), (8, 32, 32)
     )
-    once = analyse(nn.Sequential(nn.Conv2d(8, 8, 5, bias=False)), (8, 32, 32))
+    once = analyze(nn.Sequential(nn.Conv2d(8, 8, 5, bias=False)), (8, 32, 32))
     assert twice.receptive_field == once.receptive_field == (5, 5)
     assert (twice.parameters(), once.parameters()) == (18 * 64, 25 * 64)
 
@@ -203,7 +203,7 @@ def test_published_fields(name: str, field: int) -> None:
     from torchvision import models
 
     options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-    anatomy = analyse(lambda: models.get_model(name, weights=None, **options), (3, 224, 224))
+    anatomy = analyze(lambda: models.get_model(name, weights=None, **options), (3, 224, 224))
     assert anatomy.receptive_field == (field, field)
     assert anatomy.unfollowed == []
 
@@ -215,7 +215,7 @@ def test_a_global_pool_on_one_path_sees_everything() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * x.mean((2, 3), keepdim=True).sigmoid()
 
-    row = analyse(nn.Sequential(nn.Conv2d(3, 4, 5), Squeeze()), (3, 40, 40)).rows[-1]
+    row = analyze(nn.Sequential(nn.Conv2d(3, 4, 5), Squeeze()), (3, 40, 40)).rows[-1]
     assert (row.receptive_field, row.local_field, row.whole) == ((40, 40), (5, 5), True)
 
 
@@ -231,8 +231,8 @@ def test_dividing_by_a_norm_over_the_channels_moves_no_window(order: float) -> N
         def forward(self, x: Tensor) -> Tensor:
             return x / torch.linalg.vector_norm(x, order, dim=self.dim, keepdim=True)
 
-    over_channels = analyse(nn.Sequential(nn.Conv2d(3, 4, 5), Divided(1)), (3, 40, 40))
-    over_map = analyse(nn.Sequential(nn.Conv2d(3, 4, 5), Divided((2, 3))), (3, 40, 40))
+    over_channels = analyze(nn.Sequential(nn.Conv2d(3, 4, 5), Divided(1)), (3, 40, 40))
+    over_map = analyze(nn.Sequential(nn.Conv2d(3, 4, 5), Divided((2, 3))), (3, 40, 40))
     assert (over_channels.rows[-1].receptive_field, over_channels.rows[-1].whole) == ((5, 5), False)
     assert (over_map.rows[-1].receptive_field, over_map.rows[-1].whole) == ((40, 40), True)
 
@@ -241,7 +241,7 @@ def test_dividing_by_a_norm_over_the_channels_moves_no_window(order: float) -> N
 def test_padding_modes_see_what_zeros_see(mode: str) -> None:
     """Where the border comes from moves no window; what wraps round counts as lying beyond the border."""
     net = nn.Sequential(nn.Conv2d(3, 4, 5, stride=2, padding=2, padding_mode=mode), nn.Conv2d(4, 4, 3))
-    first, second = analyse(net, (3, 20, 20)).rows
+    first, second = analyze(net, (3, 20, 20)).rows
     assert (first.receptive_field, first.start, second.receptive_field) == ((5, 5), (0.5, 0.5), (9, 9))
     assert (first.notation, second.jump) == ("C4 K5 P2 S2", (2, 2))
 
@@ -249,7 +249,7 @@ def test_padding_modes_see_what_zeros_see(mode: str) -> None:
 def test_a_flat_network_sees_what_its_windows_read() -> None:
     """A dense layer over a map whose last rows no window reads doesn't see those rows."""
     net = nn.Sequential(nn.Conv2d(1, 2, 3, stride=4), nn.Flatten(), nn.Linear(8, 10))
-    assert analyse(net, (1, 10, 10)).rows[-1].receptive_field == (7, 7)
+    assert analyze(net, (1, 10, 10)).rows[-1].receptive_field == (7, 7)
 
 
 def test_what_cannot_be_followed_is_said() -> None:
@@ -257,7 +257,7 @@ def test_what_cannot_be_followed_is_said() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.fft.fft2(x).real
 
-    anatomy = analyse(nn.Sequential(nn.Conv2d(3, 4, 3), Turned()), (3, 16, 16))
+    anatomy = analyze(nn.Sequential(nn.Conv2d(3, 4, 3), Turned()), (3, 16, 16))
     assert anatomy.rows[-1].receptive_field is None
     assert any("1: " in place for place in anatomy.unfollowed)
     assert any("fft" in place for place in anatomy.uncounted)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from torch import nn
 
-from cnntrain.summary.layer_table import Anatomy, analyse
+from cnntrain.summary.layer_table import Anatomy, analyze
 from cnntrain.summary.report import report
 from cnntrain.summary.view import bar, compare, fitting_depth, fold
 
@@ -20,7 +20,7 @@ def block(width: int) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def anatomy() -> Anatomy:
-    return analyse(
+    return analyze(
         nn.Sequential(*(nn.Sequential(block(4), block(4)) for _ in range(12))), (4, 16, 16), "tower"
     )
 
@@ -61,7 +61,7 @@ def test_the_table_on_paper(anatomy: Anatomy) -> None:
 
 
 def test_comparison(anatomy: Anatomy, tmp_path: Path) -> None:
-    small = analyse(nn.Conv2d(4, 4, 3), (4, 16, 16), "small")
+    small = analyze(nn.Conv2d(4, 4, 3), (4, 16, 16), "small")
     rows = compare([anatomy, small])
     assert [row["network"] for row in rows] == ["tower", "small"]
     assert (rows[1]["parameters"], rows[1]["multiply_adds"], rows[1]["receptive_field"]) == (148, 28_224, "3")

@@ -144,8 +144,8 @@ def photographs(root: Path, shade: int = 0) -> str:
         for number, name in enumerate(("cat", "dog")):
             (root / split / name).mkdir(parents=True)
             for i in range(3):
-                colour = (40 * i, 100 * number, shade)
-                Image.new("RGB", (8, 8), colour).save(root / split / name / f"{i}.png")
+                color = (40 * i, 100 * number, shade)
+                Image.new("RGB", (8, 8), color).save(root / split / name / f"{i}.png")
     return f"data.root={root}"
 
 

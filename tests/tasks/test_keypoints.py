@@ -70,8 +70,8 @@ def test_regression_loss_is_the_definition_point_by_point(loss):
         for k in range(len(NAMES)):
             if targets["visible"][i, k]:
                 count += 1
-                for axis, centre in enumerate((19.5, 11.5)):
-                    true = (float(targets["points"][i, k, axis]) - centre) / 19.5
+                for axis, center in enumerate((19.5, 11.5)):
+                    true = (float(targets["points"][i, k, axis]) - center) / 19.5
                     total += distance(float(outputs[i, 2 * k + axis]) - true) / 2
     loss_sum, loss_count = task.loss(outputs, targets)
     assert float(loss_sum) == pytest.approx(total, rel=1e-5)
@@ -116,7 +116,7 @@ def test_a_batch_without_visible_points_is_worth_nothing(head, loss):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 11), st.integers(0, 99), st.sampled_from(LOSSES))
 def test_any_split_gives_the_same_figures(cut, seed, kind):
-    task = make(head=kind[0], loss=kind[1], normalise_by=["left_eye", "right_eye"])
+    task = make(head=kind[0], loss=kind[1], normalize_by=["left_eye", "right_eye"])
     outputs, targets = example(task, seed=seed)
     whole = metered(task, outputs, targets)
     parts = metered(task, outputs[:cut], part_of(targets, slice(0, cut)))
@@ -126,9 +126,9 @@ def test_any_split_gives_the_same_figures(cut, seed, kind):
 
 
 @pytest.mark.parametrize("annotated", [False, True])
-@pytest.mark.parametrize("normalise_by", ["box", ["left_eye", "mouth"]])
-def test_metrics_are_the_definitions_in_source_pixels(normalise_by, annotated):
-    task = make(normalise_by=normalise_by)
+@pytest.mark.parametrize("normalize_by", ["box", ["left_eye", "mouth"]])
+def test_metrics_are_the_definitions_in_source_pixels(normalize_by, annotated):
+    task = make(normalize_by=normalize_by)
     outputs, targets = example(task, 30)
     targets["visible"][0] = torch.tensor([True, False, False, False])
     targets["visible"][1], targets["points"][1] = True, torch.tensor([11.0, 8.0])  # all in one place
@@ -148,7 +148,7 @@ def test_metrics_are_the_definitions_in_source_pixels(normalise_by, annotated):
         true = source(targets["points"][i].double().numpy())
         error = np.linalg.norm(source(predicted[i]) - true, axis=1)
         errors += list(error[seen])
-        if normalise_by == "box":
+        if normalize_by == "box":
             boxed = targets["box_size"][i].double().numpy() if annotated else np.zeros(2)
             sides = boxed if boxed.all() else np.ptp(true[seen], axis=0) if seen.any() else boxed
             norm = math.sqrt(max(sides) * max(min(sides), max(sides) / 2))
@@ -168,7 +168,7 @@ def nme(task, points: list, guess: float, **more) -> float:
     """Of objects with visible points `points` (N, K, 2), each guessed `guess` pixels too far to the right."""
     true = torch.tensor(points)
     targets = {"points": true, "visible": torch.ones(true.shape[:2], dtype=torch.bool), **more}
-    outputs = task.normalised(true + torch.tensor([guess, 0.0])).flatten(1)
+    outputs = task.normalized(true + torch.tensor([guess, 0.0])).flatten(1)
     return metered(task, outputs, targets).compute()["nme"]
 
 
@@ -225,7 +225,7 @@ def test_per_keypoint_errors_and_their_names():
 def test_a_perfect_answer_has_no_loss_and_no_error():
     task = make()
     _, targets = example(task)
-    outputs = task.normalised(targets["points"]).reshape(12, -1)
+    outputs = task.normalized(targets["points"]).reshape(12, -1)
     values = metered(task, outputs, targets).compute()
     assert values["loss"] == pytest.approx(0, abs=1e-5)
     assert values["error_px"] == pytest.approx(0, abs=1e-4)
@@ -236,20 +236,20 @@ def test_a_flip_of_the_canvas_is_a_change_of_sign():
     task = make()
     points = torch.tensor([[[3.0, 5.0]]])
     flipped = torch.tensor([[[39 - 3.0, 5.0]]])
-    assert torch.equal(task.normalised(flipped), task.normalised(points) * torch.tensor([-1.0, 1.0]))
+    assert torch.equal(task.normalized(flipped), task.normalized(points) * torch.tensor([-1.0, 1.0]))
 
 
 def test_coordinates_go_there_and_back():
     task = make()
     _, targets = example(task)
-    outputs = task.normalised(targets["points"]).reshape(12, -1)
+    outputs = task.normalized(targets["points"]).reshape(12, -1)
     torch.testing.assert_close(task.points(outputs), targets["points"], rtol=0, atol=1e-5)
 
 
-def test_knowing_nothing_is_the_centre():
+def test_knowing_nothing_is_the_center():
     task = make(loss="l1")
     _, targets = example(task)
-    expected = task.normalised(targets["points"]).abs().mean(2)[targets["visible"]].mean()
+    expected = task.normalized(targets["points"]).abs().mean(2)[targets["visible"]].mean()
     assert task.uninformed_loss(targets) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -376,10 +376,10 @@ def test_rows_and_answers_speak_of_source_pixels():
         ("task.wing_width", {"wing_width": 0}),
         ("task.smooth_l1_beta", {"smooth_l1_beta": "x"}),
         ("task.heatmap_sigma", {"heatmap_sigma": -1}),
-        ("'left_eey' is no keypoint; did you mean 'left_eye'", {"normalise_by": ["left_eey", "nose"]}),
-        ("task.normalise_by", {"normalise_by": ["nose", "nose"]}),
-        ("task.normalise_by", {"normalise_by": "boxes"}),
-        ("task.normalise_by", {"normalise_by": ["nose"]}),
+        ("'left_eey' is no keypoint; did you mean 'left_eye'", {"normalize_by": ["left_eey", "nose"]}),
+        ("task.normalize_by", {"normalize_by": ["nose", "nose"]}),
+        ("task.normalize_by", {"normalize_by": "boxes"}),
+        ("task.normalize_by", {"normalize_by": ["nose"]}),
     ],
 )  # fmt: skip
 def test_wrong_settings_name_their_key(key, settings):

@@ -15,7 +15,7 @@ SEVEN = DataSpec(1, 8, 8, classes=CLASSES, keypoints=CLASSES, ignore_index=255)
 TASKS = {
     "seven classes": Classification(SEVEN, label_smoothing=0.1, class_weights=list(range(7))),
     "one logit": Classification(TWO),
-    "regression": Keypoints(SEVEN, normalise_by=["a", "b"]),
+    "regression": Keypoints(SEVEN, normalize_by=["a", "b"]),
     "heat maps": Keypoints(SEVEN, head="heatmap"),
     "masks": Segmentation(SEVEN, loss="sum", class_weights=list(range(7))),
 }

@@ -1,4 +1,4 @@
-"""Segmentation against torch, scikit-learn and brute force, and the properties of sums over labelled
+"""Segmentation against torch, scikit-learn and brute force, and the properties of sums over labeled
 pixels."""
 
 import dataclasses
@@ -89,13 +89,13 @@ def test_dice_is_the_definition():
     probability = outputs.double().softmax(1).numpy()
     total = pixels = 0.0
     for p, mask in zip(probability, targets["mask"].numpy(), strict=True):
-        labelled = mask != 255
+        labeled = mask != 255
         scores = []
-        for c in np.unique(mask[labelled]):
-            g = (mask == c) & labelled
-            scores.append(2 * p[c][g].sum() / (p[c][labelled].sum() + g.sum()))
-        total += labelled.sum() * (1 - np.mean(scores))
-        pixels += labelled.sum()
+        for c in np.unique(mask[labeled]):
+            g = (mask == c) & labeled
+            scores.append(2 * p[c][g].sum() / (p[c][labeled].sum() + g.sum()))
+        total += labeled.sum() * (1 - np.mean(scores))
+        pixels += labeled.sum()
     assert mean_loss(task, outputs, targets) == pytest.approx(total / pixels, rel=1e-6)
 
 
@@ -120,10 +120,10 @@ def test_a_perfect_answer_reaches_the_lowest_loss(loss, ignore):
 def test_dice_punishes_a_class_that_was_missed_and_is_at_most_one():
     mask = torch.zeros(1, 4, 4, dtype=torch.int64)
     mask[0, :, 2:] = 1
-    labelled = torch.ones_like(mask, dtype=torch.bool)
+    labeled = torch.ones_like(mask, dtype=torch.bool)
     wrong = F.one_hot(1 - mask, 2).movedim(-1, 1).float() * 60
-    assert float(dice_loss(wrong, mask, labelled)) == pytest.approx(1)
-    assert float(dice_loss(wrong, mask, ~labelled)) == 0.0
+    assert float(dice_loss(wrong, mask, labeled)) == pytest.approx(1)
+    assert float(dice_loss(wrong, mask, ~labeled)) == 0.0
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -187,18 +187,18 @@ def test_metrics_against_scikit_learn_and_brute_force(ignore):
     meter = metered(task, outputs, targets)
     predicted = outputs.argmax(1).numpy()
     mask = targets["mask"].numpy()
-    labelled = mask != (-1 if ignore is None else ignore)
-    matrix = metrics.confusion_matrix(mask[labelled], predicted[labelled], labels=range(4))
+    labeled = mask != (-1 if ignore is None else ignore)
+    matrix = metrics.confusion_matrix(mask[labeled], predicted[labeled], labels=range(4))
     np.testing.assert_array_equal(meter.confusion_matrix().numpy(), matrix)
     iou = {}
     for c in range(4):
-        both = ((mask == c) & (predicted == c) & labelled).sum()
-        either = (((mask == c) | (predicted == c)) & labelled).sum()
+        both = ((mask == c) & (predicted == c) & labeled).sum()
+        either = (((mask == c) | (predicted == c)) & labeled).sum()
         iou[f"iou/c{c}"] = both / either if c != ignore else math.nan
     assert meter.details() == pytest.approx(iou, nan_ok=True)
     values = meter.compute()
     assert values["miou"] == pytest.approx(np.nanmean(list(iou.values())))
-    assert values["pixel_accuracy"] == pytest.approx((mask == predicted)[labelled].mean())
+    assert values["pixel_accuracy"] == pytest.approx((mask == predicted)[labeled].mean())
 
 
 def test_a_class_that_nobody_has_or_names_is_left_out_of_the_mean():
@@ -344,7 +344,7 @@ def test_larger_outputs_are_cropped_and_smaller_ones_upsampled():
     assert mean_loss(make(fit="crop"), outputs[:, :, ::2, ::2], targets) != mean_loss(task, coarse, targets)
 
 
-def test_balanced_weights_count_labelled_pixels():
+def test_balanced_weights_count_labeled_pixels():
     mask = torch.tensor([[[0, 0, 0, 1, 255, 255]]], dtype=torch.uint8)
     task = make(classes=2, class_weights="balanced")
     task.prepare({"mask": mask})
@@ -398,8 +398,8 @@ def test_drawings():
     assert set(task.figures(metered(task, outputs, targets))) == {"confusion_matrix", "iou_per_class"}
 
 
-def test_masks_without_a_labelled_pixel_are_refused() -> None:
+def test_masks_without_a_labeled_pixel_are_refused() -> None:
     task = make(ignore=255)
     task.prepare({"mask": torch.tensor([[[255, 0]]], dtype=torch.uint8)})
-    with pytest.raises(UserError, match="no pixel of the training masks is labelled"):
+    with pytest.raises(UserError, match="no pixel of the training masks is labeled"):
         task.prepare({"mask": torch.full((1, 2, 2), 255, dtype=torch.uint8)})

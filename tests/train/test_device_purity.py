@@ -47,7 +47,7 @@ MORE = {
     "streamed keypoints": [*FACES, "data.store=stream", "data.workers=0"],
     "streamed masks": [*SHAPES, "data.store=stream", "data.workers=0"],
     "keypoints, all effects": [*FACES, "augment=[flip,rotation,jitter,blur,noise,erasing,perspective,zoom]"],
-    "keypoints by a pair of points": [*FACES, "task.normalise_by=[left_eye,right_eye]", "task.loss=mse"],
+    "keypoints by a pair of points": [*FACES, "task.normalize_by=[left_eye,right_eye]", "task.loss=mse"],
     "heat maps, mse": [*FACES, "task.head=heatmap", "task.loss=mse", "model=unet_small", "model.width=4"],
     "masks, all effects": [*SHAPES, "augment=[flip,crop,jitter,hue,blur,noise,rotation,zoom]"],
     "random resized crop": ["augment=[resized_crop,trivial]"],

@@ -19,7 +19,7 @@ from cnntrain.errors import MachineError, StoppedError, UserError
 from cnntrain.models.modify import freeze_layers, stays_in_eval, unfreeze
 from cnntrain.tasks.meter import Meter
 from cnntrain.train import watch as watching
-from cnntrain.train.combine import has_synchronised_norms, running_statistics, synchronise_norms
+from cnntrain.train.combine import has_synchronized_norms, running_statistics, synchronize_norms
 from cnntrain.train.device import own_gpu
 from cnntrain.train.distributed import ALONE, Place, Ranks, find_place, first_node, pack_states, unpack_state
 from cnntrain.train.launch import _watched
@@ -282,14 +282,14 @@ print(dist.is_initialized(), [t.name for t in threading.enumerate() if t.name ==
     assert done.stdout.splitlines()[-2:] == ["set()", "False []"], done.stdout + done.stderr
 
 
-def test_synchronised_norms_keep_the_names_of_a_checkpoint() -> None:
+def test_synchronized_norms_keep_the_names_of_a_checkpoint() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
     names, parameters = list(model.state_dict()), list(model.parameters())
-    assert len(running_statistics(model)) == 2 and not has_synchronised_norms(model)
-    model = synchronise_norms(model)
-    assert list(model.state_dict()) == names and has_synchronised_norms(model)
+    assert len(running_statistics(model)) == 2 and not has_synchronized_norms(model)
+    model = synchronize_norms(model)
+    assert list(model.state_dict()) == names and has_synchronized_norms(model)
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
-    assert running_statistics(model) == [] and not has_synchronised_norms(model.eval())
+    assert running_statistics(model) == [] and not has_synchronized_norms(model.eval())
 
 
 class NormThenReLU(nn.BatchNorm2d):
@@ -304,13 +304,13 @@ def test_a_norm_that_computes_more_stays(caplog: pytest.LogCaptureFixture) -> No
     images = torch.randn(2, 1, 8, 8)
     before = model(images)
     with caplog.at_level("WARNING", "cnntrain"):
-        model = synchronise_norms(model)
+        model = synchronize_norms(model)
     torch.testing.assert_close(model(images), before)
     assert [type(model[1]), type(model[2][0])] == [NormThenReLU, nn.SyncBatchNorm]  # pyright: ignore
     assert "NormThenReLU" in caplog.text
 
 
-def test_timms_norms_with_activations_are_synchronised_with_them() -> None:
+def test_timms_norms_with_activations_are_synchronized_with_them() -> None:
     """A bare norm in their place is another network; parameters, names and what is frozen stay."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -320,7 +320,7 @@ def test_timms_norms_with_activations_are_synchronised_with_them() -> None:
     freeze_layers(model, "backbone")
     images, names, parameters = torch.randn(2, 3, 64, 64), list(model.state_dict()), list(model.parameters())
     before = model(images)
-    model = synchronise_norms(model).eval()
+    model = synchronize_norms(model).eval()
     torch.testing.assert_close(model(images), before)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms and all(isinstance(norm, nn.SyncBatchNorm) and stays_in_eval(norm) for norm in norms)
@@ -328,7 +328,7 @@ def test_timms_norms_with_activations_are_synchronised_with_them() -> None:
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
 
 
-def test_synchronised_norms_of_a_frozen_backbone_stay_frozen() -> None:
+def test_synchronized_norms_of_a_frozen_backbone_stay_frozen() -> None:
     backbone = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten())
     model = nn.Sequential()
     model.add_module("backbone", backbone)
@@ -336,7 +336,7 @@ def test_synchronised_norms_of_a_frozen_backbone_stay_frozen() -> None:
     model.add_module("fc", nn.Linear(72, 3))
     model.__dict__["head_names"] = ("fc", "norm")
     freeze_layers(model, "backbone")
-    model = synchronise_norms(model).train()
+    model = synchronize_norms(model).train()
     before = {name: value.clone() for name, value in model.named_buffers() if name.startswith("backbone")}
     model.backbone(torch.randn(4, 1, 8, 8))  # pyright: ignore[reportCallIssue]
     assert len(before) == 3 and all(

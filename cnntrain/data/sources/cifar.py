@@ -29,7 +29,7 @@ CIFAR100_CLASSES = (
 
 
 class CIFAR10(Source):
-    """60,000 colour images 32x32 in 10 classes (Krizhevsky 2009).
+    """60,000 color images 32x32 in 10 classes (Krizhevsky 2009).
 
     Args:
         root: folder that has torchvision's folder of batches; null: `~/.cache/cnntrain`, downloaded when
@@ -58,7 +58,7 @@ class CIFAR10(Source):
 
 
 class CIFAR100(CIFAR10):
-    """60,000 colour images 32x32 in 100 classes (Krizhevsky 2009)."""
+    """60,000 color images 32x32 in 100 classes (Krizhevsky 2009)."""
 
     name = "CIFAR100"
     folder = "cifar-100-python"

@@ -12,14 +12,14 @@ import torch
 from cnntrain.data.csv_table import Complaints, is_file, read_annotations
 from cnntrain.data.resize import Box, Resize
 from cnntrain.data.source import given_folder
-from cnntrain.data.sources.keypoint_base import KeypointSource, Labelled
+from cnntrain.data.sources.keypoint_base import KeypointSource, Labeled
 from cnntrain.errors import UserError
 
 
 class CocoKeypoints(KeypointSource):
     """COCO's person_keypoints files, or others of their form; one example per annotated object.
 
-    Crowds and objects without a labelled point are left out. All objects of an image go to the same split.
+    Crowds and objects without a labeled point are left out. All objects of an image go to the same split.
 
     Args:
         root: folder that the other paths count from.
@@ -55,8 +55,8 @@ class CocoKeypoints(KeypointSource):
             if file is not None
         }  # fmt: skip
 
-    def read(self) -> tuple[tuple[str, ...], list[Labelled], tuple[tuple[int, int], ...]]:
-        objects: list[Labelled] = []
+    def read(self) -> tuple[tuple[str, ...], list[Labeled], tuple[tuple[int, int], ...]]:
+        objects: list[Labeled] = []
         facts: tuple[tuple[str, ...], tuple[tuple[int, int], ...]] | None = None
         for split, (file, images) in self.files.items():
             one = CocoFile(file, images, split)
@@ -114,7 +114,7 @@ class CocoFile:
             and all(type(n) is int and n in numbers for n in pair)
         )
 
-    def objects(self) -> list[Labelled]:
+    def objects(self) -> list[Labeled]:
         complaints = Complaints(self.file)
         file_names = self._file_names(complaints)
         present: dict[str, bool] = {}
@@ -138,7 +138,7 @@ class CocoFile:
                     complaints.add(where, f"no file {name!r} in {self.images}")
             path = str(self.images / name)
             example = f"{self.split}/{name}:{row.get('id')}"
-            objects.append(Labelled(path, example, points[:, :2], points[:, 2] > 0, box, self.split, path))
+            objects.append(Labeled(path, example, points[:, :2], points[:, 2] > 0, box, self.split, path))
         complaints.raise_if_any()
         return objects
 
@@ -159,7 +159,7 @@ class CocoFile:
         return names
 
     def _points(self, row: dict[str, Any], complaints: Complaints, where: str) -> torch.Tensor | None:
-        """(K, 3): x, y and 0 (not labelled), 1 (hidden, but labelled) or 2."""
+        """(K, 3): x, y and 0 (not labeled), 1 (hidden, but labeled) or 2."""
         values: Any = row.get("keypoints")
         count = 3 * len(self.names)
         if not _are_numbers(values, count) or not all(v in (0, 1, 2) for v in values[2::3]):

@@ -17,7 +17,7 @@ TEST_SEED = 1797  # fixed: everyone's test set is the same
 
 
 class Digits(Source):
-    """8x8 pixels in 17 grey levels, 0 to 16, held as 0, 15, ..., 240 (exactly proportional).
+    """8x8 pixels in 17 gray levels, 0 to 16, held as 0, 15, ..., 240 (exactly proportional).
 
     The test set is a fixed, stratified fifth. Source: E. Alpaydin, C. Kaynak, Optical Recognition of
     Handwritten Digits (UCI, 1998), as shipped with scikit-learn.

@@ -10,7 +10,7 @@ import torch
 from cnntrain.data.csv_table import Complaints, in_order, is_file, read_annotations
 from cnntrain.data.resize import Resize
 from cnntrain.data.source import given_folder
-from cnntrain.data.sources.keypoint_base import KeypointSource, Labelled
+from cnntrain.data.sources.keypoint_base import KeypointSource, Labeled
 from cnntrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class DlibXml(KeypointSource):
     """`<image file=...><box top= left= width= height=><part name= x= y=/>`; one example per box.
 
-    Boxes with `ignore='1'` are left out; a part that a box lacks is not labelled there.
+    Boxes with `ignore='1'` are left out; a part that a box lacks is not labeled there.
 
     Args:
         root: folder that the other paths count from; images count from their XML file's folder.
@@ -50,7 +50,7 @@ class DlibXml(KeypointSource):
             if file
         }
 
-    def read(self) -> tuple[tuple[str, ...], list[Labelled], tuple[tuple[int, int], ...]]:
+    def read(self) -> tuple[tuple[str, ...], list[Labeled], tuple[tuple[int, int], ...]]:
         trees = {split: _parse(file) for split, file in self.files.items()}
         found = {part.get("name", "") for tree in trees.values() for part in tree.iter("part")}
         if not found or "" in found:
@@ -58,7 +58,7 @@ class DlibXml(KeypointSource):
                 f"data: {self.files['train']}: expected <part name=... x=... y=.../> inside every <box>"
             )
         names = in_order(found)
-        objects: list[Labelled] = []
+        objects: list[Labeled] = []
         for split, file in self.files.items():
             objects += _objects(file, trees[split], split, {name: i for i, name in enumerate(names)})
         return names, objects, ()
@@ -76,7 +76,7 @@ def _parse(file: Path) -> "Element":
         raise UserError(f"data: {file}: can't be read as XML ({error})") from error
 
 
-def _objects(file: Path, tree: "Element", split: str, place: dict[str, int]) -> list[Labelled]:
+def _objects(file: Path, tree: "Element", split: str, place: dict[str, int]) -> list[Labeled]:
     complaints = Complaints(file)
     objects = []
     for image in tree.iter("image"):
@@ -88,22 +88,22 @@ def _objects(file: Path, tree: "Element", split: str, place: dict[str, int]) -> 
             where = f"image {name!r} box {number + 1}"
             left, top, width, height = (_number(box, key) for key in ("left", "top", "width", "height"))
             points = torch.zeros(len(place), 2, dtype=torch.float64)
-            labelled = torch.zeros(len(place), dtype=torch.bool)
+            labeled = torch.zeros(len(place), dtype=torch.bool)
             sound = not any(map(math.isnan, (left, top, width, height)))
             for part in box.iter("part"):
                 row = place[part.get("name", "")]
                 points[row, 0], points[row, 1] = _number(part, "x"), _number(part, "y")
-                sound = sound and bool(points[row].isfinite().all()) and not labelled[row]
-                labelled[row] = True
+                sound = sound and bool(points[row].isfinite().all()) and not labeled[row]
+                labeled[row] = True
             if not sound:
                 complaints.add(
                     where, "expected numbers left, top, width, height, and x, y once for each part"
                 )
-            elif box.get("ignore") != "1" and labelled.any():
+            elif box.get("ignore") != "1" and labeled.any():
                 edges = (left, top, left + width, top + height)
                 example = f"{split}/{name}:{number + 1}"
                 path = str(file.parent / name)
-                objects.append(Labelled(path, example, points, labelled, edges, split, path))
+                objects.append(Labeled(path, example, points, labeled, edges, split, path))
     complaints.raise_if_any()
     return objects
 

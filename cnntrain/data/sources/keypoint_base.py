@@ -25,14 +25,14 @@ logger = logging.getLogger("cnntrain")
 
 
 @dataclass
-class Labelled:
+class Labeled:
     """One object (a face, a person) in one image, as its annotation file says.
 
     Attributes:
         path: the image.
         name: what a person calls it.
-        points: (K, 2) float64, x and y in source pixels at pixel centres; anything where not labelled.
-        labelled: (K,) bool.
+        points: (K, 2) float64, x and y in source pixels at pixel centers; anything where not labeled.
+        labeled: (K,) bool.
         box: left, top, right, bottom in source pixels from the edge, where the file gives one.
         split: train, val or test.
         group: examples of a group never part; None: the image itself.
@@ -41,7 +41,7 @@ class Labelled:
     path: str
     name: str
     points: Tensor
-    labelled: Tensor
+    labeled: Tensor
     box: Box | None = None
     split: str = "train"
     group: str | None = None
@@ -84,11 +84,11 @@ class KeypointSource(Source):
         self.mirror = mirror
 
     @abstractmethod
-    def read(self) -> tuple[tuple[str, ...], list[Labelled], tuple[tuple[int, int], ...]]:
+    def read(self) -> tuple[tuple[str, ...], list[Labeled], tuple[tuple[int, int], ...]]:
         """Names of the points, the objects, and the skeleton (may be empty), from the annotation files."""
 
     @cached_property
-    def annotations(self) -> tuple[tuple[str, ...], list[Labelled], tuple[tuple[int, int], ...]]:
+    def annotations(self) -> tuple[tuple[str, ...], list[Labeled], tuple[tuple[int, int], ...]]:
         names, objects, skeleton = self.read()
         for name in names:
             if not name or not name.isprintable() or names.count(name) > 1:
@@ -129,13 +129,13 @@ class KeypointSource(Source):
         return splits
 
     def _examples(
-        self, objects: list[Labelled], sizes: dict[str, tuple[int, int]], bad: list[BadFile]
+        self, objects: list[Labeled], sizes: dict[str, tuple[int, int]], bad: list[BadFile]
     ) -> Examples:
         canvas = (self.decoder.height, self.decoder.width)
         boxes: list[Box | None] = []
         matrices, points, visible = [], [], []
         for one in objects:
-            seen = inside(one.points, sizes[one.path]) & one.labelled
+            seen = inside(one.points, sizes[one.path]) & one.labeled
             box = self._box(one, seen, bad)
             matrix = place(*sizes[one.path], canvas, self.decoder.resize, box).matrix()
             moved = move(one.points, matrix)
@@ -157,14 +157,14 @@ class KeypointSource(Source):
             torch.stack(matrices),
         )
 
-    def _box(self, one: Labelled, seen: Tensor, bad: list[BadFile]) -> Box | None:
+    def _box(self, one: Labeled, seen: Tensor, bad: list[BadFile]) -> Box | None:
         """What to cut out, of the canvas's aspect; None for the whole image."""
         if self.crop == "none":
             return None
         canvas = (self.decoder.height, self.decoder.width)
         if self.crop == "points":
             if not seen.any():
-                bad.append(BadFile(one.path, "has no labelled point inside it; set data.crop=none or box"))
+                bad.append(BadFile(one.path, "has no labeled point inside it; set data.crop=none or box"))
                 return 0.0, 0.0, 1.0, 1.0
             return widen(box_around(one.points[seen], self.crop_margin), canvas)
         if one.box is None or one.box[2] <= one.box[0] or one.box[3] <= one.box[1]:
@@ -186,12 +186,12 @@ def inside(points: Tensor, size: tuple[int, int]) -> Tensor:
     return ((points >= -0.5) & (points <= limit)).all(-1)
 
 
-def _log_outside(objects: list[Labelled], sizes: dict[str, tuple[int, int]]) -> None:
-    labelled = sum(int(one.labelled.sum()) for one in objects)
-    outside = [(one.labelled & ~inside(one.points, sizes[one.path])).sum().item() for one in objects]
+def _log_outside(objects: list[Labeled], sizes: dict[str, tuple[int, int]]) -> None:
+    labeled = sum(int(one.labeled.sum()) for one in objects)
+    outside = [(one.labeled & ~inside(one.points, sizes[one.path])).sum().item() for one in objects]
     if any(outside):
         first = next(one.name for one, count in zip(objects, outside, strict=True) if count)
         logger.warning(
-            "data: %d of %d labelled points lie outside their image and count as not visible (first in %s)",
-            sum(outside), labelled, first,
+            "data: %d of %d labeled points lie outside their image and count as not visible (first in %s)",
+            sum(outside), labeled, first,
         )  # fmt: skip

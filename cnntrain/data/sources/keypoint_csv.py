@@ -9,7 +9,7 @@ import torch
 from cnntrain.data.boxes import SIDES
 from cnntrain.data.csv_table import Table, find_table, is_file, read_table, splits_of
 from cnntrain.data.resize import Resize
-from cnntrain.data.sources.keypoint_base import KeypointSource, Labelled
+from cnntrain.data.sources.keypoint_base import KeypointSource, Labeled
 from cnntrain.errors import UserError, suggest
 
 OTHERS = ("split", "group", *SIDES)
@@ -18,7 +18,7 @@ UNLABELLED = ("", "")
 
 class KeypointCsv(KeypointSource):
     """A header `image_name,NAME_x,NAME_y,...`, then a line per object; both cells empty: the point isn't
-    labelled.
+    labeled.
 
     Optional columns: `split` (train, val or test; valid and validation mean val), `group`, and an object box
     `box_left,box_top,box_right,box_bottom` in pixels from the image's edge. An image may have several lines if
@@ -46,11 +46,11 @@ class KeypointCsv(KeypointSource):
         self.file = find_table(file, root, "a CSV file with the columns image_name,NAME_x,NAME_y,...")
         self.root = Path(root).expanduser() if root else self.file.parent
 
-    def read(self) -> tuple[tuple[str, ...], list[Labelled], tuple[tuple[int, int], ...]]:
+    def read(self) -> tuple[tuple[str, ...], list[Labeled], tuple[tuple[int, int], ...]]:
         table = read_table(self.file)
         names = point_names(table)
         place = {name: i for i, name in enumerate(table.columns)}
-        objects: list[Labelled] = []
+        objects: list[Labeled] = []
         seen: dict[tuple[str, ...], int] = {}
         for (line, cells), split in zip(table.rows, splits_of(table), strict=True):
             image = cells[0]
@@ -63,12 +63,10 @@ class KeypointCsv(KeypointSource):
             numbers = _numbers(table, line, cells, names, place)
             if numbers is None:
                 continue
-            points, labelled, box = numbers
+            points, labeled, box = numbers
             group = cells[place["group"]] if "group" in place else None
             name = f"{image}:{line}" if box else image
-            objects.append(
-                Labelled(str(self.root / image), name, points, labelled, box, split, group or None)
-            )
+            objects.append(Labeled(str(self.root / image), name, points, labeled, box, split, group or None))
         table.complaints.raise_if_any()
         return names, objects, ()
 
@@ -105,9 +103,9 @@ def point_names(table: Table) -> tuple[str, ...]:
 def _numbers(
     table: Table, line: int, cells: list[str], names: tuple[str, ...], place: dict[str, int]
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[float, float, float, float] | None] | None:
-    """Points (K, 2), labelled (K,) and the box of one line; None, and a complaint, when a cell is wrong."""
+    """Points (K, 2), labeled (K,) and the box of one line; None, and a complaint, when a cell is wrong."""
     pairs: list[tuple[float, float]] = []
-    labelled: list[bool] = []
+    labeled: list[bool] = []
     wrong: list[str] = []
 
     def number(column: str) -> float:
@@ -124,12 +122,12 @@ def _numbers(
     for name in names:
         empty = (cells[place[f"{name}_x"]], cells[place[f"{name}_y"]]) == UNLABELLED
         pairs.append((0.0, 0.0) if empty else (number(f"{name}_x"), number(f"{name}_y")))
-        labelled.append(not empty)
+        labeled.append(not empty)
     sides = [number(side) for side in SIDES if side in place]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        expected = "expected pixels (leave both cells of a point empty when it is not labelled)"
+        expected = "expected pixels (leave both cells of a point empty when it is not labeled)"
         table.complaints.add(line, f"{', '.join(wrong[:3])}{more}; {expected}")
         return None
     box = (sides[0], sides[1], sides[2], sides[3]) if sides else None
-    return torch.tensor(pairs, dtype=torch.float64), torch.tensor(labelled), box
+    return torch.tensor(pairs, dtype=torch.float64), torch.tensor(labeled), box

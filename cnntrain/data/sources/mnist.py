@@ -24,7 +24,7 @@ LARGEST_UNPACKED_BYTES = 2**28  # limit for .gz files; MNIST's 60,000 images tak
 
 
 class IdxDataset(Source):
-    """28x28 grey images in IDX files, laid out as torchvision does.
+    """28x28 gray images in IDX files, laid out as torchvision does.
 
     Args:
         root: folder that has `<folder>/raw/`, or these files themselves; null: `~/.cache/cnntrain`,

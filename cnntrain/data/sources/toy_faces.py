@@ -16,7 +16,7 @@ from cnntrain.types import DataSpec, mirror_permutation
 
 MOST_DRAWN = 1_000_000  # images per split
 SUPERSAMPLING = 3
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 # The left side (the cat's own) of a head of width 2, seen from the front: x to the right of the picture, y down, z
 # toward the viewer. The points of the left ear start at the inside, as in the CAT data set.
@@ -31,15 +31,15 @@ class Pose:
 
     rotation: np.ndarray  # (3, 3)
     scale: float
-    centre: np.ndarray  # (2,)
+    center: np.ndarray  # (2,)
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
         """(M, 3) on the head -> (M, 2) canvas pixels."""
-        return (points @ self.rotation.T)[:, :2] * self.scale + self.centre
+        return (points @ self.rotation.T)[:, :2] * self.scale + self.center
 
 
 class ToyFaces(Source):
-    """Cat faces of varied pose, scale, lighting and fur, some half hidden; points stay labelled behind
+    """Cat faces of varied pose, scale, lighting and fur, some half hidden; points stay labeled behind
     things. Left and right are the cat's own: its left eye appears on the right of the picture.
 
     Each cat has an eye patch on one side and a notch in one ear, so that a mirrored picture differs at sight
@@ -84,9 +84,9 @@ def draw_face(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """One cat: uint8 (size, size, 3), and its points, float64 (9, 2) canvas pixels in the order of CAT9."""
     random = np.random.default_rng(seed)
     pose = _draw_pose(random, size)
-    canvas = _Canvas(size, _colour(random, 30, 225))
+    canvas = _Canvas(size, _color(random, 30, 225))
     _draw_background(canvas, random, size)
-    fur, dark = _colour(random, 70, 235), _colour(random, 0, 60)
+    fur, dark = _color(random, 70, 235), _color(random, 0, 60)
     patch_side, notch_side = random.choice((-1, 1), 2)
     for side in (-1, 1):
         _draw_ear(canvas, pose, side, fur, notched=side == notch_side)
@@ -141,26 +141,26 @@ def _draw_pose(random: np.random.Generator, size: int) -> Pose:
     about_x = [[1, 0, 0], [0, math.cos(pitch), -math.sin(pitch)], [0, math.sin(pitch), math.cos(pitch)]]
     about_z = [[math.cos(roll), -math.sin(roll), 0], [math.sin(roll), math.cos(roll), 0], [0, 0, 1]]
     scale = size * random.uniform(0.2, 0.34)
-    centre = (size - 1) / 2 + random.uniform(-1, 1, 2) * size * 0.12 + (0, 0.12 * size)
-    return Pose(np.array(about_z) @ np.array(about_x) @ np.array(about_y), scale, centre)
+    center = (size - 1) / 2 + random.uniform(-1, 1, 2) * size * 0.12 + (0, 0.12 * size)
+    return Pose(np.array(about_z) @ np.array(about_x) @ np.array(about_y), scale, center)
 
 
 class _Canvas:
-    """Draws in canvas pixels (centres at whole numbers) on a picture several times as fine."""
+    """Draws in canvas pixels (centers at whole numbers) on a picture several times as fine."""
 
-    def __init__(self, size: int, background: Colour) -> None:
+    def __init__(self, size: int, background: Color) -> None:
         from PIL import Image, ImageDraw
 
         fine = size * SUPERSAMPLING
         self.image = Image.new("RGB", (fine, fine), background)
         self.pen = ImageDraw.Draw(self.image)
 
-    def polygon(self, points: np.ndarray, colour: Colour) -> None:
-        self.pen.polygon(self._fine(points), fill=colour)
+    def polygon(self, points: np.ndarray, color: Color) -> None:
+        self.pen.polygon(self._fine(points), fill=color)
 
-    def line(self, points: np.ndarray, colour: Colour, width: float) -> None:
+    def line(self, points: np.ndarray, color: Color, width: float) -> None:
         self.pen.line(
-            self._fine(points), fill=colour, width=max(1, round(width * SUPERSAMPLING)), joint="curve"
+            self._fine(points), fill=color, width=max(1, round(width * SUPERSAMPLING)), joint="curve"
         )
 
     def _fine(self, points: np.ndarray) -> list[float]:
@@ -168,13 +168,13 @@ class _Canvas:
         return ((points + 0.5) * SUPERSAMPLING).ravel().tolist()
 
 
-def _colour(random: np.random.Generator, low: int, high: int) -> Colour:
+def _color(random: np.random.Generator, low: int, high: int) -> Color:
     red, green, blue = (low + (high - low) * random.random(3)).tolist()
     return int(red), int(green), int(blue)
 
 
-def _shade(colour: Colour, factor: float) -> Colour:
-    red, green, blue = (min(255, int(part * factor)) for part in colour)
+def _shade(color: Color, factor: float) -> Color:
+    red, green, blue = (min(255, int(part * factor)) for part in color)
     return red, green, blue
 
 
@@ -182,10 +182,10 @@ def _draw_background(canvas: _Canvas, random: np.random.Generator, size: int) ->
     for _ in range(random.integers(3, 8)):
         middle, radius = random.uniform(0, size, 2), random.uniform(0.05, 0.35) * size
         corners = _ring(int(random.integers(3, 7))) * radius * random.uniform(0.4, 1, 2) + middle
-        canvas.polygon(corners, _colour(random, 10, 245))
+        canvas.polygon(corners, _color(random, 10, 245))
 
 
-def _draw_ear(canvas: _Canvas, pose: Pose, side: int, fur: Colour, notched: bool) -> None:
+def _draw_ear(canvas: _Canvas, pose: Pose, side: int, fur: Color, notched: bool) -> None:
     inner, tip, outer = corners = _parts(side)["ear"]
     bite = (tip + 0.35 * (outer - tip), tip + 0.45 * (inner - tip), tip + 0.62 * (outer - tip))
     outline = np.stack([inner, tip, *bite, outer]) if notched else corners
@@ -195,14 +195,14 @@ def _draw_ear(canvas: _Canvas, pose: Pose, side: int, fur: Colour, notched: bool
 
 
 def _draw_head(
-    canvas: _Canvas, pose: Pose, random: np.random.Generator, fur: Colour, dark: Colour, patch_side: int
+    canvas: _Canvas, pose: Pose, random: np.random.Generator, fur: Color, dark: Color, patch_side: int
 ) -> None:
     turned = pose.rotation * np.array(HEAD)  # the outline of a turned ellipsoid is an ellipse
     shape = np.linalg.cholesky((turned @ turned.T)[:2, :2])
-    canvas.polygon(_ring(36) @ shape.T * pose.scale + pose.centre, fur)
-    patch_colour = _shade(fur, 0.45) if sum(fur) > 330 else _shade(fur, 1.8)
-    canvas.polygon(pose(_parts(patch_side)["patch"]), patch_colour)
-    iris, openness = _colour(random, 60, 255), random.uniform(0.5, 1.0)
+    canvas.polygon(_ring(36) @ shape.T * pose.scale + pose.center, fur)
+    patch_color = _shade(fur, 0.45) if sum(fur) > 330 else _shade(fur, 1.8)
+    canvas.polygon(pose(_parts(patch_side)["patch"]), patch_color)
+    iris, openness = _color(random, 60, 255), random.uniform(0.5, 1.0)
     for side in (-1, 1):
         middle = np.array(LEFT_SIDE["eye"]) * (side, 1)
         canvas.polygon(pose(_on_front(middle + _ring(16) * (0.17, 0.17 * openness))), iris)
@@ -217,13 +217,13 @@ def _draw_head(
 
 def _draw_occluder(canvas: _Canvas, random: np.random.Generator, size: int) -> None:
     """For two cats in five, something before the face: a bar or a blob."""
-    kind, colour = random.uniform(), _colour(random, 10, 245)
+    kind, color = random.uniform(), _color(random, 10, 245)
     middle, turn = random.uniform(0.2, 0.8, 2) * size, random.uniform(0, np.pi)
     if kind < 0.2:
         along = np.array([np.cos(turn), np.sin(turn)]) * size
-        canvas.line(np.stack([middle - along, middle + along]), colour, random.uniform(0.04, 0.1) * size)
+        canvas.line(np.stack([middle - along, middle + along]), color, random.uniform(0.04, 0.1) * size)
     elif kind < 0.4:
-        canvas.polygon(_ring(7) * random.uniform(0.08, 0.16) * size + middle, colour)
+        canvas.polygon(_ring(7) * random.uniform(0.08, 0.16) * size + middle, color)
 
 
 def _light(image: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Overlapping coloured shapes with exact masks: bundled, for segmentation."""
+"""Overlapping colored shapes with exact masks: bundled, for segmentation."""
 
 import math
 from typing import TYPE_CHECKING
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 CLASSES = ("background", "disc", "square", "triangle", "ring")
 MOST_DRAWN = 1_000_000  # images per split
-SUPERSAMPLING = 3  # odd: the middle one of a pixel's samples is its centre
+SUPERSAMPLING = 3  # odd: the middle one of a pixel's samples is its center
 
 
 class ToyShapes(Source):
-    """Discs, squares, triangles and rings of any colour, later ones over earlier ones, on a patterned ground.
+    """Discs, squares, triangles and rings of any color, later ones over earlier ones, on a patterned ground.
 
-    A pixel's class is that of the topmost shape at its centre. Colour says nothing about the class.
+    A pixel's class is that of the topmost shape at its center. Color says nothing about the class.
 
     Args:
         size: canvas in pixels, square.
@@ -70,14 +70,14 @@ def draw_shapes(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         kind = int(random.integers(1, len(CLASSES)))
         outline, hole = _outline(random, fine, kind)
         if hole is None:
-            for pen, fill in zip(pens, (_colour(random), kind), strict=True):
+            for pen, fill in zip(pens, (_color(random), kind), strict=True):
                 pen.polygon(outline, fill=fill)
         else:  # what lies under a ring shows through it
             stencil = Image.new("L", (fine, fine), 0)
             pen = ImageDraw.Draw(stencil)
             pen.polygon(outline, fill=255)
             pen.polygon(hole, fill=0)
-            picture.paste(_colour(random), (0, 0), stencil)
+            picture.paste(_color(random), (0, 0), stencil)
             ids.paste(kind, (0, 0), stencil)
     small = np.asarray(picture.reduce(SUPERSAMPLING), dtype=np.float32)
     noise = random.standard_normal(small.shape, np.float32) * np.float32(random.uniform(2, 14))
@@ -102,13 +102,13 @@ def _outline(random: np.random.Generator, fine: int, kind: int) -> tuple[Points,
     return outline, [(x, y) for x, y in (around * radius * random.uniform(0.45, 0.65) + middle).tolist()]
 
 
-def _colour(random: np.random.Generator) -> tuple[int, int, int]:
+def _color(random: np.random.Generator) -> tuple[int, int, int]:
     red, green, blue = (20 + 236 * random.random(3)).tolist()
     return int(red), int(green), int(blue)
 
 
 def _ground(random: np.random.Generator, size: int) -> "Image.Image":
-    """Stripes between two colours, in any direction and width."""
+    """Stripes between two colors, in any direction and width."""
     from PIL import Image
 
     steps = np.linspace(0, 1, size, dtype=np.float32)

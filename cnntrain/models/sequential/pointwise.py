@@ -8,30 +8,30 @@ from cnntrain.models.sequential.shapes import Place, sizes
 
 
 def batch_norm(place: Place, momentum: float = 0.1, eps: float = 1e-5) -> nn.Module:
-    """Batch normalisation; `momentum` is the weight of the new batch (Keras writes one minus that)."""
+    """Batch normalization; `momentum` is the weight of the new batch (Keras writes one minus that)."""
     norm = make_norm("batch", place.channels, place.dimensions)
     norm.momentum, norm.eps = momentum, eps  # type: ignore[assignment]
     return norm
 
 
 def layer_norm(place: Place) -> nn.Module:
-    """Normalises each example over all its channels and pixels."""
+    """Normalizes each example over all its channels and pixels."""
     return make_norm("layer", place.channels, place.dimensions)
 
 
 def instance_norm(place: Place) -> nn.Module:
-    """Normalises each channel of each example over its pixels."""
+    """Normalizes each channel of each example over its pixels."""
     place.map_size()
     return make_norm("instance", place.channels, place.dimensions)
 
 
 def group_norm(place: Place, groups: int | None = None) -> nn.Module:
-    """Normalises each example over groups of channels; without `groups`, up to 32 of them."""
+    """Normalizes each example over groups of channels; without `groups`, up to 32 of them."""
     return nn.GroupNorm(groups, place.channels) if groups else make_norm("group", place.channels)
 
 
 def lrn(place: Place, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> nn.Module:
-    """Local response normalisation over `size` channels (Krizhevsky et al. 2012, section 3.3).
+    """Local response normalization over `size` channels (Krizhevsky et al. 2012, section 3.3).
 
     torch divides alpha by the size, the paper doesn't: alpha is given as the paper has it.
     """

@@ -26,7 +26,7 @@ def with_target(examples: Examples, name: str, target: Tensor) -> Examples:
     return dataclasses.replace(examples, targets={**examples.targets, name: target})
 
 
-class Unnormalised(Digits):
+class Unnormalized(Digits):
     """Pixels from 0 to 255 reach the network."""
 
     def spec(self) -> DataSpec:
@@ -125,7 +125,7 @@ class RandomValidation(Digits):
         return splits
 
 
-class Unrelabelled(ToyFaces):
+class Unrelabeled(ToyFaces):
     """Every point is its own mirror partner, so a flipped cat's left eye is still called left."""
 
     def spec(self) -> DataSpec:
@@ -153,7 +153,7 @@ class PointsFromZeroToOne(ToyFaces):
         }
 
 
-class NothingLabelled(ToyShapes):
+class NothingLabeled(ToyShapes):
     """Every pixel has the id that counts for nothing."""
 
     def spec(self) -> DataSpec:

@@ -4,7 +4,7 @@ from broken import Sound
 from torch import Tensor
 
 
-class NormalisesAgain(Sound):
+class NormalizesAgain(Sound):
     """The usual statistics of the digits, a second time."""
 
     def forward(self, images: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class DeadBiases(Sound):
 
 
 class MixesBatch(Sound):
-    """Centres the features over dim 0: over the images."""
+    """Centers the features over dim 0: over the images."""
 
     def features(self, images: Tensor) -> Tensor:
         x = super().features(images)

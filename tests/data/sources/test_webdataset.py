@@ -27,9 +27,9 @@ def pack(shard: Path, members: Mapping[str, bytes]) -> None:
             archive.addfile(about, io.BytesIO(content))
 
 
-def png(grey: int) -> bytes:
+def png(gray: int) -> bytes:
     buffer = io.BytesIO()
-    Image.new("L", (6, 5), grey).save(buffer, "PNG")
+    Image.new("L", (6, 5), gray).save(buffer, "PNG")
     return buffer.getvalue()
 
 
