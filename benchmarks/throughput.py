@@ -31,7 +31,7 @@ from cnntrain import compose
 from cnntrain.augment.pipeline import MOST_BATCHES
 from cnntrain.commands.train import train
 from cnntrain.config.schema import Settings
-from cnntrain.report.journal import RunJournal
+from cnntrain.report.journal import RunLogger
 from cnntrain.train.cpu_load import BUSY_CORES, others_cores, read_cpu
 from cnntrain.train.setup import assemble
 
@@ -98,10 +98,10 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
         max(1, steps // MOST_BATCHES) * MOST_BATCHES
     )  # every window has its share of what is augmented at once
     pairs: list[Pair] = []
-    before, read = read_cpu(), RunJournal.reading
+    before, read = read_cpu(), RunLogger.reading
 
     def read_and_time(
-        journal: RunJournal, step: int, epoch: int, batch: int, values: dict[str, float]
+        journal: RunLogger, step: int, epoch: int, batch: int, values: dict[str, float]
     ) -> None:
         nonlocal before
         read(journal, step, epoch, batch, values)
@@ -117,7 +117,7 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
     with (
         tempfile.TemporaryDirectory() as folder,
         suppress(EnoughError),
-        patch.object(RunJournal, "reading", read_and_time),
+        patch.object(RunLogger, "reading", read_and_time),
     ):
         train(compose(*common, f"log.every_steps={steps}", f"run_dir={folder}/run"), test=False)
     return pairs

@@ -41,7 +41,7 @@ class DataSpec:
     ignore_index: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    mirror_safe: bool = True
+    hflip_ok: bool = True
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -116,7 +116,7 @@ def join(batches: Sequence[Batch]) -> Batch:
     )
 
 
-def mirror_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) -> tuple[int, ...]:
+def flip_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) -> tuple[int, ...]:
     """Partner index of each keypoint, from partners declared by name (either direction; unnamed points stay).
 
     Raises:
@@ -139,7 +139,7 @@ def mirror_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) 
     return tuple(result)
 
 
-def infer_mirror(keypoints: tuple[str, ...]) -> tuple[int, ...] | None:
+def infer_flip_pairs(keypoints: tuple[str, ...]) -> tuple[int, ...] | None:
     """Infer left/right pairs from the keypoint names; None if no name contains a side.
 
     A name contains a side if it has the word left or right, or begins or ends with l or r. Words end at non-letters and
@@ -155,7 +155,7 @@ def infer_mirror(keypoints: tuple[str, ...]) -> tuple[int, ...] | None:
             pairs[name] = str(other)
         elif other is not None and certain:
             raise UserError(f"data.mirror: {name!r} has no partner; add {name}: {other} or rename the point")
-    return mirror_permutation(keypoints, pairs) if pairs else None
+    return flip_permutation(keypoints, pairs) if pairs else None
 
 
 _OPPOSITE = {

@@ -16,7 +16,7 @@ from cnntrain import compose, train
 from cnntrain.cli import main
 from cnntrain.errors import UserError
 from cnntrain.train import checkpoint
-from cnntrain.train.setup import Assembly, assemble, build_training_parts, notice
+from cnntrain.train.setup import Components, assemble, build_training_parts, notice
 
 QUICK = (
     "log.pictures=false",
@@ -80,7 +80,7 @@ def trainable(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def warnings(assembly: Assembly) -> list[str]:
+def warnings(assembly: Components) -> list[str]:
     """Keys of lint's findings."""
     data = assembly.load()
     plan, _, _ = build_training_parts(assembly, data)

@@ -102,16 +102,26 @@ class Training:
         self._common = (assembly.pipeline, assembly.task, assembly.compute)
 
     def epoch(self) -> None:
-        from cnntrain.train.loop import Silent, train_epoch
-        from cnntrain.train.nonfinite import Finiteness
+        from cnntrain.train.loop import NullLogger, train_epoch
+        from cnntrain.train.nonfinite import NonFiniteGuard
         from cnntrain.train.signals import StopFlag
 
         state, device = self.state, self.assembly.compute.device
         state.progress.batch = 0
-        finite = Finiteness(device, state.scaler is not None, lambda batch: RuntimeError(f"batch {batch}"))
+        finite = NonFiniteGuard(
+            device, state.scaler is not None, lambda batch: RuntimeError(f"batch {batch}")
+        )
         meter = self.assembly.task.meter()
         train_epoch(
-            state, self.training, *self._common, self.plan, Silent(), meter, lambda: None, StopFlag(), finite
+            state,
+            self.training,
+            *self._common,
+            self.plan,
+            NullLogger(),
+            meter,
+            lambda: None,
+            StopFlag(),
+            finite,
         )
 
     def evaluate(self) -> None:
@@ -233,12 +243,12 @@ def group(args: argparse.Namespace) -> None:
     from torch import nn
 
     from cnntrain.train.combine import accompany, combine, synchronize_norms
-    from cnntrain.train.distributed import Place
+    from cnntrain.train.distributed import RankInfo
     from cnntrain.train.group import joined
-    from cnntrain.train.nonfinite import Finiteness
+    from cnntrain.train.nonfinite import NonFiniteGuard
 
     cuda, device = is_cuda(args), torch.device(args.device)
-    place = Place(0, 1, 0, 1, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    place = RankInfo(0, 1, 0, 1, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     found: dict[str, Any] = {}
     with joined(place, cuda) as ranks:
         found["backend"] = str(dist.get_backend_config())
@@ -264,7 +274,7 @@ def group(args: argparse.Namespace) -> None:
                 outputs = model(images.contiguous(memory_format=torch.channels_last)).float()
             outputs.square().mean().backward()
             found[precision] = bool(outputs.isfinite().all())
-        finite = Finiteness(device, False, lambda batch: RuntimeError(batch))
+        finite = NonFiniteGuard(device, False, lambda batch: RuntimeError(batch))
         combine(state, torch.ones(2, device=device), True, finite, ranks)
         if cuda:  # a process whose share of the batch is empty
             accompany(model, torch.zeros(0, spec.channels, *pipeline.output_size, device=device))

@@ -24,7 +24,7 @@ def boxes_mask(box: Tensor, height: int, width: int, device: torch.device) -> Te
     return (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
 
 
-class Erasing(Effect):
+class RandomErasing(Effect):
     """Covers a random box with the mean color (Zhong et al. 2020, Random Erasing).
 
     Keypoints and mask stay as they are: what is hidden is still there.

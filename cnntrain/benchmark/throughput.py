@@ -72,7 +72,7 @@ def part_rows(seconds_per_image: Mapping[str, float], images: int) -> list[dict[
     """Where the time of a step goes; the parts add up to the last row, the whole.
 
     Args:
-        seconds_per_image: with one part more than the one before, up to the whole training; see `Rig.parts`. What
+        seconds_per_image: with one part more than the one before, up to the whole training; see `StepTimer.parts`. What
             a part adds may be a little below 0: that is noise.
         images: in a step.
     """

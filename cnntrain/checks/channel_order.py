@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.practice import few
 from cnntrain.checks.verdicts import passed, skipped, warned
 from cnntrain.train.hooks import attached
@@ -18,7 +18,7 @@ COLORS = 3
 Norm = nn.modules.batchnorm._BatchNorm
 
 
-def channel_order(bench: Bench) -> Finding:
+def channel_order(bench: CheckContext) -> Finding:
     """Learned norms find their images more usual as they are than with red and blue exchanged (RGB, not BGR)."""
     learned = bench.trained or any(hasattr(module, "pretrained_from") for module in bench.network.modules())
     if not learned:
@@ -30,7 +30,7 @@ def channel_order(bench: Bench) -> Finding:
         bench.augmented(count) if bench.trained else bench.plain(count=count)
     ).images  # as they were learned
     model = bench.model()
-    as_is, exchanged = surprises(model, images), surprises(model, images.flip(1))
+    as_is, exchanged = activation_kl(model, images), activation_kl(model, images.flip(1))
     if not as_is:
         return skipped("no norm keeps statistics of what it learned from")
     deep = range(len(as_is) - max(len(as_is) // 3, 1), len(as_is))
@@ -47,7 +47,7 @@ def channel_order(bench: Bench) -> Finding:
 
 
 @torch.no_grad()
-def surprises(model: nn.Module, images: Tensor) -> list[float]:
+def activation_kl(model: nn.Module, images: Tensor) -> list[float]:
     """How far a batch's statistics are from the running ones: for each norm in running order, the mean over channels.
 
     The Kullback-Leibler divergence of two normal distributions: of what arrives, from what was learned.

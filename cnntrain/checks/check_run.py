@@ -28,14 +28,14 @@ from cnntrain.checks import (
     wiring,
 )
 from cnntrain.checks import image_checks as images
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.verdicts import failed
 from cnntrain.errors import CnntrainError, UserError, suggest
 from cnntrain.randomness import fork_generators
 from cnntrain.train.device import full_float32
 from cnntrain.types import Finding
 
-Check = Callable[[Bench], Finding]
+Check = Callable[[CheckContext], Finding]
 
 # By topic, cheap ones first. A name on the command line may be a check's or a topic's.
 CHECKS: dict[str, dict[str, Check]] = {
@@ -126,7 +126,7 @@ def choose(words: Sequence[str]) -> dict[str, Check]:
 
 
 def run_checks(
-    bench: Bench, chosen: dict[str, Check], tell: Callable[[Finding, float], None]
+    bench: CheckContext, chosen: dict[str, Check], tell: Callable[[Finding, float], None]
 ) -> list[Finding]:
     """The findings of all checks, each told with its seconds as it comes; nothing of the caller's changes."""
     findings: list[Finding] = []
@@ -143,7 +143,7 @@ def run_checks(
     return findings
 
 
-def _judge(check: Check, bench: Bench) -> Finding:
+def _judge(check: Check, bench: CheckContext) -> Finding:
     """What the check finds; where the network or the loss raise, that is what was found, and the others go on."""
     try:
         return check(bench)

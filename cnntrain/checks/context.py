@@ -16,7 +16,7 @@ from cnntrain.randomness import epoch_order
 from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute, seed_step
 from cnntrain.train.lr_finder import RangeTest
-from cnntrain.train.plan import Plan
+from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.signals import StopFlag
 from cnntrain.types import Batch, DataSpec, Finding
 
@@ -24,7 +24,7 @@ SAMPLE = 256  # images that a look at the data takes from a split
 
 
 @dataclass
-class Bench:
+class CheckContext:
     """The parts of a run. What a check does to what it gets from here does not reach the run, nor another check.
 
     Attributes:
@@ -47,9 +47,9 @@ class Bench:
     compute: Compute
     network: nn.Module
     make_optimizer: Callable[[nn.Module], Optimizer]
-    try_learning_rates: Callable[[Plan, float], RangeTest]
+    try_learning_rates: Callable[[TrainingPlan, float], RangeTest]
     loaders: Mapping[str, Loader]
-    plan: Plan
+    plan: TrainingPlan
     config: Mapping[str, Any]
     trained: bool
     ends_at: float

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.overfit import calibrate_norms
 from cnntrain.checks.practice import few, generator, trainable
 from cnntrain.checks.verdicts import failed, passed, skipped, some
@@ -21,7 +21,7 @@ AGREES = 1e-3  # relative error
 JITTER = 1e-2  # off the places where a ReLU or a maximum has no derivative
 
 
-def derivative(bench: Bench) -> Finding:
+def derivative(bench: CheckContext) -> Finding:
     """The slope of the loss along the gradient, by differences, is the one that the gradient says."""
     batch = bench.plain(count=few(bench, 4, 2))
     try:
@@ -93,7 +93,7 @@ class _Slopes:
         return (losses[0] - losses[1]) / (2 * stride)
 
 
-def _prepare(bench: Bench, images: Tensor, truth: dict[str, Tensor]) -> _Slopes:
+def _prepare(bench: CheckContext, images: Tensor, truth: dict[str, Tensor]) -> _Slopes:
     model, draws = bench.model(), generator(3)
     with torch.no_grad():  # biases of exactly zero put ReLUs where they have no derivative
         for parameter in trainable(model).values():

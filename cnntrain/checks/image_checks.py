@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.augment.paint import normalize
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
 from cnntrain.train.hooks import attached
 from cnntrain.types import Finding
@@ -18,7 +18,7 @@ LOOKED_AT = 1024  # images of a split that are looked at for blank ones
 BLANK = 0.5  # standard deviation of the pixels of a blank image, in gray levels of 255
 
 
-def normalized_inputs(bench: Bench) -> Finding:
+def normalized_inputs(bench: CheckContext) -> Finding:
     """What reaches the first layer with weights has about mean 0 and deviation 1 in every channel."""
     batch = bench.plain()
     seen = first_input(bench.model(), batch.images)
@@ -68,7 +68,7 @@ def _is_normal(mean: float, low: float, high: float) -> bool:
     return abs(mean) <= NORMAL_MEAN and low >= NORMAL_STD[0] and high <= NORMAL_STD[1]
 
 
-def _dark_borders(images: Tensor, bench: Bench) -> Tensor:
+def _dark_borders(images: Tensor, bench: CheckContext) -> Tensor:
     """(N, H, W) bool: rows and columns at the edges of normalized images (N, C, H, W) that are all black."""
     zero = torch.zeros(1, images.shape[1], 1, 1, device=images.device)
     dark = (images - normalize(zero, bench.pipeline.mean, bench.pipeline.std)).abs().amax(1) < 1e-3
@@ -103,7 +103,7 @@ def first_input(model: nn.Module, images: Tensor) -> Tensor | None:
     return caught[0] if caught else None
 
 
-def layout(bench: Bench) -> Finding:
+def layout(bench: CheckContext) -> Finding:
     """Neighbors look alike: no other order of the axes makes the images much smoother."""
     images = bench.stored(count=64).images.float()
     if (images.std(dim=(2, 3)) > 0).sum() < 1:
@@ -141,7 +141,7 @@ def roughness(images: Tensor) -> float:
     return float((down + right) / 2 / images.std().clamp(min=1e-6))
 
 
-def blank_images(bench: Bench) -> Finding:
+def blank_images(bench: CheckContext) -> Finding:
     """Images show something, and not the same again and again."""
     notes: list[str] = []
     worst = 0.0
@@ -166,7 +166,7 @@ def blank_images(bench: Bench) -> Finding:
     return passed(evidence)
 
 
-def validation_is_plain(bench: Bench) -> Finding:
+def validation_is_plain(bench: CheckContext) -> Finding:
     """Validation images are the same whenever they are looked at, and only normalized."""
     loader = bench.loaders["val"]
     rows = torch.linspace(0, len(loader) - 1, min(64, len(loader))).round().long().unique()
@@ -188,14 +188,14 @@ def validation_is_plain(bench: Bench) -> Finding:
     return passed(f"{len(rows)} images: the same bits twice, and in another order")
 
 
-def augmentation(bench: Bench) -> Finding:
+def augmentation(bench: CheckContext) -> Finding:
     """Augmented images still show what their targets say."""
     pipeline = bench.pipeline
     if not pipeline.augmentations:
         return skipped("augment=none")
     if pipeline.per_sample:
         return skipped(f"{some(list(pipeline.per_sample))} are applied where workers decode")
-    if pipeline.mirrors and not bench.spec.mirror_safe:
+    if pipeline.mirrors and not bench.spec.hflip_ok:
         mirroring = [key for key, item in pipeline.augmentations.items() if getattr(item, "mirrors", False)]
         return warned(
             f"augment.{mirroring[0]} mirrors the images", "mirrored digits or letters mean something else",

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.verdicts import failed, passed, some, warned
 from cnntrain.data.parallel import in_threads
 from cnntrain.types import Finding
@@ -24,7 +24,7 @@ CANDIDATES = 32  # nearest by their hashes, of each image, whose pixels are comp
 AT_ONCE_BYTES = 1 << 23  # of images that are compared together
 
 
-def leakage(bench: Bench) -> Finding:
+def leakage(bench: CheckContext) -> Finding:
     """No image of val or test stands in train, neither the same bits nor nearly (other size of file, other quality).
 
     Near duplicates, mirrored ones too, are found by a difference hash (64 signs between neighbors of the image at
@@ -127,7 +127,7 @@ def near_hashes(hashes: np.ndarray, train_hashes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros((0, 2), np.int64), *in_threads(look, range(0, len(hashes), 16))])
 
 
-def _images(bench: Bench, split: str) -> tuple[Tensor, Tensor]:
+def _images(bench: CheckContext, split: str) -> tuple[Tensor, Tensor]:
     """uint8 (M, C, H, W) on the CPU and their rows: all that are held in memory, some of those on disk."""
     loader = bench.loaders[split]
     images = loader.examples.images

@@ -4,11 +4,11 @@ import time
 
 import torch
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.overfit import BLANK, Trial, calibrate_norms, judge, learn_by_heart
 from cnntrain.checks.practice import trainable
 from cnntrain.checks.short_training import (
-    Known,
+    ImageInformation,
     ShortTraining,
     batch_of,
     look,
@@ -45,17 +45,17 @@ FEWEST_JUDGED = 20  # validation images
 MORE_JUDGED = 2048  # looked at before the worst is said
 
 
-def one_example(bench: Bench) -> Finding:
+def one_example(bench: CheckContext) -> Finding:
     """One single example is learned by heart; if not, nothing will be learned."""
     return _by_heart(bench, 1)
 
 
-def eight_examples(bench: Bench) -> Finding:
+def eight_examples(bench: CheckContext) -> Finding:
     """A few examples are learned at once: answers can differ from image to image."""
     return _by_heart(bench, 8)
 
 
-def _by_heart(bench: Bench, count: int) -> Finding:
+def _by_heart(bench: CheckContext, count: int) -> Finding:
     """As `cnntrain overfit`: plain images, no weight decay, norms frozen, the configured learning rate.
 
     Or, where that is too high, careful steps of Adam: frozen norms bear less than those of a training, and whether a
@@ -125,7 +125,7 @@ def _by_heart(bench: Bench, count: int) -> Finding:
     )
 
 
-def generalizes(bench: Bench) -> Finding:
+def generalizes(bench: CheckContext) -> Finding:
     """What a short training learns holds for validation images too, better than without looking at the image."""
     if len(bench.loaders.get("val", ())) < FEWEST_JUDGED:
         return skipped(f"fewer than {FEWEST_JUDGED} validation images")
@@ -146,7 +146,7 @@ def generalizes(bench: Bench) -> Finding:
     return finding or _at_the_end(training)
 
 
-def _told(bench: Bench, training: ShortTraining) -> Finding | None:
+def _told(bench: CheckContext, training: ShortTraining) -> Finding | None:
     """The verdict, as soon as there is one."""
     train, val = (training.looks[split][-1] for split in ("train", "val"))
     if val.surely >= SURE and val.loss <= GAINED * training.priors["val"]:
@@ -169,12 +169,12 @@ def _told(bench: Bench, training: ShortTraining) -> Finding | None:
     return None
 
 
-def _little(train: Known, other: Known) -> bool:
+def _little(train: ImageInformation, other: ImageInformation) -> bool:
     """Whether surely less than a share of what is known of training images is known of the others."""
     return other.surely < UNSURE and other.carried + DOUBT * other.error < LITTLE * train.carried
 
 
-def _look_at_more(bench: Bench, training: ShortTraining) -> Known:
+def _look_at_more(bench: CheckContext, training: ShortTraining) -> ImageInformation:
     """As many validation images as there are, up to 2048."""
     val = training.judged["val"]
     if len(bench.loaders["val"]) > len(val):
@@ -182,7 +182,9 @@ def _look_at_more(bench: Bench, training: ShortTraining) -> Known:
     return look(bench, training.model, {"train": training.judged["train"], "val": val})["val"]
 
 
-def _does_not_carry_over(bench: Bench, training: ShortTraining, train: Known, val: Known) -> Finding:
+def _does_not_carry_over(
+    bench: CheckContext, training: ShortTraining, train: ImageInformation, val: ImageInformation
+) -> Finding:
     """Learned by heart and no more: of other training images too, or of validation's alone?"""
     evidence = (
         f"{_evidence(training)}; with those the loss grows by {train.carried:.3g} on training images, by "
@@ -216,7 +218,7 @@ def _at_the_end(training: ShortTraining) -> Finding:
     return skipped(f"not told within the budget (check.budget_s); {evidence}")
 
 
-def _trained(bench: Bench, known: dict[str, Known]) -> Finding:
+def _trained(bench: CheckContext, known: dict[str, ImageInformation]) -> Finding:
     train, val = known["train"], known["val"]
     evidence = (
         f"loss {train.loss:.3g} on training images, {train.loss + train.carried:.3g} with targets of other images; "
@@ -239,7 +241,7 @@ def _evidence(training: ShortTraining) -> str:
     )
 
 
-def _draw(bench: Bench, training: ShortTraining) -> None:
+def _draw(bench: CheckContext, training: ShortTraining) -> None:
     steps, looks = [float(step) for step in training.steps], training.looks
     bench.curves["short training: loss over step"] = {
         "training images": (steps, [known.loss for known in looks["train"]]),

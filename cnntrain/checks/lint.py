@@ -5,10 +5,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.verdicts import passed, warned
 from cnntrain.models.pretrained import Preprocessing
-from cnntrain.train.plan import Plan
+from cnntrain.train.plan import TrainingPlan
 from cnntrain.types import DataSpec, Finding
 
 FAR = 0.05  # from the mean or standard deviation that weights learned from, on the 0-1 scale
@@ -39,7 +39,7 @@ class Facts:
 
     config: Mapping[str, Any]
     typed: Collection[str]
-    plan: Plan
+    plan: TrainingPlan
     spec: DataSpec
     images: int
     has_batch_norm: bool
@@ -60,7 +60,7 @@ def lint(facts: Facts) -> list[Finding]:
     return [*_without_effect(facts), *_quarrels(facts)]
 
 
-def config_agrees(bench: Bench) -> Finding:
+def config_agrees(bench: CheckContext) -> Finding:
     """No two keys of the config quarrel, and none that was typed is without effect."""
     if not bench.notes:
         return passed("no keys quarrel, and none that was typed is without effect")
@@ -185,7 +185,7 @@ def _learning_rate(config: Mapping[str, Any], batch: int) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _epochs(plan: Plan) -> int:
+def _epochs(plan: TrainingPlan) -> int:
     return -(-plan.total_steps // plan.steps_per_epoch)
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.practice import few, generator
 from cnntrain.checks.verdicts import failed, passed, skipped
 from cnntrain.types import Finding
@@ -18,7 +18,7 @@ LEFT = 0.3  # share of the way from knowing nothing to the lowest loss that may 
 TASK = "task"
 
 
-def loss_scale(bench: Bench) -> Finding:
+def loss_scale(bench: CheckContext) -> Finding:
     """The mean loss of a batch stays the same when every example comes twice."""
     batch = bench.plain(count=few(bench, IMAGES))
     with torch.no_grad():
@@ -40,7 +40,7 @@ def loss_scale(bench: Bench) -> Finding:
     )
 
 
-def loss_sees_labels(bench: Bench) -> Finding:
+def loss_sees_labels(bench: CheckContext) -> Finding:
     """For the same outputs another target gives another loss."""
     batch = bench.plain(count=few(bench, 4 * IMAGES))
     with torch.no_grad():
@@ -66,7 +66,7 @@ def loss_sees_labels(bench: Bench) -> Finding:
     return failed(evidence, cause, "pass the targets to the loss", TASK)
 
 
-def loss_sign(bench: Bench) -> Finding:
+def loss_sign(bench: CheckContext) -> Finding:
     """Moving bare outputs down the gradient of the loss makes them right, and ends near the lowest loss.
 
     Neither network nor images take part: whatever goes wrong here is the loss's.
@@ -93,7 +93,7 @@ def loss_sign(bench: Bench) -> Finding:
         loss.backward()
         optimizer.step()
     after = float(task.mistake_score(free.detach(), truth).clamp(min=0).mean())
-    first, last, floor = losses[0], min(losses), task.lowest_loss()
+    first, last, floor = losses[0], min(losses), task.min_loss()
     evidence = (
         f"bare outputs: loss {first:.4g} -> {last:.4g} (lowest {floor:.4g}), "
         f"mistakes {before:.3g} -> {after:.3g}"
@@ -110,6 +110,6 @@ def loss_sign(bench: Bench) -> Finding:
     return passed(evidence)
 
 
-def _mean(bench: Bench, outputs: Tensor, truth: dict[str, Tensor]) -> float:
+def _mean(bench: CheckContext, outputs: Tensor, truth: dict[str, Tensor]) -> float:
     total, count = bench.task.loss(outputs, truth)
     return float(total / count.clamp(min=1e-12))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.overfit import FP16_SCALE
 from cnntrain.checks.practice import calibrated, distance, practice
 from cnntrain.checks.verdicts import failed, passed, skipped, some
@@ -30,7 +30,7 @@ PRECISION = {"bf16": 0.2, "fp16": 0.05}
 SAME_ON_CPU, SAME_ON_GPU = 1e-3, 2e-2  # TensorFloat-32 has ten bits of mantissa
 
 
-def reload(bench: Bench) -> Finding:
+def reload(bench: CheckContext) -> Finding:
     """Saved, and loaded by a fresh process, the network gives the same answers."""
     if bench.seconds_left < START_S:
         return skipped(BUDGET)
@@ -82,7 +82,7 @@ def reload(bench: Bench) -> Finding:
     return _same(bench, mine, theirs, "answers of a fresh process", cause, remedy)
 
 
-def repeat(bench: Bench) -> Finding:
+def repeat(bench: CheckContext) -> Finding:
     """Two short trainings from the same seed end with the same weights."""
     if bench.seconds_left <= 0:
         return skipped(BUDGET)
@@ -96,7 +96,7 @@ def repeat(bench: Bench) -> Finding:
     return _same(bench, ends[0], ends[1], f"weights after {STEPS} steps, twice from one seed", cause, remedy)
 
 
-def _same(bench: Bench, one: Tensor, other: Tensor, what: str, cause: str, remedy: str) -> Finding:
+def _same(bench: CheckContext, one: Tensor, other: Tensor, what: str, cause: str, remedy: str) -> Finding:
     """Bit for bit, where the device repeats its sums."""
     if one.shape == other.shape and torch.equal(one, other):
         return passed(f"{what}: the same bits")
@@ -109,7 +109,7 @@ def _same(bench: Bench, one: Tensor, other: Tensor, what: str, cause: str, remed
     return failed(f"{what}: {apart:.2g} apart", cause, remedy, "model")
 
 
-def workers(bench: Bench) -> Finding:
+def workers(bench: CheckContext) -> Finding:
     """The same batches are read by the main process and by two workers."""
     loader, pipeline = bench.loaders["train"], bench.pipeline
     if not isinstance(loader, StreamLoader) and not pipeline.per_sample:
@@ -139,7 +139,7 @@ def workers(bench: Bench) -> Finding:
     )
 
 
-def precision(bench: Bench) -> Finding:
+def precision(bench: CheckContext) -> Finding:
     """Answers and gradients in the chosen precision are near those in fp32."""
     chosen = bench.compute.precision
     if chosen == "fp32":
@@ -169,7 +169,7 @@ def precision(bench: Bench) -> Finding:
     )
 
 
-def memory_layout(bench: Bench) -> Finding:
+def memory_layout(bench: CheckContext) -> Finding:
     """channels_last changes where numbers lie, and no answer."""
     if bench.seconds_left <= 0:
         return skipped(BUDGET)

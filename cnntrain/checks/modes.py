@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.practice import distance
 from cnntrain.checks.verdicts import failed, passed, some, warned
 from cnntrain.checks.watch import watch_modes
@@ -16,7 +16,7 @@ HASTY = 0.99  # momentum of BatchNorm
 MATTERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 
 
-def modes(bench: Bench) -> Finding:
+def modes(bench: CheckContext) -> Finding:
     """train() and eval() reach every layer; evaluation is not random and learns nothing."""
     images = bench.plain(count=IMAGES).images
     model = bench.model()
@@ -92,7 +92,7 @@ def _frozen_norm(module: nn.Module) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
-def _evaluation(bench: Bench, model: nn.Module, images: Tensor) -> Finding | None:
+def _evaluation(bench: CheckContext, model: nn.Module, images: Tensor) -> Finding | None:
     """Whether two evaluations of the same images agree, and leave the model as it was."""
     model.eval()
     before = {name: value.clone() for name, value in (*model.named_buffers(), *model.named_parameters())}
@@ -119,7 +119,7 @@ def _evaluation(bench: Bench, model: nn.Module, images: Tensor) -> Finding | Non
     return None
 
 
-def _training(bench: Bench, model: nn.Module, images: Tensor) -> Finding:
+def _training(bench: CheckContext, model: nn.Module, images: Tensor) -> Finding:
     """Whether training computes what evaluation does, but for dropout and batch statistics."""
     with torch.no_grad():
         answer = model.eval()(images).float()

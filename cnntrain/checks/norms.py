@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.modes import HASTY
 from cnntrain.checks.practice import practice
 from cnntrain.checks.short_training import ShortTraining, batch_of
@@ -23,7 +23,7 @@ NO_NORM = "no layer keeps running statistics"
 Norm = nn.modules.batchnorm._NormBase
 
 
-def batch_norm_gap(bench: Bench) -> Finding:
+def batch_norm_gap(bench: CheckContext) -> Finding:
     """Running statistics follow the training, and with them the loss on the same images is that of the training."""
     training = bench.found.get("short training")
     model = bench.model() if training is None else training.model
@@ -37,7 +37,7 @@ def batch_norm_gap(bench: Bench) -> Finding:
     return _statistics_move(bench, norms) or _gap(bench, training, len(norms))
 
 
-def _statistics_move(bench: Bench, norms: dict[str, Norm]) -> Finding | None:
+def _statistics_move(bench: CheckContext, norms: dict[str, Norm]) -> Finding | None:
     """None where they do, and are no single batch's."""
     begun = dict(bench.network.named_modules())
     remedy = "torch's momentum is the share of the new batch, 0.1 by default (Keras's 0.99 is 0.01 here)"
@@ -62,7 +62,7 @@ def _statistics_move(bench: Bench, norms: dict[str, Norm]) -> Finding | None:
     return None
 
 
-def _gap(bench: Bench, training: ShortTraining | None, count: int) -> Finding:
+def _gap(bench: CheckContext, training: ShortTraining | None, count: int) -> Finding:
     """The loss on a few batches in training mode without dropout, and in evaluation mode with settled statistics."""
     moves = f"the running statistics of {count} norms move"
     if training is None:
@@ -87,7 +87,7 @@ def _gap(bench: Bench, training: ShortTraining | None, count: int) -> Finding:
     return _judge_gap(in_training, in_evaluation, prior, evidence)
 
 
-def _gap_of_trained(bench: Bench) -> Finding:
+def _gap_of_trained(bench: CheckContext) -> Finding:
     """As it is: the statistics of the checkpoint."""
     batch = bench.plain("train", max(bench.plan.batch_size, 32))
     model = bench.model()
@@ -114,7 +114,7 @@ def _judge_gap(in_training: float, in_evaluation: float, ignorant: float, eviden
 
 
 @torch.no_grad()
-def _losses(bench: Bench, model: nn.Module, batches: list, settle: bool = True) -> tuple[float, float]:
+def _losses(bench: CheckContext, model: nn.Module, batches: list, settle: bool = True) -> tuple[float, float]:
     """Mean loss in training mode without dropout, then in evaluation mode."""
     found = []
     for training in (True, False):

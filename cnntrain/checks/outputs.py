@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.practice import distance, few, generator
 from cnntrain.checks.verdicts import failed, passed, skipped, warned
 from cnntrain.tasks.classification import Classification
@@ -29,7 +29,7 @@ CLAMPED = {"Hardtanh": "clamp", "Clamp": "clamp"}
 LOGS = {"LogSoftmax": "log-softmax", "LogSigmoid": "log-sigmoid"}
 
 
-def examples_apart(bench: Bench) -> Finding:
+def examples_apart(bench: CheckContext) -> Finding:
     """In eval mode the answer and the loss of an image depend on no other image of the batch."""
     batch = bench.plain(count=FEW)
     if len(batch) < 2:
@@ -76,7 +76,7 @@ def _leak(value: Tensor, inputs: Tensor) -> float:
 
 
 @torch.no_grad()
-def batch_order(bench: Bench) -> Finding:
+def batch_order(bench: CheckContext) -> Finding:
     """In eval mode another order of the batch gives the same answers in that order."""
     images = bench.plain(count=2 * FEW).images
     if len(images) < 2:
@@ -91,7 +91,7 @@ def batch_order(bench: Bench) -> Finding:
     return failed(evidence, cause, "see examples apart and modes", "model")
 
 
-def output_layer(bench: Bench) -> Finding:
+def output_layer(bench: CheckContext) -> Finding:
     """The network gives bare numbers; the loss itself turns them into probabilities or coordinates."""
     task = bench.task
     logits = isinstance(task, (Classification, Segmentation)) or (

@@ -112,7 +112,7 @@ def learn_by_heart(
         ends_at: time.monotonic() at which to give up.
     """
     uninformed = task.uninformed_loss(batch.targets, model(batch.images).detach())
-    trial = Trial(task.lowest_loss(plain=True), uninformed, task.learned_loss(uninformed))
+    trial = Trial(task.min_loss(plain=True), uninformed, task.learned_loss(uninformed))
     trial.learning_rate = max(float(group["lr"]) for group in optimizer.param_groups)
     trial.pixel_deviation = float(batch.images.float().std(dim=(1, 2, 3)).min())
     trial.frozen = [n for n, p in model.named_parameters() if not p.requires_grad and n not in allowed_frozen]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.overfit import backward, calibrate_norms
 
 PRACTICE_IMAGES = 16  # of a batch
@@ -15,13 +15,13 @@ CAREFUL = 1e-3  # learning rate of Adam
 USUAL_PIXELS = 64 * 64
 
 
-def few(bench: Bench, most: int, least: int = 8) -> int:
+def few(bench: CheckContext, most: int, least: int = 8) -> int:
     """How many images are quickly computed on: `most` of up to 64 px, fewer of larger ones."""
     height, width = bench.pipeline.output_size
     return min(most, max(most * USUAL_PIXELS // (height * width), least))
 
 
-def calibrated(bench: Bench, images: Tensor) -> nn.Module:
+def calibrated(bench: CheckContext, images: Tensor) -> nn.Module:
     """A copy in eval mode whose BatchNorms have the statistics of `images`; as it is where the weights are trained.
 
     Fresh statistics (mean 0, variance 1) say nothing about how a network begins: its first step uses the batch's.
@@ -33,7 +33,7 @@ def calibrated(bench: Bench, images: Tensor) -> nn.Module:
 
 
 def practice(
-    bench: Bench,
+    bench: CheckContext,
     model: nn.Module,
     optimizer: Optimizer,
     steps: int,
@@ -66,7 +66,7 @@ def practice(
     return losses
 
 
-def practiced(bench: Bench, images: Tensor, steps: int) -> nn.Module:
+def practiced(bench: CheckContext, images: Tensor, steps: int) -> nn.Module:
     """A calibrated copy after a few careful steps: what starts at zero has left it, whatever the learning rate."""
     model = bench.model()
     practice(bench, model, torch.optim.Adam(trainable(model).values(), lr=CAREFUL), steps)

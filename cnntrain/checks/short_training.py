@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.overfit import backward, calibrate_norms
 from cnntrain.randomness import epoch_order
 from cnntrain.tasks.task import Targets, Task
@@ -35,7 +35,7 @@ PLACES = 8  # cells a side in which the best constant map may differ
 
 
 @dataclass(frozen=True)
-class Known:
+class ImageInformation:
     """What answers know of a split's images; losses are means of the plain loss over the examples.
 
     Attributes:
@@ -71,7 +71,7 @@ class ShortTraining:
     judged: Mapping[str, Batch]
     priors: Mapping[str, float] = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
-    looks: dict[str, list[Known]] = field(default_factory=lambda: {"train": [], "val": []})
+    looks: dict[str, list[ImageInformation]] = field(default_factory=lambda: {"train": [], "val": []})
 
     @property
     def passes(self) -> float:
@@ -85,7 +85,7 @@ def without_decay(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def step_seconds(bench: Bench) -> float:
+def step_seconds(bench: CheckContext) -> float:
     """What a training step on 8 images takes, on a copy."""
     if "step seconds" not in bench.found:
         model = bench.model().train()
@@ -97,7 +97,7 @@ def step_seconds(bench: Bench) -> float:
     return bench.found["step seconds"]
 
 
-def train_briefly(bench: Bench, learning_rate: float, seconds: float) -> Iterator[ShortTraining]:
+def train_briefly(bench: CheckContext, learning_rate: float, seconds: float) -> Iterator[ShortTraining]:
     """Train a copy on some plain training images, and give word after each look, until `seconds` are over.
 
     With the configured optimizer, without weight decay, at a constant learning rate after a short warm-up.
@@ -144,14 +144,14 @@ def _spread(rows: Tensor, count: int) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
 
 
-def batch_of(bench: Bench, rows: Tensor) -> Batch:
+def batch_of(bench: CheckContext, rows: Tensor) -> Batch:
     """Training examples, plain, in the compute's memory layout."""
     batch = bench.pipeline.plain(next(bench.loaders["train"].batches(rows, len(rows))))
     batch.images = batch.images.contiguous(memory_format=bench.compute.memory_format)
     return batch
 
 
-def _step(bench: Bench, model: nn.Module, optimizer: Optimizer, batch: Batch, step: int) -> float:
+def _step(bench: CheckContext, model: nn.Module, optimizer: Optimizer, batch: Batch, step: int) -> float:
     bench.reseed("short training", step)
     loss_sum, count = bench.task.loss(bench.outputs(model, batch.images), batch.targets, plain=True)
     loss = loss_sum / count.clamp(min=1e-12)
@@ -163,7 +163,7 @@ def _step(bench: Bench, model: nn.Module, optimizer: Optimizer, batch: Batch, st
 
 
 @torch.no_grad()
-def look(bench: Bench, model: nn.Module, shown: Mapping[str, Batch]) -> dict[str, Known]:
+def look(bench: CheckContext, model: nn.Module, shown: Mapping[str, Batch]) -> dict[str, ImageInformation]:
     """What the network knows, by split. Norms are calibrated, on a copy: whether its own work is asked elsewhere."""
     model = copy.deepcopy(model)
     calibrate_norms(model, shown["train"].images[:64])
@@ -174,7 +174,7 @@ def look(bench: Bench, model: nn.Module, shown: Mapping[str, Batch]) -> dict[str
     return found
 
 
-def knowledge(task: Task, outputs: Tensor, targets: Targets) -> Known:
+def knowledge(task: Task, outputs: Tensor, targets: Targets) -> ImageInformation:
     """What the answers (N, ...) know of their images, by permuting the targets."""
     own, others = _each(task, outputs, targets), []
     generator = torch.Generator().manual_seed(0)
@@ -185,8 +185,8 @@ def knowledge(task: Task, outputs: Tensor, targets: Targets) -> Known:
     known = gain.isfinite()
     own, gain = own[known].double(), gain[known].double()
     if len(own) < 2:
-        return Known(math.nan, math.nan, math.nan)
-    return Known(float(own.mean()), float(gain.mean()), float(gain.std()) / len(gain) ** 0.5)
+        return ImageInformation(math.nan, math.nan, math.nan)
+    return ImageInformation(float(own.mean()), float(gain.mean()), float(gain.std()) / len(gain) ** 0.5)
 
 
 def _each(task: Task, outputs: Tensor, targets: Targets) -> Tensor:
@@ -195,13 +195,13 @@ def _each(task: Task, outputs: Tensor, targets: Targets) -> Tensor:
     return sums / torch.where(counts > 0, counts, math.nan)
 
 
-def output_shape(bench: Bench) -> torch.Size:
+def output_shape(bench: CheckContext) -> torch.Size:
     """Of the answer for one image."""
     with torch.no_grad():
         return bench.outputs(bench.model(), bench.plain("train", SMALL_BATCH).images[:1]).shape[1:]
 
 
-def prior_losses(bench: Bench, shape: torch.Size, shown: Mapping[str, Batch]) -> dict[str, float]:
+def prior_losses(bench: CheckContext, shape: torch.Size, shown: Mapping[str, Batch]) -> dict[str, float]:
     """Mean loss of the best answer that does not look at the image, fitted to the targets of train, by split.
 
     A constant, learned by itself; for maps one that differs from place to place, coarsely.

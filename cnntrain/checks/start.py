@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.practice import calibrated, difference, few, generator, practiced
 from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
 from cnntrain.checks.watch import Weighted, alive_units, signal, signals
@@ -30,7 +30,7 @@ INIT = "model.init"
 ALL_ZERO = "all weights start at zero: no unit differs from another"
 
 
-def initial_loss(bench: Bench) -> Finding:
+def initial_loss(bench: CheckContext) -> Finding:
     """The first loss is near that of an answer that knows nothing.
 
     The band: a network at random need not answer nothing, but outputs drawn at random with a standard deviation of 3
@@ -58,12 +58,12 @@ def initial_loss(bench: Bench) -> Finding:
     return (failed if loss > absurd else warned)(evidence, cause, remedy, INIT, "model")
 
 
-def _mean(bench: Bench, outputs: Tensor, truth: dict[str, Tensor]) -> float:
+def _mean(bench: CheckContext, outputs: Tensor, truth: dict[str, Tensor]) -> float:
     total, count = bench.task.loss(outputs, truth)
     return float(total / count.clamp(min=1e-12))
 
 
-def answers_differ(bench: Bench) -> Finding:
+def answers_differ(bench: CheckContext) -> Finding:
     """Other images get other answers; where all start alike (a head of zeros), after a few steps."""
     if bench.trained:
         return skipped(TRAINED)
@@ -91,7 +91,7 @@ def answers_differ(bench: Bench) -> Finding:
     return (failed if share <= SAME else warned)(evidence, cause, remedy, "model", INIT)
 
 
-def activations(bench: Bench) -> Finding:
+def activations(bench: CheckContext) -> Finding:
     """How much a layer's output differs from image to image neither fades nor explodes with depth."""
     if bench.trained:
         return skipped(TRAINED)
@@ -139,7 +139,7 @@ def _steepest(names: list[str], values: list[float], sign: int) -> str:
     return names[max(candidates, key=lambda i: sign * (logs[i + 1] - logs[i]))]
 
 
-def dead_units(bench: Bench) -> Finding:
+def dead_units(bench: CheckContext) -> Finding:
     """Most units of every rectifier give more than zero for some image."""
     if bench.trained:
         return skipped(TRAINED)
@@ -162,7 +162,7 @@ def dead_units(bench: Bench) -> Finding:
     return verdict(evidence, cause, "look at the biases and weights of the layers before them", INIT, "model")
 
 
-def pixels_seen(bench: Bench) -> Finding:
+def pixels_seen(bench: CheckContext) -> Finding:
     """The answer hangs on most of the image, and on more than a few numbers of it."""
     if bench.trained:
         return skipped(TRAINED)

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.overfit import backward
 from cnntrain.checks.short_training import step_seconds
 from cnntrain.checks.verdicts import failed, passed, skipped, warned
@@ -24,7 +24,7 @@ NO_GRADIENT = "the loss has no gradient"
 LR, DECAY = "optimizer.lr", "optimizer.weight_decay"
 
 
-def learning_rate(bench: Bench) -> Finding:
+def learning_rate(bench: CheckContext) -> Finding:
     """The configured rate against what a range test finds."""
     if bench.trained:
         return skipped("the weights are trained already")
@@ -70,22 +70,22 @@ def learning_rate(bench: Bench) -> Finding:
     return passed(f"{evidence} (a tenth: {suggestion:.2g}; falls most steeply at {test.steepest:.2g})")
 
 
-def _limit(bench: Bench, diverged: float) -> float:
+def _limit(bench: CheckContext, diverged: float) -> float:
     """The highest rate that may pass; a smaller batch than the run's bears less (Goyal et al. 2017)."""
     return TOO_HIGH * diverged * max(_batch_of_run(bench) / bench.found["range batch"], 1)
 
 
-def _batch_of_run(bench: Bench) -> int:
+def _batch_of_run(bench: CheckContext) -> int:
     """Images of one optimizer step."""
     return min(bench.plan.batch_size * bench.plan.accumulate, len(bench.loaders["train"]))
 
 
-def configured_rate(bench: Bench) -> float:
+def configured_rate(bench: CheckContext) -> float:
     """The peak of the schedule."""
     return max(group["peak_lr"] for group in bench.make_optimizer(bench.model()).param_groups)
 
 
-def usable_rate(bench: Bench) -> float:
+def usable_rate(bench: CheckContext) -> float:
     """The configured rate where a range test finds it good, else the suggested one: each fault has its own check."""
     rate, test = configured_rate(bench), range_of(bench)
     if test is None or test.suggestion is None:
@@ -94,14 +94,14 @@ def usable_rate(bench: Bench) -> float:
     return rate if fits else test.suggestion
 
 
-def range_of(bench: Bench) -> RangeTest | None:
+def range_of(bench: CheckContext) -> RangeTest | None:
     """The range test of this bench, done once; None where there is no time for it."""
     if "range test" not in bench.found:
         bench.found["range test"] = _measure(bench, bench.plan.seed)
     return bench.found["range test"]
 
 
-def _measure(bench: Bench, seed: int) -> RangeTest | None:
+def _measure(bench: CheckContext, seed: int) -> RangeTest | None:
     """The range test of `cnntrain lr-find`; with a smaller batch where the time does not suffice for the run's."""
     if not bench.loss(bench.model(), bench.plain("train", 2)).requires_grad:
         return None
@@ -122,7 +122,7 @@ def _measure(bench: Bench, seed: int) -> RangeTest | None:
     return bench.try_learning_rates(plan, time.monotonic() + 2 * seconds)
 
 
-def weight_decay(bench: Bench) -> Finding:
+def weight_decay(bench: CheckContext) -> Finding:
     """The pull of the decay towards zero against that of the loss, or how fast it shrinks the weights by itself."""
     model = bench.model().train()
     optimizer = bench.make_optimizer(model)

@@ -2,7 +2,7 @@
 
 import torch
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.flip import FEWEST_EXAMPLES, compare, judge_flip
 from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
 from cnntrain.types import Finding
@@ -12,7 +12,7 @@ TINY = 0.03  # share of the canvas that points may not all lie within
 MOST_SHAPES = 20_000
 
 
-def classes(bench: Bench) -> Finding:
+def classes(bench: CheckContext) -> Finding:
     """Labels are in range, and training has examples of every class."""
     names = bench.spec.classes
     if bench.spec.keypoints or "label" not in bench.loaders["train"].examples.targets:
@@ -41,7 +41,7 @@ def classes(bench: Bench) -> Finding:
     return passed(evidence)
 
 
-def points(bench: Bench) -> Finding:
+def points(bench: CheckContext) -> Finding:
     """Points lie on the canvas, spread over it, as (x, y) in pixels."""
     if not bench.spec.keypoints:
         return skipped("these data have no keypoints")
@@ -74,7 +74,7 @@ def points(bench: Bench) -> Finding:
     return passed(evidence)
 
 
-def masks(bench: Bench) -> Finding:
+def masks(bench: CheckContext) -> Finding:
     """Masks have ids that are classes, and training has pixels of every class."""
     batch = bench.stored(count=512)
     if "mask" not in batch.targets:
@@ -108,7 +108,7 @@ def masks(bench: Bench) -> Finding:
     return passed(evidence)
 
 
-def flip(bench: Bench) -> Finding:
+def flip(bench: CheckContext) -> Finding:
     """The declared mirror partners fit the shapes; `cnntrain check flip` tells more and draws it."""
     spec = bench.spec
     if not spec.keypoints:

@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.practice import distance, few, trainable
 from cnntrain.checks.verdicts import failed, passed, skipped, some
 from cnntrain.errors import DivergedError
 from cnntrain.randomness import epoch_order
 from cnntrain.train import loop
 from cnntrain.train.device import seed_step
-from cnntrain.train.plan import Plan
+from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.state import TrainState
 from cnntrain.types import Batch, Finding
@@ -32,7 +32,7 @@ class _Falling(Schedule):
         return 1 / (step + 1)
 
 
-def loop_agrees(bench: Bench) -> Finding:
+def loop_agrees(bench: CheckContext) -> Finding:
     """The loop that trains ends with the weights of a slow one written out here, and evaluates as it does.
 
     With one batch a step, and with two where the run accumulates several.
@@ -76,18 +76,18 @@ def loop_agrees(bench: Bench) -> Finding:
     return passed(evidence)
 
 
-def _apart(bench: Bench, one: nn.Module, other: nn.Module) -> float:
+def _apart(bench: CheckContext, one: nn.Module, other: nn.Module) -> float:
     """How far two trainings end from one another, beside the way that the first has gone."""
     start = _weights(bench.network).to(_weights(one))
     return distance(_weights(one) - start, _weights(other) - start)
 
 
-def _images(bench: Bench) -> int:
+def _images(bench: CheckContext) -> int:
     """Of a batch."""
     return few(bench, 4, 2)
 
 
-def _batches(bench: Bench, count: int) -> list[Batch]:
+def _batches(bench: CheckContext, count: int) -> list[Batch]:
     """The first batches of the run's first epoch, augmented."""
     loader, seed, size = bench.loaders["train"], bench.plan.seed, _images(bench)
     order = epoch_order(seed, 0, len(loader))[: count * size]
@@ -95,12 +95,12 @@ def _batches(bench: Bench, count: int) -> list[Batch]:
     return [bench.pipeline(batch, seed, 0) for batch in loader.batches(order, size, transform=transform)]
 
 
-def _loss(bench: Bench, model: nn.Module, batch: Batch, plain: bool = False) -> tuple[Tensor, Tensor]:
+def _loss(bench: CheckContext, model: nn.Module, batch: Batch, plain: bool = False) -> tuple[Tensor, Tensor]:
     images = batch.images.contiguous(memory_format=bench.compute.memory_format)
     return bench.task.loss(model(images).float(), batch.truth, plain)
 
 
-def _rate(bench: Bench, batch: Batch) -> float | None:
+def _rate(bench: CheckContext, batch: Batch) -> float | None:
     """The learning rate whose first step changes the weights by NOTICED of their size; None without gradients."""
     model = bench.model().train()
     total, count = _loss(bench, model, batch)
@@ -112,7 +112,12 @@ def _rate(bench: Bench, batch: Batch) -> float | None:
 
 
 def _by_hand(
-    bench: Bench, model: nn.Module, batches: list[Batch], accumulate: int, rate: float, scale: float = 1.0
+    bench: CheckContext,
+    model: nn.Module,
+    batches: list[Batch],
+    accumulate: int,
+    rate: float,
+    scale: float = 1.0,
 ) -> None:
     """A training as the textbook has it.
 
@@ -139,23 +144,23 @@ def _by_hand(
         optimizer.step()
 
 
-def _by_loop(bench: Bench, model: nn.Module, accumulate: int, rate: float) -> None:
+def _by_loop(bench: CheckContext, model: nn.Module, accumulate: int, rate: float) -> None:
     """The same by what trains for users."""
     optimizer = torch.optim.SGD(trainable(model).values(), lr=rate, momentum=0.9)
     optimizer.param_groups[0]["peak_lr"] = rate
-    plan = Plan(
+    plan = TrainingPlan(
         seed=bench.plan.seed, batch_size=_images(bench), batches_per_epoch=STEPS * accumulate, steps_per_epoch=STEPS,
         total_steps=STEPS, accumulate=accumulate, clip_grad_norm=bench.plan.clip_grad_norm,
     )  # fmt: skip
     state = TrainState(model, optimizer, _Falling(total_steps=STEPS, steps_per_epoch=STEPS))
     compute = dataclasses.replace(bench.compute, precision="fp32")
     loop.fit(
-        state, bench.loaders["train"], None, bench.pipeline, bench.task, compute, plan, loop.Silent(),
+        state, bench.loaders["train"], None, bench.pipeline, bench.task, compute, plan, loop.NullLogger(),
         lambda *names: None, bench.stop,
     )  # fmt: skip
 
 
-def _validate(bench: Bench, model: nn.Module) -> tuple[float, float]:
+def _validate(bench: CheckContext, model: nn.Module) -> tuple[float, float]:
     """The loss of a few validation images, by hand and by what evaluates for users."""
     loader, evaluated = bench.loaders["val"], copy.deepcopy(model).eval()
     compute, rows = dataclasses.replace(bench.compute, precision="fp32"), list[Tensor]()

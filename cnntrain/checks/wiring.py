@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.practice import practice, trainable
 from cnntrain.checks.verdicts import failed, passed, some, warned
 from cnntrain.checks.watch import Weighted, gradient_cut, never_called
@@ -23,7 +23,7 @@ MODE_MATTERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 LAYERS = (Weighted, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding, nn.RNNBase)
 
 
-def registered(bench: Bench) -> Finding:
+def registered(bench: CheckContext) -> Finding:
     """No layer hides in a plain list, tuple or dict, which `parameters()` does not look into."""
     model = bench.network
     known = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
@@ -65,7 +65,7 @@ def _inside(value: Any, path: str, depth: int) -> Iterator[tuple[str, nn.Module 
             yield from _inside(part, f"{path}[{number}]", depth - 1)
 
 
-def shared_weights(bench: Bench) -> Finding:
+def shared_weights(bench: CheckContext) -> Finding:
     """Every parameter has one name."""
     names: dict[int, list[str]] = {}
     for name, parameter in bench.network.named_parameters(remove_duplicate=False):
@@ -79,7 +79,7 @@ def shared_weights(bench: Bench) -> Finding:
     return warned(evidence, cause, "make a new layer for each place, unless they shall share", "model")
 
 
-def frozen(bench: Bench) -> Finding:
+def frozen(bench: CheckContext) -> Finding:
     """Nothing is frozen that the config does not freeze."""
     parameters = dict(bench.network.named_parameters())
     still = [name for name, parameter in parameters.items() if not parameter.requires_grad]
@@ -106,7 +106,7 @@ def frozen(bench: Bench) -> Finding:
     return (failed if layers & set(still) else warned)(evidence, cause, remedy, "model.freeze")
 
 
-def optimizer(bench: Bench) -> Finding:
+def optimizer(bench: CheckContext) -> Finding:
     """The optimizer has every trainable parameter once, nothing else, and a learning rate for it."""
     model = bench.model()
     built = bench.make_optimizer(model)
@@ -135,7 +135,7 @@ def optimizer(bench: Bench) -> Finding:
     return failed(evidence, cause, remedy, "optimizer")
 
 
-def gradients(bench: Bench) -> Finding:
+def gradients(bench: CheckContext) -> Finding:
     """Within a few real steps every parameter gets a gradient other than zero, and changes."""
     model = bench.model()
     built, parameters = bench.make_optimizer(model), trainable(model)
@@ -188,7 +188,7 @@ def _should_move(parameter: Tensor, rate: float, gradient: float) -> bool:
     return rate == 0 or rate * gradient > NOTICED * float(parameter.detach().abs().max())
 
 
-def _why_absent(bench: Bench, absent: list[str], model: nn.Module) -> str:
+def _why_absent(bench: CheckContext, absent: list[str], model: nn.Module) -> str:
     """Names the first parameters without a gradient, and where the graph is cut or what is never run."""
     images = bench.plain(count=2).images
     idle = never_called(model, images)

@@ -29,16 +29,16 @@ from cnntrain.data.cache import free_host_bytes
 from cnntrain.data.loader import Loader
 from cnntrain.errors import UserError, is_out_of_memory
 from cnntrain.report.console import log_to_console
-from cnntrain.report.journal import RunJournal
+from cnntrain.report.journal import RunLogger
 from cnntrain.report.progress import Bar
 from cnntrain.report.table import print_rows
 from cnntrain.train.device import Compute
 from cnntrain.train.device_memory import forget_peak, peak_mib
-from cnntrain.train.plan import Plan
-from cnntrain.train.run_dir import open_run_folder, provenance
-from cnntrain.train.setup import Assembly, assemble, build_training_parts, make_optimizer
+from cnntrain.train.plan import TrainingPlan
+from cnntrain.train.run_dir import open_run_dir, provenance
+from cnntrain.train.setup import Components, assemble, build_training_parts, make_optimizer
 from cnntrain.train.signals import StopFlag, stop_flag
-from cnntrain.train.step_timer import Rig, make_rig
+from cnntrain.train.step_timer import StepTimer, make_step_timer
 from cnntrain.train.timing import Windows, interleave
 
 log = logging.getLogger("cnntrain")
@@ -68,7 +68,7 @@ def bench(settings: Settings, command_line: str = "") -> dict[str, Any]:
     folder = Path(settings.run_dir) if settings.run_dir else None
     with (
         stop_flag() as stop,
-        open_run_folder(folder, f"bench-{settings.label}") as run_folder,
+        open_run_dir(folder, f"bench-{settings.label}") as run_folder,
         _journal(assembly) as journal,
     ):
         run_folder.write_json("run.json", provenance(command_line))
@@ -95,10 +95,10 @@ class Timings:
 
     def __init__(
         self,
-        assembly: Assembly,
-        plan: Plan,
+        assembly: Components,
+        plan: TrainingPlan,
         loader: Loader,
-        journal: RunJournal,
+        journal: RunLogger,
         stop: StopFlag,
         budget_s: float,
     ) -> None:
@@ -199,19 +199,19 @@ class Timings:
             windows=len(found["loop"].others),
         )
 
-    def _rig(self, compute: Compute, batch_size: int) -> Rig:
+    def _rig(self, compute: Compute, batch_size: int) -> StepTimer:
         assembly, plan = self.assembly, dataclasses.replace(self.plan, batch_size=batch_size)
-        return make_rig(
+        return make_step_timer(
             assembly.model, partial(make_optimizer, assembly.settings), assembly.task, compute, plan, self.loader,
             assembly.pipeline, assembly.settings.ema_decay, self.journal,
         )  # fmt: skip
 
 
 @contextmanager
-def _journal(assembly: Assembly) -> Iterator[RunJournal]:
+def _journal(assembly: Components) -> Iterator[RunLogger]:
     """Where a training's story would go, in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        journal = RunJournal(
+        journal = RunLogger(
             Path(folder), assembly.task, assembly.spec, 1, 1,
             tensorboard=assembly.settings.log.tensorboard, pictures=False,
         )  # fmt: skip

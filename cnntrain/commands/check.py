@@ -17,7 +17,7 @@ from typing import Any
 from rich.progress import Progress
 
 from cnntrain.checks.check_run import choose, run_checks
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.flip import judge_flip
 from cnntrain.cli import Invocation
 from cnntrain.commands.evaluate import read_own, restore
@@ -31,10 +31,10 @@ from cnntrain.plots.flip_picture import draw_symmetry
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.journal import statistics
 from cnntrain.report.table import print_findings
-from cnntrain.train.run_dir import RunFolder, open_run_folder, provenance
+from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
 from cnntrain.train.saved import locate, read_saved
 from cnntrain.train.setup import (
-    Assembly,
+    Components,
     assemble,
     build_source,
     build_training_parts,
@@ -82,8 +82,8 @@ def check(settings: Settings, words: Sequence[str] = (), command_line: str = "")
     ends_at = time.monotonic() + settings.check.budget_s
     assembly = assemble(settings)
     with stop_flag() as stop:
-        bench = build_bench(assembly, ends_at, stop, command_line)
-        with open_run_folder(_folder(settings.run_dir), f"check-{settings.label}") as run_folder:
+        bench = build_context(assembly, ends_at, stop, command_line)
+        with open_run_dir(_folder(settings.run_dir), f"check-{settings.label}") as run_folder:
             return _judge(bench, words, run_folder, command_line, settings.log.pictures)
 
 
@@ -95,19 +95,19 @@ def check_checkpoint(
     ends_at = time.monotonic() + BUDGET_OF_A_CHECKPOINT_S
     assembly = restore(read_saved(locate(Path(settings.checkpoint), "best.pt")), settings)
     with stop_flag() as stop:
-        bench = build_bench(assembly, ends_at, stop, command_line, trained=True)
-        with open_run_folder(_folder(settings.run_dir), "check-checkpoint") as run_folder:
+        bench = build_context(assembly, ends_at, stop, command_line, trained=True)
+        with open_run_dir(_folder(settings.run_dir), "check-checkpoint") as run_folder:
             return _judge(bench, words, run_folder, command_line, pictures=True)
 
 
-def build_bench(
-    assembly: Assembly, ends_at: float, stop: StopFlag, command_line: str = "", trained: bool = False
-) -> Bench:
+def build_context(
+    assembly: Components, ends_at: float, stop: StopFlag, command_line: str = "", trained: bool = False
+) -> CheckContext:
     """The parts of a run laid out for the checks; reads the data."""
     data = assembly.load()
     plan, _, _ = build_training_parts(assembly, data)
     splits = {"train": data.train, "val": data.val, "test": data.test}
-    return Bench(
+    return CheckContext(
         spec=assembly.spec,
         task=assembly.task,
         pipeline=assembly.pipeline,
@@ -130,7 +130,7 @@ def _folder(run_dir: str | None) -> Path | None:
 
 
 def _judge(
-    bench: Bench, words: Sequence[str], run_folder: RunFolder, command_line: str, pictures: bool
+    bench: CheckContext, words: Sequence[str], run_folder: RunDir, command_line: str, pictures: bool
 ) -> dict[str, Any]:
     chosen = choose(words)
     seconds: dict[str, float] = {}
@@ -189,7 +189,7 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     report["pairs"] = [
         [spec.keypoints[i], spec.keypoints[k]] for i, k in mirror if i < k < len(spec.keypoints)
     ]
-    with open_run_folder(_folder(settings.run_dir), f"check-flip-{data}") as run_folder:
+    with open_run_dir(_folder(settings.run_dir), f"check-flip-{data}") as run_folder:
         run_folder.write_json("run.json", provenance(command_line))
         run_folder.write_json("check.json", report)
         if symmetry is not None and settings.log.pictures:

@@ -17,7 +17,7 @@ from cnntrain.report.compare import differing_keys, find_runs, fold, monitor_of,
 from cnntrain.report.comparison_table import learning_curves
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.table import markdown, print_rows
-from cnntrain.train.run_dir import open_run_folder, provenance
+from cnntrain.train.run_dir import open_run_dir, provenance
 
 
 def run(invocation: Invocation) -> int:
@@ -52,7 +52,7 @@ def compare(folders: list[Path], settings: CompareSettings, command_line: str = 
     groups = fold(runs, differing_keys(runs))
     rows = table(groups, metric, monitor)
     place = Path(settings.run_dir) if settings.run_dir else None
-    with open_run_folder(place, "compare") as folder:
+    with open_run_dir(place, "compare") as folder:
         folder.write_json("run.json", provenance(command_line))
         write_csv(folder.path / "compare.csv", rows)
         curves = {group.name: [run.rows for run in group.runs] for group in groups}

@@ -28,9 +28,9 @@ from cnntrain.report.console import console, log_to_console
 from cnntrain.report.table import print_rows
 from cnntrain.summary.meta import needs_numbers
 from cnntrain.train.evaluate import evaluate
-from cnntrain.train.run_dir import open_run_folder, provenance
+from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.saved import load_weights, locate, read_saved, refuse_misfits, saved_spec
-from cnntrain.train.setup import Assembly, assemble, build_pipeline, build_task, make_model
+from cnntrain.train.setup import Components, assemble, build_pipeline, build_task, make_model
 from cnntrain.train.signals import stop_flag
 from cnntrain.types import Batch, DataSpec
 
@@ -92,7 +92,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     )
     if not settings.run_dir and exists(folder) and not is_folder(folder, run_folder_of(path)):
         raise UserError(f"{folder}: is a link or a file; remove it, or choose another folder with run_dir=")
-    with open_run_folder(folder, "evaluate") as run_folder, stop_flag() as stop:
+    with open_run_dir(folder, "evaluate") as run_folder, stop_flag() as stop:
         meter = evaluate(
             assembly.model, assembly.loader(examples), assembly.pipeline, assembly.task, assembly.compute,
             assembly.settings.known_batch_size or saved["config"]["batch_size"], None, stop, look,
@@ -125,7 +125,7 @@ def _hardest_first(row: dict[str, Any]) -> tuple[bool, float]:
     return math.isnan(loss), -loss
 
 
-def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Assembly:
+def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Components:
     """The parts of a run as its checkpoint has them, weights included.
 
     What the checkpoint says about the data holds: classes, mean and std; nothing is measured anew, and pretrained

@@ -15,10 +15,10 @@ from cnntrain.config.compose import expand_grid, read_settings
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
 from cnntrain.report.console import console, log_to_console
-from cnntrain.summary.layer_table import Anatomy, analyze
+from cnntrain.summary.layer_table import ModelSummary, analyze
 from cnntrain.summary.preflight import preflight
 from cnntrain.summary.report import report
-from cnntrain.train.run_dir import open_run_folder
+from cnntrain.train.run_dir import open_run_dir
 from cnntrain.train.setup import (
     build_pipeline,
     build_source,
@@ -41,7 +41,7 @@ def run(invocation: Invocation) -> int:
     anatomies = [open_network(settings) for settings in chosen]
     options, first = chosen[0].inspect, chosen[0]
     folder = Path(first.run_dir) if first.run_dir else None
-    with open_run_folder(folder, f"inspect-{first.label}") as run_folder:
+    with open_run_dir(folder, f"inspect-{first.label}") as run_folder:
         written = report(
             anatomies, run_folder.path, options.depth, options.convention, console, first.log.pictures
         )
@@ -50,7 +50,7 @@ def run(invocation: Invocation) -> int:
     return 0
 
 
-def open_network(settings: Settings) -> Anatomy:
+def open_network(settings: Settings) -> ModelSummary:
     """The anatomy of the configured network at the size of its data, or at the one asked for.
 
     Raises:

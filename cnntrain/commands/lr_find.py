@@ -18,7 +18,7 @@ from cnntrain.plots.curves import save, survive_drawing
 from cnntrain.plots.range_picture import draw_range_test
 from cnntrain.report.console import log_to_console
 from cnntrain.train.lr_finder import RangeTest
-from cnntrain.train.run_dir import open_run_folder, provenance
+from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.setup import assemble, build_training_parts, try_learning_rates, with_rate
 from cnntrain.train.signals import stop_flag
 
@@ -45,7 +45,7 @@ def lr_find(settings: Settings, command_line: str = "") -> dict[str, Any]:
     with stop_flag() as stop:
         data = assembly.load()
         plan, _, _ = build_training_parts(assembly, data)
-        with open_run_folder(folder, f"lr-find-{settings.label}") as run_folder:
+        with open_run_dir(folder, f"lr-find-{settings.label}") as run_folder:
             test = try_learning_rates(assembly, data, plan, stop)
             report = summarize(test, configured)
             run_folder.write_json("run.json", provenance(command_line))

@@ -27,8 +27,8 @@ from cnntrain.errors import UserError
 from cnntrain.plots.curves import learning, save, survive_drawing
 from cnntrain.report.console import log_to_console
 from cnntrain.report.table import print_findings
-from cnntrain.train.run_dir import open_run_folder, provenance
-from cnntrain.train.setup import Assembly, assemble, build_training_parts, make_optimizer
+from cnntrain.train.run_dir import open_run_dir, provenance
+from cnntrain.train.setup import Components, assemble, build_training_parts, make_optimizer
 from cnntrain.train.signals import stop_flag
 from cnntrain.types import Batch, Finding
 
@@ -47,10 +47,10 @@ def run(invocation: Invocation) -> int:
             f"overfit: {invocation.words[0]!r} is no override; write KEY=VALUE, as model=resnet18"
         )
     if invocation.multirun:
-        from cnntrain.sweep.perform import Job  # imports optuna, which a single run does without
+        from cnntrain.sweep.execute_run import SweepTarget  # imports optuna, which a single run does without
         from cnntrain.sweep.sweep_run import run_sweep
 
-        return run_sweep(invocation, Job(overfit_trial))
+        return run_sweep(invocation, SweepTarget(overfit_trial))
     settings = read_settings(invocation.overrides, invocation.config_dir)
     return 1 if overfit(settings, invocation.line)["verdict"] == "FAIL" else 0
 
@@ -75,7 +75,7 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
         build_training_parts(assembly, data)  # finds it
     optimizer = make_optimizer(assembly.settings, assembly.model, assembly.compute)
     folder = Path(settings.run_dir) if settings.run_dir else None
-    with open_run_folder(folder, f"overfit-{settings.label}") as run_folder, stop_flag() as stop:
+    with open_run_dir(folder, f"overfit-{settings.label}") as run_folder, stop_flag() as stop:
         run_folder.write_json("run.json", provenance(command_line))
         batch, other, example = pick_examples(assembly, data, settings.overfit.examples)
         log.info(WHAT_IS_OFF)
@@ -119,7 +119,7 @@ def overfit_trial(
     return overfit(settings, command_line)
 
 
-def pick_examples(assembly: Assembly, data: Data, count: int) -> tuple[Batch, Batch, str]:
+def pick_examples(assembly: Components, data: Data, count: int) -> tuple[Batch, Batch, str]:
     """The examples to learn, one with another target to compare with, and what a person calls the first.
 
     The choice is fixed: the first training examples. Norms are calibrated on the first few on the way.
@@ -146,7 +146,7 @@ def pick_examples(assembly: Assembly, data: Data, count: int) -> tuple[Batch, Ba
     return batch, other, name if len(batch) == 1 else f"{name} and {len(batch) - 1} more"
 
 
-def _seen(assembly: Assembly, loader: Loader, rows: Tensor) -> Batch:
+def _seen(assembly: Components, loader: Loader, rows: Tensor) -> Batch:
     """Training examples as the network sees them, without augmentation."""
     batch = assembly.pipeline.plain(next(iter(loader.batches(rows, len(rows)))))
     images = batch.images.contiguous(memory_format=assembly.compute.memory_format)
@@ -154,7 +154,7 @@ def _seen(assembly: Assembly, loader: Loader, rows: Tensor) -> Batch:
 
 
 @torch.no_grad()
-def measure(assembly: Assembly, batch: Batch) -> dict[str, float]:
+def measure(assembly: Components, batch: Batch) -> dict[str, float]:
     """The task's metrics on the examples that were learned."""
     with assembly.compute.autocast():
         outputs = assembly.model(batch.images).float()

@@ -47,7 +47,7 @@ from cnntrain.report.mask_files import mask_names, outside_image, write_mask
 from cnntrain.tasks.segmentation import Segmentation
 from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute, choose_compute, prepare_torch
-from cnntrain.train.run_dir import RunFolder, open_run_folder, provenance
+from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
 from cnntrain.train.saved import locate, read_saved, saved_spec
 from cnntrain.train.setup import build_model, build_pipeline, build_task
 from cnntrain.train.signals import StopFlag, stop_flag
@@ -117,7 +117,7 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
         scan({"images": examples}, "headers")
     loader = make_loader(examples, predictor.compute.device, settings.workers)
     folder = Path(settings.run_dir) if settings.run_dir else None
-    with open_run_folder(folder, "predict") as run_folder, stop_flag() as stop:
+    with open_run_dir(folder, "predict") as run_folder, stop_flag() as stop:
         rows = _write(run_folder, predictor, loader, (paths, names), settings.draw, stop)
         write_rows(rows, run_folder.path / "predictions.csv")
         listed = [nested(row, predictor) for row in rows]
@@ -207,7 +207,7 @@ def _cut_out(
 
 
 def _write(
-    folder: RunFolder, predictor: Predictor, loader: Loader, files: tuple[list[str], list[str]],
+    folder: RunDir, predictor: Predictor, loader: Loader, files: tuple[list[str], list[str]],
     draw: int | None, stop: StopFlag,
 ) -> list[Row]:  # fmt: skip
     """Rows of all images; masks and drawings are written on the way."""

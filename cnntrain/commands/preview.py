@@ -30,7 +30,7 @@ from cnntrain.report.console import log_to_console
 from cnntrain.report.previews import draw_batches, draw_flip
 from cnntrain.report.tensorboard import Events
 from cnntrain.train.device import prepare_torch
-from cnntrain.train.run_dir import open_run_folder, provenance
+from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.setup import build_pipeline, build_source, with_chosen_statistics
 from cnntrain.types import Batch
 
@@ -89,7 +89,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
         )
     folder = Path(settings.run_dir) if settings.run_dir else None
     written = []
-    with open_run_folder(folder, f"preview-{settings.choices['data']}") as run_folder:
+    with open_run_dir(folder, f"preview-{settings.choices['data']}") as run_folder:
         config = without_passwords(dataclasses.asdict(settings))
         run_folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
         run_folder.write_json("run.json", provenance(command_line))

@@ -24,17 +24,17 @@ from cnntrain.io.streams import flush_or_discard
 from cnntrain.report.console import log_to_console, silence_log
 from cnntrain.report.expectations import judge_expectations, parse_expectation
 from cnntrain.report.table import print_findings, print_run_summary
-from cnntrain.train.distributed import ALONE, Place, Ranks, find_place
+from cnntrain.train.distributed import ALONE, RankInfo, World, rank_from_env
 from cnntrain.train.processes import check_processes, uses_gpus
 from cnntrain.train.resume import bring_best, keep_choices, resume
 from cnntrain.train.run import prepare, train_to_the_end
-from cnntrain.train.run_dir import RunFolder, holds_run, lock_folder, open_run_folder, provenance
+from cnntrain.train.run_dir import RunDir, holds_run, lock_run_dir, open_run_dir, provenance
 from cnntrain.train.saved import differences, find_folder, find_saved, finished_results, identify
 from cnntrain.train.setup import assemble, notice
 from cnntrain.train.signals import stop_flag
 
 if TYPE_CHECKING:
-    from cnntrain.train.launch import Home
+    from cnntrain.train.launch import WorkerContext
 
 log = logging.getLogger("cnntrain")
 
@@ -45,14 +45,14 @@ def run(invocation: Invocation) -> int:
         example = looks_like_setting(word, following) or "model=resnet18"
         raise UserError(f"train: {word!r} is no override; write KEY=VALUE, as {example}")
     if invocation.multirun:
-        if find_place():
+        if rank_from_env():
             raise UserError(
                 "-m: a sweep is one process; start it without torchrun or srun, with launch.devices=N"
             )
-        from cnntrain.sweep.perform import Job  # imports optuna, which a single run does without
+        from cnntrain.sweep.execute_run import SweepTarget  # imports optuna, which a single run does without
         from cnntrain.sweep.sweep_run import run_sweep
 
-        return run_sweep(invocation, Job(train_trial, test_trial))
+        return run_sweep(invocation, SweepTarget(train_trial, test_trial))
     settings = read_settings(invocation.overrides, invocation.config_dir)
     if swept := swept_by_itself(settings, invocation.overrides):
         raise UserError(
@@ -93,7 +93,7 @@ def train(
         ElsewhereError: another process failed, and has said why.
     """
     log_to_console()
-    if place := find_place():
+    if place := rank_from_env():
         check_processes(settings, place)
         with _joined(place, settings) as ranks:
             return _train(settings, command_line, test, watch, ranks)
@@ -113,7 +113,9 @@ def _more(saved: Mapping[str, Any], settings: Settings) -> str:
     return "steps" if settings.steps else "epochs"
 
 
-def _one_of_several(home: "Home", settings: Settings, command_line: str, test: bool) -> dict[str, Any]:
+def _one_of_several(
+    home: "WorkerContext", settings: Settings, command_line: str, test: bool
+) -> dict[str, Any]:
     """A process that `train` started."""
     from cnntrain.train.launch import in_rank
 
@@ -126,7 +128,7 @@ def _one_of_several(home: "Home", settings: Settings, command_line: str, test: b
 
 
 @contextlib.contextmanager
-def _joined(place: Place, settings: Settings, **more: Any) -> Iterator[Ranks]:
+def _joined(place: RankInfo, settings: Settings, **more: Any) -> Iterator[World]:
     from cnntrain.train.group import joined
 
     if place.rank:
@@ -140,7 +142,7 @@ def _train(
     command_line: str,
     test: bool,
     watch: Callable[[dict[str, float]], None] | None,
-    ranks: Ranks,
+    ranks: World,
 ) -> dict[str, Any]:
     """One process's training: the only one's, or its part of several's."""
     folder = find_folder(settings)
@@ -148,7 +150,7 @@ def _train(
         # Before anything is read: a process that is at work there may write a newer state at any time.
         locked = ranks.leads and folder is not None and holds_run(folder)
         if locked and folder:
-            held.enter_context(lock_folder(folder))
+            held.enter_context(lock_run_dir(folder))
         ranks.wait()
         return _train_in(folder, locked, settings, command_line, test, watch, ranks)
 
@@ -160,7 +162,7 @@ def _train_in(
     command_line: str,
     test: bool,
     watch: Callable[[dict[str, float]], None] | None,
-    ranks: Ranks,
+    ranks: World,
 ) -> dict[str, Any]:
     """`_train` with the folder named, and locked if it holds a run already."""
     source, saved = find_saved(settings) or (None, None)
@@ -240,12 +242,12 @@ def _train_in(
 
 
 @contextlib.contextmanager
-def _run_folder(folder: Path | None, label: str, ranks: Ranks, locked: bool) -> Iterator[RunFolder]:
+def _run_folder(folder: Path | None, label: str, ranks: World, locked: bool) -> Iterator[RunDir]:
     """The run's folder, which the leader holds; the others only know its name."""
     if not ranks.leads:
-        yield RunFolder(Path(ranks.tell(None)))
+        yield RunDir(Path(ranks.tell(None)))
         return
-    with open_run_folder(folder, label, trains=True, locked=locked) as run:
+    with open_run_dir(folder, label, trains=True, locked=locked) as run:
         ranks.tell(str(run.path))
         yield run
 

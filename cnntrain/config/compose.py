@@ -27,7 +27,7 @@ from cnntrain.config.instantiate import trust_folder
 from cnntrain.config.schema import Settings, parse
 from cnntrain.config.yaml_files import check_yaml_files, yaml_files
 from cnntrain.errors import UserError, suggest
-from cnntrain.sweep.search_space import Axis, grid
+from cnntrain.sweep.search_space import SearchDimension, grid
 
 
 def conf_folder() -> Path:
@@ -184,7 +184,9 @@ def _syntax(error: Exception) -> str:
     )
 
 
-def read_space(overrides: Sequence[str], config_dir: Path | None = None) -> tuple[list[str], list[Axis]]:
+def read_space(
+    overrides: Sequence[str], config_dir: Path | None = None
+) -> tuple[list[str], list[SearchDimension]]:
     """The overrides with one value, and an axis for each key with several, in Hydra's grammar.
 
     `a,b`, `choice(a,b)` and `glob(*)` list values; `range(0,3)` is 0, 1, 2; `interval(0.1,0.5)` is continuous, and
@@ -212,7 +214,7 @@ def expand_grid(overrides: Sequence[str], config_dir: Path | None = None) -> lis
     return [[*fixed, *(f"{k}={v}" for k, v in values.items())] for values in grid(axes)]
 
 
-def _axis(override: Override, config_dir: Path | None) -> Axis:
+def _axis(override: Override, config_dir: Path | None) -> SearchDimension:
     key, value = override.get_key_element(), override.value()
     tags = getattr(value, "tags", set())
     if wrong := tags - {"log"}:
@@ -228,7 +230,7 @@ def _axis(override: Override, config_dir: Path | None) -> Axis:
             raise UserError(
                 f"{key}: interval({low},{high}) needs a low end {'above 0 and ' * bool(tags)}below the high"
             )
-        return Axis(key, (), low, high, None, bool(tags), whole)
+        return SearchDimension(key, (), low, high, None, bool(tags), whole)
     if isinstance(value, Glob):
         values = value.filter(group_options(config_dir).get(key, []))
     else:
@@ -238,8 +240,10 @@ def _axis(override: Override, config_dir: Path | None) -> Axis:
     if isinstance(value, RangeSweep) and len(values) > 1 and not tags:  # even steps are none on a log scale
         numbers = sorted(float(each) for each in values)
         whole = isinstance(value.start, int) and isinstance(value.step, int)
-        return Axis(key, tuple(values), numbers[0], numbers[-1], numbers[1] - numbers[0], False, whole)
-    return Axis(key, tuple(values))
+        return SearchDimension(
+            key, tuple(values), numbers[0], numbers[-1], numbers[1] - numbers[0], False, whole
+        )
+    return SearchDimension(key, tuple(values))
 
 
 def add_swept_keys(overrides: Sequence[str], config_dir: Path | None = None) -> list[str]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.parallel import in_threads
-from cnntrain.data.spans import Span, span_of
+from cnntrain.data.spans import ByteRange, span_of
 
 SAMPLED_FILES = 200
 LARGEST_PART = 1 << 20  # bytes read per file
@@ -58,7 +58,7 @@ def _size(file: str) -> int:
         return -1
 
 
-def _read(span: Span) -> bytes:
+def _read(span: ByteRange) -> bytes:
     if span.size is None and not os.path.isfile(span.file):  # opening a FIFO would block forever
         return b""
     try:

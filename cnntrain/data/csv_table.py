@@ -14,7 +14,7 @@ from cnntrain.errors import UserError, suggest
 SHOWN_LINES = 20
 
 
-class Complaints:
+class ErrorList:
     """What is wrong with an annotation file, gathered to be reported at once."""
 
     def __init__(self, file: Path) -> None:
@@ -50,7 +50,7 @@ class Table:
     file: Path
     columns: list[str]
     rows: list[tuple[int, list[str]]]
-    complaints: Complaints
+    complaints: ErrorList
 
 
 def read_table(file: Path) -> Table:
@@ -60,7 +60,7 @@ def read_table(file: Path) -> Table:
         UserError: it can't be read, has no header or no rows, names a column twice, or has rows of other
             lengths.
     """
-    complaints = Complaints(file)
+    complaints = ErrorList(file)
     rows: list[tuple[int, list[str]]] = []
     try:
         with io.StringIO(read_annotations(file).decode("utf-8-sig"), newline="") as text:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from cnntrain.data.jpeg import plain_jpeg
-from cnntrain.data.resize import Box, Placement, Resize, place
-from cnntrain.data.spans import Span, span_of
+from cnntrain.data.resize import Box, Resize, ResizePlacement, place
+from cnntrain.data.spans import ByteRange, span_of
 from cnntrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Decoder:
         array = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return torch.from_numpy(np.array(array, order="C")), placement.matrix()
 
-    def _plain(self, path: str, box: Box | None) -> tuple[np.ndarray, Placement] | None:
+    def _plain(self, path: str, box: Box | None) -> tuple[np.ndarray, ResizePlacement] | None:
         """What `_any` returns, sooner; None for what is no plain JPEG, and for all that it has to look at or refuse."""
         try:
             jpeg = plain_jpeg(span_of(path))
@@ -132,7 +132,7 @@ class Decoder:
         except DAMAGE:
             return None
 
-    def _any(self, path: str, box: Box | None) -> tuple[np.ndarray, Placement]:
+    def _any(self, path: str, box: Box | None) -> tuple[np.ndarray, ResizePlacement]:
         with reading(path) as image:
             size, orientation = _upright_size(image), _orientation(image)
             placement = place(*size, (self.height, self.width), self.resize, box)
@@ -142,7 +142,7 @@ class Decoder:
                 orientation = _orientation(image)
             return self._drawn(to_eight_bits(turn_upright(image, orientation), self.bits), reduced), placement
 
-    def _drawn(self, image: "Image.Image", placement: Placement) -> np.ndarray:
+    def _drawn(self, image: "Image.Image", placement: ResizePlacement) -> np.ndarray:
         """uint8 (height, width), or (height, width, 3), of the canvas."""
         from PIL import Image
 
@@ -182,7 +182,7 @@ class reading:
             raise BadFile(self.path, _reason(error)) from None
 
 
-def _open(span: Span) -> "Image.Image":
+def _open(span: ByteRange) -> "Image.Image":
     """Open an image and read its header; supports `FORMATS`, and HEIC if `pillow_heif` is installed.
 
     Raises:
@@ -245,7 +245,7 @@ def load_pixels(image: "Image.Image") -> None:
         raise Unusable(f"is damaged: its header says {shown[0]} pixels, its data {shown[1]}")
 
 
-def _part(span: Span) -> io.BytesIO:
+def _part(span: ByteRange) -> io.BytesIO:
     with open(span.file, "rb") as file:
         return io.BytesIO(os.pread(file.fileno(), span.size or 0, span.offset or 0))
 
@@ -296,7 +296,7 @@ def _orientation(image: "Image.Image") -> int:
     return value if value in range(1, 9) else 1
 
 
-def _reduce(image: "Image.Image", placement: Placement, turned: bool) -> int:
+def _reduce(image: "Image.Image", placement: ResizePlacement, turned: bool) -> int:
     """Have an opened JPEG decoded at 1/2, 1/4 or 1/8 of its size where that is still finer than is needed; the divisor.
 
     libjpeg leaves the high frequencies of each 8x8 block out: a resampling without aliasing, and much less work.
@@ -311,7 +311,7 @@ def _reduce(image: "Image.Image", placement: Placement, turned: bool) -> int:
     return divisor if image.size == (-(-width // divisor), -(-height // divisor)) else 1
 
 
-def _divisor(size: tuple[int, int], placement: Placement, turned: bool = False) -> int:
+def _divisor(size: tuple[int, int], placement: ResizePlacement, turned: bool = False) -> int:
     """8, 4 or 2 where a JPEG of (width, height) pixels decoded at that fraction is still finer than needed; else 1."""
     left, top, right, bottom = placement.box
     spare = min((right - left) / placement.width, (bottom - top) / placement.height) / FINER
@@ -375,7 +375,7 @@ def to_eight_bits(image: "Image.Image", bits: int = 16) -> "Image.Image":
 
 
 def cut(
-    image: "Image.Image", placement: Placement, canvas: tuple[int, int], filter: Any, fill: int
+    image: "Image.Image", placement: ResizePlacement, canvas: tuple[int, int], filter: Any, fill: int
 ) -> np.ndarray:
     """uint8 (H, W) or (H, W, 3): the placement's box, resized (antialiased) onto a canvas of `fill`."""
     from PIL import Image, ImageOps

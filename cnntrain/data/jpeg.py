@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
-from cnntrain.data.spans import Span
+from cnntrain.data.spans import ByteRange
 
 LARGEST_FILE = 1 << 26  # bytes: a larger one is not read whole
 # EXIF 2.32, section 4.7.2; XMP part 3, section 1.1.3.
@@ -36,7 +36,7 @@ class PlainJpeg(NamedTuple):
         return decoded[:, :, 0] if self.colors == "GRAY" else decoded
 
 
-def plain_jpeg(span: Span) -> PlainJpeg | None:
+def plain_jpeg(span: ByteRange) -> PlainJpeg | None:
     """The file read, if that is what it is.
 
     Raises:

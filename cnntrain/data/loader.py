@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnntrain.data import cache as resident
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.share import WHOLE, Share
+from cnntrain.data.share import WHOLE, BatchShard
 from cnntrain.data.workers import Transform, WorkerPool
 from cnntrain.transfer import free_bytes, to_device
 from cnntrain.types import Batch
@@ -49,7 +49,7 @@ class Loader(ABC):
         drop_last: bool = False,
         positions: Tensor | None = None,
         transform: Transform | None = None,
-        share: Share = WHOLE,
+        share: BatchShard = WHOLE,
     ) -> Iterator[Batch]:
         """The batches of one pass, images uint8 on the device.
 

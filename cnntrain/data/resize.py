@@ -16,7 +16,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Placement:
+class ResizePlacement:
     """A box of the source is resized onto a rectangle of the canvas.
 
     Attributes:
@@ -34,7 +34,7 @@ class Placement:
         """(3, 3) float64, from source to canvas pixel centers."""
         return _matrix(self).clone()
 
-    def reduced(self, divisor: int) -> "Placement":
+    def reduced(self, divisor: int) -> "ResizePlacement":
         """The same for a source that was made smaller by this."""
         if divisor == 1:
             return self
@@ -43,7 +43,7 @@ class Placement:
 
 
 @lru_cache(maxsize=64)  # most images of a set are of a few sizes
-def _matrix(placement: Placement) -> Tensor:
+def _matrix(placement: ResizePlacement) -> Tensor:
     left, top, right, bottom = placement.box
     scale_x, scale_y = placement.width / (right - left), placement.height / (bottom - top)
     shift_x = (0.5 - left) * scale_x - 0.5 + placement.left
@@ -54,7 +54,7 @@ def _matrix(placement: Placement) -> Tensor:
 @lru_cache(maxsize=64)
 def place(
     width: int, height: int, canvas: tuple[int, int], resize: Resize, box: Box | None = None
-) -> Placement:
+) -> ResizePlacement:
     """How an image of `width` x `height` pixels comes onto a canvas of (height, width).
 
     `letterbox` shows all of it with borders, `short_side` fills the canvas and cuts what stands over at both
@@ -63,20 +63,20 @@ def place(
     """
     canvas_height, canvas_width = canvas
     if box is not None:
-        return Placement(widen(box, canvas), 0, 0, canvas_width, canvas_height)
+        return ResizePlacement(widen(box, canvas), 0, 0, canvas_width, canvas_height)
     if resize == "stretch":
-        return Placement((0, 0, width, height), 0, 0, canvas_width, canvas_height)
+        return ResizePlacement((0, 0, width, height), 0, 0, canvas_width, canvas_height)
     if resize == "letterbox":
         scale = min(canvas_width / width, canvas_height / height)
         inner_width = min(canvas_width, max(1, round(width * scale)))
         inner_height = min(canvas_height, max(1, round(height * scale)))
         left, top = (canvas_width - inner_width) // 2, (canvas_height - inner_height) // 2
-        return Placement((0, 0, width, height), left, top, inner_width, inner_height)
+        return ResizePlacement((0, 0, width, height), left, top, inner_width, inner_height)
     scale = max(canvas_width / width, canvas_height / height)
     half_width, half_height = canvas_width / scale / 2, canvas_height / scale / 2
     cut = (width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height)
     inside = (max(cut[0], 0.0), max(cut[1], 0.0), min(cut[2], float(width)), min(cut[3], float(height)))
-    return Placement(inside, 0, 0, canvas_width, canvas_height)
+    return ResizePlacement(inside, 0, 0, canvas_width, canvas_height)
 
 
 def widen(box: Box, canvas: tuple[int, int]) -> Box:

@@ -9,7 +9,7 @@ from cnntrain.types import Batch
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShard:
     """Process `rank` of `count` takes one contiguous part of every batch.
 
     The parts differ by one image at most, and the longer ones come first: of a short last batch the last processes
@@ -46,4 +46,4 @@ class Share:
         return batch.take(slice(1, None))
 
 
-WHOLE = Share()
+WHOLE = BatchShard()

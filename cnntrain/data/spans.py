@@ -7,7 +7,7 @@ from typing import NamedTuple
 _WITHIN = re.compile(r"(.+?\.tar)//(.+)::(\d+)\+(\d+)", re.DOTALL)  # no Path has // in it
 
 
-class Span(NamedTuple):
+class ByteRange(NamedTuple):
     """Where the bytes of a file are: `size` of them from `offset` on; None for a file of its own, all of it."""
 
     file: str
@@ -20,7 +20,7 @@ def path_within(archive: str | Path, name: str, offset: int, size: int) -> str:
     return f"{archive}//{name}::{offset}+{size}"
 
 
-def span_of(path: str) -> Span:
+def span_of(path: str) -> ByteRange:
     """Where the bytes of `path` are, be it a file or what `path_within` made."""
     found = _WITHIN.fullmatch(path) if "//" in path else None
-    return Span(found[1], int(found[3]), int(found[4])) if found else Span(path)
+    return ByteRange(found[1], int(found[3]), int(found[4])) if found else ByteRange(path)

@@ -11,7 +11,7 @@ from cnntrain.data.cache import decode
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.image_reader import BadFile, Decoder, upright_size
 from cnntrain.data.parallel import in_threads
-from cnntrain.data.resize import Placement, place
+from cnntrain.data.resize import ResizePlacement, place
 from cnntrain.randomness import hash_seed
 
 SAMPLED_IMAGES = 2000  # when they are not in memory; the mean is then good to about 1/200
@@ -94,7 +94,7 @@ def coverage(files: LazyImages, rows: Tensor) -> Tensor:
     return covered
 
 
-def covered_sides(placement: Placement, size: tuple[int, int]) -> tuple[slice, slice]:
+def covered_sides(placement: ResizePlacement, size: tuple[int, int]) -> tuple[slice, slice]:
     """Return the canvas columns and rows fully covered by an image of (width, height)."""
     left, top, right, bottom = placement.box
     sides = []

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from cnntrain.plots.images import BAD, COLORS, INK, SOFT, new_figure, style
-from cnntrain.sweep.search_space import Axis
+from cnntrain.sweep.search_space import SearchDimension
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,9 @@ Point = tuple[Mapping[str, str], float]  # a setting of the swept keys, and its 
 _TICKS = 12  # more names than this would run into each other
 
 
-def parallel_coordinates(points: Sequence[Point], axes: Sequence[Axis], metric: str, better: str) -> Figure:
+def parallel_coordinates(
+    points: Sequence[Point], axes: Sequence[SearchDimension], metric: str, better: str
+) -> Figure:
     """One upright line per key and one for the metric; every setting runs through them, the best in color on top.
 
     Args:
@@ -53,7 +55,7 @@ def parallel_coordinates(points: Sequence[Point], axes: Sequence[Axis], metric: 
     return figure
 
 
-def marginal_effect(points: Sequence[Point], axis: Axis, metric: str, better: str) -> Figure:
+def marginal_effect(points: Sequence[Point], axis: SearchDimension, metric: str, better: str) -> Figure:
     """The metric over one key: every setting a gray dot, the mean of each value (of each fifth of a range) a blue one.
 
     What the other keys do is the spread of the dots.
@@ -90,7 +92,7 @@ def marginal_effect(points: Sequence[Point], axis: Axis, metric: str, better: st
 class _Scale:
     """Where a key's values stand on its line, from 0 to 1: names at even steps, numbers of a range by their size."""
 
-    def __init__(self, axis: Axis, used: Sequence[str]) -> None:
+    def __init__(self, axis: SearchDimension, used: Sequence[str]) -> None:
         self.axis = axis
         self.names = [value for value in axis.values if value in used]
         self.numbers = all(_is_number(value) for value in self.names)

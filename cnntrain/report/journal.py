@@ -35,7 +35,7 @@ class BarLogHandler(logging.Handler):
         self.bar.log(self.format(record))
 
 
-class RunJournal:
+class RunLogger:
     """Keeps a training's records in its folder. A context manager.
 
     Args:
@@ -72,7 +72,7 @@ class RunJournal:
         self._warned = False
         self.first_batch: tuple[int, Batch] | None = None
 
-    def __enter__(self) -> RunJournal:
+    def __enter__(self) -> RunLogger:
         self.bar.__enter__()
         return self
 

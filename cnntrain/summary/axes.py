@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from cnntrain.summary.receptive_field import PIXEL, Span, fixed
+from cnntrain.summary.receptive_field import PIXEL, ReceptiveInterval, fixed
 
 Shape = Sequence[int]
 _EVERYTHING = (-(1 << 30), 1 << 30)  # the whole image, whatever its size
@@ -31,7 +31,7 @@ class Axis:
 
     kind: Literal["along", "merged", "fixed", "unknown"]
     dim: int = 0
-    span: Span = PIXEL
+    span: ReceptiveInterval = PIXEL
     whole: bool = False
     adapted: bool = False
     parts: tuple[int, ...] = ()

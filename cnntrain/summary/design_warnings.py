@@ -25,7 +25,7 @@ _FAR_SMALLER = 0.5  # of the image's side
 _MOST = 0.9  # of all activations
 
 
-def margin_notes(
+def design_warnings(
     trace: Trace, image_size: tuple[int, ...], batch_size: int, classification: bool = True
 ) -> list[Finding]:
     """The findings for one traced run of `batch_size` images."""

@@ -69,7 +69,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelSummary:
     """Summary of a network.
 
     Attributes:
@@ -131,7 +131,7 @@ class Anatomy:
         }
 
 
-def analyze(model_or_builder: Buildable, input_shape: Sequence[int], name: str | None = None) -> Anatomy:
+def analyze(model_or_builder: Buildable, input_shape: Sequence[int], name: str | None = None) -> ModelSummary:
     """Open a network for one image of `input_shape` (C, H, W), on shapes alone, as in validation.
 
     Multiply-adds leave out biases: ten 5x5 filters on 3x32x32, padded by 2, make 768,000.
@@ -158,7 +158,7 @@ def analyze(model_or_builder: Buildable, input_shape: Sequence[int], name: str |
         )
     last = last_local(trace)
     shape = tuple(output.shape[1:]) if hasattr(output, "shape") else ()
-    return Anatomy(
+    return ModelSummary(
         name or type(model).__name__,
         (channels, *size),
         shape or (rows[-1].output_shape if rows else ()),

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from cnntrain.summary.axes import UNKNOWN, Axes, Axis, broadcast, join, reshape
-from cnntrain.summary.receptive_field import Span, fixed, window
+from cnntrain.summary.receptive_field import ReceptiveInterval, fixed, window
 
 Lookup = Callable[[Tensor], Axes | None]
 Rule = Callable[[Sequence[Any], Mapping[str, Any], Tensor, Lookup], Axes | None]
@@ -43,7 +43,12 @@ def seen(tensor: Tensor, lookup: Lookup) -> Axes:
     return lookup(tensor) or ()
 
 
-def each(axes: Axes, shape: Sequence[int], first: int, changes: Sequence[Callable[[Span], Span]]) -> Axes:
+def each(
+    axes: Axes,
+    shape: Sequence[int],
+    first: int,
+    changes: Sequence[Callable[[ReceptiveInterval], ReceptiveInterval]],
+) -> Axes:
     """`changes[i]` for the axis that walks along dimension first + i (negative); the others stay."""
 
     def change(axis: Axis) -> Axis:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cnntrain.summary.layer_table import Anatomy, Convention
+from cnntrain.summary.layer_table import Convention, ModelSummary
 from cnntrain.summary.view import fitting_depth, fold
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _MANY = 40  # bars
 
 
-def draw_bars(anatomy: Anatomy, depth: int | None = None, convention: Convention = "torch") -> Figure:
+def draw_bars(anatomy: ModelSummary, depth: int | None = None, convention: Convention = "torch") -> Figure:
     """Three bar charts over the layers that have any of the three, in the order in which they run.
 
     `depth` folds layers by the first parts of their names; by default as far as the page needs.

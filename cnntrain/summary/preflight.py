@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.errors import CnntrainError
-from cnntrain.summary.design_warnings import margin_notes
+from cnntrain.summary.design_warnings import design_warnings
 from cnntrain.summary.failures import Failure, explain, first_line
 from cnntrain.summary.meta import Buildable, as_meta, images, needs_numbers
 from cnntrain.summary.run import TraceError, trace_run
@@ -61,7 +61,7 @@ def preflight(
         return [_misfit(model, name, failure, in_channels, size, batch_size, expected_output_shape)]
     if expected_output_shape is not None and (wrong := _wrong_output(output, tuple(expected_output_shape))):
         return [wrong]
-    return margin_notes(trace, size, batch_size, classification)
+    return design_warnings(trace, size, batch_size, classification)
 
 
 def output_size(model: nn.Module, in_channels: int, image_size: Sequence[int]) -> tuple[int, int] | None:

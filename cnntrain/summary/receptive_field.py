@@ -20,7 +20,7 @@ _NOTHING = (1 << 40, -(1 << 40))
 
 
 @dataclass(frozen=True)
-class Span:
+class ReceptiveInterval:
     """Position i reads pixels lows[i % period] .. highs[i % period], moved by (i // period) * advance."""
 
     lows: tuple[int, ...] = (0,)
@@ -56,7 +56,9 @@ class Span:
         intervals = [self.at(i) for i in range(length)]
         return min(low for low, _ in intervals), max(high for _, high in intervals)
 
-    def read(self, taps: Callable[[int], Iterable[int]], every_out: int = 1, every_in: int = 1) -> "Span":
+    def read(
+        self, taps: Callable[[int], Iterable[int]], every_out: int = 1, every_in: int = 1
+    ) -> "ReceptiveInterval":
         """The span of a layer whose output o reads this map's positions `taps(o)`.
 
         `taps` repeats: taps(o + every_out) is taps(o) moved by every_in. A convolution has every_out 1,
@@ -66,9 +68,9 @@ class Span:
         intervals = [[self.at(i) for i in taps(o)] or [_NOTHING] for o in range(every_out * turns)]
         lows = tuple(min(low for low, _ in interval) for interval in intervals)
         highs = tuple(max(high for _, high in interval) for interval in intervals)
-        return Span(lows, highs, self.advance * every_in * turns // self.period)._shortest()
+        return ReceptiveInterval(lows, highs, self.advance * every_in * turns // self.period)._shortest()
 
-    def join(self, other: "Span", length: int) -> "Span":
+    def join(self, other: "ReceptiveInterval", length: int) -> "ReceptiveInterval":
         """The span of a sum of two maps of `length` positions: the hull of both, position by position."""
         if self == other:
             return self
@@ -80,36 +82,42 @@ class Span:
         both = [(self.at(i), other.at(i)) for i in range(period)]
         lows = tuple(min(a[0], b[0]) for a, b in both)
         highs = tuple(max(a[1], b[1]) for a, b in both)
-        return Span(lows, highs, advance)._shortest()
+        return ReceptiveInterval(lows, highs, advance)._shortest()
 
-    def _shortest(self) -> "Span":
+    def _shortest(self) -> "ReceptiveInterval":
         """The same span with its shortest period, so that later arithmetic stays small."""
         for period in range(1, self.period):
             if self.period % period or self.advance * period % self.period:
                 continue
-            short = Span(self.lows[:period], self.highs[:period], self.advance * period // self.period)
+            short = ReceptiveInterval(
+                self.lows[:period], self.highs[:period], self.advance * period // self.period
+            )
             if all(short.at(i) == (self.lows[i], self.highs[i]) for i in range(self.period)):
                 return short
         return self
 
 
-PIXEL = Span()
+PIXEL = ReceptiveInterval()
 """The span of the image itself: each position reads its own pixel."""
 
 
-def fixed(low: int, high: int) -> Span:
+def fixed(low: int, high: int) -> ReceptiveInterval:
     """The span of something that has no position: it reads low .. high wherever it is used."""
-    return Span((low,), (high,), 0)
+    return ReceptiveInterval((low,), (high,), 0)
 
 
-def window(kernel: int, stride: int, padding: int, dilation: int = 1) -> Callable[[Span], Span]:
+def window(
+    kernel: int, stride: int, padding: int, dilation: int = 1
+) -> Callable[[ReceptiveInterval], ReceptiveInterval]:
     """A convolution or pooling window: output o reads o * stride - padding + dilation * k for k < kernel."""
     return lambda span: span.read(
         lambda o: (o * stride - padding + dilation * k for k in range(kernel)), 1, stride
     )
 
 
-def transposed_window(kernel: int, stride: int, padding: int, dilation: int = 1) -> Callable[[Span], Span]:
+def transposed_window(
+    kernel: int, stride: int, padding: int, dilation: int = 1
+) -> Callable[[ReceptiveInterval], ReceptiveInterval]:
     """A transposed convolution: input i writes i * stride - padding + dilation * k; o reads what hits it."""
 
     def taps(o: int) -> Iterable[int]:
@@ -119,7 +127,7 @@ def transposed_window(kernel: int, stride: int, padding: int, dilation: int = 1)
     return lambda span: span.read(taps, stride, 1)
 
 
-def adaptive_window(size_in: int, size_out: int) -> Callable[[Span], Span]:
+def adaptive_window(size_in: int, size_out: int) -> Callable[[ReceptiveInterval], ReceptiveInterval]:
     """torch's adaptive pooling: output o reads floor(o * in / out) up to ceil((o + 1) * in / out) - 1."""
     common = gcd(size_in, size_out)
 
@@ -129,7 +137,9 @@ def adaptive_window(size_in: int, size_out: int) -> Callable[[Span], Span]:
     return lambda span: span.read(taps, size_out // common, size_in // common)
 
 
-def interpolation(size_in: int, size_out: int, mode: str, align_corners: bool) -> Callable[[Span], Span]:
+def interpolation(
+    size_in: int, size_out: int, mode: str, align_corners: bool
+) -> Callable[[ReceptiveInterval], ReceptiveInterval]:
     """torch's interpolate by `nearest`, `nearest-exact`, `linear` (two neighbors) or `cubic` (four)."""
     corners = align_corners and size_out > 1
     ratio = Fraction(size_in - 1, size_out - 1) if corners else Fraction(size_in, size_out)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cnntrain.io import safe_files as files
-from cnntrain.summary.layer_table import Anatomy, Convention, Row
+from cnntrain.summary.layer_table import Convention, ModelSummary, Row
 from cnntrain.summary.picture import draw_bars
 from cnntrain.summary.view import (
     compare,
@@ -22,7 +22,7 @@ from cnntrain.summary.view import (
 
 
 def report(
-    anatomies: Anatomy | Sequence[Anatomy],
+    anatomies: ModelSummary | Sequence[ModelSummary],
     folder: Path | None = None,
     depth: int | None = None,
     convention: Convention = "torch",
@@ -41,7 +41,7 @@ def report(
     Returns:
         the paths of the files written.
     """
-    opened = [anatomies] if isinstance(anatomies, Anatomy) else list(anatomies)
+    opened = [anatomies] if isinstance(anatomies, ModelSummary) else list(anatomies)
     if len(opened) == 1:
         chosen = fitting_depth(opened[0].rows) if depth is None else depth or None
         print_table(layer_table(opened[0], chosen, convention), console)
@@ -100,7 +100,7 @@ def write_json(path: Path, value: object) -> Path:
     return path
 
 
-def _write_picture(path: Path, anatomy: Anatomy, depth: int | None, convention: Convention) -> Path:
+def _write_picture(path: Path, anatomy: ModelSummary, depth: int | None, convention: Convention) -> Path:
     content = io.BytesIO()
     draw_bars(anatomy, depth or None, convention).savefig(content, dpi=130, format="png")
     files.write_whole(path, content.getbuffer(), sync=False)

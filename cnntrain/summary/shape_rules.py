@@ -15,7 +15,13 @@ from torch import Tensor
 from cnntrain.summary.axes import UNKNOWN, Axes, Axis, broadcast, join
 from cnntrain.summary.conv_arithmetic import of_operation
 from cnntrain.summary.op_rules import MOVES, Lookup, Rule, each, names, pieces, seen, tensors_of
-from cnntrain.summary.receptive_field import Span, adaptive_window, interpolation, transposed_window, window
+from cnntrain.summary.receptive_field import (
+    ReceptiveInterval,
+    adaptive_window,
+    interpolation,
+    transposed_window,
+    window,
+)
 
 VIEWS = names("""
     view _unsafe_view reshape _reshape_alias unsqueeze squeeze expand permute transpose t select slice
@@ -128,7 +134,7 @@ def _pixel_shuffle(
 ) -> Axes | None:
     factor = int(args[1])
 
-    def change(span: Span) -> Span:
+    def change(span: ReceptiveInterval) -> ReceptiveInterval:
         return span.read(lambda o: (o // factor,), factor, 1)
 
     return each(seen(args[0], lookup), args[0].shape, -2, [change, change])

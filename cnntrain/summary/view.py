@@ -6,7 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from cnntrain.summary.layer_table import Anatomy, Convention, Row
+from cnntrain.summary.layer_table import Convention, ModelSummary, Row
 
 _BAR = 12  # characters
 _BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -60,7 +60,7 @@ def fitting_depth(rows: Sequence[Row], most: int = _MANY) -> int | None:
     return next((d for d in range(deepest, 0, -1) if len(fold(rows, d)) <= most), 1)
 
 
-def layer_table(anatomy: Anatomy, depth: int | None = None, convention: Convention = "torch") -> Table:
+def layer_table(anatomy: ModelSummary, depth: int | None = None, convention: Convention = "torch") -> Table:
     """The table of `anatomy`, folded to `depth` name parts; totals below; shares of the multiply-adds."""
     rows = fold(anatomy.rows, depth)
     total = max(anatomy.multiply_adds, 1)
@@ -95,7 +95,7 @@ def layer_table(anatomy: Anatomy, depth: int | None = None, convention: Conventi
     return table
 
 
-def parameter_lines(anatomy: Anatomy, convention: Convention = "torch") -> list[str]:
+def parameter_lines(anatomy: ModelSummary, convention: Convention = "torch") -> list[str]:
     """Return lines with total, trainable and non-trainable parameters; Keras counts running statistics as the latter.
 
     With folded BatchNorm only the total is shown, because a folded network is not trained.
@@ -108,7 +108,7 @@ def parameter_lines(anatomy: Anatomy, convention: Convention = "torch") -> list[
     return lines
 
 
-def comparison_table(anatomies: Sequence[Anatomy], convention: Convention = "torch") -> Table:
+def comparison_table(anatomies: Sequence[ModelSummary], convention: Convention = "torch") -> Table:
     """One row per network."""
     table = Table(pad_edge=False, caption=f"{_CONVENTIONS[convention]}\n{_DEPTH}")
     columns = list(compare(anatomies, convention)[0]) if anatomies else []
@@ -119,7 +119,7 @@ def comparison_table(anatomies: Sequence[Anatomy], convention: Convention = "tor
     return table
 
 
-def compare(anatomies: Sequence[Anatomy], convention: Convention = "torch") -> list[dict[str, object]]:
+def compare(anatomies: Sequence[ModelSummary], convention: Convention = "torch") -> list[dict[str, object]]:
     """One row per network: input, depth, parameters, multiply-adds, memory, receptive field."""
     return [
         {
@@ -149,7 +149,7 @@ _DEPTH = (
 )
 
 
-def caption(anatomy: Anatomy, convention: Convention) -> str:
+def caption(anatomy: ModelSummary, convention: Convention) -> str:
     """What the numbers mean, and what they leave out."""
     lines = [
         f"one image, float32; multiply-adds without bias; {_CONVENTIONS[convention]}",
@@ -166,7 +166,7 @@ def caption(anatomy: Anatomy, convention: Convention) -> str:
     return "\n".join(lines)
 
 
-def _title(anatomy: Anatomy) -> str:
+def _title(anatomy: ModelSummary) -> str:
     return f"{anatomy.name} on {_times(anatomy.input_shape)}, depth {anatomy.depth}"
 
 

@@ -17,7 +17,7 @@ from cnntrain.config.schema import Settings, SweepSettings
 from cnntrain.data.load import read_fingerprint
 from cnntrain.errors import UserError
 from cnntrain.report.expectations import NEUTRAL
-from cnntrain.sweep.search_space import Axis, grid
+from cnntrain.sweep.search_space import SearchDimension, grid
 from cnntrain.train.saved import flat
 from cnntrain.train.setup import build_pipeline, build_source, build_task
 
@@ -117,7 +117,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """A sweep before anything has run.
 
     Attributes:
@@ -134,7 +134,7 @@ class Plan:
     word: str
     config_dir: Path | None
     fixed: tuple[str, ...]
-    axes: tuple[Axis, ...]
+    axes: tuple[SearchDimension, ...]
     repeats: tuple[Repeat, ...]
     base: Settings
     variants: tuple[Settings, ...]
@@ -226,7 +226,7 @@ class Plan:
         return command_text(["cnntrain", *word, *where, *kept, *more])
 
 
-def read_plan(invocation: Invocation, ranked: bool) -> Plan:
+def read_plan(invocation: Invocation, ranked: bool) -> SweepPlan:
     """Read the command line, and compose each value of each key once, with the others at their first.
 
     Args:
@@ -260,13 +260,15 @@ def read_plan(invocation: Invocation, ranked: bool) -> Plan:
         grid([axis for axis in axes if not axis.values])  # says which key is no list
     elif not axes:
         raise UserError(f"sweep.sampler: nothing to draw for {sweep.sampler}; give a key several values")
-    return Plan(
+    return SweepPlan(
         invocation.command, invocation.config_dir, tuple(fixed), tuple(axes), repeats, base,
         tuple({str(settings.data): settings for settings in each}.values()), monitor, monitor_range,
     )  # fmt: skip
 
 
-def _repeats(listed: Mapping[str, Axis], base: Settings, cross_validate: bool) -> tuple[Repeat, ...]:
+def _repeats(
+    listed: Mapping[str, SearchDimension], base: Settings, cross_validate: bool
+) -> tuple[Repeat, ...]:
     """Return every combination of seeds, folds and split seeds; the fold varies fastest."""
     values: dict[str, list[Any]] = {
         key: list(dict.fromkeys(int(value) for value in axis.values)) for key, axis in listed.items()
@@ -286,7 +288,7 @@ def _all_folds(typed: Sequence[str], settings: Sequence[Settings]) -> bool:
     return len(found) == 1 and isinstance((pair := found.pop())[0], int) and pair[1] == 0
 
 
-def _one_at_a_time(axes: list[Axis], firsts: dict[str, str]) -> Iterator[dict[str, str]]:
+def _one_at_a_time(axes: list[SearchDimension], firsts: dict[str, str]) -> Iterator[dict[str, str]]:
     """The first values, then every other value alone: all that is wrong by itself is found among these."""
     yield firsts
     for axis in axes:

@@ -20,7 +20,7 @@ UNLIMITED: Range = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
-class Standing:
+class RankedTrial:
     """A trial's place.
 
     Attributes:
@@ -41,7 +41,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Contest:
+class WinnerComparison:
     """Comparison of the winner with the runner-up.
 
     Attributes:
@@ -68,7 +68,7 @@ class Contest:
 
 def rank(
     trials: Sequence[Trial], better: str, limits: Range = UNLIMITED, overlap: float = 0.0
-) -> list[Standing]:
+) -> list[RankedTrial]:
     """Trials whose runs are all done, the best first; ties in the order in which they were tried.
 
     Args:
@@ -88,14 +88,14 @@ def rank(
         values = {repeat: o.value for repeat, o in sorted(trial.outcomes.items()) if o.value is not None}
         std = statistics.stdev(values.values()) if len(values) > 1 else None
         low, high = (interval(_by_split(values), limits, overlap) if std else None) or (None, None)
-        standings.append(Standing(trial, mean, std, low, high, values))
+        standings.append(RankedTrial(trial, mean, std, low, high, values))
     sign = -1 if better == "max" else 1
     return sorted(standings, key=lambda s: (sign * s.mean, s.trial.number))
 
 
 def contest(
-    standings: Sequence[Standing], better: str, limits: Range = UNLIMITED, overlap: float = 0.0
-) -> Contest:
+    standings: Sequence[RankedTrial], better: str, limits: Range = UNLIMITED, overlap: float = 0.0
+) -> WinnerComparison:
     """Compare the winner with all other settings, paired over the repeats that both have.
 
     The winner is selected and compared on the same data. The intervals are therefore Bonferroni-corrected: with K
@@ -117,7 +117,9 @@ def contest(
         found.append((both, limit and (max(limit[0], -span), min(limit[1], span))))
     low, high = found[0][1] or (None, None)
     rival = next((place for place, (_, limit) in enumerate(found, 2) if limit is None or limit[0] <= 0), None)
-    return Contest(sign * (winner.mean - others[0].mean), low, high, found[0][0], rival, len(standings))
+    return WinnerComparison(
+        sign * (winner.mean - others[0].mean), low, high, found[0][0], rival, len(standings)
+    )
 
 
 def _by_split(values: Mapping[Repeat, float]) -> list[float]:

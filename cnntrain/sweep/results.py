@@ -14,9 +14,9 @@ from cnntrain.plots.sweep import Point, marginal_effect, parallel_coordinates
 from cnntrain.report.compare import find_runs, read_run, write_csv
 from cnntrain.report.comparison_table import learning_curves
 from cnntrain.report.table import markdown, value_text
-from cnntrain.sweep.plan import Plan, repeats_text, short
-from cnntrain.sweep.ranking import Contest, Standing, contest, rank
-from cnntrain.sweep.search_space import Axis
+from cnntrain.sweep.plan import SweepPlan, repeats_text, short
+from cnntrain.sweep.ranking import RankedTrial, WinnerComparison, contest, rank
+from cnntrain.sweep.search_space import SearchDimension
 from cnntrain.sweep.study import Study, Trial
 from cnntrain.sweep.sweep_progress import setting_name
 
@@ -25,7 +25,7 @@ FEWEST_FOR_IMPORTANCE = 4  # settings
 
 
 @dataclass
-class Answer:
+class SweepReport:
     """What a sweep found.
 
     Attributes:
@@ -38,10 +38,10 @@ class Answer:
         pictures: files, relative to the sweep's folder.
     """
 
-    plan: Plan
+    plan: SweepPlan
     trials: list[Trial]
-    standings: list[Standing] = field(default_factory=list)
-    contest: Contest | None = None
+    standings: list[RankedTrial] = field(default_factory=list)
+    contest: WinnerComparison | None = None
     test: list[dict[str, float]] = field(default_factory=list)
     importance: dict[str, float] | str = "not asked for"
     pictures: list[str] = field(default_factory=list)
@@ -51,8 +51,8 @@ class Answer:
         return f"val/{self.plan.monitor[0]}" if self.plan.monitor else ""
 
 
-def find_answer(plan: Plan, study: Study) -> Answer:
-    answer = Answer(plan, study.trials())
+def make_report(plan: SweepPlan, study: Study) -> SweepReport:
+    answer = SweepReport(plan, study.trials())
     if plan.monitor:
         how = plan.monitor[1], plan.monitor_range, plan.overlap
         answer.standings = rank(answer.trials, *how)
@@ -62,7 +62,7 @@ def find_answer(plan: Plan, study: Study) -> Answer:
     return answer
 
 
-def importance(plan: Plan, study: Study, settings: int) -> dict[str, float] | str:
+def importance(plan: SweepPlan, study: Study, settings: int) -> dict[str, float] | str:
     """Functional ANOVA of Hutter, Hoos and Leyton-Brown 2014: the share of the variance of the metric between settings
     that each key explains by itself; or why there is none."""
     from optuna.importance import FanovaImportanceEvaluator
@@ -78,7 +78,7 @@ def importance(plan: Plan, study: Study, settings: int) -> dict[str, float] | st
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def run_rows(plan: Plan, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+def run_rows(plan: SweepPlan, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """results.csv: one row a run."""
     rows = []
     for trial in trials:
@@ -88,7 +88,7 @@ def run_rows(plan: Plan, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     return rows
 
 
-def ranking_rows(answer: Answer) -> list[dict[str, Any]]:
+def ranking_rows(answer: SweepReport) -> list[dict[str, Any]]:
     """The settings, the best first; then those that have no place, with why."""
     rows = []
     for place, standing in enumerate(answer.standings, 1):
@@ -126,7 +126,7 @@ def _figures(trial: Trial, metric: str) -> dict[str, Any]:
     return row | ({"time_s": round(sum(o.time_s for o in outcomes), 1)} if outcomes else {})
 
 
-def sentences(answer: Answer) -> list[str]:
+def summary_lines(answer: SweepReport) -> list[str]:
     """The answer in words: the winner, whether its lead is more than chance, the test set, what mattered."""
     if not answer.standings:
         return ["no setting came to a figure to be ranked by"] if answer.plan.monitor else []
@@ -158,7 +158,7 @@ def sentences(answer: Answer) -> list[str]:
     return lines
 
 
-def _contest_line(answer: Answer, found: Contest) -> str:
+def _contest_line(answer: SweepReport, found: WinnerComparison) -> str:
     second = answer.standings[1]
     name = setting_name(second.trial.values)
     line = f"runner-up: {name}: {value_text(second.mean)}, worse by {found.difference:.2g}"
@@ -182,7 +182,7 @@ def _mean_text(rows: Sequence[Mapping[str, float]], key: str, repeats: str) -> s
     return f"{key} {value_text(statistics.fmean(values))}{spread}"
 
 
-def draw(answer: Answer, folder: Path) -> list[str]:
+def draw(answer: SweepReport, folder: Path) -> list[str]:
     """The pictures, as far as there is something to draw; their names in the sweep's folder."""
     plan, points = answer.plan, _points(answer.standings)
     drawn: list[str] = []
@@ -200,7 +200,7 @@ def draw(answer: Answer, folder: Path) -> list[str]:
                 groups.setdefault(setting_name(trial.values) or "all", []).append(read_run(run).rows)
         if groups:
             keep("curves", learning_curves(groups, plan.monitor[0]))
-        axes: list[Axis] = [a for a in plan.axes if len({s[a.key] for s, _ in points}) > 1]
+        axes: list[SearchDimension] = [a for a in plan.axes if len({s[a.key] for s, _ in points}) > 1]
         if len(points) > 1 and axes:
             keep("parallel", parallel_coordinates(points, axes, answer.metric, plan.monitor[1]))
             for axis in axes:
@@ -213,23 +213,23 @@ def _curves(folder: Path) -> list[Path]:
     return find_runs(folder) if any(folder.glob("*/metrics.csv")) else []
 
 
-def _points(standings: Sequence[Standing]) -> list[Point]:
+def _points(standings: Sequence[RankedTrial]) -> list[Point]:
     return [(s.trial.values, s.mean) for s in standings if math.isfinite(s.mean)]
 
 
-def write_csv_of_runs(folder: Path, plan: Plan, trials: Sequence[Trial]) -> None:
+def write_csv_of_runs(folder: Path, plan: SweepPlan, trials: Sequence[Trial]) -> None:
     """results.csv, one row a run; written anew after each."""
     write_csv(folder / "results.csv", run_rows(plan, trials))
 
 
-def write_report(answer: Answer, folder: Path, command: str, again: str | None) -> None:
+def write_report(answer: SweepReport, folder: Path, command: str, again: str | None) -> None:
     """results.md: the answer, the table, the pictures.
 
     Args:
         command: the sweep's.
         again: the command that trains the winner alone.
     """
-    parts = [f"# Sweep\n\n```\n{command}\n```", "\n".join(f"- {line}" for line in sentences(answer))]
+    parts = [f"# Sweep\n\n```\n{command}\n```", "\n".join(f"- {line}" for line in summary_lines(answer))]
     if again:
         parts.append(f"Command to repeat a run of the best setting:\n\n```\n{again}\n```")
     parts.append(markdown(ranking_rows(answer)))

@@ -9,7 +9,7 @@ from cnntrain.errors import UserError
 
 
 @dataclass(frozen=True)
-class Axis:
+class SearchDimension:
     """The values of one key.
 
     Attributes:
@@ -55,7 +55,7 @@ class Axis:
         return str(round(number)) if self.whole else repr(float(number))
 
 
-def grid(axes: Sequence[Axis]) -> list[dict[str, str]]:
+def grid(axes: Sequence[SearchDimension]) -> list[dict[str, str]]:
     """Every combination of listed values, the last key turning fastest.
 
     Raises:

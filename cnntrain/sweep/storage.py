@@ -17,13 +17,13 @@ from optuna.storages.journal import JournalFileBackend
 from cnntrain.config.command_text import mask_passwords
 from cnntrain.errors import UserError
 from cnntrain.io.safe_files import open_lock, read_bytes, read_json, write_text, write_whole
-from cnntrain.sweep.plan import Plan
+from cnntrain.sweep.plan import SweepPlan
 from cnntrain.sweep.study import Study
 
 ABOUT, JOURNAL = "sweep.json", "journal.log"
 
 
-def open_study(plan: Plan, folder: Path, epochs: int | None) -> Study:
+def open_study(plan: SweepPlan, folder: Path, epochs: int | None) -> Study:
     """The study of the sweep in `folder`: a new one, or the one that it goes on with.
 
     Args:

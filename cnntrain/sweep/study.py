@@ -11,8 +11,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from cnntrain.randomness import hash_seed
-from cnntrain.sweep.plan import Plan, Repeat
-from cnntrain.sweep.search_space import Axis
+from cnntrain.sweep.plan import Repeat, SweepPlan
+from cnntrain.sweep.search_space import SearchDimension
 
 READY_S = 30.0  # how long another machine may take to lay out the trials
 
@@ -56,7 +56,9 @@ class Study:
         owner: marks the trials that this sweep's folder holds, where several share a storage.
     """
 
-    def __init__(self, plan: Plan, storage: BaseStorage, name: str, owner: str, epochs: int | None) -> None:
+    def __init__(
+        self, plan: SweepPlan, storage: BaseStorage, name: str, owner: str, epochs: int | None
+    ) -> None:
         self.plan, self.storage, self.owner = plan, storage, owner
         direction = "minimize" if plan.monitor and plan.monitor[1] == "min" else "maximize"
         arguments = {"study_name": name, "storage": storage, "pruner": _pruner(plan.sweep.pruner, epochs)}
@@ -182,7 +184,7 @@ def mean_value(trial: Trial) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _sampler(plan: Plan, number: int) -> optuna.samplers.BaseSampler:
+def _sampler(plan: SweepPlan, number: int) -> optuna.samplers.BaseSampler:
     """A sampler whose draws for a trial are a function of the sweep's seed and the trial's number."""
     seed = hash_seed(plan.sweep.seed, "sweep", number) % 2**32
     if plan.sweep.sampler == "tpe":
@@ -201,7 +203,7 @@ def _pruner(name: str, epochs: int | None) -> optuna.pruners.BasePruner:
     return optuna.pruners.NopPruner()
 
 
-def _suggest(trial: optuna.Trial, axis: Axis) -> str:
+def _suggest(trial: optuna.Trial, axis: SearchDimension) -> str:
     """A value of the axis, drawn or as laid out; asked again, the same."""
     if axis.low is None or axis.high is None:
         return trial.suggest_categorical(axis.key, axis.values)
@@ -213,7 +215,7 @@ def _suggest(trial: optuna.Trial, axis: Axis) -> str:
     return _shown(axis, trial.suggest_float(axis.key, axis.low, axis.high, step=axis.step, log=axis.log))
 
 
-def _shown(axis: Axis, stored: Any) -> str:
+def _shown(axis: SearchDimension, stored: Any) -> str:
     """A parameter of Optuna's as on the command line."""
     if axis.low is None:
         return str(stored)
@@ -222,6 +224,6 @@ def _shown(axis: Axis, stored: Any) -> str:
     return min(axis.values, key=lambda value: abs(float(value) - stored))
 
 
-def _stored(axis: Axis, value: str) -> str | float:
+def _stored(axis: SearchDimension, value: str) -> str | float:
     """The other way round."""
     return value if axis.low is None else int(value) if axis.whole else float(value)

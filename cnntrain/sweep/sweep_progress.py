@@ -12,14 +12,14 @@ from rich.text import Text
 from cnntrain.io.streams import lenient, printable
 from cnntrain.report.progress import seconds_text
 from cnntrain.report.table import rows_table, value_text
-from cnntrain.sweep.plan import Plan, Repeat, Run, short
+from cnntrain.sweep.plan import Repeat, Run, SweepPlan, short
 from cnntrain.sweep.study import Outcome
 
 STYLES = {"done": "green", "running": "blue", "pruned": "dim", "diverged": "yellow", "failed": "bold red",
           "killed": "bold red", "stopped": "yellow"}  # fmt: skip
 
 
-class Board:
+class SweepProgress:
     """The state of a sweep, redrawn as it changes. A context manager.
 
     Attributes:
@@ -29,7 +29,7 @@ class Board:
         console: where to draw; null: standard error.
     """
 
-    def __init__(self, plan: Plan, console: Console | None = None) -> None:
+    def __init__(self, plan: SweepPlan, console: Console | None = None) -> None:
         import sys
 
         # The stream of now: a run in this process has its own log put in its place.
@@ -48,7 +48,7 @@ class Board:
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
 
-    def __enter__(self) -> "Board":
+    def __enter__(self) -> "SweepProgress":
         if self.console.is_terminal:
             self._live.start()
         return self

@@ -21,28 +21,28 @@ from cnntrain.plots.curves import survive_drawing
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.table import print_rows
 from cnntrain.report.tensorboard import Events
-from cnntrain.sweep.perform import Job, test_quietly
-from cnntrain.sweep.plan import Plan, Repeat, Run, read_plan, repeats_text
+from cnntrain.sweep.execute_run import SweepTarget, test_quietly
+from cnntrain.sweep.plan import Repeat, Run, SweepPlan, read_plan, repeats_text
 from cnntrain.sweep.results import (
-    Answer,
+    SweepReport,
     draw,
-    find_answer,
+    make_report,
     ranking_rows,
-    sentences,
+    summary_lines,
     write_csv_of_runs,
     write_report,
 )
 from cnntrain.sweep.storage import ABOUT, JOURNAL, database_errors, open_study, storage_problem
 from cnntrain.sweep.study import Outcome, Study, Trial
-from cnntrain.sweep.sweep_progress import Board
-from cnntrain.sweep.trial_workers import Here, Processes
-from cnntrain.train.run_dir import RunFolder, open_run_folder, provenance
+from cnntrain.sweep.sweep_progress import SweepProgress
+from cnntrain.sweep.trial_workers import InProcessRunner, ProcessPoolRunner
+from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
 from cnntrain.train.signals import StopFlag, stop_flag
 
 log = logging.getLogger("cnntrain")
 
 
-def run_sweep(invocation: Invocation, job: Job) -> int:
+def run_sweep(invocation: Invocation, job: SweepTarget) -> int:
     """Run `job` for every setting that the sweep tries; the exit code: 0, or 1 when a run failed or was killed, a
     verdict was FAIL, or nothing came to its end.
 
@@ -57,7 +57,7 @@ def run_sweep(invocation: Invocation, job: Job) -> int:
         return 0
     if len({repeat.split for repeat in plan.repeats}) > 1:
         log.info("each setting is trained %d times: %s", len(plan.repeats), repeats_text(plan.repeats))
-    with open_run_folder(_folder(plan), "sweep") as folder, stop_flag() as stop:
+    with open_run_dir(_folder(plan), "sweep") as folder, stop_flag() as stop:
         if (folder.path / ABOUT).exists() and plan.base.resume == "none":
             raise UserError(
                 f"run_dir: {folder.path} already contains a sweep; continue it with resume=auto, or choose another "
@@ -72,7 +72,7 @@ def run_sweep(invocation: Invocation, job: Job) -> int:
             finally:
                 write_csv_of_runs(folder.path, plan, study.trials())
             stop.check()
-            answer = find_answer(plan, study)
+            answer = make_report(plan, study)
             again = _judge_winner(answer, job, folder.path, over)
         if plan.base.log.pictures:
             with survive_drawing("the sweep's figures"):
@@ -83,7 +83,7 @@ def run_sweep(invocation: Invocation, job: Job) -> int:
 
 
 @contextlib.contextmanager
-def _told_how_to_go_on(invocation: Invocation, plan: Plan, folder: Path) -> Iterator[str]:
+def _told_how_to_go_on(invocation: Invocation, plan: SweepPlan, folder: Path) -> Iterator[str]:
     """Yield the command that resumes the sweep; add it to the error if a signal or a storage error ends the sweep."""
     command = invocation.line_with(run_dir=folder, resume="auto")
     command += f" (replace {MASK} by the password)" if MASK in command else ""
@@ -100,7 +100,7 @@ def _told_how_to_go_on(invocation: Invocation, plan: Plan, folder: Path) -> Iter
         raise MachineError(f"{problem}\nto continue: {command}") from error
 
 
-def _folder(plan: Plan) -> Path | None:
+def _folder(plan: SweepPlan) -> Path | None:
     """Where the sweep lives, as `run_dir` or `resume` say; None for a new folder under outputs/."""
     if plan.base.resume not in ("none", "auto"):
         folder = Path(plan.base.resume)
@@ -115,7 +115,9 @@ def _folder(plan: Plan) -> Path | None:
     return Path(plan.base.run_dir) if plan.base.run_dir else None
 
 
-def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag, going_on: str) -> bool:
+def _work_off(
+    plan: SweepPlan, job: SweepTarget, study: Study, folder: Path, stop: StopFlag, going_on: str
+) -> bool:
     """Run trials until none is left or a stop is requested.
 
     Returns True if the sweep is complete: all trials have run, here and on other machines, or its time budget is used
@@ -124,7 +126,7 @@ def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag, 
     Args:
         going_on: the command that resumes the sweep.
     """
-    board, queue = Board(plan), Queue(plan, study, folder)
+    board, queue = SweepProgress(plan), RunQueue(plan, study, folder)
     monitor, jobs = plan.monitor[0] if plan.monitor else None, plan.sweep.jobs
     for trial in study.trials():
         for outcome in trial.outcomes.values():
@@ -140,7 +142,11 @@ def _work_off(plan: Plan, job: Job, study: Study, folder: Path, stop: StopFlag, 
             and study.report(run.trial, epoch, value)
         )
 
-    pool = Processes(job.run, monitor, report, jobs) if jobs > 1 else Here(job.run, monitor, report)
+    pool = (
+        ProcessPoolRunner(job.run, monitor, report, jobs)
+        if jobs > 1
+        else InProcessRunner(job.run, monitor, report)
+    )
     try:
         with board:
             while True:
@@ -183,10 +189,10 @@ class _Open:
     running: set[Repeat] = field(default_factory=set)
 
 
-class Queue:
+class RunQueue:
     """Choose the next run. With a pruner, the other repeats of a setting wait until its first run was not pruned."""
 
-    def __init__(self, plan: Plan, study: Study, folder: Path) -> None:
+    def __init__(self, plan: SweepPlan, study: Study, folder: Path) -> None:
         self.plan, self.study, self.folder = plan, study, folder
         self.closed = ""
         self._open: dict[int, _Open] = {}
@@ -237,7 +243,7 @@ class Queue:
             del self._open[number]
 
 
-def _judge_winner(answer: Answer, job: Job, folder: Path, over: bool) -> str | None:
+def _judge_winner(answer: SweepReport, job: SweepTarget, folder: Path, over: bool) -> str | None:
     """Evaluate every repeat of the winning setting on the test set after the sweep; return the winner's command."""
     if not answer.standings or job.test is None:
         return None
@@ -251,7 +257,7 @@ def _judge_winner(answer: Answer, job: Job, folder: Path, over: bool) -> str | N
     return runs[0].command
 
 
-def _test_metrics(run: Run, job: Job, tensorboard: bool) -> dict[str, float]:
+def _test_metrics(run: Run, job: SweepTarget, tensorboard: bool) -> dict[str, float]:
     """The test set's metrics, from the run's results.json, where they are put when they are known."""
     results = read_json(
         run.folder / "results.json",
@@ -259,20 +265,20 @@ def _test_metrics(run: Run, job: Job, tensorboard: bool) -> dict[str, float]:
     )
     if not results.get("test"):
         results["test"] = test_quietly(job, run)
-        RunFolder(run.folder).write_json("results.json", results)
+        RunDir(run.folder).write_json("results.json", results)
         if tensorboard:
             with Events(run.folder) as events:
                 events.scalars(results["test"], results["steps"])
     return results["test"]
 
 
-def _print(answer: Answer, study: Study, folder: Path, again: str | None) -> None:
+def _print(answer: SweepReport, study: Study, folder: Path, again: str | None) -> None:
     rows = [
         {key: value[:60] if isinstance(value, str) else value for key, value in row.items()}
         for row in ranking_rows(answer)
     ]
     print_rows(rows, title="sweep", console=console)
-    for line in sentences(answer):
+    for line in summary_lines(answer):
         print(line)
     if study.repeats:
         print(f"{study.repeats} settings were drawn again, and not trained again")
@@ -283,7 +289,7 @@ def _print(answer: Answer, study: Study, folder: Path, again: str | None) -> Non
         print(f"look next:    {command_text(['tensorboard', '--logdir', folder])}")
 
 
-def _exit_code(answer: Answer) -> int:
+def _exit_code(answer: SweepReport) -> int:
     """A run that diverged is a result, the worst; one that failed or was killed is none."""
     outcomes = [outcome for trial in answer.trials for outcome in trial.outcomes.values()]
     failed = any(o.status in ("failed", "killed") or o.figures.get("verdict") == "FAIL" for o in outcomes)

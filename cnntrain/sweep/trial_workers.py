@@ -20,14 +20,14 @@ import torch
 from cnntrain.errors import StoppedError
 from cnntrain.memory import keep_freed_memory
 from cnntrain.report.console import log_to_console
-from cnntrain.sweep.perform import Command, perform
+from cnntrain.sweep.execute_run import Command, execute_run
 from cnntrain.sweep.plan import Run, cores, share_of
 from cnntrain.sweep.study import Outcome
 
 Report = Callable[[Run, int, float], bool]  # run, epoch from 1, metric: whether to give the run up
 
 
-class Here:
+class InProcessRunner:
     """Runs in this process. `start` returns when the run has ended.
 
     Raises:
@@ -39,7 +39,7 @@ class Here:
         self._ended: list[tuple[Run, Outcome]] = []
 
     def start(self, run: Run) -> None:
-        outcome = perform(
+        outcome = execute_run(
             self.command, run, self.monitor, lambda epoch, value: self.report(run, epoch, value)
         )
         self._ended.append((run, outcome))
@@ -68,7 +68,7 @@ class _Worker:
     run: Run | None = None
 
 
-class Processes:
+class ProcessPoolRunner:
     """Runs in `jobs` worker processes; one that dies is replaced when the next run is due."""
 
     def __init__(self, command: Command, monitor: str | None, report: Report, jobs: int) -> None:
@@ -193,7 +193,7 @@ def _work(
         except EOFError:
             return
         try:
-            outcome = perform(command, run, monitor, report)
+            outcome = execute_run(command, run, monitor, report)
         except StoppedError:
             outcome = Outcome("stopped")
         link.send(outcome)

@@ -118,7 +118,7 @@ class Classification(Task):
             self._weights = self._weights.to(device)
         return self._weights
 
-    def lowest_loss(self, plain: bool = False) -> float:
+    def min_loss(self, plain: bool = False) -> float:
         """The entropy of the smoothed target (0.500288 for 10 classes and smoothing 0.1); with class weights,
         of the class where it is lowest."""
         if plain or not self.label_smoothing:

@@ -129,7 +129,7 @@ class Keypoints(Task):
         log_target = log_target.flatten(2).log_softmax(2)
         return (log_target.exp() * (log_target - outputs.flatten(2).log_softmax(2))).sum(2)
 
-    def lowest_loss(self, plain: bool = False) -> float:
+    def min_loss(self, plain: bool = False) -> float:
         return 0.0
 
     def learned_loss(self, uninformed: float) -> float:

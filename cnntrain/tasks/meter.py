@@ -155,7 +155,7 @@ def ratio(total: Tensor | float, count: Tensor | float) -> float:
     return float(total) / float(count) if float(count) else float("nan")
 
 
-class Worst:
+class HardestExamples:
     """The rows with the highest mistake scores of a pass, kept on the device without waiting for it."""
 
     def __init__(self, count: int) -> None:

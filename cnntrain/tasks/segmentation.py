@@ -156,7 +156,7 @@ class Segmentation(Task):
             self._weights = self._weights.to(device)
         return self._weights
 
-    def lowest_loss(self, plain: bool = False) -> float:
+    def min_loss(self, plain: bool = False) -> float:
         return 0.0
 
     def zero_outputs(self, targets: Targets) -> Tensor:

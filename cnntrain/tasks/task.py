@@ -82,13 +82,13 @@ class Task(ABC):
         return sums.sum(), counts.sum()
 
     @abstractmethod
-    def lowest_loss(self, plain: bool = False) -> float:
+    def min_loss(self, plain: bool = False) -> float:
         """The smallest mean training loss (or plain loss, without label smoothing) that any outputs can reach."""
 
     def learned_loss(self, uninformed: float) -> float:
         """The mean plain loss at which examples count as learned by heart: a fiftieth of the way left from
         `uninformed`, the loss of an answer that knows nothing, to the lowest."""
-        lowest = self.lowest_loss(plain=True)
+        lowest = self.min_loss(plain=True)
         return lowest + 0.02 * max(uninformed - lowest, 0.0)
 
     @torch.no_grad()

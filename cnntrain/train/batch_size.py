@@ -9,7 +9,7 @@ import torch
 from cnntrain.data.cache import free_host_bytes
 from cnntrain.errors import MachineError, is_out_of_memory
 from cnntrain.train.device_memory import forget_peak, peak_mib
-from cnntrain.train.step_timer import Rig
+from cnntrain.train.step_timer import StepTimer
 from cnntrain.transfer import free_bytes
 
 log = logging.getLogger("cnntrain")
@@ -22,7 +22,7 @@ TRIALS = 3
 
 
 def choose_batch_size(
-    make_rig: Callable[[int], Rig], device: torch.device, images: int, least: int = 1
+    make_step_timer: Callable[[int], StepTimer], device: torch.device, images: int, least: int = 1
 ) -> int:
     """A power of two, found by training steps on copies; the log says why.
 
@@ -42,10 +42,10 @@ def choose_batch_size(
     if device.type == "cuda":
         allowed = torch.cuda.memory_allocated(device) + SHARE * free_bytes(device)
         chosen, reason = largest_that_fits(
-            lambda size: _fits(make_rig, device, size, allowed / 2**20), most, least
+            lambda size: _fits(make_step_timer, device, size, allowed / 2**20), most, least
         )
     else:
-        chosen, reason = fastest(lambda size: _images_per_s(make_rig, device, size), most, least)
+        chosen, reason = fastest(lambda size: _images_per_s(make_step_timer, device, size), most, least)
     log.info("batch_size=auto: %d images, for %s; optimizer.lr stays as it is", chosen, reason)
     return chosen
 
@@ -104,10 +104,12 @@ def fastest(images_per_s: Callable[[int], float | None], most: int, least: int =
     return size, f"an epoch of larger batches would have fewer than {FEWEST_STEPS} steps"
 
 
-def _fits(make_rig: Callable[[int], Rig], device: torch.device, size: int, allowed_mib: float) -> bool:
+def _fits(
+    make_step_timer: Callable[[int], StepTimer], device: torch.device, size: int, allowed_mib: float
+) -> bool:
     forget_peak(device)
     try:
-        make_rig(size).warm_up()
+        make_step_timer(size).warm_up()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -117,12 +119,14 @@ def _fits(make_rig: Callable[[int], Rig], device: torch.device, size: int, allow
     return peak_mib(device) <= allowed_mib
 
 
-def _images_per_s(make_rig: Callable[[int], Rig], device: torch.device, size: int) -> float | None:
+def _images_per_s(
+    make_step_timer: Callable[[int], StepTimer], device: torch.device, size: int
+) -> float | None:
     """Of the best of some steps; None when they take too much memory beyond what was taken before."""
     free_mib = free_host_bytes() / 2**20
     forget_peak(device)
     before = peak_mib(device)
-    rig = make_rig(size)
+    rig = make_step_timer(size)
     rig.warm_up()
     if peak_mib(device) - before > HOST_SHARE * free_mib:
         return None

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.models.modify import keep_in_eval, stays_in_eval
-from cnntrain.train.distributed import Ranks
-from cnntrain.train.nonfinite import Finiteness
+from cnntrain.train.distributed import World
+from cnntrain.train.nonfinite import NonFiniteGuard
 from cnntrain.train.state import TrainState
 
 log = logging.getLogger("cnntrain")
 
 
 @torch.no_grad()
-def combine(state: TrainState, sums: Tensor, had_images: bool, finite: Finiteness, ranks: Ranks) -> None:
+def combine(state: TrainState, sums: Tensor, had_images: bool, finite: NonFiniteGuard, ranks: World) -> None:
     """Gradients, and what belongs to them, become those of all processes together.
 
     One flat message of sums: every gradient, and whether it is there; the batches' losses, and what counted in them;
@@ -74,7 +74,7 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [value for value in found if value is not None]
 
 
-def align(model: nn.Module, ranks: Ranks) -> None:
+def align(model: nn.Module, ranks: World) -> None:
     """Warn where the processes' weights are no longer the same bits, and take the leader's.
 
     They stay the same as long as all compute alike: not on GPUs of different kinds, nor with a network that goes

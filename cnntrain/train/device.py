@@ -15,8 +15,8 @@ from torch import nn
 from cnntrain.errors import MachineError, UserError
 from cnntrain.models.pooling import make_pooling_deterministic
 from cnntrain.randomness import hash_seed, seed_generators
-from cnntrain.train.distributed import ALONE, Ranks
-from cnntrain.train.lean import spare_the_compiler
+from cnntrain.train.distributed import ALONE, World
+from cnntrain.train.lean import skip_dynamo_import
 
 log = logging.getLogger("cnntrain")
 
@@ -29,7 +29,7 @@ class Compute:
     device: torch.device
     precision: str  # fp32 | bf16 | fp16
     channels_last: bool
-    ranks: Ranks = ALONE
+    ranks: World = ALONE
     compile: str = "off"  # or a mode of torch.compile
 
     @property
@@ -66,7 +66,7 @@ def choose_compute(
     device: str,
     precision: str,
     channels_last: bool,
-    ranks: Ranks = ALONE,
+    ranks: World = ALONE,
     compile: str = "off",
 ) -> Compute:
     """Resolve `auto`; of several processes each takes a GPU of its own.
@@ -142,7 +142,7 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE) -> None:
+def prepare_torch(threads: int | None, deterministic: bool, ranks: World = ALONE) -> None:
     """Process-wide settings: CPU threads (the cores are divided between processes), determinism, TF32 where fp32 is
     chosen on CUDA (full float32 with `deterministic`), and no subnormal numbers on the CPU.
 
@@ -153,7 +153,7 @@ def prepare_torch(threads: int | None, deterministic: bool, ranks: Ranks = ALONE
     700 steps of lenet5 they made the optimizer's step 2.6 times slower. This is a setting of the calling thread, and of
     those that torch starts from now on: threads that it started before, in a notebook, go on as they began.
     """
-    spare_the_compiler()
+    skip_dynamo_import()
     torch.set_flush_denormal(True)
     # NumPy before 2.4 finds that it is zero.
     warnings.filterwarnings("ignore", "The value of the smallest subnormal")

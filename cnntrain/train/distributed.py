@@ -13,14 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.data.share import Share
+from cnntrain.data.share import BatchShard
 from cnntrain.errors import UserError
 from cnntrain.tasks.meter import Meter
 from cnntrain.train.signals import StopFlag
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Which of how many processes this one is, in all and on its machine; where they meet."""
 
     rank: int
@@ -32,7 +32,7 @@ class Place:
     own_gpu: bool = False  # Slurm gave each task a GPU, the only one that it sees
 
 
-def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
+def rank_from_env(environment: Mapping[str, str] = os.environ) -> RankInfo | None:
     """Where torchrun or Slurm's `srun` put this process; None when it is alone.
 
     Raises:
@@ -62,7 +62,7 @@ def _whole_number(environment: Mapping[str, str], name: str, default: int | None
     return int(text)
 
 
-def _find_torchrun(environment: Mapping[str, str]) -> Place:
+def _find_torchrun(environment: Mapping[str, str]) -> RankInfo:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in names if name not in environment]:
         raise UserError(
@@ -70,14 +70,14 @@ def _find_torchrun(environment: Mapping[str, str]) -> Place:
             "torchrun, srun or launch.devices=N, or unset WORLD_SIZE"
         )
     count = _whole_number(environment, "WORLD_SIZE")
-    return Place(
+    return RankInfo(
         _whole_number(environment, "RANK"), count, _whole_number(environment, "LOCAL_RANK"),
         _whole_number(environment, "LOCAL_WORLD_SIZE", count), environment["MASTER_ADDR"],
         _whole_number(environment, "MASTER_PORT"),
     )  # fmt: skip
 
 
-def _find_slurm(environment: Mapping[str, str], count: int) -> Place:
+def _find_slurm(environment: Mapping[str, str], count: int) -> RankInfo:
     if missing := [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in environment]:
         raise UserError(f"launch: Slurm started {count} tasks, but {', '.join(missing)} is not set; use srun")
     per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", ""))
@@ -86,7 +86,7 @@ def _find_slurm(environment: Mapping[str, str], count: int) -> Place:
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
     job = _whole_number(environment, "SLURM_JOB_ID", 0)
     bound = "SLURM_GPUS_PER_TASK" in environment or environment.get("SLURM_GPU_BIND", "none") != "none"
-    return Place(
+    return RankInfo(
         _whole_number(environment, "SLURM_PROCID"), count, _whole_number(environment, "SLURM_LOCALID"),
         min(local_count, count),
         environment.get("MASTER_ADDR", "127.0.0.1" if local_count >= count else first_node(nodes)),
@@ -101,7 +101,7 @@ def first_node(nodes: str) -> str:
 
 
 @dataclass(eq=False)  # which other ones are is no question
-class Ranks:
+class World:
     """The processes of this training: here one, which is the whole.
 
     Attributes:
@@ -125,10 +125,10 @@ class Ranks:
         """What makes this process's own draws (dropout) differ from the first one's."""
         return (self.rank,) if self.rank else ()
 
-    def share(self, pipeline: Pipeline | None = None) -> Share:
-        """This process's part of every batch, with what `pipeline` mixes into it; see `Share`."""
+    def share(self, pipeline: Pipeline | None = None) -> BatchShard:
+        """This process's part of every batch, with what `pipeline` mixes into it; see `BatchShard`."""
         leader = self.count > 1 and pipeline is not None and pipeline.mixes_labels
-        return Share(self.rank, self.count, leader)
+        return BatchShard(self.rank, self.count, leader)
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes its sum over the processes, in place; one message, and no host sync."""
@@ -152,10 +152,10 @@ class Ranks:
         (`found`) leave the word to one that did."""
 
 
-ALONE = Ranks()
+ALONE = World()
 
 
-def states_of(meter: Meter, ranks: Ranks) -> list[dict[str, Tensor]]:
+def states_of(meter: Meter, ranks: World) -> list[dict[str, Tensor]]:
     """What each process's meter holds, by rank."""
     state = meter.state()
     if ranks.count == 1:
@@ -163,7 +163,7 @@ def states_of(meter: Meter, ranks: Ranks) -> list[dict[str, Tensor]]:
     return ranks.gather({name: value.cpu() for name, value in state.items()})
 
 
-def merge(meter: Meter, empty: Meter, ranks: Ranks) -> Meter:
+def merge(meter: Meter, empty: Meter, ranks: World) -> Meter:
     """The meters of all processes as one, the same in each of them; `empty` takes what they hold."""
     if ranks.count == 1:
         return meter
@@ -179,7 +179,7 @@ def pack_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{rank}/{name}": value for rank, state in enumerate(states) for name, value in state.items()}
 
 
-def unpack_state(packed: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def unpack_state(packed: Mapping[str, Tensor], ranks: World) -> dict[str, Tensor]:
     """This process's part of what `pack_states` made of as many."""
     if ranks.count == 1:
         return dict(packed)

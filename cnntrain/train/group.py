@@ -15,7 +15,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, StoppedError, explain_machine
 from cnntrain.train.device import own_gpu
-from cnntrain.train.distributed import Place, Ranks
+from cnntrain.train.distributed import RankInfo, World
 from cnntrain.train.watch import Watch, connect, end_process, lost
 
 MEET_S = 300  # for all processes to come together
@@ -23,10 +23,10 @@ MEET_S = 300  # for all processes to come together
 PATIENCE = datetime.timedelta(days=7)
 
 
-class Group(Ranks):
+class Group(World):
     """This process among the others."""
 
-    def __init__(self, place: Place, watch: Watch, launched: bool) -> None:
+    def __init__(self, place: RankInfo, watch: Watch, launched: bool) -> None:
         super().__init__(place.rank, place.count, place.local_rank, place.local_count, watch.flag)
         self.watch, self.launched = watch, launched
 
@@ -108,8 +108,8 @@ def _meet(store: Any, count: int) -> None:
 
 @contextlib.contextmanager
 def joined(
-    place: Place, cuda: bool, launched: bool = False, end: Callable[[int, str | None], None] = end_process
-) -> Iterator[Ranks]:
+    place: RankInfo, cuda: bool, launched: bool = False, end: Callable[[int, str | None], None] = end_process
+) -> Iterator[World]:
     """This process in its group while the block runs; none leaves before all are done.
 
     Args:

@@ -5,11 +5,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 from cnntrain.train import checkpoint
-from cnntrain.train.run_dir import RunFolder
+from cnntrain.train.run_dir import RunDir
 from cnntrain.train.state import TrainState
 
 
-class Keeper:
+class CheckpointWriter:
     """Write checkpoints by name in the background: `keeper("last")` or `keeper("last", "best")`.
 
     What is written is the state of the call's instant. Files come to the disk one after the other, in the order of the
@@ -25,7 +25,7 @@ class Keeper:
     """
 
     def __init__(
-        self, run: RunFolder, state: TrainState, facts: Mapping[str, Any], keep: int, writes: bool = True
+        self, run: RunDir, state: TrainState, facts: Mapping[str, Any], keep: int, writes: bool = True
     ) -> None:
         self.run, self.state, self.facts, self.keep, self.writes = run, state, facts, keep, writes
         self._last_good = self._place() if run.last.exists() else "none was written yet"

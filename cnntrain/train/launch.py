@@ -29,7 +29,7 @@ from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, Stopped
 from cnntrain.io.safe_files import write_whole
 from cnntrain.io.streams import output_to
 from cnntrain.memory import keep_freed_memory
-from cnntrain.train.distributed import Place
+from cnntrain.train.distributed import RankInfo
 from cnntrain.train.watch import lost
 
 FAILURE = "failure.json"
@@ -38,7 +38,7 @@ Watcher = Callable[[Row], None]
 
 
 @dataclass(frozen=True)
-class Home:
+class WorkerContext:
     """What a process needs to know of the one that started it.
 
     Attributes:
@@ -53,10 +53,10 @@ class Home:
     log: Path | None
     rows: "Connection[Any, Any] | None"
 
-    def place(self) -> Place:
+    def place(self) -> RankInfo:
         """Of this process, which the launcher has numbered."""
         numbers = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
-        return Place(*numbers, address="127.0.0.1", port=self.port)
+        return RankInfo(*numbers, address="127.0.0.1", port=self.port)
 
     def end(self, code: int, message: str | None) -> None:
         """End this process at once, from any of its threads; the message is left for the one that started it."""
@@ -111,7 +111,7 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Watche
             local_addr="127.0.0.1", logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
             **options,
         )  # fmt: skip
-        home = Home(port, folder, _redirected(), rows)
+        home = WorkerContext(port, folder, _redirected(), rows)
         try:
             return elastic_launch(config, entry)(home, *arguments)[0]
         except SignalException as error:
@@ -123,7 +123,7 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Watche
             raise _failure(folder) or _killed(rank, count, first.exitcode) from None
 
 
-def in_rank(home: Home, work: Callable[[], Any]) -> Any:
+def in_rank(home: WorkerContext, work: Callable[[], Any]) -> Any:
     """What `work` returns; or the end of this process, with its exit code, once the failure has been left."""
     keep_freed_memory()
     os.setpgrp()  # Ctrl-C goes to the process that started this one, which passes it on: once, not twice

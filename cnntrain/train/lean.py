@@ -14,7 +14,7 @@ MARK = "__dynamo_disable"  # where torch keeps a function's version that is left
 PLACES = (Optimizer, torch._refs, torch._refs.nn.functional, torch._decomp.decompositions)
 
 
-def spare_the_compiler() -> None:
+def skip_dynamo_import() -> None:
     """Let torch's optimizers, and what it computes on shapes alone, run without importing its compiler.
 
     Many of torch's Python functions import it in their first call, for no other purpose than to be left out of what it

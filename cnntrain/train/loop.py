@@ -19,15 +19,15 @@ from cnntrain.train.combine import accompany, align, combine, has_synchronized_n
 from cnntrain.train.device import Compute, seed_step
 from cnntrain.train.distributed import merge, pack_states, states_of, unpack_state
 from cnntrain.train.evaluate import evaluate
-from cnntrain.train.nonfinite import Finiteness, diverged, diverged_in_validation, step_unless
+from cnntrain.train.nonfinite import NonFiniteGuard, diverged, diverged_in_validation, step_unless
 from cnntrain.train.optim import set_learning_rate
-from cnntrain.train.plan import Plan
+from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import TrainState
 from cnntrain.types import Batch
 
 
-class Journal(Protocol):
+class Logger(Protocol):
     """Where a training's story goes: bars, TensorBoard, CSV."""
 
     def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
@@ -36,7 +36,7 @@ class Journal(Protocol):
     def batch_seen(self, step: int, batch: Batch) -> None: ...
 
 
-class Silent:
+class NullLogger:
     """A journal that keeps nothing."""
 
     def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
@@ -48,7 +48,7 @@ class Silent:
 class _Timed:
     """Wrapper of a journal that measures its time (`seconds`), so that drawing does not count as training time."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Logger) -> None:
         self.journal, self.seconds = journal, 0.0
 
     def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
@@ -75,8 +75,8 @@ def fit(
     pipeline: Pipeline,
     task: Task,
     compute: Compute,
-    plan: Plan,
-    journal: Journal,
+    plan: TrainingPlan,
+    journal: Logger,
     save: Callable[..., None],
     stop: StopFlag,
 ) -> None:
@@ -94,7 +94,7 @@ def fit(
     """
     progress, ranks, timed = state.progress, compute.ranks, _Timed(journal)
     explain = partial(diverged, state, training, pipeline, task, compute, plan)
-    finite = Finiteness(compute.device, state.scaler is not None, explain)
+    finite = NonFiniteGuard(compute.device, state.scaler is not None, explain)
     # Stopped after the last step, an epoch is still to be judged.
     while not progress.finished and (progress.step < plan.total_steps or progress.batch):
         started, seconds_before, images_before = time.perf_counter(), progress.wall_s, progress.images
@@ -164,12 +164,12 @@ def train_epoch(
     pipeline: Pipeline,
     task: Task,
     compute: Compute,
-    plan: Plan,
-    journal: Journal,
+    plan: TrainingPlan,
+    journal: Logger,
     meter: Meter,
     keep: Callable[[], None],
     stop: StopFlag,
-    finite: Finiteness,
+    finite: NonFiniteGuard,
 ) -> None:
     """The rest of one epoch. Nothing in it waits for the device except a reading every so many steps."""
     progress, model, optimizer = state.progress, state.model, state.optimizer
@@ -261,7 +261,9 @@ def train_epoch(
             keep()
 
 
-def apply_gradients(state: TrainState, plan: Plan, group_count: Tensor, finite: Finiteness) -> Tensor:
+def apply_gradients(
+    state: TrainState, plan: TrainingPlan, group_count: Tensor, finite: NonFiniteGuard
+) -> Tensor:
     """One optimizer step, or none where something is not finite; the gradient norm before clipping."""
     optimizer, scaler = state.optimizer, state.scaler
     if scaler:

@@ -22,9 +22,9 @@ from cnntrain.errors import DivergedError, UserError
 from cnntrain.randomness import fork_generators
 from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute
-from cnntrain.train.loop import Silent, train_epoch
-from cnntrain.train.nonfinite import Finiteness
-from cnntrain.train.plan import Plan
+from cnntrain.train.loop import NullLogger, train_epoch
+from cnntrain.train.nonfinite import NonFiniteGuard
+from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import TrainState
@@ -147,7 +147,7 @@ class _Enough(Exception):
     """The test has seen what it needs."""
 
 
-class _Readings(Silent):
+class _Readings(NullLogger):
     """A journal that keeps the loss of every step, and ends the test at divergence or when time is over."""
 
     def __init__(self, ends_at: float) -> None:
@@ -171,7 +171,7 @@ def range_test(
     pipeline: Pipeline,
     task: Task,
     compute: Compute,
-    plan: Plan,
+    plan: TrainingPlan,
     stop: StopFlag,
     lowest: float = 1e-7,
     highest: float = 10.0,
@@ -193,7 +193,7 @@ def range_test(
     state = TrainState(model, optimizer, _Growing(lowest, highest, steps), scaler)
     plan = replace(plan, total_steps=steps, read_every_steps=1, save_every_steps=None)
     journal, progress = _Readings(ends_at), state.progress
-    finite = Finiteness(compute.device, scaler is not None, lambda batch: DivergedError(""))
+    finite = NonFiniteGuard(compute.device, scaler is not None, lambda batch: DivergedError(""))
     with fork_generators(compute.device):
         try:
             while progress.step < steps:

@@ -17,7 +17,7 @@ from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute, seed_step
 from cnntrain.train.hooks import attached, uncompiled
 from cnntrain.train.optim import set_learning_rate
-from cnntrain.train.plan import Plan
+from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.state import TrainState
 from cnntrain.types import Batch
 
@@ -32,7 +32,7 @@ REMEDY = (
 )
 
 
-class Finiteness:
+class NonFiniteGuard:
     """Whether a training is still finite, as tensors on its device: noting something never waits.
 
     After a non-finite loss or gradient, every later update is skipped. The weights stay as they were before that batch
@@ -117,7 +117,7 @@ def diverged(
     pipeline: Pipeline,
     task: Task,
     compute: Compute,
-    plan: Plan,
+    plan: TrainingPlan,
     first_bad: int,
 ) -> DivergedError:
     """Replay the step that ends with batch `first_bad` and describe what was not finite.
@@ -215,7 +215,7 @@ def watch_layers(model: nn.Module) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def diverged_in_validation(
-    state: TrainState, loader: Loader, pipeline: Pipeline, compute: Compute, plan: Plan
+    state: TrainState, loader: Loader, pipeline: Pipeline, compute: Compute, plan: TrainingPlan
 ) -> DivergedError:
     """Which validation batch, and which layer, first gave what is not finite after the epoch under way."""
     model, progress = state.judged.eval(), state.progress

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How a training runs: plain numbers, resolved from the settings and the data.
 
     `batch_size` is that of all processes together, whatever their number.

@@ -4,7 +4,7 @@ import torch
 
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
-from cnntrain.train.distributed import Place
+from cnntrain.train.distributed import RankInfo
 
 
 def uses_gpus(device: str) -> bool:
@@ -12,7 +12,7 @@ def uses_gpus(device: str) -> bool:
     return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
-def check_processes(settings: Settings, place: Place | None) -> None:
+def check_processes(settings: Settings, place: RankInfo | None) -> None:
     """Refuse what several processes can't do.
 
     Args:

@@ -21,9 +21,9 @@ from cnntrain.data.load import Data
 from cnntrain.errors import UserError
 from cnntrain.train import checkpoint
 from cnntrain.train.device import choose_compute, count_cores
-from cnntrain.train.distributed import Ranks
+from cnntrain.train.distributed import World
 from cnntrain.train.saved import differences, is_finished, load_weights, misfits, read_saved, saved_spec
-from cnntrain.train.setup import Assembly
+from cnntrain.train.setup import Components
 from cnntrain.train.state import TrainState
 from cnntrain.types import DataSpec
 
@@ -51,7 +51,7 @@ GROUP_KEYS = (
 SHOWN_DIFFERENCES = 4
 
 
-def keep_choices(settings: Settings, saved: Mapping[str, Any], ranks: Ranks) -> Settings:
+def keep_choices(settings: Settings, saved: Mapping[str, Any], ranks: World) -> Settings:
     """Replace `auto` and null by the checkpoint's resolved values: precision, threads, batch size, learning rate.
 
     Precision and threads depend on the machine. They are kept only for the same type of device and the same number of
@@ -81,7 +81,7 @@ def keep_choices(settings: Settings, saved: Mapping[str, Any], ranks: Ranks) -> 
 
 
 def resume(
-    state: TrainState, saved: Mapping[str, Any], source: Path, assembly: Assembly, data: Data
+    state: TrainState, saved: Mapping[str, Any], source: Path, assembly: Components, data: Data
 ) -> Path | None:
     """Put `state` where the checkpoint `source`, whose content is `saved`, left it.
 

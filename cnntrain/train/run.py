@@ -15,20 +15,20 @@ from cnntrain.data.workers import explain_worker_error
 from cnntrain.errors import DivergedError, StoppedError
 from cnntrain.io.safe_files import read_text
 from cnntrain.plots.curves import survive_drawing
-from cnntrain.report.journal import RunJournal, statistics
-from cnntrain.tasks.meter import Worst
+from cnntrain.report.journal import RunLogger, statistics
+from cnntrain.tasks.meter import HardestExamples
 from cnntrain.tasks.task import Task
 from cnntrain.train import checkpoint
 from cnntrain.train.combine import synchronize_norms
 from cnntrain.train.ema import MovingAverage
 from cnntrain.train.evaluate import evaluate
-from cnntrain.train.keeper import Keeper
-from cnntrain.train.loop import Silent, fit
+from cnntrain.train.keeper import CheckpointWriter
+from cnntrain.train.loop import NullLogger, fit
 from cnntrain.train.optim import learning_rate_at
-from cnntrain.train.plan import Plan
-from cnntrain.train.run_dir import RunFolder
+from cnntrain.train.plan import TrainingPlan
+from cnntrain.train.run_dir import RunDir
 from cnntrain.train.saved import checkpoint_facts, flat, load_weights
-from cnntrain.train.setup import Assembly, build_training_parts
+from cnntrain.train.setup import Components, build_training_parts
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import TrainState
 from cnntrain.types import Batch
@@ -37,7 +37,7 @@ log = logging.getLogger("cnntrain")
 MISTAKES_SHOWN = 24
 
 
-def prepare(assembly: Assembly, data: Data) -> tuple[Plan, TrainState]:
+def prepare(assembly: Components, data: Data) -> tuple[TrainingPlan, TrainState]:
     """How long to train, and the training at its start."""
     settings, compute = assembly.settings, assembly.compute
     plan, optimizer, schedule = build_training_parts(assembly, data)
@@ -55,10 +55,10 @@ def prepare(assembly: Assembly, data: Data) -> tuple[Plan, TrainState]:
 
 
 def train_to_the_end(
-    run: RunFolder,
-    assembly: Assembly,
+    run: RunDir,
+    assembly: Components,
     data: Data,
-    plan: Plan,
+    plan: TrainingPlan,
     state: TrainState,
     identity: Mapping[str, Any],
     stop: StopFlag,
@@ -82,7 +82,7 @@ def train_to_the_end(
     training = assembly.loader(data.train, augmented=True)
     validation = assembly.loader(data.val) if data.val else None
     with (
-        Keeper(run, state, facts, settings.checkpoint.keep, ranks.leads) as save,
+        CheckpointWriter(run, state, facts, settings.checkpoint.keep, ranks.leads) as save,
         _journal(run, assembly, plan, state, watch) if ranks.leads else contextlib.nullcontext() as journal,
     ):
         hparams = flat(
@@ -95,7 +95,7 @@ def train_to_the_end(
         if journal:
             journal.start(hparams, read_text(run.path / "config.yaml"), data.test is not None)
         try:
-            told = journal or Silent()
+            told = journal or NullLogger()
             fit(state, training, validation, assembly.pipeline, task, compute, plan, told, save, stop)
         except StoppedError as error:
             again = typed(run_dir=run.path, resume="auto")
@@ -135,7 +135,7 @@ def train_to_the_end(
     return {**_summary(state, best, test), "ended_by": ended_by}
 
 
-def _early_stop(state: TrainState, plan: Plan, task: Task) -> str:
+def _early_stop(state: TrainState, plan: TrainingPlan, task: Task) -> str:
     """Return the message for a training run ended by early stopping; empty if it ran to completion."""
     progress = state.progress
     if plan.early_stopping is None or progress.step >= plan.total_steps:
@@ -153,14 +153,14 @@ def _early_stop(state: TrainState, plan: Plan, task: Task) -> str:
 
 
 def _journal(
-    run: RunFolder,
-    assembly: Assembly,
-    plan: Plan,
+    run: RunDir,
+    assembly: Components,
+    plan: TrainingPlan,
     state: TrainState,
     watch: Callable[[dict[str, float]], None] | None,
-) -> RunJournal:
+) -> RunLogger:
     progress, settings = state.progress, assembly.settings
-    return RunJournal(
+    return RunLogger(
         run.path,
         assembly.task,
         assembly.spec,
@@ -175,9 +175,9 @@ def _journal(
     )
 
 
-def _judge(model: nn.Module, assembly: Assembly, loader: Loader, plan: Plan, stop: StopFlag):
+def _judge(model: nn.Module, assembly: Components, loader: Loader, plan: TrainingPlan, stop: StopFlag):
     """Metrics over a split, and which of its examples are answered worst."""
-    worst, ranks = Worst(MISTAKES_SHOWN), assembly.compute.ranks
+    worst, ranks = HardestExamples(MISTAKES_SHOWN), assembly.compute.ranks
 
     def look(batch: Batch, outputs: Tensor) -> None:
         worst.update(assembly.task.mistake_score(outputs, batch.truth), batch.index)
@@ -193,7 +193,7 @@ def _judge(model: nn.Module, assembly: Assembly, loader: Loader, plan: Plan, sto
 
 
 @torch.no_grad()
-def _draw_mistakes(model: nn.Module, assembly: Assembly, loader: Loader, worst: Worst):
+def _draw_mistakes(model: nn.Module, assembly: Components, loader: Loader, worst: HardestExamples):
     """The answers that are wrong with the most confidence, as a figure; None when all are right."""
     rows = worst.rows()
     if not len(rows):

@@ -18,8 +18,8 @@ from cnntrain.train.git import find_commit
 log = logging.getLogger("cnntrain")
 
 
-class RunFolder:
-    """Paths inside a run's folder. Made by `open_run_folder`."""
+class RunDir:
+    """Paths inside a run's folder. Made by `open_run_dir`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,7 +47,7 @@ def holds_run(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_run_dir(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder while the block runs; the system releases it if the process dies.
 
     There are two locks. The lock on the file `.lock` is visible to other machines if the file system supports it. The
@@ -109,20 +109,20 @@ def _take(descriptor: int) -> str | None:
 
 
 @contextlib.contextmanager
-def open_run_folder(
+def open_run_dir(
     path: Path | None, label: str, trains: bool = False, locked: bool = False
-) -> Iterator[RunFolder]:
+) -> Iterator[RunDir]:
     """Create the run folder if it is missing, and lock it while the block runs.
 
     Args:
         path: the folder, or None for a new folder outputs/DATE/TIME-label.
         trains: the command is a training run; other commands do not write into the folder of a training run.
-        locked: the caller already holds the lock (`lock_folder`).
+        locked: the caller already holds the lock (`lock_run_dir`).
 
     Raises:
         UserError: another process is using the folder, or it belongs to a training run.
     """
-    folder = unused_folder(Path("outputs") / f"{datetime.date.today()}", label) if path is None else path
+    folder = unused_run_dir(Path("outputs") / f"{datetime.date.today()}", label) if path is None else path
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir: {folder} is a file; choose another folder")
     if not trains and (folder / "checkpoints").exists():
@@ -131,8 +131,8 @@ def open_run_folder(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MachineError(f"{folder}: can't make the run's folder: {error.strerror}") from error
-    with contextlib.nullcontext() if locked else lock_folder(folder):
-        run = RunFolder(folder)
+    with contextlib.nullcontext() if locked else lock_run_dir(folder):
+        run = RunDir(folder)
         for inner in (run.checkpoints, run.figures):
             if exists(inner) and not is_folder(inner, folder):
                 raise UserError(
@@ -142,7 +142,7 @@ def open_run_folder(
         yield run
 
 
-def unused_folder(parent: Path, label: str) -> Path:
+def unused_run_dir(parent: Path, label: str) -> Path:
     """A folder parent/TIME-label that this call made: no two runs share one, started in the same instant or not."""
     base = parent / f"{datetime.datetime.now():%H-%M-%S}-{label}"
     for number in range(10_000):

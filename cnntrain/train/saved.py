@@ -19,7 +19,7 @@ from cnntrain.io import safe_files as files
 from cnntrain.io.safe_files import run_folder_of
 from cnntrain.train import checkpoint
 from cnntrain.train.saved_content import check_saved
-from cnntrain.train.setup import Assembly
+from cnntrain.train.setup import Components
 from cnntrain.types import DataSpec
 
 log = logging.getLogger("cnntrain")
@@ -39,7 +39,7 @@ def read_saved(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not the checkpoint of a training ({error})") from error
 
 
-def checkpoint_facts(assembly: Assembly, data: Data) -> dict[str, Any]:
+def checkpoint_facts(assembly: Components, data: Data) -> dict[str, Any]:
     """What a checkpoint says beside its state: enough to evaluate it elsewhere."""
     return {
         "config": without_passwords(dataclasses.asdict(assembly.settings)),

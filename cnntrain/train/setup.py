@@ -31,21 +31,21 @@ from cnntrain.summary.preflight import output_size, preflight
 from cnntrain.tasks.task import Task
 from cnntrain.train.batch_size import choose_batch_size
 from cnntrain.train.device import Compute, choose_compute, prepare_torch, seed_step
-from cnntrain.train.distributed import ALONE, Ranks
+from cnntrain.train.distributed import ALONE, World
 from cnntrain.train.lr_finder import RangeTest, range_test, settle
 from cnntrain.train.optim import build_optimizer, check_that_it_steps, supports_fused
-from cnntrain.train.plan import Plan
+from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.saved_content import check_saved
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.signals import StopFlag, stop_flag
-from cnntrain.train.step_timer import Rig, make_rig
+from cnntrain.train.step_timer import StepTimer, make_step_timer
 from cnntrain.types import DataSpec, Finding
 
 log = logging.getLogger("cnntrain")
 
 
 @dataclass
-class Assembly:
+class Components:
     """The parts of a run before any data has been read."""
 
     settings: Settings
@@ -100,8 +100,8 @@ class Assembly:
 
 
 def assemble(
-    settings: Settings, known: DataSpec | None = None, ranks: Ranks = ALONE, resumes: bool = False
-) -> Assembly:
+    settings: Settings, known: DataSpec | None = None, ranks: World = ALONE, resumes: bool = False
+) -> Components:
     """Build everything that needs no data, and run the network on shapes alone.
 
     Args:
@@ -125,15 +125,15 @@ def assemble(
     spec = known or with_chosen_statistics(facts, data_settings)
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
-    if pipeline.mirrors and not spec.mirror_safe:
+    if pipeline.mirrors and not spec.hflip_ok:
         log.warning(
             "augment: a mirrored image of these data means something else (digits, text); take the flip out"
         )
     model = build_model(settings, spec, task, pipeline.output_size, weights, advise=known is None)
     if not known:
-        tell_frozen(settings, model, resumes)
+        log_frozen_layers(settings, model, resumes)
     learned = weights.preprocessing if weights else None
-    return Assembly(
+    return Components(
         settings, compute, source, data_settings, spec, task, model.to(compute.device), pipeline, learned
     )
 
@@ -197,7 +197,7 @@ def follow_statistics(settings: Settings, weights: Weights | None, channels: int
     return dataclasses.replace(settings, data={**settings.data, "mean": mean, "std": std})
 
 
-def tell_frozen(settings: Settings, model: nn.Module, resumes: bool) -> None:
+def log_frozen_layers(settings: Settings, model: nn.Module, resumes: bool) -> None:
     """Log the number of trainable parameters if layers are frozen; warn if frozen layers have random weights."""
     freeze = settings.model.get("freeze")
     if freeze is None:
@@ -381,7 +381,7 @@ def size_remedy(remedy: str, key: str, there: bool) -> str:
     )  # fmt: skip
 
 
-def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimizer, Schedule]:
+def build_training_parts(assembly: Components, data: Data) -> tuple[TrainingPlan, Optimizer, Schedule]:
     """How long to train, and with what: resolved from settings and the number of training images.
 
     `batch_size=auto` and `optimizer.lr=auto` become numbers here, in `assembly.settings` too.
@@ -414,7 +414,7 @@ def build_training_parts(assembly: Assembly, data: Data) -> tuple[Plan, Optimize
             settings.limit_batches, settings.limit_batches * batch_size,
         )  # fmt: skip
     steps_per_epoch = -(-batches // settings.accumulate)
-    plan = Plan(
+    plan = TrainingPlan(
         seed=settings.seed,
         batch_size=batch_size,
         batches_per_epoch=batches,
@@ -454,14 +454,16 @@ def leaves_one_image(rest: int, compute: Compute) -> bool:
     return 0 < rest < 2 * count
 
 
-def find_batch_size(assembly: Assembly, data: Data) -> int:
+def find_batch_size(assembly: Components, data: Data) -> int:
     """What `batch_size=auto` comes to, by steps of copies; see `choose_batch_size`."""
     loader = assembly.loader(data.train, augmented=True)
     compute = dataclasses.replace(assembly.compute, compile="off")  # each size would be compiled
 
-    def rig(size: int) -> Rig:
-        plan = Plan(assembly.settings.seed, size, batches_per_epoch=1, steps_per_epoch=1, total_steps=1)
-        return make_rig(assembly.model, partial(make_optimizer, assembly.settings), assembly.task,
+    def rig(size: int) -> StepTimer:
+        plan = TrainingPlan(
+            assembly.settings.seed, size, batches_per_epoch=1, steps_per_epoch=1, total_steps=1
+        )
+        return make_step_timer(assembly.model, partial(make_optimizer, assembly.settings), assembly.task,
                         compute, plan, loader, assembly.pipeline, assembly.settings.ema_decay)  # fmt: skip
 
     size = choose_batch_size(
@@ -472,7 +474,7 @@ def find_batch_size(assembly: Assembly, data: Data) -> int:
 
 
 def try_learning_rates(
-    assembly: Assembly, data: Data, plan: Plan, stop: StopFlag, ends_at: float = math.inf
+    assembly: Components, data: Data, plan: TrainingPlan, stop: StopFlag, ends_at: float = math.inf
 ) -> RangeTest:
     """Run the learning rate range test with the `lr_find` settings on a copy of the network.
 
@@ -498,7 +500,7 @@ def with_rate(settings: Settings, rate: float) -> Settings:
     return dataclasses.replace(settings, optimizer={**settings.optimizer, "lr": rate})
 
 
-def notice(assembly: Assembly, data: Data, plan: Plan, command_line: str) -> list[Finding]:
+def notice(assembly: Components, data: Data, plan: TrainingPlan, command_line: str) -> list[Finding]:
     """What lint says about the config, now that the data have been read."""
     norms = [m for m in assembly.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return lint(

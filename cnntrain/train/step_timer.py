@@ -18,9 +18,9 @@ from cnntrain.errors import DivergedError
 from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute
 from cnntrain.train.ema import MovingAverage
-from cnntrain.train.loop import Journal, Silent, train_epoch
-from cnntrain.train.nonfinite import Finiteness
-from cnntrain.train.plan import Plan
+from cnntrain.train.loop import Logger, NullLogger, train_epoch
+from cnntrain.train.nonfinite import NonFiniteGuard
+from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.schedule import Constant
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import Progress, TrainState
@@ -31,7 +31,7 @@ LEAD_IN_STEPS = 2  # before a window of the loop: they fill queues and caches
 
 
 @dataclass
-class Rig:
+class StepTimer:
     """A training that is only timed: learning rate 0, epochs without end.
 
     Attributes:
@@ -44,10 +44,10 @@ class Rig:
     state: TrainState
     task: Task
     compute: Compute
-    plan: Plan
+    plan: TrainingPlan
     loader: Loader
     pipeline: Pipeline
-    journal: Journal
+    journal: Logger
     window_s: float = 0.5
     step_s: float = 0.0
 
@@ -55,7 +55,7 @@ class Rig:
         for group in self.state.optimizer.param_groups:
             group["peak_lr"] = group["lr"] = 0.0
         drop_last = len(self.loader) >= self.plan.batch_size
-        self.training = Endless(self.loader)
+        self.training = RepeatingLoader(self.loader)
         self.plan = replace(
             self.plan, batches_per_epoch=ENDLESS, steps_per_epoch=ENDLESS, drop_last=drop_last,
             save_every_steps=None, limit_batches=None, unfreeze_epoch=None,
@@ -93,18 +93,18 @@ class Rig:
         A part's cost is what it adds: what runs beside the device's work, and so costs nothing, counts as nothing.
         """
         untouched = cast("Pipeline", _Untouched())
-        held, silent = Held(self.ready), Silent()
+        held, silent = FixedBatch(self.ready), NullLogger()
         parts = {
             "step": self.bare,
             "metrics": lambda: self._loop(held, untouched, silent),
             "logging": lambda: self._loop(held, untouched, self.journal),
-            "augment": lambda: self._loop(Held(self.stored), self.pipeline, self.journal),
+            "augment": lambda: self._loop(FixedBatch(self.stored), self.pipeline, self.journal),
         }
         images = self.loader.examples.images
         on_device = self.compute.device.type == "cpu" or getattr(self.loader, "images", images) is not images
         if not on_device:
             parts["transfer"] = lambda: self._loop(
-                Held(self.stored, self.compute.device), self.pipeline, self.journal
+                FixedBatch(self.stored, self.compute.device), self.pipeline, self.journal
             )
         return {**parts, "data": self.loop}
 
@@ -129,14 +129,14 @@ class Rig:
             optimizer.zero_grad(set_to_none=True)
         return self._now() - started
 
-    def _loop(self, training: Loader, pipeline: Pipeline, journal: Journal) -> tuple[int, float]:
+    def _loop(self, training: Loader, pipeline: Pipeline, journal: Logger) -> tuple[int, float]:
         every, steps = self.window
         first = (
             2 * every
         )  # the step that the first reading follows; not 0, where a training shows its first batch
         self.state.progress = Progress(step=first - min(LEAD_IN_STEPS, every))
         stamps = _Stamps(journal)
-        finite = Finiteness(self.compute.device, self.state.scaler is not None, _diverged)
+        finite = NonFiniteGuard(self.compute.device, self.state.scaler is not None, _diverged)
         plan = replace(self.plan, read_every_steps=every, total_steps=first + steps)
         train_epoch(
             self.state, training, pipeline, self.task, self.compute, plan, stamps,
@@ -151,17 +151,17 @@ class Rig:
         return time.perf_counter()
 
 
-def make_rig(
+def make_step_timer(
     model: nn.Module,
     make_optimizer: Callable[[nn.Module, Compute], Optimizer],
     task: Task,
     compute: Compute,
-    plan: Plan,
+    plan: TrainingPlan,
     loader: Loader,
     pipeline: Pipeline,
     ema_decay: float | None,
-    journal: Journal | None = None,
-) -> Rig:
+    journal: Logger | None = None,
+) -> StepTimer:
     """A rig of copies: nothing that is done to it reaches `model`."""
     model = copy.deepcopy(model)
     compute.place(model)
@@ -172,10 +172,10 @@ def make_rig(
         torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None,
         MovingAverage(model, ema_decay) if ema_decay else None,
     )
-    return Rig(state, task, compute, plan, loader, pipeline, journal or Silent())
+    return StepTimer(state, task, compute, plan, loader, pipeline, journal or NullLogger())
 
 
-class Endless(Loader):
+class RepeatingLoader(Loader):
     """The batches of a loader, one pass after another; never at hand, for each is to be augmented in its own window."""
 
     def __init__(self, loader: Loader) -> None:
@@ -192,7 +192,7 @@ class Endless(Loader):
         raise NotImplementedError
 
 
-class Held(Endless):
+class FixedBatch(RepeatingLoader):
     """The same batch again and again; with `device`, its images are brought there from the host each time."""
 
     def __init__(self, batch: Batch, device: torch.device | None = None) -> None:
@@ -223,10 +223,10 @@ class _Untouched:
         return None
 
 
-class _Stamps(Silent):
+class _Stamps(NullLogger):
     """Notes when each reading was over."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Logger) -> None:
         self.journal = journal
         self.seconds: list[float] = []
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cnntrain.augment.blur import gaussian_blur
-from cnntrain.augment.effects import Blur, Erasing, Noise, normal_field
+from cnntrain.augment.effects import Blur, Noise, RandomErasing, normal_field
 from cnntrain.augment.mix import Cutmix, Mix, Mixup, beta_quantile
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.augment.trivial_augment import Trivial
@@ -22,7 +22,9 @@ def many(make_batch, count=200):
 def test_erasing_covers_one_box_with_the_mean(make_batch):
     batch = many(make_batch)
     plain = Pipeline(SPEC, {}).plain(batch).images
-    result = Pipeline(SPEC, {"e": Erasing(area=(0.1, 0.3), ratio=(0.5, 2.0), probability=0.6)})(batch, 1, 0)
+    result = Pipeline(SPEC, {"e": RandomErasing(area=(0.1, 0.3), ratio=(0.5, 2.0), probability=0.6)})(
+        batch, 1, 0
+    )
     changed = (result.images != plain).any(1)  # (N, H, W)
     erased = changed.any(2).any(1)
     assert 0.5 < erased.float().mean() < 0.7

@@ -8,7 +8,7 @@ import torch
 
 from cnntrain.augment.base import Augmentation, Geometry
 from cnntrain.augment.color import ColorJitter, Contrast, Invert
-from cnntrain.augment.effects import Blur, Erasing, Noise
+from cnntrain.augment.effects import Blur, Noise, RandomErasing
 from cnntrain.augment.geometry import Crop, HorizontalFlip, Shift, VerticalFlip
 from cnntrain.augment.mix import Cutmix, Mixup
 from cnntrain.augment.paint import affine_by_channel
@@ -31,7 +31,7 @@ ITEMS: dict[str, Augmentation] = {
     "jitter": ColorJitter(hue=0.1),
     "contrast": Contrast(strength=0.8),
     "invert": Invert(probability=0.5),
-    "erasing": Erasing(),
+    "erasing": RandomErasing(),
     "blur": Blur(),
     "noise": Noise(),
 }

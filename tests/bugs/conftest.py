@@ -8,8 +8,8 @@ import pytest
 
 from cnntrain import compose
 from cnntrain.checks.check_run import choose, run_checks
-from cnntrain.checks.context import Bench
-from cnntrain.commands.check import build_bench
+from cnntrain.checks.context import CheckContext
+from cnntrain.commands.check import build_context
 from cnntrain.train.setup import assemble
 from cnntrain.train.signals import StopFlag
 from cnntrain.types import Finding
@@ -18,12 +18,12 @@ PLANTED = Path(__file__).parent / "planted"
 
 
 @pytest.fixture(scope="session")
-def bench_of() -> Callable[..., Bench]:
+def bench_of() -> Callable[..., CheckContext]:
     """`bench_of("model=mlp", ...)`: the parts of that run, laid out for checks; `planted/` is its config folder."""
 
-    def make(*overrides: str) -> Bench:
+    def make(*overrides: str) -> CheckContext:
         settings = compose("threads=1", "log.pictures=false", *overrides, config_dir=PLANTED)
-        return build_bench(assemble(settings), time.monotonic() + 600, StopFlag())
+        return build_context(assemble(settings), time.monotonic() + 600, StopFlag())
 
     return make
 
@@ -32,7 +32,7 @@ def bench_of() -> Callable[..., Bench]:
 def judge() -> Callable[..., dict[str, Finding]]:
     """`judge(bench, "start", "loss-sign")`: the findings of checks and topics, by name."""
 
-    def run(bench: Bench, *words: str) -> dict[str, Finding]:
+    def run(bench: CheckContext, *words: str) -> dict[str, Finding]:
         return {finding.name: finding for finding in run_checks(bench, choose(words), lambda *_: None)}
 
     return run

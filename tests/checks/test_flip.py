@@ -12,15 +12,15 @@ from cnntrain.checks.flip import compare, judge_flip, judge_map, judge_names, si
 from cnntrain.cli import main
 from cnntrain.data.sources.schemes import CAT9, COCO17, IBUG68, Scheme
 from cnntrain.data.sources.toy_faces import ToyFaces
-from cnntrain.types import DataSpec, Finding, infer_mirror, mirror_permutation
+from cnntrain.types import DataSpec, Finding, flip_permutation, infer_flip_pairs
 
 Shapes = tuple[Tensor, Tensor]
 
 
 def right_map(scheme: Scheme) -> tuple[int, ...]:
-    declared = infer_mirror(scheme.names)
+    declared = infer_flip_pairs(scheme.names)
     if scheme.mirror is not None:
-        declared = mirror_permutation(scheme.names, scheme.mirror)
+        declared = flip_permutation(scheme.names, scheme.mirror)
     assert declared is not None
     return declared
 

@@ -10,7 +10,7 @@ from cnntrain.data.source import default_root
 from cnntrain.errors import UserError
 from cnntrain.randomness import epoch_order, hash_seed, uniform
 from cnntrain.report.expectations import judge_expectations
-from cnntrain.train.distributed import find_place
+from cnntrain.train.distributed import rank_from_env
 
 # What a user may get wrong, and what the message must say.
 SLIPS = {
@@ -280,13 +280,13 @@ def test_a_setting_without_its_equals_sign_is_recognized(arguments: list[str], s
 @pytest.mark.parametrize("value", ["junk", "", "-2", "1e3", "9" * 40])
 def test_a_launchers_variable_that_is_no_number_is_named(name: str, value: str) -> None:
     with pytest.raises(UserError, match=f"{name} must be a whole number"):
-        find_place({name: value})
+        rank_from_env({name: value})
 
 
 def test_a_ranks_variables_are_checked_too() -> None:
     given = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "zero", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     with pytest.raises(UserError, match="LOCAL_RANK must be a whole number"):
-        find_place(given)
+        rank_from_env(given)
 
 
 def test_without_a_home_folder_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from cnntrain.data.sources.dlib_xml import DlibXml
 from cnntrain.data.sources.keypoint_csv import KeypointCsv
 from cnntrain.data.sources.schemes import CAT9, COCO17, IBUG68, SCHEMES
 from cnntrain.errors import UserError
-from cnntrain.types import infer_mirror, mirror_permutation
+from cnntrain.types import flip_permutation, infer_flip_pairs
 
 IBUG_PAIRS = (
     "0-16 1-15 2-14 3-13 4-12 5-11 6-10 7-9 17-26 18-25 19-24 20-23 21-22 31-35 32-34 36-45 37-44 38-43 "
@@ -31,11 +31,11 @@ def test_ibug_partners_are_the_published_ones():
     for pair in IBUG_PAIRS.split():
         one, other = map(int, pair.split("-"))
         expected[one], expected[other] = other, one
-    assert infer_mirror(IBUG68.names) == tuple(expected)
+    assert infer_flip_pairs(IBUG68.names) == tuple(expected)
 
 
 def test_coco_partners_are_neighbors():
-    assert infer_mirror(COCO17.names) == (0, *(i + 1 if i % 2 else i - 1 for i in range(1, 17)))
+    assert infer_flip_pairs(COCO17.names) == (0, *(i + 1 if i % 2 else i - 1 for i in range(1, 17)))
 
 
 @pytest.mark.parametrize(
@@ -52,20 +52,20 @@ def test_coco_partners_are_neighbors():
     ],
 )
 def test_partners_follow_from_whole_words(names, mirror):
-    assert infer_mirror(names) == mirror
+    assert infer_flip_pairs(names) == mirror
 
 
 @pytest.mark.parametrize("name", ["left_eye", "eyeRight", "l_eye", "LEFT_EYE"])
 def test_a_side_without_its_partner_is_refused(name):
     with pytest.raises(UserError, match=f"'{name}' has no partner"):
-        infer_mirror((name, "nose"))
+        infer_flip_pairs((name, "nose"))
 
 
 def test_cat_ears_mirror_inside_out():
     """The left ear counts from the inside, so its third point is the partner of the right one's first. Sides are
     the cat's own: its right is on the picture's left."""
     assert CAT9.mirror is not None
-    assert mirror_permutation(CAT9.names, CAT9.mirror) == (1, 0, 2, 8, 7, 6, 5, 4, 3)
+    assert flip_permutation(CAT9.names, CAT9.mirror) == (1, 0, 2, 8, 7, 6, 5, 4, 3)
     published = [175, 160, 239, 162, 199, 199, 149, 121, 137, 78, 166, 93, 281, 101, 312, 96, 296, 133]
     xs = dict(zip(CAT9.names, published[::2], strict=True))
     assert xs["right_ear_1"] < xs["right_ear_3"] < xs["left_ear_1"] < xs["left_ear_3"]

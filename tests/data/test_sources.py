@@ -33,7 +33,7 @@ def test_digits_are_scikit_learns():
     assert (
         torch.cat([train.targets["label"], test.targets["label"]]).tolist() == reference.target[rows].tolist()
     )
-    assert not Digits().spec().mirror_safe
+    assert not Digits().spec().hflip_ok
     counts = torch.bincount(test.targets["label"])
     assert int(counts.max() - counts.min()) <= 2
 

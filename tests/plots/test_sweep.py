@@ -6,12 +6,12 @@ import pytest
 from cnntrain.plots.curves import png
 from cnntrain.plots.sweep import marginal_effect, parallel_coordinates
 from cnntrain.report.comparison_table import learning_curves
-from cnntrain.sweep.search_space import Axis
+from cnntrain.sweep.search_space import SearchDimension
 
 AXES = [
-    Axis("model", ("lenet5", "mlp")),
-    Axis("optimizer.lr", (), 1e-4, 1e-1, log=True),
-    Axis("batch_size", ("64", "32")),
+    SearchDimension("model", ("lenet5", "mlp")),
+    SearchDimension("optimizer.lr", (), 1e-4, 1e-1, log=True),
+    SearchDimension("batch_size", ("64", "32")),
 ]
 POINTS = [
     ({"model": "mlp", "optimizer.lr": "0.1", "batch_size": "32"}, 0.5),

@@ -5,17 +5,17 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.errors import UserError
-from cnntrain.summary.layer_table import Anatomy, analyze
+from cnntrain.summary.layer_table import ModelSummary, analyze
 
 
 @pytest.fixture(scope="module")
-def alexnet() -> Anatomy:
+def alexnet() -> ModelSummary:
     from torchvision import models
 
     return analyze(lambda: models.alexnet(weights=None), (3, 227, 227), "alexnet")
 
 
-def test_the_alexnet_slide_memory(alexnet: Anatomy) -> None:
+def test_the_alexnet_slide_memory(alexnet: ModelSummary) -> None:
     """Lecture, AlexNet's memory in KB, layer by layer; 2,375 with average pool and flatten."""
     kib = [r.activations_kib for r in alexnet.rows if r.kind in ("Conv2d", "MaxPool2d", "Linear")]
     assert [round(value) for value in kib[:-1]] == [784, 182, 547, 127, 254, 169, 169, 36, 16, 16]
@@ -23,7 +23,7 @@ def test_the_alexnet_slide_memory(alexnet: Anatomy) -> None:
     assert round(alexnet.activations_kib) == 2375
 
 
-def test_the_alexnet_slide_multiply_adds(alexnet: Anatomy) -> None:
+def test_the_alexnet_slide_multiply_adds(alexnet: ModelSummary) -> None:
     """Lecture, AlexNet's multiply-adds in millions; torchvision's first map is 56x56 at 227 px."""
     millions = [row.multiply_adds / 1e6 for row in alexnet.rows if row.multiply_adds]
     assert [round(value, 1) for value in millions] == [72.9, 223.9, 112.1, 149.5, 99.7, 37.7, 16.8, 4.1]
@@ -31,21 +31,21 @@ def test_the_alexnet_slide_multiply_adds(alexnet: Anatomy) -> None:
     assert alexnet.row("features.0").output_shape == (64, 56, 56)
 
 
-def test_the_alexnet_slide_parameters(alexnet: Anatomy) -> None:
+def test_the_alexnet_slide_parameters(alexnet: ModelSummary) -> None:
     """Lecture: 96 % of AlexNet's parameters are in its dense layers."""
     dense = sum(row.parameters for row in alexnet.rows if row.kind == "Linear")
     assert alexnet.parameters() == 61_100_840
     assert round(dense / alexnet.parameters(), 2) == 0.96
 
 
-def test_totals_are_the_sum_of_the_rows(alexnet: Anatomy) -> None:
+def test_totals_are_the_sum_of_the_rows(alexnet: ModelSummary) -> None:
     assert alexnet.parameters() == sum(row.parameters for row in alexnet.rows)
     assert alexnet.multiply_adds == sum(row.multiply_adds for row in alexnet.rows)
     assert alexnet.activations_kib == sum(row.activations_kib for row in alexnet.rows)
     assert len({row.name for row in alexnet.rows}) == len(alexnet.rows)
 
 
-def test_notation(alexnet: Anatomy) -> None:
+def test_notation(alexnet: ModelSummary) -> None:
     assert alexnet.row("features.0").notation == "C64 K11 P2 S4"
     net = nn.Conv2d(4, 8, (3, 1), padding="same", dilation=2, groups=4, padding_mode="reflect")
     assert analyze(nn.Sequential(net), (4, 9, 9)).rows[0].notation == "C8 K3x1 P2x0 S1 D2 G4"

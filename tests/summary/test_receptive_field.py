@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from cnntrain.summary.layer_table import analyze
 from cnntrain.summary.meta import as_meta, images
-from cnntrain.summary.receptive_field import Span, transposed_window, window
+from cnntrain.summary.receptive_field import ReceptiveInterval, transposed_window, window
 from cnntrain.summary.run import trace_run
 
 
@@ -158,7 +158,7 @@ def test_a_span_is_the_hull_of_what_the_taps_read(
     layers: list[tuple[int, int, int, int]], ups: list[bool], position: int
 ) -> None:
     """Whatever windows and transposed windows follow one another: brute force over taps, at any position."""
-    span = Span()
+    span = ReceptiveInterval()
     reads: Callable[[int], set[int]] = lambda i: {i}  # noqa: E731
     for (kernel, stride, padding, dilation), up in zip(layers, ups, strict=False):
         make = transposed_window if up else window

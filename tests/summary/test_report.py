@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from torch import nn
 
-from cnntrain.summary.layer_table import Anatomy, analyze
+from cnntrain.summary.layer_table import ModelSummary, analyze
 from cnntrain.summary.report import report
 from cnntrain.summary.view import bar, compare, fitting_depth, fold
 
@@ -19,13 +19,13 @@ def block(width: int) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def anatomy() -> Anatomy:
+def anatomy() -> ModelSummary:
     return analyze(
         nn.Sequential(*(nn.Sequential(block(4), block(4)) for _ in range(12))), (4, 16, 16), "tower"
     )
 
 
-def test_folding_keeps_the_totals(anatomy: Anatomy) -> None:
+def test_folding_keeps_the_totals(anatomy: ModelSummary) -> None:
     for depth in (1, 2, 3, None):
         rows = fold(anatomy.rows, depth)
         assert sum(row.parameters for row in rows) == anatomy.parameters()
@@ -35,7 +35,7 @@ def test_folding_keeps_the_totals(anatomy: Anatomy) -> None:
     assert fitting_depth(anatomy.rows) == 2
 
 
-def test_files(anatomy: Anatomy, tmp_path: Path) -> None:
+def test_files(anatomy: ModelSummary, tmp_path: Path) -> None:
     """The CSV has every row and sums to the JSON's totals; the picture is there."""
     console = Console(file=io.StringIO())
     written = report(anatomy, tmp_path / "inspect", convention="keras", console=console)
@@ -49,7 +49,7 @@ def test_files(anatomy: Anatomy, tmp_path: Path) -> None:
     assert written[2].stat().st_size > 10_000
 
 
-def test_the_table_on_paper(anatomy: Anatomy) -> None:
+def test_the_table_on_paper(anatomy: ModelSummary) -> None:
     """Folded to a page, with totals and the conventions below."""
     stream = io.StringIO()
     report(anatomy, console=Console(file=stream))
@@ -60,7 +60,7 @@ def test_the_table_on_paper(anatomy: Anatomy) -> None:
     assert "3 layers" in text
 
 
-def test_comparison(anatomy: Anatomy, tmp_path: Path) -> None:
+def test_comparison(anatomy: ModelSummary, tmp_path: Path) -> None:
     small = analyze(nn.Conv2d(4, 4, 3), (4, 16, 16), "small")
     rows = compare([anatomy, small])
     assert [row["network"] for row in rows] == ["tower", "small"]
@@ -70,7 +70,7 @@ def test_comparison(anatomy: Anatomy, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_of_one_name_get_two_pictures(anatomy: Anatomy, tmp_path: Path) -> None:
+def test_two_of_one_name_get_two_pictures(anatomy: ModelSummary, tmp_path: Path) -> None:
     written = report([anatomy, anatomy], tmp_path, console=Console(file=io.StringIO()))
     assert [path.name for path in written[2:]] == ["tower-1.png", "tower-2.png"]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from cnntrain.cli import parse_arguments
-from cnntrain.sweep.plan import Plan, read_plan
+from cnntrain.sweep.plan import SweepPlan, read_plan
 
 QUICK = (
     "epochs=1",
@@ -17,10 +17,10 @@ QUICK = (
 
 
 @pytest.fixture
-def plan() -> Callable[..., Plan]:
+def plan() -> Callable[..., SweepPlan]:
     """Reads a sweep's command line."""
 
-    def read(*arguments: str, ranked: bool = True) -> Plan:
+    def read(*arguments: str, ranked: bool = True) -> SweepPlan:
         return read_plan(parse_arguments(["-m", *QUICK, *arguments]), ranked)
 
     return read

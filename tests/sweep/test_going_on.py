@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cnntrain.sweep.execute_run import SweepTarget
 from optuna.exceptions import StorageInternalError
 
 from cnntrain.cli import Invocation, parse_arguments
 from cnntrain.errors import MachineError, StoppedError, UserError
-from cnntrain.sweep.perform import Job
 from cnntrain.sweep.study import Study
 from cnntrain.sweep.sweep_run import run_sweep
 
@@ -42,11 +42,11 @@ def command_in(message: str) -> list[str]:
 def test_a_stopped_sweep_names_the_command_that_goes_on_with_it() -> None:
     first = asked("run_dir='my sweeps/s'", "resume=none")
     with pytest.raises(StoppedError) as caught:
-        run_sweep(first, Job(stopped, judge))
+        run_sweep(first, SweepTarget(stopped, judge))
     assert caught.value.exit_code == 128 + 15
     again = parse_arguments(command_in(str(caught.value)))
     assert again.multirun and again.overrides == (*QUICK, "run_dir='my sweeps/s'", "resume=auto")
-    assert run_sweep(again, Job(done, judge)) == 0
+    assert run_sweep(again, SweepTarget(done, judge)) == 0
     assert json.loads(Path("my sweeps/s/001-0.02/results.json").read_text())["test"] == {"test/top1": 0.5}
 
 
@@ -58,7 +58,7 @@ def test_a_lost_storage_is_the_machines_fault_and_can_be_gone_on_with(
 
     monkeypatch.setattr(Study, "record", lost)
     with pytest.raises(MachineError) as caught:
-        run_sweep(asked("run_dir=s"), Job(done, judge))
+        run_sweep(asked("run_dir=s"), SweepTarget(done, judge))
     assert "s3cret" not in str(caught.value)
     assert command_in(str(caught.value).splitlines()[-1]) == ["-m", *QUICK, "run_dir=s", "resume=auto"]
 
@@ -71,7 +71,7 @@ def test_a_damaged_result_of_the_winner_costs_the_test_figure_alone(
         Path(settings.run_dir, "results.json").write_text("")
         return results
 
-    assert run_sweep(asked("run_dir=s"), Job(damaged, judge)) == 0
+    assert run_sweep(asked("run_dir=s"), SweepTarget(damaged, judge)) == 0
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "results.json" in line]
     assert command_in(said.partition(" rewrites it")[0])[-2:] == ["run_dir=s/001-0.02", "resume=auto"]
 
@@ -83,8 +83,8 @@ def test_links_in_a_sweeps_folder_are_not_followed(name: str) -> None:
     Path("s").mkdir()
     Path("s", name).symlink_to(victim.absolute())
     if name.startswith("results"):  # written anew, and not read
-        assert run_sweep(asked("run_dir=s"), Job(done, judge)) == 0
+        assert run_sweep(asked("run_dir=s"), SweepTarget(done, judge)) == 0
     else:
         with pytest.raises(UserError, match="is a link"):
-            run_sweep(asked("run_dir=s", "resume=auto"), Job(done, judge))
+            run_sweep(asked("run_dir=s", "resume=auto"), SweepTarget(done, judge))
     assert victim.read_text() == "precious"

@@ -9,25 +9,25 @@ import yaml
 from cnntrain.cli import main, parse_arguments
 from cnntrain.config.compose import read_space
 from cnntrain.errors import UserError
-from cnntrain.sweep.plan import Plan, Repeat, read_plan, share_of, short
-from cnntrain.sweep.search_space import Axis, grid
+from cnntrain.sweep.plan import Repeat, SweepPlan, read_plan, share_of, short
+from cnntrain.sweep.search_space import SearchDimension, grid
 from cnntrain.sweep.trial_workers import visible_gpus
 
-Read = Callable[..., Plan]
+Read = Callable[..., SweepPlan]
 
 AXES = {
-    "model=lenet5,mlp": Axis("model", ("lenet5", "mlp")),
-    "model=choice(lenet5,mlp)": Axis("model", ("lenet5", "mlp")),
-    "model=glob(lenet*)": Axis("model", ("lenet5", "lenet5_1998")),
-    "augment=[flip,crop],none": Axis("augment", ("[flip,crop]", "none")),
-    "epochs=range(1,4)": Axis("epochs", ("1", "2", "3"), 1, 3, 1, whole=True),
-    "epochs=range(9,1,-4)": Axis("epochs", ("9", "5"), 5, 9, 4, whole=True),
-    "ema_decay=range(0,0.5,0.25)": Axis("ema_decay", ("0.0", "0.25"), 0, 0.25, 0.25),
-    "optimizer.lr=interval(0.1,0.5)": Axis("optimizer.lr", (), 0.1, 0.5),
-    "optimizer.lr=tag(log,interval(1e-4,1e-1))": Axis("optimizer.lr", (), 1e-4, 1e-1, log=True),
-    "batch_size=int(interval(8,64))": Axis("batch_size", (), 8, 63, whole=True),
-    "batch_size=tag(log,range(8,64,24))": Axis("batch_size", ("8", "32", "56")),
-    "batch_size=tag(log,int(interval(8,64)))": Axis("batch_size", (), 8, 63, log=True, whole=True),
+    "model=lenet5,mlp": SearchDimension("model", ("lenet5", "mlp")),
+    "model=choice(lenet5,mlp)": SearchDimension("model", ("lenet5", "mlp")),
+    "model=glob(lenet*)": SearchDimension("model", ("lenet5", "lenet5_1998")),
+    "augment=[flip,crop],none": SearchDimension("augment", ("[flip,crop]", "none")),
+    "epochs=range(1,4)": SearchDimension("epochs", ("1", "2", "3"), 1, 3, 1, whole=True),
+    "epochs=range(9,1,-4)": SearchDimension("epochs", ("9", "5"), 5, 9, 4, whole=True),
+    "ema_decay=range(0,0.5,0.25)": SearchDimension("ema_decay", ("0.0", "0.25"), 0, 0.25, 0.25),
+    "optimizer.lr=interval(0.1,0.5)": SearchDimension("optimizer.lr", (), 0.1, 0.5),
+    "optimizer.lr=tag(log,interval(1e-4,1e-1))": SearchDimension("optimizer.lr", (), 1e-4, 1e-1, log=True),
+    "batch_size=int(interval(8,64))": SearchDimension("batch_size", (), 8, 63, whole=True),
+    "batch_size=tag(log,range(8,64,24))": SearchDimension("batch_size", ("8", "32", "56")),
+    "batch_size=tag(log,int(interval(8,64)))": SearchDimension("batch_size", (), 8, 63, log=True, whole=True),
 }
 
 

@@ -9,11 +9,11 @@ from PIL import Image
 
 from cnntrain.cli import parse_arguments
 from cnntrain.errors import UserError
-from cnntrain.sweep.plan import Plan, Repeat, read_plan
+from cnntrain.sweep.plan import Repeat, SweepPlan, read_plan
 from cnntrain.sweep.storage import open_study
 from cnntrain.sweep.study import Outcome, Study
 
-Read = Callable[..., Plan]
+Read = Callable[..., SweepPlan]
 
 
 def work_off(

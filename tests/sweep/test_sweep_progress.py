@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cnntrain.sweep.plan import Plan, Repeat
+from cnntrain.sweep.plan import Repeat, SweepPlan
 from cnntrain.sweep.study import Outcome
-from cnntrain.sweep.sweep_progress import Board
+from cnntrain.sweep.sweep_progress import SweepProgress
 
 OUTCOMES = [
     Outcome("done", 0.91, {"epoch": 3, "val/top1": 0.91}, time_s=4.0),
@@ -19,8 +19,8 @@ OUTCOMES = [
 ]
 
 
-def play(plan: Plan, console: Console) -> Board:
-    board = Board(plan, console)
+def play(plan: SweepPlan, console: Console) -> SweepProgress:
+    board = SweepProgress(plan, console)
     with board:
         board.to_come = 2
         for seed, outcome in enumerate(OUTCOMES):
@@ -38,7 +38,7 @@ def play(plan: Plan, console: Console) -> Board:
     return board
 
 
-def test_a_log_has_a_line_a_run_and_the_error_at_once(plan: Callable[..., Plan]) -> None:
+def test_a_log_has_a_line_a_run_and_the_error_at_once(plan: Callable[..., SweepPlan]) -> None:
     console = Console(file=io.StringIO(), width=80)
     play(plan("model=mlp,lenet5"), console)
     assert isinstance(console.file, io.StringIO)
@@ -48,7 +48,7 @@ def test_a_log_has_a_line_a_run_and_the_error_at_once(plan: Callable[..., Plan])
     assert any(line.startswith("[4/6]") and "pruned" in line for line in lines)
 
 
-def test_the_table_tells_what_runs_what_is_best_and_what_is_left(plan: Callable[..., Plan]) -> None:
+def test_the_table_tells_what_runs_what_is_best_and_what_is_left(plan: Callable[..., SweepPlan]) -> None:
     terminal = Console(file=io.StringIO(), width=110, force_terminal=True)
     drawn = play(plan("model=mlp,lenet5"), terminal).drawn  # pyright: ignore[reportAttributeAccessIssue]
     assert "sweep of 7 runs: 1 running, 2 done, 1 killed, 1 pruned, 2 to come" in drawn
@@ -56,16 +56,16 @@ def test_the_table_tells_what_runs_what_is_best_and_what_is_left(plan: Callable[
     assert "0.123" in drawn and "running" in drawn and "left" in drawn
 
 
-def test_lower_is_better_for_errors(plan: Callable[..., Plan]) -> None:
+def test_lower_is_better_for_errors(plan: Callable[..., SweepPlan]) -> None:
     asked = plan("model=mlp,lenet5")
-    board = Board(dataclasses.replace(asked, monitor=("nme", "min")), Console(file=io.StringIO()))
+    board = SweepProgress(dataclasses.replace(asked, monitor=("nme", "min")), Console(file=io.StringIO()))
     for trial, value in enumerate((0.3, 0.1, 0.2)):
         board.note(Outcome("done", value), trial, {"model": str(value)})
     assert board.best == (0.1, "model=0.1")
 
 
-def test_the_best_so_far_is_a_setting_by_its_mean_and_not_a_lucky_run(plan: Callable[..., Plan]) -> None:
-    board = Board(plan("model=mlp,lenet5", "data.folds=3"), Console(file=io.StringIO()))
+def test_the_best_so_far_is_a_setting_by_its_mean_and_not_a_lucky_run(plan: Callable[..., SweepPlan]) -> None:
+    board = SweepProgress(plan("model=mlp,lenet5", "data.folds=3"), Console(file=io.StringIO()))
     for trial, values in enumerate([(0.5, 0.99, 0.4), (0.7, 0.7, 0.7), (0.98, 0.98)]):
         for value in values:
             board.note(Outcome("done", value), trial, {"model": str(trial)})

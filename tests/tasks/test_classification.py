@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cnntrain.errors import UserError
 from cnntrain.tasks import classification
 from cnntrain.tasks.classification import Classification
-from cnntrain.tasks.meter import Meter, Worst, count_pairs
+from cnntrain.tasks.meter import HardestExamples, Meter, count_pairs
 from cnntrain.types import DataSpec
 
 
@@ -92,8 +92,8 @@ def test_mixed_targets_weigh_both_labels():
 
 
 def test_the_lowest_loss_of_the_lecture():
-    assert make(10, label_smoothing=0.1).lowest_loss() == pytest.approx(0.500288, abs=5e-7)
-    assert make(10).lowest_loss() == 0.0
+    assert make(10, label_smoothing=0.1).min_loss() == pytest.approx(0.500288, abs=5e-7)
+    assert make(10).min_loss() == 0.0
 
 
 @pytest.mark.parametrize(("classes", "weights"), [(2, None), (4, None), (4, [0.2, 1, 3, 1]), (2, [1, 5])])
@@ -113,7 +113,7 @@ def test_an_optimum_reaches_the_lowest_loss_and_nothing_goes_below(classes, weig
 
         optimizer.step(closure)
         best = min(best, mean_loss(task, outputs.detach(), targets))
-    assert best == pytest.approx(task.lowest_loss(), abs=2e-5)
+    assert best == pytest.approx(task.min_loss(), abs=2e-5)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
@@ -304,12 +304,12 @@ def test_the_worst_are_confident_mistakes_whatever_the_batches():
     outputs = torch.tensor([[9.0, 0, 0], [0, 5, 0], [0, 9, 0], [7, 0, 0], [0, 0, 1]])
     targets = {"label": torch.tensor([0, 0, 0, 1, 1])}
     for cut in range(1, 5):
-        worst = Worst(3)
+        worst = HardestExamples(3)
         for part in (slice(0, cut), slice(cut, 5)):
             score = task.mistake_score(outputs[part], {"label": targets["label"][part]})
             worst.update(score, torch.arange(10, 15)[part])
         assert worst.rows().tolist() == [12, 13, 11]
-    assert Worst(3).rows().tolist() == []
+    assert HardestExamples(3).rows().tolist() == []
 
 
 def test_half_precision_outputs_are_judged_in_single():

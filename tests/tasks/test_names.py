@@ -7,7 +7,7 @@ import torch
 
 from cnntrain.plots.images import bars, confusion_matrix, image_grid, ranking_curves, shorten
 from cnntrain.tasks.class_weights import parse_class_weights
-from cnntrain.types import mirror_permutation
+from cnntrain.types import flip_permutation
 
 ODD = ("$5_to_$10", os.fsdecode(b"caf\xe9.jpg"), "under_score", "$")
 
@@ -33,4 +33,4 @@ def test_shortening() -> None:
 @pytest.mark.parametrize("weights", [{0: 5}, {"0": 5}])
 def test_numbers_that_yaml_reads_are_names(weights: dict) -> None:
     assert parse_class_weights(weights, ("0", "1")).tolist() == [5, 1]  # pyright: ignore[reportOptionalMemberAccess]
-    assert mirror_permutation(("36", "45", "30"), {36: 45}) == (1, 0, 2)  # pyright: ignore[reportArgumentType]
+    assert flip_permutation(("36", "45", "30"), {36: 45}) == (1, 0, 2)  # pyright: ignore[reportArgumentType]

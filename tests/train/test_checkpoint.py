@@ -7,7 +7,7 @@ import torch
 
 from cnntrain.errors import MachineError, UserError
 from cnntrain.train import checkpoint
-from cnntrain.train.run_dir import open_run_folder, unused_folder
+from cnntrain.train.run_dir import open_run_dir, unused_run_dir
 
 STATE = {"state": {"weight": torch.arange(6.0), "names": ["a", "b"], "best": {"val/top1": 0.5}}}
 
@@ -64,25 +64,25 @@ def test_what_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: 
 
 
 def test_a_folder_has_one_owner(tmp_path: Path) -> None:
-    with open_run_folder(tmp_path / "run", "x", trains=True) as run:
+    with open_run_dir(tmp_path / "run", "x", trains=True) as run:
         (run.checkpoints).mkdir()
         with (
             pytest.raises(UserError, match="another process"),
-            open_run_folder(tmp_path / "run", "x", trains=True),
+            open_run_dir(tmp_path / "run", "x", trains=True),
         ):
             pass
         (run.checkpoints / ".last.pt.1.tmp").touch()
         (run.path / ".metrics.csv.1.tmp").touch()
         (run.path / ".mine.tmp").touch()
-    with open_run_folder(tmp_path / "run", "x", trains=True) as run:
+    with open_run_dir(tmp_path / "run", "x", trains=True) as run:
         assert not list(run.checkpoints.iterdir())
         assert {path.name for path in run.path.glob(".*.tmp")} == {".mine.tmp"}
     with (
         pytest.raises(UserError, match="holds a training"),
-        open_run_folder(tmp_path / "run", "x"),
+        open_run_dir(tmp_path / "run", "x"),
     ):
         pass
 
 
 def test_runs_started_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
-    assert len({unused_folder(tmp_path, "net") for _ in range(5)}) == 5
+    assert len({unused_run_dir(tmp_path, "net") for _ in range(5)}) == 5

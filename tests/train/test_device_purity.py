@@ -16,12 +16,12 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.config.compose import read_settings
 from cnntrain.train.distributed import pack_states, states_of, unpack_state
 from cnntrain.train.evaluate import evaluate
-from cnntrain.train.loop import Silent, train_epoch
-from cnntrain.train.nonfinite import Finiteness
+from cnntrain.train.loop import NullLogger, train_epoch
+from cnntrain.train.nonfinite import NonFiniteGuard
 from cnntrain.train.run import prepare
 from cnntrain.train.setup import assemble, make_optimizer
 from cnntrain.train.signals import StopFlag
-from cnntrain.train.step_timer import make_rig
+from cnntrain.train.step_timer import make_step_timer
 from cnntrain.transfer import constant
 from cnntrain.types import Batch, DataSpec
 from tests.simulated_cuda import DeviceMixError, simulated_cuda
@@ -69,10 +69,10 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
         plan, state = prepare(assembly, data)
         plan = replace(plan, read_every_steps=10**9, total_steps=10**9)
         training, validation = assembly.loader(data.train, augmented=True), assembly.loader(data.val)
-        finite = Finiteness(assembly.compute.device, state.scaler is not None, AssertionError)
+        finite = NonFiniteGuard(assembly.compute.device, state.scaler is not None, AssertionError)
         common = (assembly.pipeline, assembly.task, assembly.compute)
         meter, ranks = assembly.task.meter(), assembly.compute.ranks
-        train_epoch(state, training, *common, plan, Silent(), meter, lambda: None, StopFlag(), finite)
+        train_epoch(state, training, *common, plan, NullLogger(), meter, lambda: None, StopFlag(), finite)
         if resumed:
             saved = {name: value.cpu() for name, value in pack_states(states_of(meter, ranks)).items()}
             saved = unpack_state(saved, ranks)
@@ -80,7 +80,7 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
             assert all(cuda.holds(value) for value in meter.state().values())
             state.progress.batch = 0
             cuda.events.clear()
-            train_epoch(state, training, *common, plan, Silent(), meter, lambda: None, StopFlag(), finite)
+            train_epoch(state, training, *common, plan, NullLogger(), meter, lambda: None, StopFlag(), finite)
         evaluate(state.judged, validation, *common, plan.batch_size, STEPS)
         assert state.progress.batch == STEPS
         assert all(cuda.holds(parameter) for parameter in state.model.parameters())
@@ -128,9 +128,9 @@ def test_a_step_of_the_loop_launches_few_kernels_beside_the_bare_step(words: lis
         training = assembly.loader(data.train, augmented=True)
         optimizer = partial(make_optimizer, assembly.settings)
         common = (assembly.task, assembly.compute)
-        rig = make_rig(assembly.model, optimizer, *common, plan, training, assembly.pipeline, None)
+        rig = make_step_timer(assembly.model, optimizer, *common, plan, training, assembly.pipeline, None)
         rig._bare_steps(1)
-        finite = Finiteness(assembly.compute.device, False, AssertionError)
+        finite = NonFiniteGuard(assembly.compute.device, False, AssertionError)
         meter = assembly.task.meter()
         for _ in range(2):  # constants and the optimizer's state are made in the first one
             cuda.kernels.clear()
@@ -141,7 +141,7 @@ def test_a_step_of_the_loop_launches_few_kernels_beside_the_bare_step(words: lis
                 assembly.pipeline,
                 *common,
                 plan,
-                Silent(),
+                NullLogger(),
                 meter,
                 lambda: None,
                 StopFlag(),

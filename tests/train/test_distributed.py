@@ -14,14 +14,22 @@ from torch import nn
 from cnntrain import compose
 from cnntrain.data.examples import Examples
 from cnntrain.data.loader import make_loader
-from cnntrain.data.share import Share
+from cnntrain.data.share import BatchShard
 from cnntrain.errors import MachineError, StoppedError, UserError
 from cnntrain.models.modify import freeze_layers, stays_in_eval, unfreeze
 from cnntrain.tasks.meter import Meter
 from cnntrain.train import watch as watching
 from cnntrain.train.combine import has_synchronized_norms, running_statistics, synchronize_norms
 from cnntrain.train.device import own_gpu
-from cnntrain.train.distributed import ALONE, Place, Ranks, find_place, first_node, pack_states, unpack_state
+from cnntrain.train.distributed import (
+    ALONE,
+    RankInfo,
+    World,
+    first_node,
+    pack_states,
+    rank_from_env,
+    unpack_state,
+)
 from cnntrain.train.launch import _watched
 from cnntrain.train.processes import check_processes
 from cnntrain.train.watch import Watch, end_process
@@ -34,7 +42,7 @@ SLURM = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_
 
 @pytest.mark.parametrize(("images", "count"), product((1, 3, 4, 64, 103), (1, 2, 3, 4)))
 def test_shares_divide_a_batch_without_overlap_and_the_first_gets_something(images: int, count: int) -> None:
-    parts = [Share(rank, count).of(10, 10 + images) for rank in range(count)]
+    parts = [BatchShard(rank, count).of(10, 10 + images) for rank in range(count)]
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(10, 10 + images))
     sizes = [part.stop - part.start for part in parts]
     assert max(sizes) - min(sizes) <= 1 and sizes[0] == max(sizes) > 0
@@ -49,7 +57,7 @@ def test_processes_see_together_the_batches_that_one_sees(store, leader: bool) -
         Examples(images, {"label": torch.arange(10)}, [str(i) for i in range(10)]), "cpu", store=store
     )
     order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
-    shares = [Share(rank, 3, leader) for rank in range(3)]
+    shares = [BatchShard(rank, 3, leader) for rank in range(3)]
     whole = list(loader.batches(order, 4))
     parts = [[share.trim(batch) for batch in loader.batches(order, 4, share=share)] for share in shares]
     for number, batch in enumerate(whole):
@@ -64,24 +72,24 @@ def test_processes_see_together_the_batches_that_one_sees(store, leader: bool) -
 
 
 def test_a_leader_is_the_image_before_in_the_whole_batch() -> None:
-    assert [Share(rank, 3, leader=True).rows(4, 10).tolist() for rank in range(3)] == [
+    assert [BatchShard(rank, 3, leader=True).rows(4, 10).tolist() for rank in range(3)] == [
         [9, 4, 5], [5, 6, 7], [7, 8, 9],
     ]  # fmt: skip
 
 
 def test_places_are_read_from_the_environment() -> None:
-    assert find_place({}) is None
-    assert find_place({**TORCHRUN, "WORLD_SIZE": "1"}) is None
-    assert find_place(TORCHRUN) == Place(3, 4, 1, 2, "a", 29500)
-    assert find_place(SLURM) == Place(5, 8, 1, 4, "gpu03", 15007)
+    assert rank_from_env({}) is None
+    assert rank_from_env({**TORCHRUN, "WORLD_SIZE": "1"}) is None
+    assert rank_from_env(TORCHRUN) == RankInfo(3, 4, 1, 2, "a", 29500)
+    assert rank_from_env(SLURM) == RankInfo(5, 8, 1, 4, "gpu03", 15007)
     one_node = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8", "MASTER_PORT": "1234"}
-    assert find_place(one_node) == Place(5, 8, 1, 8, "127.0.0.1", 1234)
+    assert rank_from_env(one_node) == RankInfo(5, 8, 1, 8, "127.0.0.1", 1234)
     for bound in ({"SLURM_GPUS_PER_TASK": "1"}, {"SLURM_GPU_BIND": "single:1"}):
-        assert find_place({**SLURM, **bound}) == Place(5, 8, 1, 4, "gpu03", 15007, own_gpu=True)
+        assert rank_from_env({**SLURM, **bound}) == RankInfo(5, 8, 1, 4, "gpu03", 15007, own_gpu=True)
     batch_script = {name: value for name, value in SLURM.items() if not name.startswith("SLURM_STEP")}
-    assert find_place(batch_script) is None, "nobody else runs a batch script"
+    assert rank_from_env(batch_script) is None, "nobody else runs a batch script"
     with pytest.raises(UserError, match="MASTER_ADDR"):
-        find_place({name: value for name, value in TORCHRUN.items() if name != "MASTER_ADDR"})
+        rank_from_env({name: value for name, value in TORCHRUN.items() if name != "MASTER_ADDR"})
 
 
 @pytest.mark.parametrize(
@@ -94,7 +102,7 @@ def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
 def test_states_of_meters_are_packed_and_unpacked() -> None:
     states = [{"loss_sum": torch.ones(1)}, {"loss_sum": torch.zeros(1), "rows/score": torch.ones(3)}]
     packed = pack_states(states)
-    assert [unpack_state(packed, Ranks(rank, 2)) for rank in range(2)] == states
+    assert [unpack_state(packed, World(rank, 2)) for rank in range(2)] == states
     assert unpack_state(pack_states(states[:1]), ALONE) == states[0]
 
 
@@ -198,12 +206,12 @@ def in_group(rank: int, port: int, results) -> None:
     from cnntrain.train.combine import combine
     from cnntrain.train.distributed import merge
     from cnntrain.train.group import joined
-    from cnntrain.train.nonfinite import Finiteness
+    from cnntrain.train.nonfinite import NonFiniteGuard
     from cnntrain.train.schedule import Constant
     from cnntrain.train.state import TrainState
 
     torch.set_num_threads(1)
-    with joined(Place(rank, 2, rank, 2, "127.0.0.1", port), cuda=False) as ranks:
+    with joined(RankInfo(rank, 2, rank, 2, "127.0.0.1", port), cuda=False) as ranks:
         found = {"gathered": ranks.gather(rank), "told": ranks.tell(f"by {rank}")}
         meter = Loss()
         if rank == 0:  # the other one had no image
@@ -218,7 +226,7 @@ def in_group(rank: int, port: int, results) -> None:
         model[1].running_mean.fill_(float(rank))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         state = TrainState(model, optimizer, Constant(total_steps=1, steps_per_epoch=1))
-        finite = Finiteness(torch.device("cpu"), False, lambda batch: DivergedError(""))
+        finite = NonFiniteGuard(torch.device("cpu"), False, lambda batch: DivergedError(""))
         for number, had_images in enumerate((True, rank == 0)):
             optimizer.zero_grad()
             if had_images:
@@ -371,7 +379,7 @@ def test_whoever_waits_for_a_watcher_gets_an_answer() -> None:
 def test_tasks_that_see_one_gpu_each_have_their_own(monkeypatch: pytest.MonkeyPatch, bound: bool) -> None:
     """`srun --ntasks=4 --gpus-per-task=1`: each task's GPU is its number 0."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    settings, place = compose("device=cuda", "batch_size=32"), Place(3, 4, 3, 4, own_gpu=bound)
+    settings, place = compose("device=cuda", "batch_size=32"), RankInfo(3, 4, 3, 4, own_gpu=bound)
     assert own_gpu(3) == torch.device("cuda", 0)
     if bound:
         check_processes(settings, place)

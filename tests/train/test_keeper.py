@@ -9,8 +9,8 @@ from torch import nn
 
 from cnntrain.errors import MachineError
 from cnntrain.train import checkpoint
-from cnntrain.train.keeper import Keeper
-from cnntrain.train.run_dir import RunFolder
+from cnntrain.train.keeper import CheckpointWriter
+from cnntrain.train.run_dir import RunDir
 from cnntrain.train.schedule import Constant
 from cnntrain.train.state import TrainState
 
@@ -37,9 +37,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def test_the_state_is_that_of_the_call(tmp_path: Path, state: TrainState, gate: threading.Event) -> None:
-    run = RunFolder(tmp_path)
+    run = RunDir(tmp_path)
     before = state.model.state_dict()["weight"].clone()
-    with Keeper(run, state, {"fact": 1}, keep=0) as save:
+    with CheckpointWriter(run, state, {"fact": 1}, keep=0) as save:
         state.progress.step = 7
         save("last")
         with torch.no_grad():
@@ -56,9 +56,9 @@ def test_the_state_is_that_of_the_call(tmp_path: Path, state: TrainState, gate: 
 def test_all_are_there_at_the_end_and_the_newest_are_kept(
     tmp_path: Path, state: TrainState, gate: threading.Event
 ) -> None:
-    run = RunFolder(tmp_path)
+    run = RunDir(tmp_path)
     gate.set()
-    with Keeper(run, state, {}, keep=2) as save:
+    with CheckpointWriter(run, state, {}, keep=2) as save:
         for epoch in (1, 2, 3):
             state.progress.epoch = epoch
             save("last", "best")
@@ -70,9 +70,9 @@ def test_all_are_there_at_the_end_and_the_newest_are_kept(
 
 @pytest.mark.parametrize("later", ["by the next call", "at the end"])
 def test_what_could_not_be_written_is_told(tmp_path: Path, state: TrainState, later: str) -> None:
-    run = RunFolder(tmp_path)
+    run = RunDir(tmp_path)
     run.last.mkdir(parents=True)  # a folder is in the way
-    save = Keeper(run, state, {}, keep=0)
+    save = CheckpointWriter(run, state, {}, keep=0)
     save("last")
     with pytest.raises(MachineError, match="can't write the checkpoint"):
         save("best") if later == "by the next call" else save.__exit__(None, None, None)
@@ -80,8 +80,8 @@ def test_what_could_not_be_written_is_told(tmp_path: Path, state: TrainState, la
 
 
 def test_of_several_processes_only_the_leader_writes(tmp_path: Path, state: TrainState) -> None:
-    run = RunFolder(tmp_path)
-    with Keeper(run, state, {}, keep=1, writes=False) as save:
+    run = RunDir(tmp_path)
+    with CheckpointWriter(run, state, {}, keep=1, writes=False) as save:
         state.progress.step = 3
         save("last")
         assert save.last_good.endswith("(step 3)")

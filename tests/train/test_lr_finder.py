@@ -17,7 +17,7 @@ from cnntrain.commands.lr_find import lr_find
 from cnntrain.errors import UserError
 from cnntrain.train.device import Compute
 from cnntrain.train.lr_finder import QUIET_STEPS, RangeTest, range_test, settle
-from cnntrain.train.plan import Plan
+from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.setup import assemble, build_training_parts, try_learning_rates
 from cnntrain.train.signals import StopFlag
 from cnntrain.types import Batch
@@ -75,7 +75,7 @@ def on_parabola(
         return torch.optim.SGD(model.parameters(), lr=123.0, momentum=momentum)
 
     world: Any = Noise(curvature, noise)
-    plan = Plan(seed=0, batch_size=8, batches_per_epoch=8, steps_per_epoch=8, total_steps=80)
+    plan = TrainingPlan(seed=0, batch_size=8, batches_per_epoch=8, steps_per_epoch=8, total_steps=80)
     return range_test(
         Parabola(), sgd, world, world, world, CPU, plan, StopFlag(), **{"lowest": 1e-4, "highest": 100.0, **more},
         steps=steps,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cnntrain import compose, train
 from cnntrain.errors import DivergedError
 from cnntrain.train import checkpoint, loop
-from cnntrain.train.nonfinite import MOST_SKIPPED, SHOWN_EXAMPLES, Finiteness, step_unless, watch_layers
+from cnntrain.train.nonfinite import MOST_SKIPPED, SHOWN_EXAMPLES, NonFiniteGuard, step_unless, watch_layers
 
 QUICK = (
     "model=mlp",
@@ -45,11 +45,11 @@ def test_a_skipped_update_changes_no_weight_and_the_next_one_works(name: str, fu
 
 
 def test_the_flag_stays_and_waits_for_nothing() -> None:
-    meta = Finiteness(torch.device("meta"), False, explain)
+    meta = NonFiniteGuard(torch.device("meta"), False, explain)
     norm = torch.zeros((), device="meta")
     meta.note(norm)
     assert meta.skip(norm, 3).device.type == "meta"
-    finite = Finiteness(torch.device("cpu"), False, explain)
+    finite = NonFiniteGuard(torch.device("cpu"), False, explain)
     skipped = []
     for batch, norm in enumerate((1.0, float("inf"), 1.0, float("nan"))):
         skipped.append(float(finite.skip(torch.tensor(norm), batch)))
@@ -59,7 +59,7 @@ def test_the_flag_stays_and_waits_for_nothing() -> None:
 
 
 def test_with_scaled_gradients_only_twenty_skipped_steps_in_a_row_count() -> None:
-    finite, overflow = Finiteness(torch.device("cpu"), True, explain), torch.tensor(float("inf"))
+    finite, overflow = NonFiniteGuard(torch.device("cpu"), True, explain), torch.tensor(float("inf"))
     for batch in range(MOST_SKIPPED - 1):
         assert finite.skip(overflow, batch) == 1
     assert finite.skip(torch.tensor(1.0), 19) == 0
@@ -74,7 +74,7 @@ def test_with_scaled_gradients_only_twenty_skipped_steps_in_a_row_count() -> Non
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_loss_that_is_not_finite_is_found_at_the_end_of_its_step(value: float, scaled: bool) -> None:
-    finite, good = Finiteness(torch.device("cpu"), scaled, explain), torch.tensor(1.0)
+    finite, good = NonFiniteGuard(torch.device("cpu"), scaled, explain), torch.tensor(1.0)
     for batch in (1, 3):
         finite.note(torch.tensor(3e38))
         assert finite.skip(good, batch) == 0

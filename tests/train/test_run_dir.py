@@ -12,7 +12,7 @@ from cnntrain import compose, train
 from cnntrain.errors import MachineError, UserError
 from cnntrain.train import checkpoint
 from cnntrain.train import run_dir as run_folder
-from cnntrain.train.run_dir import lock_folder, open_run_folder
+from cnntrain.train.run_dir import lock_run_dir, open_run_dir
 from cnntrain.train.saved import identify
 
 QUICK = ("model=mlp", "model.values.width=8", "data.limit=100", "threads=1", "log.pictures=false",
@@ -21,22 +21,22 @@ QUICK = ("model=mlp", "model.values.width=8", "data.limit=100", "threads=1", "lo
 
 def test_a_folder_is_locked_once_and_free_again_afterwards(tmp_path: Path) -> None:
     with (
-        lock_folder(tmp_path),
+        lock_run_dir(tmp_path),
         pytest.raises(UserError, match="another process"),
-        open_run_folder(tmp_path, "run", trains=True),
+        open_run_dir(tmp_path, "run", trains=True),
     ):
         pass
-    with lock_folder(tmp_path):
+    with lock_run_dir(tmp_path):
         pass
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["deleted", "deleted and made again"])
 def test_a_lock_file_that_is_deleted_lets_no_second_process_in(tmp_path: Path, again: bool) -> None:
-    with lock_folder(tmp_path):
+    with lock_run_dir(tmp_path):
         (tmp_path / ".lock").unlink()
         if again:
             (tmp_path / ".lock").touch()
-        with pytest.raises(UserError, match="another process"), lock_folder(tmp_path):
+        with pytest.raises(UserError, match="another process"), lock_run_dir(tmp_path):
             pass
 
 
@@ -55,7 +55,7 @@ def test_a_lock_file_that_is_replaced_before_it_is_locked_is_locked_anew(
         return file
 
     monkeypatch.setattr(run_folder, "open_lock", open_and_replace)
-    with lock_folder(tmp_path):
+    with lock_run_dir(tmp_path):
         assert len(found) == 2 and found[-1] == (tmp_path / ".lock").stat().st_ino
         with (tmp_path / ".lock").open() as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +69,7 @@ def test_a_file_system_without_locks_is_named_and_used(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with lock_folder(tmp_path):
+    with lock_run_dir(tmp_path):
         pass
     assert {record.levelname for record in caplog.records} == {"WARNING"}
     assert os.strerror(number) in caplog.text and str(tmp_path) in caplog.text
@@ -77,7 +77,7 @@ def test_a_file_system_without_locks_is_named_and_used(
 
 def test_a_lock_that_can_not_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match=r"gone/\.lock: can't lock the folder: No such file"):
-        lock_folder(tmp_path / "gone").__enter__()
+        lock_run_dir(tmp_path / "gone").__enter__()
 
 
 def test_a_folder_in_use_is_refused_before_its_state_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_a_folder_in_use_is_refused_before_its_state_is_read(monkeypatch: pytest
     train(compose(*QUICK, "epochs=1", "run_dir=run"))
     monkeypatch.setattr(checkpoint, "load", lambda path: pytest.fail("it was read"))
     for asked in ("run_dir=run", "run_dir=null"):
-        with lock_folder(Path("run")), pytest.raises(UserError, match="another process"):
+        with lock_run_dir(Path("run")), pytest.raises(UserError, match="another process"):
             train(compose(*QUICK, "epochs=2", asked, f"resume={'auto' if asked[-3:] == 'run' else 'run'}"))
 
 

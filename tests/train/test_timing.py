@@ -11,7 +11,7 @@ from cnntrain.errors import MachineError, UserError
 from cnntrain.train.batch_size import fastest, largest_that_fits, power_of_two
 from cnntrain.train.setup import assemble, build_training_parts, find_batch_size, make_optimizer
 from cnntrain.train.signals import StopFlag
-from cnntrain.train.step_timer import Rig, make_rig
+from cnntrain.train.step_timer import StepTimer, make_step_timer
 from cnntrain.train.timing import Windows, interleave
 from cnntrain.types import Batch
 
@@ -40,7 +40,7 @@ def test_runs_take_turns_until_the_time_is_up_and_once_at_least() -> None:
     assert taken == list("ab")
 
 
-def rig(*overrides: str) -> Rig:
+def rig(*overrides: str) -> StepTimer:
     settings = compose("model=fmnist_cnn", "data.limit=100", "batch_size=16", "threads=1", *overrides)
     assembly = assemble(settings)
     data = assembly.load()
@@ -50,7 +50,7 @@ def rig(*overrides: str) -> Rig:
         return make_optimizer(settings, model, compute)
 
     loader = assembly.loader(data.train, augmented=True)
-    made = make_rig(
+    made = make_step_timer(
         assembly.model,
         optimizer,
         assembly.task,

@@ -16,11 +16,11 @@ from cnntrain.errors import DivergedError, MachineError, StoppedError, UserError
 from cnntrain.plots import curves as figures
 from cnntrain.randomness import seed_generators
 from cnntrain.report import journal
-from cnntrain.report.journal import RunJournal
+from cnntrain.report.journal import RunLogger
 from cnntrain.report.metrics import MetricsFile
 from cnntrain.train import checkpoint, loop
-from cnntrain.train.keeper import Keeper
-from cnntrain.train.run_dir import RunFolder
+from cnntrain.train.keeper import CheckpointWriter
+from cnntrain.train.run_dir import RunDir
 from tests.runs import assert_same_run, metrics
 
 SMALL = (
@@ -168,11 +168,11 @@ KILLED = (
 # The checkpoints of steps 1 to 8 come first, then last.pt and best.pt of epoch 1, and so on.
 INSTANTS = {
     "before the row": (MetricsFile, "append", 2),
-    "between row and checkpoint": (Keeper, "__call__", 9),
+    "between row and checkpoint": (CheckpointWriter, "__call__", 9),
     "between last.pt and best.pt": (checkpoint, "write", 10),
-    "after the checkpoint": (RunJournal, "saved", 2),
+    "after the checkpoint": (RunLogger, "saved", 2),
     "between the last step's checkpoint and its row": (MetricsFile, "append", 3),
-    "before the results": (RunFolder, "write_json", 2),
+    "before the results": (RunDir, "write_json", 2),
 }
 
 
@@ -511,12 +511,12 @@ def test_pictures_do_not_count_as_training(saves: tuple[str, ...], monkeypatch: 
     """By a clock that stands still except while the first batch is drawn."""
     now = [0.0]
 
-    def draw(self: RunJournal) -> None:
+    def draw(self: RunLogger) -> None:
         if self.first_batch is not None:
             now[0] += 1000.0
         self.first_batch = None
 
-    monkeypatch.setattr(RunJournal, "_draw_batch", draw)
+    monkeypatch.setattr(RunLogger, "_draw_batch", draw)
     monkeypatch.setattr(
         loop, "time", SimpleNamespace(perf_counter=lambda: now.__setitem__(0, now[0] + 1e-3) or now[0])
     )

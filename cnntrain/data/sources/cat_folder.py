@@ -10,7 +10,7 @@ from cnntrain.data.files import files_below, split_folders, train_and_other_fold
 from cnntrain.data.image_reader import BadFile, refuse
 from cnntrain.data.resize import Resize
 from cnntrain.data.source import given_folder
-from cnntrain.data.sources.keypoint_base import KeypointSource, Labeled
+from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource
 from cnntrain.data.sources.schemes import CAT9
 
 LAYOUT = "images, each with a .cat file, optionally in train/, val/ and test/"
@@ -43,9 +43,9 @@ class CatFolder(KeypointSource):
         super().__init__(size, channels, crop, crop_margin, resize, "cat9", mirror)
         self.root = given_folder(root, LAYOUT)
 
-    def read(self) -> tuple[tuple[str, ...], list[Labeled], tuple[tuple[int, int], ...]]:
+    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
         bad: list[BadFile] = []
-        objects: list[Labeled] = []
+        objects: list[KeypointAnnotation] = []
         count = without = 0
         folders = split_folders(self.root) and train_and_other_folders(self.root, LAYOUT)
         for split, folder in (folders or {"train": self.root}).items():
@@ -60,7 +60,7 @@ class CatFolder(KeypointSource):
                 if f"{image}.cat" in notes and (points := _read_points(f"{image}.cat", bad)) is not None:
                     name = str(Path(image).relative_to(self.root))
                     labeled = torch.ones(len(points), dtype=torch.bool)
-                    objects.append(Labeled(image, name, points, labeled, split=split))
+                    objects.append(KeypointAnnotation(image, name, points, labeled, split=split))
         refuse(bad, count, self.root)
         if without:
             logger.warning("data: %d images have no .cat file beside them and are left out", without)

@@ -9,10 +9,10 @@ from typing import Any, TypeGuard
 
 import torch
 
-from cnntrain.data.csv_table import Complaints, is_file, read_annotations
+from cnntrain.data.csv_table import ErrorList, is_file, read_annotations
 from cnntrain.data.resize import Box, Resize
 from cnntrain.data.source import given_folder
-from cnntrain.data.sources.keypoint_base import KeypointSource, Labeled
+from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource
 from cnntrain.errors import UserError
 
 
@@ -55,8 +55,8 @@ class CocoKeypoints(KeypointSource):
             if file is not None
         }  # fmt: skip
 
-    def read(self) -> tuple[tuple[str, ...], list[Labeled], tuple[tuple[int, int], ...]]:
-        objects: list[Labeled] = []
+    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
+        objects: list[KeypointAnnotation] = []
         facts: tuple[tuple[str, ...], tuple[tuple[int, int], ...]] | None = None
         for split, (file, images) in self.files.items():
             one = CocoFile(file, images, split)
@@ -114,8 +114,8 @@ class CocoFile:
             and all(type(n) is int and n in numbers for n in pair)
         )
 
-    def objects(self) -> list[Labeled]:
-        complaints = Complaints(self.file)
+    def objects(self) -> list[KeypointAnnotation]:
+        complaints = ErrorList(self.file)
         file_names = self._file_names(complaints)
         present: dict[str, bool] = {}
         objects = []
@@ -138,11 +138,13 @@ class CocoFile:
                     complaints.add(where, f"no file {name!r} in {self.images}")
             path = str(self.images / name)
             example = f"{self.split}/{name}:{row.get('id')}"
-            objects.append(Labeled(path, example, points[:, :2], points[:, 2] > 0, box, self.split, path))
+            objects.append(
+                KeypointAnnotation(path, example, points[:, :2], points[:, 2] > 0, box, self.split, path)
+            )
         complaints.raise_if_any()
         return objects
 
-    def _file_names(self, complaints: Complaints) -> dict[float | str, str]:
+    def _file_names(self, complaints: ErrorList) -> dict[float | str, str]:
         """Return the file name of each image by id; report images that are not in COCO format."""
         names: dict[float | str, str] = {}
         for place, image in enumerate(self.content["images"]):
@@ -158,7 +160,7 @@ class CocoFile:
                 complaints.add(f"image {place} of the list", f"duplicate id {number!r}")
         return names
 
-    def _points(self, row: dict[str, Any], complaints: Complaints, where: str) -> torch.Tensor | None:
+    def _points(self, row: dict[str, Any], complaints: ErrorList, where: str) -> torch.Tensor | None:
         """(K, 3): x, y and 0 (not labeled), 1 (hidden, but labeled) or 2."""
         values: Any = row.get("keypoints")
         count = 3 * len(self.names)
@@ -167,7 +169,7 @@ class CocoFile:
             return None
         return torch.tensor(values, dtype=torch.float64).view(-1, 3)
 
-    def _box(self, row: dict[str, Any], complaints: Complaints, where: str) -> Box | None:
+    def _box(self, row: dict[str, Any], complaints: ErrorList, where: str) -> Box | None:
         values = row.get("bbox")
         if values is None:
             return None

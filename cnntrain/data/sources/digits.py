@@ -24,7 +24,7 @@ class Digits(Source):
     """
 
     def spec(self) -> DataSpec:
-        return DataSpec(1, 8, 8, classes=tuple("0123456789"), mirror_safe=False)
+        return DataSpec(1, 8, 8, classes=tuple("0123456789"), hflip_ok=False)
 
     def load(self) -> dict[str, Examples]:
         images, labels = read_digits()

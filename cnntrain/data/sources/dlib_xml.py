@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cnntrain.data.csv_table import Complaints, in_order, is_file, read_annotations
+from cnntrain.data.csv_table import ErrorList, in_order, is_file, read_annotations
 from cnntrain.data.resize import Resize
 from cnntrain.data.source import given_folder
-from cnntrain.data.sources.keypoint_base import KeypointSource, Labeled
+from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource
 from cnntrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class DlibXml(KeypointSource):
             if file
         }
 
-    def read(self) -> tuple[tuple[str, ...], list[Labeled], tuple[tuple[int, int], ...]]:
+    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
         trees = {split: _parse(file) for split, file in self.files.items()}
         found = {part.get("name", "") for tree in trees.values() for part in tree.iter("part")}
         if not found or "" in found:
@@ -58,7 +58,7 @@ class DlibXml(KeypointSource):
                 f"data: {self.files['train']}: expected <part name=... x=... y=.../> inside every <box>"
             )
         names = in_order(found)
-        objects: list[Labeled] = []
+        objects: list[KeypointAnnotation] = []
         for split, file in self.files.items():
             objects += _objects(file, trees[split], split, {name: i for i, name in enumerate(names)})
         return names, objects, ()
@@ -76,8 +76,8 @@ def _parse(file: Path) -> "Element":
         raise UserError(f"data: {file}: can't be read as XML ({error})") from error
 
 
-def _objects(file: Path, tree: "Element", split: str, place: dict[str, int]) -> list[Labeled]:
-    complaints = Complaints(file)
+def _objects(file: Path, tree: "Element", split: str, place: dict[str, int]) -> list[KeypointAnnotation]:
+    complaints = ErrorList(file)
     objects = []
     for image in tree.iter("image"):
         name = image.get("file", "")
@@ -103,7 +103,7 @@ def _objects(file: Path, tree: "Element", split: str, place: dict[str, int]) -> 
                 edges = (left, top, left + width, top + height)
                 example = f"{split}/{name}:{number + 1}"
                 path = str(file.parent / name)
-                objects.append(Labeled(path, example, points, labeled, edges, split, path))
+                objects.append(KeypointAnnotation(path, example, points, labeled, edges, split, path))
     complaints.raise_if_any()
     return objects
 

@@ -42,11 +42,11 @@ class ImageCsv(ClassifiedFiles):
         size: int | list[int] = 64,
         channels: int = 3,
         resize: Resize = "short_side",
-        mirror_safe: bool = True,
+        hflip_ok: bool = True,
     ) -> None:
         self.file = find_table(file, root, "a CSV file with the columns path,label")
         self.root = Path(root).expanduser() if root else self.file.parent
-        super().__init__(size, channels, resize, mirror_safe)
+        super().__init__(size, channels, resize, hflip_ok)
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -35,13 +35,13 @@ class ClassifiedFiles(Source):
 
     classes: tuple[str, ...] | cached_property[tuple[str, ...]]
 
-    def __init__(self, size: int | list[int], channels: int, resize: Resize, mirror_safe: bool) -> None:
+    def __init__(self, size: int | list[int], channels: int, resize: Resize, hflip_ok: bool) -> None:
         self.decoder = make_decoder(size, channels, resize)
-        self.mirror_safe = mirror_safe
+        self.hflip_ok = hflip_ok
 
     def spec(self) -> DataSpec:
         d = self.decoder
-        return DataSpec(d.channels, d.height, d.width, self.classes, mirror_safe=self.mirror_safe)
+        return DataSpec(d.channels, d.height, d.width, self.classes, hflip_ok=self.hflip_ok)
 
 
 class ImageFolder(ClassifiedFiles):
@@ -62,10 +62,10 @@ class ImageFolder(ClassifiedFiles):
         size: int | list[int] = 64,
         channels: int = 3,
         resize: Resize = "short_side",
-        mirror_safe: bool = True,
+        hflip_ok: bool = True,
     ) -> None:
         self.root = given_folder(root, LAYOUT)
-        super().__init__(size, channels, resize, mirror_safe)
+        super().__init__(size, channels, resize, hflip_ok)
 
     @cached_property
     def folders(self) -> dict[str, Path]:

@@ -18,14 +18,14 @@ from cnntrain.data.source import Source
 from cnntrain.data.sources.image_folder import make_decoder
 from cnntrain.data.sources.schemes import find_scheme
 from cnntrain.errors import UserError, suggest
-from cnntrain.types import DataSpec, infer_mirror, mirror_permutation
+from cnntrain.types import DataSpec, flip_permutation, infer_flip_pairs
 
 CROPS = ("none", "points", "box")
 logger = logging.getLogger("cnntrain")
 
 
 @dataclass
-class Labeled:
+class KeypointAnnotation:
     """One object (a face, a person) in one image, as its annotation file says.
 
     Attributes:
@@ -84,11 +84,11 @@ class KeypointSource(Source):
         self.mirror = mirror
 
     @abstractmethod
-    def read(self) -> tuple[tuple[str, ...], list[Labeled], tuple[tuple[int, int], ...]]:
+    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
         """Names of the points, the objects, and the skeleton (may be empty), from the annotation files."""
 
     @cached_property
-    def annotations(self) -> tuple[tuple[str, ...], list[Labeled], tuple[tuple[int, int], ...]]:
+    def annotations(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
         names, objects, skeleton = self.read()
         for name in names:
             if not name or not name.isprintable() or names.count(name) > 1:
@@ -107,7 +107,7 @@ class KeypointSource(Source):
     def spec(self) -> DataSpec:
         names, _, skeleton = self.annotations
         declared = self.mirror if self.mirror is not None else self.scheme.mirror if self.scheme else None
-        mirror = infer_mirror(names) if declared is None else mirror_permutation(names, declared)
+        mirror = infer_flip_pairs(names) if declared is None else flip_permutation(names, declared)
         d = self.decoder
         return DataSpec(d.channels, d.height, d.width, keypoints=names, mirror=mirror, skeleton=skeleton)
 
@@ -129,7 +129,7 @@ class KeypointSource(Source):
         return splits
 
     def _examples(
-        self, objects: list[Labeled], sizes: dict[str, tuple[int, int]], bad: list[BadFile]
+        self, objects: list[KeypointAnnotation], sizes: dict[str, tuple[int, int]], bad: list[BadFile]
     ) -> Examples:
         canvas = (self.decoder.height, self.decoder.width)
         boxes: list[Box | None] = []
@@ -157,7 +157,7 @@ class KeypointSource(Source):
             torch.stack(matrices),
         )
 
-    def _box(self, one: Labeled, seen: Tensor, bad: list[BadFile]) -> Box | None:
+    def _box(self, one: KeypointAnnotation, seen: Tensor, bad: list[BadFile]) -> Box | None:
         """What to cut out, of the canvas's aspect; None for the whole image."""
         if self.crop == "none":
             return None
@@ -186,7 +186,7 @@ def inside(points: Tensor, size: tuple[int, int]) -> Tensor:
     return ((points >= -0.5) & (points <= limit)).all(-1)
 
 
-def _log_outside(objects: list[Labeled], sizes: dict[str, tuple[int, int]]) -> None:
+def _log_outside(objects: list[KeypointAnnotation], sizes: dict[str, tuple[int, int]]) -> None:
     labeled = sum(int(one.labeled.sum()) for one in objects)
     outside = [(one.labeled & ~inside(one.points, sizes[one.path])).sum().item() for one in objects]
     if any(outside):

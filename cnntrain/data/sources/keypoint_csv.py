@@ -9,7 +9,7 @@ import torch
 from cnntrain.data.boxes import SIDES
 from cnntrain.data.csv_table import Table, find_table, is_file, read_table, splits_of
 from cnntrain.data.resize import Resize
-from cnntrain.data.sources.keypoint_base import KeypointSource, Labeled
+from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource
 from cnntrain.errors import UserError, suggest
 
 OTHERS = ("split", "group", *SIDES)
@@ -46,11 +46,11 @@ class KeypointCsv(KeypointSource):
         self.file = find_table(file, root, "a CSV file with the columns image_name,NAME_x,NAME_y,...")
         self.root = Path(root).expanduser() if root else self.file.parent
 
-    def read(self) -> tuple[tuple[str, ...], list[Labeled], tuple[tuple[int, int], ...]]:
+    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
         table = read_table(self.file)
         names = point_names(table)
         place = {name: i for i, name in enumerate(table.columns)}
-        objects: list[Labeled] = []
+        objects: list[KeypointAnnotation] = []
         seen: dict[tuple[str, ...], int] = {}
         for (line, cells), split in zip(table.rows, splits_of(table), strict=True):
             image = cells[0]
@@ -66,7 +66,9 @@ class KeypointCsv(KeypointSource):
             points, labeled, box = numbers
             group = cells[place["group"]] if "group" in place else None
             name = f"{image}:{line}" if box else image
-            objects.append(Labeled(str(self.root / image), name, points, labeled, box, split, group or None))
+            objects.append(
+                KeypointAnnotation(str(self.root / image), name, points, labeled, box, split, group or None)
+            )
         table.complaints.raise_if_any()
         return names, objects, ()
 

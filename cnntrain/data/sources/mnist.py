@@ -75,7 +75,7 @@ class MNIST(IdxDataset):
     """70,000 handwritten digits (LeCun, Cortes, Burges 1998); the usual mean and standard deviation."""
 
     folder = "MNIST"
-    facts = DataSpec(1, 28, 28, tuple("0123456789"), mean=(0.1307,), std=(0.3081,), mirror_safe=False)
+    facts = DataSpec(1, 28, 28, tuple("0123456789"), mean=(0.1307,), std=(0.3081,), hflip_ok=False)
 
 
 class FashionMNIST(IdxDataset):

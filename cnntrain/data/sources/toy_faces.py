@@ -12,7 +12,7 @@ from cnntrain.data.source import Source
 from cnntrain.data.sources.schemes import CAT9
 from cnntrain.errors import UserError
 from cnntrain.randomness import hash_seed
-from cnntrain.types import DataSpec, mirror_permutation
+from cnntrain.types import DataSpec, flip_permutation
 
 MOST_DRAWN = 1_000_000  # images per split
 SUPERSAMPLING = 3
@@ -63,7 +63,7 @@ class ToyFaces(Source):
         self.counts = {"train": train_count, "test": test_count}
 
     def spec(self) -> DataSpec:
-        mirror = mirror_permutation(CAT9.names, CAT9.mirror or {})
+        mirror = flip_permutation(CAT9.names, CAT9.mirror or {})
         return DataSpec(3, self.size, self.size, keypoints=CAT9.names, mirror=mirror, skeleton=CAT9.skeleton)
 
     def load(self) -> dict[str, Examples]:

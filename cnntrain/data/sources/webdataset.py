@@ -65,11 +65,11 @@ class TarShards(ClassifiedFiles):
         size: int | list[int] = 64,
         channels: int = 3,
         resize: Resize = "short_side",
-        mirror_safe: bool = True,
+        hflip_ok: bool = True,
     ) -> None:
         self.root = given_folder(root, LAYOUT)
         self.chosen = None if classes is None else tuple(map(str, classes))
-        super().__init__(size, channels, resize, mirror_safe)
+        super().__init__(size, channels, resize, hflip_ok)
 
     @cached_property
     def shards(self) -> dict[str, list[Path]]:

@@ -29,7 +29,7 @@ class Command(Protocol):
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepTarget:
     """The command that a sweep repeats.
 
     Attributes:
@@ -42,7 +42,9 @@ class Job:
     test: Callable[[Settings, str], dict[str, float]] | None = None
 
 
-def perform(command: Command, run: Run, monitor: str | None, report: Callable[[int, float], bool]) -> Outcome:
+def execute_run(
+    command: Command, run: Run, monitor: str | None, report: Callable[[int, float], bool]
+) -> Outcome:
     """Do a run to its end, good or bad.
 
     Args:
@@ -89,7 +91,7 @@ def perform(command: Command, run: Run, monitor: str | None, report: Callable[[i
     )  # fmt: skip
 
 
-def test_quietly(job: Job, run: Run) -> dict[str, float]:
+def test_quietly(job: SweepTarget, run: Run) -> dict[str, float]:
     """The test set's metrics for a run that is done; what is said goes into its log."""
     assert job.test is not None
     with _own_log(run):
