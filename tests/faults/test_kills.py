@@ -116,11 +116,11 @@ RUN = {  # the functions, and how often a run calls each of them
     "cnntrain.train.checkpoint:write": 16,
     "cnntrain.train.loop:set_learning_rate": 18,
     "cnntrain.train.loop:evaluate": 3,  # after an epoch's last step
-    "cnntrain.train.keeper:Keeper.__call__": 9,
+    "cnntrain.train.keeper:CheckpointWriter.__call__": 9,
     "cnntrain.report.metrics:MetricsFile.append": 3,
-    "cnntrain.report.journal:RunJournal.saved": 3,
+    "cnntrain.report.journal:RunLogger.saved": 3,
     "cnntrain.train.run:_judge": 2,
-    "cnntrain.train.run_dir:RunFolder.write_json": 2,
+    "cnntrain.train.run_dir:RunDir.write_json": 2,
 }
 RESUMING = {
     "cnntrain.commands.train:find_saved": 1,
@@ -135,7 +135,7 @@ OF_MODE = {
     "ranks": RUN | RESUMING,
     "sweep": RUN
     | RESUMING
-    | {"cnntrain.sweep.study:Study.record": 2, "cnntrain.sweep.sweep_run:find_answer": 1},
+    | {"cnntrain.sweep.study:Study.record": 2, "cnntrain.sweep.sweep_run:make_report": 1},
     "sweep of workers": {name: RUN[name] for name in RUN if "files" not in name},
 }
 
@@ -184,7 +184,7 @@ SAMPLE = {
     ),
     "between last.pt and best.pt": ("plain", (Kill("cnntrain.train.checkpoint:write", 3, "after"),)),
     "after the last step": ("plain", (Kill("cnntrain.train.loop:evaluate", 3),)),
-    "before the results": ("plain", (Kill("cnntrain.train.run_dir:RunFolder.write_json", 2),)),
+    "before the results": ("plain", (Kill("cnntrain.train.run_dir:RunDir.write_json", 2),)),
     "while resuming": (
         "plain",
         (

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain import compose
-from cnntrain.checks.context import Bench
+from cnntrain.checks.context import CheckContext
 from cnntrain.checks.steps import RANGE_SHARE, learning_rate
-from cnntrain.commands.check import build_bench
+from cnntrain.commands.check import build_context
 from cnntrain.commands.lr_find import lr_find
 from cnntrain.errors import UserError
 from cnntrain.train.device import Compute
@@ -170,9 +170,9 @@ def test_each_layer_keeps_its_share_of_the_rate() -> None:
     assert try_learning_rates(assembly, data, plan, StopFlag()).losses[1:] != alike.losses[1:]
 
 
-def bench_of(*overrides: str, budget_s: float = 600.0) -> Bench:
+def bench_of(*overrides: str, budget_s: float = 600.0) -> CheckContext:
     settings = compose("threads=1", "log.pictures=false", *overrides)
-    return build_bench(assemble(settings), time.monotonic() + budget_s, StopFlag())
+    return build_context(assemble(settings), time.monotonic() + budget_s, StopFlag())
 
 
 @pytest.mark.parametrize(
