@@ -27,7 +27,7 @@ class DataSpec:
         per_pixel: whether the classes are the pixels': images have masks.
         ignore_index: the mask id that counts neither as right nor as wrong; None where the masks have none.
         mean, std: per channel on the 0-1 scale; None until the training images have been measured.
-        mirror_safe: whether a mirrored image still means the same (False for digits and text).
+        hflip_ok: whether a mirrored image still means the same (False for digits and text).
     """
 
     channels: int

@@ -121,11 +121,11 @@ def published_for(model: Mapping[str, Any]) -> Published | None:
         return None
     if target == "resnet.ResNet":
         return Published("torchvision", f"resnet{model.get('depth')}")
-    if target == "from_torchvision.classifier":
+    if target == "torchvision.classifier":
         return Published("torchvision", name)
-    if target == "from_torchvision.Segmenter":
+    if target == "torchvision.Segmenter":
         return Published("torchvision", name, "network")
-    if target == "from_timm.classifier":
+    if target == "timm.classifier":
         return Published("timm", name)
     if target == "fcn.FCN" and isinstance(backbone, str) and not backbone.startswith("cifar_resnet"):
         return Published("torchvision", backbone, "backbone")

@@ -2,7 +2,7 @@
 
 A checkpoint may come from an untrusted source or from another program. `check_values` has already bounded its size;
 this module checks its fields. Shapes of weights and optimizer state are checked when they are loaded
-(`saved.load_weights`, `engine.moments.fit_state`).
+(`saved.load_weights`, `moments.fit_state`).
 """
 
 import dataclasses
@@ -113,7 +113,7 @@ def _check_spec(spec: Mapping[str, Any]) -> None:
         raise UserError(
             f"spec: images of {spec['channels']} x {spec['height']} x {spec['width']} are too large"
         )
-    for name in ("per_pixel", "mirror_safe"):
+    for name in ("per_pixel", "hflip_ok"):
         if not isinstance(spec.get(name, False), bool):
             raise UserError(f"spec.{name}: must be true or false, got {_short(spec[name])}")
     for name in ("classes", "keypoints"):

@@ -30,7 +30,7 @@ class ClassifiedFiles(Source):
 
     Args:
         size, channels, resize: as for `ImageFolder`.
-        mirror_safe: a mirrored image means the same.
+        hflip_ok: a mirrored image means the same.
     """
 
     classes: tuple[str, ...] | cached_property[tuple[str, ...]]
