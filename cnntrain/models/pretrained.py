@@ -11,7 +11,7 @@ from urllib.error import URLError
 from torch import Tensor, nn
 
 from cnntrain.errors import UserError, suggest
-from cnntrain.train.tensor_file import read_tensors
+from cnntrain.io.tensor_file import read_tensors
 
 log = logging.getLogger("cnntrain")
 FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")

@@ -11,7 +11,7 @@ import torch
 
 from cnntrain.errors import MachineError, UserError
 from cnntrain.io import safe_files as files
-from cnntrain.train.tensor_file import read_tensors
+from cnntrain.io.tensor_file import read_tensors
 
 FORMAT = 1
 

@@ -86,7 +86,7 @@ def test_a_package_counts_only_by_its_whole_name(role: str) -> None:
 
 def test_a_trusted_package_does_not_lend_its_name(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("lending.py").write_text(
-        "from cnntrain.train.tensor_file import read_tensors\n\ndef own():\n    return 5\n"
+        "from cnntrain.io.tensor_file import read_tensors\n\ndef own():\n    return 5\n"
     )
     monkeypatch.syspath_prepend(str(own_folder))
     assert build({"_target_": "lending.own"}, "model", "model", ["lending"]) == 5
