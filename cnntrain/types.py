@@ -15,19 +15,19 @@ Verdict = Literal["PASS", "WARN", "FAIL", "SKIP"]
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Facts that a data set states about itself, before and apart from any model or task.
+    """Metadata of a data set, independent of any model or task.
 
     Attributes:
-        channels, height, width: of the images as the store holds them (the canvas), in pixels.
+        channels, height, width: shape of the images after decoding and resizing; height and width in pixels.
         classes: class names by id: of the images (classification) or of the pixels (masks).
-        keypoints: names of the K points.
-        mirror: for each keypoint the index of its partner under a mirror image (itself when it lies on the axis),
-            or None when the data set does not say.
-        skeleton: pairs of keypoint indices to join by lines in drawings.
-        per_pixel: whether the classes are the pixels': images have masks.
-        ignore_index: the mask id that counts neither as right nor as wrong; None where the masks have none.
-        mean, std: per channel on the 0-1 scale; None until the training images have been measured.
-        hflip_ok: whether a mirrored image still means the same (False for digits and text).
+        keypoints: names of the K keypoints.
+        flip_pairs: for each keypoint the index of its left/right partner (its own index if it has none), or None
+            if unknown.
+        skeleton: pairs of keypoint indices that plots connect with lines.
+        per_pixel: True if the classes are those of the pixels: images have masks.
+        ignore_index: mask value that is excluded from the loss and the metrics; None if there is none.
+        mean, std: per channel on the 0-1 scale; None until measured on the training images.
+        hflip_ok: whether a horizontally flipped image keeps its meaning (False for digits and text).
     """
 
     channels: int
@@ -35,7 +35,7 @@ class DataSpec:
     width: int
     classes: tuple[str, ...] = ()
     keypoints: tuple[str, ...] = ()
-    mirror: tuple[int, ...] | None = None
+    flip_pairs: tuple[int, ...] | None = None
     skeleton: tuple[tuple[int, int], ...] = ()
     per_pixel: bool = False
     ignore_index: int | None = None
@@ -49,8 +49,8 @@ class DataSpec:
         return self.height, self.width
 
     @property
-    def outside(self) -> int:
-        """The mask id of what no pixel of the mask covers; it counts nowhere."""
+    def mask_fill(self) -> int:
+        """Mask value of pixels outside the annotated mask; excluded from the loss and the metrics."""
         return 255 if self.ignore_index is None else self.ignore_index
 
     def with_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "DataSpec":
@@ -59,54 +59,57 @@ class DataSpec:
 
 @dataclass
 class Batch:
-    """N examples on their way from the store to the loss.
+    """A batch of N examples.
 
     Attributes:
-        images: (N, C, H, W); uint8 as the store holds them, float and normalized once the pipeline has passed.
-        targets: by name, each with N rows: `label` (N,) int64; `points` (N, K, 2) float32 canvas pixels (x, y) at
-            pixel centers with `visible` (N, K) bool, and for objects with annotated boxes `box_size` (N, 2) float32,
-            width and height in source pixels; `mask` (N, H, W) uint8 class ids.
+        images: (N, C, H, W); uint8 from the loader, float and normalized after augmentation.
+        targets: tensors by name, each with N rows: `label` (N,) int64; `points` (N, K, 2) float32, (x, y) in image
+            pixels at pixel centers, with `valid` (N, K) bool (labeled and inside the image), and `box_size` (N, 2)
+            float32, width and height of the annotated boxes in source pixels, if there are boxes; `mask` (N, H, W)
+            uint8 class ids.
         index: (N,) int64 on the CPU, row of each example in its split.
         position: (N,) int64 on the CPU, position of each example in the epoch.
-        to_canvas: (N, 3, 3) float64 on the CPU, matrix from the source file's pixels to the canvas; None when it is
-            the identity for all.
+        source_to_image: (N, 3, 3) float64 on the CPU, matrix from pixels of the source file to pixels of the image;
+            None if all are the identity.
     """
 
     images: Tensor
     targets: dict[str, Tensor]
     index: Tensor
     position: Tensor
-    to_canvas: Tensor | None = None
+    source_to_image: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, rows: Tensor | slice) -> "Batch":
-        """Some of the examples, by slice or by index on the CPU."""
-        there = rows if isinstance(rows, slice) else rows.to(self.images.device)
+        """Return the examples at `rows`, a slice or indices on the CPU."""
+        device_rows = rows if isinstance(rows, slice) else rows.to(self.images.device)
         return Batch(
-            self.images[there],
-            {name: target[there] for name, target in self.targets.items()},
+            self.images[device_rows],
+            {name: target[device_rows] for name, target in self.targets.items()},
             self.index[rows],
             self.position[rows],
-            None if self.to_canvas is None else self.to_canvas[rows],
+            None if self.source_to_image is None else self.source_to_image[rows],
         )
 
-    def same_target(self, one: int, other: int) -> bool:
-        """Whether two examples have the same targets."""
-        return all(torch.equal(target[one], target[other]) for target in self.targets.values())
+    def same_target(self, first: int, second: int) -> bool:
+        """Return True if two examples have equal targets."""
+        return all(torch.equal(target[first], target[second]) for target in self.targets.values())
 
     @property
     def truth(self) -> dict[str, Tensor]:
-        """The targets, with `to_canvas` among them where the batch has it: what a task judges by."""
-        return self.targets if self.to_canvas is None else {**self.targets, "to_canvas": self.to_canvas}
+        """The ground truth for a task: `targets`, and `source_to_image` if the batch has it."""
+        if self.source_to_image is None:
+            return self.targets
+        return {**self.targets, "source_to_image": self.source_to_image}
 
 
-def join(batches: Sequence[Batch]) -> Batch:
-    """The examples of all batches as one; they have the same targets, and all or none have `to_canvas`."""
+def concat_batches(batches: Sequence[Batch]) -> Batch:
+    """Concatenate batches with the same targets; all or none must have `source_to_image`."""
     if len(batches) == 1:
         return batches[0]
-    matrices = [batch.to_canvas for batch in batches if batch.to_canvas is not None]
+    matrices = [batch.source_to_image for batch in batches if batch.source_to_image is not None]
     return Batch(
         torch.cat([batch.images for batch in batches]),
         {name: torch.cat([batch.targets[name] for batch in batches]) for name in batches[0].targets},
@@ -117,25 +120,25 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 
 def flip_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) -> tuple[int, ...]:
-    """Partner index of each keypoint, from partners declared by name (either direction; unnamed points stay).
+    """Return the partner index of each keypoint, from pairs of names (in either direction, each pair once).
 
     Raises:
-        UserError: a name that is no keypoint, or a point with two different partners.
+        UserError: a name is not a keypoint, or a keypoint has two different partners.
     """
     index = {name: i for i, name in enumerate(keypoints)}
     result = list(range(len(keypoints)))
-    for left, right in (
-        (str(one), str(other)) for one, other in partners.items()
-    ):  # YAML reads 36 as a number
+    for first, second in partners.items():
+        left, right = str(first), str(second)  # YAML reads 36 as a number
         for name in (left, right):
             if name not in index:
-                raise UserError(f"data.mirror: {name!r} is no keypoint{suggest(name, keypoints)}")
-        for one, other in ((left, right), (right, left)):
-            if result[index[one]] not in (index[one], index[other]):
+                raise UserError(f"data.mirror: {name!r} is not a keypoint{suggest(name, keypoints)}")
+        for name, partner in ((left, right), (right, left)):
+            current = result[index[name]]
+            if current not in (index[name], index[partner]):
                 raise UserError(
-                    f"data.mirror: {one!r} has two partners, {keypoints[result[index[one]]]!r} and {other!r}"
+                    f"data.mirror: {name!r} has two partners, {keypoints[current]!r} and {partner!r}"
                 )
-            result[index[one]] = index[other]
+            result[index[name]] = index[partner]
     return tuple(result)
 
 
@@ -179,10 +182,14 @@ def _other_side(name: str) -> tuple[str | None, bool]:
 
 @dataclass(frozen=True)
 class Finding:
-    """One judgment.
+    """Result of one check.
 
-    `name` is the check's, `evidence` the numbers it rests on, `cause` the likely reason, `remedy` what to do,
-    and `keys` the config keys concerned.
+    Attributes:
+        name: name of the check.
+        evidence: the numbers behind the verdict.
+        cause: likely cause of a WARN or FAIL.
+        remedy: what to do next.
+        keys: config keys concerned.
     """
 
     name: str

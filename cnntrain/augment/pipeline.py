@@ -16,7 +16,7 @@ from cnntrain.augment.resample import BORDERS, Gather, GridResample
 from cnntrain.augment.torchvision_transform import SampleTransform, TorchvisionTransform
 from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import uniform
-from cnntrain.types import Batch, DataSpec, join
+from cnntrain.types import Batch, DataSpec, concat_batches
 
 # What is augmented at once, where batches are small: so many of them, and so many pixel values (4 MiB of float32).
 MOST_BATCHES = 4
@@ -94,7 +94,7 @@ class Pipeline:
         )
 
     def __call__(self, batch: Batch, seed: int, epoch: int) -> Batch:
-        """The batch augmented: images (N, C, H, W) float32 normalized; targets and `to_canvas` move along."""
+        """The batch augmented: images (N, C, H, W) float32 normalized; targets and `source_to_image` move along."""
 
         def draw(key: str, item: Augmentation) -> Tensor:
             return uniform(seed, epoch, batch.position, key, item.draws)
@@ -155,7 +155,7 @@ class Pipeline:
             yield from self._together(group, seed, epoch)
 
     def _together(self, group: list[Batch], seed: int, epoch: int) -> Iterator[Batch]:
-        augmented, start = self(join(group), seed, epoch), 0
+        augmented, start = self(concat_batches(group), seed, epoch), 0
         for count in [len(batch) for batch in group]:
             yield augmented.take(slice(start, start + count))
             start += count
@@ -212,18 +212,20 @@ class Pipeline:
         mover = (Gather if whole_pixel else GridResample)(matrix, size, output_size, self.border, device)
         targets = dict(batch.targets)
         if "mask" in targets:
-            targets["mask"] = mover.mask(targets["mask"], self.spec.outside)
+            targets["mask"] = mover.mask(targets["mask"], self.spec.mask_fill)
         if "points" in targets:
-            targets["points"], targets["visible"] = move_points(
+            targets["points"], targets["valid"] = move_points(
                 targets["points"],
-                targets["visible"],
+                targets["valid"],
                 matrix,
                 is_mirrored(matrix, *size),
-                self.spec.mirror,
+                self.spec.flip_pairs,
                 output_size,
             )
-        to_canvas = matrix if batch.to_canvas is None else matrix @ batch.to_canvas
-        return replace(batch, images=mover.images(batch.images), targets=targets, to_canvas=to_canvas)
+        source_to_image = matrix if batch.source_to_image is None else matrix @ batch.source_to_image
+        return replace(
+            batch, images=mover.images(batch.images), targets=targets, source_to_image=source_to_image
+        )
 
     def _check(self) -> None:
         for key, item in self.augmentations.items():
@@ -259,7 +261,7 @@ class Pipeline:
 
     def _check_keypoints(self) -> None:
         mirroring = [key for key, item in self._geometries.items() if item.mirrors]
-        if mirroring and self.spec.mirror is None:
+        if mirroring and self.spec.flip_pairs is None:
             raise UserError(
                 f"augment.{mirroring[0]} mirrors the image, but data.mirror does not say which points trade "
                 f"names: a mirrored left eye would go on being called left. Set data.mirror, as in "

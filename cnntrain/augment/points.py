@@ -19,7 +19,7 @@ def is_mirrored(matrix: Tensor, height: int, width: int) -> Tensor:
 
 def move_points(
     points: Tensor,
-    visible: Tensor,
+    valid: Tensor,
     matrix: Tensor,
     mirrored: Tensor,
     mirror: tuple[int, ...] | None,
@@ -28,18 +28,18 @@ def move_points(
     """Points and visibility after the move, renamed where the image was mirrored.
 
     Args:
-        points: (N, K, 2) (x, y) pixels at pixel centers; visible: (N, K) bool.
+        points: (N, K, 2) (x, y) pixels at pixel centers; valid: (N, K) bool.
         matrix: (N, 3, 3) float64 on the CPU, input to output pixels; mirrored: (N,) bool on the CPU.
         mirror: each point's partner, or None (then nothing may be mirrored).
         output_size: (height, width): points outside it, or behind the camera, become invisible.
     """
     device = points.device
-    keypoints = visible.shape[1]
+    keypoints = valid.shape[1]
     if mirror is not None and bool(mirrored.any()):
         partner = torch.where(mirrored[:, None], torch.tensor(mirror), torch.arange(keypoints))
         partner = to_device(partner, device)  # (N, K)
         points = points.gather(1, partner[:, :, None].expand(-1, -1, 2))
-        visible = visible.gather(1, partner)
+        valid = valid.gather(1, partner)
     rows = to_device(matrix, device, points.dtype)[:, None]  # (N, 1, 3, 3)
     x, y = points[..., 0, None], points[..., 1, None]
     place = rows[..., 0] * x + rows[..., 1] * y + rows[..., 2]  # (N, K, 3)
@@ -48,4 +48,4 @@ def move_points(
     height, width = output_size
     # A pixel reaches half a step around its center.
     inside = (moved >= -0.5).all(-1) & (moved[..., 0] <= width - 0.5) & (moved[..., 1] <= height - 0.5)
-    return moved, visible & before & inside
+    return moved, valid & before & inside

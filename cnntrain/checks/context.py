@@ -115,4 +115,4 @@ class CheckContext:
 
 def _copy(batch: Batch) -> Batch:
     targets = {name: target.clone() for name, target in batch.targets.items()}
-    return Batch(batch.images.clone(), targets, batch.index, batch.position, batch.to_canvas)
+    return Batch(batch.images.clone(), targets, batch.index, batch.position, batch.source_to_image)

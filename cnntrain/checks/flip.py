@@ -59,25 +59,25 @@ class Symmetry:
         return max(self.relabeled**2 + float(self.change[i, j]) / count, 0.0) ** 0.5
 
 
-def judge_flip(points: Tensor, visible: Tensor, spec: DataSpec) -> tuple[list[Finding], Symmetry | None]:
-    """Findings about `spec.mirror`, and what they rest on (None where the map is too broken to be tried).
+def judge_flip(points: Tensor, valid: Tensor, spec: DataSpec) -> tuple[list[Finding], Symmetry | None]:
+    """Findings about `spec.flip_pairs`, and what they rest on (None where the map is too broken to be tried).
 
     Args:
-        points: (N, K, 2) pixels (x, y); visible: (N, K) bool.
+        points: (N, K, 2) pixels (x, y); valid: (N, K) bool.
     """
-    if spec.mirror is None:
+    if spec.flip_pairs is None:
         cause = "neither data.mirror nor a scheme declares partners, and no name says left or right"
         remedy = "set data.mirror, as in data.mirror={left_eye: right_eye}"
         return [Finding("mirror declared", "FAIL", "no partners are known", cause, remedy, (KEY,))], None
-    findings = [judge_map(spec.keypoints, spec.mirror), judge_names(spec.keypoints, spec.mirror)]
+    findings = [judge_map(spec.keypoints, spec.flip_pairs), judge_names(spec.keypoints, spec.flip_pairs)]
     count = len(spec.keypoints)
-    if len(spec.mirror) != count or not all(0 <= partner < count for partner in spec.mirror):
+    if len(spec.flip_pairs) != count or not all(0 <= partner < count for partner in spec.flip_pairs):
         return findings, None
-    symmetry = compare(points, visible, spec.mirror)
+    symmetry = compare(points, valid, spec.flip_pairs)
     return [
         *findings,
-        judge_shape(spec.mirror, symmetry),
-        judge_exchanges(spec.keypoints, spec.mirror, symmetry),
+        judge_shape(spec.flip_pairs, symmetry),
+        judge_exchanges(spec.keypoints, spec.flip_pairs, symmetry),
     ], symmetry
 
 
@@ -144,9 +144,9 @@ def side_and_part(name: str) -> tuple[str | None, str]:
     return (sides[0] if len(sides) == 1 else None), "_".join(rest)
 
 
-def compare(points: Tensor, visible: Tensor, mirror: Sequence[int]) -> Symmetry:
-    """Hold the mean shape against itself in the mirror: points (N, K, 2), visible (N, K)."""
-    points, seen = points.double().cpu(), visible.bool().cpu()
+def compare(points: Tensor, valid: Tensor, mirror: Sequence[int]) -> Symmetry:
+    """Hold the mean shape against itself in the mirror: points (N, K, 2), valid (N, K)."""
+    points, seen = points.double().cpu(), valid.bool().cpu()
     enough = seen.sum(1) >= 2
     points, seen = points[enough], seen[enough]
     weight = seen[..., None].double()

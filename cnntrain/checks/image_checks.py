@@ -206,13 +206,13 @@ def augmentation(bench: CheckContext) -> Finding:
     blank = float((batch.images.float().flatten(1).std(1) < limit).float().mean())
     parts = [f"{100 * blank:.0f} % of 128 augmented images are blank"]
     kept = 1.0
-    if "visible" in batch.targets:
-        before = float(bench.stored(count=128).targets["visible"].float().mean())
-        kept = float(batch.targets["visible"].float().mean()) / max(before, 1e-9)
-        parts.append(f"{100 * kept:.0f} % of the points stay visible")
+    if "valid" in batch.targets:
+        before = float(bench.stored(count=128).targets["valid"].float().mean())
+        kept = float(batch.targets["valid"].float().mean()) / max(before, 1e-9)
+        parts.append(f"{100 * kept:.0f} % of the points stay valid")
     if "mask" in batch.targets:
         after, before = (
-            float((each.targets["mask"] != pipeline.spec.outside).float().mean())
+            float((each.targets["mask"] != pipeline.spec.mask_fill).float().mean())
             for each in (batch, bench.stored(count=128))
         )
         kept = after / before if before else 1.0

@@ -46,24 +46,24 @@ def points(bench: CheckContext) -> Finding:
     if not bench.spec.keypoints:
         return skipped("these data have no keypoints")
     examples = bench.loaders["train"].examples
-    where, visible = examples.targets["points"].float(), examples.targets["visible"].bool()
-    if not visible.any():
-        return failed("no point of any training example is visible", "they are unlabeled, or all lie outside their "
+    where, valid = examples.targets["points"].float(), examples.targets["valid"].bool()
+    if not valid.any():
+        return failed("no point of any training example is valid", "they are unlabeled, or all lie outside their "
                       "images (other units than pixels?)", "look at them: cnntrain preview", "data")  # fmt: skip
     height, width = bench.spec.image_size
-    seen = where[visible]
+    seen = where[valid]
     low, high = seen.quantile(0.01, dim=0), seen.quantile(0.99, dim=0)
-    share = float(visible.float().mean())
+    share = float(valid.float().mean())
     evidence = (
-        f"{100 * share:.0f} % visible; x from {low[0]:.0f} to {high[0]:.0f} of {width}, y from {low[1]:.0f} to "
+        f"{100 * share:.0f} % valid; x from {low[0]:.0f} to {high[0]:.0f} of {width}, y from {low[1]:.0f} to "
         f"{high[1]:.0f} of {height} px"
     )
     if float((high - low).max()) < TINY * max(height, width):
         cause = "all points lie in one spot: they are not in pixels (from 0 to 1, or from -1 to 1: normalized already)"
         return failed(evidence, cause, "give them in pixels of the image; the task scales them", "data")
-    mirror = bench.spec.mirror
+    mirror = bench.spec.flip_pairs
     if mirror is not None and len(where) >= FEWEST_EXAMPLES and len(mirror) == len(bench.spec.keypoints):
-        upright, lying = (compare(each, visible, mirror).relabeled for each in (where, where.flip(-1)))
+        upright, lying = (compare(each, valid, mirror).relabeled for each in (where, where.flip(-1)))
         evidence += f"; mirrored shapes fit to {upright:.2f}, with x and y exchanged to {lying:.2f}"
         if lying < 0.5 * upright:
             return failed(evidence, "the points are (y, x): the shapes are symmetric about a level line",
@@ -113,10 +113,10 @@ def flip(bench: CheckContext) -> Finding:
     spec = bench.spec
     if not spec.keypoints:
         return skipped("these data have no keypoints")
-    if spec.mirror is None and not bench.pipeline.mirrors:
+    if spec.flip_pairs is None and not bench.pipeline.mirrors:
         return skipped("no partners are declared, and nothing mirrors")
     targets = bench.loaders["train"].examples.targets
-    findings, _ = judge_flip(targets["points"][:MOST_SHAPES], targets["visible"][:MOST_SHAPES], spec)
+    findings, _ = judge_flip(targets["points"][:MOST_SHAPES], targets["valid"][:MOST_SHAPES], spec)
     for verdict in ("FAIL", "WARN"):
         for finding in findings:
             if finding.verdict == verdict:

@@ -179,13 +179,13 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     rows = limit_rows(
         len(train), min(chosen.limit or MOST_EXAMPLES, MOST_EXAMPLES), chosen.split_seed, "train"
     )
-    points, visible = (train.targets[name] for name in ("points", "visible"))
+    points, valid = (train.targets[name] for name in ("points", "valid"))
     if rows is not None:
-        points, visible = points[rows], visible[rows]
-    findings, symmetry = judge_flip(points, visible, spec)
+        points, valid = points[rows], valid[rows]
+    findings, symmetry = judge_flip(points, valid, spec)
     data = settings.choices["data"]
     report = {"check": "flip", "data": data, "examples": len(points), **summarize(findings)}
-    mirror = enumerate(spec.mirror or ())
+    mirror = enumerate(spec.flip_pairs or ())
     report["pairs"] = [
         [spec.keypoints[i], spec.keypoints[k]] for i, k in mirror if i < k < len(spec.keypoints)
     ]

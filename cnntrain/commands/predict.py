@@ -219,10 +219,10 @@ def _write(
     for batch, outputs in predictor.answer(loader, stop):
         matrices = (
             torch.eye(3, dtype=torch.float64).repeat(len(batch), 1, 1)
-            if batch.to_canvas is None
-            else batch.to_canvas
+            if batch.source_to_image is None
+            else batch.source_to_image
         )
-        truth = {"to_canvas": matrices}
+        truth = {"source_to_image": matrices}
         start, own = len(rows), names[len(rows) : len(rows) + len(batch)]
         answers = predictor.task.answers(outputs, truth)
         rows += [{"image_name": name, **answer} for name, answer in zip(own, answers, strict=True)]
@@ -241,7 +241,7 @@ def _write(
                 rows[start + i]["mask"] = f"masks/{masks[start + i]}"
                 target = folder.path / "masks" / masks[start + i]
                 on_image = write_mask(
-                    mask, matrices[i], sizes[i], predictor.pipeline.spec.outside, target, folder.path
+                    mask, matrices[i], sizes[i], predictor.pipeline.spec.mask_fill, target, folder.path
                 )
                 if isinstance(predictor.task, Segmentation):
                     shares = predictor.task.shares(on_image)

@@ -75,7 +75,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
         moved.append(pipeline(batch, settings.seed, epoch))
     names = [data.train.names[row] for row in rows.tolist()]
     pictures = {"augmented": draw_batches([plain, *moved], names, data.spec)}
-    if data.spec.keypoints and data.spec.mirror is None:
+    if data.spec.keypoints and data.spec.flip_pairs is None:
         log.warning("preview: data.mirror does not say which points trade names, so no flip is drawn")
     elif data.spec.keypoints:
         shown = _best_seen(next(loader.batches(rows, count)), FLIPPED_IMAGES)
@@ -112,7 +112,7 @@ def _positions(rows: Tensor, count: int, settings: Settings) -> Iterator[Tensor]
 
 def _best_seen(batch: Batch, count: int) -> Batch:
     """The `count` examples that show the most points."""
-    rows = batch.targets["visible"].sum(1).argsort(descending=True, stable=True)[:count].sort().values
+    rows = batch.targets["valid"].sum(1).argsort(descending=True, stable=True)[:count].sort().values
     return Batch(
         batch.images[rows],
         {name: target[rows] for name, target in batch.targets.items()},

@@ -102,13 +102,17 @@ def read_all(splits: dict[str, Examples], read: Read) -> dict[str, Examples]:
 
 
 def _read_split(examples: Examples, read: Read, bad: list[BadFile]) -> Examples:
-    images, to_canvas = examples.images, examples.to_canvas
+    images, source_to_image = examples.images, examples.source_to_image
     if isinstance(images, LazyImages):
         images, matrices = read(images, bad)
-        to_canvas = matrices if to_canvas is None else to_canvas
+        source_to_image = matrices if source_to_image is None else source_to_image
     masks = {name: read(lazy, bad)[0] for name, lazy in examples.lazy_targets.items()}
     return replace(
-        examples, images=images, to_canvas=to_canvas, targets={**examples.targets, **masks}, lazy_targets={}
+        examples,
+        images=images,
+        source_to_image=source_to_image,
+        targets={**examples.targets, **masks},
+        lazy_targets={},
     )
 
 

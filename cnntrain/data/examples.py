@@ -72,7 +72,7 @@ class Examples:
         targets: as in `Batch.targets`.
         names: what a person calls each example: its file, or 'train/00012'.
         groups: examples of one group (one patient, one photograph) never part; None: each on its own.
-        to_canvas: (N, 3, 3) float64 matrices from source pixels to the canvas; None: identity, or not known
+        source_to_image: (N, 3, 3) float64 matrices from source pixels to the canvas; None: identity, or not known
             before the images are decoded.
         lazy_targets: targets that stay in files as the images do (masks); they join `targets` when decoded.
     """
@@ -81,7 +81,7 @@ class Examples:
     targets: dict[str, Tensor]
     names: list[str]
     groups: list[str] | None = None
-    to_canvas: Tensor | None = None
+    source_to_image: Tensor | None = None
     lazy_targets: dict[str, LazyImages] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ class Examples:
             targets={name: target[rows] for name, target in self.targets.items()},
             names=[self.names[i] for i in picked],
             groups=None if self.groups is None else [self.groups[i] for i in picked],
-            to_canvas=None if self.to_canvas is None else self.to_canvas[rows],
+            source_to_image=None if self.source_to_image is None else self.source_to_image[rows],
             lazy_targets={name: lazy.subset(rows) for name, lazy in self.lazy_targets.items()},
         )
 
@@ -211,17 +211,17 @@ def _masks(mask: Tensor, split: str, spec: DataSpec) -> Tensor:
         )
     mask = mask.to(torch.uint8)
     found = torch.bincount(mask.flatten(), minlength=256).nonzero().flatten().tolist()
-    wrong = [value for value in found if value >= len(spec.classes) and value != spec.outside]
+    wrong = [value for value in found if value >= len(spec.classes) and value != spec.mask_fill]
     if wrong:
         raise UserError(
             f"data: the {split} masks have the values {', '.join(map(str, wrong[:8]))}; the classes are 0 to "
-            f"{len(spec.classes) - 1}, and {spec.outside} is ignored"
+            f"{len(spec.classes) - 1}, and {spec.mask_fill} is ignored"
         )
     return mask
 
 
 def _points(targets: dict[str, Tensor], split: str, spec: DataSpec) -> dict[str, Tensor]:
-    """Return `points` (N, K, 2) float32 and `visible` (N, K) bool; by default all points are visible."""
+    """Return `points` (N, K, 2) float32 and `valid` (N, K) bool; by default all points are valid."""
     points = targets["points"]
     shape = (len(points), len(spec.keypoints), 2)
     if tuple(points.shape) != shape or points.is_complex():
@@ -229,12 +229,10 @@ def _points(targets: dict[str, Tensor], split: str, spec: DataSpec) -> dict[str,
             f"data: the {split} points are {points.dtype} {tuple(points.shape)}; expected float32 {shape}, x and y of "
             f"the {shape[1]} keypoints in pixels of the canvas"
         )
-    visible = targets.get("visible", torch.ones(shape[:2], dtype=torch.bool))
-    if tuple(visible.shape) != shape[:2] or not ((visible == 0) | (visible == 1)).all():
-        raise UserError(f"data: 'visible' of the {split} split must be bool {shape[:2]}")
-    points, visible = points.float(), visible.bool()
-    if not points[visible].isfinite().all():
-        raise UserError(
-            f"data: some {split} points are visible but not finite; 'visible' must be False for them"
-        )
-    return {"points": torch.where(visible[..., None], points, 0.0), "visible": visible}
+    valid = targets.get("valid", torch.ones(shape[:2], dtype=torch.bool))
+    if tuple(valid.shape) != shape[:2] or not ((valid == 0) | (valid == 1)).all():
+        raise UserError(f"data: 'valid' of the {split} split must be bool {shape[:2]}")
+    points, valid = points.float(), valid.bool()
+    if not points[valid].isfinite().all():
+        raise UserError(f"data: some {split} points are valid but not finite; 'valid' must be False for them")
+    return {"points": torch.where(valid[..., None], points, 0.0), "valid": valid}

@@ -40,11 +40,13 @@ def on_finer_canvas(examples: Examples, magnification: float) -> Examples:
         images=_at(lazy, height, width),
         lazy_targets={name: _at(masks, height, width) for name, masks in examples.lazy_targets.items()},
     )
-    if examples.to_canvas is not None:
-        finer.to_canvas = _matrices(lazy, replace(lazy.decoder, height=height, width=width))
-        if finer.to_canvas is None:
+    if examples.source_to_image is not None:
+        finer.source_to_image = _matrices(lazy, replace(lazy.decoder, height=height, width=width))
+        if finer.source_to_image is None:
             return examples  # some files are unreadable; decoding reports them
-        finer.targets = _moved(examples.targets, finer.to_canvas @ torch.linalg.inv(examples.to_canvas))
+        finer.targets = _moved(
+            examples.targets, finer.source_to_image @ torch.linalg.inv(examples.source_to_image)
+        )
     before, after = (resident.decoded_bytes(each) / 2**20 for each in (examples, finer))
     log.info(
         "data: training images are decoded at %d x %d px so that random crops are not upsampled (%.0f MiB instead of "
@@ -102,4 +104,4 @@ def _moved(targets: dict[str, Tensor], matrices: Tensor) -> dict[str, Tensor]:
     if "points" not in targets:
         return targets
     points = move(targets["points"], matrices).float()
-    return {**targets, "points": torch.where(targets["visible"][..., None], points, 0.0)}
+    return {**targets, "points": torch.where(targets["valid"][..., None], points, 0.0)}

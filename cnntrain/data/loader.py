@@ -35,7 +35,7 @@ class Loader(ABC):
         self.device = device
         # Masks are as large as images, and stay where these are.
         self.targets = {k: v if k == "mask" else v.to(device) for k, v in examples.targets.items()}
-        self.to_canvas = _unless_identity(examples.to_canvas)
+        self.source_to_image = _unless_identity(examples.source_to_image)
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -115,7 +115,7 @@ class ResidentLoader(Loader):
             rows, rows_there = order[chunk], order_there[chunk]
             images = _pick(self.images, rows, rows_there)
             targets = {name: _pick(target, rows, rows_there) for name, target in self.targets.items()}
-            matrices = None if self.to_canvas is None else self.to_canvas[rows]
+            matrices = None if self.source_to_image is None else self.source_to_image[rows]
             yield Batch(images, targets, rows, positions[chunk], matrices)
 
 
@@ -137,7 +137,7 @@ class StreamLoader(Loader):
     def __init__(self, examples: Examples, device: torch.device, workers: int, timeout_s: int) -> None:
         super().__init__(examples, device)
         pin = device.type == "cuda"
-        self.pool = WorkerPool(examples, workers, timeout_s, pin, self.to_canvas is None)
+        self.pool = WorkerPool(examples, workers, timeout_s, pin, self.source_to_image is None)
 
     def _batches(
         self, order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
@@ -147,9 +147,9 @@ class StreamLoader(Loader):
         for chunk, got in zip(chunks, self.pool.run(requests), strict=True):
             rows = order[chunk]
             images = got.pop("images").to(self.device, non_blocking=True)
-            matrices = got.pop("to_canvas", None)
-            if self.to_canvas is not None:
-                matrices = self.to_canvas[rows]
+            matrices = got.pop("source_to_image", None)
+            if self.source_to_image is not None:
+                matrices = self.source_to_image[rows]
             targets = {name: _pick(target, rows, order_there[chunk]) for name, target in self.targets.items()}
             targets |= {name: target.to(self.device, non_blocking=True) for name, target in got.items()}
             yield Batch(images, targets, rows, positions[chunk], matrices)

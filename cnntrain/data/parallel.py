@@ -45,12 +45,12 @@ def decode_into(
     Raises:
         MachineError: a process died.
     """
-    pixels, to_canvas = images.numpy(), matrices.numpy()
+    pixels, source_to_image = images.numpy(), matrices.numpy()
 
     def one(index: int) -> BadFile | None:
         try:
             decoded, matrix = lazy.read(index)
-            pixels[index], to_canvas[index] = decoded.numpy(), matrix.numpy()
+            pixels[index], source_to_image[index] = decoded.numpy(), matrix.numpy()
             also(index)
         except BadFile as problem:
             return problem

@@ -59,7 +59,7 @@ class WorkerPool:
         atexit.register(_close, weakref.ref(self))
 
     def run(self, requests: list[Request]) -> Iterator[dict[str, Tensor]]:
-        """One dictionary a request: 'images' (M, C, H, W), 'to_canvas' where asked for, lazy targets by name.
+        """One dictionary a request: 'images' (M, C, H, W), 'source_to_image' where asked for, lazy targets by name.
 
         Raises:
             UserError: images that can't be used, all of the batch's.
@@ -236,7 +236,7 @@ class _Decoded(Dataset[Any]):
         if isinstance(self.images, LazyImages):
             images, matrices = _read(self.images, rows, bad)
             if self.with_matrices:
-                result["to_canvas"] = matrices
+                result["source_to_image"] = matrices
         else:
             images = self.images[torch.tensor(rows)]
         for name, lazy in self.lazy_targets.items():

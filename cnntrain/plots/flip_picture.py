@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def draw_symmetry(symmetry: Symmetry, spec: DataSpec, title: str) -> Figure:
     """The mean shape as rings and its mirror image as dots, joined by name: names kept, and names traded."""
-    assert spec.mirror is not None
+    assert spec.flip_pairs is not None
     shape, mirrored = symmetry.shape.numpy(), symmetry.mirrored.numpy()
-    panels = {"mirrored, names kept": mirrored, "mirrored and relabeled": mirrored[list(spec.mirror)]}
+    panels = {"mirrored, names kept": mirrored, "mirrored and relabeled": mirrored[list(spec.flip_pairs)]}
     reach = abs(shape).max() * 1.25
     faulty: set[int] = set()
     upper = torch.ones_like(symmetry.change, dtype=torch.bool).triu(1)

@@ -20,7 +20,7 @@ def draw_points(
     ax: Axes,
     true: np.ndarray | None,
     predicted: np.ndarray | None,
-    visible: np.ndarray,
+    valid: np.ndarray,
     skeleton: Sequence[tuple[int, int]] = (),
     labels: Sequence[str] = (),
 ) -> None:
@@ -28,16 +28,16 @@ def draw_points(
 
     Args:
         true, predicted: (K, 2) as (x, y) in the image's pixels, or None.
-        visible: (K,) bool; what is not visible has no truth: its prediction is drawn faintly.
+        valid: (K,) bool; what is not valid has no truth: its prediction is drawn faintly.
         skeleton: pairs of points of the answer (of the truth where there is none) to join.
         labels: names to write beside the points; none writes none.
     """
-    count = len(visible)
+    count = len(valid)
     size = 14.0 if count <= 20 else 5.0
     shown = predicted if predicted is not None else true
     if shown is None:
         return
-    known = np.ones(count, dtype=bool) if predicted is not None else visible
+    known = np.ones(count, dtype=bool) if predicted is not None else valid
     for a, b in skeleton:
         if known[a] and known[b]:
             ax.plot(*shown[[a, b]].T, color="white", linewidth=0.7, alpha=0.65, zorder=2)
@@ -47,14 +47,14 @@ def draw_points(
             place = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 5.5, "color": "white"}
             ax.annotate(shorten(name, 30), (x, y), bbox=box, zorder=6, **place)
     if true is not None and predicted is not None:
-        for start, end in zip(true[visible], predicted[visible], strict=True):
+        for start, end in zip(true[valid], predicted[valid], strict=True):
             ax.plot(*np.stack([start, end]).T, color=LINK_COLOR, linewidth=0.8, alpha=0.9, zorder=3)
     if true is not None:
         rings = {"facecolors": "none", "edgecolors": TRUE_COLOR, "linewidths": 0.9}
-        ax.scatter(*true[visible].T, s=size * 2, zorder=4, **rings)
+        ax.scatter(*true[valid].T, s=size * 2, zorder=4, **rings)
     if predicted is not None:
         color = {"c": PREDICTED_COLOR, "linewidths": 0, "zorder": 5, "s": size}
-        judged = visible if true is not None else np.ones(count, dtype=bool)
+        judged = valid if true is not None else np.ones(count, dtype=bool)
         ax.scatter(*predicted[judged].T, **color)
         ax.scatter(*predicted[~judged].T, alpha=0.3, **color)
 
@@ -64,7 +64,7 @@ def point_grid(
     captions: Sequence[str],
     true: np.ndarray | None,
     predicted: np.ndarray | None,
-    visible: np.ndarray,
+    valid: np.ndarray,
     skeleton: Sequence[tuple[int, int]] = (),
     labels: Sequence[str] = (),
     columns: int | None = None,
@@ -77,7 +77,7 @@ def point_grid(
             ax,
             None if true is None else true[i],
             None if predicted is None else predicted[i],
-            visible[i],
+            valid[i],
             skeleton,
             labels,
         )

@@ -19,7 +19,7 @@ def mask_names(names: list[str]) -> list[str]:
 
 def write_mask(
     mask: np.ndarray,
-    to_canvas: Tensor,
+    source_to_image: Tensor,
     size: tuple[int, int],
     outside: int,
     target: Path,
@@ -29,7 +29,7 @@ def write_mask(
     written, (height, width) uint8.
 
     Args:
-        to_canvas: (3, 3) from the image's pixels; scales and shifts only.
+        source_to_image: (3, 3) from the image's pixels; scales and shifts only.
         outside: the id of pixels that did not come onto the canvas.
         root: the run folder that `target` lies in: no link is followed from there on.
 
@@ -40,7 +40,9 @@ def write_mask(
     from PIL import Image
 
     rows, columns = (
-        np.rint(np.arange(side) * float(to_canvas[axis, axis]) + float(to_canvas[axis, 2])).astype(np.int64)
+        np.rint(
+            np.arange(side) * float(source_to_image[axis, axis]) + float(source_to_image[axis, 2])
+        ).astype(np.int64)
         for axis, side in ((1, size[1]), (0, size[0]))
     )
     height, width = mask.shape
@@ -57,17 +59,18 @@ def write_mask(
     return ids
 
 
-def outside_image(to_canvas: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
+def outside_image(source_to_image: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
     """Which pixels of the canvas (height, width) show nothing of the image: (H, W) bool.
 
     Args:
-        to_canvas: (3, 3) from the image's pixels; scales and shifts only. size: of the image, (width, height).
+        source_to_image: (3, 3) from the image's pixels; scales and shifts only. size: of the image, (width, height).
     """
     inside = []
     for axis in (1, 0):
         side, length = size[axis], canvas[1 - axis]
         first, last = (
-            float(to_canvas[axis, axis]) * end + float(to_canvas[axis, 2]) for end in (-0.5, side - 0.5)
+            float(source_to_image[axis, axis]) * end + float(source_to_image[axis, 2])
+            for end in (-0.5, side - 0.5)
         )
         place = np.arange(length)
         inside.append((place > first - 0.5) & (place < last + 0.5))

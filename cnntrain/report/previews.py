@@ -71,7 +71,7 @@ def _with_points(
         row, column = divmod(i, columns)
         targets = batches[column].targets
         _draw_named(
-            ax, targets["points"][row].numpy(), targets["visible"][row].numpy(), spec, pictures.shape[1:3]
+            ax, targets["points"][row].numpy(), targets["valid"][row].numpy(), spec, pictures.shape[1:3]
         )
 
     cell = 2.5 if len(spec.keypoints) <= MOST_NAMES else 2.1
@@ -87,8 +87,8 @@ def draw_flip(plain: Batch, flipped: Batch, names: Sequence[str], spec: DataSpec
 
     def overlay(ax: Axes, i: int) -> None:
         targets = (plain, flipped)[i % 2].targets
-        points, visible = targets["points"][i // 2].numpy(), targets["visible"][i // 2].numpy()
-        _draw_named(ax, points, visible, spec, pictures.shape[1:3], numbered=True, font=6.5)
+        points, valid = targets["points"][i // 2].numpy(), targets["valid"][i // 2].numpy()
+        _draw_named(ax, points, valid, spec, pictures.shape[1:3], numbered=True, font=6.5)
 
     captions = [text for name in names for text in (name, "mirrored and relabeled")]
     columns = 2 if len(spec.keypoints) > MOST_NAMES else 2 * len(names)
@@ -97,16 +97,16 @@ def draw_flip(plain: Batch, flipped: Batch, names: Sequence[str], spec: DataSpec
 
 
 def _draw_named(
-    ax: Axes, points: np.ndarray, visible: np.ndarray, spec: DataSpec, size: tuple[int, ...],
+    ax: Axes, points: np.ndarray, valid: np.ndarray, spec: DataSpec, size: tuple[int, ...],
     numbered: bool = False, font: float = 5.0,
 ) -> None:  # fmt: skip
     """Points (K, 2) in the color of their side, joined, with their names; with numbers where there are many."""
     for a, b in spec.skeleton:
-        if visible[a] and visible[b]:
+        if valid[a] and valid[b]:
             ax.plot(*points[[a, b]].T, color="white", linewidth=0.8, alpha=0.7, zorder=2)
     sides = sides_of(spec)
     many = len(points) > MOST_NAMES
-    for k in np.flatnonzero(visible):
+    for k in np.flatnonzero(valid):
         color = SIDE_COLORS[sides[k]]
         ax.scatter(*points[k], s=5 if many else 13, color=color, edgecolors="black", linewidths=0.4, zorder=4)
         if not many or numbered:
@@ -131,7 +131,7 @@ def sides_of(spec: DataSpec) -> list[int]:
 
     Points whose names tell the same side get the same number.
     """
-    mirror = spec.mirror or tuple(range(len(spec.keypoints)))
+    mirror = spec.flip_pairs or tuple(range(len(spec.keypoints)))
     sides = []
     for k, partner in enumerate(mirror):
         name, other = spec.keypoints[k].lower(), spec.keypoints[partner].lower()
@@ -144,7 +144,7 @@ def sides_of(spec: DataSpec) -> list[int]:
 def _with_sides(figure: Figure, spec: DataSpec) -> Figure:
     """The figure with a legend of what the colors of points mean."""
     sides = sides_of(spec)
-    if spec.mirror is None or not any(sides):
+    if spec.flip_pairs is None or not any(sides):
         return figure
     entries = []
     for side in (-1, 1, 0):

@@ -30,10 +30,10 @@ SMALLEST_SIZE = 0.05  # that an error is divided by: share of the canvas's longe
 
 
 class Keypoints(Task):
-    """Where K points are. Points that are not visible (unlabeled, or off the canvas) count nowhere.
+    """Where K points are. Points that are not valid (unlabeled, or off the canvas) count nowhere.
 
-    Targets: `points` (N, K, 2) canvas pixels (x, y), `visible` (N, K) bool, and for figures in the pixels of
-    the source image `to_canvas` (N, 3, 3), source to canvas, of any float type on any device (none: the
+    Targets: `points` (N, K, 2) canvas pixels (x, y), `valid` (N, K) bool, and for figures in the pixels of
+    the source image `source_to_image` (N, 3, 3), source to canvas, of any float type on any device (none: the
     identity); where the data have them `box_size` (N, 2), width and height of the annotated boxes in source pixels.
 
     With `head='regression'` the model gives (N, 2K): x and y of each point from the canvas's center, in units
@@ -107,16 +107,16 @@ class Keypoints(Task):
         return heatmaps.to_pixels(heatmaps.decode(log_heat), self.spec.image_size, cells)
 
     def losses(self, outputs: Tensor, targets: Targets, plain: bool = False) -> tuple[Tensor, Tensor]:
-        visible = targets["visible"].bool()
+        valid = targets["valid"].bool()
         # Where nothing is known anything may stand, NaN too: it must not reach the arithmetic.
-        true = torch.where(visible[..., None], targets["points"].float(), 0.0)
+        true = torch.where(valid[..., None], targets["points"].float(), 0.0)
         if self.head == "regression":
             coordinates = outputs.float().reshape(true.shape)  # (N,2K) -> (N,K,2)
-            error = torch.where(visible[..., None], coordinates - self.normalized(true), 0.0)
+            error = torch.where(valid[..., None], coordinates - self.normalized(true), 0.0)
             per_point = self._distance(error).mean(2)
         else:
-            per_point = torch.where(visible, self._heatmap_losses(outputs.float(), true), 0.0)
-        return per_point.sum(1), visible.sum(1).float()
+            per_point = torch.where(valid, self._heatmap_losses(outputs.float(), true), 0.0)
+        return per_point.sum(1), valid.sum(1).float()
 
     def _heatmap_losses(self, outputs: Tensor, true: Tensor) -> Tensor:
         """(N, K) from maps (N, K, h, w) and points in canvas pixels."""
@@ -142,7 +142,7 @@ class Keypoints(Task):
         return (self.num_outputs, None, None) if self.head == "heatmap" else (self.num_outputs,)
 
     def prepare(self, targets: Targets) -> None:
-        if "visible" in targets and not targets["visible"].any():
+        if "valid" in targets and not targets["valid"].any():
             raise UserError("data: no training image has a point that is labeled and on the canvas")
 
     def zero_outputs(self, targets: Targets) -> Tensor:
@@ -155,17 +155,17 @@ class Keypoints(Task):
     def source_points(self, points: Tensor, targets: Targets) -> Tensor:
         """Canvas pixels -> pixels of the source images, (N, K, 2), in float64 where the device has it."""
         points = points.to(wide_dtype(points.device))
-        matrix = targets.get("to_canvas")
+        matrix = targets.get("source_to_image")
         return points if matrix is None else unmap_points(points, matrix)
 
     def errors(self, outputs: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
         """Errors in source pixels (N, K), which of them count (N, K) bool, and what normalizes them (N,).
 
-        The norm is 0 where it is not known: fewer than two visible points and no annotated box, or one of the pair not
-        visible.
+        The norm is 0 where it is not known: fewer than two valid points and no annotated box, or one of the pair not
+        valid.
         """
-        visible = targets["visible"].bool()
-        true = torch.where(visible[..., None], targets["points"].float(), 0.0)
+        valid = targets["valid"].bool()
+        true = torch.where(valid[..., None], targets["points"].float(), 0.0)
         both = self.source_points(
             torch.cat([true, self.points(outputs)], 1), targets
         )  # the way back is found once
@@ -173,15 +173,15 @@ class Keypoints(Task):
         error = (predicted - true).norm(dim=2)
         if self._pair:
             a, b = self._pair
-            norm, known = (true[:, a] - true[:, b]).norm(dim=1), visible[:, a] & visible[:, b]
+            norm, known = (true[:, a] - true[:, b]).norm(dim=1), valid[:, a] & valid[:, b]
         else:
-            norm, known = object_sizes(true, visible, targets.get("box_size"))
+            norm, known = object_sizes(true, valid, targets.get("box_size"))
         least = SMALLEST_SIZE * max(self.spec.image_size)
-        matrix = targets.get("to_canvas")
+        matrix = targets.get("source_to_image")
         if matrix is not None:
             least = least * source_pixels_per_canvas_pixel(matrix, norm.device, norm.dtype)
         norm = torch.where(known, norm.clamp(min=least), 0.0)
-        return torch.where(visible, error, 0.0), visible, norm
+        return torch.where(valid, error, 0.0), valid, norm
 
     def meter(self) -> KeypointMeter:
         return KeypointMeter(self.spec.keypoints, self.errors)
@@ -194,26 +194,26 @@ class Keypoints(Task):
 
     @torch.no_grad()
     def rows(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
-        """`visible` (how many points count), `error_px`, `nme`, `loss`, then predicted and true coordinates
+        """`valid` (how many points count), `error_px`, `nme`, `loss`, then predicted and true coordinates
         in pixels of the source image."""
-        error, visible, norm = self.errors(outputs, targets)
+        error, valid, norm = self.errors(outputs, targets)
         true = self.source_points(targets["points"].float(), targets).tolist()
         sums, counts = self.losses(outputs, targets, plain=True)
         rows = []
         for i, answer in enumerate(self.answers(outputs, targets)):
             count, total = int(counts[i]), float(error[i].sum())
-            row: dict[str, object] = {"visible": count, "error_px": ratio(total, count)}
+            row: dict[str, object] = {"valid": count, "error_px": ratio(total, count)}
             row |= {"nme": ratio(total, count * float(norm[i])), "loss": ratio(sums[i], counts[i])}
-            shown = [p if v else [None, None] for p, v in zip(true[i], visible[i].tolist(), strict=True)]
+            shown = [p if v else [None, None] for p, v in zip(true[i], valid[i].tolist(), strict=True)]
             rows.append({**row, **answer, **_columns(self.spec.keypoints, shown, "true_")})
         return rows
 
     @torch.no_grad()
     def mistake_score(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """Mean error of the visible points, in units of half the canvas."""
-        visible = targets["visible"].bool()
+        """Mean error of the valid points, in units of half the canvas."""
+        valid = targets["valid"].bool()
         error = (self.points(outputs) - targets["points"].float()).norm(dim=2) / self._frame(outputs)[1]
-        return torch.where(visible, error, 0.0).sum(1) / visible.sum(1).clamp(min=1)
+        return torch.where(valid, error, 0.0).sum(1) / valid.sum(1).clamp(min=1)
 
     def figures(self, meter: Meter) -> dict[str, Figure]:
         if not meter.state():
@@ -237,33 +237,33 @@ class Keypoints(Task):
         true = targets["points"].float().cpu().numpy() if "points" in targets else None
         captions = list(names)
         if true is None:
-            visible = torch.ones(len(images), len(self.spec.keypoints), dtype=torch.bool)
+            valid = torch.ones(len(images), len(self.spec.keypoints), dtype=torch.bool)
         else:
-            visible = targets["visible"].bool().cpu()
+            valid = targets["valid"].bool().cpu()
             if outputs is not None:
                 error, seen, _ = self.errors(outputs, targets)
                 mean_error = (error.sum(1) / seen.sum(1)).tolist()
                 captions = [f"{name}\n{e:.1f} px" for name, e in zip(names, mean_error, strict=True)]
-        return overlays.point_grid(pictures, captions, true, predicted, visible.numpy(), self.spec.skeleton)
+        return overlays.point_grid(pictures, captions, true, predicted, valid.numpy(), self.spec.skeleton)
 
 
-def object_sizes(true: Tensor, visible: Tensor, box_size: Tensor | None) -> tuple[Tensor, Tensor]:
+def object_sizes(true: Tensor, valid: Tensor, box_size: Tensor | None) -> tuple[Tensor, Tensor]:
     """The size of each object (N,) in source pixels, and whether it is known (N,) bool.
 
-    It is the root of the area of the annotated box, or of the box around the visible true points where there is none.
+    It is the root of the area of the annotated box, or of the box around the valid true points where there is none.
     The shorter side counts as half of the longer one at least: points on a line have no area, but a size.
 
     Args:
-        true: (N, K, 2). visible: (N, K) bool. box_size: (N, 2) width and height of the annotated boxes, 0 where there
+        true: (N, K, 2). valid: (N, K) bool. box_size: (N, 2) width and height of the annotated boxes, 0 where there
             is none; None: there are none at all.
     """
-    shown = visible[..., None]
+    shown = valid[..., None]
     sides = true.masked_fill(~shown, -math.inf).amax(1) - true.masked_fill(~shown, math.inf).amin(1)
-    known = visible.sum(1) >= 2
+    known = valid.sum(1) >= 2
     if box_size is not None:
         annotated = (box_size > 0).all(1)
         sides = torch.where(annotated[:, None], box_size.to(sides.dtype), sides)
-        known = known | (annotated & visible.any(1))
+        known = known | (annotated & valid.any(1))
     longer, shorter = sides.amax(1).clamp(min=0), sides.amin(1)
     return (longer * torch.maximum(shorter, longer / 2)).sqrt(), known
 

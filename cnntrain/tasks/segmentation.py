@@ -65,7 +65,7 @@ class Segmentation(Task):
         self._balanced = class_weights == "balanced"
         self._weights = parse_class_weights(class_weights, spec.classes)
         self.num_classes = self.num_outputs = len(spec.classes)
-        self.ignore = spec.outside
+        self.ignore = spec.mask_fill
         self.monitor = ("miou", "max")
         self.monitor_range = (0.0, 1.0)
 

@@ -6,9 +6,9 @@ from torch import Tensor
 from cnntrain.transfer import to_device
 
 
-def unmap_points(points: Tensor, to_canvas: Tensor) -> Tensor:
-    """Points (N, K, 2) on the canvas -> (N, K, 2) in the source, by the inverse of `to_canvas` (N, 3, 3)."""
-    matrix = to_device(to_canvas, points.device, points.dtype)
+def unmap_points(points: Tensor, source_to_image: Tensor) -> Tensor:
+    """Points (N, K, 2) on the canvas -> (N, K, 2) in the source, by the inverse of `source_to_image` (N, 3, 3)."""
+    matrix = to_device(source_to_image, points.device, points.dtype)
     inverse = inverse_3x3(matrix)
     moved = points @ inverse[:, :2, :2].mT + inverse[:, None, :2, 2]
     weight = points @ inverse[:, 2:, :2].mT + inverse[:, None, 2:, 2]  # 1 unless it is a perspective
@@ -23,7 +23,9 @@ def inverse_3x3(matrix: Tensor) -> Tensor:
     return cofactors / (a * torch.linalg.cross(b, c)).sum(1)[:, None, None]
 
 
-def source_pixels_per_canvas_pixel(to_canvas: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(N,) on `device`: the side of the source's square that becomes one canvas pixel, for `to_canvas` (N, 3, 3)."""
-    a, b, c, d = to_canvas[:, :2, :2].flatten(1).unbind(1)
+def source_pixels_per_canvas_pixel(
+    source_to_image: Tensor, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(N,) on `device`: source pixels per image pixel, along one side, for `source_to_image` (N, 3, 3)."""
+    a, b, c, d = source_to_image[:, :2, :2].flatten(1).unbind(1)
     return to_device((a * d - b * c).abs().rsqrt(), device, dtype)

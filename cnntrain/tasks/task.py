@@ -113,7 +113,7 @@ class Task(ABC):
     @abstractmethod
     def answers(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
         """What the outputs say, one row per example, for people and CSV files. Needs no truth in `targets`
-        (keypoints: `to_canvas` is used where present, to answer in the source image's pixels)."""
+        (keypoints: `source_to_image` is used where present, to answer in the source image's pixels)."""
 
     def probabilities(self, outputs: Tensor) -> Tensor | None:
         """(N, C): how likely each class is, for a task that gives an image one class; None for others."""

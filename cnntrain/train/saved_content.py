@@ -121,14 +121,14 @@ def _check_spec(spec: Mapping[str, Any]) -> None:
         if not _is_list(names) or not all(isinstance(each, str) for each in names):
             raise UserError(f"spec.{name}: must be a list of names, got {_short(names)}")
     points = len(spec.get("keypoints", ()))
-    mirror, skeleton = spec.get("mirror"), spec.get("skeleton", ())
+    mirror, skeleton = spec.get("flip_pairs"), spec.get("skeleton", ())
     if mirror is not None and (
         not _is_list(mirror)
         or len(mirror) != points
         or not all(_is_whole(each, 0, points - 1) for each in mirror)
     ):
         raise UserError(
-            f"spec.mirror: must be null or a list of {points} keypoint indices, got {_short(mirror)}"
+            f"spec.flip_pairs: must be null or a list of {points} keypoint indices, got {_short(mirror)}"
         )
     if not _is_list(skeleton) or not all(
         _is_list(pair) and len(pair) == 2 and all(_is_whole(each, 0, points - 1) for each in pair)

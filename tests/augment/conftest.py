@@ -63,10 +63,10 @@ def make_spots_batch(count: int, seed: int) -> Batch:
     points[:, 0] = 12 + (size - 24) * torch.rand(count, 2, generator=generator)
     targets = {
         "points": points,
-        "visible": torch.rand(count, len(POINTS), generator=generator) < 0.8,
+        "valid": torch.rand(count, len(POINTS), generator=generator) < 0.8,
         "mask": discs(points[:, 0]),
     }
-    targets["visible"][:, 0] = True
+    targets["valid"][:, 0] = True
     position = torch.arange(count)
     return Batch(blobs(points[:, 0]), targets, position.clone(), position)
 
@@ -74,7 +74,7 @@ def make_spots_batch(count: int, seed: int) -> Batch:
 @pytest.fixture(scope="session")
 def faces() -> DataSpec:
     """What `make_spots` makes."""
-    return DataSpec(1, HEIGHT, WIDTH, keypoints=POINTS, mirror=(0, 2, 1, 4, 3))
+    return DataSpec(1, HEIGHT, WIDTH, keypoints=POINTS, flip_pairs=(0, 2, 1, 4, 3))
 
 
 @pytest.fixture(scope="session")

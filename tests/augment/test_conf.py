@@ -38,8 +38,8 @@ def test_each_option_runs(compose, make_batch, option):
     batch = make_batch(4)
     assert Pipeline(DataSpec(3, 12, 17), items)(batch, 0, 0).images.shape[:2] == (4, 3)
     if option not in CLASSIFICATION_ONLY:
-        spec = DataSpec(3, 12, 17, keypoints=("l", "r"), mirror=(1, 0))
-        batch.targets = {"points": torch.rand(4, 2, 2), "visible": torch.ones(4, 2, dtype=torch.bool)}
+        spec = DataSpec(3, 12, 17, keypoints=("l", "r"), flip_pairs=(1, 0))
+        batch.targets = {"points": torch.rand(4, 2, 2), "valid": torch.ones(4, 2, dtype=torch.bool)}
         Pipeline(spec, items)(batch, 0, 0)
 
 

@@ -52,9 +52,7 @@ def check_together(make_spots, faces, items: dict[str, Geometry], seed: int) -> 
     checked = 0
     for i in range(len(batch)):
         x, y = moved.targets["points"][i, 0].tolist()
-        assert bool(moved.targets["visible"][i, 0]) == (
-            -0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5
-        )
+        assert bool(moved.targets["valid"][i, 0]) == (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5)
         mask, image = moved.targets["mask"][i], moved.images[i, 0]
         assert set(mask.unique().tolist()) <= {0, 1, 255}
         margin = 12  # the whole spot is on the canvas
@@ -91,14 +89,14 @@ def test_chains_equal_the_product_of_matrices_applied_by_scipy(make_spots, faces
     )
     moved = Pipeline(faces, items)(batch, seed, 1)
     matrices, height, width = draw_matrices(items, batch, seed, 1)
-    torch.testing.assert_close(moved.to_canvas, matrices)
+    torch.testing.assert_close(moved.source_to_image, matrices)
     y, x = numpy.mgrid[0:height, 0:width]
     for i in range(len(batch)):
         # Points: the matrix itself, exactly; renamed where its determinant is negative.
         points = batch.targets["points"][i].double()
         expected = torch.cat([points, torch.ones(len(points), 1)], 1) @ matrices[i].T
         expected = expected[:, :2] / expected[:, 2:]
-        order = list(faces.mirror or ()) if mirrors_by_cross_product(matrices[i]) else [0, 1, 2, 3, 4]
+        order = list(faces.flip_pairs or ()) if mirrors_by_cross_product(matrices[i]) else [0, 1, 2, 3, 4]
         torch.testing.assert_close(moved.targets["points"][i].double(), expected[order], atol=1e-3, rtol=1e-4)
         inverse = numpy.linalg.inv(matrices[i].numpy())
         place = inverse @ numpy.stack([x.ravel(), y.ravel(), numpy.ones(x.size)])

@@ -19,7 +19,7 @@ def test_flip_twice_is_the_identity_including_order(make_spots, faces, flip, ext
     batch = make_spots(8, 1)
     batch.images = torch.randint(0, 256, batch.images.shape, dtype=torch.uint8)
     once = Pipeline(faces, {"a": flip(probability=1)} | extra)(batch, 1, 0)
-    assert torch.equal(once.targets["visible"][:, 1], batch.targets["visible"][:, 2])
+    assert torch.equal(once.targets["valid"][:, 1], batch.targets["valid"][:, 2])
     assert not torch.equal(once.targets["points"][:, 0], batch.targets["points"][:, 0])
     again = Pipeline(faces, {"b": flip(probability=1)} | extra)(
         Batch((once.images * 255).round().byte(), once.targets, batch.index, batch.position), 1, 0
@@ -28,7 +28,7 @@ def test_flip_twice_is_the_identity_including_order(make_spots, faces, flip, ext
     for twice in (again, both):
         assert torch.equal((twice.images * 255).round().byte(), batch.images)
         assert torch.equal(twice.targets["mask"], batch.targets["mask"])
-        assert torch.equal(twice.targets["visible"], batch.targets["visible"])
+        assert torch.equal(twice.targets["valid"], batch.targets["valid"])
         torch.testing.assert_close(twice.targets["points"], batch.targets["points"], atol=2e-5, rtol=0)
 
 
@@ -68,27 +68,27 @@ def test_points_are_relabeled_exactly_when_left_became_right(make_spots, faces, 
     }
     batch = make_spots(40, 3)
     items = {f"{name}{i}": kinds[name] for i, name in enumerate(names)}
-    matrix = Pipeline(faces, items)(batch, 5, 0).to_canvas
+    matrix = Pipeline(faces, items)(batch, 5, 0).source_to_image
     assert is_mirrored(matrix, HEIGHT, WIDTH).tolist() == [relabels] * 40
     moved = Pipeline(faces, items)(batch, 5, 0).targets
-    order = list(faces.mirror or ()) if relabels else [0, 1, 2, 3, 4]
+    order = list(faces.flip_pairs or ()) if relabels else [0, 1, 2, 3, 4]
     before = batch.targets["points"].double()
     expected = torch.cat([before, torch.ones(40, 5, 1)], 2) @ matrix.mT
     near = expected[..., 2] > 0.2
     expected = (expected[..., :2] / expected[..., 2:])[:, order]
     near = near[:, order, None].expand(-1, -1, 2)
     torch.testing.assert_close(moved["points"].double()[near], expected[near], atol=1e-2, rtol=1e-4)
-    assert not (moved["visible"] & ~batch.targets["visible"][:, order]).any()
+    assert not (moved["valid"] & ~batch.targets["valid"][:, order]).any()
 
 
 def test_only_the_mirrored_images_of_a_batch_are_relabeled(make_spots, faces):
     batch = make_spots(64, 3)
     moved = Pipeline(faces, {"flip": HorizontalFlip()})(batch, 5, 0)
-    flipped = moved.to_canvas[:, 0, 0] < 0
+    flipped = moved.source_to_image[:, 0, 0] < 0
     assert 10 < int(flipped.sum()) < 54
     before = batch.targets["points"].clone()
     before[flipped, :, 0] = WIDTH - 1 - before[flipped, :, 0]
-    before[flipped] = before[flipped][:, list(faces.mirror or ())]
+    before[flipped] = before[flipped][:, list(faces.flip_pairs or ())]
     torch.testing.assert_close(moved.targets["points"], before)
 
 
@@ -104,9 +104,9 @@ def test_points_behind_the_camera_are_invisible(make_spots, faces):
 
     batch = make_spots(1, 0)
     batch.targets["points"] = torch.tensor([[[10.0, 5], [19, 1], [20, 5], [21, 5], [45, 9]]])
-    batch.targets["visible"][:] = True
+    batch.targets["valid"][:] = True
     moved = Pipeline(faces, {"tilt": Tilt()})(batch, 0, 0)
-    assert moved.targets["visible"].tolist() == [[True, False, False, False, False]]
+    assert moved.targets["valid"].tolist() == [[True, False, False, False, False]]
     assert moved.targets["points"].isfinite().all()
     assert moved.images.isfinite().all()
 

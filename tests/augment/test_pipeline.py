@@ -122,14 +122,14 @@ def test_draws_do_not_depend_on_other_augmentations(make_batch):
     for name, item in ITEMS.items():
         if not isinstance(item, Geometry):
             continue
-        alone = Pipeline(SPEC, {name: item})(batch, 1, 2).to_canvas
+        alone = Pipeline(SPEC, {name: item})(batch, 1, 2).source_to_image
         rest = {key: other for key, other in ITEMS.items() if not isinstance(other, Geometry)}
-        together = Pipeline(SPEC, {**rest, name: item})(batch, 1, 2).to_canvas
+        together = Pipeline(SPEC, {**rest, name: item})(batch, 1, 2).source_to_image
         assert alone is not None
         assert together is not None
         assert torch.equal(alone, together)
-    flip_only = Pipeline(SPEC, {"flip": HorizontalFlip()})(batch, 1, 2).to_canvas
-    with_crop = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()})(batch, 1, 2).to_canvas
+    flip_only = Pipeline(SPEC, {"flip": HorizontalFlip()})(batch, 1, 2).source_to_image
+    with_crop = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()})(batch, 1, 2).source_to_image
     assert torch.equal(flip_only[:, 0, 0], with_crop[:, 0, 0])
 
 
@@ -137,7 +137,7 @@ def test_the_batch_that_comes_in_is_left_alone(make_batch):
     batch = make_batch(5)
     batch.targets |= {
         "points": torch.rand(5, 2, 2) * 10,
-        "visible": torch.ones(5, 2, dtype=torch.bool),
+        "valid": torch.ones(5, 2, dtype=torch.bool),
         "mask": torch.ones(5, 12, 17, dtype=torch.uint8),
     }
     before = {name: values.clone() for name, values in batch.targets.items()}
@@ -147,7 +147,7 @@ def test_the_batch_that_comes_in_is_left_alone(make_batch):
         assert torch.equal(batch.images, images)
         assert batch.targets.keys() == before.keys()
         assert all(torch.equal(batch.targets[name], before[name]) for name in before)
-        assert batch.to_canvas is None
+        assert batch.source_to_image is None
 
 
 def test_autocast_changes_nothing(make_batch):
@@ -173,10 +173,10 @@ def test_the_device_is_never_waited_for(make_batch, monkeypatch, name):
     if name not in ("mixup", "cutmix", "all"):
         batch.targets = {
             "points": torch.zeros(5, 2, 2, device="meta"),
-            "visible": torch.zeros(5, 2, dtype=torch.bool, device="meta"),
+            "valid": torch.zeros(5, 2, dtype=torch.bool, device="meta"),
             "mask": torch.zeros(5, 12, 17, dtype=torch.uint8, device="meta"),
         }
-    spec = DataSpec(3, 12, 17, keypoints=("l", "r"), mirror=(1, 0)) if "points" in batch.targets else SPEC
+    spec = DataSpec(3, 12, 17, keypoints=("l", "r"), flip_pairs=(1, 0)) if "points" in batch.targets else SPEC
     pipeline = Pipeline(spec, items)
     moved = pipeline(batch, 1, 2)
     assert moved.images.shape == (5, 3, 12, 17)
@@ -218,14 +218,14 @@ def test_a_gpu_gives_the_same_batch_without_waiting(make_batch, name):
 
 def test_the_way_back_to_the_source_file_is_kept(make_batch):
     batch = make_batch(4)
-    batch.to_canvas = torch.eye(3, dtype=torch.float64).repeat(4, 1, 1)
-    batch.to_canvas[:, 0, 0] = 0.25
+    batch.source_to_image = torch.eye(3, dtype=torch.float64).repeat(4, 1, 1)
+    batch.source_to_image[:, 0, 0] = 0.25
     moved = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()})(batch, 1, 2)
     alone = make_batch(4)
-    move = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()})(alone, 1, 2).to_canvas
-    assert torch.equal(moved.to_canvas, move @ batch.to_canvas)
+    move = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()})(alone, 1, 2).source_to_image
+    assert torch.equal(moved.source_to_image, move @ batch.source_to_image)
     plain = Pipeline(SPEC, {"crop": Crop(), "flip": HorizontalFlip()}).plain(batch)
-    assert torch.equal(plain.to_canvas, batch.to_canvas)
+    assert torch.equal(plain.source_to_image, batch.source_to_image)
 
 
 def test_plain_is_the_middle_on_the_same_canvas(make_batch):
@@ -235,7 +235,7 @@ def test_plain_is_the_middle_on_the_same_canvas(make_batch):
     plain = pipeline.plain(batch)
     assert plain.images.shape == pipeline(batch, 0, 0).images.shape == (2, 3, 10, 10)
     # The box is the largest square in the middle: columns 5 to 25, on its edges.
-    edges = plain.to_canvas[0] @ torch.tensor([[4.5, 24.5], [-0.5, 19.5], [1, 1]], dtype=torch.float64)
+    edges = plain.source_to_image[0] @ torch.tensor([[4.5, 24.5], [-0.5, 19.5], [1, 1]], dtype=torch.float64)
     torch.testing.assert_close(edges[:2], torch.tensor([[-0.5, 9.5], [-0.5, 9.5]]).double())
 
 

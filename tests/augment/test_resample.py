@@ -19,7 +19,7 @@ def test_borders(border, extra):
         images, {"mask": torch.ones(1, 6, 9, dtype=torch.uint8)}, torch.zeros(1).long(), torch.zeros(1).long()
     )
     moved = Pipeline(spec, {"crop": Crop(size=(12, 17), padding_px=4)} | extra, border)(batch, 0, 0)
-    left, top = (-moved.to_canvas[0, :2, 2]).long().tolist()
+    left, top = (-moved.source_to_image[0, :2, 2]).long().tolist()
     mode = {"zero": "constant", "edge": "edge", "reflect": "reflect"}[border]
     padded = numpy.pad(images[0, 0].numpy(), 8, mode=mode)
     expected = padded[top + 8 : top + 20, left + 8 : left + 25]
@@ -54,7 +54,7 @@ def test_resized_crop_agrees_with_torchvision(make_batch):
     batch = make_batch(16, height=20, width=20)
     item = RandomResizedCrop(size=(26, 27), area=(0.6, 1.0), ratio=(0.3, 3.0))  # many are too long, and cut
     result = Pipeline(DataSpec(3, 20, 20), {"it": item}, "edge")(batch, 0, 0)
-    inverse = torch.linalg.inv(result.to_canvas)
+    inverse = torch.linalg.inv(result.source_to_image)
     for i in range(16):
         left_top = inverse[i] @ torch.tensor([-0.5, -0.5, 1.0]).double() + 0.5
         right_bottom = inverse[i] @ torch.tensor([26.5, 25.5, 1.0]).double() + 0.5
@@ -80,7 +80,7 @@ def test_a_homography_carries_its_corners():
 def test_perspective_pulls_corners_inwards_as_far_as_it_says(make_batch):
     batch = make_batch(200, 1)
     item = Perspective(distortion=0.5, probability=1.0)
-    matrix = Pipeline(DataSpec(1, 12, 17), {"tilt": item})(batch, 0, 0).to_canvas
+    matrix = Pipeline(DataSpec(1, 12, 17), {"tilt": item})(batch, 0, 0).source_to_image
     assert matrix is not None
     for x, y, inwards in ((0, 0, (1, 1)), (16, 0, (-1, 1)), (16, 11, (-1, -1)), (0, 11, (1, -1))):
         place = matrix @ torch.tensor([x, y, 1.0], dtype=torch.float64)

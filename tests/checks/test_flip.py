@@ -27,7 +27,7 @@ def right_map(scheme: Scheme) -> tuple[int, ...]:
 
 def spec_of(scheme: Scheme, mirror: tuple[int, ...], named: bool = True) -> DataSpec:
     names = scheme.names if named else tuple(f"part_{i}" for i in range(len(scheme.names)))
-    return DataSpec(3, 64, 64, keypoints=names, mirror=mirror, skeleton=scheme.skeleton)
+    return DataSpec(3, 64, 64, keypoints=names, flip_pairs=mirror, skeleton=scheme.skeleton)
 
 
 def wrong_pairings(right: tuple[int, ...]) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -70,7 +70,7 @@ def people(count: int = 150) -> Shapes:
 
 def cats(count: int = 60) -> Shapes:
     targets = ToyFaces(train_count=count, test_count=1).load()["train"].targets
-    return targets["points"], targets["visible"]
+    return targets["points"], targets["valid"]
 
 
 def drawn_faces(count: int = 60) -> Shapes:
@@ -197,7 +197,7 @@ def test_points_upon_one_another_can_not_be_told_and_are_named() -> None:
     shape = torch.tensor([[-10.0, 0], [10, 0], [-5, 20], [5, 20], [-5, 20], [5, 20]])
     noise = torch.randn(40, 6, 2, generator=torch.Generator().manual_seed(2))
     names = ("left_eye", "right_eye", "left_lip_1", "right_lip_1", "left_lip_2", "right_lip_2")
-    spec = DataSpec(1, 9, 9, keypoints=names, mirror=(1, 0, 3, 2, 5, 4))
+    spec = DataSpec(1, 9, 9, keypoints=names, flip_pairs=(1, 0, 3, 2, 5, 4))
     findings, _ = judge_flip(shape + noise, torch.ones(40, 6, dtype=torch.bool), spec)
     told = findings[-1]
     assert (

@@ -58,7 +58,9 @@ def test_the_pictures_are_those_of_the_training() -> None:
 
 
 def test_sides_follow_names_then_order() -> None:
-    spec = DataSpec(1, 8, 8, keypoints=("right_eye", "left_eye", "nose", "a", "b"), mirror=(1, 0, 2, 4, 3))
+    spec = DataSpec(
+        1, 8, 8, keypoints=("right_eye", "left_eye", "nose", "a", "b"), flip_pairs=(1, 0, 2, 4, 3)
+    )
     assert sides_of(spec) == [1, -1, 0, -1, 1]
 
 

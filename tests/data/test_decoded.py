@@ -49,7 +49,7 @@ def same(one: dict[str, Examples], other: dict[str, Examples]) -> bool:
     pairs = [(one[name], other[name]) for name in one]
     return all(
         torch.equal(tensor(a.images), tensor(b.images))
-        and torch.equal(tensor(a.to_canvas), tensor(b.to_canvas))
+        and torch.equal(tensor(a.source_to_image), tensor(b.source_to_image))
         and all(torch.equal(a.targets[name], b.targets[name]) for name in b.targets)
         for a, b in pairs
     )

@@ -140,9 +140,9 @@ def test_points_lie_where_they_did(tmp_path: Path, crop: str) -> None:
     assert finer.train.images.shape[-2:] == (96, 120) and finer.val.images.shape[-2:] == (48, 60)
     rows = [int(name.split(".")[0]) for name in finer.train.names]
     truth = torch.from_numpy(np.stack([source_points[row] for row in rows]))
-    assert isinstance(finer.train.to_canvas, Tensor)
+    assert isinstance(finer.train.source_to_image, Tensor)
     torch.testing.assert_close(
-        move(truth, finer.train.to_canvas), finer.train.targets["points"].double(), atol=1e-3, rtol=0
+        move(truth, finer.train.source_to_image), finer.train.targets["points"].double(), atol=1e-3, rtol=0
     )
     flip_and_crop = {"flip": HorizontalFlip(probability=1.0), "crop": RandomResizedCrop(), "turn": Rotation()}
     pipeline = Pipeline(source.spec(), flip_and_crop)
@@ -154,13 +154,13 @@ def test_points_lie_where_they_did(tmp_path: Path, crop: str) -> None:
     ):
         assert fine.images.shape == coarse.images.shape
         torch.testing.assert_close(fine.targets["points"], coarse.targets["points"], atol=0.5, rtol=0)
-        assert torch.equal(fine.targets["visible"], coarse.targets["visible"])
-        assert fine.to_canvas is not None
-        expected = move(truth, fine.to_canvas)
+        assert torch.equal(fine.targets["valid"], coarse.targets["valid"])
+        assert fine.source_to_image is not None
+        expected = move(truth, fine.source_to_image)
         expected = (
-            expected if float(fine.to_canvas[0, 0, 0]) > 0 else expected.flip(1)
+            expected if float(fine.source_to_image[0, 0, 0]) > 0 else expected.flip(1)
         )  # mirrored: names change sides
-        seen = fine.targets["visible"]
+        seen = fine.targets["valid"]
         torch.testing.assert_close(fine.targets["points"][seen].double(), expected[seen], atol=1e-2, rtol=0)
         assert float((fine.images - coarse.images).abs().mean()) < 0.02
 
@@ -169,11 +169,11 @@ def test_points_that_nobody_sees_stay_at_zero(tmp_path: Path) -> None:
     path = str(tmp_path / "a.png")
     Image.new("L", (90, 60)).save(path)
     lazy = LazyImages([path], Decoder(30, 30, 1, "letterbox"))
-    to_canvas = place(90, 60, (30, 30), "letterbox", None).matrix()[None]
+    source_to_image = place(90, 60, (30, 30), "letterbox", None).matrix()[None]
     points = torch.tensor([[[7.0, 11.0], [0.0, 0.0]]])
-    visible = torch.tensor([[True, False]])
+    valid = torch.tensor([[True, False]])
     finer = on_finer_canvas(
-        Examples(lazy, {"points": points, "visible": visible}, [path], to_canvas=to_canvas), 2.0
+        Examples(lazy, {"points": points, "valid": valid}, [path], source_to_image=source_to_image), 2.0
     )
     assert finer.images.shape[-2:] == (60, 60)
     torch.testing.assert_close(finer.targets["points"], torch.tensor([[[14.5, 22.5], [0.0, 0.0]]]))

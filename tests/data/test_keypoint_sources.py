@@ -102,11 +102,11 @@ def test_points_land_on_what_was_marked(photographs):
     for crop in ("none", "points"):
         source = KeypointCsv(root=str(photographs), size=[30, 50], crop=crop, channels=1)
         assert source.spec().keypoints == ("left_eye", "right_eye")
-        assert source.spec().mirror == (1, 0)
+        assert source.spec().flip_pairs == (1, 0)
         train = source.load()["train"]
         for i in range(4):
             image, matrix = train.images.read(i)
-            assert torch.allclose(matrix, train.to_canvas[i])
+            assert torch.allclose(matrix, train.source_to_image[i])
             marked = torch.tensor([[20.0, 10 + i], [40.0, 10 + i]])
             points = train.targets["points"][i]
             assert torch.allclose(points.double(), move(marked, matrix), atol=1e-4)
@@ -119,9 +119,9 @@ def test_points_outside_and_unlabeled_ones_are_not_visible_and_counted(photograp
     write(photographs, "0.png,20,10,60,10", "1.png,,,40,11", "2.png,-3,5,59,39", "3.png,20,10,40,10")
     with caplog.at_level(logging.WARNING, "cnntrain"):
         train = KeypointCsv(root=str(photographs), crop="none").load()["train"]
-    assert train.targets["visible"].tolist() == [[True, False], [False, True], [False, True], [True, True]]
+    assert train.targets["valid"].tolist() == [[True, False], [False, True], [False, True], [True, True]]
     assert "2 of 7 labeled points lie outside" in caplog.text
-    assert (train.targets["points"][~train.targets["visible"]] == 0).all()
+    assert (train.targets["points"][~train.targets["valid"]] == 0).all()
 
 
 def test_the_sizes_of_annotated_boxes_go_along(photographs):
@@ -145,7 +145,7 @@ def test_groups_boxes_and_splits_of_a_csv(photographs):
     assert data.test is not None
     assert set(data.train.groups).isdisjoint(data.val.groups)
     assert torch.allclose(
-        data.test.to_canvas[0], torch.tensor([[1.0, 0, -10], [0, 1, -5], [0, 0, 1]]).double()
+        data.test.source_to_image[0], torch.tensor([[1.0, 0, -10], [0, 1, -5], [0, 0, 1]]).double()
     )
 
 
@@ -191,7 +191,7 @@ def test_a_left_point_without_its_right_one_is_named(photographs):
     path = write(photographs, "0.png,1,2", "1.png,3,4", header="image_name,left_eye_x,left_eye_y")
     with pytest.raises(UserError, match="'left_eye' has no partner"):
         KeypointCsv(path).spec()
-    assert KeypointCsv(path, mirror={}).spec().mirror == (0,)
+    assert KeypointCsv(path, mirror={}).spec().flip_pairs == (0,)
 
 
 @pytest.mark.parametrize(
@@ -221,9 +221,9 @@ def test_real_faces(shared):
     data = load_data(source, folds=5, fold=2)
     assert len(data.train) + len(data.val) == 69
     assert data.test is None
-    assert data.spec.mirror is not None
-    points, visible = data.train.targets["points"], data.train.targets["visible"]
-    assert visible.float().mean() > 0.98
+    assert data.spec.flip_pairs is not None
+    points, valid = data.train.targets["points"], data.train.targets["valid"]
+    assert valid.float().mean() > 0.98
     right, left = (points[:, data.spec.keypoints.index(f"{side}_eye_1"), 0] for side in ("right", "left"))
     assert (right < left).float().mean() > 0.95
 
@@ -247,7 +247,7 @@ def test_coco_files(photographs):
     assert source.spec().skeleton == ((0, 1),)
     train = source.load()["train"]
     assert len(train) == 6
-    assert train.targets["visible"][:, 1].tolist() == [False, True] * 3
+    assert train.targets["valid"][:, 1].tolist() == [False, True] * 3
     assert train.groups is not None
     assert len(set(train.groups)) == 3
     assert torch.allclose(train.targets["points"][1], torch.tensor([[10.0, 5.0], [30.0, 5.0]]))
@@ -358,7 +358,7 @@ def test_dlib_files(photographs):
     source = dlib(photographs, XML)
     assert source.spec().keypoints == ("00", "01")
     train = source.load()["train"]
-    assert train.targets["visible"].tolist() == [[True, True], [False, True]]
+    assert train.targets["valid"].tolist() == [[True, True], [False, True]]
     assert torch.allclose(train.targets["points"][0], torch.tensor([[10.0, 5.0], [30.0, 5.0]]))
 
 
@@ -390,12 +390,12 @@ def test_cat_files(tmp_path, save, pixels, caplog):
         (tmp_path / "CAT_00" / f"{i}.jpg.cat").write_text(CAT_LINE)
     save(tmp_path / "CAT_00" / "extra.jpg", pixels(10, 10))
     source = CatFolder(str(tmp_path))
-    assert source.spec().mirror == (1, 0, 2, 8, 7, 6, 5, 4, 3)
+    assert source.spec().flip_pairs == (1, 0, 2, 8, 7, 6, 5, 4, 3)
     with caplog.at_level(logging.WARNING, "cnntrain"):
         train = CatFolder(str(tmp_path)).load()["train"]
     assert "1 images have no .cat file" in caplog.text
     assert train.names == [f"CAT_00/{i}.jpg" for i in range(3)]
-    assert train.targets["visible"].all()
+    assert train.targets["valid"].all()
     (tmp_path / "CAT_00" / "1.jpg.cat").write_text("8 1 2")
     (tmp_path / "CAT_00" / "lone.jpg.cat").write_text("9")
     with pytest.raises(UserError, match=r"(?s)1.jpg.cat: expected '9'.*lone.jpg.cat: has no image"):

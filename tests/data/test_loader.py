@@ -28,7 +28,7 @@ def same(one, other) -> bool:
         and all(torch.equal(a.targets[name], b.targets[name]) for name in a.targets)
         and torch.equal(a.index, b.index)
         and torch.equal(a.position, b.position)
-        and torch.equal(a.to_canvas, b.to_canvas)
+        and torch.equal(a.source_to_image, b.source_to_image)
         for a, b in zip(one, other, strict=True)
     )
 

@@ -59,7 +59,7 @@ def test_streamed_and_resident_masks_agree(root):
         loader.close()
         assert torch.equal(found.images, expected.images)
         assert torch.equal(found.targets["mask"], expected.targets["mask"])
-        assert torch.equal(found.to_canvas, expected.to_canvas)
+        assert torch.equal(found.source_to_image, expected.source_to_image)
 
 
 def test_all_faults_are_reported_at_once(root, save, pixels):
@@ -153,7 +153,7 @@ def test_camvid(shared, tmp_path):
     source = MaskFolder(str(tmp_path), classes=CAMVID.split(), ignore_index=11, size=[180, 240])
     data = load_data(source)
     assert (len(data.train), len(data.val), data.test) == (8, 8, None)
-    assert data.train.to_canvas.equal(torch.eye(3, dtype=torch.float64).expand(8, 3, 3))
+    assert data.train.source_to_image.equal(torch.eye(3, dtype=torch.float64).expand(8, 3, 3))
     share = torch.bincount(data.train.targets["mask"].flatten().long(), minlength=12) / (8 * 180 * 240)
     assert share[1] > 0.2  # buildings
     with pytest.raises(UserError, match="no class: 11"):

@@ -128,7 +128,7 @@ def test_a_class_without_training_images_is_told(caplog: pytest.LogCaptureFixtur
         ({"label": LABELS}, {"keypoints": ("a", "b")}, "needs the target 'points'"),
         ({"label": LABELS}, {"per_pixel": True}, "needs the target 'mask'"),
         ({"points": torch.rand(6, 4)}, {"keypoints": ("a", "b")}, r"points are torch.float32 \(6, 4\)"),
-        ({"points": torch.rand(6, 2, 2), "visible": torch.ones(6)}, {"keypoints": ("a", "b")}, "'visible'"),
+        ({"points": torch.rand(6, 2, 2), "valid": torch.ones(6)}, {"keypoints": ("a", "b")}, "'valid'"),
         ({"points": torch.full((6, 2, 2), float("nan"))}, {"keypoints": ("a", "b")}, "not finite"),
         (
             {"mask": torch.zeros(6, 4, 5, dtype=torch.uint8)},
@@ -155,7 +155,7 @@ def test_points_and_masks_of_other_types_are_converted() -> None:
     points = torch.rand(6, 2, 2, dtype=torch.float64)
     data = load({"train": examples(points=points), "val": examples(points=points)}, keypoints=("a", "b"))
     assert data.train.targets["points"].dtype == torch.float32
-    assert data.train.targets["visible"].dtype == torch.bool and data.train.targets["visible"].all()
+    assert data.train.targets["valid"].dtype == torch.bool and data.train.targets["valid"].all()
     mask = torch.randint(0, 2, (6, 4, 4))
     mask[0] = 255
     data = load({"train": examples(mask=mask), "val": examples(mask=mask[:, None])}, per_pixel=True)

@@ -155,7 +155,7 @@ def test_image_folder_lists_classes_from_train(make_folder):
     assert data.test is not None
     assert data.test.targets["label"].tolist() == [0] * 6
     assert data.train.names[0] == "train/cat/0.png"
-    assert data.train.to_canvas.shape == (12, 3, 3)
+    assert data.train.source_to_image.shape == (12, 3, 3)
 
 
 def test_a_set_without_test_has_none_and_val_is_held_out(make_folder):

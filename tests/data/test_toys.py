@@ -60,13 +60,13 @@ def test_faces_have_eyes_where_their_labels_are():
 def test_faces_declare_partners_that_fit_their_mean_shape():
     source = ToyFaces(size=32, train_count=200, test_count=1)
     spec = source.spec()
-    assert spec.mirror == (1, 0, 2, 8, 7, 6, 5, 4, 3)
+    assert spec.flip_pairs == (1, 0, 2, 8, 7, 6, 5, 4, 3)
     targets = source.load()["train"].targets
-    assert targets["visible"].float().mean() > 0.97
-    mean = (targets["points"] * targets["visible"][..., None]).sum(0) / targets["visible"].sum(0)[:, None]
+    assert targets["valid"].float().mean() > 0.97
+    mean = (targets["points"] * targets["valid"][..., None]).sum(0) / targets["valid"].sum(0)[:, None]
     mean = mean - mean.mean(0)
     mirrored = mean * torch.tensor([-1.0, 1.0])
-    permutation = list(spec.mirror)
+    permutation = list(spec.flip_pairs)
     right = (mirrored[permutation] - mean).norm()
     assert right < 0.3 * (mirrored - mean).norm()
     for a in range(9):
@@ -102,7 +102,7 @@ def test_left_and_right_are_the_cats_own() -> None:
     source = ToyFaces(size=64, train_count=40, test_count=1)
     names, train = source.spec().keypoints, source.load()["train"]
     x = {name: train.targets["points"][:, i, 0] for i, name in enumerate(names)}
-    seen = {name: train.targets["visible"][:, i] for i, name in enumerate(names)}
+    seen = {name: train.targets["valid"][:, i] for i, name in enumerate(names)}
     for part in ("eye", "ear_1", "ear_2", "ear_3"):
         both = seen[f"left_{part}"] & seen[f"right_{part}"]
         assert both.sum() > 20

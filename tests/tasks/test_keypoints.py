@@ -1,4 +1,4 @@
-"""Keypoints against brute force in float64, and the properties that a loss over visible points must have."""
+"""Keypoints against brute force in float64, and the properties that a loss over valid points must have."""
 
 import math
 
@@ -31,13 +31,13 @@ def example(task: Keypoints, count: int = 12, seed: int = 0):
     height, width = task.spec.image_size
     size = torch.tensor([width - 1.0, height - 1.0])
     points = torch.rand(count, len(NAMES), 2, generator=generator) * size
-    visible = torch.rand(count, len(NAMES), generator=generator) < 0.7
+    valid = torch.rand(count, len(NAMES), generator=generator) < 0.7
     shape = (count, task.num_outputs) + ((12, 20) if task.head == "heatmap" else ())
     outputs = torch.randn(shape, generator=generator) * (1 if task.head == "heatmap" else 0.4)
     matrix = torch.eye(3, dtype=torch.float64).repeat(count, 1, 1)
     matrix[:, :2, :2] += torch.randn(count, 2, 2, generator=generator).double() * 0.2
     matrix[:, :2, 2] = torch.randn(count, 2, generator=generator).double() * 9
-    return outputs, {"points": points, "visible": visible, "to_canvas": matrix}
+    return outputs, {"points": points, "valid": valid, "source_to_image": matrix}
 
 
 def metered(task, outputs, targets):
@@ -68,7 +68,7 @@ def test_regression_loss_is_the_definition_point_by_point(loss):
     total, count = 0.0, 0
     for i in range(len(outputs)):
         for k in range(len(NAMES)):
-            if targets["visible"][i, k]:
+            if targets["valid"][i, k]:
                 count += 1
                 for axis, center in enumerate((19.5, 11.5)):
                     true = (float(targets["points"][i, k, axis]) - center) / 19.5
@@ -92,13 +92,13 @@ def test_distances_against_torch():
 def test_points_that_are_not_visible_have_no_gradient_whatever_they_hold(head, loss):
     task = make(head=head, loss=loss)
     outputs, targets = example(task)
-    targets["points"][~targets["visible"]] = math.nan
+    targets["points"][~targets["valid"]] = math.nan
     outputs.requires_grad_()
     task.loss(outputs, targets)[0].backward()
     assert outputs.grad is not None
     assert bool(outputs.grad.isfinite().all())
     gradient = outputs.grad.reshape(len(outputs), len(NAMES), -1).abs().sum(2)
-    assert torch.equal(gradient > 0, targets["visible"])
+    assert torch.equal(gradient > 0, targets["valid"])
     values = metered(task, outputs.detach(), targets).compute()
     assert all(math.isfinite(value) for value in values.values())
 
@@ -107,7 +107,7 @@ def test_points_that_are_not_visible_have_no_gradient_whatever_they_hold(head, l
 def test_a_batch_without_visible_points_is_worth_nothing(head, loss):
     task = make(head=head, loss=loss)
     outputs, targets = example(task, 3)
-    targets["visible"][:] = False
+    targets["valid"][:] = False
     assert [float(v) for v in task.loss(outputs, targets)] == [0.0, 0.0]
     assert math.isnan(metered(task, outputs, targets).compute()["nme"])
     assert task.mistake_score(outputs, targets).tolist() == [0.0] * 3
@@ -130,8 +130,8 @@ def test_any_split_gives_the_same_figures(cut, seed, kind):
 def test_metrics_are_the_definitions_in_source_pixels(normalize_by, annotated):
     task = make(normalize_by=normalize_by)
     outputs, targets = example(task, 30)
-    targets["visible"][0] = torch.tensor([True, False, False, False])
-    targets["visible"][1], targets["points"][1] = True, torch.tensor([11.0, 8.0])  # all in one place
+    targets["valid"][0] = torch.tensor([True, False, False, False])
+    targets["valid"][1], targets["points"][1] = True, torch.tensor([11.0, 8.0])  # all in one place
     if annotated:
         targets["box_size"] = torch.rand(30, 2) * 60
         targets["box_size"][2:8] = 0
@@ -139,8 +139,8 @@ def test_metrics_are_the_definitions_in_source_pixels(normalize_by, annotated):
     predicted = (outputs.double().reshape(30, 4, 2) * 19.5 + torch.tensor([19.5, 11.5])).numpy()
     errors, shares = [], []
     for i in range(30):
-        inverse = np.linalg.inv(targets["to_canvas"][i].numpy())
-        seen = targets["visible"][i].numpy()
+        inverse = np.linalg.inv(targets["source_to_image"][i].numpy())
+        seen = targets["valid"][i].numpy()
 
         def source(points, inverse=inverse):
             return points @ inverse[:2, :2].T + inverse[:2, 2]
@@ -165,9 +165,9 @@ def test_metrics_are_the_definitions_in_source_pixels(normalize_by, annotated):
 
 
 def nme(task, points: list, guess: float, **more) -> float:
-    """Of objects with visible points `points` (N, K, 2), each guessed `guess` pixels too far to the right."""
+    """Of objects with valid points `points` (N, K, 2), each guessed `guess` pixels too far to the right."""
     true = torch.tensor(points)
-    targets = {"points": true, "visible": torch.ones(true.shape[:2], dtype=torch.bool), **more}
+    targets = {"points": true, "valid": torch.ones(true.shape[:2], dtype=torch.bool), **more}
     outputs = task.normalized(true + torch.tensor([guess, 0.0])).flatten(1)
     return metered(task, outputs, targets).compute()["nme"]
 
@@ -203,21 +203,21 @@ def test_an_annotated_box_comes_before_the_points():
 
 def test_which_sizes_are_known():
     true = torch.tensor([[[0.0, 0.0], [8.0, 2.0]]]).repeat(4, 1, 1)
-    visible = torch.tensor([[True, True], [True, False], [True, False], [False, False]])
+    valid = torch.tensor([[True, True], [True, False], [True, False], [False, False]])
     boxes = torch.tensor([[0.0, 0.0], [0.0, 0.0], [9.0, 4.0], [9.0, 4.0]])
-    size, known = object_sizes(true, visible, boxes)
+    size, known = object_sizes(true, valid, boxes)
     assert known.tolist() == [True, False, True, False]
     assert size[known].tolist() == pytest.approx([(8 * 4) ** 0.5, (9 * 4.5) ** 0.5])
-    assert object_sizes(true, visible, None)[1].tolist() == [True, False, False, False]
+    assert object_sizes(true, valid, None)[1].tolist() == [True, False, False, False]
 
 
 def test_per_keypoint_errors_and_their_names():
     task = make()
     outputs, targets = example(task)
-    del targets["to_canvas"]
+    del targets["source_to_image"]
     details = metered(task, outputs, targets).details()
     error = (task.points(outputs) - targets["points"]).norm(dim=2)
-    expected = (error * targets["visible"]).sum(0) / targets["visible"].sum(0)
+    expected = (error * targets["valid"]).sum(0) / targets["valid"].sum(0)
     assert list(details) == [f"error_px/{name}" for name in NAMES]
     assert list(details.values()) == pytest.approx(expected.tolist(), rel=1e-6)
 
@@ -249,7 +249,7 @@ def test_coordinates_go_there_and_back():
 def test_knowing_nothing_is_the_center():
     task = make(loss="l1")
     _, targets = example(task)
-    expected = task.normalized(targets["points"]).abs().mean(2)[targets["visible"]].mean()
+    expected = task.normalized(targets["points"]).abs().mean(2)[targets["valid"]].mean()
     assert task.uninformed_loss(targets) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -270,7 +270,7 @@ def test_decoding_recovers_sub_pixel_positions_of_an_ideal_map(x, y, sigma, loss
     outputs = heat.exp() if loss == "mse" else heat + 3.0  # logits are free up to a constant
     found = heatmaps.to_cells(task.points(outputs), task.spec.image_size, cells)
     torch.testing.assert_close(found, inside, rtol=0, atol=2e-2 if loss == "mse" and sigma < 1 else 2e-3)
-    targets = {"points": pixels, "visible": torch.ones(1, 4, dtype=torch.bool)}
+    targets = {"points": pixels, "valid": torch.ones(1, 4, dtype=torch.bool)}
     assert float(task.loss(outputs, targets)[0]) == pytest.approx(0, abs=1e-4)
 
 
@@ -316,7 +316,7 @@ def test_a_map_covers_the_canvas_corner_to_corner():
 def test_learning_a_heat_map_by_gradient_finds_the_point(loss):
     task = make(head="heatmap", loss=loss)
     _, targets = example(task, 1)
-    targets["visible"][:] = True
+    targets["valid"][:] = True
     outputs = torch.zeros(1, 4, 12, 20, requires_grad=True)
     optimizer = torch.optim.Adam([outputs], lr=0.3)
     start = task.uninformed_loss(targets, outputs)
@@ -344,7 +344,7 @@ def test_perspective_is_undone():
     source = torch.rand(1, 4, 2, dtype=torch.float64) * 20
     homogeneous = torch.cat([source, torch.ones(1, 4, 1, dtype=torch.float64)], 2) @ matrix.mT
     canvas = homogeneous[..., :2] / homogeneous[..., 2:]
-    back = task.source_points(canvas, {"to_canvas": matrix.float()})
+    back = task.source_points(canvas, {"source_to_image": matrix.float()})
     torch.testing.assert_close(back, source, rtol=1e-5, atol=1e-5)
 
 
@@ -352,16 +352,16 @@ def test_rows_and_answers_speak_of_source_pixels():
     task = make()
     outputs, targets = example(task)
     rows = task.rows(outputs, targets)
-    error, visible, _ = task.errors(outputs, targets)
+    error, valid, _ = task.errors(outputs, targets)
     for i, row in enumerate(rows):
-        assert row["visible"] == int(visible[i].sum())
-        expected = float(error[i].sum()) / int(visible[i].sum())
+        assert row["valid"] == int(valid[i].sum())
+        expected = float(error[i].sum()) / int(valid[i].sum())
         assert row["error_px"] == pytest.approx(expected)
-        hidden = not targets["visible"][i, 2]
+        hidden = not targets["valid"][i, 2]
         assert (row["true_nose_x"] is None) == hidden
-    total = sum(float(str(row["loss"])) * int(str(row["visible"])) for row in rows)
+    total = sum(float(str(row["loss"])) * int(str(row["valid"])) for row in rows)
     assert total == pytest.approx(float(task.loss(outputs, targets)[0]), rel=1e-5)
-    answer = task.answers(outputs, {"to_canvas": targets["to_canvas"]})[0]
+    answer = task.answers(outputs, {"source_to_image": targets["source_to_image"]})[0]
     assert answer["mouth_y"] == rows[0]["mouth_y"]
     plain = task.answers(outputs, {})[0]
     assert plain["left_eye_x"] == pytest.approx(float(task.points(outputs)[0, 0, 0]))
@@ -408,6 +408,6 @@ def test_drawings(head):
 
 
 def test_points_can_be_named_and_hidden_ones_stay_unnamed():
-    points, visible = np.full((1, 4, 2), 5.0), np.array([[True, False, True, True]])
-    grid = overlays.point_grid(np.zeros((1, 24, 40, 3)), ["a"], points, None, visible, labels=NAMES)
+    points, valid = np.full((1, 4, 2), 5.0), np.array([[True, False, True, True]])
+    grid = overlays.point_grid(np.zeros((1, 24, 40, 3)), ["a"], points, None, valid, labels=NAMES)
     assert [text.get_text() for text in grid.axes[0].texts] == ["left_eye", "nose", "mouth"]

@@ -25,9 +25,9 @@ def targets(task: Task) -> dict[str, torch.Tensor]:
     if isinstance(task, Segmentation):
         return {"mask": torch.zeros(4, 8, 8, dtype=torch.uint8, device="meta")}
     if isinstance(task, Keypoints):
-        visible = torch.ones(4, 7, dtype=torch.bool, device="meta")
+        valid = torch.ones(4, 7, dtype=torch.bool, device="meta")
         matrix = torch.zeros(4, 3, 3, dtype=torch.float64, device="meta")
-        return {"points": torch.zeros(4, 7, 2, device="meta"), "visible": visible, "to_canvas": matrix}
+        return {"points": torch.zeros(4, 7, 2, device="meta"), "valid": valid, "source_to_image": matrix}
     return {"label": torch.zeros(4, dtype=torch.int64, device="meta")}
 
 

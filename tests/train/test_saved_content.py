@@ -84,7 +84,7 @@ BAD = {
     "state.progress.best": [5, {"epoch": 1.0}, {"epoch": "x", "step": 1.0}, {"epoch": NAN, "step": 1.0}],
     "state.progress.finished": [1, "yes"],
     "spec.channels": [0, -1, "3", None, 10**9], "spec.height": [0, 10**9, 8.0, True], "spec.width": [0, 2**20],
-    "spec.classes": ["ab", [1], 5], "spec.keypoints": ["ab", [None]], "spec.mirror": [[0], [0, 2], [0, -1], 5],
+    "spec.classes": ["ab", [1], 5], "spec.keypoints": ["ab", [None]], "spec.flip_pairs": [[0], [0, 2], [0, -1], 5],
     "spec.skeleton": [[0], [[0]], [[0, 2]], 5], "spec.per_pixel": [1, "x"], "spec.ignore_index": ["x", 2**40],
     "spec.mean": [[NAN], [0.1, 0.2], ["x"], 5], "spec.std": [[0.0], [NAN], [-1.0], [float("inf")], "x"],
     "spec.evil": [5],

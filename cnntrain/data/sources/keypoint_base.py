@@ -1,4 +1,4 @@
-"""What all sources of images with named points share: the crop, the matrices, what is visible, the facts."""
+"""What all sources of images with named points share: the crop, the matrices, what is valid, the facts."""
 
 import logging
 from abc import abstractmethod
@@ -109,7 +109,7 @@ class KeypointSource(Source):
         declared = self.mirror if self.mirror is not None else self.scheme.mirror if self.scheme else None
         mirror = infer_flip_pairs(names) if declared is None else flip_permutation(names, declared)
         d = self.decoder
-        return DataSpec(d.channels, d.height, d.width, keypoints=names, mirror=mirror, skeleton=skeleton)
+        return DataSpec(d.channels, d.height, d.width, keypoints=names, flip_pairs=mirror, skeleton=skeleton)
 
     def load(self) -> dict[str, Examples]:
         _, objects, _ = self.annotations
@@ -133,7 +133,7 @@ class KeypointSource(Source):
     ) -> Examples:
         canvas = (self.decoder.height, self.decoder.width)
         boxes: list[Box | None] = []
-        matrices, points, visible = [], [], []
+        matrices, points, valid = [], [], []
         for one in objects:
             seen = inside(one.points, sizes[one.path]) & one.labeled
             box = self._box(one, seen, bad)
@@ -143,10 +143,10 @@ class KeypointSource(Source):
             boxes.append(box)
             matrices.append(matrix)
             points.append(torch.where(seen[:, None], moved, 0.0))
-            visible.append(seen)
+            valid.append(seen)
         cut = None if self.crop == "none" else torch.tensor(boxes, dtype=torch.float64)
         groups = [one.group or one.path for one in objects]
-        targets = {"points": torch.stack(points).float(), "visible": torch.stack(visible)}
+        targets = {"points": torch.stack(points).float(), "valid": torch.stack(valid)}
         if any(one.box for one in objects):
             targets["box_size"] = torch.tensor([_size(one.box) for one in objects], dtype=torch.float32)
         return Examples(
@@ -192,6 +192,6 @@ def _log_outside(objects: list[KeypointAnnotation], sizes: dict[str, tuple[int, 
     if any(outside):
         first = next(one.name for one, count in zip(objects, outside, strict=True) if count)
         logger.warning(
-            "data: %d of %d labeled points lie outside their image and count as not visible (first in %s)",
+            "data: %d of %d labeled points lie outside their image and count as not valid (first in %s)",
             sum(outside), labeled, first,
         )  # fmt: skip

@@ -64,7 +64,9 @@ class ToyFaces(Source):
 
     def spec(self) -> DataSpec:
         mirror = flip_permutation(CAT9.names, CAT9.mirror or {})
-        return DataSpec(3, self.size, self.size, keypoints=CAT9.names, mirror=mirror, skeleton=CAT9.skeleton)
+        return DataSpec(
+            3, self.size, self.size, keypoints=CAT9.names, flip_pairs=mirror, skeleton=CAT9.skeleton
+        )
 
     def load(self) -> dict[str, Examples]:
         splits = {}
@@ -72,10 +74,10 @@ class ToyFaces(Source):
             drawn = [draw_face(self.size, hash_seed(self.seed, split, i)) for i in range(count)]
             images = torch.from_numpy(np.stack([image for image, _ in drawn]))  # (N, H, W, C)
             points = torch.from_numpy(np.stack([points for _, points in drawn]))
-            visible = ((points >= -0.5) & (points <= self.size - 0.5)).all(-1)
-            points = torch.where(visible[..., None], points, 0.0).float()
+            valid = ((points >= -0.5) & (points <= self.size - 0.5)).all(-1)
+            points = torch.where(valid[..., None], points, 0.0).float()
             names = [f"toy_faces-{self.seed}/{split}/{i:05}" for i in range(count)]
-            targets = {"points": points, "visible": visible}
+            targets = {"points": points, "valid": valid}
             splits[split] = Examples(images.permute(0, 3, 1, 2).contiguous(), targets, names)
         return splits
 

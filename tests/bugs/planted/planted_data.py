@@ -130,7 +130,7 @@ class Unrelabeled(ToyFaces):
 
     def spec(self) -> DataSpec:
         spec = super().spec()
-        return dataclasses.replace(spec, mirror=tuple(range(len(spec.keypoints))))
+        return dataclasses.replace(spec, flip_pairs=tuple(range(len(spec.keypoints))))
 
 
 class RowsFirst(ToyFaces):

@@ -18,7 +18,7 @@ Splits = dict[str, Examples]
 def reordered(examples: Examples, order: Tensor) -> Examples:
     """Images where they were, targets in another order."""
     targets = {name: target[order] for name, target in examples.targets.items()}
-    return Examples(examples.images, targets, examples.names, examples.groups, examples.to_canvas)
+    return Examples(examples.images, targets, examples.names, examples.groups, examples.source_to_image)
 
 
 def shuffled(examples: Examples) -> Examples:
