@@ -3,6 +3,7 @@
 From Python: `from cnntrain import compose, train`, then `train(compose("model=mlp", "data=digits", "epochs=5"))`.
 """
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from cnntrain.config.schema import Settings
 
 __all__ = ["compose", "overfit", "train"]
+
+# Import the package `cnntrain.train` before the function of that name is defined. A later first import would replace
+# the function, because importing a submodule sets it as an attribute of its parent.
+importlib.import_module("cnntrain.train")
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> "Settings":

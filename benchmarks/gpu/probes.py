@@ -99,10 +99,9 @@ class Training:
             assembly.loader(data.train, augmented=True),
             assembly.loader(data.val),
         )
-        self._common = (assembly.pipeline, assembly.task, assembly.compute)
 
     def epoch(self) -> None:
-        from cnntrain.train.loop import NullLogger, train_epoch
+        from cnntrain.train.loop import NullLogger, Trainer, train_epoch
         from cnntrain.train.nonfinite import NonFiniteGuard
         from cnntrain.train.signals import StopFlag
 
@@ -112,22 +111,14 @@ class Training:
             device, state.scaler is not None, lambda batch: RuntimeError(f"batch {batch}")
         )
         meter = self.assembly.task.meter()
-        train_epoch(
-            state,
-            self.training,
-            *self._common,
-            self.plan,
-            NullLogger(),
-            meter,
-            lambda: None,
-            StopFlag(),
-            finite,
-        )
+        assembly = self.assembly
+        trainer = Trainer(assembly.task, assembly.pipeline, assembly.compute, self.plan, self.training)
+        train_epoch(trainer, state, meter, NullLogger(), finite, StopFlag())
 
     def evaluate(self) -> None:
         from cnntrain.train.evaluate import evaluate
 
-        evaluate(self.state.judged, self.validation, *self._common, self.plan.batch_size, FEW_STEPS)
+        evaluate(self.assembly, self.state.judged, self.validation, self.plan.batch_size, FEW_STEPS)
 
     def close(self) -> None:
         self.training.close()

@@ -154,20 +154,24 @@ def _by_loop(bench: CheckContext, model: nn.Module, accumulate: int, rate: float
     )  # fmt: skip
     state = TrainState(model, optimizer, _Falling(total_steps=STEPS, steps_per_epoch=STEPS))
     compute = dataclasses.replace(bench.compute, precision="fp32")
-    loop.fit(
-        state, bench.loaders["train"], None, bench.pipeline, bench.task, compute, plan, loop.NullLogger(),
-        lambda *names: None, bench.stop,
-    )  # fmt: skip
+    trainer = loop.Trainer(bench.task, bench.pipeline, compute, plan, bench.loaders["train"])
+    loop.fit(trainer, state, loop.NullLogger(), lambda *names: None, bench.stop)
 
 
 def _validate(bench: CheckContext, model: nn.Module) -> tuple[float, float]:
     """The loss of a few validation images, by hand and by what evaluates for users."""
     loader, evaluated = bench.loaders["val"], copy.deepcopy(model).eval()
     compute, rows = dataclasses.replace(bench.compute, precision="fp32"), list[Tensor]()
+    trainer = loop.Trainer(bench.task, bench.pipeline, compute, bench.plan, bench.loaders["train"], loader)
     meter = loop.evaluate(
-        model.train(), loader, bench.pipeline, bench.task, compute, _images(bench), 1, bench.stop,
-        look=lambda batch, _: rows.append(batch.index),
-    )  # fmt: skip
+        trainer,
+        model.train(),
+        loader,
+        _images(bench),
+        1,
+        bench.stop,
+        lambda batch, _: rows.append(batch.index),
+    )
     order = torch.cat(rows)
     with torch.no_grad():
         batch = bench.pipeline.plain(next(loader.batches(order, len(order))))

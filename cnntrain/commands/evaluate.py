@@ -93,10 +93,10 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     if not settings.run_dir and exists(folder) and not is_folder(folder, run_folder_of(path)):
         raise UserError(f"{folder}: is a link or a file; remove it, or choose another folder with run_dir=")
     with open_run_dir(folder, "evaluate") as run_folder, stop_flag() as stop:
+        batch_size = assembly.settings.known_batch_size or saved["config"]["batch_size"]
         meter = evaluate(
-            assembly.model, assembly.loader(examples), assembly.pipeline, assembly.task, assembly.compute,
-            assembly.settings.known_batch_size or saved["config"]["batch_size"], None, stop, look,
-        )  # fmt: skip
+            assembly, assembly.model, assembly.loader(examples), batch_size, stop=stop, on_batch=look
+        )
         if not meter.loss_is_finite():
             weights = [*assembly.model.named_parameters(), *assembly.model.named_buffers()]
             broken = next((name for name, weight in weights if not weight.isfinite().all()), None)

@@ -1,38 +1,51 @@
-"""Running a model over a split: exact metrics, nothing random, nothing learned."""
+"""Evaluate a model on a split: exact metrics without augmentation."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.loader import Loader
-from cnntrain.tasks.task import Meter, Task
+from cnntrain.tasks.task import Meter
 from cnntrain.train.device import Compute
 from cnntrain.train.distributed import merge
 from cnntrain.train.signals import StopFlag
 from cnntrain.types import Batch
 
+if TYPE_CHECKING:
+    from cnntrain.train.loop import Trainer
+    from cnntrain.train.setup import Components
+
+
+def predict_batch(model: nn.Module, images: Tensor, compute: Compute) -> Tensor:
+    """Return the model's outputs for preprocessed images (N, C, H, W): (N, ...) float32."""
+    images = images.contiguous(memory_format=compute.memory_format)
+    with compute.autocast():
+        outputs = model(images)
+    return outputs.float()
+
 
 @torch.no_grad()
 def evaluate(
+    components: Components | Trainer,
     model: nn.Module,
     loader: Loader,
-    pipeline: Pipeline,
-    task: Task,
-    compute: Compute,
     batch_size: int,
     limit_batches: int | None = None,
     stop: StopFlag | None = None,
-    look: Callable[[Batch, Tensor], None] | None = None,
+    on_batch: Callable[[Batch, Tensor], None] | None = None,
 ) -> Meter:
-    """Metrics of `model` over all examples of `loader`, in their own order; of several processes each judges its share
-    of every batch, and all get the metrics of the whole.
+    """Return the metrics of `model` over all examples of `loader`, in order. Ranks share the work.
 
     Args:
-        limit_batches: judge no more than these, spread evenly: files often lie sorted by class.
-        look: shown every batch of this process's (normalized images) with its outputs, (N, ...) float32.
+        components: task, pipeline and compute.
+        limit_batches: maximum number of batches, spread evenly because files are often sorted by class.
+        on_batch: called with each of this rank's batches (normalized images) and its outputs, (N, ...) float32.
     """
+    task, compute = components.task, components.compute
     was_training = model.training
     model.eval()
     meter = task.meter()
@@ -43,14 +56,11 @@ def evaluate(
             stop.check()
         if not len(batch):
             continue
-        batch = pipeline.plain(batch)
-        images = batch.images.contiguous(memory_format=compute.memory_format)
-        with compute.autocast():
-            outputs = model(images)
-        outputs = outputs.float()
+        batch = components.pipeline.plain(batch)
+        outputs = predict_batch(model, batch.images, compute)
         loss_sum, count = task.loss(outputs, batch.truth, plain=True)
         meter.update(outputs, batch.truth, loss_sum, count)
-        if look is not None:
-            look(batch, outputs)
+        if on_batch is not None:
+            on_batch(batch, outputs)
     model.train(was_training)
     return merge(meter, task.meter(), compute.ranks)

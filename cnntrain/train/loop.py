@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -18,13 +19,29 @@ from cnntrain.tasks.task import Meter, Task
 from cnntrain.train.combine import accompany, align, combine, has_synchronized_norms
 from cnntrain.train.device import Compute, seed_step
 from cnntrain.train.distributed import merge, pack_states, states_of, unpack_state
-from cnntrain.train.evaluate import evaluate
+from cnntrain.train.evaluate import evaluate, predict_batch
 from cnntrain.train.nonfinite import NonFiniteGuard, diverged, diverged_in_validation, step_unless
 from cnntrain.train.optim import set_learning_rate
 from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import TrainState
 from cnntrain.types import Batch
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The parts of a training run that do not change; `TrainState` holds the parts that do.
+
+    Attributes:
+        validation: None if there is no validation split.
+    """
+
+    task: Task
+    pipeline: Pipeline
+    compute: Compute
+    plan: TrainingPlan
+    training: Loader
+    validation: Loader | None = None
 
 
 class Logger(Protocol):
@@ -69,16 +86,7 @@ class _Timed:
 
 
 def fit(
-    state: TrainState,
-    training: Loader,
-    validation: Loader | None,
-    pipeline: Pipeline,
-    task: Task,
-    compute: Compute,
-    plan: TrainingPlan,
-    journal: Logger,
-    save: Callable[..., None],
-    stop: StopFlag,
+    trainer: Trainer, state: TrainState, journal: Logger, save: Callable[..., None], stop: StopFlag
 ) -> None:
     """Train from where `state` stands to the end of the plan.
 
@@ -92,8 +100,9 @@ def fit(
         DivergedError: a loss or a gradient is no longer finite.
         StoppedError: a signal came; the state has been saved.
     """
+    task, pipeline, compute, plan = trainer.task, trainer.pipeline, trainer.compute, trainer.plan
     progress, ranks, timed = state.progress, compute.ranks, _Timed(journal)
-    explain = partial(diverged, state, training, pipeline, task, compute, plan)
+    explain = partial(diverged, state, trainer.training, pipeline, task, compute, plan)
     finite = NonFiniteGuard(compute.device, state.scaler is not None, explain)
     # Stopped after the last step, an epoch is still to be judged.
     while not progress.finished and (progress.step < plan.total_steps or progress.batch):
@@ -111,25 +120,18 @@ def fit(
             ranks.wait()  # for the one that writes
 
         try:
-            train_epoch(state, training, pipeline, task, compute, plan, timed, meter, keep, stop, finite)
+            train_epoch(trainer, state, meter, timed, finite, stop, keep)
             finite.check()
             align(state.model, ranks)
             train_metrics = merge(meter, task.meter(), ranks).compute()
             train_seconds = time.perf_counter() - started - timed.seconds
             val_metrics = {}
-            if validation is not None:
+            if trainer.validation is not None:
                 val_meter = evaluate(
-                    state.judged,
-                    validation,
-                    pipeline,
-                    task,
-                    compute,
-                    plan.batch_size,
-                    plan.limit_batches,
-                    stop,
+                    trainer, state.judged, trainer.validation, plan.batch_size, plan.limit_batches, stop
                 )
                 if not val_meter.loss_is_finite():
-                    raise diverged_in_validation(state, validation, pipeline, compute, plan)
+                    raise diverged_in_validation(state, trainer.validation, pipeline, compute, plan)
                 val_metrics = val_meter.compute()
         except StoppedError:
             keep()
@@ -159,19 +161,16 @@ def fit(
 
 
 def train_epoch(
+    trainer: Trainer,
     state: TrainState,
-    training: Loader,
-    pipeline: Pipeline,
-    task: Task,
-    compute: Compute,
-    plan: TrainingPlan,
-    journal: Logger,
     meter: Meter,
-    keep: Callable[[], None],
-    stop: StopFlag,
+    journal: Logger,
     finite: NonFiniteGuard,
+    stop: StopFlag,
+    keep: Callable[[], None] = lambda: None,
 ) -> None:
     """The rest of one epoch. Nothing in it waits for the device except a reading every so many steps."""
+    pipeline, compute, plan, training = trainer.pipeline, trainer.compute, trainer.plan, trainer.training
     progress, model, optimizer = state.progress, state.model, state.optimizer
     order = epoch_order(plan.seed, progress.epoch, len(training))
     if plan.unfreeze_epoch is not None and progress.epoch + 1 >= plan.unfreeze_epoch:
@@ -202,19 +201,12 @@ def train_epoch(
                 journal.batch_seen(0, batch)
             seed_step(plan.seed, "step", progress.epoch, progress.batch, *ranks.seed)
 
-            images = batch.images.contiguous(memory_format=compute.memory_format)
-            with compute.autocast():
-                outputs = model(images)
-            loss_sum, count = task.loss(outputs.float(), batch.truth)
-            # Alone, a batch is divided by what counts in it. Together, batches are summed, and divided at the step.
-            loss = loss_sum / (plan.batch_size if plan.sums_losses else count.clamp(min=1e-12))
-            (state.scaler.scale(loss) if state.scaler else loss).backward()
-
+            outputs, loss_sum, count = train_step(trainer, state, batch)
             with torch.no_grad():
-                meter.update(outputs.detach().float(), batch.truth, loss_sum.detach(), count)
-                own = torch.stack((loss_sum.detach(), count)).float()
+                meter.update(outputs, batch.truth, loss_sum, count)
+                own = torch.stack((loss_sum, count)).float()
                 sums = own if sums is None else sums + own
-                finite.note(loss_sum.detach())
+                finite.note(loss_sum)
             had_images = True
         elif has_synchronized_norms(model):  # a short last batch did not go round
             with compute.autocast():
@@ -259,6 +251,21 @@ def train_epoch(
         saves = plan.save_every_steps is not None and progress.step % plan.save_every_steps == 0
         if saves and progress.batch < plan.batches_per_epoch:
             keep()
+
+
+def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward and backward pass of one augmented batch; its gradients are added to those of the model.
+
+    Returns:
+        Outputs (N, ...) float32, the sum of the loss, and the number of terms in that sum; all detached.
+    """
+    outputs = predict_batch(state.model, batch.images, trainer.compute)
+    loss_sum, count = trainer.task.loss(outputs, batch.truth)
+    # With accumulation or several ranks the divisor is known only at the optimizer step: see apply_gradients.
+    divisor = trainer.plan.batch_size if trainer.plan.sums_losses else count.clamp(min=1e-12)
+    loss = loss_sum / divisor
+    (state.scaler.scale(loss) if state.scaler else loss).backward()
+    return outputs.detach(), loss_sum.detach(), count
 
 
 def apply_gradients(

@@ -22,7 +22,7 @@ from cnntrain.errors import DivergedError, UserError
 from cnntrain.randomness import fork_generators
 from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute
-from cnntrain.train.loop import NullLogger, train_epoch
+from cnntrain.train.loop import NullLogger, Trainer, train_epoch
 from cnntrain.train.nonfinite import NonFiniteGuard
 from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.schedule import Schedule
@@ -192,15 +192,13 @@ def range_test(
     scaler = torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None
     state = TrainState(model, optimizer, _Growing(lowest, highest, steps), scaler)
     plan = replace(plan, total_steps=steps, read_every_steps=1, save_every_steps=None)
+    trainer = Trainer(task, pipeline, compute, plan, training)
     journal, progress = _Readings(ends_at), state.progress
     finite = NonFiniteGuard(compute.device, scaler is not None, lambda batch: DivergedError(""))
     with fork_generators(compute.device):
         try:
             while progress.step < steps:
-                train_epoch(
-                    state, training, pipeline, task, compute, plan, journal, task.meter(), lambda: None, stop,
-                    finite,
-                )  # fmt: skip
+                train_epoch(trainer, state, task.meter(), journal, finite, stop)
                 progress.epoch, progress.batch = progress.epoch + 1, 0
         except DivergedError:
             journal.test.rates.append(optimizer.param_groups[0]["lr"])

@@ -23,7 +23,7 @@ from cnntrain.train.combine import synchronize_norms
 from cnntrain.train.ema import MovingAverage
 from cnntrain.train.evaluate import evaluate
 from cnntrain.train.keeper import CheckpointWriter
-from cnntrain.train.loop import NullLogger, fit
+from cnntrain.train.loop import NullLogger, Trainer, fit
 from cnntrain.train.optim import learning_rate_at
 from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.run_dir import RunDir
@@ -96,7 +96,8 @@ def train_to_the_end(
             journal.start(hparams, read_text(run.path / "config.yaml"), data.test is not None)
         try:
             told = journal or NullLogger()
-            fit(state, training, validation, assembly.pipeline, task, compute, plan, told, save, stop)
+            trainer = Trainer(task, assembly.pipeline, compute, plan, training, validation)
+            fit(trainer, state, told, save, stop)
         except StoppedError as error:
             again = typed(run_dir=run.path, resume="auto")
             how = f"its state is saved; to continue, run the same command with {again}"
@@ -182,10 +183,7 @@ def _judge(model: nn.Module, assembly: Components, loader: Loader, plan: Trainin
     def look(batch: Batch, outputs: Tensor) -> None:
         worst.update(assembly.task.mistake_score(outputs, batch.truth), batch.index)
 
-    meter = evaluate(
-        model, loader, assembly.pipeline, assembly.task, assembly.compute, plan.batch_size, plan.limit_batches,
-        stop, look,
-    )  # fmt: skip
+    meter = evaluate(assembly, model, loader, plan.batch_size, plan.limit_batches, stop, look)
     for rank, (scores, rows) in enumerate(ranks.gather(worst.state()) if ranks.count > 1 else ()):
         if rank != ranks.rank and len(scores):
             worst.update(scores, rows)

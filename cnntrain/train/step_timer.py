@@ -18,7 +18,7 @@ from cnntrain.errors import DivergedError
 from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute
 from cnntrain.train.ema import MovingAverage
-from cnntrain.train.loop import Logger, NullLogger, train_epoch
+from cnntrain.train.loop import Logger, NullLogger, Trainer, train_epoch, train_step
 from cnntrain.train.nonfinite import NonFiniteGuard
 from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.schedule import Constant
@@ -109,18 +109,14 @@ class StepTimer:
         return {**parts, "data": self.loop}
 
     def _bare_steps(self, steps: int) -> float:
-        state, batch, accumulate = self.state, self.ready, self.plan.accumulate
-        optimizer, scaler = state.optimizer, state.scaler
+        state, optimizer, scaler = self.state, self.state.optimizer, self.state.scaler
+        trainer = Trainer(self.task, self.pipeline, self.compute, self.plan, self.training)
         vars(optimizer).pop("found_inf", None)  # left there by the loop
         state.model.train()
         started = self._now()
         for _ in range(steps):
-            for _ in range(accumulate):
-                with self.compute.autocast():
-                    outputs = state.model(batch.images)
-                loss_sum, count = self.task.loss(outputs.float(), batch.truth)
-                loss = loss_sum / (count.clamp(min=1e-12) * accumulate)
-                (scaler.scale(loss) if scaler else loss).backward()
+            for _ in range(self.plan.accumulate):
+                train_step(trainer, state, self.ready)
             if scaler:
                 scaler.step(optimizer)
                 scaler.update()
@@ -138,10 +134,8 @@ class StepTimer:
         stamps = _Stamps(journal)
         finite = NonFiniteGuard(self.compute.device, self.state.scaler is not None, _diverged)
         plan = replace(self.plan, read_every_steps=every, total_steps=first + steps)
-        train_epoch(
-            self.state, training, pipeline, self.task, self.compute, plan, stamps,
-            self.task.meter(), lambda: None, StopFlag(), finite,
-        )  # fmt: skip
+        trainer = Trainer(self.task, pipeline, self.compute, plan, training)
+        train_epoch(trainer, self.state, self.task.meter(), stamps, finite, StopFlag())
         # A reading waits for the device. The first one ends the steps that lead in.
         return steps * plan.accumulate * len(self.ready), stamps.seconds[-1] - stamps.seconds[0]
 

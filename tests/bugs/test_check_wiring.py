@@ -148,10 +148,10 @@ def dividing_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluation_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    def train_epoch(state, *rest, **more):
+    def train_epoch(trainer, state, *rest, **more):
         train, state.model.train = state.model.train, lambda mode=True: nn.Module.train(state.model, False)
         try:
-            return real(state, *rest, **more)
+            return real(trainer, state, *rest, **more)
         finally:
             state.model.train = train
 
@@ -171,10 +171,10 @@ def no_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def validation_in_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    def evaluate(model, *rest, **more):
+    def evaluate(trainer, model, *rest, **more):
         evaluation, model.eval = model.eval, lambda: model.train()
         try:
-            return real(model, *rest, **more)
+            return real(trainer, model, *rest, **more)
         finally:
             model.eval = evaluation
 

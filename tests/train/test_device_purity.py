@@ -16,7 +16,7 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.config.compose import read_settings
 from cnntrain.train.distributed import pack_states, states_of, unpack_state
 from cnntrain.train.evaluate import evaluate
-from cnntrain.train.loop import NullLogger, train_epoch
+from cnntrain.train.loop import NullLogger, Trainer, train_epoch
 from cnntrain.train.nonfinite import NonFiniteGuard
 from cnntrain.train.run import prepare
 from cnntrain.train.setup import assemble, make_optimizer
@@ -70,9 +70,9 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
         plan = replace(plan, read_every_steps=10**9, total_steps=10**9)
         training, validation = assembly.loader(data.train, augmented=True), assembly.loader(data.val)
         finite = NonFiniteGuard(assembly.compute.device, state.scaler is not None, AssertionError)
-        common = (assembly.pipeline, assembly.task, assembly.compute)
+        trainer = Trainer(assembly.task, assembly.pipeline, assembly.compute, plan, training)
         meter, ranks = assembly.task.meter(), assembly.compute.ranks
-        train_epoch(state, training, *common, plan, NullLogger(), meter, lambda: None, StopFlag(), finite)
+        train_epoch(trainer, state, meter, NullLogger(), finite, StopFlag())
         if resumed:
             saved = {name: value.cpu() for name, value in pack_states(states_of(meter, ranks)).items()}
             saved = unpack_state(saved, ranks)
@@ -80,8 +80,8 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
             assert all(cuda.holds(value) for value in meter.state().values())
             state.progress.batch = 0
             cuda.events.clear()
-            train_epoch(state, training, *common, plan, NullLogger(), meter, lambda: None, StopFlag(), finite)
-        evaluate(state.judged, validation, *common, plan.batch_size, STEPS)
+            train_epoch(trainer, state, meter, NullLogger(), finite, StopFlag())
+        evaluate(trainer, state.judged, validation, plan.batch_size, STEPS)
         assert state.progress.batch == STEPS
         assert all(cuda.holds(parameter) for parameter in state.model.parameters())
     assert cuda.kernels["train_epoch"] > 50 * STEPS
@@ -132,21 +132,11 @@ def test_a_step_of_the_loop_launches_few_kernels_beside_the_bare_step(words: lis
         rig._bare_steps(1)
         finite = NonFiniteGuard(assembly.compute.device, False, AssertionError)
         meter = assembly.task.meter()
+        trainer = Trainer(assembly.task, assembly.pipeline, assembly.compute, plan, training)
         for _ in range(2):  # constants and the optimizer's state are made in the first one
             cuda.kernels.clear()
             state.progress.batch = 0
-            train_epoch(
-                state,
-                training,
-                assembly.pipeline,
-                *common,
-                plan,
-                NullLogger(),
-                meter,
-                lambda: None,
-                StopFlag(),
-                finite,
-            )
+            train_epoch(trainer, state, meter, NullLogger(), finite, StopFlag())
         rig._bare_steps(steps)
     extra = (cuda.kernels["train_epoch"] - cuda.kernels["_bare_steps"]) / steps
     assert 0 < extra <= most

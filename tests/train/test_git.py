@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cnntrain.train import git as git_module
 from cnntrain.train.git import Commit, find_commit
 from cnntrain.train.run_dir import provenance
 
@@ -135,9 +136,9 @@ def test_of_too_much_content_nothing_is_said(repository: Path, monkeypatch: pyte
     for name in ("large", "larger"):
         os.utime(name, (0, 0))
     assert find_commit(repository) == Commit(commit, False)
-    monkeypatch.setattr("cnntrain.train.git.MOST_BYTES", 119_999)
+    monkeypatch.setattr(git_module, "MOST_BYTES", 119_999)
     assert find_commit(repository) == Commit(commit, None)
-    monkeypatch.setattr("cnntrain.train.git.MOST_BYTES", 120_000)
+    monkeypatch.setattr(git_module, "MOST_BYTES", 120_000)
     assert find_commit(repository) == Commit(commit, False)
 
 

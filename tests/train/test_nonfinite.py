@@ -174,12 +174,12 @@ def test_a_validation_loss_that_is_not_finite_is_divergence(monkeypatch: pytest.
     """Statistics that only evaluation uses: training is as finite as ever."""
     original = loop.evaluate
 
-    def spoiling(model: nn.Module, *arguments: object, **more: object) -> object:
+    def spoiling(trainer: object, model: nn.Module, *arguments: object, **more: object) -> object:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 assert module.running_mean is not None
                 module.running_mean.fill_(float("nan"))
-        return original(model, *arguments, **more)  # type: ignore[arg-type]
+        return original(trainer, model, *arguments, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "evaluate", spoiling)
     settings = compose(*QUICK[1:], "model=batchnorm_cnn", "epochs=1", "run_dir=run", "augment=none")
