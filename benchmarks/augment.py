@@ -61,7 +61,7 @@ def small_images(device: torch.device) -> dict[str, Callable[[], object]]:
     images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8, device=device)
     runs: dict[str, Callable[[], object]] = {
         "cnntrain": ours(
-            images, {"crop": Crop(padding_px=4), "flip": HorizontalFlip(), "jitter": ColorJitter(**JITTER)}
+            images, {"crop": Crop(padding=4), "flip": HorizontalFlip(), "jitter": ColorJitter(**JITTER)}
         )
     }
     from torchvision.transforms import v2
@@ -104,7 +104,7 @@ def large_images(device: torch.device) -> dict[str, Callable[[], object]]:
             {
                 "rotation": Rotation(degrees=15),
                 "zoom": Zoom(factor=(0.8, 1.25)),
-                "crop": Crop(padding_px=16),
+                "crop": Crop(padding=16),
                 "flip": HorizontalFlip(),
             },
         )

@@ -80,7 +80,7 @@ def main() -> None:
         (root / "train").symlink_to(folder)
         ours = [
             str(COMMAND), "model=mlp", "data=image_folder", f"data.root={root}", "data.size=32", "augment=cifar",
-            "batch_size=128", "data.val_fraction=0.01", "log.pictures=false",
+            "batch_size=128", "data.val_fraction=0.01", "log.figures=false",
         ]  # fmt: skip
         for number in range(options.rounds):
             cache, run = Path(temporary) / f"cache{number}", Path(temporary) / f"run{number}"
@@ -95,12 +95,12 @@ def main() -> None:
             note("cnntrain, first launch", [*ours, "epochs=1", f"run_dir={run}-first"])
             note("cnntrain, next launch", [*ours, "epochs=1", f"run_dir={run}-next"])
             note("DataLoader, Pillow, v2", [*peer, "--epochs", "1"])
-            for name, store in zip(speeds, ("disk", "host"), strict=True):
+            for name, cache in zip(speeds, ("disk", "ram"), strict=True):
                 timed(
-                    [*ours, f"epochs={options.epochs}", f"data.store={store}", f"run_dir={run}-{store}"],
+                    [*ours, f"epochs={options.epochs}", f"data.cache={cache}", f"run_dir={run}-{cache}"],
                     cache,
                 )
-                with Path(f"{run}-{store}", "metrics.csv").open(newline="") as file:
+                with Path(f"{run}-{cache}", "metrics.csv").open(newline="") as file:
                     speeds[name] += [float(row["images_per_s"]) for row in csv.DictReader(file)][1:]
             print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
         peers = json.loads(timed([*peer, "--epochs", "2"], cache)[1])

@@ -31,7 +31,7 @@ FILES = (12_500, 25_000, 50_000)
 def run(folder: Path, *overrides: str) -> float:
     """Seconds of the whole process."""
     started = time.perf_counter()
-    command = [str(COMMAND), "log.pictures=false", "checkpoint.keep=0", f"run_dir={folder}", *overrides]
+    command = [str(COMMAND), "log.figures=false", "checkpoint.keep=0", f"run_dir={folder}", *overrides]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder.parent / "cache")}
     subprocess.run(command, check=True, capture_output=True, env=environment)
     return time.perf_counter() - started

@@ -22,7 +22,7 @@ from fashion import COMMAND
 from PIL import Image
 
 SIDE = 224
-STORES = ("host", "disk", "stream")
+CACHES = ("ram", "disk", "none")
 
 
 def write_jpegs(root: Path, count: int) -> None:
@@ -50,12 +50,12 @@ def held_mib(group: int) -> float:
     return total / 1024
 
 
-def peak_mib(root: Path, store: str, epochs: int, folder: Path) -> float:
+def peak_mib(root: Path, cache: str, epochs: int, folder: Path) -> float:
     """The most that a training held."""
     command = [
         str(COMMAND), "model=mlp", "model.values.width=8", "data=image_folder", f"data.root={root}",
-        f"data.size={SIDE}", f"data.store={store}", f"epochs={epochs}", "batch_size=16", "threads=1",
-        "log.pictures=false", f"run_dir={folder}/run",
+        f"data.size={SIDE}", f"data.cache={cache}", f"epochs={epochs}", "batch_size=16", "threads=1",
+        "log.figures=false", f"run_dir={folder}/run",
     ]  # fmt: skip
     log, peak = folder / "log", 0.0
     with log.open("wb") as file:
@@ -86,17 +86,17 @@ def main() -> None:
         roots = [Path(temporary) / str(count) for count in counts]
         for root, count in zip(roots, counts, strict=True):
             write_jpegs(root, count)
-        for store in STORES:
-            folders = [Path(temporary) / f"{store}-{count}" for count in counts]
+        for cache in CACHES:
+            folders = [Path(temporary) / f"{cache}-{count}" for count in counts]
             for folder in folders:
                 folder.mkdir()
             small, large = (
-                peak_mib(root, store, epochs, folder)
+                peak_mib(root, cache, epochs, folder)
                 for root, epochs, folder in zip(roots, (10, 1), folders, strict=True)
             )
             share = (large - small) / (decoded[1] - decoded[0])
             print(
-                f"{store:<8}{small:>14,.0f}{large:>14,.0f}{large - small:>14,.0f}{share:>14.2f}", flush=True
+                f"{cache:<8}{small:>14,.0f}{large:>14,.0f}{large - small:>14,.0f}{share:>14.2f}", flush=True
             )
 
 

@@ -124,7 +124,7 @@ if __name__ == "__main__":
         f"data.limit={chosen.limit}",
         "data=digits",
         "threads=1",
-        "log.pictures=false",
+        "log.figures=false",
     ]
     with tempfile.TemporaryDirectory() as temporary:
         {"cost": cost, "search": search}[chosen.what](asked, Path(temporary))

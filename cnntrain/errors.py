@@ -39,7 +39,7 @@ def explain_machine(error: BaseException) -> str | None:
     """What an error of Python's or torch's says about the machine: out of memory, a disk, a worker; else None."""
     text = str(error).strip() or type(error).__name__
     if is_out_of_memory(error):
-        return f"out of memory ({text.splitlines()[0]}); lower batch_size, take a smaller model, or data.store=stream"
+        return f"out of memory ({text.splitlines()[0]}); lower batch_size, take a smaller model, or data.cache=none"
     if isinstance(error, OSError):
         return f"{error.filename or 'output'}: {error.strerror or error}"
     return f"data: a worker process died ({text.splitlines()[0]})" if "DataLoader worker" in text else None

@@ -131,12 +131,12 @@ def flip_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) ->
         left, right = str(first), str(second)  # YAML reads 36 as a number
         for name in (left, right):
             if name not in index:
-                raise UserError(f"data.mirror: {name!r} is not a keypoint{suggest(name, keypoints)}")
+                raise UserError(f"data.flip_pairs: {name!r} is not a keypoint{suggest(name, keypoints)}")
         for name, partner in ((left, right), (right, left)):
             current = result[index[name]]
             if current not in (index[name], index[partner]):
                 raise UserError(
-                    f"data.mirror: {name!r} has two partners, {keypoints[current]!r} and {partner!r}"
+                    f"data.flip_pairs: {name!r} has two partners, {keypoints[current]!r} and {partner!r}"
                 )
             result[index[name]] = index[partner]
     return tuple(result)
@@ -157,7 +157,9 @@ def infer_flip_pairs(keypoints: tuple[str, ...]) -> tuple[int, ...] | None:
         if other in keypoints:
             pairs[name] = str(other)
         elif other is not None and certain:
-            raise UserError(f"data.mirror: {name!r} has no partner; add {name}: {other} or rename the point")
+            raise UserError(
+                f"data.flip_pairs: {name!r} has no partner; add {name}: {other} or rename the point"
+            )
     return flip_permutation(keypoints, pairs) if pairs else None
 
 

@@ -16,7 +16,7 @@ from cnntrain.cli import main
 from cnntrain.plots.curves import survive_drawing
 from cnntrain.train.device import prepare_torch, preserve_process_settings
 
-QUICK = ["data.limit=60", "steps=1", "log.pictures=false", "log.tensorboard=false"]
+QUICK = ["data.limit=60", "steps=1", "log.figures=false", "log.tensorboard=false"]
 
 
 def test_compose_leaves_a_hosts_hydra_alone(tmp_path: Path) -> None:

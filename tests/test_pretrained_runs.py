@@ -19,7 +19,7 @@ from cnntrain.train import checkpoint
 from cnntrain.train.setup import Components, assemble, build_training_parts, notice
 
 QUICK = (
-    "log.pictures=false",
+    "log.figures=false",
     "log.tensorboard=false",
     "threads=1",
     "device=cpu",
@@ -382,7 +382,7 @@ def test_inspect_opens_the_network_that_is_trained(
         FREEZE,
         "data=image_folder",
         photos,
-        "log.pictures=false",
+        "log.figures=false",
     ]
     assert main(["inspect", *asked, "run_dir=here"]) == 0
     said = capsys.readouterr().out

@@ -142,7 +142,7 @@ class Harness:
     def train(self, name: str, limit_s: float, *words: object, codes: tuple[int, ...] = (0,)) -> Found:
         """A training: its results, images/s of each epoch, and warnings."""
         folder = self.work / name
-        command = self.cnntrain(*words, f"run_dir={folder}", "log.pictures=false")
+        command = self.cnntrain(*words, f"run_dir={folder}", "log.figures=false")
         code, seconds, output = self.call(command, limit_s, name)
         found = {"ok": code in codes, "exit": code, "seconds": round(seconds, 1), **read_results(folder)}
         warned = {line for line in output.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)}

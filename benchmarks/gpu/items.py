@@ -67,7 +67,9 @@ def fast(harness: Harness) -> Found:
 def keypoints(harness: Harness) -> Found:
     """Keypoints by regression."""
     few = harness.sizes("epochs=4", "epochs=1 data.train_count=64")
-    return harness.train("keypoints", 90, "data=toy_faces", "augment=[flip,rotation,jitter,erasing]", *few)
+    return harness.train(
+        "keypoints", 90, "data=toy_faces", "augment=[flip,rotation,jitter,random_erasing]", *few
+    )
 
 
 def heatmaps(harness: Harness) -> Found:
@@ -79,7 +81,7 @@ def heatmaps(harness: Harness) -> Found:
 def segmentation(harness: Harness) -> Found:
     """A class for each pixel, with balanced class weights."""
     few = harness.sizes("epochs=3", "epochs=1 limit_batches=2 batch_size=8")
-    words = ["data=toy_shapes", "model=unet_small", "task.loss=sum", "task.class_weights=balanced"]
+    words = ["data=toy_shapes", "model=unet_small", "task.loss=ce_dice", "task.class_weights=balanced"]
     return harness.train("segmentation", 90, *words, *few)
 
 
@@ -91,7 +93,7 @@ def fp16(harness: Harness) -> Found:
 
 def augmentations(harness: Harness) -> Found:
     """Every augmentation that moves, colors or covers."""
-    every = "[flip,crop,jitter,hue,blur,noise,erasing,rotation,perspective,zoom,trivial]"
+    every = "[flip,crop,jitter,hue,blur,noise,random_erasing,rotation,perspective,zoom,trivial_augment]"
     words = "data=toy_shapes model=unet_small epochs=1 limit_batches=4 batch_size=8"
     return harness.train("augmentations", 60, *words.split(), f"augment={every}")
 
@@ -126,17 +128,17 @@ def syncs(harness: Harness) -> Found:
     return harness.probe("syncs", 150)
 
 
-def stores(harness: Harness) -> Found:
+def caches(harness: Harness) -> Found:
     """Images/s by where the images are kept: device, host, or streamed by workers."""
     few = harness.sizes(
         "epochs=2 limit_batches=150 data.workers=8", "epochs=1 limit_batches=3 data.limit=400 data.workers=1"
     )
     found: Found = {"ok": True}
-    for store in ("device", "host", "stream"):
-        words = ["model=fmnist_cnn", *_fashion(harness), "batch_size=256", f"data.store={store}", *few]
-        one = harness.train(f"store-{store}", 60, *words)
+    for cache in ("gpu", "ram", "none"):
+        words = ["model=fmnist_cnn", *_fashion(harness), "batch_size=256", f"data.cache={cache}", *few]
+        one = harness.train(f"cache-{cache}", 60, *words)
         found["ok"] = found["ok"] and one["ok"]
-        found[store] = one.get("images_per_s_last")
+        found[cache] = one.get("images_per_s_last")
         found.setdefault("tail", []).extend(one.get("tail", []))
     return found
 
@@ -225,7 +227,7 @@ def resume_bits(harness: Harness) -> Found:
     unbroken, again = harness.train("unbroken", 90, *words), harness.train("again", 90, *words)
     folder = harness.work / "broken"
     last = folder / "checkpoints" / "last.pt"
-    command = harness.cnntrain(*words, f"run_dir={folder}", "log.pictures=false")
+    command = harness.cnntrain(*words, f"run_dir={folder}", "log.figures=false")
     code, _, _ = harness.call(command, 90, "broken-first", kill_when=last.exists)
     resumed = harness.train("broken", 90, *words, "resume=auto")
     checkpoints = [
@@ -321,7 +323,7 @@ def lr_find(harness: Harness) -> Found:
 
 def sweep(harness: Harness) -> Found:
     """Two learning rates by two seeds."""
-    words = ["-m", "optimizer.lr=1e-3,1e-2", "epochs=1", "sweep.seeds=2", "log.pictures=false"]
+    words = ["-m", "optimizer.lr=1e-3,1e-2", "epochs=1", "sweep.seeds=2", "log.figures=false"]
     return harness.run("sweep", 100, *words, *harness.sizes("", "data.limit=300"), lines=8)
 
 
@@ -331,7 +333,7 @@ def sweep(harness: Harness) -> Found:
 def deterministic_segmentation(harness: Harness) -> Found:
     """A segmentation with `deterministic=true`."""
     few = harness.sizes("epochs=1", "epochs=1 limit_batches=2 batch_size=8")
-    words = ["data=toy_shapes", "model=unet_small", "task.loss=sum", "deterministic=true"]
+    words = ["data=toy_shapes", "model=unet_small", "task.loss=ce_dice", "deterministic=true"]
     return harness.train("segmentation-deterministic", 90, *words, *few)
 
 
@@ -396,7 +398,7 @@ def two(harness: Harness) -> Found:
     words += harness.sizes("", "data.limit=200")
     one = harness.train("one-process", 60, *words)
     folder, processes = harness.work / "two-processes", []
-    more = [f"run_dir={folder}", "log.pictures=false", f"device={'cuda' if harness.cuda else 'cpu'}"]
+    more = [f"run_dir={folder}", "log.figures=false", f"device={'cuda' if harness.cuda else 'cpu'}"]
     command = harness.probe_command("rank", "--words", json.dumps([*words, *more]))
     logs = [harness.work / f"rank{rank}.log" for rank in (0, 1)]
     for rank, log in enumerate(logs):
@@ -443,7 +445,7 @@ STAGES = [
      check_faces, heatmaps, fp16, deterministic_segmentation, deterministic_pooling],
     [fashion],
     [fast],
-    [stores],
+    [caches],
     [bench_fmnist_cnn],
     [across, mixing, augmentations, diverges, launch_refused, memory, lr_find, faces, camvid, sweep],
     [auto_batch],

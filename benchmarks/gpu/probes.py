@@ -132,15 +132,15 @@ def _sync_cases(args: argparse.Namespace) -> dict[str, list[str]]:
     fp16 = f"precision={'fp16' if is_cuda(args) else 'fp32'} ema_decay=0.9 clip_grad_norm=1 optimizer=sgd".split()
     cases = {
         "device": fashion,
-        "stream": [*fashion, "data.store=stream", "data.workers=1"],
-        "host": [*fashion, "data.store=host"],
+        "stream": [*fashion, "data.cache=none", "data.workers=1"],
+        "host": [*fashion, "data.cache=ram"],
         "fp16, EMA, clipping": [*fashion, *fp16],
         "accumulation": [*fashion, "accumulate=2"],
         "optimizer without fused kernels": [*fashion, "optimizer=torch"],
         "mixup": [*fashion, "augment=mixup_cutmix"],
-        "keypoints": [*faces, "augment=[flip,rotation,jitter,blur,noise,erasing]"],
+        "keypoints": [*faces, "augment=[flip,rotation,jitter,blur,noise,random_erasing]"],
         "heat maps": [*faces, "model=unet_small", "task.head=heatmap"],
-        "segmentation": [*shapes, "task.loss=sum", "task.class_weights=balanced", "augment=[flip,crop,rotation]"],
+        "segmentation": [*shapes, "task.loss=ce_dice", "task.class_weights=balanced", "augment=[flip,crop,rotation]"],
     }  # fmt: skip
     common = [f"limit_batches={FEW_STEPS}", "batch_size=32", "log.tensorboard=false"]
     return {name: [*words, *common] for name, words in list(cases.items())[: 2 if args.smoke else None]}

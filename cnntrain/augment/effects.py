@@ -30,7 +30,7 @@ class RandomErasing(Effect):
     Keypoints and mask stay as they are: what is hidden is still there.
 
     Args:
-        area: [low, high], share of the image's area.
+        scale: [low, high], share of the image's area.
         ratio: [low, high], width by height, drawn on a log scale.
     """
 
@@ -39,11 +39,11 @@ class RandomErasing(Effect):
     def __init__(
         self,
         *,
-        area: Sequence[float] = (0.02, 0.2),
+        scale: Sequence[float] = (0.02, 0.2),
         ratio: Sequence[float] = (0.3, 3.3),
         probability: float = 0.5,
     ) -> None:
-        self.area = checked_range(area, self, "area", lowest=0.0, highest=1.0)
+        self.scale = checked_range(scale, self, "scale", lowest=0.0, highest=1.0)
         self.ratio = checked_range(ratio, self, "ratio", lowest=1e-2, highest=1e2)
         self.probability = checked_probability(probability, self)
 
@@ -51,7 +51,7 @@ class RandomErasing(Effect):
         self, images: Tensor, targets: dict[str, Tensor], draws: Tensor, std: Sequence[float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         height, width = images.shape[2:]
-        area_px = between(draws[:, 1], *self.area) * height * width
+        area_px = between(draws[:, 1], *self.scale) * height * width
         area_px = torch.where(draws[:, 0] < self.probability, area_px, 0.0)
         ratio = torch.exp(between(draws[:, 2], *(math.log(value) for value in self.ratio)))
         box_width = (area_px * ratio).sqrt().round().clamp(max=width)

@@ -66,35 +66,35 @@ def checked_size(size: int | Sequence[int] | None, owner: object) -> tuple[int, 
 
 
 class Crop(Geometry):
-    """A window of `size` at a random whole-pixel place of the image padded by `padding_px` on each side.
+    """A window of `size` at a random whole-pixel place of the image padded by `padding` on each side.
 
     Args:
         size: (height, width) or one number for both, in pixels; None keeps the canvas size.
-        padding_px: how far the window may leave the image. Images at rest get the window in the middle.
+        padding: how far the window may leave the image. Images at rest get the window in the middle.
     """
 
     draws = 2
     whole_pixel = True
 
-    def __init__(self, *, size: int | Sequence[int] | None = None, padding_px: int = 4) -> None:
+    def __init__(self, *, size: int | Sequence[int] | None = None, padding: int = 4) -> None:
         self.size = checked_size(size, self)
-        if padding_px < 0:
-            raise UserError(f"augment: Crop: padding_px must not be negative, not {padding_px}")
-        self.padding_px = padding_px
+        if padding < 0:
+            raise UserError(f"augment: Crop: padding must not be negative, not {padding}")
+        self.padding = padding
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         size = self.size or (height, width)
-        if size[0] > height + 2 * self.padding_px or size[1] > width + 2 * self.padding_px:
+        if size[0] > height + 2 * self.padding or size[1] > width + 2 * self.padding:
             raise UserError(
                 f"augment: Crop: a window of {size[0]}x{size[1]} px does not fit {height}x{width} px padded "
-                f"by {self.padding_px}; make size smaller or padding_px larger"
+                f"by {self.padding}; make size smaller or padding larger"
             )
         return size
 
     def move(self, draws: Tensor, height: int, width: int) -> Tensor:
         window_height, window_width = self.output_size(height, width)
-        places = torch.tensor([width - window_width, height - window_height]) + 2 * self.padding_px + 1
-        left_top = torch.floor(draws * places) - self.padding_px  # (N, 2)
+        places = torch.tensor([width - window_width, height - window_height]) + 2 * self.padding + 1
+        left_top = torch.floor(draws * places) - self.padding  # (N, 2)
         return translation(-left_top[:, 0], -left_top[:, 1])
 
     def rest(self, height: int, width: int) -> Tensor:

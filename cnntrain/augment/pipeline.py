@@ -263,9 +263,9 @@ class Pipeline:
         mirroring = [key for key, item in self._geometries.items() if item.mirrors]
         if mirroring and self.spec.flip_pairs is None:
             raise UserError(
-                f"augment.{mirroring[0]} mirrors the image, but data.mirror does not say which points trade "
-                f"names: a mirrored left eye would go on being called left. Set data.mirror, as in "
-                f"data.mirror={{left_eye: right_eye}}, or take augment.{mirroring[0]} out"
+                f"augment.{mirroring[0]} mirrors the image, but data.flip_pairs does not say which points trade "
+                f"names: a mirrored left eye would go on being called left. Set data.flip_pairs, as in "
+                f"data.flip_pairs={{left_eye: right_eye}}, or take augment.{mirroring[0]} out"
             )
         if self.border == "reflect":
             raise UserError(

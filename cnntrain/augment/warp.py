@@ -41,7 +41,7 @@ class RandomResizedCrop(Geometry):
 
     Args:
         size: (height, width) of the output or one number for both, in pixels; None keeps the canvas size.
-        area: [low, high], share of the image's area.
+        scale: [low, high], share of the image's area.
         ratio: [low, high], the box's width by height in units of the output's, drawn on a log scale: how much
             the picture is squeezed. (The same as torchvision's where the output is square.)
     """
@@ -52,11 +52,11 @@ class RandomResizedCrop(Geometry):
         self,
         *,
         size: int | Sequence[int] | None = None,
-        area: Sequence[float] = (0.35, 1.0),
+        scale: Sequence[float] = (0.35, 1.0),
         ratio: Sequence[float] = (3 / 4, 4 / 3),
     ) -> None:
         self.size = checked_size(size, self)
-        self.area = checked_range(area, self, "area", lowest=1e-3, highest=1.0)
+        self.scale = checked_range(scale, self, "scale", lowest=1e-3, highest=1.0)
         self.ratio = checked_range(ratio, self, "ratio", lowest=1e-2, highest=1e2)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -64,10 +64,10 @@ class RandomResizedCrop(Geometry):
 
     def magnification(self, height: int, width: int) -> float:
         output_height, output_width = self.output_size(height, width)
-        return max(output_height / height, output_width / width) / math.sqrt(self.area[0])
+        return max(output_height / height, output_width / width) / math.sqrt(self.scale[0])
 
     def move(self, draws: Tensor, height: int, width: int) -> Tensor:
-        area_px = between(draws[:, 0], *self.area) * height * width
+        area_px = between(draws[:, 0], *self.scale) * height * width
         output_height, output_width = self.output_size(height, width)
         squeeze = torch.exp(between(draws[:, 1], *(math.log(value) for value in self.ratio)))
         ratio = squeeze * output_width / output_height

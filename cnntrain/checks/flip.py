@@ -30,7 +30,7 @@ from cnntrain.types import DataSpec, Finding
 
 SURE = 2.0  # standard errors that an exchange must be away from making no difference
 FEWEST_EXAMPLES = 5
-KEY = "data.mirror"
+KEY = "data.flip_pairs"
 SIDES = {"left": "right", "l": "r"} | {"right": "left", "r": "l"}
 
 
@@ -66,8 +66,8 @@ def judge_flip(points: Tensor, valid: Tensor, spec: DataSpec) -> tuple[list[Find
         points: (N, K, 2) pixels (x, y); valid: (N, K) bool.
     """
     if spec.flip_pairs is None:
-        cause = "neither data.mirror nor a scheme declares partners, and no name says left or right"
-        remedy = "set data.mirror, as in data.mirror={left_eye: right_eye}"
+        cause = "neither data.flip_pairs nor a scheme declares partners, and no name says left or right"
+        remedy = "set data.flip_pairs, as in data.flip_pairs={left_eye: right_eye}"
         return [Finding("mirror declared", "FAIL", "no partners are known", cause, remedy, (KEY,))], None
     findings = [judge_map(spec.keypoints, spec.flip_pairs), judge_names(spec.keypoints, spec.flip_pairs)]
     count = len(spec.keypoints)

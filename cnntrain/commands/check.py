@@ -84,7 +84,7 @@ def check(settings: Settings, words: Sequence[str] = (), command_line: str = "")
     with stop_flag() as stop:
         bench = build_context(assembly, ends_at, stop, command_line)
         with open_run_dir(_folder(settings.run_dir), f"check-{settings.label}") as run_folder:
-            return _judge(bench, words, run_folder, command_line, settings.log.pictures)
+            return _judge(bench, words, run_folder, command_line, settings.log.figures)
 
 
 def check_checkpoint(
@@ -192,7 +192,7 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     with open_run_dir(_folder(settings.run_dir), f"check-flip-{data}") as run_folder:
         run_folder.write_json("run.json", provenance(command_line))
         run_folder.write_json("check.json", report)
-        if symmetry is not None and settings.log.pictures:
+        if symmetry is not None and settings.log.figures:
             title = f"{report['verdict']}: mean of {len(points):,} shapes of {data}, and its mirror image"
             save(draw_symmetry(symmetry, spec, title), run_folder.figures / "flip.png")
     print_findings(findings)

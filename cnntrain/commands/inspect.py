@@ -43,7 +43,7 @@ def run(invocation: Invocation) -> int:
     folder = Path(first.run_dir) if first.run_dir else None
     with open_run_dir(folder, f"inspect-{first.label}") as run_folder:
         written = report(
-            anatomies, run_folder.path, options.depth, options.convention, console, first.log.pictures
+            anatomies, run_folder.path, options.depth, options.convention, console, first.log.figures
         )
     for path in written:
         print(path)

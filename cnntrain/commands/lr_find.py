@@ -50,7 +50,7 @@ def lr_find(settings: Settings, command_line: str = "") -> dict[str, Any]:
             report = summarize(test, configured)
             run_folder.write_json("run.json", provenance(command_line))
             run_folder.write_json("lr_find.json", report)
-            if settings.log.pictures:
+            if settings.log.figures:
                 names = {"a tenth of divergence": test.suggestion, "steepest descent": test.steepest,
                          "divergence": test.diverged_at}  # fmt: skip
                 marks = {name: rate for name, rate in names.items() if rate}

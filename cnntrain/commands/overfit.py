@@ -99,7 +99,7 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
             findings.append(judge_pace(trial, len(batch), attempt_faster, settings.overfit.strict))
         report = summarize(trial, findings, example, measure(assembly, batch))
         run_folder.write_json("overfit.json", report)
-        if settings.log.pictures:
+        if settings.log.figures:
             title = f"{report['verdict']}: {example}"
             with survive_drawing("the loss"):
                 save(

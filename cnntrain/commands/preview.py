@@ -57,7 +57,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     pipeline = build_pipeline(settings, source.spec())  # what does not fit is told before any image is read
     # Only a few images are looked at: those on disk stay there.
     data = load_data(
-        source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit, "stream",
+        source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit, "none",
         chosen.scan, pipeline.magnification, chosen.bits,
     )  # fmt: skip
     data.spec = with_chosen_statistics(data.spec, chosen)
@@ -76,7 +76,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     names = [data.train.names[row] for row in rows.tolist()]
     pictures = {"augmented": draw_batches([plain, *moved], names, data.spec)}
     if data.spec.keypoints and data.spec.flip_pairs is None:
-        log.warning("preview: data.mirror does not say which points trade names, so no flip is drawn")
+        log.warning("preview: data.flip_pairs does not say which points trade names, so no flip is drawn")
     elif data.spec.keypoints:
         shown = _best_seen(next(loader.batches(rows, count)), FLIPPED_IMAGES)
         flip = Pipeline(data.spec, {"flip": HorizontalFlip(probability=1.0)})

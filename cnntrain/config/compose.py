@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from cnntrain.config.command_text import without_passwords
 from cnntrain.config.instantiate import trust_folder
+from cnntrain.config.renamed_keys import renamed
 from cnntrain.config.schema import Settings, parse
 from cnntrain.config.yaml_files import check_yaml_files, yaml_files
 from cnntrain.errors import UserError, suggest
@@ -281,12 +282,15 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
         match := re.search(r"Could not (?:load|find) '([^'/]+)/([^']+)'", text)
     ):
         options = group_options(config_dir).get(match[1], [])
-        return f"{match[1]}: no such option {match[2]!r}{suggest(match[2], options)} (there is {', '.join(options)})"
+        hint = renamed(match[1], match[2]) or suggest(match[2], options)
+        return f"{match[1]}: no such option {match[2]!r}{hint} (there is {', '.join(options)})"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]}: several values; -m runs them all, [brackets] make them a list"
     if match := re.search(r"Could not override '([^']+)'", text):
         if name != "config" and match[1] in group_options(config_dir):
             return f"{match[1]}: `{name}` takes it from the checkpoint"
+        if hint := renamed(_typed_key(match[1], overrides)):
+            return f"{match[1]}: no such key{hint}"
         group, _, key = match[1].partition(".")
         if key and key in _base_keys(group):
             return (
@@ -296,7 +300,8 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
         return _no_such_key(match[1], name, overrides, config_dir)
     if match := re.search(r"In '([^']*)': Could not find '([^'/]+)/([^']+)'", text):
         options = group_options(config_dir).get(match[2], [])
-        return f"{match[2]}: no such option {match[3]!r}{suggest(match[3], options)} (there is {', '.join(options)})"
+        hint = renamed(match[2], match[3]) or suggest(match[3], options)
+        return f"{match[2]}: no such option {match[3]!r}{hint} (there is {', '.join(options)})"
     if match := re.search(r"Could not override '([^']+)'\.\nNo match in the defaults list", text):
         return f"{match[1]}: no such group{suggest(match[1], list(group_options(config_dir)))}"
     if match := re.search(r"Missing mandatory value: (\S+)", text):
@@ -304,6 +309,12 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
     if isinstance(error, YAMLError):
         return _yaml_problem(error)
     return "\n".join(line for line in text.splitlines() if line.strip())[:600]
+
+
+def _typed_key(key: str, overrides: Sequence[str]) -> str:
+    """Return the whole key of the override at fault: Hydra names only its part up to the first unknown name."""
+    typed = [each.lstrip("+~").partition("=")[0] for each in overrides]
+    return next((each for each in typed if each == key or each.startswith(f"{key}.")), key)
 
 
 def _yaml_problem(error: YAMLError, file: Path | None = None) -> str:

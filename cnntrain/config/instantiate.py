@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cnntrain.config.renamed_keys import renamed
 from cnntrain.errors import UserError, is_out_of_memory, suggest
 
 # For each role: the allowed packages, and the required base class (by name, because torch is imported lazily). A class
@@ -87,7 +88,8 @@ def resolve(
     named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for name in arguments:
         if name not in named and not takes_any:
-            raise UserError(f"{key}.{name}: {node['_target_']} takes no such argument{suggest(name, named)}")
+            hint = renamed(f"{key}.{name}") or suggest(name, named)
+            raise UserError(f"{key}.{name}: {node['_target_']} takes no such argument{hint}")
     for name, value in facts.items():
         if name in named and arguments.get(name) is None:
             arguments[name] = value

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from cnntrain.config.renamed_keys import renamed
 from cnntrain.errors import UserError, suggest
 
 T = TypeVar("T")
@@ -44,7 +45,7 @@ class LaunchSettings:
 class LogSettings:
     every_steps: Annotated[int, Within(1)]
     tensorboard: bool
-    pictures: bool
+    figures: bool
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class DataSettings:
     limit: Annotated[int | None, Within(2)]
     mean: list[float] | None
     std: list[float] | None
-    store: Literal["auto", "device", "host", "disk", "stream"]
+    cache: Literal["auto", "gpu", "ram", "disk", "none"]
     scan: Literal["full", "headers", "off"]
     timeout_s: Annotated[int, Within(1)]
     bits: Annotated[int | None, Within(9, 16)] = None
@@ -261,7 +262,8 @@ def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for name in values:
         if name not in fields:
-            raise UserError(f"{path}{name}: no such key{suggest(str(name), list(fields))}")
+            hint = renamed(f"{path}{name}") or suggest(str(name), list(fields))
+            raise UserError(f"{path}{name}: no such key{hint}")
     arguments = {}
     for name, f in fields.items():
         if name not in values:
@@ -298,9 +300,8 @@ def _convert(value: Any, hint: Any, key: str, limits: Within = ANYTHING, or_null
         if value is False and "off" in choices:  # as YAML reads a bare off
             return "off"
         if value not in get_args(hint):
-            raise UserError(
-                f"{key}: {value!r} is not one of {', '.join(choices)}{suggest(str(value), choices)}"
-            )
+            hint = renamed(key, value) or suggest(str(value), choices)
+            raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}{hint}")
         return value
     if origin in (dict, list):
         if not isinstance(value, origin):

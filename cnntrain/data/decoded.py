@@ -72,7 +72,7 @@ def keep_decoded(splits: dict[str, Examples]) -> dict[str, Examples]:
         if not is_dataclass(lazy.decoder):
             kind = type(lazy.decoder).__name__
             raise UserError(
-                f"data.store=disk: {kind} is no dataclass, so nothing tells one from another; take host"
+                f"data.cache=disk: {kind} is no dataclass, so nothing tells one from another; take data.cache=ram"
             )
     kept = read_all(splits, _keep)
     size = sum(map(decoded_bytes, splits.values())) / 2**20
@@ -228,8 +228,8 @@ def _reserve(file: int, size: int, target: Path) -> None:
             os.truncate(file, size)
     except OSError as error:
         raise MachineError(
-            f"data.store=disk: {target.parent} has no room for {size / 2**20:.0f} MiB of decoded images "
-            f"({error.strerror}); make room, set XDG_CACHE_HOME to another disk, or take data.store=stream"
+            f"data.cache=disk: {target.parent} has no room for {size / 2**20:.0f} MiB of decoded images "
+            f"({error.strerror}); make room, set XDG_CACHE_HOME to another disk, or take data.cache=none"
         ) from error
 
 

@@ -53,7 +53,7 @@ def load_data(
     fold: int = 0,
     split_seed: int = 0,
     limit: int | None = None,
-    store: str = "auto",
+    cache: str = "auto",
     how: Scan = "headers",
     magnification: float = 1.0,
     bits: int | None = None,
@@ -63,7 +63,7 @@ def load_data(
     Args:
         val_fraction, folds, fold, split_seed: see `split_train_val`; a val split of the source's own wins.
         limit: at most so many examples of each split that the source has.
-        store: 'stream' leaves images in their files; 'disk' keeps them decoded in a file of their own, 'auto' does
+        cache: 'none' leaves images in their files; 'disk' keeps them decoded in a file of their own, 'auto' does
             where there are many and the disk has room, and else decodes what fits into half of the free memory.
         how: how much of the files that stay on disk is looked at now; the rest is refused when it is met.
         magnification: the pipeline's; above 1, training images have a higher resolution (see `on_finer_canvas`).
@@ -106,9 +106,9 @@ def load_data(
     else:
         warn_of_unused_bits(splits["train"])
     files = splits["train"].images
-    if store == "disk" or (store == "auto" and worth_keeping(splits)):
+    if cache == "disk" or (cache == "auto" and worth_keeping(splits)):
         splits = keep_decoded(splits)
-    elif store == "stream" or (store == "auto" and not resident.fits_in_host_memory(splits)):
+    elif cache == "none" or (cache == "auto" and not resident.fits_in_host_memory(splits)):
         scan(splits, how)
         needed = sum(map(resident.decoded_bytes, splits.values())) / 2**20
         logger.info(

@@ -16,7 +16,7 @@ from cnntrain.data.workers import Transform, WorkerPool
 from cnntrain.transfer import free_bytes, to_device
 from cnntrain.types import Batch
 
-Store = Literal["auto", "device", "host", "disk", "stream"]
+CacheMode = Literal["auto", "gpu", "ram", "disk", "none"]
 SHARE_OF_DEVICE = 0.4  # of the free device memory that images may take
 logger = logging.getLogger("cnntrain")
 
@@ -163,7 +163,7 @@ def make_loader(
     device: torch.device | str,
     workers: int = 0,
     timeout_s: int = 120,
-    store: Store = "auto",
+    cache: CacheMode = "auto",
     per_sample: bool = False,
 ) -> Loader:
     """The loader that suits where the examples are.
@@ -171,19 +171,19 @@ def make_loader(
     Args:
         workers: processes that decode what is not in memory; 0 decodes in this one.
         timeout_s: how long a batch may take before its worker counts as stuck.
-        store: 'device', 'host' and 'disk' hold decoded images there, 'stream' sends even those through workers,
+        cache: 'gpu', 'ram' and 'disk' hold decoded images there, 'none' sends even those through workers,
             'auto' leaves images where they are and takes the device when they fit.
-        per_sample: a transform will be given for every image by itself: implies 'stream'.
+        per_sample: a transform will be given for every image by itself: implies 'none'.
 
     Raises:
         UserError: images that must be decoded now can't be used.
     """
     device = torch.device(device)
-    if store == "stream" or per_sample or (store == "auto" and isinstance(examples.images, LazyImages)):
+    if cache == "none" or per_sample or (cache == "auto" and isinstance(examples.images, LazyImages)):
         return StreamLoader(examples, device, workers, timeout_s)
     if isinstance(examples.images, LazyImages) or examples.lazy_targets:
         examples = resident.decode({"examples": examples})["examples"]
-    on_device = store == "device" or (store == "auto" and _fits_on(device, examples))
+    on_device = cache == "gpu" or (cache == "auto" and _fits_on(device, examples))
     return ResidentLoader(examples, device, on_device)
 
 

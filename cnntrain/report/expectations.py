@@ -11,7 +11,7 @@ from cnntrain.types import Finding
 # Overrides that leave an experiment what it is: where it runs and what it writes.
 NEUTRAL = {
     "run_dir", "resume", "device", "threads", "seed", "trusted_packages", "deterministic", "data.root", "data.workers",
-    "data.store", "data.timeout_s",
+    "data.cache", "data.timeout_s",
 }  # fmt: skip
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
 

@@ -74,7 +74,7 @@ def run_sweep(invocation: Invocation, job: SweepTarget) -> int:
             stop.check()
             answer = make_report(plan, study)
             again = _judge_winner(answer, job, folder.path, over)
-        if plan.base.log.pictures:
+        if plan.base.log.figures:
             with survive_drawing("the sweep's figures"):
                 answer.pictures = draw(answer, folder.path)
         write_report(answer, folder.path, invocation.line, again)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from cnntrain.config.renamed_keys import renamed
 from cnntrain.errors import UserError, suggest
 
 
@@ -28,6 +29,5 @@ def choice(key: str, value: object, choices: Sequence[str]) -> str:
     """
     if value in choices:
         return str(value)
-    raise UserError(
-        f"{key}: {value!r} is not one of {', '.join(choices)}{suggest(str(value), list(choices))}"
-    )
+    hint = renamed(key, value) or suggest(str(value), list(choices))
+    raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}{hint}")

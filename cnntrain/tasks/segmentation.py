@@ -38,10 +38,10 @@ class Segmentation(Task):
 
     Args:
         spec: facts of the data; `classes` are the pixels' classes.
-        loss: 'cross_entropy', 'dice' or 'sum' of both.
+        loss: 'cross_entropy', 'dice' or their sum 'ce_dice'.
         class_weights: for the cross-entropy: one number per class, {class: weight}, or 'balanced' (inverse to
             the class's pixels in the training data).
-        fit: how outputs of another size meet the mask. 'upsample' them (bilinear, corner to corner); 'crop'
+        resize_outputs: how outputs of another size meet the mask. 'upsample' them (bilinear, corner to corner); 'crop'
             the larger of the two about its center (networks without padding); 'auto' crops at equal scale, upsamples
             coarser outputs that cover the image, and refuses what is neither. The scale is measured on the network (see
             `settle`); until then 'auto' upsamples outputs of the mask's size divided by a power of 2.
@@ -55,13 +55,13 @@ class Segmentation(Task):
         spec: DataSpec,
         loss: str = "cross_entropy",
         class_weights: ClassWeights = None,
-        fit: str = "auto",
+        resize_outputs: str = "auto",
     ) -> None:
         super().__init__(spec)
         if len(spec.classes) < 2:
             raise UserError("task: segmentation needs data with 2 mask classes or more; try data=toy_shapes")
-        self.loss_name = choice("task.loss", loss, ("cross_entropy", "dice", "sum"))
-        self.fit_name = choice("task.fit", fit, ("auto", "upsample", "crop"))
+        self.loss_name = choice("task.loss", loss, ("cross_entropy", "dice", "ce_dice"))
+        self.fit_name = choice("task.resize_outputs", resize_outputs, ("auto", "upsample", "crop"))
         self._balanced = class_weights == "balanced"
         self._weights = parse_class_weights(class_weights, spec.classes)
         self.num_classes = self.num_outputs = len(spec.classes)
@@ -82,14 +82,14 @@ class Segmentation(Task):
             if "mask" not in targets:
                 raise UserError(
                     "task.class_weights: balanced needs all masks in memory, and these are read as they are"
-                    " needed; set data.store=host, or give a number per class"
+                    " needed; set data.cache=ram, or give a number per class"
                 )
             counts = torch.bincount(targets["mask"].flatten().cpu(), minlength=256)
             counts[self.ignore] = 0
             self._weights = balanced_weights(counts[: self.num_classes])
 
     def fit(self, outputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs (N, C, h, w) float32 and mask (N, H, W) int64 of one size, as `fit` says."""
+        """Outputs (N, C, h, w) float32 and mask (N, H, W) int64 of one size, as `resize_outputs` says."""
         outputs, mask = outputs.float(), mask.long()
         given, wanted = tuple(outputs.shape[-2:]), tuple(mask.shape[-2:])
         if given == wanted:
@@ -103,15 +103,16 @@ class Segmentation(Task):
         """'crop' or 'upsample', for sizes (height, width) that differ.
 
         Raises:
-            UserError: `fit` is auto, and neither suits.
+            UserError: `resize_outputs` is auto, and neither suits.
         """
         way = choose_fit(given, wanted, self.output_scale) if self.fit_name == "auto" else self.fit_name
         if way is None:
             sizes = "{}x{} px for masks of ".format(*given) + "{}x{} px".format(*wanted)
             raise UserError(
-                f"task.fit=auto: the network's outputs are {sizes}, which is neither a network without padding at the "
-                "masks' own scale nor a coarser map of the whole image; set task.fit=upsample if the outputs cover the "
-                "whole image, task.fit=crop if they show its middle at the same scale"
+                f"task.resize_outputs=auto: the network's outputs are {sizes}, which is neither a network without "
+                "padding at the masks' own scale nor a coarser map of the whole image; set "
+                "task.resize_outputs=upsample if the outputs cover the whole image, task.resize_outputs=crop if they "
+                "show its middle at the same scale"
             )
         return way
 

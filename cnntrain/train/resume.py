@@ -39,7 +39,7 @@ RULE = {
     ),
     **dict.fromkeys(("seed", "batch_size", "accumulate", "limit_batches", "task._target_"), "fixed"),
     "data": "fixed",
-    **dict.fromkeys(("data.root", "data.file", "data.workers", "data.store", "data.scan", "data.timeout_s"), "free"),
+    **dict.fromkeys(("data.root", "data.file", "data.workers", "data.cache", "data.scan", "data.timeout_s"), "free"),
     "model": "fixed",
     "model.pretrained": "free",  # the weights are the checkpoint's
     **dict.fromkeys(("model.freeze", "model.unfreeze"), "new"),

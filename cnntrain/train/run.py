@@ -129,7 +129,7 @@ def train_to_the_end(
             test = {f"test/{name}": value for name, value in test_meter.compute().items()}
         if not journal:
             return {}
-        mistakes = _draw_mistakes(best, assembly, judged, worst) if settings.log.pictures else None
+        mistakes = _draw_mistakes(best, assembly, judged, worst) if settings.log.figures else None
         split = "validation" if validation else "training"
         journal.finish(best, meter, mistakes, split, state.progress.best, test, state.progress.step)
     ended_by = "early_stopping" if _early_stop(state, plan, task) else "steps" if settings.steps else "epochs"
@@ -170,7 +170,7 @@ def _journal(
         progress.step,
         progress.epoch,
         settings.log.tensorboard,
-        settings.log.pictures,
+        settings.log.figures,
         watch,
         lambda step: learning_rate_at(state.optimizer, state.schedule, step),
     )

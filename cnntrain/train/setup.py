@@ -68,7 +68,7 @@ class Components:
         magnification = self.pipeline.magnification if augmented else 1.0
         data = load_data(
             self.source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit,
-            chosen.store, chosen.scan, magnification, chosen.bits,
+            chosen.cache, chosen.scan, magnification, chosen.bits,
         )  # fmt: skip
         if self.spec.mean is None:
             self.spec = data.spec
@@ -92,10 +92,10 @@ class Components:
             if "RandomResizedCrop" in names:
                 log.warning(
                     "augment: torchvision's RandomResizedCrop crops images that are already resized to data.size and "
-                    "upsamples the crop; augment=resized_crop crops from images at a higher resolution"
+                    "upsamples the crop; augment=random_resized_crop crops from images at a higher resolution"
                 )
         return make_loader(
-            examples, self.compute.device, chosen.workers, chosen.timeout_s, chosen.store, per_sample
+            examples, self.compute.device, chosen.workers, chosen.timeout_s, chosen.cache, per_sample
         )
 
 

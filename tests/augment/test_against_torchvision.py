@@ -29,7 +29,7 @@ def to_bytes(images):
 @pytest.mark.parametrize("border", ["zero", "edge", "reflect"])
 def test_flips_and_crop_are_exact(make_batch, border):
     batch = make_batch(32)
-    items = {"flip": HorizontalFlip(), "up": VerticalFlip(probability=0.4), "crop": Crop(padding_px=3)}
+    items = {"flip": HorizontalFlip(), "up": VerticalFlip(probability=0.4), "crop": Crop(padding=3)}
     result = to_bytes(Pipeline(SPEC, items, border)(batch, SEED, EPOCH).images)
     flip, up = (draws(batch, key, items[key])[:, 0] for key in ("flip", "up"))
     window = draws(batch, "crop", items["crop"])
@@ -49,7 +49,7 @@ def test_flips_and_crop_are_exact(make_batch, border):
 
 def test_crop_of_another_size_and_shift_are_exact(make_batch):
     batch = make_batch(32)
-    items = {"crop": Crop(size=(10, 9), padding_px=1), "shift": Shift(pixels=2)}
+    items = {"crop": Crop(size=(10, 9), padding=1), "shift": Shift(pixels=2)}
     pipeline = Pipeline(SPEC, items)
     result = to_bytes(pipeline(batch, SEED, EPOCH).images)
     window = draws(batch, "crop", items["crop"])
@@ -126,7 +126,7 @@ def test_a_chain_equals_the_float64_chain_clamped_once(make_batch):
         "hue": Hue(strength=0.5),
         "invert": Invert(probability=0.5),
     }
-    crop = Crop(padding_px=4)
+    crop = Crop(padding=4)
     cropped = Pipeline(SPEC, {"crop": crop})(batch, SEED, EPOCH).images.double()
     luma = YIQ[0][:, None, None]
     values = {key: draws(batch, key, item) for key, item in makers.items()}

@@ -44,11 +44,9 @@ def test_each_option_runs(compose, make_batch, option):
 
 
 def test_lists_compose_in_their_order_and_can_be_overridden(compose):
-    items = compose(
-        "augment=[crop,flip,jitter]", "augment.crop.padding_px=2", "augment.flip.probability=0.25"
-    )
+    items = compose("augment=[crop,flip,jitter]", "augment.crop.padding=2", "augment.flip.probability=0.25")
     assert list(items) == ["crop", "flip", "jitter"]
-    assert items["crop"].padding_px == 2
+    assert items["crop"].padding == 2
     assert items["flip"].probability == 0.25
-    assert list(compose("augment=[cifar,erasing]")) == ["flip", "crop", "erasing"]
+    assert list(compose("augment=[cifar,random_erasing]")) == ["flip", "crop", "random_erasing"]
     assert compose() == {}

@@ -22,7 +22,7 @@ def many(make_batch, count=200):
 def test_erasing_covers_one_box_with_the_mean(make_batch):
     batch = many(make_batch)
     plain = Pipeline(SPEC, {}).plain(batch).images
-    result = Pipeline(SPEC, {"e": RandomErasing(area=(0.1, 0.3), ratio=(0.5, 2.0), probability=0.6)})(
+    result = Pipeline(SPEC, {"e": RandomErasing(scale=(0.1, 0.3), ratio=(0.5, 2.0), probability=0.6)})(
         batch, 1, 0
     )
     changed = (result.images != plain).any(1)  # (N, H, W)
@@ -129,7 +129,7 @@ def test_beta_quantile():
 def test_trivial_does_one_thing_to_each_image(make_batch):
     """Every operation comes up, evenly; what moves pixels leaves colors alone and the other way round."""
     item = Trivial()
-    draws = uniform(0, 0, torch.arange(4000), "trivial", item.draws)
+    draws = uniform(0, 0, torch.arange(4000), "trivial_augment", item.draws)
     moves = item.move(draws, 24, 32) - torch.eye(3)
     paints = item.paint(draws) - torch.cat([torch.eye(3), torch.zeros(3, 4)], 1)
     moved, painted = moves.flatten(1).abs().amax(1) > 0, paints.flatten(1).abs().amax(1) > 0
@@ -144,4 +144,4 @@ def test_trivial_does_one_thing_to_each_image(make_batch):
     shift = moves[operation == 6][:, 0, 2]
     assert shift.min() < -0.95 * 32 / 7
     assert shift.max() > 0.95 * 32 / 7
-    Pipeline(SPEC, {"trivial": item})(many(make_batch, 30), 0, 0)
+    Pipeline(SPEC, {"trivial_augment": item})(many(make_batch, 30), 0, 0)

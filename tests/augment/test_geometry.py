@@ -19,19 +19,22 @@ HEIGHT, WIDTH = 44, 57
 ALL: dict[str, Geometry] = {
     "flip": HorizontalFlip(probability=0.5),
     "vertical_flip": VerticalFlip(probability=0.5),
-    "crop": Crop(padding_px=6),
-    "small_crop": Crop(size=(30, 41), padding_px=2),
+    "crop": Crop(padding=6),
+    "small_crop": Crop(size=(30, 41), padding=2),
     "shift": Shift(pixels=5),
-    "resized_crop": RandomResizedCrop(area=(0.3, 1.0)),
-    "small_resized_crop": RandomResizedCrop(size=(30, 33), area=(0.3, 1.0)),
+    "random_resized_crop": RandomResizedCrop(scale=(0.3, 1.0)),
+    "small_resized_crop": RandomResizedCrop(size=(30, 33), scale=(0.3, 1.0)),
     "zoom": Zoom(factor=(0.4, 1.6)),
     "rotation": Rotation(degrees=180),
     "shear": Shear(x_degrees=20, y_degrees=15),
     "perspective": Perspective(distortion=0.4, probability=1.0),
-    "trivial": Trivial(strength=0.3),
+    "trivial_augment": Trivial(strength=0.3),
 }
 CHAINS = st.lists(
-    st.sampled_from(sorted(ALL.keys() - {"small_crop", "trivial"})), min_size=1, max_size=3, unique=True
+    st.sampled_from(sorted(ALL.keys() - {"small_crop", "trivial_augment"})),
+    min_size=1,
+    max_size=3,
+    unique=True,
 )
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

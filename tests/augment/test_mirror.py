@@ -64,7 +64,7 @@ def test_points_are_relabeled_exactly_when_left_became_right(make_spots, faces, 
         "p": Perspective(distortion=0.6, probability=1),
         "s": Shear(x_degrees=70, y_degrees=70),
         "z": Zoom(factor=(0.05, 3)),
-        "x": Crop(padding_px=20),
+        "x": Crop(padding=20),
     }
     batch = make_spots(40, 3)
     items = {f"{name}{i}": kinds[name] for i, name in enumerate(names)}

@@ -20,18 +20,18 @@ from cnntrain.types import Batch, DataSpec
 ITEMS: dict[str, Augmentation] = {
     "flip": HorizontalFlip(),
     "vertical_flip": VerticalFlip(),
-    "crop": Crop(padding_px=3),
+    "crop": Crop(padding=3),
     "shift": Shift(pixels=2),
-    "resized_crop": RandomResizedCrop(),
+    "random_resized_crop": RandomResizedCrop(),
     "zoom": Zoom(factor=(0.4, 1.6)),
     "rotation": Rotation(degrees=50),
     "shear": Shear(),
     "perspective": Perspective(),
-    "trivial": Trivial(),
+    "trivial_augment": Trivial(),
     "jitter": ColorJitter(hue=0.1),
     "contrast": Contrast(strength=0.8),
     "invert": Invert(probability=0.5),
-    "erasing": RandomErasing(),
+    "random_erasing": RandomErasing(),
     "blur": Blur(),
     "noise": Noise(),
 }
@@ -231,7 +231,7 @@ def test_the_way_back_to_the_source_file_is_kept(make_batch):
 def test_plain_is_the_middle_on_the_same_canvas(make_batch):
     batch = make_batch(2, height=20, width=30)
     spec = DataSpec(3, 20, 30)
-    pipeline = Pipeline(spec, {"resized_crop": RandomResizedCrop(size=10)}, "edge")
+    pipeline = Pipeline(spec, {"random_resized_crop": RandomResizedCrop(size=10)}, "edge")
     plain = pipeline.plain(batch)
     assert plain.images.shape == pipeline(batch, 0, 0).images.shape == (2, 3, 10, 10)
     # The box is the largest square in the middle: columns 5 to 25, on its edges.
@@ -241,7 +241,7 @@ def test_plain_is_the_middle_on_the_same_canvas(make_batch):
 
 def test_images_with_masks_are_judged_whole_however_small_the_training_windows_are() -> None:
     spec = DataSpec(1, 12, 16, ("a", "b"), per_pixel=True, ignore_index=255)
-    pipeline = Pipeline(spec, {"crop": Crop(size=[6, 8], padding_px=0)})
+    pipeline = Pipeline(spec, {"crop": Crop(size=[6, 8], padding=0)})
     rows = torch.arange(2)
     batch = Batch(
         torch.rand(2, 1, 12, 16).mul(255).byte(),

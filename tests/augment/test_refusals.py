@@ -22,8 +22,8 @@ MASKS = DataSpec(3, 12, 17, classes=("sky", "road"), per_pixel=True)
 @pytest.mark.parametrize(
     ("spec", "items", "border", "words"),
     [
-        (KEYPOINTS, {"my_flip": HorizontalFlip()}, "zero", ["augment.my_flip", "data.mirror"]),
-        (KEYPOINTS, {"up": VerticalFlip(probability=0.01)}, "zero", ["augment.up", "data.mirror"]),
+        (KEYPOINTS, {"my_flip": HorizontalFlip()}, "zero", ["augment.my_flip", "data.flip_pairs"]),
+        (KEYPOINTS, {"up": VerticalFlip(probability=0.01)}, "zero", ["augment.up", "data.flip_pairs"]),
         (KEYPOINTS, {"zoom": Zoom()}, "reflect", ["border", "reflect", "zero or edge"]),
         (KEYPOINTS, {"mixup": Mixup()}, "zero", ["augment.mixup", "keypoints"]),
         (MASKS, {"mixup": Mixup()}, "zero", ["augment.mixup", "masks"]),
@@ -42,7 +42,7 @@ MASKS = DataSpec(3, 12, 17, classes=("sky", "road"), per_pixel=True)
         (SPEC, {"a": Mixup(), "b": Cutmix()}, "zero", ["augment.a", "augment.b", "mixup_cutmix"]),
         (SPEC, {"net": torch.nn.ReLU()}, "zero", ["augment.net", "ReLU", "Geometry"]),
         (SPEC, {}, "reflekt", ["border", "did you mean 'reflect'"]),
-        (SPEC, {"crop": Crop(size=40, padding_px=2)}, "zero", ["Crop", "40x40", "12x17"]),
+        (SPEC, {"crop": Crop(size=40, padding=2)}, "zero", ["Crop", "40x40", "12x17"]),
         (DataSpec(4, 8, 8), {"jitter": Brightness()}, "zero", ["augment.jitter", "4"]),
     ],
 )
@@ -61,7 +61,7 @@ def test_what_fits_keypoints_is_not_refused():
     "make",
     [
         lambda: HorizontalFlip(probability=1.5),
-        lambda: Crop(padding_px=-1),
+        lambda: Crop(padding=-1),
         lambda: Crop(size=[1, 2, 3]),
         lambda: Shift(pixels=-1),
         lambda: Brightness(strength=-0.1),
@@ -74,7 +74,7 @@ def test_what_fits_keypoints_is_not_refused():
         lambda: Perspective(distortion=0.9),
         lambda: Mixup(alpha=0),
         lambda: Mixup(alpha=float("nan")),
-        lambda: RandomResizedCrop(area=(0.5, 1.5)),
+        lambda: RandomResizedCrop(scale=(0.5, 1.5)),
         lambda: TorchvisionTransform(name="RandomHorizontalFlop"),
         lambda: TorchvisionTransform(name="RandomAutocontrast", arguments={"q": 1}),
     ],

@@ -18,7 +18,7 @@ def test_borders(border, extra):
     batch = Batch(
         images, {"mask": torch.ones(1, 6, 9, dtype=torch.uint8)}, torch.zeros(1).long(), torch.zeros(1).long()
     )
-    moved = Pipeline(spec, {"crop": Crop(size=(12, 17), padding_px=4)} | extra, border)(batch, 0, 0)
+    moved = Pipeline(spec, {"crop": Crop(size=(12, 17), padding=4)} | extra, border)(batch, 0, 0)
     left, top = (-moved.source_to_image[0, :2, 2]).long().tolist()
     mode = {"zero": "constant", "edge": "edge", "reflect": "reflect"}[border]
     padded = numpy.pad(images[0, 0].numpy(), 8, mode=mode)
@@ -52,7 +52,7 @@ def test_resize_to_a_canvas_agrees_with_torchvision(make_batch):
 def test_resized_crop_agrees_with_torchvision(make_batch):
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
     batch = make_batch(16, height=20, width=20)
-    item = RandomResizedCrop(size=(26, 27), area=(0.6, 1.0), ratio=(0.3, 3.0))  # many are too long, and cut
+    item = RandomResizedCrop(size=(26, 27), scale=(0.6, 1.0), ratio=(0.3, 3.0))  # many are too long, and cut
     result = Pipeline(DataSpec(3, 20, 20), {"it": item}, "edge")(batch, 0, 0)
     inverse = torch.linalg.inv(result.source_to_image)
     for i in range(16):
@@ -61,7 +61,7 @@ def test_resized_crop_agrees_with_torchvision(make_batch):
         assert (left_top > -1e-9)[:2].all()
         assert (right_bottom < 20 + 1e-9)[:2].all()
     whole = Pipeline(
-        DataSpec(3, 20, 20), {"it": RandomResizedCrop(size=26, area=(1, 1), ratio=(1, 1))}, "edge"
+        DataSpec(3, 20, 20), {"it": RandomResizedCrop(size=26, scale=(1, 1), ratio=(1, 1))}, "edge"
     )
     expected = functional.resize(batch.images.float() / 255, [26, 26], antialias=False)
     torch.testing.assert_close(whole(batch, 0, 0).images, expected, atol=1e-4, rtol=0)

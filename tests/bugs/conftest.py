@@ -22,7 +22,7 @@ def bench_of() -> Callable[..., CheckContext]:
     """`bench_of("model=mlp", ...)`: the parts of that run, laid out for checks; `planted/` is its config folder."""
 
     def make(*overrides: str) -> CheckContext:
-        settings = compose("threads=1", "log.pictures=false", *overrides, config_dir=PLANTED)
+        settings = compose("threads=1", "log.figures=false", *overrides, config_dir=PLANTED)
         return build_context(assemble(settings), time.monotonic() + 600, StopFlag())
 
     return make

@@ -76,7 +76,7 @@ def judged(*overrides: str) -> dict[str, Any]:
         os.chdir(folder)
         try:
             settings = compose(
-                "threads=1", "log.pictures=false", "run_dir=run", *overrides, config_dir=PLANTED
+                "threads=1", "log.figures=false", "run_dir=run", *overrides, config_dir=PLANTED
             )
             report = check(settings)
         except CnntrainError as error:

@@ -23,7 +23,7 @@ FACES, SHAPES = (
 
 
 def findings(tmp_path: Path, *overrides: str) -> dict[str, dict[str, Any]]:
-    quick = ("log.pictures=false", "threads=1", f"run_dir={tmp_path / 'run'}")
+    quick = ("log.figures=false", "threads=1", f"run_dir={tmp_path / 'run'}")
     report = check(compose(*quick, *overrides, config_dir=PLANTED), ["data"])
     return {finding["name"]: finding for finding in report["findings"]}
 
@@ -36,7 +36,7 @@ BROKEN = {
     "one image only": (["data=one_only"], "blank images", "blank or the same"),
     "black images": (["data=black"], "blank images", "blank or the same (digits/"),
     "augmented validation": (
-        ["data=random_validation", "data.store=stream", "data.workers=0"], "validation", "augmented too",
+        ["data=random_validation", "data.cache=none", "data.workers=0"], "validation", "augmented too",
     ),
     "test images in train": (["data=test_in_train"], "leakage", "digits/"),
     "test images in train, brighter": (["data=brighter_in_train"], "leakage", "digits/"),
@@ -45,7 +45,10 @@ BROKEN = {
     "points as (y, x)": (["data=rows_first", *FACES], "points", "(y, x)"),
     "points normalized already": (["data=points_from_zero_to_one", *FACES], "points", "not in pixels"),
     "images wiped out": (
-        ["augment=erasing", *(f"augment.erasing.{key}" for key in ("probability=1", "area=[0.999,1]", "ratio=[1,1]"))],
+        [
+            "augment=random_erasing", "augment.random_erasing.probability=1",
+            "augment.random_erasing.scale=[0.999,1]", "augment.random_erasing.ratio=[1,1]",
+        ],
         "augmentation", "wipes images out",
     ),
     "mirrored digits": (["data=digits", "augment=flip"], "augmentation", "mirrored digits"),
@@ -101,7 +104,7 @@ def test_a_training_checks_first_and_stops_on_a_failure(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_run_is_not_changed_by_checks_before_it(tmp_path: Path) -> None:
-    common = ("data.limit=100", "epochs=1", "threads=1", "log.pictures=false")
+    common = ("data.limit=100", "epochs=1", "threads=1", "log.figures=false")
     plain = train(compose(*common, f"run_dir={tmp_path}/a"))
     checked = train(compose(*common, "check.first=true", f"run_dir={tmp_path}/b"))
     assert plain["best"]["val/loss"] == checked["best"]["val/loss"]
@@ -133,7 +136,7 @@ def test_red_and_blue_exchanged_before_pretrained_weights_are_told(bench_of, jud
 
 def test_a_checkpoint_and_names_after_an_equals_sign_are_taken(tmp_path: Path) -> None:
     """Through the command: what is refused before torch is imported must let these pass."""
-    train(compose("data.limit=60", "epochs=1", "threads=1", "log.pictures=false", f"run_dir={tmp_path}/r"))
+    train(compose("data.limit=60", "epochs=1", "threads=1", "log.figures=false", f"run_dir={tmp_path}/r"))
     assert main(["check", f"checkpoint={tmp_path}/r", "frozen", "optimizer"]) == 0
     assert main(["check", "checks=frozen,optimizer", "data.limit=60", "threads=1"]) == 0
 

@@ -16,7 +16,7 @@ BROKEN = {
     "drawn from numpy's generator": ([f"{PLANTED}DrawsFromNumpy"], "repeat", "drawn from a generator"),
     "numbers in the order of memory": ([f"{PLANTED}ReadsMemory"], "memory layout", "in which they lie in memory"),
     "too large for half of the bits": ([f"{PLANTED}Overflows", "precision=bf16"], "precision", "bf16 does not suffice"),
-    "a decoder that draws": (["data=random_validation", "data.store=stream"], "workers", "depends on who reads it"),
+    "a decoder that draws": (["data=random_validation", "data.cache=none"], "workers", "depends on who reads it"),
 }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_workers_read_the_same(folder: Path, bench_of, judge) -> None:
-    stream = ("model=sound", "data=image_folder", f"data.root={folder}", "data.size=8", "data.store=stream")
+    stream = ("model=sound", "data=image_folder", f"data.root={folder}", "data.size=8", "data.cache=none")
     for more in ((), ("augment=torchvision", "augment.torchvision.name=RandomAutocontrast")):
         finding = judge(bench_of(*stream, *more), "workers")["workers"]
         assert finding.verdict == "PASS" and "12 examples" in finding.evidence, finding

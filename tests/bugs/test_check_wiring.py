@@ -104,7 +104,7 @@ SOUND = {
     "faces": FACES,
     "faces, mse": [*FACES, "task.loss=mse", "model=lenet5"],
     "faces, heat maps": [*FACES, "task.head=heatmap", "model=unet_small", "model.width=4"],
-    "shapes, dice": [*SHAPES, "task.loss=sum", "model.width=4"],
+    "shapes, dice": [*SHAPES, "task.loss=ce_dice", "model.width=4"],
 }
 
 

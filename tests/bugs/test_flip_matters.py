@@ -7,7 +7,7 @@ import pytest
 from cnntrain import compose, train
 
 PLANTED = Path(__file__).parent / "planted"
-RECIPE = ("data.train_count=200", "epochs=40", "batch_size=32", "threads=1", "log.pictures=false")
+RECIPE = ("data.train_count=200", "epochs=40", "batch_size=32", "threads=1", "log.figures=false")
 
 
 def nme(tmp_path: Path, name: str, *overrides: str) -> float:

@@ -23,7 +23,7 @@ from cnntrain.train.setup import assemble
 from cnntrain.types import Batch, DataSpec
 
 PLANTED = Path(__file__).parent / "planted"
-QUICK = ("log.pictures=false", "threads=1")
+QUICK = ("log.figures=false", "threads=1")
 
 
 def verdict(tmp_path: Path, *overrides: str) -> dict:
@@ -254,7 +254,7 @@ OTHER_TASKS = {
     "smooth_l1": ["data=toy_faces", "task.loss=smooth_l1"],
     "heat maps": ["data=toy_faces", "task.head=heatmap", "model=unet_small", "data.size=32"],
     "masks": ["data=toy_shapes", "data.size=32"],
-    "masks, sum": ["data=toy_shapes", "task.loss=sum", "data.size=32"],
+    "masks, sum": ["data=toy_shapes", "task.loss=ce_dice", "data.size=32"],
 }
 
 

@@ -19,8 +19,8 @@ Shapes = tuple[Tensor, Tensor]
 
 def right_map(scheme: Scheme) -> tuple[int, ...]:
     declared = infer_flip_pairs(scheme.names)
-    if scheme.mirror is not None:
-        declared = flip_permutation(scheme.names, scheme.mirror)
+    if scheme.flip_pairs is not None:
+        declared = flip_permutation(scheme.names, scheme.flip_pairs)
     assert declared is not None
     return declared
 
@@ -233,7 +233,14 @@ def test_the_command_names_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp
     mirror = "{left_eye:right_eye,left_ear_1:right_ear_1,left_ear_2:right_ear_2,left_ear_3:right_ear_3}"
     assert (
         main(
-            ["check", "flip", "data=keypoint_csv", "data.file=cats.csv", f"data.mirror={mirror}", "run_dir=o"]
+            [
+                "check",
+                "flip",
+                "data=keypoint_csv",
+                "data.file=cats.csv",
+                f"data.flip_pairs={mirror}",
+                "run_dir=o",
+            ]
         )
         == 1
     )

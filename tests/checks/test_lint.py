@@ -25,7 +25,7 @@ QUARRELS = {
     f"{FEW} task.loss=mse task.wing_width=0.2": ("task.wing_width", "task.loss"),
     f"{FEW} task.heatmap_sigma=2": ("task.heatmap_sigma", "task.head"),
     "data.folds=5 data.val_fraction=0.2": ("data.val_fraction", "data.folds"),
-    "data.workers=4": ("data.workers", "data.store"),
+    "data.workers=4": ("data.workers", "data.cache"),
     "epochs=5 steps=100": ("epochs", "steps"),
     f"{SHAPES} augment=none augment.border=edge": ("augment.border", "augment"),
     "deterministic=true": ("deterministic", "device"),

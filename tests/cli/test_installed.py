@@ -56,7 +56,7 @@ def test_a_run_explains_itself_and_can_be_evaluated() -> None:
 @pytest.mark.slow
 def test_a_sweep_ends_with_a_table() -> None:
     done = cnntrain(
-        "-m", "model=lenet5,mlp", "optimizer.lr=0.1,0.01", *QUICK, "log.pictures=false", "run_dir=sweep"
+        "-m", "model=lenet5,mlp", "optimizer.lr=0.1,0.01", *QUICK, "log.figures=false", "run_dir=sweep"
     )
     rows = table(Path("sweep/results.csv"))
     assert [(row["model"], row["optimizer.lr"], row["status"]) for row in rows] == [
@@ -68,9 +68,7 @@ def test_a_sweep_ends_with_a_table() -> None:
 
 @pytest.mark.slow
 def test_a_trial_that_diverges_is_said_and_the_sweep_goes_on() -> None:
-    done = cnntrain(
-        "-m", "optimizer=sgd", "optimizer.lr=1e30,0.01", *QUICK, "log.pictures=false", "run_dir=s"
-    )
+    done = cnntrain("-m", "optimizer=sgd", "optimizer.lr=1e30,0.01", *QUICK, "log.figures=false", "run_dir=s")
     assert [row["status"] for row in table(Path("s/results.csv"))] == ["diverged", "done"]
     assert "error: optimizer.lr=1e+30: diverged: " in done.stderr
 
@@ -130,7 +128,7 @@ def test_a_network_of_ones_own_needs_one_file_and_one_yaml(tmp_path: Path) -> No
         "                         nn.Linear(width * height * breadth, num_outputs))\n"
     )
     (tmp_path / "mine" / "model" / "tiny.yaml").write_text("_target_: mynets.Tiny\nwidth: 8  # channels\n")
-    cnntrain("--config-dir", "mine", "model=tiny", *QUICK, "log.pictures=false", "run_dir=r")
+    cnntrain("--config-dir", "mine", "model=tiny", *QUICK, "log.figures=false", "run_dir=r")
     assert json.loads(Path("r/results.json").read_text())["parameters"] == 8 * 9 + 8 + 8 * 64 * 10 + 10
 
 

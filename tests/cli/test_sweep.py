@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 COMMAND = shutil.which("cnntrain", path=os.path.dirname(sys.executable)) or shutil.which("cnntrain")
-QUICK = ("threads=1", "log.pictures=false", "log.tensorboard=false")
+QUICK = ("threads=1", "log.figures=false", "log.tensorboard=false")
 NETS = """
 import os, signal
 import torch

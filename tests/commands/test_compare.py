@@ -13,7 +13,7 @@ from cnntrain.errors import UserError
 from cnntrain.report.compare import differing_keys, find_runs, fold, read_run, table
 from cnntrain.report.metrics import read_metrics
 
-QUICK = ("data.limit=60", "batch_size=16", "threads=1", "log.pictures=false", "log.tensorboard=false")
+QUICK = ("data.limit=60", "batch_size=16", "threads=1", "log.figures=false", "log.tensorboard=false")
 
 
 @pytest.fixture(scope="module")

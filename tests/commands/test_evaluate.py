@@ -18,7 +18,7 @@ QUICK = (
     "data=image_folder",
     "data.size=8",
     "threads=1",
-    "log.pictures=false",
+    "log.figures=false",
     "log.tensorboard=false",
 )
 

@@ -32,7 +32,7 @@ def test_what_is_trained_is_counted(
     """Keras' non-trainable parameters are what is frozen and the running statistics: 9,600 of ResNet-18."""
     from torchvision.models import resnet18
 
-    asked = ["model=resnet18", "data=digits", "log.pictures=false", *overrides, "run_dir=here"]
+    asked = ["model=resnet18", "data=digits", "log.figures=false", *overrides, "run_dir=here"]
     assert main(["inspect", *asked]) == 0
     lines = capsys.readouterr().out.splitlines()
     values = [int(line.split(": ")[1].replace(",", "")) for line in lines if "arameters: " in line]
@@ -58,7 +58,7 @@ def test_several_are_compared_at_another_size() -> None:
     [("lenet5", ["anatomy.json", "layers.csv"]), ("lenet5,mlp", ["comparison.csv", "comparison.json"])],
 )
 def test_without_pictures(models: str, files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", f"model={models}", "run_dir=here", "log.pictures=false"]) == 0
+    assert main(["inspect", f"model={models}", "run_dir=here", "log.figures=false"]) == 0
     assert sorted(path.name for path in Path("here").iterdir() if not path.name.startswith(".")) == files
     assert "png" not in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ from cnntrain.cli import commands, main
 from cnntrain.errors import StoppedError, UserError
 from cnntrain.train import checkpoint, loop, setup
 
-SMALL = ("data.limit=300", "epochs=2", "batch_size=32", "log.pictures=false", "log.tensorboard=false", "threads=1",
+SMALL = ("data.limit=300", "epochs=2", "batch_size=32", "log.figures=false", "log.tensorboard=false", "threads=1",
          "model=mlp", "lr_find.steps=40", "lr_find.lowest=1e-5")  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def test_a_mirror_without_partners_is_refused_before_anything_is_written(
     Image.new("RGB", (8, 8)).save("one.png")
     Path("points.csv").write_text("image_name,a_x,a_y,b_x,b_y\none.png,1,2,5,2\n")
     assert main(["preview", "data=keypoint_csv", "data.file=points.csv", "augment=flip", *SMALL]) == 2
-    assert "data.mirror" in capsys.readouterr().err
+    assert "data.flip_pairs" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

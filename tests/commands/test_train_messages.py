@@ -9,7 +9,7 @@ import pytest
 from cnntrain.cli import main
 
 QUICK = (
-    "data.limit=60", "batch_size=16", "threads=1", "log.pictures=false", "log.tensorboard=false", "model=mlp",
+    "data.limit=60", "batch_size=16", "threads=1", "log.figures=false", "log.tensorboard=false", "model=mlp",
 )  # fmt: skip
 Said = pytest.CaptureFixture[str]
 NET = """
@@ -68,7 +68,7 @@ def test_the_printed_evaluation_names_a_split_that_there_is(capsys: Said, tmp_pa
             for i in range(count):
                 Image.new("L", (12, 12), shade + i).save(tmp_path / "photos" / split / name / f"{i}.png")
     own = ("data=image_folder", "data.root=photos", "data.size=12", "epochs=1", "batch_size=4", "threads=1")
-    assert main([*own, "model=mlp", "log.pictures=false", "log.tensorboard=false", "run_dir=r"]) == 0
+    assert main([*own, "model=mlp", "log.figures=false", "log.tensorboard=false", "run_dir=r"]) == 0
     (line,) = [each for each in capsys.readouterr().out.splitlines() if "cnntrain evaluate" in each]
     words = shlex.split(line.partition("cnntrain")[2])
     assert "split=val" in words

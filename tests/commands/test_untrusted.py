@@ -15,7 +15,7 @@ from cnntrain.cli import main
 QUICK = (
     "threads=1",
     "data.limit=40",
-    "log.pictures=false",
+    "log.figures=false",
     "log.tensorboard=false",
     "device=cpu",
     "epochs=1",

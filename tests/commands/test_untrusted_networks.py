@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     few = (
         "data.limit=60",
         "steps=1",
-        "log.pictures=false",
+        "log.figures=false",
         "log.tensorboard=false",
         "threads=1",
         "model=mlp",

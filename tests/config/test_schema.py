@@ -78,7 +78,7 @@ def test_a_slip_in_a_part_is_named_and_leaves_no_folder(
 ) -> None:
     import re
 
-    assert main([*slip.split(), "epochs=1", "log.pictures=false"]) == 2
+    assert main([*slip.split(), "epochs=1", "log.figures=false"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and re.search(BUILD_SLIPS[slip], said), said
     assert "Traceback" not in said

@@ -108,7 +108,7 @@ def overrides(folder: Path) -> dict[str, list[str]]:
 
 def check(model: str, data: str, roots: dict[str, list[str]]) -> None:
     result = overfit(
-        compose(f"model={model}", f"data={data}", *roots[data], "threads=1", "log.pictures=false")
+        compose(f"model={model}", f"data={data}", *roots[data], "threads=1", "log.figures=false")
     )
     assert result["verdict"] == "PASS", result["line"]
     assert result["steps"] <= 100
@@ -164,6 +164,6 @@ def test_every_network_for_masks_and_points(model: str) -> None:
     data = "toy_faces" if model == "keypoint_cnn" else "toy_shapes"
     size = 128 if model == "torchvision_segmentation" else 32
     result = overfit(
-        compose(f"data={data}", f"model={model}", f"data.size={size}", "threads=1", "log.pictures=false")
+        compose(f"data={data}", f"model={model}", f"data.size={size}", "threads=1", "log.figures=false")
     )
     assert result["verdict"] == "PASS", result["line"]

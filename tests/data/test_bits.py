@@ -109,7 +109,7 @@ def test_predict_reads_files_as_the_training_did(folder: Path) -> None:
         "model.values.width=4",
         "threads=1",
         "device=cpu",
-        "log.pictures=false",
+        "log.figures=false",
         "log.tensorboard=false",
     ]
     data = [

@@ -87,7 +87,7 @@ def test_a_run_does_not_go_on_with_other_pixels(tmp_path: Path) -> None:
             pixels = random.integers(0, 255, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data/train" / label / f"{number}.bmp")
     arguments = ["data=image_folder", f"data.root={tmp_path / 'data'}", "data.size=8", "model=mlp", "threads=1",
-                 "device=cpu", "model.values.width=4", "augment=none", "log.pictures=false", "log.tensorboard=false",
+                 "device=cpu", "model.values.width=4", "augment=none", "log.figures=false", "log.tensorboard=false",
                  f"run_dir={tmp_path / 'run'}", "resume=auto", "batch_size=4"]  # fmt: skip
     assert main([*arguments[:-2], "batch_size=4", "epochs=1"]) == 0
     changed = tmp_path / "data/train/a/3.bmp"

@@ -65,9 +65,9 @@ def test_a_crop_is_as_sharp_as_torchvisions_on_the_original(folder: Path, area: 
     from torchvision.transforms import v2
 
     source = ImageFolder(str(folder), size=SIZE, channels=1)
-    magnification = Pipeline(source.spec(), {"crop": RandomResizedCrop(area=[0.35, 1])}).magnification
+    magnification = Pipeline(source.spec(), {"crop": RandomResizedCrop(scale=[0.35, 1])}).magnification
     assert magnification == pytest.approx(0.35**-0.5)
-    pipeline = Pipeline(source.spec(), {"crop": RandomResizedCrop(area=[area, area], ratio=[1, 1])})
+    pipeline = Pipeline(source.spec(), {"crop": RandomResizedCrop(scale=[area, area], ratio=[1, 1])})
     seen = {}
     for factor in (1.0, magnification):
         data = load_data(source, magnification=factor)
@@ -187,10 +187,10 @@ def test_masks_move_along(tmp_path: Path) -> None:
         (tmp_path / "train/masks").mkdir(parents=True, exist_ok=True)
         Image.fromarray(mask).save(tmp_path / "train/masks" / f"{number}.png")
     source = MaskFolder(str(tmp_path), ["no", "yes"], size=32, channels=1)
-    pipeline = Pipeline(source.spec(), {"crop": RandomResizedCrop(area=[0.25, 1])})
-    for store in ("auto", "stream"):
+    pipeline = Pipeline(source.spec(), {"crop": RandomResizedCrop(scale=[0.25, 1])})
+    for cache in ("auto", "none"):
         finer, plain = (
-            load_data(source, val_fraction=0.25, store=store, magnification=m) for m in (2.0, 1.0)
+            load_data(source, val_fraction=0.25, cache=cache, magnification=m) for m in (2.0, 1.0)
         )
         fine, coarse = (next(make_loader(d.train, "cpu").batches(torch.arange(3), 3)) for d in (finer, plain))
         assert fine.targets["mask"].shape == (3, 64, 64)
@@ -227,11 +227,11 @@ def test_a_configured_crop_decodes_finer_and_evaluating_does_not(folder: Path) -
         "device=cpu",
     ]
     shapes = {}
-    for augment in ("flip_crop", "resized_crop", "[resized_crop,torchvision]"):
+    for augment in ("flip_crop", "random_resized_crop", "[random_resized_crop,torchvision]"):
         assembly = assemble(read_settings([*data, f"augment={augment}"]))
         shapes[augment] = [assembly.load(augmented).train.images.shape[-1] for augmented in (True, False)]
     assert shapes == {
         "flip_crop": [64, 64],
-        "resized_crop": [109, 64],
-        "[resized_crop,torchvision]": [64, 64],
+        "random_resized_crop": [109, 64],
+        "[random_resized_crop,torchvision]": [64, 64],
     }

@@ -64,8 +64,8 @@ def test_a_side_without_its_partner_is_refused(name):
 def test_cat_ears_mirror_inside_out():
     """The left ear counts from the inside, so its third point is the partner of the right one's first. Sides are
     the cat's own: its right is on the picture's left."""
-    assert CAT9.mirror is not None
-    assert flip_permutation(CAT9.names, CAT9.mirror) == (1, 0, 2, 8, 7, 6, 5, 4, 3)
+    assert CAT9.flip_pairs is not None
+    assert flip_permutation(CAT9.names, CAT9.flip_pairs) == (1, 0, 2, 8, 7, 6, 5, 4, 3)
     published = [175, 160, 239, 162, 199, 199, 149, 121, 137, 78, 166, 93, 281, 101, 312, 96, 296, 133]
     xs = dict(zip(CAT9.names, published[::2], strict=True))
     assert xs["right_ear_1"] < xs["right_ear_3"] < xs["left_ear_1"] < xs["left_ear_3"]
@@ -191,7 +191,7 @@ def test_a_left_point_without_its_right_one_is_named(photographs):
     path = write(photographs, "0.png,1,2", "1.png,3,4", header="image_name,left_eye_x,left_eye_y")
     with pytest.raises(UserError, match="'left_eye' has no partner"):
         KeypointCsv(path).spec()
-    assert KeypointCsv(path, mirror={}).spec().flip_pairs == (0,)
+    assert KeypointCsv(path, flip_pairs={}).spec().flip_pairs == (0,)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_left_point_without_its_right_one_is_named(photographs):
     [
         ({"crop": "boxes"}, "did you mean 'box'"),
         ({"crop_margin": -1}, "data.crop_margin"),
-        ({"scheme": "ibug"}, "did you mean 'ibug68'"),
+        ({"keypoint_set": "ibug"}, "did you mean 'ibug68'"),
         ({"file": "nothing.csv"}, "no file"),
     ],
 )
@@ -212,12 +212,12 @@ def test_wrong_arguments_name_their_key(photographs, arguments, part):
 
 def test_a_scheme_of_another_length_is_refused(photographs):
     write(photographs, "0.png,1,2,3,4")
-    with pytest.raises(UserError, match=r"data\.scheme: has 68 points, the files have 2"):
-        KeypointCsv(root=str(photographs), scheme="ibug68").spec()
+    with pytest.raises(UserError, match=r"data\.keypoint_set: has 68 points, the files have 2"):
+        KeypointCsv(root=str(photographs), keypoint_set="ibug68").spec()
 
 
 def test_real_faces(shared):
-    source = KeypointCsv(root=str(shared("faces")), scheme="ibug68", size=64)
+    source = KeypointCsv(root=str(shared("faces")), keypoint_set="ibug68", size=64)
     data = load_data(source, folds=5, fold=2)
     assert len(data.train) + len(data.val) == 69
     assert data.test is None

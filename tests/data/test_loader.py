@@ -39,7 +39,7 @@ def source(make_folder):
 
 
 def test_resident_and_streamed_batches_agree_for_any_number_of_workers(source):
-    resident, streamed = load_data(source), load_data(source, store="stream")
+    resident, streamed = load_data(source), load_data(source, cache="none")
     assert resident.fingerprint == streamed.fingerprint
     assert resident.spec == streamed.spec
     order = epoch_order(1, 2, len(resident.train))
@@ -49,8 +49,8 @@ def test_resident_and_streamed_batches_agree_for_any_number_of_workers(source):
         loader = make_loader(streamed.train, "cpu", workers=workers)
         assert isinstance(loader, StreamLoader)
         assert same(expected, collect(loader, order))
-    assert same(expected, collect(make_loader(streamed.train, "cpu", store="host"), order))
-    assert same(expected, collect(make_loader(resident.train, "cpu", store="stream"), order))
+    assert same(expected, collect(make_loader(streamed.train, "cpu", cache="ram"), order))
+    assert same(expected, collect(make_loader(resident.train, "cpu", cache="none"), order))
 
 
 def test_a_pass_may_begin_anywhere_and_drop_its_short_end():
@@ -71,7 +71,7 @@ def test_a_pass_may_begin_anywhere_and_drop_its_short_end():
 
 def test_a_pass_left_in_the_middle_does_not_disturb_the_next():
     train = load_data(Digits()).train
-    loader = make_loader(train, "cpu", workers=2, store="stream")
+    loader = make_loader(train, "cpu", workers=2, cache="none")
     order = torch.arange(200)
     for _ in range(3):
         for i, batch in enumerate(loader.batches(order, 16)):
@@ -84,7 +84,7 @@ def test_a_pass_left_in_the_middle_does_not_disturb_the_next():
 
 def test_the_global_generator_is_left_alone(source):
     before = torch.random.get_rng_state()
-    data = load_data(source, store="stream")
+    data = load_data(source, cache="none")
     for workers in (0, 1):
         collect(make_loader(data.train, "cpu", workers=workers), torch.arange(5))
     assert torch.equal(before, torch.random.get_rng_state())
@@ -144,7 +144,7 @@ def test_a_stuck_worker_ends_the_run_in_time():
 
 def test_a_killed_worker_ends_the_run():
     train = load_data(Digits()).train
-    loader = make_loader(train, "cpu", workers=2, store="stream")
+    loader = make_loader(train, "cpu", workers=2, cache="none")
     assert isinstance(loader, StreamLoader)
 
     def go_through():
@@ -158,7 +158,7 @@ def test_a_killed_worker_ends_the_run():
 
 def test_a_worker_stopped_while_it_hands_over_a_batch_ends_the_run():
     train = load_data(Digits()).train
-    loader = make_loader(train, "cpu", workers=2, store="stream", timeout_s=1)
+    loader = make_loader(train, "cpu", workers=2, cache="none", timeout_s=1)
     assert isinstance(loader, StreamLoader)
 
     def go_through():
@@ -177,7 +177,7 @@ def test_a_worker_stopped_while_it_hands_over_a_batch_ends_the_run():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_breaks_later_is_named(make_folder, workers):
     root = make_folder("train", "val")
-    data = load_data(ImageFolder(str(root), size=16), store="stream")
+    data = load_data(ImageFolder(str(root), size=16), cache="none")
     (root / "train/cat/3.png").write_bytes(b"gone")
     loader = make_loader(data.train, "cpu", workers=workers)
     with pytest.raises(UserError, match=r"train/cat/3.png: is no image"):
@@ -192,7 +192,7 @@ def test_streams_check_headers_before_they_start(make_folder):
     with pytest.raises(
         UserError, match=r"(?s)2 of 24 files.*train/cat/3.png: is empty.*val/dog/1.png: is no image"
     ):
-        load_data(ImageFolder(str(root), size=16), store="stream")
+        load_data(ImageFolder(str(root), size=16), cache="none")
 
 
 def test_fingerprints_know_names_and_labels_not_the_split(make_folder):
@@ -228,5 +228,5 @@ def test_a_channel_that_never_changes_is_only_shifted(tmp_path, save):
     data = load_data(ImageFolder(str(tmp_path), size=8))
     assert data.spec.mean == (0.5, 0.0, 0.0)
     assert data.spec.std == (0.5, 1.0, 1.0)
-    streamed = load_data(ImageFolder(str(tmp_path), size=8), store="stream")
+    streamed = load_data(ImageFolder(str(tmp_path), size=8), cache="none")
     assert measure(streamed.train, 0) == (data.spec.mean, data.spec.std)

@@ -49,7 +49,7 @@ def test_masks_are_read_as_they_are(root):
 def test_streamed_and_resident_masks_agree(root):
     order = torch.tensor([1, 0])
     resident = load_data(folder(root, size=[20, 20], resize="letterbox"))
-    streamed = load_data(folder(root, size=[20, 20], resize="letterbox"), store="stream")
+    streamed = load_data(folder(root, size=[20, 20], resize="letterbox"), cache="none")
     expected = next(make_loader(resident.train, "cpu").batches(order, 2))
     assert (expected.targets["mask"][:, 0] == 255).all()
     assert resident.fingerprint == streamed.fingerprint

@@ -39,16 +39,16 @@ def noise(path: Path, height: int, width: int, seed: int) -> np.ndarray:
     return pixels
 
 
-@pytest.mark.parametrize("store", ["host", "disk", "stream"])
+@pytest.mark.parametrize("cache", ["ram", "disk", "none"])
 @pytest.mark.parametrize("magnification", [1.0, 1.5])
-def test_letterbox_borders_are_left_out(tmp_path: Path, store: str, magnification: float) -> None:
+def test_letterbox_borders_are_left_out(tmp_path: Path, cache: str, magnification: float) -> None:
     shapes = [(32, 16), (16, 32), (32, 32), (31, 10), (7, 29), (64, 20)]
     for label in ("a", "b"):
         (tmp_path / "train" / label).mkdir(parents=True)
         for number, shape in enumerate(shapes):
             noise(tmp_path / "train" / label / f"{number}.png", *shape, seed=number)
     source = ImageFolder(str(tmp_path), size=32, resize="letterbox")
-    spec = load_data(source, store=store, magnification=magnification).spec
+    spec = load_data(source, cache=cache, magnification=magnification).spec
     assert spec.mean == pytest.approx((144.5 / 255,) * 3, abs=0.01)
     assert spec.std is not None and max(spec.std) < 0.13  # 0.28 with black borders
 

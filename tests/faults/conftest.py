@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 COMMAND = shutil.which("cnntrain", path=os.path.dirname(sys.executable)) or shutil.which("cnntrain")
-QUICK = ("model=mlp", "threads=1", "log.pictures=false", "log.tensorboard=false", "data.limit=200")
+QUICK = ("model=mlp", "threads=1", "log.figures=false", "log.tensorboard=false", "data.limit=200")
 
 
 @dataclass

@@ -103,7 +103,7 @@ def test_another_architecture_is_described_beside_this_one(cnntrain, trained: Pa
 def test_other_classes_are_described_beside_these(cnntrain, make_images) -> None:
     root = make_images()
     arguments = ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8",
-                 "log.pictures=false", "log.tensorboard=false", "run_dir=run")  # fmt: skip
+                 "log.figures=false", "log.tensorboard=false", "run_dir=run")  # fmt: skip
     cnntrain(*arguments, "epochs=1")
     (root / "train" / "light").rename(root / "train" / "bright")
     said = cnntrain.refused(*arguments, "epochs=2", "resume=auto")

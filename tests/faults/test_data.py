@@ -37,7 +37,7 @@ def photograph(path: Path) -> None:
 
 def arguments(root: Path) -> tuple[str, ...]:
     return ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8", "epochs=1",
-            "log.pictures=false", "log.tensorboard=false")  # fmt: skip
+            "log.figures=false", "log.tensorboard=false")  # fmt: skip
 
 
 def test_all_that_is_wrong_is_told_at_once(cnntrain, make_images) -> None:
@@ -105,7 +105,7 @@ def test_what_a_scan_looks_at(cnntrain, make_images) -> None:
     photograph(root / "train" / "dark" / "half.png")
     whole = (root / "train" / "dark" / "half.png").read_bytes()
     (root / "train" / "dark" / "half.png").write_bytes(whole[:200])
-    streaming = (*arguments(root), "data.store=stream", "data.workers=0")
+    streaming = (*arguments(root), "data.cache=none", "data.workers=0")
     assert "half.png: is truncated" in cnntrain.refused(*streaming, "data.scan=full")
     (root / "train" / "dark" / "text.png").write_text("no image")
     assert "text.png" in (said := cnntrain.refused(*streaming)) and "half.png" not in said
@@ -115,7 +115,7 @@ def test_what_a_scan_looks_at(cnntrain, make_images) -> None:
 
 def test_a_scan_remembers_what_was_sound(cnntrain, make_images) -> None:
     root = make_images(count=12)
-    streaming = (*arguments(root), "data.store=stream", "data.workers=0", "data.scan=full")
+    streaming = (*arguments(root), "data.cache=none", "data.workers=0", "data.scan=full")
     cnntrain(*streaming, "run_dir=a")
     (memory,) = Path("cache/cnntrain/scans").glob("*-full.json")
     known = json.loads(memory.read_text())

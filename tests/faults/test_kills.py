@@ -19,7 +19,7 @@ from tests.runs import assert_same_run
 STEPS = 12
 # AdamW over 5.6 million weights: a state of 64 MiB, which takes a while to write.
 PADDED = ("model=mlp", "model.values.width=75000", f"steps={STEPS}", "batch_size=16", "checkpoint.every_steps=1",
-          "data.limit=120", "threads=1", "log.pictures=false", "log.tensorboard=false")  # fmt: skip
+          "data.limit=120", "threads=1", "log.figures=false", "log.tensorboard=false")  # fmt: skip
 
 
 def state(run: str) -> dict[str, torch.Tensor]:
@@ -104,11 +104,11 @@ SMALL = ("model=mlp", "model.values.width=8", "data.limit=200", "batch_size=32",
          "checkpoint.every_steps=2", "checkpoint.keep=2", "threads=1", "device=cpu", "precision=fp32",
          "log.tensorboard=false")  # fmt: skip
 MODES = {
-    "plain": (*SMALL, "log.pictures=false"),
+    "plain": (*SMALL, "log.figures=false"),
     "pictures": SMALL,
-    "ranks": (*SMALL, "log.pictures=false", "launch.devices=2"),
-    "sweep": (*SMALL, "log.pictures=false", "epochs=2", "-m", "optimizer.lr=0.001,0.01"),
-    "sweep of workers": (*SMALL, "log.pictures=false", "-m", "optimizer.lr=0.001,0.01", "sweep.jobs=2"),
+    "ranks": (*SMALL, "log.figures=false", "launch.devices=2"),
+    "sweep": (*SMALL, "log.figures=false", "epochs=2", "-m", "optimizer.lr=0.001,0.01"),
+    "sweep of workers": (*SMALL, "log.figures=false", "-m", "optimizer.lr=0.001,0.01", "sweep.jobs=2"),
 }
 RUN = {  # the functions, and how often a run calls each of them
     "cnntrain.io.safe_files:os.replace": 22,  # of every file that is written whole

@@ -99,7 +99,7 @@ def test_a_run_needs_no_network_and_listens_to_nobody(cnntrain, make_images, ins
     alone = inside_namespace("true", "--net")
     run = cnntrain.start(
         "model=mlp", "threads=1", "data=image_folder", f"data.root={make_images(count=30)}", "data.size=8",
-        "data.store=stream", "data.workers=2", "epochs=3", "run_dir=run", around=alone,
+        "data.cache=none", "data.workers=2", "epochs=3", "run_dir=run", around=alone,
     )  # fmt: skip
     seen, looked = [], 0
     while run.poll() is None:

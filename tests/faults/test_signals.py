@@ -34,8 +34,8 @@ def test_terminated_with_its_workers_it_saves_and_goes_on_bit_for_bit(
 ) -> None:
     root = make_images(count=40)
     common = ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8",
-              "data.store=stream", "data.workers=2", "batch_size=4", "augment=flip",
-              "log.pictures=false", "log.tensorboard=false")  # fmt: skip
+              "data.cache=none", "data.workers=2", "batch_size=4", "augment=flip",
+              "log.figures=false", "log.tensorboard=false")  # fmt: skip
     run = cnntrain.start(
         *common, "epochs=100000", "run_dir=run", "early_stopping=100000", "schedule=constant"
     )
@@ -59,7 +59,7 @@ def test_terminated_with_its_workers_it_saves_and_goes_on_bit_for_bit(
 def test_interrupted_in_validation(cnntrain, wait_for) -> None:
     """Nine tenths are held out; the last checkpoint within the epoch tells when training is nearly over."""
     run = cnntrain.start(
-        "model=mlp", "model.values.width=75000", "threads=1", "log.pictures=false", "log.tensorboard=false",
+        "model=mlp", "model.values.width=75000", "threads=1", "log.figures=false", "log.tensorboard=false",
         "data.val_fraction=0.9", "batch_size=4", "checkpoint.every_steps=35", "epochs=1", "run_dir=run",
     )  # fmt: skip
     wait_for(LAST.exists, run)
@@ -74,7 +74,7 @@ def test_interrupted_in_validation(cnntrain, wait_for) -> None:
 @pytest.mark.slow
 def test_a_second_interrupt_ends_it_at_once(cnntrain, wait_for) -> None:
     run = cnntrain.start(
-        "model=mlp", "model.values.width=200000", "threads=1", "log.pictures=false", "log.tensorboard=false",
+        "model=mlp", "model.values.width=200000", "threads=1", "log.figures=false", "log.tensorboard=false",
         "batch_size=800", "checkpoint.every_steps=1", "epochs=100", "run_dir=run",
     )  # fmt: skip
     wait_for(LAST.exists, run)

@@ -91,7 +91,7 @@ SOURCES = {
     "dlib_xml": (
         XML,
         "t.xml",
-        ["data.root=.", "data.train=t.xml", "data.test=null", "data.scheme=null", "data.mirror={}"],
+        ["data.root=.", "data.train=t.xml", "data.test=null", "data.keypoint_set=null", "data.flip_pairs={}"],
     ),
     "coco_keypoints": (
         COCO,
@@ -170,7 +170,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         "threads=1",
         "epochs=1",
         "data.limit=40",
-        "log.pictures=false",
+        "log.figures=false",
         "device=cpu",
     )
     assert main([*quick, "log.tensorboard=false", f"run_dir={run}"]) == 0
@@ -237,7 +237,7 @@ def test_content_of_a_checkpoint(data: st.DataObject, whole: bytes, outcome: Any
         "threads=1",
         "epochs=2",
         "data.limit=40",
-        "log.pictures=false",
+        "log.figures=false",
         "device=cpu",
     )
     assert main([*quick, "log.tensorboard=false", "run_dir=again", "resume=last.pt"]) in (0, 2, 3, 4)

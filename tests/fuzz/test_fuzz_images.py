@@ -231,7 +231,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 folder / f"data/train/{label}/{number}.png"
             )
     code = main(["data=image_folder", f"data.root={folder / 'data'}", "data.size=8", "model=mlp", "epochs=1",
-                 "model.values.width=4", "threads=1", "device=cpu", "augment=none", "log.pictures=false",
+                 "model.values.width=4", "threads=1", "device=cpu", "augment=none", "log.figures=false",
                  "log.tensorboard=false", f"run_dir={folder / 'run'}"])  # fmt: skip
     assert code == 0
     return folder / "run"

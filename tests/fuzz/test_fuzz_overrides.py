@@ -18,7 +18,7 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
 FUZZ = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
-BASE = ("model=mlp", "epochs=1", "data.limit=20", "threads=1", "log.pictures=false", "log.tensorboard=false",
+BASE = ("model=mlp", "epochs=1", "data.limit=20", "threads=1", "log.figures=false", "log.tensorboard=false",
         "run_dir=r", "device=cpu", "batch_size=8")  # fmt: skip
 KEYS = sorted(k for k in flat(compose("config", ["model=mlp"])) if not k.startswith("choices"))
 GROUPS = ("model", "data", "augment", "task", "optimizer", "schedule")

@@ -26,7 +26,7 @@ from cnntrain.cli import main
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
 CASE_S = 60  # after which a command counts as one that hangs
 QUICK = (
-    "model=mlp", "model.values.width=4", "threads=1", "data.limit=40", "batch_size=16", "log.pictures=false",
+    "model=mlp", "model.values.width=4", "threads=1", "data.limit=40", "batch_size=16", "log.figures=false",
     "device=cpu",
 )  # fmt: skip
 COMMANDS: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,7 @@ QUICK = (
     "data.limit=60",
     "batch_size=16",
     "threads=1",
-    "log.pictures=false",
+    "log.figures=false",
     "log.tensorboard=false",
 )
 

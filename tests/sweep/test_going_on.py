@@ -14,7 +14,7 @@ from cnntrain.errors import MachineError, StoppedError, UserError
 from cnntrain.sweep.study import Study
 from cnntrain.sweep.sweep_run import run_sweep
 
-QUICK = ("model=mlp", "optimizer.lr=0.01,0.02", "log.pictures=false", "log.tensorboard=false")
+QUICK = ("model=mlp", "optimizer.lr=0.01,0.02", "log.figures=false", "log.tensorboard=false")
 
 
 def asked(*more: str) -> Invocation:

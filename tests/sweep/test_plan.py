@@ -133,7 +133,7 @@ def test_without_m_an_experiment_that_sweeps_is_refused(capsys: pytest.CaptureFi
 def test_a_runs_command_repeats_it_alone(plan: Read) -> None:
     asked = plan("model=mlp,lenet5", "sweep.seeds=2", "run_dir=there", "augment=[shift]")
     run = asked.run(3, {"model": "mlp"}, Repeat(1), Path("there"))
-    kept = "epochs=1 data.limit=60 batch_size=16 threads=1 log.pictures=false log.tensorboard=false"
+    kept = "epochs=1 data.limit=60 batch_size=16 threads=1 log.figures=false log.tensorboard=false"
     assert run.command == f"cnntrain {kept} 'augment=[shift]' model=mlp seed=1"
     settings = run.settings()
     assert settings.seed == 1 and settings.run_dir == "there/003-mlp-seed1" and settings.resume == "auto"

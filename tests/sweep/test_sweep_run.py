@@ -22,7 +22,7 @@ QUICK = (
     "data.limit=60",
     "batch_size=16",
     "threads=1",
-    "log.pictures=false",
+    "log.figures=false",
     "log.tensorboard=false",
 )
 Said = pytest.CaptureFixture[str]
@@ -61,7 +61,7 @@ def test_a_sweep_ends_with_an_answer(capsys: Said) -> None:
         assert "95 % interval" in text and "runner-up: " in text and "paired over 2 seeds" in text
         assert "explains by itself" in text and "cnntrain epochs=1" in text and "used once" in text
 
-    assert sweep(*space, "resume=auto", "log.pictures=true") == 0  # all is done: nothing but the pictures
+    assert sweep(*space, "resume=auto", "log.figures=true") == 0  # all is done: nothing but the pictures
     report = Path("s/results.md").read_text()
     assert rows() == found
     for name in ("curves", "parallel", "effect-model", "effect-optimizer.lr"):

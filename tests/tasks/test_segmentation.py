@@ -38,7 +38,7 @@ def test_what_a_crop_uncovers_counts_nowhere_though_the_masks_have_no_ignore_id(
         torch.arange(count),
         torch.arange(count),
     )
-    moved = Pipeline(spec, {"crop": Crop(size=12, padding_px=6)})(batch, 0, 0)
+    moved = Pipeline(spec, {"crop": Crop(size=12, padding=6)})(batch, 0, 0)
     uncovered = int((moved.targets["mask"] == 255).sum())
     _, counts = task.losses(torch.zeros(count, 2, 12, 12), moved.targets)
     assert 0 < uncovered == mask.numel() - int(counts.sum())
@@ -274,7 +274,7 @@ def assembled(layers: list, *more: str):
 def test_the_scale_is_measured_on_the_network(name, size):
     made = assembled(LAYERS[name])
     outputs = made.model(torch.rand(1, 3, 64, 64))
-    fitted, mask = made.task.fit(outputs, torch.zeros(1, 64, 64, dtype=torch.uint8))
+    fitted, mask = made.task.resize_outputs(outputs, torch.zeros(1, 64, 64, dtype=torch.uint8))
     assert fitted.shape[-2:] == mask.shape[-2:] == size
     if name == "half":
         expected = F.interpolate(outputs, (64, 64), mode="bilinear", align_corners=True)
@@ -283,10 +283,10 @@ def test_the_scale_is_measured_on_the_network(name, size):
 
 def test_the_middle_at_another_scale_is_refused_before_any_data_are_read():
     with pytest.raises(
-        UserError, match=r"task\.fit=auto: the network's outputs are 24x24 px for masks of 64x64"
+        UserError, match=r"task\.resize_outputs=auto: the network's outputs are 24x24 px for masks of 64x64"
     ):
         assembled(LAYERS["half of the middle"])
-    assert assembled(LAYERS["half of the middle"], "task.fit=crop").task.output_scale is None
+    assert assembled(LAYERS["half of the middle"], "task.resize_outputs=crop").task.output_scale is None
 
 
 @pytest.mark.parametrize("factors", [(1, 2), (2, 1)])
@@ -294,7 +294,7 @@ def test_a_scale_of_one_axis_alone_is_none(factors):
     """Along the other axis the network does something else: nothing is cropped."""
     task = make()
     size = task.spec.image_size
-    with pytest.raises(UserError, match=r"task\.fit=auto"):
+    with pytest.raises(UserError, match=r"task\.resize_outputs=auto"):
         task.settle(lambda asked: (factors[0] * asked[0], factors[1] * asked[1]), [size])
     assert task.output_scale is None
 
@@ -309,7 +309,7 @@ def test_the_papers_network_without_padding_is_cropped():
     with torch.no_grad():
         outputs = made.model.eval()(torch.rand(1, 3, 108, 108))
     assert outputs.shape[-1] < 108
-    fitted, mask = made.task.fit(outputs, torch.arange(108 * 108).view(1, 108, 108) % 4)
+    fitted, mask = made.task.resize_outputs(outputs, torch.arange(108 * 108).view(1, 108, 108) % 4)
     assert torch.equal(fitted, outputs)
     rest = (108 - outputs.shape[-1]) // 2
     assert torch.equal(
@@ -334,14 +334,16 @@ def test_larger_outputs_are_cropped_and_smaller_ones_upsampled():
     task = make()
     outputs, targets = example(task, size=(16, 20))
     padded = F.pad(outputs, (2, 2, 1, 1))
-    with pytest.raises(UserError, match=r"task\.fit=auto.*task\.fit=upsample.*task\.fit=crop"):
+    with pytest.raises(UserError, match=r"auto.*task\.resize_outputs=upsample.*task\.resize_outputs=crop"):
         mean_loss(task, padded, targets)
     same_scale = make()
     same_scale.output_scale = 1
     assert mean_loss(same_scale, padded, targets) == mean_loss(task, outputs, targets)
     coarse = F.interpolate(outputs[:, :, ::2, ::2], (16, 20), mode="bilinear", align_corners=True)
     assert mean_loss(task, outputs[:, :, ::2, ::2], targets) == mean_loss(task, coarse, targets)
-    assert mean_loss(make(fit="crop"), outputs[:, :, ::2, ::2], targets) != mean_loss(task, coarse, targets)
+    assert mean_loss(make(resize_outputs="crop"), outputs[:, :, ::2, ::2], targets) != mean_loss(
+        task, coarse, targets
+    )
 
 
 def test_balanced_weights_count_labeled_pixels():
@@ -372,7 +374,7 @@ def test_rows_answers_and_scores():
     ("key", "settings"),
     [
         ("task.loss: 'dise' is not one of .*did you mean 'dice'", {"loss": "dise"}),
-        ("task.fit", {"fit": "stretch"}),
+        ("task.resize_outputs", {"resize_outputs": "stretch"}),
         ("task.class_weights", {"class_weights": [1, 2]}),
     ],
 )

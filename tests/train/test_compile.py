@@ -18,7 +18,7 @@ FEW = (
     "batch_size=32",
     "limit_batches=4",
     "threads=1",
-    "log.pictures=false",
+    "log.figures=false",
 )
 
 NEEDS_COMPILER = pytest.mark.skipif(

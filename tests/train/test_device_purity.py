@@ -34,8 +34,13 @@ QUICK = {
     "classification, bf16": ["model=lenet5", "augment=[shift,rotation]", "ema_decay=0.9", "clip_grad_norm=1"],
     "keypoints": [*FACES, "augment=[flip,rotation,jitter]"],
     "heat maps": [*FACES, "task.head=heatmap", "model=unet_small", "model.width=4"],
-    "segmentation": [*SHAPES, "task.loss=sum", "task.class_weights=balanced", "augment=[flip,crop,jitter]"],
-    "streamed images": ["data.store=stream", "data.workers=0"],
+    "segmentation": [
+        *SHAPES,
+        "task.loss=ce_dice",
+        "task.class_weights=balanced",
+        "augment=[flip,crop,jitter]",
+    ],
+    "streamed images": ["data.cache=none", "data.workers=0"],
     "fp16": ["precision=fp16", "optimizer=sgd", "accumulate=2", "clip_grad_norm=1", "ema_decay=0.9"],
 }
 MORE = {
@@ -43,14 +48,17 @@ MORE = {
     "BatchNorm and EMA": ["model=batchnorm_cnn", "ema_decay=0.9", "accumulate=2"],
     "mixed labels": ["augment=mixup_cutmix", "task.class_weights=balanced", "task.label_smoothing=0.1"],
     "optimizer without fused kernels": ["optimizer=torch", "optimizer.name=NAdam"],
-    "images in host memory": ["data.store=host", "augment=[shift,rotation]"],
-    "streamed keypoints": [*FACES, "data.store=stream", "data.workers=0"],
-    "streamed masks": [*SHAPES, "data.store=stream", "data.workers=0"],
-    "keypoints, all effects": [*FACES, "augment=[flip,rotation,jitter,blur,noise,erasing,perspective,zoom]"],
+    "images in host memory": ["data.cache=ram", "augment=[shift,rotation]"],
+    "streamed keypoints": [*FACES, "data.cache=none", "data.workers=0"],
+    "streamed masks": [*SHAPES, "data.cache=none", "data.workers=0"],
+    "keypoints, all effects": [
+        *FACES,
+        "augment=[flip,rotation,jitter,blur,noise,random_erasing,perspective,zoom]",
+    ],
     "keypoints by a pair of points": [*FACES, "task.normalize_by=[left_eye,right_eye]", "task.loss=mse"],
     "heat maps, mse": [*FACES, "task.head=heatmap", "task.loss=mse", "model=unet_small", "model.width=4"],
     "masks, all effects": [*SHAPES, "augment=[flip,crop,jitter,hue,blur,noise,rotation,zoom]"],
-    "random resized crop": ["augment=[resized_crop,trivial]"],
+    "random resized crop": ["augment=[random_resized_crop,trivial_augment]"],
     "masks, Dice": [*SHAPES, "task.loss=dice"],
 }
 

@@ -48,13 +48,13 @@ def test_shares_divide_a_batch_without_overlap_and_the_first_gets_something(imag
     assert max(sizes) - min(sizes) <= 1 and sizes[0] == max(sizes) > 0
 
 
-@pytest.mark.parametrize("store", ["host", "stream"])
+@pytest.mark.parametrize("cache", ["ram", "none"])
 @pytest.mark.parametrize("leader", [False, True])
-def test_processes_see_together_the_batches_that_one_sees(store, leader: bool) -> None:
+def test_processes_see_together_the_batches_that_one_sees(cache, leader: bool) -> None:
     """10 images in batches of 4 by 3 processes: the last batch has 2, and nothing for the third."""
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 2, 2).contiguous()
     loader = make_loader(
-        Examples(images, {"label": torch.arange(10)}, [str(i) for i in range(10)]), "cpu", store=store
+        Examples(images, {"label": torch.arange(10)}, [str(i) for i in range(10)]), "cpu", cache=cache
     )
     order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
     shares = [BatchShard(rank, 3, leader) for rank in range(3)]
@@ -281,7 +281,7 @@ def test_one_process_starts_nothing_and_imports_nothing_for_several() -> None:
 import sys, threading
 from cnntrain import compose, train
 train(compose("model=mlp", "data=digits", "data.limit=60", "steps=1", "threads=1", "log.tensorboard=false",
-              "log.pictures=false"))
+              "log.figures=false"))
 import torch.distributed as dist
 print({"cnntrain.train.group", "cnntrain.train.launch", "torch.distributed.elastic"} & set(sys.modules))
 print(dist.is_initialized(), [t.name for t in threading.enumerate() if t.name == "watch"])

@@ -19,7 +19,7 @@ from cnntrain.train.schedule import Constant, Cosine
 from cnntrain.train.setup import assemble
 
 SMALL = (
-    "data.limit=300", "epochs=3", "batch_size=32", "log.pictures=false", "log.tensorboard=false", "threads=1",
+    "data.limit=300", "epochs=3", "batch_size=32", "log.figures=false", "log.tensorboard=false", "threads=1",
     "model=fmnist_cnn", "schedule=constant",
 )  # fmt: skip
 FROZEN = (*SMALL, "model.freeze=backbone")

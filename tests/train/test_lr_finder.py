@@ -171,7 +171,7 @@ def test_each_layer_keeps_its_share_of_the_rate() -> None:
 
 
 def bench_of(*overrides: str, budget_s: float = 600.0) -> CheckContext:
-    settings = compose("threads=1", "log.pictures=false", *overrides)
+    settings = compose("threads=1", "log.figures=false", *overrides)
     return build_context(assemble(settings), time.monotonic() + budget_s, StopFlag())
 
 
@@ -187,7 +187,7 @@ def test_check_and_lr_find_say_the_same_of_one_set_up(overrides: tuple[str, ...]
     bench = bench_of(*overrides)
     finding = learning_rate(bench)
     found = bench.found["range test"]
-    report = lr_find(compose("threads=1", "log.pictures=false", f"run_dir={tmp_path}", *overrides))
+    report = lr_find(compose("threads=1", "log.figures=false", f"run_dir={tmp_path}", *overrides))
     assert (found.rates, found.losses) == (report["rates"], report["losses"])
     assert (found.suggestion, found.diverged_at) == (report["suggestion"], report["diverged_at"])
     assert found.suggestion and f"{found.suggestion:.2g}" in finding.evidence

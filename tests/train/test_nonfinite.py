@@ -17,7 +17,7 @@ QUICK = (
     "data.limit=200",
     "batch_size=20",
     "threads=1",
-    "log.pictures=false",
+    "log.figures=false",
     "log.tensorboard=false",
 )
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop")

@@ -15,7 +15,7 @@ from cnntrain.train import run_dir as run_folder
 from cnntrain.train.run_dir import lock_run_dir, open_run_dir
 from cnntrain.train.saved import identify
 
-QUICK = ("model=mlp", "model.values.width=8", "data.limit=100", "threads=1", "log.pictures=false",
+QUICK = ("model=mlp", "model.values.width=8", "data.limit=100", "threads=1", "log.figures=false",
          "log.tensorboard=false", "schedule=constant")  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def rig(*overrides: str) -> StepTimer:
 
 
 @pytest.mark.parametrize(
-    "extra", [(), ("accumulate=2", "ema_decay=0.9", "data.store=stream", "data.workers=0")]
+    "extra", [(), ("accumulate=2", "ema_decay=0.9", "data.cache=none", "data.workers=0")]
 )
 def test_a_window_holds_whole_readings_and_leaves_the_weights_alone(extra: tuple[str, ...]) -> None:
     timed = rig("log.every_steps=3", *extra)

@@ -24,7 +24,7 @@ from cnntrain.train.run_dir import RunDir
 from tests.runs import assert_same_run, metrics
 
 SMALL = (
-    "data.limit=300", "epochs=3", "batch_size=32", "log.pictures=false", "log.tensorboard=false", "threads=1",
+    "data.limit=300", "epochs=3", "batch_size=32", "log.figures=false", "log.tensorboard=false", "threads=1",
     "model=fmnist_cnn",
 )  # fmt: skip
 
@@ -68,7 +68,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     "extra",
     [
         ("optimizer=sgd", "schedule=plateau"),
-        ("ema_decay=0.9", "data.store=stream", "data.workers=0"),
+        ("ema_decay=0.9", "data.cache=none", "data.workers=0"),
     ],
     ids=["dropout and plateau", "average and stream"],
 )
@@ -521,7 +521,7 @@ def test_pictures_do_not_count_as_training(saves: tuple[str, ...], monkeypatch: 
         loop, "time", SimpleNamespace(perf_counter=lambda: now.__setitem__(0, now[0] + 1e-3) or now[0])
     )
     result = train(
-        compose(*SMALL, *saves, "model=mlp", "log.pictures=true", "log.every_steps=2", "run_dir=run")
+        compose(*SMALL, *saves, "model=mlp", "log.figures=true", "log.every_steps=2", "run_dir=run")
     )
     assert now[0] > 1000 > 100 * result["wall_s"] > 0
     assert result["images_per_s"] > 100

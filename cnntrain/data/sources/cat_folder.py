@@ -27,7 +27,7 @@ class CatFolder(KeypointSource):
 
     Args:
         root: the folder.
-        size, channels, crop, crop_margin, resize, mirror: as for `KeypointSource`.
+        size, channels, crop, crop_margin, resize, flip_pairs: as for `KeypointSource`.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class CatFolder(KeypointSource):
         crop: str = "points",
         crop_margin: float = 0.2,
         resize: Resize = "letterbox",
-        mirror: Mapping[str, str] | None = None,
+        flip_pairs: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(size, channels, crop, crop_margin, resize, "cat9", mirror)
+        super().__init__(size, channels, crop, crop_margin, resize, "cat9", flip_pairs)
         self.root = given_folder(root, LAYOUT)
 
     def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:

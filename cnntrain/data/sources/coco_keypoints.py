@@ -25,7 +25,7 @@ class CocoKeypoints(KeypointSource):
         root: folder that the other paths count from.
         train, val, test: the JSON files; null where there is none.
         train_images, val_images, test_images: folders that their `file_name`s count from.
-        size, channels, crop, crop_margin, resize, scheme, mirror: as for `KeypointSource`.
+        size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs: as for `KeypointSource`.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class CocoKeypoints(KeypointSource):
         crop: str = "box",
         crop_margin: float = 0.2,
         resize: Resize = "letterbox",
-        scheme: str | None = None,
-        mirror: Mapping[str, str] | None = None,
+        keypoint_set: str | None = None,
+        flip_pairs: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(size, channels, crop, crop_margin, resize, scheme, mirror)
+        super().__init__(size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs)
         self.root = given_folder(root, "COCO's annotation files and images")
         self.files = {
             split: (self.root / file, self.root / images)

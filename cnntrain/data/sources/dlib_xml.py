@@ -25,7 +25,7 @@ class DlibXml(KeypointSource):
     Args:
         root: folder that the other paths count from; images count from their XML file's folder.
         train, val, test: the XML files; null where there is none.
-        size, channels, crop, crop_margin, resize, scheme, mirror: as for `KeypointSource`.
+        size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs: as for `KeypointSource`.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class DlibXml(KeypointSource):
         crop: str = "box",
         crop_margin: float = 0.2,
         resize: Resize = "letterbox",
-        scheme: str | None = None,
-        mirror: Mapping[str, str] | None = None,
+        keypoint_set: str | None = None,
+        flip_pairs: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(size, channels, crop, crop_margin, resize, scheme, mirror)
+        super().__init__(size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs)
         self.root = given_folder(root, "dlib's XML files")
         self.files = {
             split: self.root / file

@@ -57,8 +57,8 @@ class KeypointSource(Source):
             widened to the canvas's aspect), 'none' shows the whole image by `resize`.
         crop_margin: added on each side of the box, as a share of its longer side.
         resize: letterbox, short_side or stretch, for `crop='none'`.
-        scheme: published names for the points, in the file's order; null: the file's own.
-        mirror: partners by name, {left_eye: right_eye}; null: the scheme's, or
+        keypoint_set: published names for the points, in the file's order; null: the file's own.
+        flip_pairs: partners by name, {left_eye: right_eye}; null: the keypoint set's, or
             inferred from names that say left and right.
     """
 
@@ -69,8 +69,8 @@ class KeypointSource(Source):
         crop: str = "points",
         crop_margin: float = 0.2,
         resize: Resize = "letterbox",
-        scheme: str | None = None,
-        mirror: Mapping[str, str] | None = None,
+        keypoint_set: str | None = None,
+        flip_pairs: Mapping[str, str] | None = None,
     ) -> None:
         if crop not in CROPS:
             raise UserError(
@@ -80,8 +80,8 @@ class KeypointSource(Source):
             raise UserError(f"data.crop_margin: must be from 0 to 10, got {crop_margin!r}")
         self.decoder = make_decoder(size, channels, resize)
         self.crop, self.crop_margin = crop, crop_margin
-        self.scheme = find_scheme(scheme) if scheme else None
-        self.mirror = mirror
+        self.keypoint_set = find_scheme(keypoint_set) if keypoint_set else None
+        self.flip_pairs = flip_pairs
 
     @abstractmethod
     def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
@@ -94,19 +94,21 @@ class KeypointSource(Source):
             if not name or not name.isprintable() or names.count(name) > 1:
                 fault = "is listed twice" if names.count(name) > 1 else "is not a valid name"
                 raise UserError(f"data: the keypoint {name!r} {fault}; names must be printable and unique")
-        if self.scheme is not None:
-            if len(self.scheme.names) != len(names):
+        if self.keypoint_set is not None:
+            if len(self.keypoint_set.names) != len(names):
                 raise UserError(
-                    f"data.scheme: has {len(self.scheme.names)} points, the files have {len(names)}"
+                    f"data.keypoint_set: has {len(self.keypoint_set.names)} points, the files have {len(names)}"
                 )
-            names, skeleton = self.scheme.names, self.scheme.skeleton
+            names, skeleton = self.keypoint_set.names, self.keypoint_set.skeleton
         if not objects:
             raise UserError("data: the annotation files name no object")
         return names, objects, skeleton
 
     def spec(self) -> DataSpec:
         names, _, skeleton = self.annotations
-        declared = self.mirror if self.mirror is not None else self.scheme.mirror if self.scheme else None
+        declared = self.flip_pairs
+        if declared is None and self.keypoint_set is not None:
+            declared = self.keypoint_set.flip_pairs
         mirror = infer_flip_pairs(names) if declared is None else flip_permutation(names, declared)
         d = self.decoder
         return DataSpec(d.channels, d.height, d.width, keypoints=names, flip_pairs=mirror, skeleton=skeleton)

@@ -27,7 +27,7 @@ class KeypointCsv(KeypointSource):
     Args:
         file: the CSV file; null: the only one in `root`.
         root: folder that image names count from; null: the CSV file's own.
-        size, channels, crop, crop_margin, resize, scheme, mirror: as for `KeypointSource`.
+        size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs: as for `KeypointSource`.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class KeypointCsv(KeypointSource):
         crop: str = "points",
         crop_margin: float = 0.2,
         resize: Resize = "letterbox",
-        scheme: str | None = None,
-        mirror: Mapping[str, str] | None = None,
+        keypoint_set: str | None = None,
+        flip_pairs: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(size, channels, crop, crop_margin, resize, scheme, mirror)
+        super().__init__(size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs)
         self.file = find_table(file, root, "a CSV file with the columns image_name,NAME_x,NAME_y,...")
         self.root = Path(root).expanduser() if root else self.file.parent
 

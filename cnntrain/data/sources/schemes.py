@@ -13,12 +13,12 @@ class Scheme:
 
     Attributes:
         lines: names to join in drawings.
-        mirror: partners by name; None: they follow from left and right in the names.
+        flip_pairs: partners by name; None: they follow from left and right in the names.
     """
 
     names: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...] = ()
-    mirror: Mapping[str, str] | None = None
+    flip_pairs: Mapping[str, str] | None = None
 
     @property
     def skeleton(self) -> tuple[tuple[int, int], ...]:
@@ -93,13 +93,13 @@ SCHEMES = {"ibug68": IBUG68, "coco17": COCO17, "cat9": CAT9}
 
 
 def find_scheme(name: str) -> Scheme:
-    """The scheme that `data.scheme` names.
+    """The scheme that `data.keypoint_set` names.
 
     Raises:
         UserError: there is none of that name.
     """
     if name not in SCHEMES:
         raise UserError(
-            f"data.scheme: {name!r} is not one of {', '.join(SCHEMES)}{suggest(name, list(SCHEMES))}"
+            f"data.keypoint_set: {name!r} is not one of {', '.join(SCHEMES)}{suggest(name, list(SCHEMES))}"
         )
     return SCHEMES[name]

@@ -63,7 +63,7 @@ class ToyFaces(Source):
         self.counts = {"train": train_count, "test": test_count}
 
     def spec(self) -> DataSpec:
-        mirror = flip_permutation(CAT9.names, CAT9.mirror or {})
+        mirror = flip_permutation(CAT9.names, CAT9.flip_pairs or {})
         return DataSpec(
             3, self.size, self.size, keypoints=CAT9.names, flip_pairs=mirror, skeleton=CAT9.skeleton
         )

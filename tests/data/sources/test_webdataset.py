@@ -56,16 +56,16 @@ WRITTEN: dict[str, Callable[[str], Mapping[str, bytes]]] = {
 
 
 @pytest.mark.parametrize("how", WRITTEN)
-@pytest.mark.parametrize("store", ["host", "disk", "stream"])
-def test_shards_hold_what_the_folder_holds(make_folder, tmp_path, monkeypatch, how, store):
+@pytest.mark.parametrize("cache", ["ram", "disk", "none"])
+def test_shards_hold_what_the_folder_holds(make_folder, tmp_path, monkeypatch, how, cache):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, shards = make_folder("train", "test"), tmp_path / "shards"
     shards.mkdir()
     for split in ("train", "test"):
         pack_folder(folder, shards, split, WRITTEN[how])
     classes = ["cat", "dog"] if "numbers" in how else None
-    ours = load_data(TarShards(str(shards), classes, size=16), store=store)
-    theirs = load_data(ImageFolder(str(folder), size=16), store="host")
+    ours = load_data(TarShards(str(shards), classes, size=16), cache=cache)
+    theirs = load_data(ImageFolder(str(folder), size=16), cache="ram")
     assert ours.spec.classes == theirs.spec.classes == ("cat", "dog")
 
     def examples(data):
@@ -118,7 +118,7 @@ def test_a_folder_may_be_called_like_an_archive(tmp_path):
         root / "train.tar",
         {"a/x.png": png(1), "a/x.cls": b"cat", ".b/z.png": png(3), "y.png": png(2), "y.cls": b"dog"},
     )
-    data = load_data(TarShards(str(root)), val_fraction=0.5, store="host")
+    data = load_data(TarShards(str(root)), val_fraction=0.5, cache="ram")
     assert {*data.train.names, *data.val.names} == {"train.tar/a/x", "train.tar/y"}
 
 
@@ -189,7 +189,7 @@ def test_a_damaged_image_is_named_with_its_place(tmp_path):
     members = {"x.png": png(1), "x.cls": b"cat", "y.png": png(2)[:40], "y.cls": b"dog"}
     pack(tmp_path / "train.tar", members)
     with pytest.raises(UserError, match=r"train\.tar can't be used; .*\n  y\.png::\d+\+40: is no image"):
-        load_data(TarShards(str(tmp_path)), val_fraction=0.5, store="host")
+        load_data(TarShards(str(tmp_path)), val_fraction=0.5, cache="ram")
 
 
 @pytest.mark.parametrize("path", ["photos/cat.jpg", "a.tar", "a.tar/b.jpg", "x::1+2", "été/a.tar.gz/b::1+2"])
@@ -205,10 +205,10 @@ def test_workers_read_what_is_held_in_memory(make_folder, tmp_path):
         train(
             compose(
                 "model=mlp", "data=webdataset", f"data.root={tmp_path}", "data.size=16", "epochs=2", "threads=1",
-                "batch_size=8", f"run_dir={tmp_path}/{store}", f"data.store={store}", "log.pictures=false",
+                "batch_size=8", f"run_dir={tmp_path}/{cache}", f"data.cache={cache}", "log.figures=false",
             )
         )
-        for store in ("host", "stream")
+        for cache in ("ram", "none")
     )  # fmt: skip
     assert held["best"] == streamed["best"]
 
