@@ -17,7 +17,7 @@ TASKS = {
     "one logit": Classification(TWO),
     "regression": Keypoints(SEVEN, normalize_by=["a", "b"]),
     "heat maps": Keypoints(SEVEN, head="heatmap"),
-    "masks": Segmentation(SEVEN, loss="sum", class_weights=list(range(7))),
+    "masks": Segmentation(SEVEN, loss="ce_dice", class_weights=list(range(7))),
 }
 
 

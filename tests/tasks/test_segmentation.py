@@ -20,7 +20,7 @@ from cnntrain.tasks.segmentation import Segmentation
 from cnntrain.train.setup import assemble
 from cnntrain.types import Batch, DataSpec
 
-LOSSES = ("cross_entropy", "dice", "sum")
+LOSSES = ("cross_entropy", "dice", "ce_dice")
 
 
 def make(classes: int = 4, ignore: int | None = 255, **settings) -> Segmentation:
