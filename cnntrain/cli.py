@@ -2,18 +2,18 @@
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import io
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnntrain.config.command_text import command_text, mask_passwords, override
+from cnntrain.config.command_text import mask_passwords
+from cnntrain.config.invocation import DEFAULT_COMMAND, Invocation
 from cnntrain.errors import (
     CnntrainError,
     ElsewhereError,
@@ -27,32 +27,7 @@ from cnntrain.errors import (
 from cnntrain.io.streams import flush_or_discard, lenient, printable
 from cnntrain.memory import keep_freed_memory
 
-DEFAULT_COMMAND = "train"
 SWEEPING = ("train", "overfit", "inspect")  # what takes several values
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """What was typed: the command word, words after it, flags, and overrides in Hydra's grammar."""
-
-    command: str = DEFAULT_COMMAND
-    words: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
-    config_dir: Path | None = None
-    multirun: bool = False
-    help: bool = False
-    print_config: bool = False
-    argv: tuple[str, ...] = field(default=(), compare=False)
-
-    @property
-    def line(self) -> str:
-        """Return the command line for pasting into a shell, with passwords masked."""
-        return command_text(["cnntrain", *self.argv])
-
-    def line_with(self, **values: object) -> str:
-        """Return the command line with the given keys replaced."""
-        kept = [word for word in self.argv if word.lstrip("+").partition("=")[0] not in values]
-        return command_text(["cnntrain", *kept, *(override(key, value) for key, value in values.items())])
 
 
 def commands() -> dict[str, str]:
@@ -92,7 +67,9 @@ def parse_arguments(argv: Sequence[str]) -> Invocation:
                 raise UserError(f"--config-dir: no folder {value!r}")
         elif argument.startswith("-") and "=" not in argument:
             options = ["--help", "--multirun", "--cfg", "--config-dir", "--version", "-m", "-h"]
-            if setting := looks_like_setting(argument.lstrip("-"), rest):
+            from cnntrain.config.compose import suggest_setting
+
+            if setting := suggest_setting(argument.lstrip("-"), rest):
                 raise UserError(f"unknown option {argument}; write settings as KEY=VALUE, as {setting}")
             raise UserError(f"unknown option {argument}{suggest(argument, options)}")
         elif "=" in argument or argument.startswith(("~", "+")):
@@ -100,7 +77,11 @@ def parse_arguments(argv: Sequence[str]) -> Invocation:
         else:
             words.append(argument)
     command = words.pop(0) if words else DEFAULT_COMMAND
-    if command not in known and (setting := looks_like_setting(command, words)):
+    if command in known:
+        return Invocation(command, tuple(words), tuple(overrides), argv=tuple(argv), **flags)
+    from cnntrain.config.compose import suggest_setting
+
+    if command not in known and (setting := suggest_setting(command, words)):
         raise UserError(f"{command!r} is not a command; write settings as KEY=VALUE, as {setting}")
     if command not in known:
         hint = suggest(command, list(known)) or f"; there is {', '.join(known)}"
@@ -108,17 +89,44 @@ def parse_arguments(argv: Sequence[str]) -> Invocation:
     return Invocation(command, tuple(words), tuple(overrides), argv=tuple(argv), **flags)
 
 
-def looks_like_setting(word: str, following: Sequence[str] = ()) -> str | None:
-    """Suggest `optimizer.lr=0.1` for the words `optimizer.lr 0.1`; return None if `word` is not a config key."""
-    from cnntrain.config.compose import (  # Hydra is imported only when something is wrong
-        conf_folder,
-        group_options,
-    )
+def check_early(command: str, overrides: Sequence[str], config_dir: Path | None) -> None:
+    """Validate the settings before the command's module imports torch, which takes seconds.
 
-    top = re.findall(r"^(\w+):", (conf_folder() / "config.yaml").read_text(), re.MULTILINE)
-    if word.partition(".")[0] not in {*top, *group_options()}:
-        return None
-    return f"{word}={following[0] if following else '...'}"
+    Raises:
+        UserError: see `read_settings`.
+    """
+    from cnntrain.config.compose import conf_folder
+    from cnntrain.sweep.search_space import add_swept_keys
+
+    if command != "train" and any(override.lstrip("+").startswith("launch.") for override in overrides):
+        raise UserError(f"launch.devices: `{command}` uses one process; leave this key out")
+    has_config = (conf_folder() / f"{command}.yaml").exists()
+    if command == "check":  # with a checkpoint, the config comes from there; `checks=` is not a config key
+        has_config = any(override.startswith("checkpoint=") for override in overrides)
+        overrides = [override for override in overrides if not override.startswith("checks=")]
+    if not has_config:
+        add_swept_keys(overrides, config_dir)
+
+
+def composed_text(command: str, overrides: Sequence[str], config_dir: Path | None = None) -> str:
+    """Return the composed config of a command as YAML (`--cfg`)."""
+    import yaml
+
+    from cnntrain.config.command_text import without_passwords
+    from cnntrain.config.compose import compose, conf_folder, read_settings
+    from cnntrain.sweep.search_space import expand_grid
+
+    if command == "check":
+        overrides = [override for override in overrides if not override.startswith("checks=")]
+        command = "evaluate" if any(each.startswith("checkpoint=") for each in overrides) else command
+    elif command == "inspect":
+        overrides = expand_grid(overrides, config_dir)[0]
+    if (conf_folder() / f"{command}.yaml").exists():
+        composed = compose(command, overrides, config_dir)
+        composed.pop("choices")
+    else:
+        composed = without_passwords(dataclasses.asdict(read_settings(overrides, config_dir)))
+    return yaml.safe_dump(composed, sort_keys=False)
 
 
 def help_text(invocation: Invocation) -> str:
@@ -268,8 +276,6 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError("clean: has no config")
     if invocation.multirun and invocation.command not in SWEEPING:
         raise UserError(f"{invocation.command}: no -m; give each key one value")
-    from cnntrain.config.compose import check_early, composed_text
-
     asked = invocation.command, invocation.overrides, invocation.config_dir
     check_early(*asked)
     if invocation.print_config and not invocation.multirun:

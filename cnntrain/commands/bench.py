@@ -22,8 +22,8 @@ import torch
 from rich.console import Console
 
 from cnntrain.benchmark.throughput import Speed, load_line, part_rows, recommend, speed_rows
-from cnntrain.cli import Invocation
 from cnntrain.config.compose import read_settings
+from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
 from cnntrain.data.cache import free_host_bytes
 from cnntrain.data.loader import Loader

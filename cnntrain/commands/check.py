@@ -19,9 +19,9 @@ from rich.progress import Progress
 from cnntrain.checks.check_run import choose, run_checks
 from cnntrain.checks.context import CheckContext
 from cnntrain.checks.flip import judge_flip
-from cnntrain.cli import Invocation
 from cnntrain.commands.evaluate import read_own, restore
 from cnntrain.config.compose import read_settings
+from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import EvaluateSettings, Settings, parse
 from cnntrain.data.splits import limit_rows
 from cnntrain.errors import UserError

@@ -5,7 +5,7 @@
 
 import shutil
 
-from cnntrain.cli import Invocation
+from cnntrain.config.invocation import Invocation
 from cnntrain.data.source import default_root
 from cnntrain.errors import MachineError, UserError
 

@@ -8,8 +8,8 @@ compare.csv, compare.md and curves.png.
 from pathlib import Path
 from typing import Any
 
-from cnntrain.cli import Invocation
 from cnntrain.config.compose import compose
+from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import CompareSettings, parse
 from cnntrain.errors import UserError, suggest
 from cnntrain.plots.curves import save, survive_drawing

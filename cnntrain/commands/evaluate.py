@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnntrain.cli import Invocation
 from cnntrain.config.compose import compose, parse_overrides
 from cnntrain.config.instantiate import trust_folder
+from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import EvaluateSettings, PredictSettings, Settings, parse
 from cnntrain.data.content import same_data
 from cnntrain.data.source import Source

@@ -10,14 +10,15 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from cnntrain.cli import Invocation
-from cnntrain.config.compose import expand_grid, read_settings
+from cnntrain.config.compose import read_settings
+from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
 from cnntrain.report.console import console, log_to_console
 from cnntrain.summary.layer_table import ModelSummary, analyze
 from cnntrain.summary.preflight import preflight
 from cnntrain.summary.report import report
+from cnntrain.sweep.search_space import expand_grid
 from cnntrain.train.run_dir import open_run_dir
 from cnntrain.train.setup import (
     build_pipeline,

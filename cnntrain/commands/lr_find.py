@@ -10,8 +10,8 @@ Cyclical Learning Rates, section 3.3.
 from pathlib import Path
 from typing import Any
 
-from cnntrain.cli import Invocation
 from cnntrain.config.compose import read_settings
+from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
 from cnntrain.plots.curves import save, survive_drawing

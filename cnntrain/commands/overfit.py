@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cnntrain.checks.overfit import Trial, calibrate_norms, judge, judge_pace, learn_by_heart
-from cnntrain.cli import Invocation
 from cnntrain.config.compose import read_settings
+from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
 from cnntrain.data.load import Data
 from cnntrain.data.loader import Loader

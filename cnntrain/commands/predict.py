@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.cli import Invocation
 from cnntrain.commands.evaluate import (
     config_of,
     limited_construction,
@@ -30,6 +29,7 @@ from cnntrain.commands.evaluate import (
     read_own,
     refuse_other_network,
 )
+from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import PredictSettings, Settings, parse
 from cnntrain.data import cache as resident
 from cnntrain.data.boxes import frame, read_boxes

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cnntrain.cli import Invocation, looks_like_setting
 from cnntrain.commands.evaluate import evaluate_checkpoint
 from cnntrain.config.command_text import chosen_options, without_passwords
-from cnntrain.config.compose import compose, read_settings, swept_by_itself
+from cnntrain.config.compose import compose, read_settings, suggest_setting
+from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import EvaluateSettings, Settings, parse
 from cnntrain.errors import CheckFailedError, UserError
 from cnntrain.io.safe_files import run_folder_of
@@ -24,6 +24,7 @@ from cnntrain.io.streams import flush_or_discard
 from cnntrain.report.console import log_to_console, silence_log
 from cnntrain.report.expectations import judge_expectations, parse_expectation
 from cnntrain.report.table import print_findings, print_run_summary
+from cnntrain.sweep.search_space import swept_by_config
 from cnntrain.train.distributed import ALONE, RankInfo, World, rank_from_env
 from cnntrain.train.processes import check_processes, uses_gpus
 from cnntrain.train.resume import bring_best, keep_choices, resume
@@ -42,7 +43,7 @@ log = logging.getLogger("cnntrain")
 def run(invocation: Invocation) -> int:
     if invocation.words:
         word, *following = invocation.words
-        example = looks_like_setting(word, following) or "model=resnet18"
+        example = suggest_setting(word, following) or "model=resnet18"
         raise UserError(f"train: {word!r} is no override; write KEY=VALUE, as {example}")
     if invocation.multirun:
         if rank_from_env():
@@ -54,7 +55,7 @@ def run(invocation: Invocation) -> int:
 
         return run_sweep(invocation, SweepTarget(train_trial, test_trial))
     settings = read_settings(invocation.overrides, invocation.config_dir)
-    if swept := swept_by_itself(settings, invocation.overrides):
+    if swept := swept_by_config(settings, invocation.overrides):
         raise UserError(
             f"sweep.over: this config sweeps over {', '.join(swept)}; add -m, or give each one value"
         )

@@ -15,20 +15,18 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override, QuotedString, RangeSweep
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cnntrain.config.command_text import without_passwords
 from cnntrain.config.instantiate import trust_folder
 from cnntrain.config.renamed_keys import renamed
 from cnntrain.config.schema import Settings, parse
 from cnntrain.config.yaml_files import check_yaml_files, yaml_files
 from cnntrain.errors import UserError, suggest
-from cnntrain.sweep.search_space import SearchDimension, grid
 
 
 def conf_folder() -> Path:
@@ -185,81 +183,6 @@ def _syntax(error: Exception) -> str:
     )
 
 
-def read_space(
-    overrides: Sequence[str], config_dir: Path | None = None
-) -> tuple[list[str], list[SearchDimension]]:
-    """The overrides with one value, and an axis for each key with several, in Hydra's grammar.
-
-    `a,b`, `choice(a,b)` and `glob(*)` list values; `range(0,3)` is 0, 1, 2; `interval(0.1,0.5)` is continuous, and
-    `int(interval(1,9))` whole numbers from 1 to 8; `tag(log, interval(...))` spreads over magnitudes.
-
-    Raises:
-        UserError: an empty or impossible range.
-    """
-    fixed, axes = [], []
-    for override in parse_overrides(overrides):
-        if override.is_sweep_override():
-            axes.append(_axis(override, config_dir))
-        else:
-            fixed.append(override.input_line or override.get_key_element())
-    return fixed, axes
-
-
-def expand_grid(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
-    """Every combination of the values swept over: `a=1,2 b=range(0,3)` makes six lists of overrides.
-
-    Raises:
-        UserError: a continuous range, which a grid can't enumerate.
-    """
-    fixed, axes = read_space(overrides, config_dir)
-    return [[*fixed, *(f"{k}={v}" for k, v in values.items())] for values in grid(axes)]
-
-
-def _axis(override: Override, config_dir: Path | None) -> SearchDimension:
-    key, value = override.get_key_element(), override.value()
-    tags = getattr(value, "tags", set())
-    if wrong := tags - {"log"}:
-        raise UserError(
-            f"{key}: no tag {min(wrong)!r}; there is log, as {key}='tag(log, interval(1e-4,1e-1))'"
-        )
-    if getattr(value, "shuffle", False):
-        raise UserError(f"{key}: no shuffle here; sweep.sampler=random draws values in random order")
-    if isinstance(value, IntervalSweep):
-        low, high, whole = value.start or 0, value.end or 0, isinstance(value.start, int)
-        high = high - 1 if whole else high
-        if low >= high or (tags and low <= 0):
-            raise UserError(
-                f"{key}: interval({low},{high}) needs a low end {'above 0 and ' * bool(tags)}below the high"
-            )
-        return SearchDimension(key, (), low, high, None, bool(tags), whole)
-    if isinstance(value, Glob):
-        values = value.filter(group_options(config_dir).get(key, []))
-    else:
-        values = list(override.sweep_string_iterator())
-    if not values:
-        raise UserError(f"{key}: {override.get_value_string()} holds no value")
-    if isinstance(value, RangeSweep) and len(values) > 1 and not tags:  # even steps are none on a log scale
-        numbers = sorted(float(each) for each in values)
-        whole = isinstance(value.start, int) and isinstance(value.step, int)
-        return SearchDimension(
-            key, tuple(values), numbers[0], numbers[-1], numbers[1] - numbers[0], False, whole
-        )
-    return SearchDimension(key, tuple(values))
-
-
-def add_swept_keys(overrides: Sequence[str], config_dir: Path | None = None) -> list[str]:
-    """The overrides, and what the config sweeps over by itself."""
-    fixed, axes = read_space(overrides, config_dir)
-    settings = read_settings([*fixed, *(f"{axis.key}={axis.first}" for axis in axes)], config_dir)
-    return [*overrides, *(f"{key}={values}" for key, values in swept_by_itself(settings, overrides).items())]
-
-
-def swept_by_itself(settings: Settings, overrides: Sequence[str]) -> dict[str, Any]:
-    """The keys that the config sweeps over (`sweep.over`) and the overrides don't name."""
-    typed = {override.get_key_element() for override in parse_overrides(overrides)}
-    return {key: values for key, values in settings.sweep.over.items() if key not in typed}
-
-
 def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
     """Config groups and what there is to choose from in each; read from the folders, without Hydra."""
     found: dict[str, set[str]] = {}
@@ -269,6 +192,14 @@ def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
             if names:
                 found.setdefault(group.name, set()).update(names)
     return {group: sorted(names) for group, names in found.items()}
+
+
+def suggest_setting(word: str, following: Sequence[str] = ()) -> str | None:
+    """Suggest `optimizer.lr=0.1` for the words `optimizer.lr 0.1`; return None if `word` is not a config key."""
+    top = re.findall(r"^(\w+):", (conf_folder() / "config.yaml").read_text(), re.MULTILINE)
+    if word.partition(".")[0] not in {*top, *group_options()}:
+        return None
+    return f"{word}={following[0] if following else '...'}"
 
 
 def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: Path | None) -> str:
@@ -410,37 +341,6 @@ def _all_keys(name: str, overrides: Sequence[str], config_dir: Path | None) -> l
                 yield from walk(child, f"{prefix}{key}.")
 
     return [*groups, *walk(composed, "")]
-
-
-def check_early(command: str, overrides: Sequence[str], config_dir: Path | None) -> None:
-    """Refuse a slip in half a second, before the command's module imports torch.
-
-    Raises:
-        UserError: see `read_settings`.
-    """
-    if command != "train" and any(override.lstrip("+").startswith("launch.") for override in overrides):
-        raise UserError(f"launch.devices: `{command}` is done by one process; leave it out")
-    own = (conf_folder() / f"{command}.yaml").exists()
-    if command == "check":  # of a checkpoint, whose config comes with it; `checks=` is the command's own word
-        own = any(override.startswith("checkpoint=") for override in overrides)
-        overrides = [override for override in overrides if not override.startswith("checks=")]
-    if not own:
-        add_swept_keys(overrides, config_dir)
-
-
-def composed_text(command: str, overrides: Sequence[str], config_dir: Path | None = None) -> str:
-    """What a command's config comes to, as YAML: `--cfg`."""
-    if command == "check":
-        overrides = [override for override in overrides if not override.startswith("checks=")]
-        command = "evaluate" if any(each.startswith("checkpoint=") for each in overrides) else command
-    elif command == "inspect":
-        overrides = expand_grid(overrides, config_dir)[0]
-    if (conf_folder() / f"{command}.yaml").exists():
-        composed = compose(command, overrides, config_dir)
-        composed.pop("choices")
-    else:
-        composed = without_passwords(dataclasses.asdict(read_settings(overrides, config_dir)))
-    return yaml.safe_dump(composed, sort_keys=False)
 
 
 def read_settings(overrides: Sequence[str], config_dir: Path | None = None) -> Settings:

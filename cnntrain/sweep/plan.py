@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cnntrain.cli import DEFAULT_COMMAND, Invocation
 from cnntrain.config.command_text import command_text
-from cnntrain.config.compose import add_swept_keys, parse_overrides, read_settings, read_space
+from cnntrain.config.compose import parse_overrides, read_settings
+from cnntrain.config.invocation import DEFAULT_COMMAND, Invocation
 from cnntrain.config.schema import Settings, SweepSettings
 from cnntrain.data.load import read_fingerprint
 from cnntrain.errors import UserError
 from cnntrain.report.expectations import NEUTRAL
-from cnntrain.sweep.search_space import SearchDimension, grid
+from cnntrain.sweep.search_space import SearchDimension, add_swept_keys, grid, read_space
 from cnntrain.train.saved import flat
 from cnntrain.train.setup import build_pipeline, build_source, build_task
 

@@ -1,11 +1,18 @@
-"""What a sweep varies: one axis per key, in plain values."""
+"""The search space of a sweep: the keys with several values, parsed from overrides in Hydra's grammar."""
 
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from cnntrain.config.compose import group_options, parse_overrides, read_settings
+from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 
 @dataclass(frozen=True)
@@ -72,3 +79,81 @@ def grid(axes: Sequence[SearchDimension]) -> list[dict[str, str]]:
     return [
         dict(zip(keys, values, strict=True)) for values in itertools.product(*(axis.values for axis in axes))
     ]
+
+
+def read_space(
+    overrides: Sequence[str], config_dir: Path | None = None
+) -> tuple[list[str], list[SearchDimension]]:
+    """Split overrides into those with one value and the search dimensions of those with several.
+
+    `a,b`, `choice(a,b)` and `glob(*)` list values; `range(0,3)` is 0, 1, 2; `interval(0.1,0.5)` is continuous, and
+    `int(interval(1,9))` contains the whole numbers from 1 to 8; `tag(log, interval(...))` is sampled on a log scale.
+
+    Raises:
+        UserError: an empty or impossible range.
+    """
+    fixed, dimensions = [], []
+    for override in parse_overrides(overrides):
+        if override.is_sweep_override():
+            dimensions.append(_dimension(override, config_dir))
+        else:
+            fixed.append(override.input_line or override.get_key_element())
+    return fixed, dimensions
+
+
+def _dimension(override: "Override", config_dir: Path | None) -> SearchDimension:
+    key = override.get_key_element()
+    value: Any = override.value()
+    tags = getattr(value, "tags", set())
+    if unknown := tags - {"log"}:
+        raise UserError(
+            f"{key}: unknown tag {min(unknown)!r}; use log, as in {key}='tag(log, interval(1e-4,1e-1))'"
+        )
+    if getattr(value, "shuffle", False):
+        raise UserError(f"{key}: shuffle is not supported; sweep.sampler=random draws values in random order")
+    if override.is_interval_sweep():
+        return _interval(key, value)
+    if hasattr(value, "filter"):  # glob
+        values = value.filter(group_options(config_dir).get(key, []))
+    else:
+        values = list(override.sweep_string_iterator())
+    if not values:
+        raise UserError(f"{key}: {override.get_value_string()} contains no value")
+    if override.is_range_sweep() and len(values) > 1 and not tags:  # equal steps are not equal on a log scale
+        numbers = sorted(float(each) for each in values)
+        whole = isinstance(value.start, int) and isinstance(value.step, int)
+        step = numbers[1] - numbers[0]
+        return SearchDimension(key, tuple(values), numbers[0], numbers[-1], step, False, whole)
+    return SearchDimension(key, tuple(values))
+
+
+def _interval(key: str, value: Any) -> SearchDimension:
+    low, high, whole, log = value.start or 0, value.end or 0, isinstance(value.start, int), bool(value.tags)
+    high = high - 1 if whole else high
+    if low >= high or (log and low <= 0):
+        needed = "above 0 and " if log else ""
+        raise UserError(f"{key}: interval({low},{high}) needs a lower end {needed}below the upper end")
+    return SearchDimension(key, (), low, high, None, log, whole)
+
+
+def expand_grid(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
+    """Return every combination of the listed values: `a=1,2 b=range(0,3)` gives six lists of overrides.
+
+    Raises:
+        UserError: a continuous range, which a grid cannot enumerate.
+    """
+    fixed, dimensions = read_space(overrides, config_dir)
+    return [[*fixed, *(f"{key}={value}" for key, value in values.items())] for values in grid(dimensions)]
+
+
+def add_swept_keys(overrides: Sequence[str], config_dir: Path | None = None) -> list[str]:
+    """Return the overrides plus those of `sweep.over` in the config."""
+    fixed, dimensions = read_space(overrides, config_dir)
+    settings = read_settings([*fixed, *(f"{each.key}={each.first}" for each in dimensions)], config_dir)
+    return [*overrides, *(f"{key}={values}" for key, values in swept_by_config(settings, overrides).items())]
+
+
+def swept_by_config(settings: Settings, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the keys of `sweep.over` that the overrides do not set."""
+    typed = {override.get_key_element() for override in parse_overrides(overrides)}
+    return {key: values for key, values in settings.sweep.over.items() if key not in typed}

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnntrain.cli import parse_arguments
-from cnntrain.config.compose import check_early, compose, conf_folder
+from cnntrain.cli import check_early, parse_arguments
+from cnntrain.config.compose import compose, conf_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "benchmarks" / "gpu" / "run.py"

@@ -3,13 +3,14 @@ from pathlib import Path
 import pytest
 
 from cnntrain.cli import complete, main, parse_arguments
-from cnntrain.config.compose import compose, expand_grid, group_options, read_settings
+from cnntrain.config.compose import compose, group_options, read_settings
 from cnntrain.config.instantiate import build
 from cnntrain.config.schema import EvaluateSettings, Settings, parse
 from cnntrain.data.source import default_root
 from cnntrain.errors import UserError
 from cnntrain.randomness import epoch_order, hash_seed, uniform
 from cnntrain.report.expectations import judge_expectations
+from cnntrain.sweep.search_space import expand_grid
 from cnntrain.train.distributed import rank_from_env
 
 # What a user may get wrong, and what the message must say.

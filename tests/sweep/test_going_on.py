@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cnntrain.sweep.execute_run import SweepTarget
 from optuna.exceptions import StorageInternalError
 
-from cnntrain.cli import Invocation, parse_arguments
+from cnntrain.cli import parse_arguments
+from cnntrain.config.invocation import Invocation
 from cnntrain.errors import MachineError, StoppedError, UserError
+from cnntrain.sweep.execute_run import SweepTarget
 from cnntrain.sweep.study import Study
 from cnntrain.sweep.sweep_run import run_sweep
 
