@@ -244,7 +244,7 @@ def test_the_head_is_kept_for_the_same_classes_alone(
 def test_the_average_is_taken_where_a_run_has_one(digits: Callable[..., str]) -> None:
     run = digits("model=mlp", "ema_decay=0.9")
     model = assemble(compose("model=mlp", "data=digits", f"model.pretrained={run}")).model
-    average = checkpoint.load(Path(run) / "checkpoints" / "best.pt")["state"]["average"]
+    average = checkpoint.load(Path(run) / "checkpoints" / "best.pt")["state"]["ema"]
     assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
 
 
@@ -279,7 +279,7 @@ def test_a_run_with_a_small_stem_gives_a_small_stem(digits: Callable[..., str], 
 
 WRONG: dict[str, tuple[tuple[str | int, ...], object]] = {
     "an infinite height": (("spec", "height"), float("inf")),
-    "an average that is a tensor": (("state", "average"), torch.ones(3)),
+    "an average that is a tensor": (("state", "ema"), torch.ones(3)),
     "a whole number as a name": (("state", "model", 5), torch.ones(3)),
     "complex weights": (("state", "model", "layers.1.weight"), torch.ones(2, 2, dtype=torch.complex64)),
     "empty weights": (("state", "model", "layers.1.weight"), torch.ones(0, 64)),

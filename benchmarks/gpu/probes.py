@@ -94,7 +94,7 @@ class Training:
         self.assembly = assembly = assemble(read_settings([*words, f"device={device}"], None))
         data = assembly.load()
         plan, self.state = prepare(assembly, data)
-        self.plan = replace(plan, read_every_steps=10**9, total_steps=10**9)
+        self.plan = replace(plan, log_every_steps=10**9, total_steps=10**9)
         self.training, self.validation = (
             assembly.loader(data.train, augmented=True),
             assembly.loader(data.val),
@@ -118,7 +118,7 @@ class Training:
     def evaluate(self) -> None:
         from cnntrain.train.evaluate import evaluate
 
-        evaluate(self.assembly, self.state.judged, self.validation, self.plan.batch_size, FEW_STEPS)
+        evaluate(self.assembly, self.state.eval_model, self.validation, self.plan.batch_size, FEW_STEPS)
 
     def close(self) -> None:
         self.training.close()

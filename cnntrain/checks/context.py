@@ -16,8 +16,8 @@ from cnntrain.randomness import epoch_order
 from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute, seed_step
 from cnntrain.train.lr_finder import RangeTest
-from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.signals import StopFlag
+from cnntrain.train.state import TrainingPlan
 from cnntrain.types import Batch, DataSpec, Finding
 
 SAMPLE = 256  # images that a look at the data takes from a split

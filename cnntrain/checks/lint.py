@@ -8,7 +8,7 @@ from typing import Any
 from cnntrain.checks.context import CheckContext
 from cnntrain.checks.verdicts import passed, warned
 from cnntrain.models.pretrained import Preprocessing
-from cnntrain.train.plan import TrainingPlan
+from cnntrain.train.state import TrainingPlan
 from cnntrain.types import DataSpec, Finding
 
 FAR = 0.05  # from the mean or standard deviation that weights learned from, on the 0-1 scale

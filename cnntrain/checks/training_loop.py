@@ -14,9 +14,8 @@ from cnntrain.errors import DivergedError
 from cnntrain.randomness import epoch_order
 from cnntrain.train import loop
 from cnntrain.train.device import seed_step
-from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.schedule import Schedule
-from cnntrain.train.state import TrainState
+from cnntrain.train.state import TrainingPlan, TrainState
 from cnntrain.types import Batch, Finding
 
 STEPS = 3

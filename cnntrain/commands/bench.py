@@ -34,10 +34,10 @@ from cnntrain.report.progress import Bar
 from cnntrain.report.table import print_rows
 from cnntrain.train.device import Compute
 from cnntrain.train.device_memory import forget_peak, peak_mib
-from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.setup import Components, assemble, build_training_parts, make_optimizer
 from cnntrain.train.signals import StopFlag, stop_flag
+from cnntrain.train.state import TrainingPlan
 from cnntrain.train.step_timer import StepTimer, make_step_timer
 from cnntrain.train.timing import Windows, interleave
 

@@ -178,7 +178,7 @@ def refuse_other_network(settings: Settings, spec: DataSpec, saved: dict[str, An
         name.split(".")[0] for name in settings.trusted_packages
     }:
         return
-    weights = saved["state"]["average"] or saved["state"]["model"]
+    weights = saved["state"]["ema"] or saved["state"]["model"]
     refuse_large_numbers(settings, weights)
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
@@ -247,4 +247,4 @@ def limited_construction(count: int) -> Iterator[None]:
 def load_judged(model: nn.Module, saved: dict[str, Any]) -> None:
     """The weights that were judged: the moving average where there is one."""
     state = saved["state"]
-    load_weights(model, state["average"] or state["model"])
+    load_weights(model, state["ema"] or state["model"])

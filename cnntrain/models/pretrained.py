@@ -260,7 +260,7 @@ def _from_run(name: str, saved: Mapping[str, Any], published: Published | None) 
     mean, std = spec.get("mean"), spec.get("std")
     preprocessing = Preprocessing(mean, std, (spec["height"], spec["width"])) if mean and std else None
     outputs = tuple(spec.get("classes") or spec.get("keypoints") or ())
-    return Weights(name, published, state["average"] or state["model"], preprocessing, outputs, model)
+    return Weights(name, published, state["ema"] or state["model"], preprocessing, outputs, model)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from cnntrain.errors import MachineError, UserError
 from cnntrain.io import safe_files as files
 from cnntrain.io.tensor_file import read_tensors
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(state: dict[str, Any], path: Path) -> None:

@@ -22,9 +22,8 @@ from cnntrain.train.distributed import merge, pack_states, states_of, unpack_sta
 from cnntrain.train.evaluate import evaluate, predict_batch
 from cnntrain.train.nonfinite import NonFiniteGuard, diverged, diverged_in_validation, step_unless
 from cnntrain.train.optim import set_learning_rate
-from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.signals import StopFlag
-from cnntrain.train.state import TrainState
+from cnntrain.train.state import TrainingPlan, TrainState
 from cnntrain.types import Batch
 
 
@@ -128,7 +127,7 @@ def fit(
             val_metrics = {}
             if trainer.validation is not None:
                 val_meter = evaluate(
-                    trainer, state.judged, trainer.validation, plan.batch_size, plan.limit_batches, stop
+                    trainer, state.eval_model, trainer.validation, plan.batch_size, plan.limit_batches, stop
                 )
                 if not val_meter.loss_is_finite():
                     raise diverged_in_validation(state, trainer.validation, pipeline, compute, plan)
@@ -223,7 +222,7 @@ def train_epoch(
         if progress.batch % plan.accumulate and progress.batch < plan.batches_per_epoch:
             continue
 
-        reads = (progress.step + 1) % plan.read_every_steps == 0 or progress.batch >= plan.batches_per_epoch
+        reads = (progress.step + 1) % plan.log_every_steps == 0 or progress.batch >= plan.batches_per_epoch
         if sums is None:
             sums = torch.zeros(2, device=compute.device)
         if ranks.count > 1:
@@ -232,8 +231,8 @@ def train_epoch(
         recent += sums
         sums, had_images = None, False
         progress.step += 1
-        if state.average:
-            state.average.update(model, progress.step)
+        if state.ema:
+            state.ema.update(model, progress.step)
 
         if reads:
             finite.check()

@@ -24,10 +24,9 @@ from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute
 from cnntrain.train.loop import NullLogger, Trainer, train_epoch
 from cnntrain.train.nonfinite import NonFiniteGuard
-from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.signals import StopFlag
-from cnntrain.train.state import TrainState
+from cnntrain.train.state import TrainingPlan, TrainState
 
 log = logging.getLogger("cnntrain")
 SMOOTHING = 0.8  # weight of the past in the smoothed loss
@@ -191,7 +190,7 @@ def range_test(
         group["peak_lr"] = group.get("lr_scale", 1.0)
     scaler = torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None
     state = TrainState(model, optimizer, _Growing(lowest, highest, steps), scaler)
-    plan = replace(plan, total_steps=steps, read_every_steps=1, save_every_steps=None)
+    plan = replace(plan, total_steps=steps, log_every_steps=1, save_every_steps=None)
     trainer = Trainer(task, pipeline, compute, plan, training)
     journal, progress = _Readings(ends_at), state.progress
     finite = NonFiniteGuard(compute.device, scaler is not None, lambda batch: DivergedError(""))

@@ -17,8 +17,7 @@ from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute, seed_step
 from cnntrain.train.hooks import attached, uncompiled
 from cnntrain.train.optim import set_learning_rate
-from cnntrain.train.plan import TrainingPlan
-from cnntrain.train.state import TrainState
+from cnntrain.train.state import TrainingPlan, TrainState
 from cnntrain.types import Batch
 
 MOST_SKIPPED = 20  # fp16 steps in a row that may be skipped while the scale is looked for
@@ -218,7 +217,7 @@ def diverged_in_validation(
     state: TrainState, loader: Loader, pipeline: Pipeline, compute: Compute, plan: TrainingPlan
 ) -> DivergedError:
     """Which validation batch, and which layer, first gave what is not finite after the epoch under way."""
-    model, progress = state.judged.eval(), state.progress
+    model, progress = state.eval_model.eval(), state.progress
     where, names = "the loss itself, of finite outputs", "all"
     found: list[str] = []
     for batch in loader.batches(torch.arange(len(loader)), plan.batch_size, share=compute.ranks.share()):

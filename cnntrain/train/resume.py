@@ -183,7 +183,7 @@ def _best_checkpoint(source: Path, state: TrainState) -> Path | None:
     beside, progress = source.with_name("best.pt"), state.progress
     if not progress.best:
         return None
-    if _is_best(beside, progress.best, state.judged.state_dict()):
+    if _is_best(beside, progress.best, state.eval_model.state_dict()):
         return beside
     return source if progress.best.get("step") == progress.step else None
 
@@ -196,7 +196,7 @@ def _is_best(path: Path, best: Mapping[str, float], mine: Mapping[str, Any]) -> 
         return False
     # Compare by repr because NaN != NaN. The weights are loaded after training, so they must fit.
     return repr(state["progress"]["best"]) == repr(best) and not misfits(
-        state["average"] or state["model"], mine
+        state["ema"] or state["model"], mine
     )
 
 

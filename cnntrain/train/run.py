@@ -20,17 +20,15 @@ from cnntrain.tasks.meter import HardestExamples
 from cnntrain.tasks.task import Task
 from cnntrain.train import checkpoint
 from cnntrain.train.combine import synchronize_norms
-from cnntrain.train.ema import MovingAverage
 from cnntrain.train.evaluate import evaluate
 from cnntrain.train.keeper import CheckpointWriter
 from cnntrain.train.loop import NullLogger, Trainer, fit
 from cnntrain.train.optim import learning_rate_at
-from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.run_dir import RunDir
 from cnntrain.train.saved import checkpoint_facts, flat, load_weights
 from cnntrain.train.setup import Components, build_training_parts
 from cnntrain.train.signals import StopFlag
-from cnntrain.train.state import TrainState
+from cnntrain.train.state import ModelEMA, TrainingPlan, TrainState
 from cnntrain.types import Batch
 
 log = logging.getLogger("cnntrain")
@@ -49,7 +47,7 @@ def prepare(assembly: Components, data: Data) -> tuple[TrainingPlan, TrainState]
         optimizer,
         schedule,
         torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None,
-        MovingAverage(assembly.model, settings.ema_decay) if settings.ema_decay else None,
+        ModelEMA(assembly.model, settings.ema_decay) if settings.ema_decay else None,
     )
     return plan, state
 
@@ -115,11 +113,11 @@ def train_to_the_end(
 
         if journal and (said := _early_stop(state, plan, task)):
             log.info("%s", said)
-        best = state.judged
+        best = state.eval_model
         save.flush()
         if ranks.leads:
             kept = checkpoint.load(run.best)["state"]
-            load_weights(best, kept["average"] or kept["model"])
+            load_weights(best, kept["ema"] or kept["model"])
         ranks.copy_weights(best)
         judged = validation or training
         meter, worst = _judge(best, assembly, judged, plan, stop)

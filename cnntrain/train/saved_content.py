@@ -2,7 +2,7 @@
 
 A checkpoint may come from an untrusted source or from another program. `check_values` has already bounded its size;
 this module checks its fields. Shapes of weights and optimizer state are checked when they are loaded
-(`saved.load_weights`, `moments.fit_state`).
+(`saved.load_weights`, `moments.validate_optimizer_state`).
 """
 
 import dataclasses
@@ -48,11 +48,11 @@ def check_saved(saved: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     state, spec = _mapping("state", saved["state"]), saved["spec"]
     for name in ("model", "optimizer", "schedule", "progress", "meter"):
         _mapping(f"state.{name}", state.get(name))
-    for name in ("average", "scaler"):
+    for name in ("ema", "scaler"):
         if state.get(name) is not None:
             _mapping(f"state.{name}", state[name])
     _tensors("state.model", state["model"])
-    _tensors("state.average", state.get("average") or {})
+    _tensors("state.ema", state.get("ema") or {})
     _tensors("state.meter", state["meter"])
     for name, value in state["schedule"].items():
         if not _is_number(value) or math.isnan(value):
@@ -75,7 +75,7 @@ def check_saved(saved: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"monitor: must be a metric and min or max, got {_short(other)}")
     return {
         **saved,
-        "state": {"average": None, "scaler": None, **state, "progress": dataclasses.asdict(progress)},
+        "state": {"ema": None, "scaler": None, **state, "progress": dataclasses.asdict(progress)},
         "config": {**config, "batch_size": settings.batch_size},
         "spec": {name: _as_tuple(value) for name, value in spec.items()},
         "resolved": {name: value for name, value in resolved.items() if value is not None},

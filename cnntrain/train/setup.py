@@ -34,10 +34,10 @@ from cnntrain.train.device import Compute, choose_compute, prepare_torch, seed_s
 from cnntrain.train.distributed import ALONE, World
 from cnntrain.train.lr_finder import RangeTest, range_test, settle
 from cnntrain.train.optim import build_optimizer, check_that_it_steps, supports_fused
-from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.saved_content import check_saved
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.signals import StopFlag, stop_flag
+from cnntrain.train.state import TrainingPlan
 from cnntrain.train.step_timer import StepTimer, make_step_timer
 from cnntrain.types import DataSpec, Finding
 
@@ -423,7 +423,7 @@ def build_training_parts(assembly: Components, data: Data) -> tuple[TrainingPlan
         accumulate=settings.accumulate,
         clip_grad_norm=settings.clip_grad_norm,
         early_stopping=settings.early_stopping,
-        read_every_steps=settings.log.every_steps,
+        log_every_steps=settings.log.every_steps,
         save_every_steps=settings.checkpoint.every_steps,
         limit_batches=settings.limit_batches,
         drop_last=drop_last,

@@ -17,13 +17,11 @@ from cnntrain.data.loader import Loader
 from cnntrain.errors import DivergedError
 from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute
-from cnntrain.train.ema import MovingAverage
 from cnntrain.train.loop import Logger, NullLogger, Trainer, train_epoch, train_step
 from cnntrain.train.nonfinite import NonFiniteGuard
-from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.schedule import Constant
 from cnntrain.train.signals import StopFlag
-from cnntrain.train.state import Progress, TrainState
+from cnntrain.train.state import ModelEMA, Progress, TrainingPlan, TrainState
 from cnntrain.types import Batch
 
 ENDLESS = 2**40  # batches an epoch, so that no window meets its end
@@ -74,7 +72,7 @@ class StepTimer:
     @property
     def window(self) -> tuple[int, int]:
         """Optimizer steps between two readings of the loss, and in a window."""
-        every = min(self.plan.read_every_steps, max(1, int(self.window_s / self.step_s)))
+        every = min(self.plan.log_every_steps, max(1, int(self.window_s / self.step_s)))
         return every, every * max(1, round(self.window_s / (every * self.step_s)))
 
     def bare(self) -> tuple[int, float]:
@@ -133,7 +131,7 @@ class StepTimer:
         self.state.progress = Progress(step=first - min(LEAD_IN_STEPS, every))
         stamps = _Stamps(journal)
         finite = NonFiniteGuard(self.compute.device, self.state.scaler is not None, _diverged)
-        plan = replace(self.plan, read_every_steps=every, total_steps=first + steps)
+        plan = replace(self.plan, log_every_steps=every, total_steps=first + steps)
         trainer = Trainer(self.task, pipeline, self.compute, plan, training)
         train_epoch(trainer, self.state, self.task.meter(), stamps, finite, StopFlag())
         # A reading waits for the device. The first one ends the steps that lead in.
@@ -164,7 +162,7 @@ def make_step_timer(
         make_optimizer(model, compute),
         Constant(total_steps=1, steps_per_epoch=1),
         torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None,
-        MovingAverage(model, ema_decay) if ema_decay else None,
+        ModelEMA(model, ema_decay) if ema_decay else None,
     )
     return StepTimer(state, task, compute, plan, loader, pipeline, journal or NullLogger())
 

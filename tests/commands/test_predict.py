@@ -32,7 +32,7 @@ def make_checkpoint(*overrides: str, data: dict[str, Any] | None = None) -> Path
     facts = checkpoint_facts(assembly, assembly.load())
     facts["config"]["data"] |= data or {}
     rest = {"optimizer": {}, "schedule": {}, "progress": asdict(Progress()), "meter": {}}
-    state = {"model": assembly.model.state_dict(), "average": None, **rest}
+    state = {"model": assembly.model.state_dict(), "ema": None, **rest}
     Path("run").mkdir()
     checkpoint.save({"state": state, **facts}, Path("run/checkpoints/best.pt"))
     return Path("run")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cnntrain.train import checkpoint
+
 pytestmark = pytest.mark.slow
 
 LAST = Path("run/checkpoints/last.pt")
@@ -31,7 +33,7 @@ def flip_a_byte() -> None:
 
 
 def nothing_but_the_format() -> None:
-    torch.save({"format": 1, "state": {"model": {}}, "config": {}, "spec": {}}, LAST)
+    torch.save({"format": checkpoint.FORMAT, "state": {"model": {}}, "config": {}, "spec": {}}, LAST)
 
 
 def without_moments() -> None:
@@ -45,7 +47,7 @@ SPOILT: dict[str, Callable[[], object]] = {
     "half a file": lambda: LAST.write_bytes(LAST.read_bytes()[: LAST.stat().st_size // 2]),
     "a web page": lambda: LAST.write_text("<html><body>404 Not Found</body></html>"),
     "a pickle": lambda: LAST.write_bytes(pickle.dumps(Evil())),
-    "a pickle in a checkpoint": lambda: torch.save({"format": 1, "state": Evil()}, LAST),
+    "a pickle in a checkpoint": lambda: torch.save({"format": checkpoint.FORMAT, "state": Evil()}, LAST),
     "nothing but the format": nothing_but_the_format,
     "no moments": without_moments,
 }

@@ -38,7 +38,7 @@ class Evil:
 def test_no_foreign_file_runs_code_or_passes(tmp_path: Path) -> None:
     checkpoint.save(STATE, tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
-    torch.save({"format": 1, "state": Evil()}, tmp_path / "evil.pt")
+    torch.save({"format": checkpoint.FORMAT, "state": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "page.pt").write_text("<html>not found</html>")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Evil()))

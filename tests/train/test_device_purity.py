@@ -75,7 +75,7 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
         assembly = assemble(read_settings([*words, *more, f"limit_batches={STEPS}"], None))
         data = assembly.load()
         plan, state = prepare(assembly, data)
-        plan = replace(plan, read_every_steps=10**9, total_steps=10**9)
+        plan = replace(plan, log_every_steps=10**9, total_steps=10**9)
         training, validation = assembly.loader(data.train, augmented=True), assembly.loader(data.val)
         finite = NonFiniteGuard(assembly.compute.device, state.scaler is not None, AssertionError)
         trainer = Trainer(assembly.task, assembly.pipeline, assembly.compute, plan, training)
@@ -89,7 +89,7 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
             state.progress.batch = 0
             cuda.events.clear()
             train_epoch(trainer, state, meter, NullLogger(), finite, StopFlag())
-        evaluate(trainer, state.judged, validation, plan.batch_size, STEPS)
+        evaluate(trainer, state.eval_model, validation, plan.batch_size, STEPS)
         assert state.progress.batch == STEPS
         assert all(cuda.holds(parameter) for parameter in state.model.parameters())
     assert cuda.kernels["train_epoch"] > 50 * STEPS
@@ -132,7 +132,7 @@ def test_a_step_of_the_loop_launches_few_kernels_beside_the_bare_step(words: lis
         assembly = assemble(read_settings([*words, *more, "log.tensorboard=false"], None))
         data = assembly.load()
         plan, state = prepare(assembly, data)
-        plan = replace(plan, read_every_steps=10**9, total_steps=10**9)
+        plan = replace(plan, log_every_steps=10**9, total_steps=10**9)
         training = assembly.loader(data.train, augmented=True)
         optimizer = partial(make_optimizer, assembly.settings)
         common = (assembly.task, assembly.compute)

@@ -188,7 +188,7 @@ def test_a_run_broken_around_the_epoch_goes_on_as_if_unbroken(
     whole, broken = (
         checkpoint.load(Path(f"{run}/checkpoints/last.pt"))["state"] for run in ("whole", "broken")
     )
-    for part in ("model", "average"):
+    for part in ("model", "ema"):
         assert not changed(whole[part], broken[part])
     for index, moments in whole["optimizer"]["state"].items():
         assert not changed(moments, broken["optimizer"]["state"][index])

@@ -17,9 +17,9 @@ from cnntrain.commands.lr_find import lr_find
 from cnntrain.errors import UserError
 from cnntrain.train.device import Compute
 from cnntrain.train.lr_finder import QUIET_STEPS, RangeTest, range_test, settle
-from cnntrain.train.plan import TrainingPlan
 from cnntrain.train.setup import assemble, build_training_parts, try_learning_rates
 from cnntrain.train.signals import StopFlag
+from cnntrain.train.state import TrainingPlan
 from cnntrain.types import Batch
 
 CPU = Compute(torch.device("cpu"), "fp32", channels_last=False)

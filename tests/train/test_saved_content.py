@@ -24,7 +24,7 @@ def config() -> dict[str, Any]:
 
 def content() -> dict[str, Any]:
     state = {
-        "model": {"weight": torch.zeros(2)}, "average": None, "optimizer": {}, "schedule": {}, "scaler": None,
+        "model": {"weight": torch.zeros(2)}, "ema": None, "optimizer": {}, "schedule": {}, "scaler": None,
         "progress": asdict(Progress(epoch=1, step=5, best={"epoch": 1.0, "step": 5.0, "val/top1": NAN})), "meter": {},
     }  # fmt: skip
     spec = asdict(
@@ -48,10 +48,10 @@ def test_a_sound_checkpoint_comes_through() -> None:
 def test_what_an_older_checkpoint_lacks_has_its_default() -> None:
     older = content()
     del older["config"]["check"], older["config"]["log"]["tensorboard"], older["resolved"], older["monitor"]
-    del older["state"]["average"], older["state"]["scaler"], older["state"]["progress"]["finished"]
+    del older["state"]["ema"], older["state"]["scaler"], older["state"]["progress"]["finished"]
     older["spec"] = {"channels": 1, "height": 8, "width": 8, "classes": ["a", "b"]}
     checked = check_saved(older, config())
-    assert checked["config"] == config() and checked["resolved"] == {} and checked["state"]["average"] is None
+    assert checked["config"] == config() and checked["resolved"] == {} and checked["state"]["ema"] is None
     assert DataSpec(**checked["spec"]).classes == ("a", "b")
     assert checked["state"]["progress"]["finished"] is False
 
@@ -76,7 +76,7 @@ BAD = {
     "state": [None, [], 5], "config": [None, "x", []], "spec": [None, [], 5], "fingerprint": [None, 5],
     "resolved": [[], 5], "monitor": [5, "top1", ["top1"], ["top1", "most"], [1, "max"]],
     "state.model": [None, [], {"weight": 5}, {5: torch.zeros(1)}, {"w": torch.zeros(1, dtype=torch.complex64)}],
-    "state.average": [5, {"weight": None}], "state.optimizer": [None, []], "state.scaler": [5],
+    "state.ema": [5, {"weight": None}], "state.optimizer": [None, []], "state.scaler": [5],
     "state.meter": [None, {"loss": 1.0}], "state.schedule": [None, {"best": "x"}, {"best": NAN}, {"best": True}],
     "state.progress": [None, [], {"evil": 1}],
     "state.progress.step": ["x", None, -1, 0.5, NAN, 2**60, True],
