@@ -195,9 +195,7 @@ def _is_best(path: Path, best: Mapping[str, float], mine: Mapping[str, Any]) -> 
     except UserError:
         return False
     # Compare by repr because NaN != NaN. The weights are loaded after training, so they must fit.
-    return repr(state["progress"]["best"]) == repr(best) and not misfits(
-        state["ema"] or state["model"], mine
-    )
+    return repr(state["progress"]["best"]) == repr(best) and not misfits(state["ema"] or state["model"], mine)
 
 
 def bring_best(best: Path, target: Path) -> None:
