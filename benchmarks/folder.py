@@ -26,7 +26,7 @@ import numpy as np
 from fashion import COMMAND
 from PIL import Image
 
-from cnntrain.train.cpu_load import BUSY_CORES, others_cores, read_cpu
+from cnntrain.train.measurement import BUSY_CORES, other_cores, read_cpu_times
 
 PEER = Path(__file__).parent / "peers" / "folder_dataloader.py"
 CLASSES = 10
@@ -51,14 +51,14 @@ def folder_of_jpegs(given: Path | None, count: int) -> Iterator[Path]:
 
 def timed(command: list[str], cache: Path) -> tuple[float, str, float]:
     """Seconds of the whole process, what it printed, and the cores that others kept busy meanwhile."""
-    before, started = read_cpu(), time.perf_counter()
+    before, started = read_cpu_times(), time.perf_counter()
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "XDG_CACHE_HOME": str(cache)}
     )
     taken = time.perf_counter() - started
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return taken, done.stdout, others_cores(before, read_cpu()) or 0.0
+    return taken, done.stdout, other_cores(before, read_cpu_times()) or 0.0
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def held_mib(group: int) -> float:
     return total / 1024
 
 
-def peak_mib(root: Path, cache: str, epochs: int, folder: Path) -> float:
+def peak_memory_mib(root: Path, cache: str, epochs: int, folder: Path) -> float:
     """The most that a training held."""
     command = [
         str(COMMAND), "model=mlp", "model.values.width=8", "data=image_folder", f"data.root={root}",
@@ -91,7 +91,7 @@ def main() -> None:
             for folder in folders:
                 folder.mkdir()
             small, large = (
-                peak_mib(root, cache, epochs, folder)
+                peak_memory_mib(root, cache, epochs, folder)
                 for root, epochs, folder in zip(roots, (10, 1), folders, strict=True)
             )
             share = (large - small) / (decoded[1] - decoded[0])

@@ -23,9 +23,8 @@ from pathlib import Path
 
 from fashion import COMMAND, add_root, fashion_mnist
 
-from cnntrain.train.cpu_load import others_cores, read_cpu
 from cnntrain.train.device import choose_compute
-from cnntrain.train.timing import Windows
+from cnntrain.train.measurement import TimingWindows, other_cores, read_cpu_times
 
 SCRIPTS = Path(__file__).parent / "peers"
 PEERS = {"dataloader": "torch", "lightning_peer": "lightning", "keras_peer": "keras", "fastai_peer": "fastai"}
@@ -45,21 +44,21 @@ class Runs:
     """The figures of every program and setting, by (program, setting)."""
 
     def __init__(self) -> None:
-        self.windows: dict[tuple[str, str], Windows] = {}
+        self.windows: dict[tuple[str, str], TimingWindows] = {}
         self.reasons: dict[tuple[str, str], str] = {}
 
     def take(self, name: str, layout: str, command: list[str], folder: Path | None = None) -> None:
         """Run one; `folder` is the run folder of a cnntrain."""
         if (name, layout) in self.reasons:
             return
-        before = read_cpu()
+        before = read_cpu_times()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        others = others_cores(before, read_cpu())
+        others = other_cores(before, read_cpu_times())
         if done.returncode:
             self.reasons[name, layout] = (done.stderr.strip() or "failed").splitlines()[-1]
             return
         speed = read_metrics(folder) if folder else json.loads(done.stdout.splitlines()[-1])["images_per_s"]
-        self.windows.setdefault((name, layout), Windows()).add(1, 1 / speed, others)
+        self.windows.setdefault((name, layout), TimingWindows()).add(1, 1 / speed, others)
 
 
 def read_metrics(folder: Path) -> float:
@@ -109,9 +108,8 @@ def show(model: str, runs: Runs, ours_in: str, theirs_in: str, title: str) -> No
             print(f"  {name:<14}{runs.reasons.get((peer, theirs_in), 'skipped: not installed')}")
             continue
         ratio = f"{ours.images_per_s / windows.images_per_s:.2f} x"
-        print(
-            f"  {name:<14}{windows.images_per_s:>10,.0f}{ratio:>13}   {len(windows.clean)} of {len(windows.others)}"
-        )
+        clean = f"{len(windows.clean)} of {len(windows.other_cores)}"
+        print(f"  {name:<14}{windows.images_per_s:>10,.0f}{ratio:>13}   {clean}")
 
 
 def is_installed(python: str, module: str) -> bool:

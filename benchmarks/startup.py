@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fashion import add_root, fashion_mnist
 
-from cnntrain.train.cpu_load import BUSY_CORES, others_cores, read_cpu
+from cnntrain.train.measurement import BUSY_CORES, other_cores, read_cpu_times
 
 # What a child prints at the end of its first step; then it is over.
 REPORT = """
@@ -67,11 +67,11 @@ sys.exit(main({overrides!r}))
 
 def launch(code: str) -> tuple[float, float, float | None]:
     """Seconds until the first step was over, CPU seconds until then, and the cores that others kept busy."""
-    before, started = read_cpu(), time.monotonic()
+    before, started = read_cpu_times(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", REPORT + code]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    others = others_cores(before, read_cpu())
+    others = other_cores(before, read_cpu_times())
     told = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("FIRST STEP")]
     if not told:
         sys.exit(f"a launch failed:\n{done.stderr}")

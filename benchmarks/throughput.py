@@ -32,7 +32,7 @@ from cnntrain.augment.pipeline import MOST_BATCHES
 from cnntrain.commands.train import train
 from cnntrain.config.schema import Settings
 from cnntrain.report.journal import RunLogger
-from cnntrain.train.cpu_load import BUSY_CORES, others_cores, read_cpu
+from cnntrain.train.measurement import BUSY_CORES, other_cores, read_cpu_times
 from cnntrain.train.setup import assemble
 
 MODELS = ("fmnist_cnn", "resnet18", "lenet5")
@@ -82,7 +82,7 @@ class Pair:
 
 
 def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
-    """Windows of the training, from one reading of the loss to the next, and of the bare step, in turns."""
+    """TimingWindows of the training, from one reading of the loss to the next, and of the bare step, in turns."""
     common = [
         f"model={model}", "data=fashion_mnist", f"data.root={root}", f"batch_size={options.batch_size}",
         f"precision={options.precision}", f"device={options.device}", "epochs=1000",
@@ -98,7 +98,7 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
         max(1, steps // MOST_BATCHES) * MOST_BATCHES
     )  # every window has its share of what is augmented at once
     pairs: list[Pair] = []
-    before, read = read_cpu(), RunLogger.reading
+    before, read = read_cpu_times(), RunLogger.reading
 
     def read_and_time(
         journal: RunLogger, step: int, epoch: int, batch: int, values: dict[str, float]
@@ -107,12 +107,12 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
         read(journal, step, epoch, batch, values)
         images, seconds = bare.window(steps)
         if step > steps:  # the first one warms up
-            busy = others_cores(before, read_cpu())
+            busy = other_cores(before, read_cpu_times())
             clean = busy is None or busy <= BUSY_CORES
             pairs.append(Pair(1 / values["images_per_s"], seconds / images, clean))
         if sum(pair.clean for pair in pairs) >= options.windows or len(pairs) >= 3 * options.windows:
             raise EnoughError
-        before = read_cpu()
+        before = read_cpu_times()
 
     with (
         tempfile.TemporaryDirectory() as folder,

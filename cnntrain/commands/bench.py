@@ -4,7 +4,7 @@
 training as it is (batches, augmentation, metrics, logging), of the bare step (forward, backward and optimizer step on
 a batch that is on the device), the share of the one in the other, and the peak of memory (on a CPU the process's, on a
 GPU torch's). A second one tells where the configured setting's time goes. Then come the overrides to type. It takes
-about `bench.budget_s`. Windows in which other processes took CPU time are dropped, and said. Writes bench.json.
+about `bench.budget_s`. TimingWindows in which other processes took CPU time are dropped, and said. Writes bench.json.
 """
 
 import dataclasses
@@ -33,13 +33,12 @@ from cnntrain.report.journal import RunLogger
 from cnntrain.report.progress import Bar
 from cnntrain.report.table import print_rows
 from cnntrain.train.device import Compute
-from cnntrain.train.device_memory import forget_peak, peak_mib
+from cnntrain.train.measurement import TimingWindows, interleave, peak_memory_mib, reset_peak_memory
 from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.setup import Components, assemble, build_training_parts, make_optimizer
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.train.state import TrainingPlan
 from cnntrain.train.step_timer import StepTimer, make_step_timer
-from cnntrain.train.timing import Windows, interleave
 
 log = logging.getLogger("cnntrain")
 ROUNDS = 5  # windows of each kind that a setting gets
@@ -104,12 +103,12 @@ class Timings:
     ) -> None:
         self.assembly, self.plan, self.loader, self.journal, self.stop = assembly, plan, loader, journal, stop
         self.budget_s, self.ends_at = budget_s, time.monotonic() + budget_s
-        self.all: list[Windows] = []
+        self.all: list[TimingWindows] = []
 
-    def measure(self) -> tuple[list[Speed], dict[str, Windows]]:
+    def measure(self) -> tuple[list[Speed], dict[str, TimingWindows]]:
         """Every setting's speed, and the windows of the parts of the configured one."""
         here, batch_size = self.assembly.compute, self.plan.batch_size
-        parts: dict[str, Windows] = {}
+        parts: dict[str, TimingWindows] = {}
         speeds = [self._time(here, batch_size, self.budget_s * (1 - SHARE_OF_PARTS) / 6, parts)]
         for precision, channels_last in self._layouts():
             compute = dataclasses.replace(
@@ -134,8 +133,8 @@ class Timings:
         """Clean windows, all windows, and the most cores that others kept busy in one."""
         return (
             sum(len(windows.clean) for windows in self.all),
-            sum(len(windows.others) for windows in self.all),
-            max((windows.busiest for windows in self.all), default=0.0),
+            sum(len(windows.other_cores) for windows in self.all),
+            max((windows.max_other_cores for windows in self.all), default=0.0),
         )
 
     def _layouts(self) -> list[tuple[str, bool]]:
@@ -163,13 +162,13 @@ class Timings:
         return "" if fits else "not tried: it may not fit in memory"
 
     def _time(
-        self, compute: Compute, batch_size: int, share_s: float, parts: dict[str, Windows] | None = None
+        self, compute: Compute, batch_size: int, share_s: float, parts: dict[str, TimingWindows] | None = None
     ) -> Speed:
         """One setting, in about `share_s` seconds; fills `parts` where they are asked for."""
         speed = Speed(compute.precision, compute.channels_last, compute.compile, batch_size)
         if share_s <= 0:
             return dataclasses.replace(speed, note="not timed: bench.budget_s is used up")
-        forget_peak(compute.device)
+        reset_peak_memory(compute.device)
         started = time.monotonic()
         try:
             rig = self._rig(compute, batch_size)
@@ -179,7 +178,7 @@ class Timings:
                 started, self.ends_at = started + compiling_s, self.ends_at + compiling_s
             runs = {"bare": rig.bare, "loop": rig.loop}
             found = interleave(runs, ROUNDS, started + share_s, self.stop)
-            peak = peak_mib(compute.device)
+            peak = peak_memory_mib(compute.device)
             if parts is not None:
                 ends_at = time.monotonic() + SHARE_OF_PARTS * self.budget_s
                 parts.update(interleave(rig.parts(), ROUNDS, ends_at, self.stop))
@@ -196,7 +195,7 @@ class Timings:
             bare=found["bare"].images_per_s,
             peak_mib=peak,
             clean=min(len(windows.clean) for windows in found.values()),
-            windows=len(found["loop"].others),
+            windows=len(found["loop"].other_cores),
         )
 
     def _rig(self, compute: Compute, batch_size: int) -> StepTimer:

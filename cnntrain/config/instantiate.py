@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from cnntrain.config.renamed_keys import renamed
+from cnntrain.config.schema import check_type
 from cnntrain.errors import UserError, is_out_of_memory, suggest
 
 # For each role: the allowed packages, and the required base class (by name, because torch is imported lazily). A class
@@ -31,6 +32,9 @@ BUILDERS = {
     "model": ("cnntrain.models.timm.classifier", "cnntrain.models.torchvision.classifier"),
     "optimizer": ("cnntrain.train.optim.by_name",),
 }
+
+# Arguments are checked against type annotations in these packages. Others may have annotations that are too narrow.
+CHECKED_PACKAGES = ("cnntrain.", "torch.optim")
 
 
 def build(node: Mapping[str, Any], role: str, key: str, trusted: Sequence[str] = (), **facts: Any) -> Any:
@@ -84,6 +88,11 @@ def resolve(
         parameters = inspect.signature(target).parameters
     except ValueError:  # no signature to be had: leave it to the call
         return partial(target, **arguments)
+    if target.__module__.startswith(CHECKED_PACKAGES):
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+        for name, value in arguments.items():
+            if name in parameters and name in hints:
+                check_type(value, hints[name], f"{key}.{name}")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for name in arguments:

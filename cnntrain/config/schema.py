@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -28,6 +28,13 @@ class Within:
 
 
 ANYTHING = Within()
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True)
@@ -312,13 +319,64 @@ def _convert(value: Any, hint: Any, key: str, limits: Within = ANYTHING, or_null
     return _scalar(value, hint, key, limits, or_null)
 
 
+def check_type(value: Any, hint: Any, key: str) -> None:
+    """Check a value against the annotation of the parameter that it is passed to.
+
+    Supports numbers, text, `Literal`, sequences, mappings, unions and `Annotated[..., Within(...)]`; accepts any value
+    for other annotations. A whole number is accepted for `float`.
+
+    Raises:
+        UserError: the type or the range is wrong.
+    """
+    limits, bare = (
+        (get_args(hint)[1], get_args(hint)[0]) if get_origin(hint) is Annotated else (ANYTHING, hint)
+    )
+    options = get_args(bare) if get_origin(bare) in (Union, types.UnionType) else (bare,)
+    problem = None
+    for option in options:
+        try:
+            _check_option(value, option, key, limits if isinstance(limits, Within) else ANYTHING)
+        except UserError as error:
+            problem = problem or error
+        else:
+            return
+    if len(options) > 1:
+        others = [_TYPE_NAMES.get(option) or f"{option}".removeprefix("typing.") for option in options]
+        problem = UserError(f"{key}: must be {' or '.join(others)}, got {_shown(value)}")
+    if problem:
+        raise problem
+
+
+def _check_option(value: Any, hint: Any, key: str, limits: Within) -> None:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        check_type(value, hint, key)
+    elif hint is type(None):
+        if value is not None:
+            raise UserError(f"{key}: must be null, got {_shown(value)}")
+    elif hint in _TYPE_NAMES:
+        _scalar(value, hint, key, limits, "")
+    elif origin is Literal:
+        _convert(value, hint, key)
+    elif origin in (list, tuple, Sequence):
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{key}: must be a list, got {_shown(value)}")
+        fixed = origin is tuple and arguments[-1] is not Ellipsis
+        if fixed and len(value) != len(arguments):
+            raise UserError(f"{key}: must be a list of {len(arguments)} values, got {_shown(value)}")
+        for number, each in enumerate(value):
+            check_type(each, arguments[number if fixed else 0], f"{key}[{number}]")
+    elif origin in (dict, Mapping) and not isinstance(value, Mapping):
+        raise UserError(f"{key}: must be a mapping, got {_shown(value)}")
+
+
 def _scalar(value: Any, kind: type, key: str, limits: Within, or_null: str) -> Any:
     low, high = limits.low, limits.high
     limits_said = ([f">= {low:g}"] if low is not None else []) + (
         [f"<= {high:g}"] if high is not None else []
     )
     bounds = " " + " and ".join(limits_said) if limits_said else ""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    words = _TYPE_NAMES[kind]
     problem = UserError(f"{key}: must be {words}{bounds}{or_null}, got {_shown(value)}")
     if kind is str:
         if value is None or isinstance(value, bool | Mapping | list):

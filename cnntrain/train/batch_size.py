@@ -8,7 +8,7 @@ import torch
 
 from cnntrain.data.cache import free_host_bytes
 from cnntrain.errors import MachineError, is_out_of_memory
-from cnntrain.train.device_memory import forget_peak, peak_mib
+from cnntrain.train.measurement import peak_memory_mib, reset_peak_memory
 from cnntrain.train.step_timer import StepTimer
 from cnntrain.transfer import free_bytes
 
@@ -107,7 +107,7 @@ def fastest(images_per_s: Callable[[int], float | None], most: int, least: int =
 def _fits(
     make_step_timer: Callable[[int], StepTimer], device: torch.device, size: int, allowed_mib: float
 ) -> bool:
-    forget_peak(device)
+    reset_peak_memory(device)
     try:
         make_step_timer(size).warm_up()
     except (RuntimeError, MemoryError) as error:
@@ -116,7 +116,7 @@ def _fits(
         return False
     finally:
         torch.cuda.empty_cache()
-    return peak_mib(device) <= allowed_mib
+    return peak_memory_mib(device) <= allowed_mib
 
 
 def _images_per_s(
@@ -124,11 +124,11 @@ def _images_per_s(
 ) -> float | None:
     """Of the best of some steps; None when they take too much memory beyond what was taken before."""
     free_mib = free_host_bytes() / 2**20
-    forget_peak(device)
-    before = peak_mib(device)
+    reset_peak_memory(device)
+    before = peak_memory_mib(device)
     rig = make_step_timer(size)
     rig.warm_up()
-    if peak_mib(device) - before > HOST_SHARE * free_mib:
+    if peak_memory_mib(device) - before > HOST_SHARE * free_mib:
         return None
     started, best = time.monotonic(), 0.0
     for _ in range(TRIALS):

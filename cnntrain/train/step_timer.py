@@ -86,7 +86,7 @@ class StepTimer:
         return self._loop(self.training, self.pipeline, self.journal)
 
     def parts(self) -> dict[str, Callable[[], tuple[int, float]]]:
-        """Windows by what each does beyond the one before it; the first is the bare step, the last the training.
+        """TimingWindows by what each does beyond the one before it; the first is the bare step, the last the training.
 
         A part's cost is what it adds: what runs beside the device's work, and so costs nothing, counts as nothing.
         """

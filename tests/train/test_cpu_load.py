@@ -4,7 +4,14 @@ import os
 import time
 from pathlib import Path
 
-from cnntrain.train.cpu_load import TICKS_PER_S, CpuReading, all_ticks, family_ticks, others_cores, read_cpu
+from cnntrain.train.measurement import (
+    TICKS_PER_S,
+    CpuTimes,
+    busy_ticks,
+    other_cores,
+    process_tree_ticks,
+    read_cpu_times,
+)
 
 # user nice system idle iowait irq softirq steal guest guest_nice
 STAT = "cpu  100 20 30 4000 500 6 7 8 0 0\ncpu0 50 10 15 2000 250 3 4 4 0 0\n"
@@ -17,7 +24,7 @@ def process(pid: int, parent: int, *ticks: int, name: str = "python") -> str:
 
 
 def test_all_that_is_not_idle_counts_and_what_other_machines_took() -> None:
-    assert all_ticks(STAT) == 100 + 20 + 30 + 6 + 7 + 8
+    assert busy_ticks(STAT) == 100 + 20 + 30 + 6 + 7 + 8
 
 
 def test_a_family_is_the_process_its_descendants_and_those_it_has_waited_for() -> None:
@@ -27,16 +34,16 @@ def test_a_family_is_the_process_its_descendants_and_those_it_has_waited_for() -
         process(11, 10, 1, 1, 0, 0, name="a (strange) name"),
         process(99, 1, 7000, 0, 0, 0),
     ]
-    assert family_ticks(stats, 10) == 30 + 2 + 100
-    assert family_ticks(stats, 11) == 102
-    assert family_ticks(stats, 5) == 0
+    assert process_tree_ticks(stats, 10) == 30 + 2 + 100
+    assert process_tree_ticks(stats, 11) == 102
+    assert process_tree_ticks(stats, 5) == 0
 
 
 def test_others_are_all_less_the_family_over_time() -> None:
-    before, after = CpuReading(10.0, 500.0, 40.0), CpuReading(12.0, 503.5, 40.5)
-    assert others_cores(before, after) == 1.5
-    assert others_cores(before, CpuReading(12.0, 500.5, 41.0)) == 0  # ticks are coarse: never below 0
-    assert others_cores(None, after) is None and others_cores(after, after) is None
+    before, after = CpuTimes(10.0, 500.0, 40.0), CpuTimes(12.0, 503.5, 40.5)
+    assert other_cores(before, after) == 1.5
+    assert other_cores(before, CpuTimes(12.0, 500.5, 41.0)) == 0  # ticks are coarse: never below 0
+    assert other_cores(None, after) is None and other_cores(after, after) is None
 
 
 def test_a_folder_like_proc_is_read(tmp_path: Path) -> None:
@@ -45,17 +52,17 @@ def test_a_folder_like_proc_is_read(tmp_path: Path) -> None:
         (tmp_path / str(pid)).mkdir()
         (tmp_path / str(pid) / "stat").write_text(process(pid, parent, 4, 1, 0, 0))
     (tmp_path / "99999999").mkdir()  # has ended between the listing and the reading
-    reading = read_cpu(tmp_path)
+    reading = read_cpu_times(tmp_path)
     assert reading and reading.all_s == 171 / TICKS_PER_S and reading.own_s == 10 / TICKS_PER_S
-    assert read_cpu(tmp_path / "nowhere") is None
+    assert read_cpu_times(tmp_path / "nowhere") is None
 
 
 def test_own_work_is_seen_as_own() -> None:
-    before = read_cpu()
+    before = read_cpu_times()
     if before is None:
         return
     end = time.process_time() + 0.2
     while time.process_time() < end:
         pass
-    after = read_cpu()
+    after = read_cpu_times()
     assert after and after.own_s - before.own_s >= 0.15

@@ -1,4 +1,4 @@
-"""Windows: which count, and how they are taken."""
+"""TimingWindows: which count, and how they are taken."""
 
 import time
 from collections.abc import Callable
@@ -9,20 +9,20 @@ from cnntrain import compose
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.errors import MachineError, UserError
 from cnntrain.train.batch_size import fastest, largest_that_fits, power_of_two
+from cnntrain.train.measurement import TimingWindows, interleave
 from cnntrain.train.setup import assemble, build_training_parts, find_batch_size, make_optimizer
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.step_timer import StepTimer, make_step_timer
-from cnntrain.train.timing import Windows, interleave
 from cnntrain.types import Batch
 
 
 def test_windows_in_which_others_worked_do_not_count_while_there_are_clean_ones() -> None:
-    windows = Windows()
+    windows = TimingWindows()
     for seconds, others in ((1.0, 0.0), (2.0, 0.05), (9.0, 0.5), (3.0, None)):
         windows.add(10, seconds, others)
     assert windows.clean == [0.1, 0.2, 0.3] and windows.median == 0.2 and windows.images_per_s == 5
-    assert windows.busiest == 0.5
-    busy = Windows([0.4, 0.6], [1.0, 2.0])
+    assert windows.max_other_cores == 0.5
+    busy = TimingWindows([0.4, 0.6], [1.0, 2.0])
     assert busy.clean == [] and busy.median == 0.5
 
 
