@@ -248,7 +248,7 @@ class _Calls(TorchFunctionMode):
             self.cuda.add("host sync by tolist")
         if func is Tensor.__deepcopy__:
             return self._put(func(*args, **kwargs), self.cuda.holds(args[0]))
-        if getattr(func, "__module__", "") == "cnntrain.models.dropout" and self.cuda.holds(args[0]):
+        if getattr(func, "__module__", "") == "cnntrain.models.norm_act" and self.cuda.holds(args[0]):
             return torch.nn.functional.dropout(
                 *args, **kwargs
             )  # inside, this mode is off: `device` would be the CPU

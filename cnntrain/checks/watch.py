@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from cnntrain.models.dropout import dropout
+from cnntrain.models.norm_act import dropout
 from cnntrain.train.hooks import attached
 
 RECTIFIERS = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu, functional.relu6)

@@ -1,4 +1,4 @@
-"""The plain and the residual networks for CIFAR, of any depth 6n + 2.
+"""Plain and residual networks for CIFAR, of depth 6n + 2.
 
 Source: He et al. 2016, Deep Residual Learning for Image Recognition, section 4.2.
 """
@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from cnntrain.errors import UserError
-from cnntrain.models.blocks import PadShortcut
-from cnntrain.models.norm_act import check_word
+from cnntrain.models.norm_act import PadShortcut, check_choice
 
 SHORTCUTS = ("pad", "projection", "none")
-
-DEEPEST = 6 * 500 + 2  # the deepest network in He et al. 2016 has 1202 layers
+MAX_DEPTH = 6 * 500 + 2  # the deepest network in He et al. 2016 has 1202 layers
 
 
 class CifarBlock(nn.Module):
-    """Two 3x3 convolutions; with a shortcut a residual block, without one two plain layers."""
+    """Two 3x3 convolutions, with or without a shortcut."""
 
     def __init__(self, in_channels: int, width: int, stride: int, shortcut: str) -> None:
         super().__init__()
@@ -50,11 +48,11 @@ class CifarResNet(nn.Module):
     """(N, C, H, W) -> (N, num_outputs): stages of 16, 32 and 64 channels, global average pool, dense layer.
 
     Args:
-        depth: 6n + 2 layers with weights.
-        shortcut: pad (option A, without parameters), projection (option B), or none: the plain network.
+        depth: number of layers with weights, 6n + 2.
+        shortcut: pad (option A, without parameters), projection (option B), or none (the plain network).
 
     Raises:
-        UserError: a depth that is not 6n + 2 (the nearest are named), or an unknown shortcut.
+        UserError: a depth that is not 6n + 2, or an unknown shortcut.
     """
 
     head_names = ("fc",)
@@ -72,9 +70,9 @@ class CifarResNet(nn.Module):
         if depth < 8 or depth % 6 != 2:
             below = max(8, (depth - 2) // 6 * 6 + 2)
             raise UserError(f"model.depth: {depth} is not 6n + 2; the nearest are {below} and {below + 6}")
-        if depth > DEEPEST:
-            raise UserError(f"model.depth: {depth} is too deep; the maximum is {DEEPEST}")
-        check_word("shortcut", shortcut, SHORTCUTS)
+        if depth > MAX_DEPTH:
+            raise UserError(f"model.depth: {depth} is too deep; the maximum is {MAX_DEPTH}")
+        check_choice("shortcut", shortcut, SHORTCUTS)
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU()

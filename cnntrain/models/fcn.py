@@ -1,4 +1,4 @@
-"""Fully convolutional networks: a classifier's maps, scored pixel by pixel and enlarged again.
+"""Fully convolutional networks: per-pixel scores from the feature maps of a classifier.
 
 Source: Long et al. 2015, Fully Convolutional Networks for Semantic Segmentation, sections 3.1 and 4.1.
 """
@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from cnntrain.errors import UserError
 from cnntrain.models.cifar_resnet import CifarResNet
-from cnntrain.models.norm_act import check_word
+from cnntrain.models.norm_act import check_choice
 from cnntrain.models.resnet import ResNet
+from cnntrain.models.sequential.layers import LayerContext
 from cnntrain.models.sequential.parser import build_layers
-from cnntrain.models.sequential.shapes import Place
 from cnntrain.models.torchvision import classifier
 
 _PROBE_PX = 256
@@ -22,22 +22,21 @@ UPSAMPLINGS = ("nearest", "bilinear", "bicubic")
 
 
 class FCN(nn.Module):
-    """(N, C, H, W) -> (N, num_outputs, H, W), any size that the backbone takes.
+    """(N, C, H, W) -> (N, num_outputs, H, W), for any image size that the backbone accepts.
 
-    The last map of each size in the backbone gets a 1x1 convolution to `num_outputs` channels; the scores are
-    enlarged and added from the coarsest up, then enlarged to the image: with skips=2 and a backbone of stride
-    32 this is the FCN-8s, with skips=0 the FCN-32s.
+    A 1x1 convolution computes scores from the last map of each size. Starting with the coarsest, the scores are
+    upsampled and added, then upsampled to the image size. With a backbone of stride 32, skips=2 is the FCN-8s and
+    skips=0 the FCN-32s.
 
     Args:
-        backbone: resnet18/34/50/101/152 (ours), cifar_resnet20 or any other depth, any classifier of
-            torchvision, or `{layers: [...]}` as model=sequential has it (`output` may be left out); whatever
-            follows its last map is left out.
-        skips: how many finer maps are scored too.
+        backbone: resnet18/34/50/101/152, cifar_resnet20 (or another depth), a classifier of torchvision, or
+            `{layers: [...]}` as in model=sequential (`output` may be missing). Layers after the last map are removed.
+        skips: number of finer maps with scores.
         upsampling: nearest, bilinear or bicubic.
         stem: auto, imagenet or small; only for resnet backbones.
 
     Raises:
-        UserError: an unknown backbone or word; a backbone without maps, or that can't be traced.
+        UserError: an unknown backbone or option; a backbone that has no feature maps or that torch.fx cannot trace.
     """
 
     head_names = ("score",)
@@ -56,20 +55,20 @@ class FCN(nn.Module):
         super().__init__()
         from torchvision.models.feature_extraction import create_feature_extractor
 
-        check_word("upsampling", upsampling, UPSAMPLINGS)
+        check_choice("upsampling", upsampling, UPSAMPLINGS)
         self.upsampling = upsampling
         network = _build_backbone(backbone, in_channels, image_size, stem)
         maps = last_map_of_each_size(network, in_channels)[-(skips + 1) :]
         if not maps:
             raise UserError(
-                f"model.backbone: {backbone!r} makes no feature map; choose a convolutional network"
+                f"model.backbone: {backbone!r} has no feature map; choose a convolutional network"
             )
         try:
             self.backbone = create_feature_extractor(
                 network, {name: str(i) for i, (name, _) in enumerate(maps)}
             )
-        except Exception as error:  # torch.fx raises what the network's own code raises
-            raise UserError(f"model.backbone: {backbone!r} can't be traced by torch.fx: {error}") from error
+        except Exception as error:  # torch.fx raises whatever the network raises
+            raise UserError(f"model.backbone: torch.fx cannot trace {backbone!r}: {error}") from error
         self.score = nn.ModuleList(nn.Conv2d(channels, num_outputs, 1) for _, channels in maps)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,10 +77,10 @@ class FCN(nn.Module):
         total = scores.pop()
         while scores:
             finer = scores.pop()
-            total = finer + self._enlarge(total, finer.shape[-2:])
-        return self._enlarge(total, images.shape[-2:])
+            total = finer + self._upsample(total, finer.shape[-2:])
+        return self._upsample(total, images.shape[-2:])
 
-    def _enlarge(self, x: Tensor, size: Sequence[int]) -> Tensor:
+    def _upsample(self, x: Tensor, size: Sequence[int]) -> Tensor:
         corners = None if self.upsampling == "nearest" else False
         return functional.interpolate(x, size=tuple(size), mode=self.upsampling, align_corners=corners)
 
@@ -89,41 +88,41 @@ class FCN(nn.Module):
 def _build_backbone(
     backbone: str | Mapping[str, object], in_channels: int, image_size: Sequence[int], stem: str
 ) -> nn.Module:
-    facts = {"in_channels": in_channels, "num_outputs": 1000, "image_size": image_size}
+    arguments = {"in_channels": in_channels, "num_outputs": 1000, "image_size": image_size}
     if isinstance(backbone, Mapping):
         layers: object = backbone.get("layers")
-        place = Place((in_channels, *image_size), 1, "model.backbone.layers")
-        return build_layers(layers, place)[0]  # type: ignore[arg-type]
+        context = LayerContext((in_channels, *image_size), 1, "model.backbone.layers")
+        return build_layers(layers, context)[0]  # type: ignore[arg-type]
     if backbone.startswith("cifar_resnet") and backbone.removeprefix("cifar_resnet").isdigit():
-        return CifarResNet(depth=int(backbone.removeprefix("cifar_resnet")), **facts)  # type: ignore[arg-type]
+        return CifarResNet(depth=int(backbone.removeprefix("cifar_resnet")), **arguments)  # type: ignore[arg-type]
     if backbone in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
-        return ResNet(depth=int(backbone[6:]), stem=stem, **facts)  # type: ignore[arg-type]
-    return classifier(name=backbone, **facts)  # type: ignore[arg-type]
+        return ResNet(depth=int(backbone[6:]), stem=stem, **arguments)  # type: ignore[arg-type]
+    return classifier(name=backbone, **arguments)  # type: ignore[arg-type]
 
 
 def last_map_of_each_size(network: nn.Module, in_channels: int) -> list[tuple[str, int]]:
-    """(name, channels) of the module that makes the last map of each size, finest first.
+    """Return (name, channels) of the module with the last feature map of each size, finest first.
 
-    Found by running the network on shapes alone. The head and a flattening end the search; single numbers per
-    channel (those of squeeze-and-excitation, global pools) and maps as large as the image don't count.
+    The network is run on the meta device. The search ends at the head or at a flatten. 1x1 maps (squeeze-and-excitation,
+    global pools) and maps as large as the image are not included.
     """
-    found: dict[int, tuple[str, int]] = {}
-    ended: list[str] = []
+    last: dict[int, tuple[str, int]] = {}
+    ended = False
     heads: tuple[str, ...] = getattr(network, "head_names", ())
 
-    def look(name: str, module: nn.Module, result: object) -> None:
-        if isinstance(module, nn.Flatten) or name in heads:
-            ended.append(name)
+    def record(name: str, module: nn.Module, result: object) -> None:
+        nonlocal ended
+        ended = ended or isinstance(module, nn.Flatten) or name in heads
         if ended or not isinstance(result, Tensor) or result.dim() != 4:
             return
         if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
             return
         height, width = result.shape[-2:]
         if height == width and 1 < width < _PROBE_PX:  # channels-last maps inside a block are not square
-            found[width] = (name, result.shape[1])
+            last[width] = (name, result.shape[1])
 
     def hook(name: str) -> Callable[[nn.Module, object, object], None]:
-        return lambda module, inputs, result: look(name, module, result)
+        return lambda module, inputs, result: record(name, module, result)
 
     handles = [m.register_forward_hook(hook(name)) for name, m in network.named_modules() if name]
     state = {name: t.to("meta") for name, t in (*network.named_parameters(), *network.named_buffers())}
@@ -131,8 +130,8 @@ def last_map_of_each_size(network: nn.Module, in_channels: int) -> list[tuple[st
         image = torch.empty(2, in_channels, _PROBE_PX, _PROBE_PX, device="meta")
         torch.func.functional_call(network, state, (image,))
     except (RuntimeError, ValueError, AssertionError):
-        pass  # a dense layer made for another image size: the maps before it have been seen
+        pass  # a dense layer for another image size; the maps before it are recorded
     finally:
         for handle in handles:
             handle.remove()
-    return [found[size] for size in sorted(found, reverse=True)]
+    return [last[size] for size in sorted(last, reverse=True)]

@@ -1,11 +1,10 @@
-"""What every network can have done to it once it is built: other norms, activations, weights, a frozen
-backbone.
+"""Modify a built network: replace norms and activations, initialize, load pretrained weights, freeze layers.
 
-These are the common keys of `conf/model/_base.yaml`; no network needs to know them.
+These are the keys that every model config has; the networks themselves do not implement them.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -13,11 +12,24 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cnntrain.errors import UserError, suggest
-from cnntrain.models.norm_act import check_word
+from cnntrain.models.norm_act import check_choice, make_activation, make_norm
 from cnntrain.models.pretrained import Weights, in_head, load_pretrained
-from cnntrain.models.swap import swap_activation, swap_norm
 
+log = logging.getLogger("cnntrain")
 INITS = ("default", "he", "xavier")
+_NORM_DIMENSIONS: dict[type[nn.Module], int] = {
+    nn.BatchNorm1d: 0,
+    nn.BatchNorm2d: 2,
+    nn.BatchNorm3d: 3,
+    nn.InstanceNorm1d: 1,
+    nn.InstanceNorm2d: 2,
+    nn.InstanceNorm3d: 3,
+    nn.GroupNorm: 2,
+}
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU),
+    *(nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus, nn.Tanh),
+)
 
 
 def prepare(
@@ -33,12 +45,12 @@ def prepare(
     outputs: tuple[str, ...] = (),
     image_size: Sequence[int] = (),
 ) -> nn.Module:
-    """Apply the common keys of a model's YAML, in this order; null and 'default' leave the network as it is.
+    """Apply the common keys of the model configs, in this order; None and 'default' change nothing.
 
     Args:
-        norm: batch, layer, instance, group or none; replaces every norm. Not allowed for networks with layer norms or
-            pretrained weights.
-        activation: relu, gelu, tanh, ... in place of every activation.
+        norm: batch, layer, instance, group or none; replaces every norm. Not allowed for networks with layer norms, nor
+            with pretrained weights.
+        activation: relu, gelu, tanh, ...; replaces every activation.
         init: he or xavier, for every convolution and dense layer; not allowed with pretrained weights.
         freeze: backbone (train only the head), or names of layers.
         unfreeze: epoch from which frozen layers are trained too; the training loop reads it and calls `unfreeze`.
@@ -50,7 +62,7 @@ def prepare(
     """
     if unfreeze is not None and freeze is None:
         raise UserError(f"model.unfreeze={unfreeze}: nothing is frozen; set model.freeze=backbone too")
-    _check_same_parts(model, weights, norm, activation)
+    _check_pretrained_layers(model, weights, norm, activation)
     if norm is not None:
         swap_norm(model, norm)
     if activation is not None:
@@ -72,47 +84,116 @@ def is_pretrained(model: nn.Module) -> bool:
     return any(hasattr(module, "pretrained_from") for module in model.modules())
 
 
-def _check_same_parts(
+def _check_pretrained_layers(
     model: nn.Module, weights: Weights | None, norm: str | None, activation: str | None
 ) -> None:
     """Reject norms that differ from those of the pretrained weights; warn if the activations differ."""
-    before = weights.model if weights is not None else None
-    if norm is not None and before is None and (weights is not None or is_pretrained(model)):
+    config = weights.model if weights is not None else None
+    if norm is not None and config is None and (weights is not None or is_pretrained(model)):
         raise UserError(
-            f"model.norm={norm} would replace the norms that the pretrained weights were trained with; "
+            f"model.norm={norm}: would replace the norms that the pretrained weights were trained with; "
             "set model.norm=null"
         )
-    if before is not None and before.get("norm") != norm:
-        then, now = (value or "null" for value in (before.get("norm"), norm))
+    if config is not None and config.get("norm") != norm:
+        pretrained, current = (value or "null" for value in (config.get("norm"), norm))
         raise UserError(
-            f"model.norm={now}: the pretrained weights were trained with model.norm={then}; use the same value"
+            f"model.norm={current}: the pretrained weights were trained with model.norm={pretrained}; use the same value"
         )
-    then = before.get("activation") if before is not None else None
-    if activation != then and (weights is not None or is_pretrained(model)):
-        logging.getLogger("cnntrain").warning(
+    pretrained = config.get("activation") if config is not None else None
+    if activation != pretrained and (weights is not None or is_pretrained(model)):
+        log.warning(
             "model.activation=%s: the pretrained weights were trained with %s",
-            activation or "null", then or "the network's own activations",
-        )  # fmt: skip
+            activation or "null",
+            pretrained or "the network's own activations",
+        )
 
 
 def materialize(model: nn.Module, channels: int, image_size: tuple[int, int]) -> None:
-    """Give torch's lazy layers (`nn.LazyLinear`) their shapes, by two black images of `image_size` (height, width).
+    """Initialize lazy modules (`nn.LazyLinear`) by a forward pass of two images of `image_size` (height, width).
 
     Raises:
-        UserError: the network can't take them.
+        UserError: the forward pass failed.
     """
     if not any(map(is_lazy, chain(model.parameters(), model.buffers()))):
         return
-    mode = model.training
+    training = model.training
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(2, channels, *image_size))
-    except Exception as error:  # whatever the user's own network raises
+    except Exception as error:  # a user's network may raise anything
         raise UserError(
-            f"model: its lazy layers take their shapes from a first batch, and the network raised on one of shape "
+            f"model: the forward pass that initializes its lazy layers failed for images of shape "
             f"{(2, channels, *image_size)}: {type(error).__name__}: {error}"
         ) from error
-    model.train(mode)
+    model.train(training)
+
+
+def swap_norm(model: nn.Module, norm: str) -> None:
+    """Replace every batch, instance and group norm of `model` in place; scale and shift are initialized anew.
+
+    Local response normalization stays. With 'none', convolutions without a bias get none.
+
+    Raises:
+        UserError: an unknown norm; a network without norms; or a network with layer norms, which normalize the last
+            dimensions, and these need not be channels.
+    """
+    make_norm(norm, 1)
+    if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
+        raise UserError(
+            f"model.norm={norm}: this network has layer norms, which cannot be replaced; set model.norm=null"
+        )
+    count = _replace(model, tuple(_NORM_DIMENSIONS), lambda old: _replacement_norm(old, norm))
+    if not count and norm != "none":
+        raise UserError(f"model.norm={norm}: this network has no norm to replace; set model.norm=null")
+
+
+def _replacement_norm(old: nn.Module, norm: str) -> nn.Module:
+    """Return a replacement for the norm `old`; timm's BatchNormAct2d and GroupNormAct keep their activation."""
+    if isinstance(old, nn.GroupNorm):
+        new = make_norm(norm, old.num_channels)
+    else:
+        dimensions = next(n for kind, n in _NORM_DIMENSIONS.items() if isinstance(old, kind))
+        new = make_norm(norm, old.num_features, dimensions)  # type: ignore[arg-type]
+    if type(old) in _NORM_DIMENSIONS:
+        return new
+    parts = dict(old.named_children())
+    if not type(old).__module__.startswith("timm.layers.") or set(parts) != {"drop", "act"}:
+        raise UserError(
+            f"model.norm={norm}: {type(old).__name__} may compute more than a norm, which would be lost; "
+            "set model.norm=null"
+        )
+    return nn.Sequential(new, parts["drop"], parts["act"])
+
+
+def swap_activation(model: nn.Module, activation: str) -> None:
+    """Replace every activation of `model` in place; sigmoids (gates of squeeze-and-excitation) stay.
+
+    Raises:
+        UserError: an unknown activation, or a network without activation modules (torchvision's Inception calls
+            functions).
+    """
+    make_activation(activation)
+    if not _replace(model, _ACTIVATIONS, lambda old: make_activation(activation)):
+        raise UserError(
+            f"model.activation={activation}: this network has no activation module to replace; set "
+            "model.activation=null"
+        )
+
+
+def _replace(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[nn.Module], nn.Module]
+) -> int:
+    """Replace the submodules of the given types and return their number."""
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kinds):
+                new = make(child)
+                if hasattr(child, "in_config"):
+                    new.in_config = child.in_config  # type: ignore[assignment]
+                setattr(parent, name, new)
+                count += 1
+    return count
 
 
 def initialize(model: nn.Module, init: str) -> None:
@@ -124,11 +205,11 @@ def initialize(model: nn.Module, init: str) -> None:
     Raises:
         UserError: unknown `init`, or the network has pretrained weights that would be lost.
     """
-    check_word("init", init, INITS)
+    check_choice("init", init, INITS)
     if init == "default":
         return
     if is_pretrained(model):
-        raise UserError(f"model.init={init} would throw the pretrained weights away; set model.init=default")
+        raise UserError(f"model.init={init}: would overwrite the pretrained weights; set model.init=default")
     for module in model.modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or not isinstance(weight, Tensor):
@@ -202,17 +283,18 @@ def _check_layers(model: nn.Module, freeze: object) -> None:
 
 def count_trainable(model: nn.Module) -> tuple[int, int]:
     """Return the number of trainable parameters and of all parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters())
 
 
 def keep_in_eval(module: nn.Module) -> None:
-    """Let a norm use its statistics and leave them as they are, whoever calls `train()`, until `unfreeze`."""
+    """Keep a norm in evaluation mode, even after `train()`, until `unfreeze`."""
     module.eval()
     module.register_forward_pre_hook(_stay_in_eval)
 
 
 def stays_in_eval(module: nn.Module) -> bool:
+    """Return True if `keep_in_eval` was applied to the module."""
     return _stay_in_eval in module._forward_pre_hooks.values()
 
 
@@ -228,5 +310,5 @@ def unfreeze(model: nn.Module) -> None:
 
 
 def _stay_in_eval(module: nn.Module, inputs: object) -> None:
-    """A hook and not an override of train(): it survives deepcopy, and whoever calls model.train()."""
+    """Forward pre-hook; unlike an override of `train`, it survives deepcopy."""
     module.training = False

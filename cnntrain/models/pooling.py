@@ -42,7 +42,7 @@ def window_means(length: int, output_length: int, device: torch.device) -> Tenso
     in `torch.nn.AdaptiveAvgPool2d`.
     """
     rows = []
-    for i in range(output_length):
-        start, end = i * length // output_length, -(-(i + 1) * length // output_length)
-        rows += [1 / (end - start) if start <= place < end else 0.0 for place in range(length)]
+    for row in range(output_length):
+        start, end = row * length // output_length, -(-(row + 1) * length // output_length)
+        rows += [1 / (end - start) if start <= i < end else 0.0 for i in range(length)]
     return constant(rows, device).view(output_length, length)

@@ -1,4 +1,4 @@
-"""Find and load pretrained weights: from torchvision or timm, from a file, or from an earlier run."""
+"""Find and load pretrained weights: of torchvision or timm, of a file, or of an earlier run."""
 
 import logging
 import math
@@ -242,7 +242,7 @@ def _read_file(
         raise UserError(
             f"model.pretrained: {path} contains no state dict (a mapping from layer names to real tensors)"
         )
-    if all(key.startswith("module.") for key in state):  # prefix added by DataParallel
+    if all(key.startswith("module.") for key in state):  # prefix of DataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return Weights(name, published, state, published.preprocessing("DEFAULT") if published else None)
 
@@ -301,42 +301,42 @@ def load_pretrained(
     Raises:
         UserError: weights of another architecture.
     """
-    theirs = dict(weights.state) if weights.state is not None else {}
+    loaded = dict(weights.state) if weights.state is not None else {}
     if weights.state is None and weights.published:
-        theirs = dict(weights.published.read(weights.name, image_size))
+        loaded = dict(weights.published.read(weights.name, image_size))
     prefix = f"{weights.part}." if weights.part else ""
-    theirs = {f"{prefix}{key}": value for key, value in theirs.items()}
+    loaded = {f"{prefix}{key}": value for key, value in loaded.items()}
     heads = heads_of(model, num_outputs)
     first = first_conv_name(model.get_submodule(weights.part))
     first = None if first is None else f"{prefix}{first}"
-    ours = model.state_dict()
-    for key, value in theirs.items():
-        if 0 in value.shape and key in ours and value.shape != ours[key].shape:
+    current = model.state_dict()
+    for key, value in loaded.items():
+        if 0 in value.shape and key in current and value.shape != current[key].shape:
             raise UserError(
                 f"model.pretrained: {weights.name!r}: {key} is empty (shape {tuple(value.shape)})"
             )
-    if first is not None and (key := f"{first}.weight") in theirs and theirs[key].ndim == 4:
-        theirs[key] = adapt_first_conv(theirs[key], ours[key].shape[1])
+    if first is not None and (key := f"{first}.weight") in loaded and loaded[key].ndim == 4:
+        loaded[key] = adapt_first_conv(loaded[key], current[key].shape[1])
     other_outputs = weights.outputs is not None and weights.outputs != outputs
     new: list[str] = []
-    foreign: list[str] = []
-    for name, keys in _by_layer(ours).items():
+    mismatched: list[str] = []
+    for name, keys in _by_layer(current).items():
         if other_outputs and in_head(name, heads):
             new.append(name)
-        elif any(key not in theirs or theirs[key].shape != ours[key].shape for key in keys):
+        elif any(key not in loaded or loaded[key].shape != current[key].shape for key in keys):
             new.append(name)
             replaceable = (
-                name == first or in_head(name, heads) or _reads_another_size(name, keys, ours, theirs)
+                name == first or in_head(name, heads) or _differs_in_inputs(name, keys, current, loaded)
             )
-            foreign += [] if replaceable else [name]
-    if foreign or len(new) == len(_by_layer(ours)):
+            mismatched += [] if replaceable else [name]
+    if mismatched or len(new) == len(_by_layer(current)):
         architecture = weights.published.architecture if weights.published else type(model).__name__
         raise UserError(
-            f"model.pretrained: {weights.name!r} does not fit {architecture}: {(foreign or new)[0]} is missing "
-            f"or has another shape ({len(foreign or new)} layers in all)"
+            f"model.pretrained: {weights.name!r} does not fit {architecture}: {(mismatched or new)[0]} is missing "
+            f"or has another shape ({len(mismatched or new)} layers in all)"
         )
-    fitting = {key: theirs[key] for key in ours if key in theirs and _layer(key) not in new}
-    model.load_state_dict({**ours, **fitting})
+    fitting = {key: loaded[key] for key in current if key in loaded and _layer(key) not in new}
+    model.load_state_dict({**current, **fitting})
     log.info("loaded %s; layers without pretrained weights: %s", weights.name, ", ".join(new) or "none")
     return tuple(new)
 
@@ -348,24 +348,24 @@ def _layer(key: str) -> str:
 
 def _by_layer(state: Iterable[str]) -> dict[str, list[str]]:
     """Group the keys of a state dict by layer. `num_batches_tracked` is skipped, because old files lack it."""
-    found: dict[str, list[str]] = {}
+    layers: dict[str, list[str]] = {}
     for key in state:
         if not key.endswith(".num_batches_tracked"):
-            found.setdefault(_layer(key), []).append(key)
-    return found
+            layers.setdefault(_layer(key), []).append(key)
+    return layers
 
 
-def _reads_another_size(
-    name: str, keys: Sequence[str], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+def _differs_in_inputs(
+    name: str, keys: Sequence[str], current: Mapping[str, Tensor], loaded: Mapping[str, Tensor]
 ) -> bool:
     """Return True if a dense layer differs only in its number of inputs, as after flattening another map size."""
     weight = f"{name}.weight"
-    if weight not in keys or any(key not in theirs for key in keys):
+    if weight not in keys or any(key not in loaded for key in keys):
         return False
-    if any(theirs[key].shape != ours[key].shape for key in keys if key != weight):
+    if any(loaded[key].shape != current[key].shape for key in keys if key != weight):
         return False
-    mine, other = ours[weight].shape, theirs[weight].shape
-    return len(mine) == len(other) == 2 and mine[0] == other[0]
+    shape, other = current[weight].shape, loaded[weight].shape
+    return len(shape) == len(other) == 2 and shape[0] == other[0]
 
 
 def heads_of(model: nn.Module, num_outputs: int) -> tuple[str, ...]:
@@ -390,15 +390,15 @@ def in_head(name: str, heads: tuple[str, ...]) -> bool:
 
 
 def first_conv_name(model: nn.Module) -> str | None:
-    """Name of the convolution that reads the image: the first that was made."""
+    """Return the name of the first convolution, which reads the image; None if there is none."""
     return next((name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
 
 
 def adapt_first_conv(weight: Tensor, in_channels: int) -> Tensor:
-    """Filters for images of other channels: (O, 3, K, K) -> (O, in_channels, K, K).
+    """Adapt filters to another number of input channels: (O, 3, K, K) -> (O, in_channels, K, K).
 
-    One channel: the sum over color, which is what the filters answer to a gray image written three times.
-    Otherwise the colors in turn, scaled by 3 / in_channels so that the answers keep their size.
+    One channel: sum over the colors, equal to the response to a gray image repeated three times. Otherwise repeat the
+    colors, scaled by 3 / in_channels so that the responses keep their magnitude.
     """
     colors = weight.shape[1]
     if in_channels == colors:

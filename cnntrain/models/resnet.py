@@ -1,7 +1,7 @@
-"""ResNet-18/34/50/101/152, module by module and key by key as torchvision names them.
+"""ResNet-18/34/50/101/152, with torchvision's modules and state-dict keys.
 
-Source: He et al. 2016, Deep Residual Learning for Image Recognition, table 1. The bottleneck's stride stands
-at its 3x3 convolution, as torchvision has it ("v1.5"); the paper has it at the first 1x1.
+Source: He et al. 2016, Deep Residual Learning for Image Recognition, table 1. The bottleneck has its stride in the 3x3
+convolution, as in torchvision ("v1.5"); in the paper it is in the first 1x1 convolution.
 """
 
 import logging
@@ -11,7 +11,7 @@ from functools import cache
 from torch import Tensor, nn
 
 from cnntrain.errors import UserError
-from cnntrain.models.norm_act import check_word
+from cnntrain.models.norm_act import check_choice
 
 _BLOCKS = {
     18: (2, 2, 2, 2),
@@ -20,11 +20,11 @@ _BLOCKS = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-SMALL_UP_TO_PX = 64
+_SMALL_STEM_MAX_PX = 64
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (figure 5, left)."""
+    """Two 3x3 convolutions with a shortcut (figure 5, left)."""
 
     expansion = 1
 
@@ -49,7 +49,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 down, 3x3, 1x1 up to four times the width, and a shortcut (figure 5, right)."""
+    """1x1, 3x3 and 1x1 convolutions with a shortcut; the last has four times the width (figure 5, right)."""
 
     expansion = 4
 
@@ -77,13 +77,13 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """(N, C, H, W) -> (N, num_outputs), any image size.
+    """(N, C, H, W) -> (N, num_outputs), for any image size.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        stem: imagenet (7x7 stride 2, 3x3 max-pool stride 2), small (3x3 stride 1, no pool), or auto: small
-            where the image's longer side has up to 64 px. `self.stem` says which it became.
-        zero_init_last_norm: start every block as the identity (Goyal et al. 2017, section 5.1).
+        stem: imagenet (7x7 stride 2, then 3x3 max pool stride 2), small (3x3 stride 1, no pool), or auto: small if the
+            longer side of the images is at most 64 px. The attribute `stem` holds the choice.
+        zero_init_last_norm: initialize every block as the identity (Goyal et al. 2017, section 5.1).
 
     Raises:
         UserError: an unknown depth or stem.
@@ -135,25 +135,25 @@ class ResNet(nn.Module):
 
 
 def choose_stem(stem: str, image_size: Sequence[int]) -> str:
-    """'small' or 'imagenet'; 'auto' goes by the image's longer side and says so in the log, once a process."""
-    check_word("stem", stem, ("auto", "small", "imagenet"))
+    """Return 'small' or 'imagenet'; 'auto' depends on the longer side of the images and is logged."""
+    check_choice("stem", stem, ("auto", "small", "imagenet"))
     if stem != "auto":
         return stem
-    chosen = "small" if max(image_size) <= SMALL_UP_TO_PX else "imagenet"
-    tell_stem(chosen, "x".join(map(str, image_size)))
+    chosen = "small" if max(image_size) <= _SMALL_STEM_MAX_PX else "imagenet"
+    log_stem(chosen, "x".join(map(str, image_size)))
     return chosen
 
 
-@cache
-def tell_stem(chosen: str, size: str) -> None:
-    means = "3x3, stride 1, no max-pool" if chosen == "small" else "7x7, stride 2, then max-pool"
-    logging.getLogger("cnntrain").info("model.stem=auto: %s (%s) for images of %s px", chosen, means, size)
+@cache  # once per process
+def log_stem(chosen: str, size: str) -> None:
+    layers = "3x3, stride 1, no max pool" if chosen == "small" else "7x7, stride 2, then max pool"
+    logging.getLogger("cnntrain").info("model.stem=auto: %s (%s) for images of %s px", chosen, layers, size)
 
 
 def _stage(
     block: type[BasicBlock] | type[Bottleneck], in_channels: int, width: int, count: int, stride: int
 ) -> tuple[nn.Sequential, int]:
-    """`count` blocks, the first with `stride`; and the channels that leave them."""
+    """Return `count` blocks, the first with `stride`, and their number of output channels."""
     out_channels = width * block.expansion
     downsample = None
     if stride != 1 or in_channels != out_channels:

@@ -1,4 +1,4 @@
-"""Networks of timm, an optional extra: `pip install cnntrain[timm]`."""
+"""Networks of timm, an optional dependency: `pip install cnntrain[timm]`."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from cnntrain.models.pretrained import Preprocessing
 
 
 def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Sequence[int]) -> nn.Module:
-    """A classification model of timm: (N, C, H, W) -> (N, num_outputs), with fresh weights.
+    """Return a classifier of timm with random weights: (N, C, H, W) -> (N, num_outputs).
 
     Args:
-        name: as `timm.list_models()` has it, e.g. convnext_atto; with `.tag` for certain weights.
+        name: one of `timm.list_models()`, for example convnext_atto; `.tag` selects pretrained weights.
 
     Raises:
         UserError: timm is not installed, or the name is unknown (the message suggests a similar name).
@@ -75,7 +75,7 @@ def _create(name: str, image_size: Sequence[int], **options: Any) -> nn.Module:
     try:
         try:
             return timm.create_model(name, img_size=tuple(image_size), **options)
-        except TypeError:  # only those with position embeddings take img_size
+        except TypeError:  # only networks with position embeddings have img_size
             return timm.create_model(name, **options)
     except (RuntimeError, OSError) as error:
         raise UserError(f"model.name={name}: {str(error).splitlines()[0]}") from error

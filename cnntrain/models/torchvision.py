@@ -1,4 +1,4 @@
-"""Networks of torchvision, by name: first convolution and head fitted to the data and the task."""
+"""Networks of torchvision, by name; the first convolution and the head are adapted to the data and the task."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from cnntrain.models.pretrained import first_conv_name, last_of_width
 
 
 def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Sequence[int]) -> nn.Module:
-    """A classification model of torchvision: (N, C, H, W) -> (N, num_outputs), with fresh weights.
+    """Return a classifier of torchvision with random weights: (N, C, H, W) -> (N, num_outputs).
 
-    GoogLeNet and Inception come without their auxiliary heads, and without `transform_input`: they answer
-    with a plain tensor, to images normalized as all others.
+    GoogLeNet and Inception have no auxiliary heads and no `transform_input`, so that they return one tensor and expect
+    the same normalization as other networks.
 
     Args:
-        name: as `torchvision.models.list_models` has it, e.g. mobilenet_v2.
+        name: one of `torchvision.models.list_models()`, for example mobilenet_v2.
 
     Raises:
-        UserError: the name is unknown (the message suggests a similar name).
+        UserError: an unknown name (the message suggests a similar one), or an image size it does not support.
     """
     model = build(name, "classifier", in_channels, num_outputs, image_size)
     model.head_names = (last_of_width(model, num_outputs),)  # type: ignore[assignment]
@@ -27,13 +27,13 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
 
 
 class Segmenter(nn.Module):
-    """A segmentation model of torchvision: (N, C, H, W) -> (N, num_outputs, H, W), with fresh weights.
+    """Segmentation model of torchvision with random weights: (N, C, H, W) -> (N, num_outputs, H, W).
 
     Args:
-        name: e.g. fcn_resnet50, deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large.
+        name: for example fcn_resnet50, deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large.
 
     Raises:
-        UserError: an unknown name, with the near miss.
+        UserError: an unknown name (the message suggests a similar one).
     """
 
     head_names = ("network.classifier",)
@@ -54,7 +54,7 @@ class Segmenter(nn.Module):
 
 
 def build(name: str, kind: str, in_channels: int, num_outputs: int, image_size: Sequence[int]) -> nn.Module:
-    """torchvision's model with fresh weights, its first convolution as wide as the images."""
+    """Return torchvision's model with random weights and `in_channels` input channels."""
     from torchvision import models
 
     module = models.segmentation if kind == "segmentation model" else models
@@ -68,7 +68,10 @@ def build(name: str, kind: str, in_channels: int, num_outputs: int, image_size: 
     if name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True, "transform_input": False}
     if name.startswith("vit_"):
-        options["image_size"] = _square(name, image_size)
+        if len(set(image_size)) > 1:
+            shown = "x".join(map(str, image_size))
+            raise UserError(f"model.name={name}: needs square images, not {shown} px")
+        options["image_size"] = image_size[0]
     elif name.startswith("maxvit"):
         options["input_size"] = tuple(image_size)
     if kind == "segmentation model":
@@ -77,13 +80,13 @@ def build(name: str, kind: str, in_channels: int, num_outputs: int, image_size: 
         model = models.get_model(name, weights=None, **options)
     except (ValueError, RuntimeError) as error:
         size = "x".join(map(str, image_size))
-        raise UserError(f"model.name={name}: not for images of {size} px: {error}") from error
+        raise UserError(f"model.name={name}: cannot be built for images of {size} px: {error}") from error
     set_in_channels(model, in_channels)
     return model
 
 
 def set_in_channels(model: nn.Module, in_channels: int) -> None:
-    """Replace the first convolution by one that reads `in_channels`, unless it does."""
+    """Replace the first convolution if it has another number of input channels."""
     name = first_conv_name(model)
     old = model.get_submodule(name) if name is not None else None
     if name is None or not isinstance(old, nn.Conv2d) or old.in_channels == in_channels:
@@ -99,9 +102,3 @@ def set_in_channels(model: nn.Module, in_channels: int) -> None:
     )
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
-
-
-def _square(name: str, image_size: Sequence[int]) -> int:
-    if len(set(image_size)) > 1:
-        raise UserError(f"model.name={name}: needs square images, not {'x'.join(map(str, image_size))} px")
-    return image_size[0]

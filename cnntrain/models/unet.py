@@ -1,4 +1,4 @@
-"""U-Net: an encoder, a decoder, and copies from one to the other.
+"""U-Net: an encoder and a decoder with skip connections.
 
 Source: Ronneberger et al. 2015, U-Net: Convolutional Networks for Biomedical Image Segmentation, figure 1.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cnntrain.errors import UserError
-from cnntrain.models.norm_act import check_word
+from cnntrain.models.norm_act import check_choice
 
 UPSAMPLINGS = ("transposed", "nearest", "bilinear", "bicubic", "unpool")
 PADDINGS = ("same", "valid")
@@ -27,7 +27,7 @@ def _two_convs(in_channels: int, width: int, padding: int, batch_norm: bool) -> 
 
 
 class Up(nn.Module):
-    """Twice as large and half as wide; then beside it the encoder's map, and two convolutions."""
+    """Upsample by 2, halve the channels, concatenate the encoder's map, and apply two convolutions."""
 
     def __init__(self, width: int, padding: int, batch_norm: bool, upsampling: str) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class Up(nn.Module):
         self.unpool = nn.MaxUnpool2d(2) if upsampling == "unpool" else None
         self.convs = _two_convs(2 * width, width, padding, batch_norm)
 
-    def forward(self, x: Tensor, skip: Tensor, where: Tensor | None, pooled_from: torch.Size) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor, indices: Tensor | None) -> Tensor:
         x = self.halve(x)
-        if self.unpool is not None and where is not None:
-            x = self.unpool(_crop(x, where.shape[-2:]), where, output_size=pooled_from[-2:])
+        if self.unpool is not None and indices is not None:
+            x = self.unpool(_crop(x, indices.shape[-2:]), indices, output_size=skip.shape[-2:])
         elif self.upsampling in ("bilinear", "bicubic"):
             x = functional.interpolate(x, scale_factor=2.0, mode=self.upsampling, align_corners=False)
         elif self.upsampling == "nearest":
@@ -50,29 +50,29 @@ class Up(nn.Module):
         missing = [
             max(0, b - a) if b - a <= 1 else 0 for a, b in zip(x.shape[-2:], skip.shape[-2:], strict=True)
         ]
-        if any(missing):  # a pool dropped the last row or column of an odd map: write the one before it again
+        if any(missing):  # a pool dropped the last row or column of an odd map: repeat the one before it
             x = functional.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
         return self.convs(torch.cat([_crop(skip, x.shape[-2:]), x], dim=1))
 
 
 def _crop(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The middle of a map."""
+    """Return the center of a map."""
     top, left = (x.shape[-2] - size[0]) // 2, (x.shape[-1] - size[1]) // 2
     return x[..., top : top + size[0], left : left + size[1]]
 
 
 class UNet(nn.Module):
-    """(N, C, H, W) -> (N, num_outputs, H, W), any size from 2**depth px; with valid padding a smaller middle.
+    """(N, C, H, W) -> (N, num_outputs, H, W), for images of at least 2**depth px.
 
     Args:
         width: channels of the first level, doubled at each of the `depth` levels below it.
-        padding: same (the map keeps its size), or valid as in the paper: 572 px become 388.
+        padding: same (the output has the image's size), or valid as in the paper: the output is smaller (572 px -> 388).
         upsampling: transposed (the paper's 2x2 up-convolution), nearest, bilinear, bicubic (each after a 1x1
-            convolution that halves the channels), or unpool (to where the encoder's maxima were).
-        batch_norm: after each 3x3 convolution; the paper, older than its custom, has none.
+            convolution that halves the channels), or unpool (values return to the positions of the encoder's maxima).
+        batch_norm: batch norm after each 3x3 convolution; the paper has none.
 
     Raises:
-        UserError: an unknown word, or images too small for the depth.
+        UserError: an unknown option, or images too small for the depth.
     """
 
     head_names = ("head",)
@@ -90,15 +90,15 @@ class UNet(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        for key, word, known in (("padding", padding, PADDINGS), ("upsampling", upsampling, UPSAMPLINGS)):
-            check_word(key, word, known)
+        check_choice("padding", padding, PADDINGS)
+        check_choice("upsampling", upsampling, UPSAMPLINGS)
         if padding == "valid" and upsampling == "unpool":
-            raise UserError("model.upsampling=unpool needs padding=same: it puts values back where they were")
+            raise UserError("model.upsampling=unpool needs model.padding=same: it returns values to their old positions")
         smallest = 2**depth if padding == "same" else _smallest_valid(depth)
         if min(image_size) < smallest:
             raise UserError(
                 f"model.depth={depth} with padding={padding} needs images of at least {smallest} px, not "
-                f"{'x'.join(map(str, image_size))}; lower model.depth or give larger images"
+                f"{'x'.join(map(str, image_size))}; lower model.depth or use larger images"
             )
         pixels = 1 if padding == "same" else 0
         widths = [width * 2**level for level in range(depth + 1)]
@@ -119,16 +119,16 @@ class UNet(nn.Module):
             x = convs(x)
             if level < len(self.up):
                 pooled = self.pool(x)
-                after, where = pooled if isinstance(pooled, tuple) else (pooled, None)
-                skips.append((x, where))
-                x = after
-        for up, (skip, where) in zip(self.up, reversed(skips), strict=True):
-            x = up(x, skip, where, skip.shape)
+                smaller, indices = pooled if isinstance(pooled, tuple) else (pooled, None)
+                skips.append((x, indices))
+                x = smaller
+        for up, (skip, indices) in zip(self.up, reversed(skips), strict=True):
+            x = up(x, skip, indices)
         return self.head(x)
 
 
 def _smallest_valid(depth: int) -> int:
-    """Smallest image whose maps all keep a pixel through unpadded convolutions (188 px at depth 4)."""
+    """Return the smallest image size for which no map is empty with valid padding (188 px at depth 4)."""
     size = 1
     for _ in range(depth):
         size = -(-(size + 4) // 2)  # before the decoder's two convolutions and its upsampling

@@ -1,4 +1,4 @@
-"""Windows in the lectures' notation: C_out, K, P, S, D, G; and the arithmetic of sizes."""
+"""Kernel, stride, padding and dilation of convolutions and pools, and the arithmetic of map sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution or a pool. Each tuple has one number per dimension of the window."""
+    """Geometry of a convolution or pool; the tuples have one value per spatial dimension.
+
+    Attributes:
+        same: padding was given as 'same'.
+        ceil: the output size is rounded up (`ceil_mode`).
+    """
 
     kernel: Shape
     stride: Shape
@@ -22,10 +27,10 @@ class Geometry:
     groups: int = 1
     transposed: bool = False
     ceil: bool = False
-    same: bool = False  # padding was asked for as the word 'same'
+    same: bool = False
 
     def notation(self) -> str:
-        """`C64 K11 P2 S4`; D and G only where they aren't 1, and one number where both dimensions agree."""
+        """Return for example `C64 K11 P2 S4`; with D and G if they are not 1, and 3x1 if the dimensions differ."""
         parts = [] if self.out_channels is None else [f"C{self.out_channels}"]
         parts += [f"K{_short(self.kernel)}", f"P{_short(self.padding)}", f"S{_short(self.stride)}"]
         if max(self.dilation) > 1:
@@ -34,25 +39,25 @@ class Geometry:
             parts.append(f"G{self.groups}")
         return " ".join(parts)
 
-    def span(self, axis: int) -> int:
-        """Pixels that a window covers: D*(K-1) + 1."""
+    def extent(self, axis: int) -> int:
+        """Number of pixels from the first to the last tap of the kernel: D*(K-1) + 1."""
         return self.dilation[axis] * (self.kernel[axis] - 1) + 1
 
-    def overflow(self, size: Sequence[int]) -> str:
-        """`(4 - 5 + 2*0)/1 + 1 < 1` where a window is larger than the padded map of `size`, else empty."""
+    def size_error(self, size: Sequence[int]) -> str:
+        """Return `(4 - 5 + 2*0)/1 + 1 < 1` if the kernel is larger than the padded map of `size`, else ''."""
         if self.transposed:
             return ""
         for axis, length in enumerate(size):
-            padding, span = self.padding[axis], self.span(axis)
-            if length + 2 * padding < span:
-                return f"({length} - {span} + 2*{padding})/{self.stride[axis]} + 1 < 1"
+            kernel, padding, extent = self.kernel[axis], self.padding[axis], self.extent(axis)
+            if length + 2 * padding < extent:
+                dilated = f" ({extent} = {self.dilation[axis]}*({kernel} - 1) + 1)" if extent > kernel else ""
+                return f"({length} - {extent} + 2*{padding})/{self.stride[axis]} + 1 < 1{dilated}"
         return ""
 
-    def unread(self, axis: int, size: int, out: int) -> int:
-        """Rows that no window reads: behind the last window, and between windows that stand apart.
+    def count_unread(self, axis: int, size: int, out: int) -> int:
+        """Return how many of `size` rows no window reads: after the last window, or between windows.
 
-        The last window ends at (out-1)*S + D*(K-1) + 1 - P; a smaller number than `size` leaves rows behind
-        it. Shortcuts of size 1x1 that skip rows by design count as none.
+        Strided 1x1 shortcuts skip rows by design and count as 0.
         """
         if self.transposed or max(self.kernel) == 1:
             return 0
@@ -67,28 +72,20 @@ def _short(values: Shape) -> str:
 
 
 def _tuple(value: Any, length: int) -> Shape:
-    """torch's int-or-list arguments, one number per dimension."""
+    """Return one value per dimension of an int or a list."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return tuple(int(v) for v in (values * length if len(values) == 1 else values))
 
 
-def of_operation(name: str, arguments: Sequence[Any]) -> Geometry | None:
-    """The window of a torch operation (`convolution`, `max_pool2d_with_indices`, ...), or None."""
+def operation_geometry(name: str, arguments: Sequence[Any]) -> Geometry | None:
+    """Return the geometry of an ATen operation (`convolution`, `max_pool2d_with_indices`, ...); None for others."""
     if name == "convolution":
         weight, stride, padding, dilation = arguments[1], *arguments[3:6]
         transposed, groups = bool(arguments[6]), int(arguments[8])
         n = weight.dim() - 2
         out_channels = weight.shape[1] * groups if transposed else weight.shape[0]
-        geometry = Geometry(
-            tuple(weight.shape[2:]),
-            _tuple(stride, n),
-            _tuple(padding, n),
-            _tuple(dilation, n),
-            out_channels,
-            groups,
-            transposed,
-        )
-        return geometry
+        strides, pads, dilations = _tuple(stride, n), _tuple(padding, n), _tuple(dilation, n)
+        return Geometry(tuple(weight.shape[2:]), strides, pads, dilations, out_channels, groups, transposed)
     if name.startswith(("max_pool", "avg_pool")):
         n = int(name[name.index("pool") + 4])
         given = [*arguments[1:], None, None, None, None, None]
@@ -101,15 +98,17 @@ def of_operation(name: str, arguments: Sequence[Any]) -> Geometry | None:
     return None
 
 
-def of_module(module: nn.Module) -> Geometry | None:
-    """The window of a layer of torch.nn; padding by other means ('same', reflect) is shown as asked."""
+def module_geometry(module: nn.Module) -> Geometry | None:
+    """Return the geometry of a convolution or pool of torch.nn; None for other modules.
+
+    Padding that another operation adds ('same', reflect, circular) is included.
+    """
     if isinstance(module, conv._ConvNd):
         n = len(module.kernel_size)
         same = module.padding == "same"
-        if same:  # the smaller side; an odd total puts one pixel more behind
-            padding = tuple(
-                d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)
-            )
+        if same:  # of the smaller side: an odd total puts one pixel more on the other
+            pads = zip(module.dilation, module.kernel_size, strict=True)
+            padding = tuple(d * (k - 1) // 2 for d, k in pads)
         else:
             padding = (0,) * n if module.padding == "valid" else _tuple(module.padding, n)
         return Geometry(
@@ -131,9 +130,9 @@ def of_module(module: nn.Module) -> Geometry | None:
     return None
 
 
-def described(module: nn.Module) -> str:
-    """A layer in words that name its numbers, as `Conv2d(64 -> 192, K5 P2 S1)` or `Linear(9216 -> 4096)`."""
-    kind, geometry = type(module).__name__, of_module(module)
+def describe_module(module: nn.Module) -> str:
+    """Return for example `Conv2d(64 -> 192, K5 P2 S1)` or `Linear(9216 -> 4096)`."""
+    kind, geometry = type(module).__name__, module_geometry(module)
     if isinstance(module, conv._ConvNd) and geometry is not None:
         notation = geometry.notation().split(" ", 1)[1]
         return f"{kind}({module.in_channels} -> {module.out_channels}, {notation})"

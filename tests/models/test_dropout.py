@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cnntrain.checks.watch import watch_modes
-from cnntrain.models.dropout import Dropout, dropout
+from cnntrain.models.norm_act import Dropout, dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.5, 0.97])

@@ -1,43 +1,104 @@
-"""Layers of a list that slide a window: convolutions and pools."""
+"""Layers that a list in YAML can name. A function's parameters are the layer's arguments; `LAYERS` lists them all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from cnntrain.models.blocks import ConvNormActivation
-from cnntrain.models.sequential.shapes import Place, Shape, check_windows, sizes
+from cnntrain.models.norm_act import ChannelShuffle, ConvNormActivation, Dropout, make_norm
 
+Shape = tuple[int, ...]
+"""Of one example: (channels, height, width) for a feature map, (features,) for a vector."""
 _PADDINGS = "same, valid, full or a whole number"
 
 
-def resolve_padding(padding: object, kernel: Shape, stride: Shape, dilation: Shape) -> Shape | str:
-    """Padding in pixels; the word 'same' stays where an even window needs one pixel more on one side.
+@dataclass(frozen=True)
+class LayerContext:
+    """What a layer is built for: its input's shape, the task's number of outputs, its path in the config."""
 
-    same: the map keeps its size (with a stride: ceil(size / stride)); valid: none; full: every overlap
+    shape: Shape
+    num_outputs: int
+    path: str
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0]
+
+    @property
+    def dimensions(self) -> int:
+        """Number of spatial dimensions: 2 for images, 1 for signals, 3 for volumes, 0 for vectors."""
+        return len(self.shape) - 1
+
+    def with_shape(self, shape: Shape) -> "LayerContext":
+        return replace(self, shape=shape)
+
+    def with_path(self, suffix: str) -> "LayerContext":
+        return replace(self, path=self.path + suffix)
+
+    def require_map(self) -> int:
+        """Return the number of spatial dimensions.
+
+        Raises:
+            ValueError: the input is a vector.
+        """
+        if not self.dimensions:
+            raise ValueError(
+                f"needs a feature map, but its input is a vector of {self.channels} numbers; move it before `flatten`"
+            )
+        return self.dimensions
+
+    def require_dimensions(self, dimensions: int) -> None:
+        if self.dimensions != dimensions:
+            raise ValueError(
+                f"needs an input with {dimensions} spatial dimensions, but its input has {self.dimensions}"
+            )
+
+
+def per_dimension(name: str, value: object, dimensions: int, minimum: int = 1) -> Shape:
+    """Return one value per dimension: 3 -> (3, 3); [3, 5] -> (3, 5).
+
+    Raises:
+        ValueError: not whole numbers, below `minimum`, or the wrong count.
+    """
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    values = list(value) if listed else [value] * dimensions  # type: ignore[arg-type]
+    whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    if len(values) != dimensions or len(whole) != dimensions:
+        raise ValueError(f"{name} must be a whole number or a list of {dimensions}, not {value!r}")
+    if min(whole) < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, not {value!r}")
+    return tuple(whole)
+
+
+def resolve_padding(padding: object, kernel: Shape, stride: Shape, dilation: Shape) -> Shape | str:
+    """Return the padding in pixels, or 'same' where an even kernel needs one pixel more on one side.
+
+    same: keep the size (with a stride: ceil(size / stride)); valid: no padding; full: every overlap of kernel and input
     counts.
 
     Raises:
-        ValueError: an unknown word, or 'same' with an even window and a stride, which no symmetric padding
-        gives.
+        ValueError: an unknown name, or 'same' with an even kernel and a stride.
     """
-    spans = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     if padding == "valid":
         return (0,) * len(kernel)
     if padding == "full":
-        return tuple(spans)
+        return tuple(reach)
     if padding == "same":
-        if all(span % 2 == 0 for span in spans):
-            return tuple(span // 2 for span in spans)
+        if all(pixels % 2 == 0 for pixels in reach):
+            return tuple(pixels // 2 for pixels in reach)
         if max(stride) > 1:
             raise ValueError(
-                "padding: same with an even kernel and a stride is not symmetric; give a whole number"
+                "padding: same is not symmetric with an even kernel and a stride; set a whole number"
             )
         return "same"
     if isinstance(padding, str):
         raise ValueError(f"padding must be {_PADDINGS}, not {padding!r}")
-    return sizes("padding", padding, len(kernel), least=0)
+    return per_dimension("padding", padding, len(kernel), minimum=0)
 
 
 def conv(
-    place: Place,
+    context: LayerContext,
     out: int,
     kernel: object = 3,
     stride: object = 1,
@@ -47,24 +108,18 @@ def conv(
     bias: bool = True,
     padding_mode: str = "zeros",
 ) -> nn.Module:
-    """Convolution of as many dimensions as its input has; `out` channels."""
-    size = place.map_size()
-    n = place.dimensions
-    (out,) = sizes("out", out, 1)
-    kernel, stride, dilation = (
-        sizes(name, value, n)
-        for name, value in (("kernel", kernel), ("stride", stride), ("dilation", dilation))
-    )
-    pixels = resolve_padding(padding, kernel, stride, dilation)
-    if not isinstance(pixels, str):
-        check_windows(size, kernel, stride, pixels, dilation)
-    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
-    return kind(
-        place.channels,
+    """Convolution with `out` output channels and as many dimensions as its input."""
+    n = context.require_map()
+    (out,) = per_dimension("out", out, 1)
+    kernel = per_dimension("kernel", kernel, n)
+    stride = per_dimension("stride", stride, n)
+    dilation = per_dimension("dilation", dilation, n)
+    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1](
+        context.channels,
         out,
         kernel,  # type: ignore[arg-type]
         stride=stride,  # type: ignore[arg-type]
-        padding=pixels,  # type: ignore[arg-type]
+        padding=resolve_padding(padding, kernel, stride, dilation),  # type: ignore[arg-type]
         dilation=dilation,  # type: ignore[arg-type]
         groups=groups,
         bias=bias,
@@ -73,24 +128,27 @@ def conv(
 
 
 def transposed_conv(
-    place: Place, out: int, kernel: object = 2, stride: object = 2, padding: object = 0, bias: bool = True
+    context: LayerContext,
+    out: int,
+    kernel: object = 2,
+    stride: object = 2,
+    padding: object = 0,
+    bias: bool = True,
 ) -> nn.Module:
-    """Transposed convolution: size (W - 1)*S - 2P + K."""
-    place.map_size()
-    n = place.dimensions
-    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[n - 1]
-    return kind(
-        place.channels,
-        *sizes("out", out, 1),
-        sizes("kernel", kernel, n),  # type: ignore[arg-type]
-        stride=sizes("stride", stride, n),  # type: ignore[arg-type]
-        padding=sizes("padding", padding, n, least=0),  # type: ignore[arg-type]
+    """Transposed convolution; output size (W - 1)*S - 2P + K."""
+    n = context.require_map()
+    return (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[n - 1](
+        context.channels,
+        *per_dimension("out", out, 1),
+        per_dimension("kernel", kernel, n),  # type: ignore[arg-type]
+        stride=per_dimension("stride", stride, n),  # type: ignore[arg-type]
+        padding=per_dimension("padding", padding, n, minimum=0),  # type: ignore[arg-type]
         bias=bias,
     )
 
 
 def depthwise_separable(
-    place: Place,
+    context: LayerContext,
     out: int,
     kernel: int = 3,
     stride: int = 1,
@@ -99,12 +157,12 @@ def depthwise_separable(
     norm: str = "batch",
     activation: str = "relu",
 ) -> nn.Module:
-    """A depthwise convolution, then a 1x1 one; each with its norm and activation, unless they are 'none'.
+    """Depthwise convolution and 1x1 convolution, each followed by `norm` and `activation` (both may be 'none').
 
     Source: MobileNets (Howard et al. 2017), section 3.1.
     """
-    depthwise = conv(place, place.channels, kernel, stride, padding, groups=place.channels, bias=bias)
-    pointwise = conv(place.moved((place.channels, *(1,) * place.dimensions)), out, 1, bias=bias)
+    depthwise = conv(context, context.channels, kernel, stride, padding, groups=context.channels, bias=bias)
+    pointwise = conv(context, out, 1, bias=bias)
     return nn.Sequential(
         ConvNormActivation(depthwise, norm, activation),
         ConvNormActivation(pointwise, norm, activation),
@@ -112,70 +170,184 @@ def depthwise_separable(
 
 
 def _pool(
-    place: Place, kind: str, kernel: object, stride: object, padding: object, ceil: bool, **more: object
+    context: LayerContext, kind: str, kernel: object, stride: object, padding: object, **options: object
 ) -> nn.Module:
-    size, n = place.map_size(), place.dimensions
-    kernel = sizes("kernel", kernel, n)
-    stride = kernel if stride is None else sizes("stride", stride, n)
+    n = context.require_map()
+    kernel = per_dimension("kernel", kernel, n)
+    stride = kernel if stride is None else per_dimension("stride", stride, n)
     pixels = resolve_padding(padding, kernel, stride, (1,) * n)
     if isinstance(pixels, str):
         raise ValueError("padding: same needs an odd kernel in a pool; use ceil: true or a whole number")
-    if not ceil:  # a window that hangs over the edge is legal there; torch says where it is not
-        check_windows(size, kernel, stride, pixels, (1,) * n)
-    return getattr(nn, f"{kind}Pool{n}d")(kernel, stride=stride, padding=pixels, ceil_mode=ceil, **more)
+    return getattr(nn, f"{kind}Pool{n}d")(kernel, stride=stride, padding=pixels, **options)
 
 
 def max_pool(
-    place: Place, kernel: object = 2, stride: object = None, padding: object = 0, ceil: bool = False
+    context: LayerContext, kernel: object = 2, stride: object = None, padding: object = 0, ceil: bool = False
 ) -> nn.Module:
-    """Largest value of each window; the stride is the kernel's size unless given."""
-    return _pool(place, "Max", kernel, stride, padding, ceil)
+    """Maximum of each window; the stride defaults to the kernel size."""
+    return _pool(context, "Max", kernel, stride, padding, ceil_mode=ceil)
 
 
 def avg_pool(
-    place: Place,
+    context: LayerContext,
     kernel: object = 2,
     stride: object = None,
     padding: object = 0,
     ceil: bool = False,
     count_padding: bool = True,
 ) -> nn.Module:
-    """Mean of each window; the stride is the kernel's size unless given."""
-    return _pool(place, "Avg", kernel, stride, padding, ceil, count_include_pad=count_padding)
+    """Mean of each window; the stride defaults to the kernel size."""
+    return _pool(
+        context, "Avg", kernel, stride, padding, ceil_mode=ceil, count_include_pad=count_padding
+    )
 
 
-def adaptive_avg_pool(place: Place, size: object = 1) -> nn.Module:
-    """Mean over a grid of `size` cells, whatever the map's size."""
-    place.map_size()
-    n = place.dimensions
-    return getattr(nn, f"AdaptiveAvgPool{n}d")(sizes("size", size, n))
+def adaptive_avg_pool(context: LayerContext, size: object = 1) -> nn.Module:
+    """Mean over a grid of `size` cells, for any input size."""
+    n = context.require_map()
+    return getattr(nn, f"AdaptiveAvgPool{n}d")(per_dimension("size", size, n))
 
 
-def adaptive_max_pool(place: Place, size: object = 1) -> nn.Module:
-    """Largest value over a grid of `size` cells, whatever the map's size."""
-    place.map_size()
-    n = place.dimensions
-    return getattr(nn, f"AdaptiveMaxPool{n}d")(sizes("size", size, n))
+def adaptive_max_pool(context: LayerContext, size: object = 1) -> nn.Module:
+    """Maximum over a grid of `size` cells, for any input size."""
+    n = context.require_map()
+    return getattr(nn, f"AdaptiveMaxPool{n}d")(per_dimension("size", size, n))
 
 
-def global_avg_pool(place: Place) -> nn.Module:
-    """Mean of each channel, flat."""
-    return nn.Sequential(adaptive_avg_pool(place), nn.Flatten())
+def global_avg_pool(context: LayerContext) -> nn.Module:
+    """Mean of each channel, as a vector."""
+    return nn.Sequential(adaptive_avg_pool(context), nn.Flatten())
 
 
-def global_max_pool(place: Place) -> nn.Module:
-    """Largest value of each channel, flat."""
-    return nn.Sequential(adaptive_max_pool(place), nn.Flatten())
+def global_max_pool(context: LayerContext) -> nn.Module:
+    """Maximum of each channel, as a vector."""
+    return nn.Sequential(adaptive_max_pool(context), nn.Flatten())
 
 
-WORDS = (
-    conv,
-    transposed_conv,
-    depthwise_separable,
-    max_pool,
-    avg_pool,
-    adaptive_avg_pool,
-    adaptive_max_pool,
-    global_avg_pool,
-    global_max_pool,
+def batch_norm(context: LayerContext, momentum: float = 0.1, eps: float = 1e-5) -> nn.Module:
+    """Batch normalization; `momentum` is the weight of the new batch (Keras uses one minus that)."""
+    norm = make_norm("batch", context.channels, context.dimensions)
+    norm.momentum, norm.eps = momentum, eps  # type: ignore[assignment]
+    return norm
+
+
+def layer_norm(context: LayerContext) -> nn.Module:
+    """Normalize each image over all channels and pixels."""
+    return make_norm("layer", context.channels, context.dimensions)
+
+
+def instance_norm(context: LayerContext) -> nn.Module:
+    """Normalize each channel of each image over its pixels."""
+    return make_norm("instance", context.channels, context.require_map())
+
+
+def group_norm(context: LayerContext, groups: int | None = None) -> nn.Module:
+    """Normalize each image over groups of channels; by default up to 32 groups."""
+    return nn.GroupNorm(groups, context.channels) if groups else make_norm("group", context.channels)
+
+
+def lrn(
+    context: LayerContext, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0
+) -> nn.Module:
+    """Local response normalization over `size` channels (Krizhevsky et al. 2012, section 3.3).
+
+    `alpha` is as in the paper; PyTorch's is divided by `size`.
+    """
+    context.require_map()
+    return nn.LocalResponseNorm(size, alpha * size, beta, k)
+
+
+def dropout(context: LayerContext, probability: float = 0.5) -> nn.Module:
+    """Set elements to zero in training."""
+    return Dropout(probability)
+
+
+def dropout1d(context: LayerContext, probability: float = 0.5) -> nn.Module:
+    """Set whole channels of a signal to zero in training."""
+    context.require_dimensions(1)
+    return nn.Dropout1d(probability)
+
+
+def dropout2d(context: LayerContext, probability: float = 0.5) -> nn.Module:
+    """Set whole channels of a feature map to zero in training."""
+    context.require_dimensions(2)
+    return nn.Dropout2d(probability)
+
+
+def flatten(context: LayerContext) -> nn.Module:
+    """(channels, height, width) -> (features,)."""
+    return nn.Flatten()
+
+
+def linear(context: LayerContext, out: int, bias: bool = True) -> nn.Module:
+    """Dense layer with `out` features."""
+    if context.dimensions:
+        raise ValueError(
+            f"needs a vector, but its input is a feature map of {format_shape(context.shape)}; put `flatten` or "
+            "`global_avg_pool` before it"
+        )
+    return nn.Linear(context.channels, *per_dimension("out", out, 1), bias=bias)
+
+
+def output(context: LayerContext, kernel: int | None = None, bias: bool = True) -> nn.Module:
+    """Last layer, with the task's number of outputs: dense, or with `kernel: 1` a convolution (outputs per pixel)."""
+    if kernel is None:
+        return linear(context, context.num_outputs, bias)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[context.require_map() - 1]
+    return kind(context.channels, context.num_outputs, kernel, padding="same", bias=bias)
+
+
+def upsample(context: LayerContext, scale: float = 2, mode: str = "nearest") -> nn.Module:
+    """Upsample a feature map; mode nearest, bilinear or bicubic."""
+    context.require_map()
+    return nn.Upsample(scale_factor=float(scale), mode=mode)
+
+
+def pixel_shuffle(context: LayerContext, factor: int = 2) -> nn.Module:
+    """Rearrange channels into pixels: (C*f*f, H, W) -> (C, H*f, W*f)."""
+    context.require_dimensions(2)
+    return nn.PixelShuffle(factor)
+
+
+def channel_shuffle(context: LayerContext, groups: int) -> nn.Module:
+    """Interleave the channels of `groups` groups."""
+    if context.channels % groups:
+        raise ValueError(f"{context.channels} channels are not divisible by {groups} groups")
+    return ChannelShuffle(groups)
+
+
+def pad(context: LayerContext, pixels: int, mode: str = "zeros") -> nn.Module:
+    """Add `pixels` on every side; mode zeros, reflect, replicate or circular."""
+    context.require_dimensions(2)
+    kinds = {"zeros": nn.ZeroPad2d, "reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d}
+    kinds["circular"] = nn.CircularPad2d
+    if mode not in kinds:
+        raise ValueError(f"mode must be one of {', '.join(kinds)}, not {mode!r}")
+    return kinds[mode](pixels)
+
+
+def softmax(context: LayerContext) -> nn.Module:
+    """Probabilities over the channels; the losses of cnntrain expect the logits before it."""
+    return nn.Softmax(dim=1)
+
+
+def prelu(context: LayerContext) -> nn.Module:
+    """ReLU with a learned negative slope per channel (He et al. 2015)."""
+    return nn.PReLU(context.channels)
+
+
+def identity(context: LayerContext) -> nn.Module:
+    """Return the input."""
+    return nn.Identity()
+
+
+def format_shape(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+LAYERS = (
+    *(conv, transposed_conv, depthwise_separable, max_pool, avg_pool),
+    *(adaptive_avg_pool, adaptive_max_pool, global_avg_pool, global_max_pool),
+    *(batch_norm, layer_norm, instance_norm, group_norm, lrn, dropout, dropout1d, dropout2d),
+    *(flatten, linear, output, upsample, pixel_shuffle, channel_shuffle, pad, softmax, prelu, identity),
 )

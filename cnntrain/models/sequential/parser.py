@@ -1,4 +1,4 @@
-"""A network from a list of layers, as YAML writes it: widths are inferred, the last one comes from the task.
+"""Network from a list of layers in YAML: input widths are inferred, the output width comes from the task.
 
     layers:
       - conv: {out: 20, kernel: 5, padding: same}
@@ -7,9 +7,8 @@
       - flatten
       - output
 
-A layer is a word, or a word with its first argument, or a word with named arguments. The i-th layer of the
-list is the module `layers.i`, so that `model.layers[7]` in a message is the same thing as `layers.7` in a
-state dict.
+A layer is a name, a name with its first argument, or a name with named arguments. Entry i of the list is the module
+`layers.i`: `model.layers[7]` in a message is `layers.7` in a state dict.
 """
 
 import inspect
@@ -17,32 +16,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cnntrain.errors import MachineError, UserError, is_out_of_memory, suggest
-from cnntrain.models.blocks import Branches, PadShortcut, Residual
-from cnntrain.models.norm_act import ACTIVATIONS
-from cnntrain.models.sequential import layers as windows
-from cnntrain.models.sequential import pointwise
-from cnntrain.models.sequential.shapes import Place, Shape, output_shape
+from cnntrain.models.norm_act import ACTIVATIONS, Branches, PadShortcut, Residual
+from cnntrain.models.sequential.layers import LAYERS, LayerContext, Shape, format_shape
+from cnntrain.summary.conv_arithmetic import module_geometry
 
-MOST_LAYERS = 10_000  # with repeats expanded; ResNet-1202 has about 3,000
-Shaped = tuple[nn.Module, Shape]
-Builder = Callable[..., nn.Module | Shaped]
-"""(place, arguments of the YAML) -> the module; one made of lists knows the shape that leaves it, too."""
+MAX_LAYERS = 10_000  # with repeats expanded; ResNet-1202 has about 3,000
+Builder = Callable[..., nn.Module]
 
 
 class Sequential(nn.Module):
-    """Layers one after the other: (N, C, H, W) -> (N, num_outputs); (N, num_outputs, H, W) for a 1x1 output.
+    """Layers in sequence: (N, C, H, W) -> (N, num_outputs); (N, num_outputs, H, W) if `output` is a convolution.
 
     Args:
-        layers: the list; `layer_words()` has every word with its arguments.
-        in_channels, image_size: of the images; any number of dimensions from one to three.
-        num_outputs: what the word `output` makes.
-        values: numbers that the list refers to, as `${model.values.dropout}`; for the config alone.
+        layers: list of layers; see `layer_builders` for their names and arguments.
+        in_channels, image_size: of the images; one to three spatial dimensions.
+        num_outputs: width of the layer `output`.
+        values: numbers that the list refers to, for example `${model.values.dropout}`; not used here.
 
     Raises:
-        UserError: naming the layer by its place, with what is wrong and what to change.
+        UserError: names the layer by its config path, the problem and the remedy.
     """
 
     def __init__(
@@ -55,18 +52,18 @@ class Sequential(nn.Module):
         values: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
-        place = Place((in_channels, *image_size), num_outputs, "model.layers")
+        context = LayerContext((in_channels, *image_size), num_outputs, "model.layers")
         count = count_layers(layers) if isinstance(layers, list | tuple) else 0
-        if count > MOST_LAYERS:
-            raise UserError(f"model.layers: expands to {count:,} layers; the maximum is {MOST_LAYERS:,}")
-        outputs = [i for i, entry in enumerate(layers) if _word_of(entry) == "output"]
+        if count > MAX_LAYERS:
+            raise UserError(f"model.layers: expands to {count:,} layers; the maximum is {MAX_LAYERS:,}")
+        outputs = [i for i, entry in enumerate(layers) if _name_of(entry) == "output"]
         if len(outputs) != 1:
             raise UserError(f"model.layers: exactly one layer must be `output`, the list has {len(outputs)}")
-        self.layers, shape = build_layers(layers, place)
+        self.layers, shape = build_layers(layers, context)
         if shape[0] != num_outputs:
             raise UserError(
-                f"model.layers: ends in {shape[0]} outputs, the task asks for {num_outputs}; only "
-                "layers that keep the width may follow `output`"
+                f"model.layers: the network has {shape[0]} outputs, the task needs {num_outputs}; layers after "
+                "`output` must keep the number of channels"
             )
         self.head_names = (f"layers.{outputs[0]}",)
 
@@ -81,12 +78,12 @@ def count_layers(layers: Sequence[object]) -> int:
         if isinstance(entry, list | tuple):
             total += count_layers(entry)
         elif isinstance(entry, Mapping):
-            below = max(1, sum(map(count_layers, _lists_in(entry))))
-            inner = entry.get("repeat")
-            times = inner.get("times") if isinstance(inner, Mapping) else None
+            nested = max(1, sum(map(count_layers, _lists_in(entry))))
+            arguments = entry.get("repeat")
+            times = arguments.get("times") if isinstance(arguments, Mapping) else None
             if isinstance(times, int | float) and times > 1:
-                below *= int(min(times, 10 * MOST_LAYERS))
-            total += below
+                nested *= int(min(times, 10 * MAX_LAYERS))
+            total += nested
         else:
             total += 1
     return total
@@ -100,158 +97,162 @@ def _lists_in(entry: Mapping[Any, object]) -> Iterator[Sequence[object]]:
             yield from _lists_in(value)
 
 
-def build_layers(layers: Sequence[object], place: Place) -> tuple[nn.Sequential, Shape]:
-    """The modules of a list, and the shape that leaves the last of them."""
+def build_layers(layers: Sequence[object], context: LayerContext) -> tuple[nn.Sequential, Shape]:
+    """Return the modules of a list, and the shape of the last one's output."""
     if isinstance(layers, (str, Mapping)) or not isinstance(layers, Sequence):
-        raise UserError(f"{place.path}: must be a list of layers, not {layers!r}")
-    modules = nn.Sequential()
+        raise UserError(f"{context.path}: must be a list of layers, not {layers!r}")
+    modules, shape = nn.Sequential(), context.shape
     for i, entry in enumerate(layers):
-        module, shape = _build_layer(entry, Place(place.shape, place.num_outputs, f"{place.path}[{i}]"))
+        module, shape = _build_layer(entry, context.with_shape(shape).with_path(f"[{i}]"))
         modules.append(module)
-        place = place.moved(shape)
-    return modules, place.shape
+    return modules, shape
 
 
 @cache
-def layer_words() -> dict[str, Builder]:
-    """Every word that a list may use, and the function that builds it; its signature holds the arguments."""
-    words: dict[str, Builder] = {f.__name__: f for f in (*windows.WORDS, *pointwise.WORDS)}
-    words |= {name: partial(_activation, make=make) for name, make in ACTIVATIONS.items()}
-    return words | {f.__name__: f for f in (repeat, residual, branches, inception)}
+def layer_builders() -> dict[str, Builder]:
+    """Return the builder of each layer name; its parameters after the first are the layer's arguments."""
+    builders: dict[str, Builder] = {f.__name__: f for f in (*LAYERS, repeat, residual, branches, inception)}
+    return builders | {name: partial(_activation, make=make) for name, make in ACTIVATIONS.items()}
 
 
-def _activation(place: Place, make: Callable[[], nn.Module]) -> nn.Module:
+def _activation(context: LayerContext, make: Callable[[], nn.Module]) -> nn.Module:
     return make()
 
 
-def _word_of(entry: object) -> object:
+def _name_of(entry: object) -> object:
     return next(iter(entry)) if isinstance(entry, Mapping) and len(entry) == 1 else entry
 
 
 def _parse(entry: object, path: str) -> tuple[str, Builder, dict[str, object]]:
-    """The word of a list's entry, its builder, and its arguments by name."""
-    words = layer_words()
-    word, value = _word_of(entry), None
+    """Return the layer's name, its builder, and its arguments by name."""
+    builders = layer_builders()
+    name, value = _name_of(entry), None
     if isinstance(entry, Mapping) and len(entry) == 1:
-        value = entry[word]
-    if isinstance(word, Mapping):
-        names = ", ".join(map(str, word))
-        raise UserError(f"{path}: a layer is one word, not {names}; write `- conv: {{out: 32, kernel: 3}}`")
-    if not isinstance(word, str) or word not in words:
+        value = entry[name]
+    if isinstance(name, Mapping):
+        keys = ", ".join(map(str, name))
+        raise UserError(f"{path}: a layer has one name, not {keys}; write `- conv: {{out: 32, kernel: 3}}`")
+    if not isinstance(name, str) or name not in builders:
         raise UserError(
-            f"{path}: no layer is called {word!r}{suggest(str(word), list(words))} "
-            f"(known: {', '.join(sorted(words))})"
+            f"{path}: unknown layer {name!r}{suggest(str(name), list(builders))} "
+            f"(known: {', '.join(sorted(builders))})"
         )
-    builder = words[word]
-    legal = [] if isinstance(builder, partial) else list(inspect.signature(builder).parameters)[1:]
-    if value is None:
-        return word, builder, {}
-    if not isinstance(value, Mapping):
+    builder = builders[name]
+    parameters = inspect.signature(builder).parameters
+    legal = [] if isinstance(builder, partial) else list(parameters)[1:]
+    arguments: dict[str, object] = {}
+    if isinstance(value, Mapping):
+        for key in value:
+            if key not in legal:
+                takes = f"it takes {', '.join(legal)}" if legal else "it takes none"
+                raise UserError(f"{path} {name}: no argument {key!r}; {takes}{suggest(str(key), legal)}")
+        arguments = {str(key): argument for key, argument in value.items()}
+    elif value is not None:
         if not legal:
-            raise UserError(f"{path} {word}: takes no argument, but {value!r} is given; write `- {word}`")
-        return word, builder, {legal[0]: value}
-    for name in value:
-        if name not in legal:
-            takes = f"it takes {', '.join(legal)}" if legal else "it takes none"
-            raise UserError(f"{path} {word}: no argument {name!r}; {takes}{suggest(str(name), legal)}")
-    return word, builder, {str(name): argument for name, argument in value.items()}
+            raise UserError(f"{path} {name}: takes no argument, got {value!r}; write `- {name}`")
+        arguments = {legal[0]: value}
+    for key in legal:
+        if parameters[key].default is inspect.Parameter.empty and key not in arguments:
+            raise UserError(f"{path} {name}: needs {key}; write `- {name}: {{{key}: ...}}`")
+    return name, builder, arguments
 
 
-def _build_layer(entry: object, place: Place) -> Shaped:
-    word, builder, arguments = _parse(entry, place.path)
+def _build_layer(entry: object, context: LayerContext) -> tuple[nn.Module, Shape]:
+    name, builder, arguments = _parse(entry, context.path)
     shown = ", ".join(
         f"{k}={v}" for k, v in arguments.items() if not isinstance(v, (list, Mapping)) or len(v) < 4
     )
-    described = f"{place.path} {word}({shown})" if shown else f"{place.path} {word}"
-    missing = [
-        name
-        for name, parameter in list(inspect.signature(builder).parameters.items())[1:]
-        if parameter.default is parameter.empty and name not in arguments
-    ]
-    if missing:
-        raise UserError(f"{described}: needs {missing[0]}; write `- {word}: {{{missing[0]}: ...}}`")
+    described = f"{context.path} {name}({shown})" if shown else f"{context.path} {name}"
     try:
-        built = builder(place, **arguments)
-        module, shape = built if isinstance(built, tuple) else (built, output_shape(built, place.shape))
+        module = builder(context, **arguments)
+        shape = output_shape(module, context.shape)
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
         kind = MachineError if is_out_of_memory(error) else UserError
         raise kind(f"{described}: {str(error).strip().splitlines()[0]}") from error
-    module.in_config = described  # type: ignore[assignment]  # what a message calls this layer
+    module.in_config = described  # type: ignore[assignment]  # the layer's name in messages
     return module, shape
 
 
-def repeat(place: Place, times: int, layers: Sequence[object]) -> Shaped:
-    """The same layers `times` over, each time with weights of their own."""
-    copies = nn.Sequential()
+def output_shape(module: nn.Module, shape: Shape) -> Shape:
+    """Return the output shape of `module` for one example of `shape`, by running it on the meta device.
+
+    Raises:
+        ValueError: its kernel is larger than its padded input.
+        RuntimeError, ...: what the module raises for this input.
+    """
+    geometry = module_geometry(module)
+    if geometry and not geometry.ceil and not geometry.same and (error := geometry.size_error(shape[1:])):
+        raise ValueError(
+            f"{error}: the kernel is larger than its input of {format_shape(shape[1:])} px; use a smaller kernel or "
+            "more padding, remove a pool or a stride before it, or use larger images"
+        )
+    tensors = {k: t.to("meta") for k, t in (*module.named_parameters(), *module.named_buffers())}
+    with torch.no_grad():
+        return tuple(functional_call(module, tensors, (torch.empty(2, *shape, device="meta"),)).shape[1:])
+
+
+def repeat(context: LayerContext, times: int, layers: Sequence[object]) -> nn.Module:
+    """The same layers `times` in sequence, each time with new weights."""
+    copies, shape = nn.Sequential(), context.shape
     for _ in range(times):
-        copy, shape = build_layers(layers, Place(place.shape, place.num_outputs, f"{place.path}.layers"))
+        copy, shape = build_layers(layers, context.with_shape(shape).with_path(".layers"))
         copies.append(copy)
-        place = place.moved(shape)
-    return copies, place.shape
+    return copies
 
 
-def residual(place: Place, layers: Sequence[object], shortcut: object = "auto") -> Shaped:
+def residual(context: LayerContext, layers: Sequence[object], shortcut: object = "auto") -> nn.Module:
     """layers(x) + shortcut(x).
 
     Args:
-        shortcut: auto (identity where the shape stays, else projection), identity, projection (1x1
-            convolution and
-            batch norm: option B of He et al. 2016), pad (option A), or a list of layers.
+        shortcut: auto (identity if the shape stays the same, else projection), identity, projection (1x1 convolution
+            and batch norm: option B of He et al. 2016), pad (option A), or a list of layers.
     """
-    body, shape = build_layers(layers, Place(place.shape, place.num_outputs, f"{place.path}.layers"))
+    body, shape = build_layers(layers, context.with_path(".layers"))
     if shortcut == "auto":
-        shortcut = "identity" if shape == place.shape else "projection"
-    strides = [-(-before // after) for before, after in zip(place.shape[1:], shape[1:], strict=True)]
+        shortcut = "identity" if shape == context.shape else "projection"
+    strides = [-(-before // after) for before, after in zip(context.shape[1:], shape[1:], strict=True)]
+    if shortcut == "projection":
+        conv = {"conv": {"out": shape[0], "kernel": 1, "stride": strides, "bias": False}}
+        shortcut = [conv, "batch_norm"]
     if shortcut == "identity":
         side: nn.Module = nn.Identity()
     elif shortcut == "pad":
-        side = PadShortcut(shape[0] - place.channels, max(strides))
-    elif shortcut == "projection":
-        projection = [
-            {"conv": {"out": shape[0], "kernel": 1, "stride": strides, "bias": False}},
-            "batch_norm",
-        ]
-        side, _ = build_layers(projection, Place(place.shape, place.num_outputs, f"{place.path}.shortcut"))
+        side = PadShortcut(shape[0] - context.channels, max(strides))
     elif isinstance(shortcut, Sequence) and not isinstance(shortcut, str):
-        side, _ = build_layers(shortcut, Place(place.shape, place.num_outputs, f"{place.path}.shortcut"))
+        side, _ = build_layers(shortcut, context.with_path(".shortcut"))
     else:
         raise ValueError(
             f"shortcut must be auto, identity, projection, pad or a list of layers, not {shortcut!r}"
         )
-    reached = output_shape(side, place.shape)
-    if reached != shape:
+    side_shape = output_shape(side, context.shape)
+    if side_shape != shape:
         raise ValueError(
-            f"its layers make {_times(shape)}, its shortcut {_times(reached)}: they can't be added"
+            f"its layers return {format_shape(shape)}, its shortcut {format_shape(side_shape)}: the shapes must be equal"
         )
-    return Residual(body, side), shape
+    return Residual(body, side)
 
 
-def branches(place: Place, branches: Sequence[Sequence[object]]) -> Shaped:
-    """Several lists of layers on the same input, their channels side by side."""
-    built = [
-        build_layers(layers, Place(place.shape, place.num_outputs, f"{place.path}.branches[{i}]"))
-        for i, layers in enumerate(branches)
-    ]
+def branches(context: LayerContext, branches: Sequence[Sequence[object]]) -> nn.Module:
+    """Several lists of layers applied to the same input; their channels are concatenated."""
+    built = [build_layers(layers, context.with_path(f".branches[{i}]")) for i, layers in enumerate(branches)]
     if len({shape[1:] for _, shape in built}) > 1:
-        raise ValueError(
-            f"its branches end in different sizes: {', '.join(_times(shape) for _, shape in built)}"
-        )
-    channels = sum(shape[0] for _, shape in built)
-    return Branches([module for module, _ in built]), (channels, *built[0][1][1:])
-
-
-def _times(shape: Shape) -> str:
-    return "x".join(map(str, shape))
+        sizes = ", ".join(format_shape(shape) for _, shape in built)
+        raise ValueError(f"its branches return different sizes: {sizes}")
+    return Branches([module for module, _ in built])
 
 
 def inception(
-    place: Place, out: Sequence[int], reduce: Sequence[int] = (), kind: str = "reduced", norm: str = "batch"
-) -> Shaped:
-    """1x1, 3x3, 5x5 convolutions and a 3x3 max pool side by side (Szegedy et al. 2015, figure 2).
+    context: LayerContext,
+    out: Sequence[int],
+    reduce: Sequence[int] = (),
+    kind: str = "reduced",
+    norm: str = "batch",
+) -> nn.Module:
+    """1x1, 3x3 and 5x5 convolutions and a 3x3 max pool in parallel (Szegedy et al. 2015, figure 2).
 
     Args:
-        out: channels of the 1x1, the 3x3, the 5x5 branch and of the pool's projection.
-        reduce: channels of the 1x1 convolutions before the 3x3 and the 5x5 one.
+        out: channels of the 1x1, 3x3 and 5x5 branches and of the pool's projection.
+        reduce: channels of the 1x1 convolutions before the 3x3 and the 5x5 convolution.
         kind: reduced (figure 2b), or naive (figure 2a: without the 1x1 reductions and the pool's projection).
         norm: batch or none, after each convolution.
     """
@@ -261,18 +262,13 @@ def inception(
         raise ValueError("out needs 4 numbers (1x1, 3x3, 5x5, pool) and reduce 2 (before 3x3, before 5x5)")
 
     def unit(width: int, kernel: int) -> list[object]:
-        layer = {"conv": {"out": width, "kernel": kernel, "padding": "same", "bias": norm == "none"}}
-        return [layer, *(["batch_norm"] if norm != "none" else []), "relu"]
+        conv = {"conv": {"out": width, "kernel": kernel, "padding": "same", "bias": norm == "none"}}
+        return [conv, *(["batch_norm"] if norm != "none" else []), "relu"]
 
     pool: list[object] = [{"max_pool": {"kernel": 3, "stride": 1, "padding": 1}}]
     if kind == "naive":
-        return branches(place, [unit(out[0], 1), unit(out[1], 3), unit(out[2], 5), pool])
-    return branches(
-        place,
-        [
-            unit(out[0], 1),
-            unit(reduce[0], 1) + unit(out[1], 3),
-            unit(reduce[1], 1) + unit(out[2], 5),
-            pool + unit(out[3], 1),
-        ],
-    )
+        lists = [unit(out[0], 1), unit(out[1], 3), unit(out[2], 5), pool]
+    else:
+        three, five = unit(reduce[0], 1) + unit(out[1], 3), unit(reduce[1], 1) + unit(out[2], 5)
+        lists = [unit(out[0], 1), three, five, pool + unit(out[3], 1)]
+    return branches(context, lists)
