@@ -11,9 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cnntrain"
 LAYERS = [  # a module may import modules of its own package and of the layers above it in this list
     {"errors"},
     {"memory", "io", "transfer", "randomness", "types"},
-    {"config", "plots"},
+    {"config", "plots", "summary"},
     {"augment", "data", "models", "tasks"},
-    {"summary"},
     {"train"},
     {"config.compose", "config.yaml_files"},
     {"report"},

@@ -103,8 +103,8 @@ def _build_backbone(
 def last_map_of_each_size(network: nn.Module, in_channels: int) -> list[tuple[str, int]]:
     """Return (name, channels) of the module with the last feature map of each size, finest first.
 
-    The network is run on the meta device. The search ends at the head or at a flatten. 1x1 maps (squeeze-and-excitation,
-    global pools) and maps as large as the image are not included.
+    The network is run on the meta device. The search ends at the head or at a flatten. 1x1 maps
+    (squeeze-and-excitation, global pools) and maps as large as the image are not included.
     """
     last: dict[int, tuple[str, int]] = {}
     ended = False

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from cnntrain.config.schema import ModelSettings
 from cnntrain.errors import UserError, suggest
 from cnntrain.models.norm_act import check_choice, make_activation, make_norm
 from cnntrain.models.pretrained import Weights, in_head, load_pretrained
@@ -32,50 +33,46 @@ _ACTIVATIONS = (
 )
 
 
-def prepare(
+def apply_model_settings(
     model: nn.Module,
-    *,
-    norm: str | None = None,
-    activation: str | None = None,
-    init: str = "default",
-    freeze: str | Sequence[str] | None = None,
-    unfreeze: int | None = None,
+    settings: ModelSettings,
     weights: Weights | None = None,
+    *,
     num_outputs: int = 0,
     outputs: tuple[str, ...] = (),
     image_size: Sequence[int] = (),
 ) -> nn.Module:
-    """Apply the common keys of the model configs, in this order; None and 'default' change nothing.
+    """Apply the keys that every model config has; None and 'default' change nothing.
 
     Args:
-        norm: batch, layer, instance, group or none; replaces every norm. Not allowed for networks with layer norms, nor
-            with pretrained weights.
-        activation: relu, gelu, tanh, ...; replaces every activation.
-        init: he or xavier, for every convolution and dense layer; not allowed with pretrained weights.
-        freeze: backbone (train only the head), or names of layers.
-        unfreeze: epoch from which frozen layers are trained too; the training loop reads it and calls `unfreeze`.
+        settings: norm (batch, layer, instance, group or none) replaces every norm; it is not allowed for networks with
+            layer norms, nor with pretrained weights. activation (relu, gelu, tanh, ...) replaces every activation. init
+            (he or xavier) initializes every convolution and dense layer; it is not allowed with pretrained weights.
+            freeze: backbone (train only the head), or names of layers. unfreeze: epoch in which the training loop calls
+            `unfreeze`.
         weights: pretrained weights to load.
         num_outputs, outputs, image_size: task and data properties for loading the weights; see `load_pretrained`.
 
     Raises:
         UserError: an unknown option, an option that does not apply to this network, or weights that do not fit.
     """
-    if unfreeze is not None and freeze is None:
-        raise UserError(f"model.unfreeze={unfreeze}: nothing is frozen; set model.freeze=backbone too")
-    _check_pretrained_layers(model, weights, norm, activation)
-    if norm is not None:
-        swap_norm(model, norm)
-    if activation is not None:
-        swap_activation(model, activation)
-    new: tuple[str, ...] = ()
+    if settings.unfreeze is not None and settings.freeze is None:
+        raise UserError(
+            f"model.unfreeze={settings.unfreeze}: nothing is frozen; set model.freeze=backbone too"
+        )
+    _check_pretrained_layers(model, weights, settings.norm, settings.activation)
+    if settings.norm is not None:
+        swap_norm(model, settings.norm)
+    if settings.activation is not None:
+        swap_activation(model, settings.activation)
     if weights is not None:
         model.pretrained_from = weights.name  # type: ignore[assignment]
-    if init != "default":
-        initialize(model, init)
+    initialize(model, settings.init)
+    new: tuple[str, ...] = ()
     if weights is not None:
         new = load_pretrained(model, weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size)
-    if freeze is not None:
-        freeze_layers(model, freeze, new)
+    if settings.freeze is not None:
+        freeze_layers(model, settings.freeze, new)
     return model
 
 
@@ -97,7 +94,7 @@ def _check_pretrained_layers(
     if config is not None and config.get("norm") != norm:
         pretrained, current = (value or "null" for value in (config.get("norm"), norm))
         raise UserError(
-            f"model.norm={current}: the pretrained weights were trained with model.norm={pretrained}; use the same value"
+            f"model.norm={current}: the pretrained weights were trained with model.norm={pretrained}; use that value"
         )
     pretrained = config.get("activation") if config is not None else None
     if activation != pretrained and (weights is not None or is_pretrained(model)):

@@ -66,7 +66,7 @@ class UNet(nn.Module):
 
     Args:
         width: channels of the first level, doubled at each of the `depth` levels below it.
-        padding: same (the output has the image's size), or valid as in the paper: the output is smaller (572 px -> 388).
+        padding: same (the output has the image's size), or valid as in the paper (572 px give an output of 388 px).
         upsampling: transposed (the paper's 2x2 up-convolution), nearest, bilinear, bicubic (each after a 1x1
             convolution that halves the channels), or unpool (values return to the positions of the encoder's maxima).
         batch_norm: batch norm after each 3x3 convolution; the paper has none.
@@ -93,7 +93,9 @@ class UNet(nn.Module):
         check_choice("padding", padding, PADDINGS)
         check_choice("upsampling", upsampling, UPSAMPLINGS)
         if padding == "valid" and upsampling == "unpool":
-            raise UserError("model.upsampling=unpool needs model.padding=same: it returns values to their old positions")
+            raise UserError(
+                "model.upsampling=unpool needs model.padding=same: it returns values to their old positions"
+            )
         smallest = 2**depth if padding == "same" else _smallest_valid(depth)
         if min(image_size) < smallest:
             raise UserError(

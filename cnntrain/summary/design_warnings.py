@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from cnntrain.summary.conv_arithmetic import Geometry, of_module
+from cnntrain.summary.conv_arithmetic import Geometry, module_geometry
 from cnntrain.summary.failures import name_of
 from cnntrain.summary.record import Call, Operation
 from cnntrain.summary.trace import Trace
@@ -59,7 +59,7 @@ def _windows(trace: Trace) -> Iterator[tuple[Operation, Geometry]]:
     """Operations with a window, each with its geometry as the layer states it ('same' padding and all)."""
     for operation in trace.operations:
         if operation.geometry is not None:
-            own = of_module(operation.call.module) if operation.call.layer else None
+            own = module_geometry(operation.call.module) if operation.call.layer else None
             yield operation, own or operation.geometry
 
 
@@ -69,7 +69,7 @@ def _unread_rows(trace: Trace, image_size: tuple[int, ...]) -> Finding | None:
         given, made = operation.input_shapes[0][2:], operation.output_shape[2:]
         if len(geometry.kernel) != dimensions or geometry.same:
             continue
-        lost = [geometry.unread(i, given[i], made[i]) for i in range(dimensions)]
+        lost = [geometry.count_unread(i, given[i], made[i]) for i in range(dimensions)]
         if any(lost):
             axis = max(range(dimensions), key=lost.__getitem__)
             places.append(
@@ -192,8 +192,12 @@ def _few_values(trace: Trace) -> Finding | None:
 def _even_kernel(trace: Trace) -> Finding | None:
     places = []
     for call in _layers(trace):
-        geometry = of_module(call.module)
-        if geometry and geometry.same and any(geometry.span(i) % 2 == 0 for i in range(len(geometry.kernel))):
+        geometry = module_geometry(call.module)
+        if (
+            geometry
+            and geometry.same
+            and any(geometry.extent(i) % 2 == 0 for i in range(len(geometry.kernel)))
+        ):
             places.append(name_of(call))
     return _note(
         "even kernel with 'same'",

@@ -5,7 +5,7 @@ from math import prod
 
 from torch import nn
 
-from cnntrain.summary.conv_arithmetic import Shape, described, of_module
+from cnntrain.summary.conv_arithmetic import Shape, describe_module, module_geometry
 from cnntrain.summary.record import Call
 from cnntrain.summary.trace import Trace
 
@@ -64,7 +64,7 @@ def name_of(call: Call) -> str:
     if isinstance(words, str):
         return words
     path = f"model.{call.name}" if call.name else "model"
-    return f"{path} {described(call.module)}"
+    return f"{path} {describe_module(call.module)}"
 
 
 def times(shape: Shape) -> str:
@@ -91,9 +91,9 @@ def says_too_small(error: BaseException) -> bool:
 
 def _reason(module: nn.Module, shape: Shape, error: BaseException) -> tuple[str, str, bool]:
     """(what is wrong, what to change, is the map too small) for layers of torch.nn; else ('', '', False)."""
-    geometry = of_module(module)
+    geometry = module_geometry(module)
     dimensions = len(geometry.kernel) if geometry else 0
-    if geometry and len(shape) == dimensions + 2 and (arithmetic := geometry.overflow(shape[2:])):
+    if geometry and len(shape) == dimensions + 2 and (arithmetic := geometry.size_error(shape[2:])):
         return arithmetic, "use a smaller kernel or more padding", True
     if geometry and shape and len(shape) != dimensions + 2 and not says_too_small(error):
         kind = f"a map with {dimensions} dimensions" if dimensions > 1 else "a signal with one dimension"

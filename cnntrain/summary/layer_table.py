@@ -9,7 +9,7 @@ from torch import nn
 
 from cnntrain.errors import UserError
 from cnntrain.summary.axes import Axes
-from cnntrain.summary.conv_arithmetic import Geometry, Shape, of_module
+from cnntrain.summary.conv_arithmetic import Geometry, Shape, module_geometry
 from cnntrain.summary.design_warnings import is_depthwise, last_local
 from cnntrain.summary.failures import explain
 from cnntrain.summary.meta import Buildable, as_meta, images
@@ -207,7 +207,7 @@ def _row(event: Call | Operation, owner: Owner, size: Shape, changes: dict[int, 
         shape = event.output_shapes[0] if event.output_shapes else ()
         numbers = 0 if event.same_storage else sum(map(prod, event.output_shapes))
         (parameters, trainable), statistics = owner.take_module(event.module)
-        geometry, axes = of_module(event.module) or _main_geometry(operations), event.axes
+        geometry, axes = module_geometry(event.module) or _main_geometry(operations), event.axes
     else:
         shape, statistics = event.output_shape, 0
         numbers = 0 if event.in_place and event.name != "flatten" else prod(shape)

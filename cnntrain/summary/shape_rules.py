@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnntrain.summary.axes import UNKNOWN, Axes, Axis, broadcast, join
-from cnntrain.summary.conv_arithmetic import of_operation
+from cnntrain.summary.conv_arithmetic import operation_geometry
 from cnntrain.summary.op_rules import MOVES, Lookup, Rule, each, names, pieces, seen, tensors_of
 from cnntrain.summary.receptive_field import (
     ReceptiveInterval,
@@ -84,7 +84,7 @@ def _unknown(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup
 
 def _windows(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
     name = "convolution" if len(args) > 8 else f"max_pool{len(args[1])}d"  # the window alone matters here
-    geometry = of_operation(name, args)
+    geometry = operation_geometry(name, args)
     if geometry is None:
         return _unknown(args, kwargs, out, lookup)
     make = transposed_window if geometry.transposed else window

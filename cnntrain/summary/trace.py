@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnntrain.summary.axes import Axes, image_axes
-from cnntrain.summary.conv_arithmetic import Shape, of_operation
+from cnntrain.summary.conv_arithmetic import Shape, operation_geometry
 from cnntrain.summary.multiply_adds import is_elementwise, multiply_adds
 from cnntrain.summary.op_rules import all_tensors, tensors_of
 from cnntrain.summary.receptive_field import window
@@ -170,7 +170,7 @@ class Trace(TorchDispatchMode):
             inputs=producers,
             input_shapes=tuple(tuple(t.shape) for t in ran.inputs),
             output_shape=tuple(ran.outs[0].shape),
-            geometry=of_operation(name, ran.args),
+            geometry=operation_geometry(name, ran.args),
             multiply_adds=count,
             parameters=tuple(k.parameter for k in ran.before if k.parameter is not None),
             in_place=ran.in_place or name == "flatten",

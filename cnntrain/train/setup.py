@@ -23,7 +23,7 @@ from cnntrain.data.load import Data, load_data, number_as
 from cnntrain.data.loader import Loader, make_loader
 from cnntrain.data.source import Source
 from cnntrain.errors import UserError
-from cnntrain.models.modify import count_trainable, is_pretrained, materialize, prepare
+from cnntrain.models.modify import apply_model_settings, count_trainable, is_pretrained, materialize
 from cnntrain.models.pretrained import Preprocessing, Weights, find_weights
 from cnntrain.summary.design_warnings import SMALL_FIELD
 from cnntrain.summary.meta import as_meta
@@ -311,8 +311,8 @@ def make_model(
         UserError: the network cannot be built, or the result is not an `nn.Module`.
     """
     node, common = split_common(settings.model, ModelSettings)
-    chosen = dataclasses.asdict(parse(ModelSettings, common, "model."))
-    pretrained = chosen.pop("pretrained")
+    model_settings = parse(ModelSettings, common, "model.")
+    pretrained = model_settings.pretrained
     facts = {
         "in_channels": channels,
         "num_outputs": num_outputs,
@@ -330,8 +330,8 @@ def make_model(
     if pretrained and weights is None and _loads_itself(settings, node):
         model.pretrained_from = str(pretrained)  # type: ignore[assignment]
     materialize(model, channels, image_size)
-    return prepare(
-        model, **chosen, weights=weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size
+    return apply_model_settings(
+        model, model_settings, weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size
     )
 
 

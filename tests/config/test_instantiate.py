@@ -25,7 +25,7 @@ REFUSED = [
     ("model", "timm.models._hub.load_custom_from_hf"),
     ("model", "cnntrain.models.pretrained.read_state"),
     ("model", "cnntrain.models.torchvision.build"),
-    ("model", "cnntrain.models.sequential.shapes.Place"),
+    ("model", "cnntrain.models.sequential.layers.LayerContext"),
     ("data", "cnntrain.data.download.download"),
     ("data", "cnntrain.data.scan.scan"),
     ("data", "cnntrain.data.image_reader.Decoder"),

@@ -9,8 +9,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from cnntrain.config.schema import ModelSettings
 from cnntrain.errors import UserError
-from cnntrain.models.modify import freeze_layers, prepare
+from cnntrain.models.modify import apply_model_settings, freeze_layers
 from cnntrain.train.optim import layers_of
 from tests.contracts.networks import COSTLY, FOLDER, MASKS, NAMES, SMALLEST_PX, header
 
@@ -32,7 +33,8 @@ def build(name: str, channels: int, outputs: int, size: tuple[int, int], *overri
     target = getattr(importlib.import_module(module), attribute)
     if name == "timm":
         pytest.importorskip("timm")
-    return prepare(target(in_channels=channels, num_outputs=outputs, image_size=size, **node), **common)
+    model = target(in_channels=channels, num_outputs=outputs, image_size=size, **node)
+    return apply_model_settings(model, ModelSettings(**common))
 
 
 def count(model: nn.Module) -> int:

@@ -131,7 +131,7 @@ def test_fcn_learns_in_every_parameter() -> None:
 def test_fcn_errors() -> None:
     with pytest.raises(UserError, match="did you mean 'resnet18'"):
         fcn("resnet8")
-    with pytest.raises(UserError, match="makes no feature map"):
+    with pytest.raises(UserError, match="has no feature map"):
         fcn({"layers": ["flatten", {"linear": 5}]}, size=(8, 8))
-    with pytest.raises(UserError, match=r"model\.backbone\.layers\[0\]: no layer is called 'cnov'"):
+    with pytest.raises(UserError, match=r"model\.backbone\.layers\[0\]: unknown layer 'cnov'"):
         fcn({"layers": ["cnov"]})

@@ -2,14 +2,16 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from cnntrain.config.schema import ModelSettings
 from cnntrain.errors import UserError
 from cnntrain.models.cifar_resnet import CifarResNet
-from cnntrain.models.modify import freeze_layers, initialize, materialize, prepare, unfreeze
+from cnntrain.models.modify import apply_model_settings, freeze_layers, initialize, materialize, unfreeze
 from cnntrain.models.norm_act import make_norm
 from cnntrain.models.sequential.parser import Sequential
 
@@ -17,6 +19,10 @@ from cnntrain.models.sequential.parser import Sequential
 def network(depth: int = 8) -> CifarResNet:
     torch.manual_seed(0)
     return CifarResNet(depth=depth, in_channels=3, num_outputs=10, image_size=(32, 32))
+
+
+def apply(model: nn.Module, **settings: Any) -> nn.Module:
+    return apply_model_settings(model, ModelSettings(**settings))
 
 
 def plain(*layers: object) -> Sequential:
@@ -28,29 +34,27 @@ def plain(*layers: object) -> Sequential:
 
 def test_nothing_asked_nothing_changed() -> None:
     before = network()
-    after = prepare(network())
+    after = apply(network())
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
 def test_layer_norms_are_not_swapped_in_part() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LayerNorm(30))
-    with pytest.raises(UserError, match="has layer norms"):
-        prepare(model, norm="group")
+    with pytest.raises(UserError, match="layer norms"):
+        apply(model, norm="group")
     assert isinstance(model[1], nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize("norm", ["layer", "instance", "group"])
 def test_norms_know_no_other_example(norm: str) -> None:
-    model = prepare(network(), norm=norm).train()
+    model = apply(network(), norm=norm).train()
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(model(images)[:1], model(images[:1]), rtol=1e-3, atol=1e-4)
 
 
 def test_norms_there_and_back_keep_the_parameters_count() -> None:
     count = sum(p.numel() for p in network().parameters())
-    assert (
-        sum(p.numel() for p in prepare(prepare(network(), norm="group"), norm="batch").parameters()) == count
-    )
+    assert sum(p.numel() for p in apply(apply(network(), norm="group"), norm="batch").parameters()) == count
 
 
 @pytest.mark.parametrize(("norm", "over"), [("layer", (1, 2, 3)), ("instance", (2, 3))])
@@ -75,7 +79,7 @@ def test_a_norm_that_computes_more_is_not_replaced_by_less() -> None:
             return super().forward(input).relu()
 
     with pytest.raises(UserError, match=r"model\.norm=group: NormThenReLU"):
-        prepare(nn.Sequential(nn.Conv2d(3, 4, 3), NormThenReLU(4)), norm="group")
+        apply(nn.Sequential(nn.Conv2d(3, 4, 3), NormThenReLU(4)), norm="group")
 
 
 def test_timms_norms_are_swapped_without_their_activations() -> None:
@@ -83,7 +87,7 @@ def test_timms_norms_are_swapped_without_their_activations() -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_efficientnet", num_classes=3)
     activations = [type(module).__name__ for module in model.modules() if isinstance(module, nn.SiLU)]
-    swapped = prepare(model, norm="group")
+    swapped = apply(model, norm="group")
     assert activations == [
         type(module).__name__ for module in swapped.modules() if isinstance(module, nn.SiLU)
     ]
@@ -93,17 +97,17 @@ def test_timms_norms_are_swapped_without_their_activations() -> None:
 
 def test_errors_name_the_key_and_the_near_miss() -> None:
     with pytest.raises(UserError, match=r"model\.norm: 'bach' .*did you mean 'batch'"):
-        prepare(network(), norm="bach")
+        apply(network(), norm="bach")
     with pytest.raises(UserError, match=r"model\.activation: 'rellu' .*did you mean 'relu'"):
-        prepare(network(), activation="rellu")
+        apply(network(), activation="rellu")
     with pytest.raises(UserError, match=r"model\.init: 'xaver' .*did you mean 'xavier'"):
-        prepare(network(), init="xaver")
+        apply(network(), init="xaver")
     with pytest.raises(UserError, match=r"model\.freeze: 'backbon' .*did you mean 'backbone'"):
-        prepare(network(), freeze="backbon")
-    with pytest.raises(UserError, match="no norm to swap"):
-        prepare(plain({"conv": 8}), norm="group")
-    with pytest.raises(UserError, match="no activation layer"):
-        prepare(plain({"conv": 8}), activation="gelu")
+        apply(network(), freeze="backbon")
+    with pytest.raises(UserError, match="no norm to replace"):
+        apply(plain({"conv": 8}), norm="group")
+    with pytest.raises(UserError, match="no activation module"):
+        apply(plain({"conv": 8}), activation="gelu")
     with pytest.raises(UserError, match="does not define its head"):
         freeze_layers(nn.Sequential(nn.Linear(3, 2)), "backbone")
 
@@ -134,18 +138,18 @@ def test_he_keeps_the_signal_where_small_weights_fade() -> None:
 
 def test_no_initialization_that_no_lecture_has() -> None:
     with pytest.raises(UserError, match=r"model\.init: 'lecture'"):
-        prepare(network(), init="lecture")
+        apply(network(), init="lecture")
 
 
 def test_pretrained_weights_are_not_thrown_away() -> None:
     model = network()
     model.pretrained_from = "somewhere"  # type: ignore[assignment]
-    with pytest.raises(UserError, match="would throw the pretrained weights away"):
-        prepare(model, init="he")
+    with pytest.raises(UserError, match="pretrained weights"):
+        apply(model, init="he")
 
 
 def test_a_frozen_backbone_stays_as_it_is_and_the_head_learns() -> None:
-    model = prepare(network(), freeze="backbone")
+    model = apply(network(), freeze="backbone")
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
@@ -157,7 +161,7 @@ def test_a_frozen_backbone_stays_as_it_is_and_the_head_learns() -> None:
 
 
 def test_a_copy_of_a_frozen_network_is_frozen_and_unfreezing_sets_all_free() -> None:
-    model = pickle.loads(pickle.dumps(copy.deepcopy(prepare(network(), freeze="backbone"))))
+    model = pickle.loads(pickle.dumps(copy.deepcopy(apply(network(), freeze="backbone"))))
     model.train()
     model(torch.randn(4, 3, 32, 32))
     assert not model.bn1.training
@@ -175,7 +179,7 @@ def test_what_the_network_froze_stays_frozen() -> None:
     own = (model.conv1.weight, model.fc.bias)
     for parameter in own:
         parameter.requires_grad_(False)
-    prepare(model, freeze="backbone")
+    apply(model, freeze="backbone")
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight"]
     copied = copy.deepcopy(model)
     unfreeze(copied)
@@ -187,7 +191,7 @@ def test_listed_layers_are_frozen_with_all_that_is_in_them() -> None:
     """`stage1` is no part of `stage10`, and norms in a frozen layer keep their statistics."""
     model = network()
     model.add_module("stage10", nn.Linear(2, 2))
-    prepare(model, freeze=["stage1", "bn1"])
+    apply(model, freeze=["stage1", "bn1"])
     still = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
     assert still == {"stage1", "bn1"}
     before = copy.deepcopy(model.state_dict())

@@ -8,7 +8,7 @@ from torch import nn
 
 from cnntrain.errors import UserError
 from cnntrain.models.cifar_resnet import CifarResNet
-from cnntrain.models.resnet import ResNet, tell_stem
+from cnntrain.models.resnet import ResNet, log_stem
 
 
 def count(module: nn.Module) -> int:
@@ -59,7 +59,7 @@ def test_starts_as_torchvisions_does(depth: int) -> None:
 def test_auto_stem_goes_by_the_images_size_and_says_so(
     size: int, stem: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tell_stem.cache_clear()
+    log_stem.cache_clear()
     with caplog.at_level(logging.INFO, "cnntrain"), torch.device("meta"):
         network = resnet(18, size)
     assert network.stem == stem

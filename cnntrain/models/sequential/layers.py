@@ -197,9 +197,7 @@ def avg_pool(
     count_padding: bool = True,
 ) -> nn.Module:
     """Mean of each window; the stride defaults to the kernel size."""
-    return _pool(
-        context, "Avg", kernel, stride, padding, ceil_mode=ceil, count_include_pad=count_padding
-    )
+    return _pool(context, "Avg", kernel, stride, padding, ceil_mode=ceil, count_include_pad=count_padding)
 
 
 def adaptive_avg_pool(context: LayerContext, size: object = 1) -> nn.Module:

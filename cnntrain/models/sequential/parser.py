@@ -227,7 +227,7 @@ def residual(context: LayerContext, layers: Sequence[object], shortcut: object =
     side_shape = output_shape(side, context.shape)
     if side_shape != shape:
         raise ValueError(
-            f"its layers return {format_shape(shape)}, its shortcut {format_shape(side_shape)}: the shapes must be equal"
+            f"its layers return {format_shape(shape)}, its shortcut {format_shape(side_shape)}; they must be equal"
         )
     return Residual(body, side)
 

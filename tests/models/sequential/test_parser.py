@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cnntrain.errors import UserError
-from cnntrain.models.sequential.parser import Sequential, layer_words
+from cnntrain.models.sequential.parser import Sequential, layer_builders
 
 
 def build(
@@ -132,16 +132,14 @@ def test_lrn_is_the_papers() -> None:
         pytest.param(
             [{"conv": {"out": 5, "dilation": 20}}], r"\(32 - 41 \+ 2\*0\)/1 \+ 1 < 1 \(41 = ", id="dilated"
         ),
-        pytest.param(
-            ["rleu"], r"model\.layers\[0\]: no layer is called 'rleu'; did you mean 'relu'\?", id="word"
-        ),
+        pytest.param(["rleu"], r"model\.layers\[0\]: unknown layer 'rleu'; did you mean 'relu'\?", id="word"),
         pytest.param(
             [{"conv": {"out": 5, "kernal": 3}}],
             r"\[0\] conv: no argument 'kernal'; .*'kernel'",
             id="argument",
         ),
         pytest.param(["conv"], r"model\.layers\[0\] conv: needs out", id="missing"),
-        pytest.param([{"conv": 5, "kernel": 3}], r"a layer is one word, not conv, kernel", id="indentation"),
+        pytest.param([{"conv": 5, "kernel": 3}], r"a layer has one name, not conv, kernel", id="indentation"),
         pytest.param([{"relu": 3}], r"relu: takes no argument", id="no argument"),
         pytest.param(
             [{"conv": {"out": 5, "kernel": "5x5"}}], r"kernel must be a whole number .* not '5x5'", id="type"
@@ -153,7 +151,7 @@ def test_lrn_is_the_papers() -> None:
         pytest.param(
             [{"conv": {"out": 5, "groups": 2}}], r"\[0\] conv\(out=5, groups=2\): .*divisible", id="groups"
         ),
-        pytest.param([{"linear": 5}], r"linear\(out=5\): needs a flat vector.*put `flatten`", id="not flat"),
+        pytest.param([{"linear": 5}], r"linear\(out=5\): needs a vector.*put `flatten`", id="not flat"),
         pytest.param(["flatten", {"conv": 5}], r"\[1\] conv\(out=5\): needs a feature map", id="flat"),
         pytest.param(
             [{"repeat": {"times": 2, "layers": ["relu", {"conv": {"out": 5, "kernel": 20}}]}}],
@@ -162,7 +160,7 @@ def test_lrn_is_the_papers() -> None:
         ),
         pytest.param(
             [{"residual": {"layers": [{"conv": 3}], "shortcut": "identity"}}],
-            r"residual.*its layers make 3x30x30, its shortcut 3x32x32",
+            r"residual.*its layers return 3x30x30, its shortcut 3x32x32",
             id="residual",
         ),
     ],
@@ -179,13 +177,13 @@ def test_exactly_one_output(layers: list[object]) -> None:
 
 
 def test_nothing_after_the_output_may_change_its_width() -> None:
-    with pytest.raises(UserError, match="ends in 7 outputs, the task asks for 10"):
+    with pytest.raises(UserError, match="7 outputs, the task needs 10"):
         build("flatten", "output", {"linear": 7})
     assert build("flatten", "output", "softmax")(torch.randn(2, 3, 32, 32)).sum().item() == pytest.approx(2)
 
 
 def test_every_word_is_explained() -> None:
-    for word, builder in layer_words().items():
+    for word, builder in layer_builders().items():
         assert builder.__doc__, word
 
 
