@@ -190,7 +190,7 @@ COMMANDS: dict[str, Command] = {
             run_dir=coco data=coco_keypoints data.root=IN/faces data.train=train.json data.val=val.json
                 data.train_images=. data.val_images=. {_POINTS} task.loss=l1
             run_dir=dlib data=dlib_xml data.root=IN/faces data.train=train.xml data.test=test.xml
-                data.scheme=null data.mirror={{0:1}} {_POINTS} task.loss=mse
+                data.keypoint_set=null data.flip_pairs={{0:1}} {_POINTS} task.loss=mse
             run_dir=cats data=cat_folder data.root=IN/cats {_POINTS} data.folds=4 data.fold=1
         """)
     ),

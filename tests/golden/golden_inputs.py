@@ -230,7 +230,7 @@ def write_networks(folder: Path) -> None:
         "defaults: [_base, _self_]\n_target_: golden_networks.Stopping\nwidth: 8\n"
     )
     (folder / "model" / "layers.yaml").write_text(
-        "defaults: [_base, _self_]\n_target_: cnntrain.models.sequential.Sequential\nlayers:\n"
+        "defaults: [_base, _self_]\n_target_: cnntrain.models.sequential.parser.Sequential\nlayers:\n"
         "  - conv: {out: 8, kernel: 3, padding: same, bias: false}\n  - batch_norm\n  - relu\n"
         "  - max_pool: 2\n"
         "  - residual: {layers: [{conv: {out: 8, kernel: 3, padding: same}}, relu]}\n"
