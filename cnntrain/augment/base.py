@@ -1,12 +1,13 @@
-"""What an augmentation is: a matrix over places, a matrix over colors, or (where neither will do) an effect.
+"""Base classes of augmentations: a geometric matrix, a color matrix, or an effect on pixel values.
 
-Each class draws nothing itself. It states how many uniform numbers an image needs (`draws`) and turns a table
-of them, (N, draws) float64 on the CPU, into matrices; the pipeline draws the table, a function of the image's
-position in the epoch and of the YAML key, and applies the product of all matrices to the whole batch at once.
+An augmentation does not draw random numbers. It declares how many uniform numbers it needs per image
+(`num_uniforms`) and turns a table of them, (N, num_uniforms) float64 on the CPU, into one matrix per image. The
+pipeline draws the table, multiplies all matrices of an image and applies the product to the whole batch at once.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from math import inf, log
 
 import torch
 from torch import Tensor
@@ -15,126 +16,134 @@ from cnntrain.errors import UserError
 
 
 class Augmentation(ABC):
-    """Base of all: `draws` is how many uniform numbers in [0, 1) one image needs."""
+    """Base class of all augmentations.
 
-    draws: int
+    Attributes:
+        num_uniforms: how many uniform random numbers in [0, 1) one image needs.
+    """
+
+    num_uniforms: int
 
 
 class Geometry(Augmentation):
-    """Moves pixels: one homogeneous 3x3 matrix per image, from input to output pixels.
+    """A geometric transform: one homogeneous 3x3 matrix per image, from input to output pixels.
 
-    Coordinates are (x, y) at pixel centers: the first pixel's center is 0, the last one's W - 1.
+    Coordinates are (x, y) at pixel centers: the center of the first pixel is 0, that of the last is W - 1.
 
     Attributes:
-        mirrors: whether its matrix can have a negative determinant as configured (left becomes right).
-        whole_pixel: whether it only flips and shifts by whole pixels as configured, so that no interpolation
-            is needed.
+        can_flip: whether the matrix can have a negative determinant with the given settings.
+        pixel_exact: whether the matrix only flips and shifts by whole pixels with the given settings, so that no
+            interpolation is needed.
     """
 
-    mirrors: bool = False
-    whole_pixel: bool = False
+    can_flip: bool = False
+    pixel_exact: bool = False
 
     @abstractmethod
-    def move(self, draws: Tensor, height: int, width: int) -> Tensor:
-        """(N, 3, 3) float64 from draws (N, `draws`) for images of height x width pixels."""
+    def matrix(self, uniforms: Tensor, height: int, width: int) -> Tensor:
+        """Return (N, 3, 3) float64 matrices from uniforms (N, num_uniforms), for images of height x width pixels."""
 
-    def rest(self, height: int, width: int) -> Tensor:
-        """(3, 3) float64: what it does to images that are not augmented; the identity for most."""
+    def eval_matrix(self, height: int, width: int) -> Tensor:
+        """Return the (3, 3) float64 matrix for images that are not augmented; the identity by default."""
         return torch.eye(3, dtype=torch.float64)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels of what comes out."""
+        """Return (height, width) of the output in pixels."""
         return height, width
 
     def magnification(self, height: int, width: int) -> float:
-        """Output pixels per input pixel, along one side, of the smallest part that it is meant to cut out."""
+        """Return the largest number of output pixels per input pixel along one side, as declared by random crops."""
         return 1.0
 
 
 class Color(Augmentation):
-    """Changes colors on the 0-1 scale: one 3x7 matrix per image.
+    """A color transform on the 0-1 scale: one 3x7 matrix [P | Q | p] per image.
 
-    A color v becomes P v + Q m + p, where m is the image's mean color at this point of the chain (only
-    contrast asks for it); the matrix is [P | Q | p]. What reaches the pixels in the end is 3x4, because the
-    mean moves with the matrix.
+    A color v becomes P v + Q m + p, where m is the mean color of the image before this transform. Only contrast uses
+    m. The pixels are finally multiplied by one 3x4 matrix, because the mean is known by then.
 
     Attributes:
-        uses_mean: whether Q can be other than zero as configured.
+        uses_mean: whether Q can be nonzero with the given settings.
     """
 
     uses_mean: bool = False
 
     @abstractmethod
-    def paint(self, draws: Tensor) -> Tensor:
-        """(N, 3, 7) float64 from draws (N, `draws`)."""
+    def color_matrix(self, uniforms: Tensor) -> Tensor:
+        """Return (N, 3, 7) float64 matrices from uniforms (N, num_uniforms)."""
 
 
 class Effect(Augmentation):
-    """Anything that is no matrix: acts on the normalized float batch after geometry and color.
+    """A transform that is not a matrix. It acts on the normalized batch, after geometry and color.
 
     Attributes:
-        mixes_labels: whether the targets change with the images, so that only classification can take it.
+        mixes_labels: whether it changes the labels together with the images (classification only).
     """
 
     mixes_labels: bool = False
 
     @abstractmethod
     def apply(
-        self, images: Tensor, targets: dict[str, Tensor], draws: Tensor, std: Sequence[float]
+        self, images: Tensor, targets: dict[str, Tensor], uniforms: Tensor, std: Sequence[float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images and targets afterwards.
+        """Return the new images and targets.
 
         Args:
-            images: (N, C, H, W) float32, normalized; may be changed in place.
-            targets: as in `Batch`; not to be changed in place.
-            draws: (N, `draws`) float64 on the CPU.
-            std: per channel; what was 1 on the 0-1 scale is 1 / std now.
+            images: (N, C, H, W) float32, normalized. May be modified in place.
+            targets: see `Batch.targets`. Must not be modified in place.
+            uniforms: (N, num_uniforms) float64 on the CPU.
+            std: standard deviation per channel on the 0-1 scale: a difference of 1 there is 1 / std in `images`.
         """
 
 
-def checked_probability(value: float, owner: object) -> float:
-    """`value`, a probability from 0 to 1."""
+def check_probability(value: float, owner: object) -> float:
+    """Return `value` if it lies between 0 and 1.
+
+    Raises:
+        UserError: it does not.
+    """
     if not 0.0 <= value <= 1.0:
-        raise UserError(f"augment: {type(owner).__name__}: probability must lie between 0 and 1, not {value}")
+        raise UserError(f"augment: {type(owner).__name__}: probability must be between 0 and 1, got {value}")
     return float(value)
 
 
-def checked_range(
+def check_range(
     value: float | Sequence[float],
     owner: object,
     name: str,
-    around: float | None = None,
-    lowest: float = float("-inf"),
-    highest: float = float("inf"),
+    center: float | None = None,
+    minimum: float = -inf,
+    maximum: float = inf,
 ) -> tuple[float, float]:
-    """(low, high) from a pair, or from one number s that means `around` - s to `around` + s (cut off at
-    `lowest`).
+    """Return (low, high) from a pair, or from a number s that stands for `center` - s to `center` + s.
+
+    The lower end of a range given by one number is clipped to `minimum`.
 
     Raises:
-        UserError: no pair, low above high, or outside `lowest` to `highest`.
+        UserError: not a pair, low above high, or outside `minimum` to `maximum`.
     """
     where = f"augment: {type(owner).__name__}: {name}"
     if isinstance(value, int | float):
-        if around is None:
-            raise UserError(f"{where} must be a pair [low, high], not {value}")
+        if center is None:
+            raise UserError(f"{where} must be a pair [low, high], got {value}")
         if not value >= 0:
-            raise UserError(f"{where} must not be negative, not {value}; or give a pair [low, high]")
-        low, high = max(around - value, lowest), around + value
+            raise UserError(f"{where} must be 0 or more, or a pair [low, high]; got {value}")
+        low, high = max(center - value, minimum), center + value
     else:
         pair = list(value)
         if len(pair) != 2:
-            raise UserError(f"{where} must be a number or a pair [low, high], not {pair}")
+            raise UserError(f"{where} must be a number or a pair [low, high], got {pair}")
         low, high = pair
-    if not lowest <= low <= high <= highest:
-        raise UserError(f"{where} must be ordered and lie between {lowest:g} and {highest:g}, not {value}")
+    if not minimum <= low <= high <= maximum:
+        raise UserError(f"{where} must be ascending and between {minimum:g} and {maximum:g}, got {value}")
     return float(low), float(high)
 
 
-def between(uniform: Tensor, low: float, high: float) -> Tensor:
-    """Uniform numbers in [0, 1) stretched to [low, high)."""
-    return low + (high - low) * uniform
+def uniform_between(uniforms: Tensor, low: float, high: float) -> Tensor:
+    """Map uniform numbers in [0, 1) to [low, high)."""
+    return low + (high - low) * uniforms
 
 
-def by_kind(augmentations: Mapping[str, Augmentation], kind: type) -> dict[str, Augmentation]:
-    """Those of one kind, in their order."""
-    return {key: item for key, item in augmentations.items() if isinstance(item, kind)}
+def log_uniform_between(uniforms: Tensor, low: float, high: float) -> Tensor:
+    """Map uniform numbers in [0, 1) to [low, high), uniformly on a logarithmic scale."""
+    return torch.exp(uniform_between(uniforms, log(low), log(high)))

@@ -1,18 +1,25 @@
-"""Effects on the finished batch that are no matrix: erasing, blur, noise."""
+"""Effects that are not matrices: random erasing, Gaussian blur and noise, mixup and cutmix."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from cnntrain.augment.base import Effect, between, checked_probability, checked_range
-from cnntrain.augment.blur import gaussian_blur
+from cnntrain.augment.base import (
+    Effect,
+    check_probability,
+    check_range,
+    log_uniform_between,
+    uniform_between,
+)
+from cnntrain.errors import UserError
 from cnntrain.transfer import arange, to_device
 
 
-def boxes_mask(box: Tensor, height: int, width: int, device: torch.device) -> Tensor:
-    """(N, 1, height, width) bool: which pixels lie in the box of each image.
+def box_mask(box: Tensor, height: int, width: int, device: torch.device) -> Tensor:
+    """Return (N, 1, height, width) bool: which pixels lie inside the box of each image.
 
     Args:
         box: (N, 4) on the CPU: left, top, width, height in whole pixels.
@@ -24,17 +31,74 @@ def boxes_mask(box: Tensor, height: int, width: int, device: torch.device) -> Te
     return (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
 
 
-class RandomErasing(Effect):
-    """Covers a random box with the mean color (Zhong et al. 2020, Random Erasing).
+def gaussian_blur(images: Tensor, sigma_px: Tensor) -> Tensor:
+    """Blur each image with its own Gaussian along each axis; a sigma of 0 leaves the axis unchanged.
 
-    Keypoints and mask stay as they are: what is hidden is still there.
+    The kernel is applied as a sum of shifted copies instead of a convolution, so that the bits of an image do not
+    depend on the rest of the batch.
 
     Args:
-        scale: [low, high], share of the image's area.
-        ratio: [low, high], width by height, drawn on a log scale.
+        images: (N, C, H, W) float.
+        sigma_px: (N, 2) on the CPU, standard deviations along x and y in pixels.
+    """
+    for axis, dim in ((0, 3), (1, 2)):
+        sigma = sigma_px[:, axis].double()
+        radius = min(math.ceil(3 * float(sigma.max())), images.shape[dim] - 1)
+        if radius < 1:
+            continue
+        offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+        own_radius = torch.ceil(3 * sigma)[:, None]  # independent of the larger sigmas of other images
+        weights = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-6)[:, None]) ** 2)
+        weights = weights * (offsets.abs() <= own_radius)
+        weights = to_device(weights / weights.sum(1, keepdim=True), images.device, images.dtype)
+        padding = [radius, radius, 0, 0] if dim == 3 else [0, 0, radius, radius]
+        padded = functional.pad(images, padding, mode="reflect")
+        total = torch.zeros_like(images)
+        for i in range(2 * radius + 1):
+            total.addcmul_(padded.narrow(dim, i, images.shape[dim]), weights[:, i, None, None, None])
+        images = total
+    return images
+
+
+def normal_noise(keys: Tensor, count: int) -> Tensor:
+    """Return (N, count) float32 standard normal numbers, hashed from each key and the position in the row.
+
+    The same numbers on every device. The generators of torch are not used because their rows depend on the batch size.
+
+    Args:
+        keys: (N,) int64 from 0 to 2**32 - 1.
+    """
+    word = (torch.arange(count, device=keys.device) * 0x9E3779B9 + keys[:, None]) & 0xFFFFFFFF
+    # The lowbias32 finalizer of Chris Wellons (Hash Function Prospector, 2018), in 64 bits because torch lacks
+    # arithmetic on uint32.
+    word = ((word ^ (word >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    word = ((word ^ (word >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    word = (word ^ (word >> 16)) >> 9  # float32 holds 23 bits plus a half exactly: never 0 or 1
+    uniform = (word.float() + 0.5) * 2.0**-23
+    return torch.erfinv(2 * uniform - 1) * math.sqrt(2)
+
+
+def beta_quantile(uniforms: Tensor, alpha: float) -> Tensor:
+    """Return the quantiles of Beta(alpha, alpha) at `uniforms` (N,)."""
+    if alpha == 1:
+        return uniforms
+    from scipy.special import betaincinv
+
+    return torch.from_numpy(betaincinv(alpha, alpha, uniforms.numpy()))
+
+
+class RandomErasing(Effect):
+    """Replace a random box by the mean color (Zhong et al. 2020).
+
+    Keypoints and masks are not changed.
+
+    Args:
+        scale: [low, high], area of the box as a fraction of the image area.
+        ratio: [low, high], width / height of the box, drawn on a logarithmic scale.
+        probability: of erasing a box.
     """
 
-    draws = 5
+    num_uniforms = 5
 
     def __init__(
         self,
@@ -43,83 +107,143 @@ class RandomErasing(Effect):
         ratio: Sequence[float] = (0.3, 3.3),
         probability: float = 0.5,
     ) -> None:
-        self.scale = checked_range(scale, self, "scale", lowest=0.0, highest=1.0)
-        self.ratio = checked_range(ratio, self, "ratio", lowest=1e-2, highest=1e2)
-        self.probability = checked_probability(probability, self)
+        self.scale = check_range(scale, self, "scale", minimum=0.0, maximum=1.0)
+        self.ratio = check_range(ratio, self, "ratio", minimum=1e-2, maximum=1e2)
+        self.probability = check_probability(probability, self)
 
     def apply(
-        self, images: Tensor, targets: dict[str, Tensor], draws: Tensor, std: Sequence[float]
+        self, images: Tensor, targets: dict[str, Tensor], uniforms: Tensor, std: Sequence[float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         height, width = images.shape[2:]
-        area_px = between(draws[:, 1], *self.scale) * height * width
-        area_px = torch.where(draws[:, 0] < self.probability, area_px, 0.0)
-        ratio = torch.exp(between(draws[:, 2], *(math.log(value) for value in self.ratio)))
+        area_px = uniform_between(uniforms[:, 1], *self.scale) * height * width
+        area_px = torch.where(uniforms[:, 0] < self.probability, area_px, 0.0)
+        ratio = log_uniform_between(uniforms[:, 2], *self.ratio)
         box_width = (area_px * ratio).sqrt().round().clamp(max=width)
         box_height = (area_px / ratio).sqrt().round().clamp(max=height)
-        left = torch.floor(draws[:, 3] * (width - box_width + 1))
-        top = torch.floor(draws[:, 4] * (height - box_height + 1))
+        left = torch.floor(uniforms[:, 3] * (width - box_width + 1))
+        top = torch.floor(uniforms[:, 4] * (height - box_height + 1))
         box = torch.stack([left, top, box_width, box_height], dim=1)
-        kept = ~boxes_mask(box, height, width, images.device)
-        return images.mul_(kept.to(images.dtype)), targets  # normalized: the mean color is 0
+        kept = ~box_mask(box, height, width, images.device)
+        return images.mul_(kept.to(images.dtype)), targets  # the mean color is 0 after normalization
 
 
-class Blur(Effect):
-    """A Gaussian whose standard deviation is drawn from `sigma_px` = [low, high] pixels."""
+class GaussianBlur(Effect):
+    """Blur with a Gaussian whose standard deviation is drawn from `sigma_px` = [low, high] pixels."""
 
-    draws = 2
+    num_uniforms = 2
 
     def __init__(self, *, sigma_px: Sequence[float] = (0.1, 1.5), probability: float = 0.5) -> None:
-        self.low, self.high = checked_range(sigma_px, self, "sigma_px", lowest=0.0, highest=100.0)
-        self.probability = checked_probability(probability, self)
+        self.sigma_px = check_range(sigma_px, self, "sigma_px", minimum=0.0, maximum=100.0)
+        self.probability = check_probability(probability, self)
 
     def apply(
-        self, images: Tensor, targets: dict[str, Tensor], draws: Tensor, std: Sequence[float]
+        self, images: Tensor, targets: dict[str, Tensor], uniforms: Tensor, std: Sequence[float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        sigma_px = between(draws[:, 1], self.low, self.high)
-        chosen = (draws[:, 0] < self.probability).nonzero()[:, 0]
+        sigma_px = uniform_between(uniforms[:, 1], *self.sigma_px)
+        chosen = (uniforms[:, 0] < self.probability).nonzero()[:, 0]
         if len(chosen) == 0:
             return images, targets
-        rows = to_device(chosen, images.device)
-        blurred = gaussian_blur(images.index_select(0, rows), sigma_px[chosen, None].expand(-1, 2))
-        return images.index_copy_(0, rows, blurred), targets
+        index = to_device(chosen, images.device)
+        blurred = gaussian_blur(images.index_select(0, index), sigma_px[chosen, None].expand(-1, 2))
+        return images.index_copy_(0, index, blurred), targets
 
 
-class Noise(Effect):
-    """Adds to each pixel and channel a normal number of its own; its standard deviation is drawn per image.
+class GaussianNoise(Effect):
+    """Add independent normal noise to each pixel and channel.
 
     Args:
-        strength: [low, high], standard deviation on the 0-1 scale.
+        strength: [low, high], range of the standard deviation on the 0-1 scale, drawn per image.
+        probability: of adding noise.
     """
 
-    draws = 3
+    num_uniforms = 3
 
     def __init__(self, *, strength: Sequence[float] = (0.0, 0.1), probability: float = 0.5) -> None:
-        self.low, self.high = checked_range(strength, self, "strength", lowest=0.0, highest=10.0)
-        self.probability = checked_probability(probability, self)
+        self.strength = check_range(strength, self, "strength", minimum=0.0, maximum=10.0)
+        self.probability = check_probability(probability, self)
 
     def apply(
-        self, images: Tensor, targets: dict[str, Tensor], draws: Tensor, std: Sequence[float]
+        self, images: Tensor, targets: dict[str, Tensor], uniforms: Tensor, std: Sequence[float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        strength = torch.where(draws[:, 0] < self.probability, between(draws[:, 1], self.low, self.high), 0.0)
+        strength = uniform_between(uniforms[:, 1], *self.strength)
+        strength = torch.where(uniforms[:, 0] < self.probability, strength, 0.0)
         per_channel = strength[:, None] / torch.tensor(std, dtype=torch.float64)  # (N, C)
         per_channel = to_device(per_channel, images.device, torch.float32)[:, :, None, None]
-        keys = to_device(draws[:, 2] * 2**32, images.device, torch.int64)
-        noise = normal_field(keys, images[0].numel()).view(images.shape)
+        keys = to_device(uniforms[:, 2] * 2**32, images.device, torch.int64)
+        noise = normal_noise(keys, images[0].numel()).view(images.shape)
         return images.addcmul_(noise, per_channel), targets
 
 
-def normal_field(keys: Tensor, count: int) -> Tensor:
-    """(N, count) float32 standard normal numbers: a hash of each key and the place, the same on every device.
+class MixUpCutMix(Effect):
+    """Mix each image with the previous one of the batch, by mixup or cutmix. (The order of an epoch is random.)
 
-    torch's own generators won't do: their rows change with the batch's size.
+    Adds two targets: `label_b` (N,) int64, the label of the other image, and `mix` (N,) float32, the weight of `label`
+    from 0 to 1 (1 where nothing was mixed): loss = mix * loss(label) + (1 - mix) * loss(label_b).
 
     Args:
-        keys: (N,) int64 from 0 to 2**32 - 1.
+        alpha: parameter of Beta(alpha, alpha), from which the weight is drawn; 1 is uniform, small values mix little.
+        cutmix_share: probability of cutmix (pasting a box) instead of mixup (blending).
+        probability: of mixing at all.
     """
-    word = (torch.arange(count, device=keys.device) * 0x9E3779B9 + keys[:, None]) & 0xFFFFFFFF
-    # Chris Wellons' lowbias32 finaliser (Hash Function Prospector, 2018), in 64 bits for want of unsigned 32.
-    word = ((word ^ (word >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    word = ((word ^ (word >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    word = (word ^ (word >> 16)) >> 9  # 23 bits: float32 holds them and the half exactly, so never 0 or 1
-    uniform = (word.float() + 0.5) * 2.0**-23
-    return torch.erfinv(2 * uniform - 1) * math.sqrt(2)
+
+    mixes_labels = True
+    num_uniforms = 5
+
+    def __init__(self, *, alpha: float = 0.2, cutmix_share: float = 0.0, probability: float = 1.0) -> None:
+        name = type(self).__name__
+        if not alpha > 0:
+            raise UserError(f"augment: {name}: alpha must be positive, got {alpha}")
+        if not 0 <= cutmix_share <= 1:
+            raise UserError(f"augment: {name}: cutmix_share must be between 0 and 1, got {cutmix_share}")
+        self.alpha = alpha
+        self.cutmix_share = cutmix_share
+        self.probability = check_probability(probability, self)
+
+    def apply(
+        self, images: Tensor, targets: dict[str, Tensor], uniforms: Tensor, std: Sequence[float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if "label" not in targets:
+            raise UserError("augment: mixup and cutmix mix class labels, which this dataset does not have")
+        device, (height, width) = images.device, images.shape[2:]
+        weight = beta_quantile(uniforms[:, 1], self.alpha)
+        weight = torch.where(uniforms[:, 0] < self.probability, weight, 1.0)
+        is_cutmix = uniforms[:, 2] < self.cutmix_share
+        box = _cutmix_box(1 - weight, uniforms[:, 3:], height, width)
+        weight = torch.where(is_cutmix, 1 - box[:, 2] * box[:, 3] / (height * width), weight)
+        mix = to_device(weight, device, torch.float32)
+        own = mix[:, None, None, None]
+        if self.cutmix_share > 0:
+            outside = (~box_mask(box, height, width, device)).float()
+            own = torch.where(to_device(is_cutmix, device)[:, None, None, None], outside, own)
+        # lerp(a, b, 0) keeps the bits of a.
+        mixed = torch.lerp(images, images.roll(1, 0), 1 - own)
+        return mixed, targets | {"label_b": targets["label"].roll(1, 0), "mix": mix}
+
+
+def _cutmix_box(area: Tensor, uniforms: Tensor, height: int, width: int) -> Tensor:
+    """Return boxes (N, 4) as in `box_mask`, cut at the image edge (Yun et al. 2019, equation 2).
+
+    Args:
+        area: (N,) fraction of the image area. uniforms: (N, 2), position of the center along x and y.
+    """
+    side = area.sqrt()
+    low, high = [], []
+    for length, uniform in zip((width, height), uniforms.unbind(1), strict=True):
+        center, half = torch.floor(uniform * length), torch.floor(side * length / 2)
+        low.append((center - half).clamp(0, length))
+        high.append((center + half).clamp(0, length))
+    return torch.stack([*low, high[0] - low[0], high[1] - low[1]], dim=1)
+
+
+class MixUp(MixUpCutMix):
+    """Blend each image with the previous one of the batch (Zhang et al. 2018)."""
+
+    def __init__(self, *, alpha: float = 0.2, probability: float = 1.0) -> None:
+        super().__init__(alpha=alpha, cutmix_share=0.0, probability=probability)
+
+
+class CutMix(MixUpCutMix):
+    """Paste a box of the previous image of the batch into each image (Yun et al. 2019)."""
+
+    def __init__(self, *, alpha: float = 1.0, probability: float = 1.0) -> None:
+        super().__init__(alpha=alpha, cutmix_share=1.0, probability=probability)

@@ -1,286 +1,255 @@
-"""All augmentations of a run, on whole batches: one move, one change of color, then effects."""
+"""The augmentation pipeline: one geometric transform, one color transform, then effects, on whole batches."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from cnntrain.augment.base import Augmentation, Color, Effect, Geometry, by_kind
-from cnntrain.augment.color import chain
-from cnntrain.augment.paint import normalize, paint
-from cnntrain.augment.points import is_mirrored, move_points
-from cnntrain.augment.resample import BORDERS, Gather, GridResample
+from cnntrain.augment.base import Augmentation, Color, Effect, Geometry
+from cnntrain.augment.color import apply_color_matrix, compose, normalize
+from cnntrain.augment.geometry import box_to_image
+from cnntrain.augment.resample import (
+    PADDING_MODES,
+    GatherSampler,
+    GridSampler,
+    is_flipped,
+    swap_flip_pairs,
+    transform_points,
+)
 from cnntrain.augment.torchvision_transform import SampleTransform, TorchvisionTransform
 from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import uniform
 from cnntrain.types import Batch, DataSpec, concat_batches
 
-# What is augmented at once, where batches are small: so many of them, and so many pixel values (4 MiB of float32).
-MOST_BATCHES = 4
-MOST_TOGETHER = 1 << 20
-# On CUDA, where a kernel takes as long to launch as to run: 64 MiB.
-MOST_BATCHES_ON_CUDA = 16
-MOST_TOGETHER_ON_CUDA = 1 << 24
+Size = tuple[int, int]  # (height, width) in pixels
+
+# How many small batches are augmented at once: (batches, values of their images). Larger on CUDA, where launching a
+# kernel takes as long as running it. 4 MiB and 64 MiB of float32.
+MAX_GROUP = {"cpu": (4, 1 << 20), "cuda": (16, 1 << 24)}
 
 
 class Pipeline:
-    """Augments and normalizes batches.
+    """Augment and normalize batches.
 
-    Geometry comes first, then color, then effects; within each kind the order is that of `augmentations`,
-    whose keys name the draws: what an image gets is a function of (seed, epoch, position in the epoch, key).
-    All moves are one move: nothing is cut off between a crop and a shift, and the border shows only where the
-    store has no pixel.
+    Geometry is applied first, then color, then effects; each in the order of `augmentations`. The random numbers of an
+    image are a function of (seed, epoch, position in the epoch, key). All geometric transforms are applied as one:
+    nothing is cut off between a crop and a shift, and the border is visible only where the image has no pixel.
 
     Args:
-        spec: facts about the images; its mean and std normalize (without them images stay on the 0-1 scale).
+        spec: metadata of the dataset. Images are normalized with its mean and std (without them, scaled to 0-1).
         augmentations: by YAML key.
-        border: what lies outside an image: `zero` (black), `edge` or `reflect`; filled before colors change.
-        canvas: (height, width) that the images are resized to in the end; None keeps what the augmentations
-            give.
+        border: value outside an image: `zero` (black), `edge` or `reflect`; filled before colors are changed.
 
     Attributes:
-        output_size: (height, width) in pixels of every batch that comes out.
-        magnification: output pixels per pixel of the data's canvas, along one side, of the smallest random crop. Images
-            may come on a canvas that is finer by this: a crop then has pixels of its own, instead of being blown up.
-        mirrors: whether left may become right.
-        per_sample: transforms of torchvision, which the store must apply where it decodes
-            (`sample_transform`).
-        mixes_labels: whether targets come out mixed, so that training accuracy says nothing.
+        output_size: (height, width) in pixels of all returned batches.
+        magnification: output pixels per image pixel, along one side, of the smallest random crop. Images may be loaded
+            at a resolution higher by this factor, so that crops are not enlarged.
+        can_flip: whether left and right may be exchanged.
+        per_sample: transforms of torchvision, which the loader must apply to decoded images (`sample_transform`).
+        mixes_labels: whether labels are mixed, so that training accuracy is meaningless.
 
     Raises:
-        UserError: augmentations that don't fit each other or the data; the message names the keys.
+        UserError: the augmentations do not fit each other or the data; the message names the keys.
     """
 
     def __init__(
-        self,
-        spec: DataSpec,
-        augmentations: Mapping[str, Augmentation],
-        border: str = "zero",
-        canvas: tuple[int, int] | None = None,
+        self, spec: DataSpec, augmentations: Mapping[str, Augmentation], border: str = "zero"
     ) -> None:
         self.spec = spec
         self.augmentations = dict(augmentations)
         self.border = border
-        self._geometries = cast("dict[str, Geometry]", by_kind(augmentations, Geometry))
-        self._colors = cast("dict[str, Color]", by_kind(augmentations, Color))
-        self._effects = cast("dict[str, Effect]", by_kind(augmentations, Effect))
-        self.per_sample = cast(
-            "dict[str, TorchvisionTransform]", by_kind(augmentations, TorchvisionTransform)
-        )
-        self.mirrors = any(item.mirrors for item in self._geometries.values())
-        self.mixes_labels = any(item.mixes_labels for item in self._effects.values())
+        items = augmentations.items()
+        self._geometries = {key: item for key, item in items if isinstance(item, Geometry)}
+        self._colors = {key: item for key, item in items if isinstance(item, Color)}
+        self._effects = {key: item for key, item in items if isinstance(item, Effect)}
+        self.per_sample = {key: item for key, item in items if isinstance(item, TorchvisionTransform)}
+        self._check()
         self.mean = spec.mean or (0.0,) * spec.channels
         self.std = spec.std or (1.0,) * spec.channels
-        self._check()
-        size = spec.image_size
-        rest = torch.eye(3, dtype=torch.float64)
-        self.magnification = 1.0
+        self.can_flip = any(item.can_flip for item in self._geometries.values())
+        self.mixes_labels = any(item.mixes_labels for item in self._effects.values())
+        self._uses_mean = any(item.uses_mean for item in self._colors.values())
+        # Depends on the settings, never on the drawn numbers: an image must not change the bits of another one.
+        self._pixel_exact = all(item.pixel_exact for item in self._geometries.values())
+        self._eval_matrix = torch.eye(3, dtype=torch.float64)
+        self.output_size, self.magnification = spec.image_size, 1.0
         for item in self._geometries.values():
-            if not self.per_sample:  # which come first, and may tell sizes in pixels
-                self.magnification *= max(1.0, item.magnification(*size))
-            rest = item.rest(*size) @ rest
-            size = item.output_size(*size)
-        self._resize = None if canvas in (None, size) else resize_matrix(size, canvas)
-        if self._resize is not None:
-            rest = self._resize @ rest
-        self.output_size = canvas or size
-        self._rest = rest
-        # Chosen from what is configured, never from what was drawn: no image may change another one's bits.
-        self._whole_pixel = self._resize is None and all(
-            item.whole_pixel for item in self._geometries.values()
-        )
+            if not self.per_sample:  # these come first, and may have sizes in pixels
+                self.magnification *= max(1.0, item.magnification(*self.output_size))
+            self._eval_matrix = item.eval_matrix(*self.output_size) @ self._eval_matrix
+            self.output_size = item.output_size(*self.output_size)
 
     def __call__(self, batch: Batch, seed: int, epoch: int) -> Batch:
-        """The batch augmented: images (N, C, H, W) float32 normalized; targets and `source_to_image` move along."""
+        """Return the augmented batch: images (N, C, H, W) float32, normalized; targets are transformed along."""
 
         def draw(key: str, item: Augmentation) -> Tensor:
-            return uniform(seed, epoch, batch.position, key, item.draws)
+            return uniform(seed, epoch, batch.position, key, item.num_uniforms)
 
-        device_type = batch.images.device.type
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):
-            if self._geometries or self._resize is not None:
-                batch = self._move(batch, self._matrices(len(batch), draw), self._whole_pixel)
-            color: Tensor | None = None
-            for key, item in self._colors.items():
-                matrix = item.paint(draw(key, item))
-                color = matrix if color is None else chain(color, matrix)
-            if color is None:
+        with torch.no_grad(), torch.autocast(batch.images.device.type, enabled=False):
+            if self._geometries:
+                matrix = self._draw_matrix(len(batch), draw)
+                batch = self._transform(batch, matrix, self.output_size, self._pixel_exact)
+            colors = compose(item.color_matrix(draw(key, item)) for key, item in self._colors.items())
+            if colors is None:
                 images = normalize(batch.images, self.mean, self.std)
             else:
-                uses_mean = any(item.uses_mean for item in self._colors.values())
-                images = paint(batch.images, color, uses_mean, self.mean, self.std)
+                images = apply_color_matrix(batch.images, colors, self._uses_mean, self.mean, self.std)
             targets = batch.targets
             for key, item in self._effects.items():
                 images, targets = item.apply(images, targets, draw(key, item), self.std)
         return replace(batch, images=images, targets=targets)
 
-    def each(
-        self, batches: Iterable[Batch], seed: int, epoch: int, together: bool = False
-    ) -> Iterator[Batch]:
-        """Every batch augmented, as by itself; what has no images is passed on.
+    def eval_transform(self, batch: Batch) -> Batch:
+        """Return the batch normalized, without random augmentation, at the output size.
 
-        Args:
-            together: small batches are augmented several at a time, for the draws and matrices of few images take as
-                long as those of many. For batches that cost nothing to fetch: the next ones are asked for beforehand.
-        """
-        if not together or self._effects:
-            return (self(batch, seed, epoch) if len(batch) else batch for batch in batches)
-        return self._groups(batches, seed, epoch)
-
-    def _groups(self, batches: Iterable[Batch], seed: int, epoch: int) -> Iterator[Batch]:
-        group: list[Batch] = []
-        most_images, most_batches = 0, MOST_BATCHES
-        for batch in batches:
-            if not group and len(batch):
-                on_cuda = batch.images.device.type == "cuda"
-                most_batches = MOST_BATCHES_ON_CUDA if on_cuda else MOST_BATCHES
-                most_values = MOST_TOGETHER_ON_CUDA if on_cuda else MOST_TOGETHER
-                pixels = max(math.prod(_size(batch)), math.prod(self.output_size))
-                most_images = most_values // (self.spec.channels * pixels)
-            if group and (
-                len(group) == most_batches
-                or not len(batch)
-                or sum(len(each) for each in group) + len(batch) > most_images
-            ):
-                yield from self._together(group, seed, epoch)
-                group = []
-            if len(batch):
-                group.append(batch)
-            else:
-                yield batch
-        if group:
-            yield from self._together(group, seed, epoch)
-
-    def _together(self, group: list[Batch], seed: int, epoch: int) -> Iterator[Batch]:
-        augmented, start = self(concat_batches(group), seed, epoch), 0
-        for count in [len(batch) for batch in group]:
-            yield augmented.take(slice(start, start + count))
-            start += count
-
-    def sample_transform(self, seed: int, epoch: int) -> SampleTransform | None:
-        """What is done to each decoded uint8 image, f(image, position); None for most runs."""
-        return SampleTransform(self.per_sample, seed, epoch) if self.per_sample else None
-
-    def plain(self, batch: Batch) -> Batch:
-        """The batch normalized, with nothing random done to it.
-
-        It is on the same canvas as the augmented ones; images with masks, whose every pixel is judged, stay whole.
+        Images with masks keep their size, because every pixel is evaluated.
         """
         with torch.no_grad(), torch.autocast(batch.images.device.type, enabled=False):
-            moves = self.output_size != self.spec.image_size or not torch.equal(
-                self._rest, torch.eye(3).double()
-            )
-            if moves and not self.spec.per_pixel:
-                whole_pixel = bool(torch.equal(self._rest, self._rest.round())) and self._resize is None
-                batch = self._move(batch, self._rest.repeat(len(batch), 1, 1), whole_pixel)
+            matrix, resized = self._eval_matrix, self.output_size != self.spec.image_size
+            if not self.spec.per_pixel and (resized or not torch.equal(matrix, torch.eye(3).double())):
+                pixel_exact = torch.equal(matrix, matrix.round())
+                matrix = matrix.repeat(len(batch), 1, 1)
+                batch = self._transform(batch, matrix, self.output_size, pixel_exact)
             else:
-                batch = self.on_canvas(batch)
+                batch = self.resize(batch)
             return replace(batch, images=normalize(batch.images, self.mean, self.std))
 
-    def on_canvas(self, batch: Batch) -> Batch:
-        """The batch on the data's canvas; unchanged where it is, in float32 where it came on a finer one."""
-        if _size(batch) == self.spec.image_size:
+    def resize(self, batch: Batch) -> Batch:
+        """Return the batch at the image size of the dataset, in float32 if it was loaded at a higher resolution."""
+        if _image_size(batch) == self.spec.image_size:
             return batch
-        unmoved = torch.eye(3, dtype=torch.float64).repeat(len(batch), 1, 1)
-        return self._move(batch, unmoved, False, self.spec.image_size)
+        identity = torch.eye(3, dtype=torch.float64).repeat(len(batch), 1, 1)
+        return self._transform(batch, identity, self.spec.image_size, pixel_exact=False)
 
-    def _matrices(self, count: int, draw: Callable[[str, Augmentation], Tensor]) -> Tensor:
-        """(count, 3, 3) float64: the product of all geometry, from the data's canvas to output pixels."""
+    def augment_batches(
+        self, batches: Iterable[Batch], seed: int, epoch: int, grouped: bool = False
+    ) -> Iterator[Batch]:
+        """Augment batches one by one; empty batches are passed through.
+
+        Args:
+            grouped: augment several small batches at once, because the time per call hardly depends on the number of
+                images. The result is the same. Use it only if fetching the next batches early costs nothing.
+        """
+        group: list[Batch] = []
+        for batch in batches:
+            if not len(batch) or not grouped or self._effects:
+                yield from self._augment_group(group, seed, epoch)
+                group = []
+                yield self(batch, seed, epoch) if len(batch) else batch
+            else:
+                if self._is_full(group, batch):
+                    yield from self._augment_group(group, seed, epoch)
+                    group = []
+                group.append(batch)
+        yield from self._augment_group(group, seed, epoch)
+
+    def _is_full(self, group: list[Batch], batch: Batch) -> bool:
+        """Return whether `batch` has no more room in `group`."""
+        max_batches, max_values = MAX_GROUP.get(batch.images.device.type, MAX_GROUP["cpu"])
+        pixels = max(math.prod(_image_size(batch)), math.prod(self.output_size))
+        images = len(batch) + sum(len(other) for other in group)
+        return len(group) == max_batches or images * self.spec.channels * pixels > max_values
+
+    def _augment_group(self, group: list[Batch], seed: int, epoch: int) -> Iterator[Batch]:
+        if group:
+            augmented, start = self(concat_batches(group), seed, epoch), 0
+            for count in [len(batch) for batch in group]:
+                yield augmented.take(slice(start, start + count))
+                start += count
+
+    def sample_transform(self, seed: int, epoch: int) -> SampleTransform | None:
+        """Return the function of (image, position) to apply to decoded uint8 images; None if there is none."""
+        return SampleTransform(self.per_sample, seed, epoch) if self.per_sample else None
+
+    def _draw_matrix(self, count: int, draw: Callable[[str, Augmentation], Tensor]) -> Tensor:
+        """Return the products of all geometric matrices (count, 3, 3) float64, from image to output pixels."""
         size = self.spec.image_size
         matrix = torch.eye(3, dtype=torch.float64).expand(count, 3, 3)
         for key, item in self._geometries.items():
-            matrix = item.move(draw(key, item), *size) @ matrix
+            matrix = item.matrix(draw(key, item), *size) @ matrix
             size = item.output_size(*size)
-        return matrix if self._resize is None else self._resize @ matrix
+        return matrix
 
-    def _move(
-        self, batch: Batch, matrix: Tensor, whole_pixel: bool, output_size: tuple[int, int] | None = None
-    ) -> Batch:
-        """Images, points and masks moved by one matrix each; the way back to the source file too.
+    def _transform(self, batch: Batch, matrix: Tensor, output_size: Size, pixel_exact: bool) -> Batch:
+        """Apply one matrix per image to images, keypoints, masks and `source_to_image`.
 
         Args:
-            matrix: (N, 3, 3) float64, from the data's canvas to the output, whatever canvas the batch is on.
-            output_size: (height, width) in pixels; None: of all batches.
+            matrix: (N, 3, 3) float64, from pixels at the image size of the dataset to output pixels. Batches at
+                another resolution are resized by the same resampling.
+            pixel_exact: whether the matrix only flips and shifts by whole pixels.
         """
-        size, device = _size(batch), batch.images.device
-        output_size = output_size or self.output_size
+        size = _image_size(batch)
         if size != self.spec.image_size:
-            matrix, whole_pixel = matrix @ resize_matrix(size, self.spec.image_size), False
-        mover = (Gather if whole_pixel else GridResample)(matrix, size, output_size, self.border, device)
+            whole = torch.tensor([[0, 0, size[1], size[0]]], dtype=torch.float64)
+            matrix, pixel_exact = matrix @ box_to_image(whole, self.spec.image_size)[0], False
+        sampler = (GatherSampler if pixel_exact else GridSampler)(
+            matrix, size, output_size, self.border, batch.images.device
+        )
         targets = dict(batch.targets)
         if "mask" in targets:
-            targets["mask"] = mover.mask(targets["mask"], self.spec.mask_fill)
+            targets["mask"] = sampler.masks(targets["mask"], self.spec.mask_fill)
         if "points" in targets:
-            targets["points"], targets["valid"] = move_points(
-                targets["points"],
-                targets["valid"],
-                matrix,
-                is_mirrored(matrix, *size),
-                self.spec.flip_pairs,
-                output_size,
-            )
+            points, valid = targets["points"], targets["valid"]
+            if self.spec.flip_pairs is not None:
+                points, valid = swap_flip_pairs(
+                    points, valid, is_flipped(matrix, *size), self.spec.flip_pairs
+                )
+            targets["points"], targets["valid"] = transform_points(points, valid, matrix, output_size)
         source_to_image = matrix if batch.source_to_image is None else matrix @ batch.source_to_image
-        return replace(
-            batch, images=mover.images(batch.images), targets=targets, source_to_image=source_to_image
-        )
+        images = sampler.images(batch.images)
+        return replace(batch, images=images, targets=targets, source_to_image=source_to_image)
 
     def _check(self) -> None:
         for key, item in self.augmentations.items():
             if not isinstance(item, Augmentation):
                 raise UserError(
-                    f"augment.{key}: {type(item).__name__} is no augmentation; derive it from Geometry, "
-                    f"Color or Effect of cnntrain.augment.base"
+                    f"augment.{key}: {type(item).__name__} is not an augmentation; derive it from Geometry, Color or "
+                    "Effect in cnntrain.augment.base"
                 )
-        if not isinstance(self.border, str) or self.border not in BORDERS:
-            near = suggest(self.border, tuple(BORDERS))
-            raise UserError(f"augment.border: {self.border!r} is none of {', '.join(BORDERS)}{near}")
-        if self.spec.keypoints:
-            self._check_keypoints()
-        what = "keypoints" if self.spec.keypoints else "masks" if self.spec.per_pixel else None
+        if not isinstance(self.border, str) or self.border not in PADDING_MODES:
+            hint = suggest(self.border, tuple(PADDING_MODES))
+            raise UserError(
+                f"augment.border: {self.border!r} is not one of {', '.join(PADDING_MODES)}{hint}"
+            )
+        self._check_targets()
+        if self._colors and self.spec.channels not in (1, 3):
+            raise UserError(
+                f"augment.{next(iter(self._colors))}: color augmentations need images with 1 or 3 channels, these have "
+                f"{self.spec.channels}; remove it"
+            )
+
+    def _check_targets(self) -> None:
+        """Check that each target can follow the augmentations of the images."""
+        targets = "keypoints" if self.spec.keypoints else "masks" if self.spec.per_pixel else None
+        flips = [key for key, item in self._geometries.items() if item.can_flip]
+        if self.spec.keypoints and flips and self.spec.flip_pairs is None:
+            raise UserError(
+                f"augment.{flips[0]} flips the image, but the left/right pairs of keypoints are not known, so that a "
+                "left eye would still be called left; set data.flip_pairs, as in data.flip_pairs={left_eye: "
+                f"right_eye}}, or remove augment.{flips[0]}"
+            )
+        if self.spec.keypoints and self.border == "reflect":
+            raise UserError(
+                "augment.border: reflect shows mirrored parts of the image without keypoints; use zero or edge"
+            )
         mixing = [key for key, item in self._effects.items() if item.mixes_labels]
         if len(mixing) > 1:
             raise UserError(
                 f"augment.{mixing[0]} and augment.{mixing[1]} both mix labels; choose one, or mixup_cutmix"
             )
-        if mixing and what:
-            raise UserError(f"augment.{mixing[0]} mixes labels, and {what} are none; take it out")
+        if mixing and targets:
+            raise UserError(
+                f"augment.{mixing[0]} mixes class labels and cannot mix {targets}; remove augment.{mixing[0]}"
+            )
         for key, item in self.per_sample.items():
-            if item.moves_pixels and what:
+            if targets and item.moves_pixels:
                 raise UserError(
-                    f"augment.{key}: torchvision's {item.name} may move pixels and would leave the {what} where "
-                    "they were; use cnntrain's own geometry, or one that only changes colors"
+                    f"augment.{key}: torchvision's {item.name} may move pixels but not the {targets}; use a geometric "
+                    "augmentation of cnntrain, or a transform that only changes colors"
                 )
-        if self._colors and self.spec.channels not in (1, 3):
-            raise UserError(
-                f"augment.{next(iter(self._colors))}: colors need images of 1 or 3 channels, these have "
-                f"{self.spec.channels}; take it out"
-            )
-
-    def _check_keypoints(self) -> None:
-        mirroring = [key for key, item in self._geometries.items() if item.mirrors]
-        if mirroring and self.spec.flip_pairs is None:
-            raise UserError(
-                f"augment.{mirroring[0]} mirrors the image, but data.flip_pairs does not say which points trade "
-                f"names: a mirrored left eye would go on being called left. Set data.flip_pairs, as in "
-                f"data.flip_pairs={{left_eye: right_eye}}, or take augment.{mirroring[0]} out"
-            )
-        if self.border == "reflect":
-            raise UserError(
-                "augment.border: reflect shows mirrored parts of the image that have no keypoints; use zero or edge"
-            )
 
 
-def _size(batch: Batch) -> tuple[int, int]:
-    """(height, width) in pixels."""
+def _image_size(batch: Batch) -> Size:
     return batch.images.shape[-2], batch.images.shape[-1]
-
-
-def resize_matrix(size: tuple[int, int], output_size: tuple[int, int]) -> Tensor:
-    """(3, 3) float64 that stretches height x width px over `output_size`, edges (not centers) onto edges."""
-    scale_y, scale_x = (after / before for before, after in zip(size, output_size, strict=True))
-    return torch.tensor(
-        [[scale_x, 0, (scale_x - 1) / 2], [0, scale_y, (scale_y - 1) / 2], [0, 0, 1]], dtype=torch.float64
-    )

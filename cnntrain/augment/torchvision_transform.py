@@ -1,4 +1,4 @@
-"""Any transform of torchvision v2, applied image by image where images are decoded."""
+"""Transforms of torchvision v2, applied to single images where they are decoded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +10,8 @@ from cnntrain.augment.base import Augmentation
 from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import hash_seed
 
-# They change colors and move no pixel: safe for keypoints and masks, which they don't know.
-MOVES_NO_PIXEL = frozenset(
+# They change colors and move no pixel, so that keypoints and masks stay valid.
+COLOR_ONLY = frozenset(
     (
         "ColorJitter",
         "GaussianBlur",
@@ -33,68 +33,66 @@ MOVES_NO_PIXEL = frozenset(
 
 
 class TorchvisionTransform(Augmentation):
-    """Names a class of torchvision.transforms.v2; the streaming path applies it to each uint8 image (C, H,
-    W).
+    """A class of torchvision.transforms.v2, applied by the loader to each decoded uint8 image (C, H, W).
 
-    Its draws are seeded by (seed, epoch, position, YAML key), like all others.
+    Its random numbers are seeded by (seed, epoch, position, YAML key), like those of all augmentations.
 
     Args:
-        name: of the class, as in `RandomAutocontrast`.
-        arguments: its keyword arguments.
+        name: name of the class, for example `RandomAutocontrast`.
+        arguments: keyword arguments of the class.
+
+    Attributes:
+        moves_pixels: whether it may move pixels.
 
     Raises:
-        UserError: no such transform, or arguments that it does not take.
+        UserError: there is no such transform, or it does not accept the arguments.
     """
 
-    draws = 0
+    num_uniforms = 0
 
     def __init__(self, *, name: str, arguments: Mapping[str, Any] | None = None) -> None:
         self.name = name
         self.arguments = dict(arguments or {})
-        self.moves_pixels = name not in MOVES_NO_PIXEL
+        self.moves_pixels = name not in COLOR_ONLY
         self._transform = self._build()
 
     def _build(self) -> Any:
         from torchvision.transforms import v2
 
-        known = {
+        classes = {
             name: item
             for name, item in vars(v2).items()
             if isinstance(item, type) and issubclass(item, v2.Transform) and item is not v2.Transform
         }
-        made = known.get(self.name)
-        if made is None:
-            near = suggest(self.name, sorted(known))
-            raise UserError(f"augment: {self.name!r} is no transform of torchvision.transforms.v2{near}")
+        if self.name not in classes:
+            hint = suggest(self.name, sorted(classes))
+            raise UserError(f"augment: {self.name!r} is not a transform of torchvision.transforms.v2{hint}")
         try:
-            return made(**self.arguments)
+            return classes[self.name](**self.arguments)
         except (TypeError, ValueError) as error:
             raise UserError(f"augment: torchvision's {self.name}({self.arguments}): {error}") from error
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
-        """`image` (C, H, W) uint8 -> the same shape and type; draws from `seed` alone.
+        """Transform `image` (C, H, W) uint8, with random numbers from `seed` alone.
 
         Raises:
-            UserError: the transform changed the image's shape or type.
+            UserError: the shape or type of the image changed.
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             result = self._transform(image)
         if not isinstance(result, Tensor) or result.shape != image.shape or result.dtype != torch.uint8:
-            got = (
-                f"{tuple(result.shape)} {result.dtype}"
-                if isinstance(result, Tensor)
-                else type(result).__name__
-            )
+            is_tensor = isinstance(result, Tensor)
+            got = f"{tuple(result.shape)} {result.dtype}" if is_tensor else type(result).__name__
             raise UserError(
-                f"augment: torchvision's {self.name} made {got} of an image {tuple(image.shape)} uint8; "
-                f"only transforms that keep shape and type can be named here"
+                f"augment: torchvision's {self.name} turned an image {tuple(image.shape)} uint8 into {got}; only "
+                "transforms that keep shape and type are supported"
             )
         return result
 
 
 class SampleTransform:
-    """All per-sample transforms of one epoch; pickles, so that worker processes can have it."""
+    """All per-sample transforms of one epoch. Can be pickled for worker processes."""
 
     def __init__(self, transforms: Mapping[str, TorchvisionTransform], seed: int, epoch: int) -> None:
         self.transforms = dict(transforms)
@@ -102,7 +100,7 @@ class SampleTransform:
         self.epoch = epoch
 
     def __call__(self, image: Tensor, position: int) -> Tensor:
-        """`image` (C, H, W) uint8, `position` in the epoch -> (C, H, W) uint8."""
+        """Transform `image` (C, H, W) uint8 at `position` in the epoch."""
         for key, transform in self.transforms.items():
             image = transform(image, hash_seed(self.seed, self.epoch, position, key))
         return image

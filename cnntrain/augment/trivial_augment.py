@@ -1,56 +1,54 @@
-"""A policy without parameters to tune: one random operation of random strength per image."""
+"""TrivialAugment: one random operation of random strength per image, without parameters to tune."""
 
 import torch
 from torch import Tensor
 
-from cnntrain.augment.base import Color, Geometry, checked_probability
-from cnntrain.augment.color import BLACK, MEAN_GRAY, OWN_GRAY, UNCHANGED, blend
-from cnntrain.augment.geometry import identities, translation
-from cnntrain.augment.warp import about_center, rotation, shear
+from cnntrain.augment.base import Color, Geometry, check_probability
+from cnntrain.augment.color import BLACK, IDENTITY, MEAN_GRAY, PIXEL_GRAY, blend
+from cnntrain.augment.geometry import about_center, identity, rotation, shear, translation
 
 
-class Trivial(Geometry, Color):
-    """One of nine operations, evenly: nothing, brightness, contrast, saturation, shear or shift along x or y,
-    rotation.
+class TrivialAugment(Geometry, Color):
+    """Apply one of nine operations with equal probability.
 
-    After TrivialAugment (Mueller, Hutter 2021), wide strengths: factors from 0.01 to 1.99, shear to 0.99,
-    shift to 32 px of 224 in its share of the side, rotation to 135 degrees, each evenly from nothing to the
-    most, either way. Its sharpness, posterize, solarize, autocontrast and equalize are no matrices and are
-    left out.
+    The operations are: none, brightness, contrast, saturation, shear along x, shear along y, shift along x, shift
+    along y, and rotation. After TrivialAugment (Mueller, Hutter 2021) in its wide variant: factors from 0.01 to 1.99,
+    shear up to 0.99, shift up to a seventh of the side (32 of 224 px), rotation up to 135 degrees. Strengths are
+    uniform from zero to the maximum, with a random sign. Sharpness, posterize, solarize, autocontrast and equalize
+    are left out because they are not matrices.
 
     Args:
-        strength: share of the widest strengths, 0 to 1.
-        probability: of doing anything.
+        strength: fraction of the maximum strengths, 0 to 1.
+        probability: of applying an operation at all.
     """
 
-    draws = 4
+    num_uniforms = 4
     uses_mean = True
-    _OPERATIONS = 9
+    _NUM_OPERATIONS = 9
 
     def __init__(self, *, strength: float = 1.0, probability: float = 1.0) -> None:
-        self.strength = checked_probability(strength, self)
-        self.probability = checked_probability(probability, self)
+        self.strength = check_probability(strength, self)
+        self.probability = check_probability(probability, self)
 
-    def _chosen(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) number of the operation, (N,) strength from -1 to 1."""
-        operation = torch.where(
-            draws[:, 0] < self.probability, torch.floor(draws[:, 1] * self._OPERATIONS), 0.0
-        )
-        side = torch.where(draws[:, 3] < 0.5, -1.0, 1.0)
-        return operation, self.strength * draws[:, 2] * side
+    def _choose(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the number of the operation (N,) and its signed strength (N,) from -1 to 1."""
+        chosen = uniforms[:, 0] < self.probability
+        operation = torch.where(chosen, torch.floor(uniforms[:, 1] * self._NUM_OPERATIONS), 0.0)
+        sign = torch.where(uniforms[:, 3] < 0.5, -1.0, 1.0)
+        return operation, self.strength * uniforms[:, 2] * sign
 
-    def paint(self, draws: Tensor) -> Tensor:
-        operation, strength = self._chosen(draws)
+    def color_matrix(self, uniforms: Tensor) -> Tensor:
+        operation, strength = self._choose(uniforms)
         factor = 1 + 0.99 * strength
-        matrix = UNCHANGED.expand(len(draws), 3, 7)
-        for number, other in ((1, BLACK), (2, MEAN_GRAY), (3, OWN_GRAY)):
+        matrix = IDENTITY.expand(len(uniforms), 3, 7)
+        for number, other in ((1, BLACK), (2, MEAN_GRAY), (3, PIXEL_GRAY)):
             matrix = torch.where((operation == number)[:, None, None], blend(factor, other), matrix)
         return matrix
 
-    def move(self, draws: Tensor, height: int, width: int) -> Tensor:
-        operation, strength = self._chosen(draws)
+    def matrix(self, uniforms: Tensor, height: int, width: int) -> Tensor:
+        operation, strength = self._choose(uniforms)
         zero = torch.zeros_like(strength)
-        matrix = identities(len(draws))
+        matrix = identity(len(uniforms))
         for number, candidate in (
             (4, about_center(shear(0.99 * strength, zero), height, width)),
             (5, about_center(shear(zero, 0.99 * strength), height, width)),
