@@ -28,7 +28,7 @@ from fashion import add_root, fashion_mnist
 from torch.nn.functional import cross_entropy
 
 from cnntrain import compose
-from cnntrain.augment.pipeline import MOST_BATCHES
+from cnntrain.augment.pipeline import MAX_GROUP
 from cnntrain.commands.train import train
 from cnntrain.config.schema import Settings
 from cnntrain.report.journal import RunLogger
@@ -95,7 +95,7 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
     steps = round(options.window_s * images / seconds / options.batch_size)
     steps = min(steps, 54_000 // options.batch_size)  # no reading goes beyond an epoch
     steps = (
-        max(1, steps // MOST_BATCHES) * MOST_BATCHES
+        max(1, steps // MAX_GROUP["cpu"][0]) * MAX_GROUP["cpu"][0]
     )  # every window has its share of what is augmented at once
     pairs: list[Pair] = []
     before, read = read_cpu_times(), RunLogger.reading

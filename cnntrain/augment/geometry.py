@@ -318,9 +318,7 @@ class Perspective(Geometry):
 
     def __init__(self, *, distortion: float = 0.3, probability: float = 0.5) -> None:
         if not 0 <= distortion <= 0.6:
-            raise UserError(
-                f"augment: Perspective: distortion must be between 0 and 0.6, got {distortion}"
-            )
+            raise UserError(f"augment: Perspective: distortion must be between 0 and 0.6, got {distortion}")
         self.distortion = distortion
         self.probability = check_probability(probability, self)
 

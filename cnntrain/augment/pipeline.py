@@ -210,9 +210,7 @@ class Pipeline:
                 )
         if not isinstance(self.border, str) or self.border not in PADDING_MODES:
             hint = suggest(self.border, tuple(PADDING_MODES))
-            raise UserError(
-                f"augment.border: {self.border!r} is not one of {', '.join(PADDING_MODES)}{hint}"
-            )
+            raise UserError(f"augment.border: {self.border!r} is not one of {', '.join(PADDING_MODES)}{hint}")
         self._check_targets()
         if self._colors and self.spec.channels not in (1, 3):
             raise UserError(

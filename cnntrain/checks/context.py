@@ -76,7 +76,7 @@ class CheckContext:
         if key not in self._samples:
             loader = self.loaders[split]
             rows = torch.linspace(0, len(loader) - 1, min(count, len(loader))).round().long()
-            batch = self.pipeline.on_canvas(next(loader.batches(rows, len(rows))))
+            batch = self.pipeline.resize(next(loader.batches(rows, len(rows))))
             if batch.images.is_floating_point():  # it came on a finer canvas
                 batch = replace(batch, images=batch.images.round().to(torch.uint8))
             self._samples[key] = batch
@@ -84,7 +84,7 @@ class CheckContext:
 
     def plain(self, split: str = "train", count: int = SAMPLE) -> Batch:
         """As `stored`, normalized, in the compute's memory layout, not augmented."""
-        return self._laid_out(self.pipeline.plain(self.stored(split, count)))
+        return self._laid_out(self.pipeline.eval_transform(self.stored(split, count)))
 
     def augmented(self, count: int = SAMPLE, epoch: int = 0) -> Batch:
         """The first `count` training examples that epoch `epoch` of the run would see, augmented."""

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from cnntrain.augment.paint import normalize
+from cnntrain.augment.color import normalize
 from cnntrain.checks.context import CheckContext
 from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
 from cnntrain.train.hooks import attached
@@ -179,7 +179,7 @@ def validation_is_plain(bench: CheckContext) -> Finding:
         return failed(
             evidence, cause, "augment by augment=, which leaves validation alone", "data", "augment"
         )
-    plain, twice = bench.pipeline.plain(first), bench.pipeline.plain(again)
+    plain, twice = bench.pipeline.eval_transform(first), bench.pipeline.eval_transform(again)
     if not torch.equal(plain.images, twice.images):
         cause = "the pipeline changes validation images at random"
         return failed(
@@ -195,8 +195,8 @@ def augmentation(bench: CheckContext) -> Finding:
         return skipped("augment=none")
     if pipeline.per_sample:
         return skipped(f"{some(list(pipeline.per_sample))} are applied where workers decode")
-    if pipeline.mirrors and not bench.spec.hflip_ok:
-        mirroring = [key for key, item in pipeline.augmentations.items() if getattr(item, "mirrors", False)]
+    if pipeline.can_flip and not bench.spec.hflip_ok:
+        mirroring = [key for key, item in pipeline.augmentations.items() if getattr(item, "can_flip", False)]
         return warned(
             f"augment.{mirroring[0]} mirrors the images", "mirrored digits or letters mean something else",
             f"take it out: '~augment.{mirroring[0]}', or choose another augment=", f"augment.{mirroring[0]}", "data",

@@ -136,7 +136,7 @@ def _images(bench: CheckContext, split: str) -> tuple[Tensor, Tensor]:
     most = len(loader) if isinstance(images, Tensor) else MOST_READ
     rows = torch.linspace(0, len(loader) - 1, min(most, len(loader))).round().long()
     # Those that random crops are cut from are on a finer canvas than the others.
-    parts = [bench.pipeline.on_canvas(batch).images for batch in loader.batches(rows, AT_ONCE)]
+    parts = [bench.pipeline.resize(batch).images for batch in loader.batches(rows, AT_ONCE)]
     return torch.cat(
         [part.round().to(torch.uint8).cpu() if part.is_floating_point() else part.cpu() for part in parts]
     ), rows

@@ -146,7 +146,7 @@ def _spread(rows: Tensor, count: int) -> Tensor:
 
 def batch_of(bench: CheckContext, rows: Tensor) -> Batch:
     """Training examples, plain, in the compute's memory layout."""
-    batch = bench.pipeline.plain(next(bench.loaders["train"].batches(rows, len(rows))))
+    batch = bench.pipeline.eval_transform(next(bench.loaders["train"].batches(rows, len(rows))))
     batch.images = batch.images.contiguous(memory_format=bench.compute.memory_format)
     return batch
 

@@ -113,7 +113,7 @@ def flip(bench: CheckContext) -> Finding:
     spec = bench.spec
     if not spec.keypoints:
         return skipped("these data have no keypoints")
-    if spec.flip_pairs is None and not bench.pipeline.mirrors:
+    if spec.flip_pairs is None and not bench.pipeline.can_flip:
         return skipped("no partners are declared, and nothing mirrors")
     targets = bench.loaders["train"].examples.targets
     findings, _ = judge_flip(targets["points"][:MOST_SHAPES], targets["valid"][:MOST_SHAPES], spec)

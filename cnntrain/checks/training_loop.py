@@ -173,7 +173,7 @@ def _validate(bench: CheckContext, model: nn.Module) -> tuple[float, float]:
     )
     order = torch.cat(rows)
     with torch.no_grad():
-        batch = bench.pipeline.plain(next(loader.batches(order, len(order))))
+        batch = bench.pipeline.eval_transform(next(loader.batches(order, len(order))))
         total, count = _loss(bench, evaluated, batch, plain=True)
     return float(total / count), meter.compute()["loss"]
 

@@ -148,7 +148,7 @@ def pick_examples(assembly: Components, data: Data, count: int) -> tuple[Batch, 
 
 def _seen(assembly: Components, loader: Loader, rows: Tensor) -> Batch:
     """Training examples as the network sees them, without augmentation."""
-    batch = assembly.pipeline.plain(next(iter(loader.batches(rows, len(rows)))))
+    batch = assembly.pipeline.eval_transform(next(iter(loader.batches(rows, len(rows)))))
     images = batch.images.contiguous(memory_format=assembly.compute.memory_format)
     return dataclasses.replace(batch, images=images)
 

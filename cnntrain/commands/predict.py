@@ -79,7 +79,7 @@ class Predictor:
         self.model.eval()
         for batch in loader.batches(torch.arange(len(loader)), self.batch_size):
             stop.check()
-            seen = self.pipeline.plain(batch)
+            seen = self.pipeline.eval_transform(batch)
             with self.compute.autocast():
                 outputs = self.model(seen.images.contiguous(memory_format=self.compute.memory_format))
             yield seen, outputs.float()

@@ -67,7 +67,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     loader = make_loader(data.train, "cpu", 0, chosen.timeout_s, per_sample=True)
     count = min(settings.preview.images, len(loader))
     rows = torch.linspace(0, len(loader) - 1, count).round().long()
-    plain = pipeline.plain(next(loader.batches(rows, count)))
+    plain = pipeline.eval_transform(next(loader.batches(rows, count)))
     moved = []
     for epoch, positions in enumerate(_positions(rows, len(loader), settings)):
         transform = pipeline.sample_transform(settings.seed, epoch)

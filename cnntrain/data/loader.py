@@ -25,10 +25,10 @@ class Loader(ABC):
     """Gives batches of one split in whatever order it is told; draws nothing at random itself.
 
     Attributes:
-        at_hand: whether its images are decoded, so that a batch costs next to nothing.
+        is_cached: whether its images are decoded, so that a batch costs next to nothing.
     """
 
-    at_hand = False
+    is_cached = False
 
     def __init__(self, examples: Examples, device: torch.device) -> None:
         self.examples = examples
@@ -97,7 +97,7 @@ class Loader(ABC):
 class ResidentLoader(Loader):
     """Images in memory, on the device itself or beside it; a batch is one index operation."""
 
-    at_hand = True
+    is_cached = True
 
     def __init__(self, examples: Examples, device: torch.device, on_device: bool) -> None:
         super().__init__(examples, device)

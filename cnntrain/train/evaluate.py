@@ -56,7 +56,7 @@ def evaluate(
             stop.check()
         if not len(batch):
             continue
-        batch = components.pipeline.plain(batch)
+        batch = components.pipeline.eval_transform(batch)
         outputs = predict_batch(model, batch.images, compute)
         loss_sum, count = task.loss(outputs, batch.truth, plain=True)
         meter.update(outputs, batch.truth, loss_sum, count)

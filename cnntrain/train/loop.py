@@ -188,7 +188,7 @@ def train_epoch(
         transform=pipeline.sample_transform(plan.seed, progress.epoch),
         share=share,
     )
-    for batch in pipeline.each(stored, plan.seed, progress.epoch, training.at_hand):
+    for batch in pipeline.augment_batches(stored, plan.seed, progress.epoch, training.is_cached):
         if progress.batch % plan.accumulate == 0:  # between them there are gradients, which are not saved
             stop.check()
         if progress.batch >= plan.batches_per_epoch or progress.step >= plan.total_steps:

@@ -223,7 +223,7 @@ def diverged_in_validation(
     for batch in loader.batches(torch.arange(len(loader)), plan.batch_size, share=compute.ranks.share()):
         if not len(batch):
             continue
-        seen = pipeline.plain(batch)
+        seen = pipeline.eval_transform(batch)
         with watch_layers(model) as layers, compute.autocast():
             model(seen.images.contiguous(memory_format=compute.memory_format))
         if found := layers:

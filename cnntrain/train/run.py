@@ -194,7 +194,7 @@ def _draw_mistakes(model: nn.Module, assembly: Components, loader: Loader, worst
     rows = worst.rows()
     if not len(rows):
         return None
-    batch = assembly.pipeline.plain(next(iter(loader.batches(rows, len(rows)))))
+    batch = assembly.pipeline.eval_transform(next(iter(loader.batches(rows, len(rows)))))
     model.eval()
     outputs = model(batch.images.contiguous(memory_format=assembly.compute.memory_format)).float()
     names = [loader.examples.names[row] for row in batch.index.tolist()]

@@ -125,7 +125,7 @@ def assemble(
     spec = known or with_chosen_statistics(facts, data_settings)
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
-    if pipeline.mirrors and not spec.hflip_ok:
+    if pipeline.can_flip and not spec.hflip_ok:
         log.warning(
             "augment: a mirrored image of these data means something else (digits, text); take the flip out"
         )

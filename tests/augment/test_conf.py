@@ -43,7 +43,7 @@ def test_each_option_runs(compose, make_batch, option):
         Pipeline(spec, items)(batch, 0, 0)
 
 
-def test_lists_compose_in_their_order_and_can_be_overridden(compose):
+def test_lists_compose_in_order_and_can_be_overridden(compose):
     items = compose("augment=[crop,flip,jitter]", "augment.crop.padding=2", "augment.flip.probability=0.25")
     assert list(items) == ["crop", "flip", "jitter"]
     assert items["crop"].padding == 2

@@ -1,15 +1,21 @@
-"""Erasing, blur, noise, mixing, and the policy."""
+"""Erasing, blur, noise and mixing."""
 
 import pytest
 import torch
 
-from cnntrain.augment.blur import gaussian_blur
-from cnntrain.augment.effects import Blur, Noise, RandomErasing, normal_field
-from cnntrain.augment.mix import Cutmix, Mix, Mixup, beta_quantile
+from cnntrain.augment.effects import (
+    CutMix,
+    GaussianBlur,
+    GaussianNoise,
+    MixUp,
+    MixUpCutMix,
+    RandomErasing,
+    beta_quantile,
+    gaussian_blur,
+    normal_noise,
+)
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.augment.trivial_augment import Trivial
 from cnntrain.errors import UserError
-from cnntrain.randomness import uniform
 from cnntrain.types import Batch, DataSpec
 
 SPEC = DataSpec(3, 24, 32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.4))
@@ -19,9 +25,9 @@ def many(make_batch, count=200):
     return make_batch(count, height=24, width=32)
 
 
-def test_erasing_covers_one_box_with_the_mean(make_batch):
+def test_erasing_fills_one_box_with_the_mean(make_batch):
     batch = many(make_batch)
-    plain = Pipeline(SPEC, {}).plain(batch).images
+    plain = Pipeline(SPEC, {}).eval_transform(batch).images
     result = Pipeline(SPEC, {"e": RandomErasing(scale=(0.1, 0.3), ratio=(0.5, 2.0), probability=0.6)})(
         batch, 1, 0
     )
@@ -47,28 +53,28 @@ def test_blur_equals_torchvision(make_batch):
         torch.testing.assert_close(result[i], expected, atol=2e-2, rtol=0)
 
 
-def test_blur_leaves_unchosen_images_alone(make_batch):
+def test_blur_changes_only_chosen_images(make_batch):
     batch = many(make_batch)
-    plain = Pipeline(SPEC, {}).plain(batch).images
-    result = Pipeline(SPEC, {"b": Blur(sigma_px=(1.0, 2.0), probability=0.3)})(batch, 1, 0).images
+    plain = Pipeline(SPEC, {}).eval_transform(batch).images
+    result = Pipeline(SPEC, {"b": GaussianBlur(sigma_px=(1.0, 2.0), probability=0.3)})(batch, 1, 0).images
     same = (result == plain).flatten(1).all(1)
     assert 0.6 < same.float().mean() < 0.8
     rough, smooth = ((x[~same][..., 1:] - x[~same][..., :-1]).abs().mean() for x in (plain, result))
     assert smooth < 0.5 * rough
 
 
-def test_noise_is_normal_and_on_the_scale_before_normalization(make_batch):
+def test_noise_is_normal_with_its_strength_on_the_0_1_scale(make_batch):
     batch = many(make_batch, 20)
-    plain = Pipeline(SPEC, {}).plain(batch).images
-    result = Pipeline(SPEC, {"n": Noise(strength=(0.1, 0.1), probability=1.0)})(batch, 1, 0).images
+    plain = Pipeline(SPEC, {}).eval_transform(batch).images
+    result = Pipeline(SPEC, {"n": GaussianNoise(strength=(0.1, 0.1), probability=1.0)})(batch, 1, 0).images
     noise = result - plain
     for channel, std in enumerate(SPEC.std or ()):
         assert float(noise[:, channel].mean()) == pytest.approx(0, abs=0.02)
         assert float(noise[:, channel].std()) * std == pytest.approx(0.1, rel=0.03)
 
 
-def test_the_normal_field_is_white():
-    field = normal_field(torch.tensor([0, 1, 2**31, 2**32 - 1]), 40_000)
+def test_normal_noise_is_white():
+    field = normal_noise(torch.tensor([0, 1, 2**31, 2**32 - 1]), 40_000)
     assert field.isfinite().all()
     assert field.mean(1).abs().max() < 0.02
     assert (field.std(1) - 1).abs().max() < 0.02
@@ -78,15 +84,15 @@ def test_the_normal_field_is_white():
     assert (torch.corrcoef(field) - torch.eye(4)).abs().max() < 0.025
 
 
-def test_the_normal_field_has_no_infinity():
+def test_normal_noise_is_finite():
     """This key's first word is the largest there is, one of 2**32."""
-    assert 5 < normal_field(torch.tensor([2882873903]), 1).abs().item() < 6
+    assert 5 < normal_noise(torch.tensor([2882873903]), 1).abs().item() < 6
 
 
 @pytest.mark.parametrize(
-    "item", [Mixup(alpha=0.4), Cutmix(), Mix(alpha=0.8, cutmix_share=0.5, probability=0.7)]
+    "item", [MixUp(alpha=0.4), CutMix(), MixUpCutMix(alpha=0.8, cutmix_share=0.5, probability=0.7)]
 )
-def test_mixing_keeps_images_and_labels_in_step(make_batch, item):
+def test_mixing_weights_images_and_labels_equally(make_batch, item):
     """Images that are one flat color each: what is in the image says what the weight must be."""
     count = 64
     batch = many(make_batch, count)
@@ -101,18 +107,18 @@ def test_mixing_keeps_images_and_labels_in_step(make_batch, item):
     torch.testing.assert_close(result.images.mean((1, 2, 3)), expected, atol=1e-5, rtol=0)
     assert ((mix >= 0) & (mix <= 1)).all()
     assert (mix < 0.999).sum() > 15
-    if isinstance(item, Mixup):
+    if isinstance(item, MixUp):
         assert (result.images.flatten(1).std(1) < 1e-6).all()
-    if isinstance(item, Cutmix):
+    if isinstance(item, CutMix):
         values = torch.stack([(image.unsqueeze(-1) - own).abs().amin(-1).amax() for image in result.images])
         assert (values < 1e-6).all()  # every pixel is somebody's
 
 
-def test_mixing_without_labels_is_refused(make_batch):
+def test_mixing_without_labels_raises(make_batch):
     batch = make_batch(2)
     mask = {"mask": torch.zeros(2, 12, 17, dtype=torch.uint8)}
-    with pytest.raises(UserError, match="mix labels"):
-        Pipeline(DataSpec(3, 12, 17), {"m": Mixup()})(
+    with pytest.raises(UserError, match="mixup and cutmix"):
+        Pipeline(DataSpec(3, 12, 17), {"m": MixUp()})(
             Batch(batch.images, mask, batch.index, batch.position), 0, 0
         )
 
@@ -124,24 +130,3 @@ def test_beta_quantile():
         assert (values.diff() >= 0).all()
         variance = 1 / (4 * (2 * alpha + 1))
         assert float(values.var()) == pytest.approx(variance, rel=0.02)
-
-
-def test_trivial_does_one_thing_to_each_image(make_batch):
-    """Every operation comes up, evenly; what moves pixels leaves colors alone and the other way round."""
-    item = Trivial()
-    draws = uniform(0, 0, torch.arange(4000), "trivial_augment", item.draws)
-    moves = item.move(draws, 24, 32) - torch.eye(3)
-    paints = item.paint(draws) - torch.cat([torch.eye(3), torch.zeros(3, 4)], 1)
-    moved, painted = moves.flatten(1).abs().amax(1) > 0, paints.flatten(1).abs().amax(1) > 0
-    assert not (moved & painted).any()
-    operation = torch.floor(draws[:, 1] * 9).long()
-    counts = torch.bincount(operation, minlength=9)
-    assert counts.min() > 350
-    assert torch.equal(moved, operation >= 4)
-    assert torch.equal(painted, (operation >= 1) & (operation <= 3))
-    assert (torch.linalg.det(item.move(draws, 24, 32)) > 0).all()
-    # Both ways, to the widest.
-    shift = moves[operation == 6][:, 0, 2]
-    assert shift.min() < -0.95 * 32 / 7
-    assert shift.max() > 0.95 * 32 / 7
-    Pipeline(SPEC, {"trivial_augment": item})(many(make_batch, 30), 0, 0)

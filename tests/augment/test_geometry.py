@@ -1,152 +1,111 @@
-"""Images, keypoints and masks move together, whatever the moves and their order."""
+"""Geometric augmentations against torchvision's functions applied image by image with the same random numbers."""
 
-import math
-
-import numpy
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from scipy import ndimage
 
-from cnntrain.augment.base import Geometry
-from cnntrain.augment.geometry import Crop, HorizontalFlip, Shift, VerticalFlip
-from cnntrain.augment.pipeline import Pipeline
-from cnntrain.augment.trivial_augment import Trivial
-from cnntrain.augment.warp import Perspective, RandomResizedCrop, Rotation, Shear, Zoom
-
-HEIGHT, WIDTH = 44, 57
-ALL: dict[str, Geometry] = {
-    "flip": HorizontalFlip(probability=0.5),
-    "vertical_flip": VerticalFlip(probability=0.5),
-    "crop": Crop(padding=6),
-    "small_crop": Crop(size=(30, 41), padding=2),
-    "shift": Shift(pixels=5),
-    "random_resized_crop": RandomResizedCrop(scale=(0.3, 1.0)),
-    "small_resized_crop": RandomResizedCrop(size=(30, 33), scale=(0.3, 1.0)),
-    "zoom": Zoom(factor=(0.4, 1.6)),
-    "rotation": Rotation(degrees=180),
-    "shear": Shear(x_degrees=20, y_degrees=15),
-    "perspective": Perspective(distortion=0.4, probability=1.0),
-    "trivial_augment": Trivial(strength=0.3),
-}
-CHAINS = st.lists(
-    st.sampled_from(sorted(ALL.keys() - {"small_crop", "trivial_augment"})),
-    min_size=1,
-    max_size=3,
-    unique=True,
+from cnntrain.augment.geometry import (
+    Crop,
+    HorizontalFlip,
+    Perspective,
+    RandomResizedCrop,
+    Shift,
+    VerticalFlip,
+    homography,
 )
-FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.randomness import uniform
+from cnntrain.types import DataSpec
+
+functional = pytest.importorskip("torchvision.transforms.v2.functional")
+
+SEED, EPOCH = 7, 3
+SPEC = DataSpec(3, 12, 17)
 
 
-def centroid(weights: torch.Tensor) -> torch.Tensor:
-    """(2,) x, y of weights (H, W)."""
-    weights = weights.double()
-    x, y = torch.arange(weights.shape[1]).double(), torch.arange(weights.shape[0]).double()
-    return torch.stack([(weights.sum(0) * x).sum(), (weights.sum(1) * y).sum()]) / weights.sum()
+def draw(batch, key, item):
+    return uniform(SEED, EPOCH, batch.position, key, item.num_uniforms)
 
 
-def check_together(make_spots, faces, items: dict[str, Geometry], seed: int) -> int:
-    batch = make_spots(12, seed)
-    pipeline = Pipeline(faces, items)
-    moved = pipeline(batch, seed, 0)
-    assert moved.images.shape[2:] == moved.targets["mask"].shape[1:] == pipeline.output_size
-    height, width = pipeline.output_size
-    checked = 0
-    for i in range(len(batch)):
-        x, y = moved.targets["points"][i, 0].tolist()
-        assert bool(moved.targets["valid"][i, 0]) == (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5)
-        mask, image = moved.targets["mask"][i], moved.images[i, 0]
-        assert set(mask.unique().tolist()) <= {0, 1, 255}
-        margin = 12  # the whole spot is on the canvas
-        if min(x, y, width - 1 - x, height - 1 - y) < margin:
-            continue
-        checked += 1
-        point = torch.tensor([x, y], dtype=torch.float64)
-        assert (centroid(image.clamp(min=0.02) - 0.02) - point).norm() < 0.5
-        assert (centroid(mask == 1) - point).norm() < 0.8  # a disc of whole pixels has no finer center
-    return checked
+def to_bytes(images):
+    return (images * 255).round().to(torch.uint8)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_each_move_carries_pixel_point_and_mask_together(make_spots, faces, name):
-    assert sum(check_together(make_spots, faces, {name: ALL[name]}, seed) for seed in range(4)) > 3
+@pytest.mark.parametrize("border", ["zero", "edge", "reflect"])
+def test_flips_and_crop_are_exact(make_batch, border):
+    batch = make_batch(32)
+    items = {"flip": HorizontalFlip(), "up": VerticalFlip(probability=0.4), "crop": Crop(padding=3)}
+    result = to_bytes(Pipeline(SPEC, items, border)(batch, SEED, EPOCH).images)
+    flip, up = (draw(batch, key, items[key])[:, 0] for key in ("flip", "up"))
+    window = draw(batch, "crop", items["crop"])
+    mode = {"zero": "constant", "edge": "edge", "reflect": "reflect"}[border]
+    seen = set()
+    for i, image in enumerate(batch.images):
+        if flip[i] < 0.5:
+            image = functional.horizontal_flip(image)
+        if up[i] < 0.4:
+            image = functional.vertical_flip(image)
+        left, top = int(window[i, 0] * 7), int(window[i, 1] * 7)
+        seen |= {("x", left), ("y", top)}
+        image = functional.crop(functional.pad(image, [3], padding_mode=mode), top, left, 12, 17)
+        assert torch.equal(result[i], image)
+    assert seen >= {("x", 0), ("x", 6), ("y", 0), ("y", 6)}  # the extremes were among them
 
 
-@FEW
-@given(names=CHAINS, seed=st.integers(0, 2**40))
-def test_chains_carry_pixel_point_and_mask_together(make_spots, faces, names, seed):
-    check_together(make_spots, faces, {name: ALL[name] for name in names}, seed)
+def test_crop_of_another_size_and_shift_are_exact(make_batch):
+    batch = make_batch(32)
+    items = {"crop": Crop(size=(10, 9), padding=1), "shift": Shift(pixels=2)}
+    pipeline = Pipeline(SPEC, items)
+    result = to_bytes(pipeline(batch, SEED, EPOCH).images)
+    window = draw(batch, "crop", items["crop"])
+    shift = (draw(batch, "shift", items["shift"]) * 5).long() - 2
+    for i, image in enumerate(batch.images):
+        left, top = int(window[i, 0] * 11) - 1, int(window[i, 1] * 5) - 1
+        # One move: the shift brings in what the window alone had cut off.
+        image = functional.crop(image, top - int(shift[i, 1]), left - int(shift[i, 0]), 10, 9)
+        assert torch.equal(result[i], image)
+    assert pipeline.output_size == (10, 9)
+    assert torch.equal(to_bytes(pipeline.eval_transform(batch).images), batch.images[:, :, 1:11, 4:13])
 
 
-@FEW
-@given(names=CHAINS, seed=st.integers(0, 2**40))
-def test_chains_equal_the_product_of_matrices_applied_by_scipy(make_spots, faces, names, seed):
-    """Image by image in float64, with the matrix that the pipeline says it used."""
-    items = {name: ALL[name] for name in names}
-    generator = torch.Generator().manual_seed(seed)
-    batch = make_spots(4, seed)
-    batch.images = torch.randint(0, 256, batch.images.shape, dtype=torch.uint8, generator=generator)
-    batch.targets["mask"] = torch.randint(
-        0, 5, batch.targets["mask"].shape, dtype=torch.uint8, generator=generator
+def test_resized_crop_agrees_with_torchvision(make_batch):
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    batch = make_batch(16, height=20, width=20)
+    item = RandomResizedCrop(size=(26, 27), scale=(0.6, 1.0), ratio=(0.3, 3.0))  # many are too long, and cut
+    result = Pipeline(DataSpec(3, 20, 20), {"it": item}, "edge")(batch, 0, 0)
+    inverse = torch.linalg.inv(result.source_to_image)
+    for i in range(16):
+        left_top = inverse[i] @ torch.tensor([-0.5, -0.5, 1.0]).double() + 0.5
+        right_bottom = inverse[i] @ torch.tensor([26.5, 25.5, 1.0]).double() + 0.5
+        assert (left_top > -1e-9)[:2].all()
+        assert (right_bottom < 20 + 1e-9)[:2].all()
+    whole = Pipeline(
+        DataSpec(3, 20, 20), {"it": RandomResizedCrop(size=26, scale=(1, 1), ratio=(1, 1))}, "edge"
     )
-    moved = Pipeline(faces, items)(batch, seed, 1)
-    matrices, height, width = draw_matrices(items, batch, seed, 1)
-    torch.testing.assert_close(moved.source_to_image, matrices)
-    y, x = numpy.mgrid[0:height, 0:width]
-    for i in range(len(batch)):
-        # Points: the matrix itself, exactly; renamed where its determinant is negative.
-        points = batch.targets["points"][i].double()
-        expected = torch.cat([points, torch.ones(len(points), 1)], 1) @ matrices[i].T
-        expected = expected[:, :2] / expected[:, 2:]
-        order = list(faces.flip_pairs or ()) if mirrors_by_cross_product(matrices[i]) else [0, 1, 2, 3, 4]
-        torch.testing.assert_close(moved.targets["points"][i].double(), expected[order], atol=1e-3, rtol=1e-4)
-        inverse = numpy.linalg.inv(matrices[i].numpy())
-        place = inverse @ numpy.stack([x.ravel(), y.ravel(), numpy.ones(x.size)])
-        place = place[:2] / place[2]
-        if step_is_wide(matrices[i], height, width):
-            continue  # prefiltered
-        image = batch.images[i, 0].double().numpy()
-        expected = ndimage.map_coordinates(image, place[::-1], order=1, mode="grid-constant")
-        numpy.testing.assert_allclose(moved.images[i, 0].numpy().ravel() * 255, expected, atol=0.05)
-        mask = batch.targets["mask"][i].numpy()
-        nearest = numpy.round(place).astype(int)
-        inside = (nearest >= 0).all(0) & (nearest[0] < WIDTH) & (nearest[1] < HEIGHT)
-        expected = numpy.where(inside, mask[nearest[1] * inside, nearest[0] * inside], 255)
-        undecided = (numpy.abs(place - numpy.floor(place) - 0.5) < 1e-3).any(0)
-        got = moved.targets["mask"][i].numpy().ravel()
-        assert (got == expected)[~undecided].all()
+    expected = functional.resize(batch.images.float() / 255, [26, 26], antialias=False)
+    torch.testing.assert_close(whole(batch, 0, 0).images, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(whole.eval_transform(batch).images, expected, atol=1e-4, rtol=0)
 
 
-def draw_matrices(items, batch, seed, epoch):
-    from cnntrain.randomness import uniform
-
-    total = torch.eye(3, dtype=torch.float64).repeat(len(batch), 1, 1)
-    height, width = HEIGHT, WIDTH
-    for key, item in items.items():
-        draws = uniform(seed, epoch, batch.position, key, item.draws)
-        total = item.move(draws, height, width) @ total
-        height, width = item.output_size(height, width)
-    return total, height, width
+def test_homography_maps_its_corners():
+    source = torch.tensor([[0, 0], [16, 0], [16, 11], [0, 11]]).double()
+    target = source + torch.tensor([[3, 1], [-2, 4], [-5, -1], [0.5, -3]]).double()
+    matrix = homography(source, torch.stack([target, source]))
+    for i, expected in enumerate((target, source)):
+        place = torch.cat([source, torch.ones(4, 1)], 1) @ matrix[i].T
+        torch.testing.assert_close(place[:, :2] / place[:, 2:], expected)
 
 
-def mirrors_by_cross_product(matrix) -> bool:
-    """Whether a small triangle at the image's center turns the other way round after the move."""
-    center = torch.tensor([(WIDTH - 1) / 2, (HEIGHT - 1) / 2], dtype=torch.float64)
-    corners = center + torch.tensor([[0.0, 0.0], [0.01, 0.0], [0.0, 0.01]], dtype=torch.float64)
-    moved = torch.cat([corners, torch.ones(3, 1)], 1) @ matrix.T
-    moved = moved[:, :2] / moved[:, 2:]
-    (ax, ay), (bx, by) = (moved[1] - moved[0]).tolist(), (moved[2] - moved[0]).tolist()
-    return ax * by - ay * bx < 0
-
-
-def step_is_wide(matrix, height, width) -> bool:
-    inverse = torch.linalg.inv(matrix)
-    center = torch.tensor([(width - 1) / 2, (height - 1) / 2, 1.0], dtype=torch.float64)
-
-    def place(x, y):
-        there = inverse @ (center + torch.tensor([x, y, 0.0], dtype=torch.float64))
-        return there[:2] / there[2]
-
-    along_x, along_y = place(0.5, 0) - place(-0.5, 0), place(0, 0.5) - place(0, -0.5)
-    return max(math.hypot(along_x[axis], along_y[axis]) for axis in (0, 1)) > 1.45
+def test_perspective_moves_corners_inwards_up_to_its_distortion(make_batch):
+    batch = make_batch(200, 1)
+    item = Perspective(distortion=0.5, probability=1.0)
+    matrix = Pipeline(DataSpec(1, 12, 17), {"tilt": item})(batch, 0, 0).source_to_image
+    assert matrix is not None
+    for x, y, inwards in ((0, 0, (1, 1)), (16, 0, (-1, 1)), (16, 11, (-1, -1)), (0, 11, (1, -1))):
+        place = matrix @ torch.tensor([x, y, 1.0], dtype=torch.float64)
+        pull = (
+            (place[:, :2] / place[:, 2:] - torch.tensor([x, y]))
+            * torch.tensor(inwards)
+            / torch.tensor([8, 5.5])
+        )
+        assert pull.min() > -1e-9
+        assert 0.48 < pull.max() < 0.5

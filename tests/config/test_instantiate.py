@@ -29,7 +29,7 @@ REFUSED = [
     ("data", "cnntrain.data.download.download"),
     ("data", "cnntrain.data.scan.scan"),
     ("data", "cnntrain.data.image_reader.Decoder"),
-    ("augment", "cnntrain.augment.paint.paint"),
+    ("augment", "cnntrain.augment.color.normalize"),
     ("augment", "cnntrain.augment.pipeline.Pipeline"),
     ("task", "cnntrain.tasks.arguments.number"),
     ("optimizer", "torch.optim.lr_scheduler.StepLR"),

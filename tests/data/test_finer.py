@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cnntrain.augment.geometry import HorizontalFlip
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.augment.warp import RandomResizedCrop, Rotation
+from cnntrain.augment.geometry import RandomResizedCrop, Rotation
 from cnntrain.config.compose import read_settings
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.finer import on_finer_canvas
@@ -150,7 +150,7 @@ def test_points_lie_where_they_did(tmp_path: Path, crop: str) -> None:
     for data in (finer, load_data(source)):
         batches.append(next(make_loader(data.train, "cpu").batches(torch.arange(3), 3)))
     for fine, coarse in (
-        (f(batches[0]), f(batches[1])) for f in (pipeline.plain, lambda b: pipeline(b, 0, 0))
+        (f(batches[0]), f(batches[1])) for f in (pipeline.eval_transform, lambda b: pipeline(b, 0, 0))
     ):
         assert fine.images.shape == coarse.images.shape
         torch.testing.assert_close(fine.targets["points"], coarse.targets["points"], atol=0.5, rtol=0)
@@ -194,7 +194,7 @@ def test_masks_move_along(tmp_path: Path) -> None:
         )
         fine, coarse = (next(make_loader(d.train, "cpu").batches(torch.arange(3), 3)) for d in (finer, plain))
         assert fine.targets["mask"].shape == (3, 64, 64)
-        for f in (pipeline.plain, lambda b: pipeline(b, 0, 0)):
+        for f in (pipeline.eval_transform, lambda b: pipeline(b, 0, 0)):
             one, other = f(fine).targets["mask"], f(coarse).targets["mask"]
             assert one.shape == other.shape == (3, 32, 32)
             assert float((one == other).float().mean()) > 0.96
@@ -213,8 +213,8 @@ def test_what_is_seen_does_not_depend_on_the_canvas() -> None:
     rows = torch.arange(8)
     coarse, fine = (pipeline(Batch(drawn(scale), {}, rows, rows), 3, 1) for scale in (1, 3))
     assert float((coarse.images - fine.images).abs().max()) < 0.06
-    plain = pipeline.plain(Batch(drawn(3), {}, rows, rows))
-    assert float((plain.images - pipeline.plain(Batch(drawn(1), {}, rows, rows)).images).abs().max()) < 0.06
+    plain = pipeline.eval_transform(Batch(drawn(3), {}, rows, rows))
+    assert float((plain.images - pipeline.eval_transform(Batch(drawn(1), {}, rows, rows)).images).abs().max()) < 0.06
 
 
 def test_a_configured_crop_decodes_finer_and_evaluating_does_not(folder: Path) -> None:

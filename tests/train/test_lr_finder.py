@@ -51,7 +51,7 @@ class Noise:
             images = self.noise * torch.randn(len(rows), 1, 1, 1, generator=generator)
             yield Batch(images, {}, rows, rows)
 
-    at_hand = True
+    is_cached = True
 
     def each(self, batches: Any, *rest: Any) -> Any:
         return batches

@@ -1,4 +1,4 @@
-"""The batch augmentation equals torchvision's functions applied image by image with the same draws."""
+"""Color augmentations against torchvision's functions and a sequence in float64."""
 
 import itertools
 import random
@@ -6,8 +6,18 @@ import random
 import pytest
 import torch
 
-from cnntrain.augment.color import YIQ, Brightness, ColorJitter, Contrast, Grayscale, Hue, Invert, Saturation
-from cnntrain.augment.geometry import Crop, HorizontalFlip, Shift, VerticalFlip
+from cnntrain.augment.color import (
+    YIQ,
+    Brightness,
+    ColorJitter,
+    Contrast,
+    Grayscale,
+    Hue,
+    Invert,
+    Saturation,
+    multiply_channels,
+)
+from cnntrain.augment.geometry import Crop
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.randomness import uniform
 from cnntrain.types import DataSpec
@@ -18,49 +28,8 @@ SEED, EPOCH = 7, 3
 SPEC = DataSpec(3, 12, 17)
 
 
-def draws(batch, key, item):
-    return uniform(SEED, EPOCH, batch.position, key, item.draws)
-
-
-def to_bytes(images):
-    return (images * 255).round().to(torch.uint8)
-
-
-@pytest.mark.parametrize("border", ["zero", "edge", "reflect"])
-def test_flips_and_crop_are_exact(make_batch, border):
-    batch = make_batch(32)
-    items = {"flip": HorizontalFlip(), "up": VerticalFlip(probability=0.4), "crop": Crop(padding=3)}
-    result = to_bytes(Pipeline(SPEC, items, border)(batch, SEED, EPOCH).images)
-    flip, up = (draws(batch, key, items[key])[:, 0] for key in ("flip", "up"))
-    window = draws(batch, "crop", items["crop"])
-    mode = {"zero": "constant", "edge": "edge", "reflect": "reflect"}[border]
-    seen = set()
-    for i, image in enumerate(batch.images):
-        if flip[i] < 0.5:
-            image = functional.horizontal_flip(image)
-        if up[i] < 0.4:
-            image = functional.vertical_flip(image)
-        left, top = int(window[i, 0] * 7), int(window[i, 1] * 7)
-        seen |= {("x", left), ("y", top)}
-        image = functional.crop(functional.pad(image, [3], padding_mode=mode), top, left, 12, 17)
-        assert torch.equal(result[i], image)
-    assert seen >= {("x", 0), ("x", 6), ("y", 0), ("y", 6)}  # the extremes were among them
-
-
-def test_crop_of_another_size_and_shift_are_exact(make_batch):
-    batch = make_batch(32)
-    items = {"crop": Crop(size=(10, 9), padding=1), "shift": Shift(pixels=2)}
-    pipeline = Pipeline(SPEC, items)
-    result = to_bytes(pipeline(batch, SEED, EPOCH).images)
-    window = draws(batch, "crop", items["crop"])
-    shift = (draws(batch, "shift", items["shift"]) * 5).long() - 2
-    for i, image in enumerate(batch.images):
-        left, top = int(window[i, 0] * 11) - 1, int(window[i, 1] * 5) - 1
-        # One move: the shift brings in what the window alone had cut off.
-        image = functional.crop(image, top - int(shift[i, 1]), left - int(shift[i, 0]), 10, 9)
-        assert torch.equal(result[i], image)
-    assert pipeline.output_size == (10, 9)
-    assert torch.equal(to_bytes(pipeline.plain(batch).images), batch.images[:, :, 1:11, 4:13])
+def draw(batch, key, item):
+    return uniform(SEED, EPOCH, batch.position, key, item.num_uniforms)
 
 
 @pytest.mark.parametrize(
@@ -73,38 +42,38 @@ def test_crop_of_another_size_and_shift_are_exact(make_batch):
     ids=["brightness", "contrast", "saturation"],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_one_color_change_agrees_with_torchvision(make_batch, item, function, channels):
+def test_blends_agree_with_torchvision(make_batch, item, function, channels):
     batch = make_batch(24, channels=channels)
     result = Pipeline(DataSpec(channels, 12, 17), {"it": item})(batch, SEED, EPOCH).images
-    factors = item.low + (item.high - item.low) * draws(batch, "it", item)[:, 1]
+    factors = item.factor[0] + (item.factor[1] - item.factor[0]) * draw(batch, "it", item)[:, 1]
     for i, image in enumerate(batch.images):
         expected = function(image.float() / 255, float(factors[i]))
         torch.testing.assert_close(result[i], expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", [Brightness, Contrast, Saturation, Hue])
-def test_probability_chooses_images_apart_from_the_strength(make_batch, kind):
+def test_probability_and_strength_are_independent(make_batch, kind):
     batch = make_batch(300, height=4, width=5)
     spec = DataSpec(3, 4, 5)
-    plain = Pipeline(spec, {}).plain(batch).images
+    plain = Pipeline(spec, {}).eval_transform(batch).images
     always, sometimes = (
         Pipeline(spec, {"it": kind(strength=0.3, probability=p)})(batch, SEED, EPOCH).images
         for p in (1.0, 0.4)
     )
-    chosen = draws(batch, "it", kind())[:, 0] < 0.4
+    chosen = draw(batch, "it", kind())[:, 0] < 0.4
     assert torch.equal(sometimes[chosen], always[chosen])
     torch.testing.assert_close(sometimes[~chosen], plain[~chosen], atol=1e-6, rtol=0)
-    strength = draws(batch, "it", kind())[:, 1]
+    strength = draw(batch, "it", kind())[:, 1]
     assert abs(float(strength[chosen].mean()) - 0.5) < 0.1
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_switches_agree_with_torchvision(make_batch, channels):
+def test_grayscale_and_invert_agree_with_torchvision(make_batch, channels):
     batch = make_batch(24, channels=channels)
     spec = DataSpec(channels, 12, 17)
     for item, function in ((Grayscale(probability=0.5), None), (Invert(probability=0.5), functional.invert)):
         result = Pipeline(spec, {"it": item})(batch, SEED, EPOCH).images
-        chosen = draws(batch, "it", item)[:, 0] < 0.5
+        chosen = draw(batch, "it", item)[:, 0] < 0.5
         assert chosen.any()
         assert not chosen.all()
         for i, image in enumerate(batch.images.float() / 255):
@@ -115,7 +84,7 @@ def test_switches_agree_with_torchvision(make_batch, channels):
             torch.testing.assert_close(result[i], expected, atol=1e-3, rtol=0)
 
 
-def test_a_chain_equals_the_float64_chain_clamped_once(make_batch):
+def test_composed_matrices_equal_the_float64_sequence_clamped_once(make_batch):
     """In any order, each contrast about a mean gray of its own, after a crop that shows black."""
     batch = make_batch(4)
     makers = {
@@ -129,7 +98,7 @@ def test_a_chain_equals_the_float64_chain_clamped_once(make_batch):
     crop = Crop(padding=4)
     cropped = Pipeline(SPEC, {"crop": crop})(batch, SEED, EPOCH).images.double()
     luma = YIQ[0][:, None, None]
-    values = {key: draws(batch, key, item) for key, item in makers.items()}
+    values = {key: draw(batch, key, item) for key, item in makers.items()}
     # All 720 orders would take long; a hundred hold every pair in both orders.
     for order in random.Random(0).sample(list(itertools.permutations(makers)), 100):
         result = Pipeline(SPEC, {"crop": crop} | {key: makers[key] for key in order})(batch, SEED, EPOCH)
@@ -139,7 +108,7 @@ def test_a_chain_equals_the_float64_chain_clamped_once(make_batch):
                 if key == "invert":
                     image = 1 - image if values[key][i, 0] < 0.5 else image
                 elif key == "hue":
-                    image = turn_hue_by_angle(image, float(values[key][i, 1]) - 0.5)
+                    image = rotate_hue_by_angle(image, float(values[key][i, 1]) - 0.5)
                 else:
                     factor = 0.1 + 1.8 * values[key][i, 1]
                     other = {"brightness": 0.0, "contrast": gray.mean(), "saturation": gray}[
@@ -151,7 +120,7 @@ def test_a_chain_equals_the_float64_chain_clamped_once(make_batch):
             )
 
 
-def turn_hue_by_angle(image, turns):
+def rotate_hue_by_angle(image, turns):
     """A reference of its own: polar coordinates in the I-Q plane, image (3, H, W) float64."""
     luma, in_phase, quadrature = torch.einsum("ij,jhw->ihw", YIQ, image)
     radius, angle = torch.hypot(in_phase, quadrature), torch.atan2(quadrature, in_phase)
@@ -160,7 +129,7 @@ def turn_hue_by_angle(image, turns):
     return torch.einsum("ij,jhw->ihw", torch.linalg.inv(YIQ), turned)
 
 
-def test_hue_turns_red_towards_yellow_as_torchvision_does(make_batch):
+def test_hue_rotates_red_towards_yellow_like_torchvision(make_batch):
     item = Hue(strength=(0.1, 0.1))
     batch = make_batch(1)
     batch.images[:] = torch.tensor([180, 100, 100])[:, None, None]
@@ -173,10 +142,10 @@ def test_hue_turns_red_towards_yellow_as_torchvision_does(make_batch):
     assert float(YIQ[0] @ mine.double()) == pytest.approx(float(YIQ[0] @ before), abs=1e-6)
 
 
-def test_jitter_is_its_parts_in_order(make_batch):
+def test_color_jitter_equals_its_parts_in_order(make_batch):
     batch = make_batch(16)
     jitter = ColorJitter(brightness=0.3, contrast=0.5, saturation=0.7, hue=0.2, probability=0.8)
-    whole = draws(batch, "jitter", jitter)
+    whole = draw(batch, "jitter", jitter)
     result = Pipeline(SPEC, {"jitter": jitter})(batch, SEED, EPOCH).images
     for i in range(16):
         parts = {}
@@ -190,7 +159,7 @@ def test_jitter_is_its_parts_in_order(make_batch):
         torch.testing.assert_close(result[i], expected, atol=1e-5, rtol=0)
 
 
-def test_normalization_is_after_the_clamp(make_batch):
+def test_images_are_clamped_before_normalization(make_batch):
     batch = make_batch(8)
     mean, std = (0.5, 0.4, 0.1), (0.2, 0.3, 0.25)
     items = {"brightness": Brightness(strength=(3.0, 3.0))}
@@ -199,6 +168,18 @@ def test_normalization_is_after_the_clamp(make_batch):
     normalized = Pipeline(SPEC.with_statistics(mean, std), items)(batch, SEED, EPOCH).images
     expected = functional.normalize(plain, list(mean), list(std))
     torch.testing.assert_close(normalized, expected, atol=1e-5, rtol=0)
-    only = Pipeline(SPEC.with_statistics(mean, std), {}).plain(batch).images
+    only = Pipeline(SPEC.with_statistics(mean, std), {}).eval_transform(batch).images
     expected = functional.normalize(batch.images.float() / 255, list(mean), list(std))
     torch.testing.assert_close(only, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_multiply_channels_equals_the_matrix_product(channels):
+    values, matrix, offset = (
+        torch.rand(4, channels, 50),
+        torch.randn(4, channels, channels),
+        torch.randn(4, channels, 1),
+    )
+    torch.testing.assert_close(
+        multiply_channels(values, matrix, offset), torch.baddbmm(offset, matrix, values)
+    )
