@@ -80,7 +80,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     elif data.spec.keypoints:
         shown = _best_seen(next(loader.batches(rows, count)), FLIPPED_IMAGES)
         flip = Pipeline(data.spec, {"flip": HorizontalFlip(probability=1.0)})
-        straight = Pipeline(data.spec, {}).plain(shown)
+        straight = Pipeline(data.spec, {}).eval_transform(shown)
         pictures["flip"] = draw_flip(
             straight,
             flip(shown, settings.seed, 0),

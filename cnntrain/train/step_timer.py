@@ -208,7 +208,7 @@ class FixedBatch(RepeatingLoader):
 class _Untouched:
     """A pipeline for batches that have been through one."""
 
-    def each(self, batches: Iterable[Batch], *rest: object) -> Iterable[Batch]:
+    def augment_batches(self, batches: Iterable[Batch], *rest: object) -> Iterable[Batch]:
         return batches
 
     def sample_transform(self, seed: int, epoch: int) -> None:

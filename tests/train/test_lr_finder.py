@@ -53,7 +53,7 @@ class Noise:
 
     is_cached = True
 
-    def each(self, batches: Any, *rest: Any) -> Any:
+    def augment_batches(self, batches: Any, *rest: Any) -> Any:
         return batches
 
     def sample_transform(self, seed: int, epoch: int) -> None:
