@@ -34,8 +34,9 @@ from cnntrain.report.progress import Bar
 from cnntrain.report.table import print_rows
 from cnntrain.train.device import Compute
 from cnntrain.train.measurement import TimingWindows, interleave, peak_memory_mib, reset_peak_memory
+from cnntrain.train.optim import make_optimizer
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.setup import Components, assemble, build_training_parts, make_optimizer
+from cnntrain.train.setup import Components, assemble, build_training_parts
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.train.state import TrainingPlan
 from cnntrain.train.step_timer import StepTimer, make_step_timer

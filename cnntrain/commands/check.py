@@ -31,6 +31,7 @@ from cnntrain.plots.flip_picture import draw_symmetry
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.journal import statistics
 from cnntrain.report.table import print_findings
+from cnntrain.train.optim import make_optimizer
 from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
 from cnntrain.train.saved import locate, read_saved
 from cnntrain.train.setup import (
@@ -38,7 +39,6 @@ from cnntrain.train.setup import (
     assemble,
     build_source,
     build_training_parts,
-    make_optimizer,
     notice,
     try_learning_rates,
 )

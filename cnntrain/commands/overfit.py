@@ -27,8 +27,9 @@ from cnntrain.errors import UserError
 from cnntrain.plots.curves import learning, save, survive_drawing
 from cnntrain.report.console import log_to_console
 from cnntrain.report.table import print_findings
+from cnntrain.train.optim import make_optimizer
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.setup import Components, assemble, build_training_parts, make_optimizer
+from cnntrain.train.setup import Components, assemble, build_training_parts
 from cnntrain.train.signals import stop_flag
 from cnntrain.types import Batch, Finding
 

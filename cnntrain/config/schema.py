@@ -259,6 +259,13 @@ class PredictSettings:
     trusted_packages: list[str]
 
 
+def split_common(node: Node, cls: type) -> tuple[Node, Node]:
+    """Split a group's config into the arguments of its class and the keys that every option has (fields of `cls`)."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    own = {key: value for key, value in node.items() if key not in names}
+    return own, {key: value for key, value in node.items() if key in names}
+
+
 def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """An instance of the dataclass `cls` from plain values, each checked for type and range.
 

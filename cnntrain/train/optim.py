@@ -1,35 +1,84 @@
-"""Optimizers: parameter groups by weight decay and by depth, and learning rates set per step."""
+"""Build the configured optimizer, with parameter groups by weight decay and depth; set learning rates per step."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from cnntrain.config.instantiate import resolve
+from cnntrain.config.schema import Node, OptimizerSettings, Settings, Within, check_type, parse, split_common
 from cnntrain.errors import UserError, suggest
 from cnntrain.models.pretrained import in_head
+from cnntrain.train.device import Compute
 from cnntrain.train.schedule import Schedule
 
-_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.fx.GraphModule)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.fx.GraphModule)
+
+
+def make_optimizer(settings: Settings, model: nn.Module, compute: Compute) -> Optimizer:
+    """Build the configured optimizer for the parameters of `model`.
+
+    Raises:
+        UserError: a key of `optimizer` is invalid, or no parameter is trainable.
+    """
+    node, common = split_common(settings.optimizer, OptimizerSettings)
+    chosen, factory = parse(OptimizerSettings, common, "optimizer."), _resolve(settings, node, compute)
+    with _explain_refusal(node):
+        return build_optimizer(
+            factory, model, node.get("weight_decay", 0.0), chosen.decay_norms_and_biases, chosen.layer_decay
+        )
+
+
+def check_optimizer(settings: Settings, compute: Compute) -> None:
+    """Check all keys of `optimizer` without a model, by one step on a small matrix. `lr=auto` is accepted.
+
+    Raises:
+        UserError: a key is invalid, or the optimizer needs more than gradients (LBFGS, SparseAdam).
+    """
+    node, common = split_common(settings.optimizer, OptimizerSettings)
+    parse(OptimizerSettings, common, "optimizer.")
+    if node.get("lr") == "auto":
+        node["lr"] = 1.0
+    factory = _resolve(settings, node, compute)
+    with _explain_refusal(node):
+        check_single_step(factory)
+
+
+def _resolve(settings: Settings, node: Node, compute: Compute) -> Callable[..., Optimizer]:
+    for key in ("lr", "weight_decay"):
+        check_type(node.get(key, 0.0), Annotated[float, Within(0)], f"optimizer.{key}")
+    fused = True if supports_fused(compute.device) else None
+    return resolve(node, "optimizer", "optimizer", settings.trusted_packages, fused=fused)
+
+
+@contextlib.contextmanager
+def _explain_refusal(node: Node) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, RuntimeError) as error:
+        name = node.get("name", node["_target_"])
+        raise UserError(f"optimizer: {name} refused its arguments: {error}") from error
 
 
 def by_name(
     params: Any, name: str, lr: float, weight_decay: float, options: Mapping[str, Any] | None
 ) -> Optimizer:
-    """Any optimizer of torch.optim by its class name.
+    """Build any optimizer of torch.optim by its class name.
 
     Raises:
-        UserError: no such optimizer, or it does not take one of the options.
+        UserError: there is no such optimizer, or it does not accept one of the options.
     """
-    known = [
-        n
-        for n, c in vars(torch.optim).items()
-        if inspect.isclass(c) and issubclass(c, Optimizer) and c is not Optimizer
+    names = [
+        each
+        for each, cls in vars(torch.optim).items()
+        if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls is not Optimizer
     ]
-    if name not in known:
-        raise UserError(f"optimizer.name: torch.optim has no {name!r}{suggest(name, known)}")
+    if name not in names:
+        raise UserError(f"optimizer.name: torch.optim has no {name!r}{suggest(name, names)}")
     cls = getattr(torch.optim, name)
     accepted = list(inspect.signature(cls).parameters)
     arguments = {
@@ -45,11 +94,11 @@ def by_name(
     return cls(params, **arguments)
 
 
-def check_that_it_steps(factory: Callable[..., Optimizer]) -> None:
-    """Let it do one step on a matrix of its own.
+def check_single_step(factory: Callable[..., Optimizer]) -> None:
+    """Check that an optimizer can take a step from dense gradients alone.
 
     Raises:
-        ValueError: it can't, as one that wants the loss anew (LBFGS) or sparse gradients (SparseAdam).
+        ValueError: it cannot; LBFGS recomputes the loss, and SparseAdam needs sparse gradients.
     """
     matrix = nn.Parameter(torch.ones(2, 2))
     optimizer = factory([{"params": [matrix]}])
@@ -57,9 +106,12 @@ def check_that_it_steps(factory: Callable[..., Optimizer]) -> None:
     try:
         optimizer.step()
     except (TypeError, ValueError, RuntimeError) as error:
-        wants_loss = "closure" in str(error)
-        why = "it computes the loss itself, several times a step (closure)" if wants_loss else str(error)
-        raise ValueError(f"it can't do a step from gradients alone: {why}") from error
+        why = (
+            "it recomputes the loss several times per step (closure)"
+            if "closure" in str(error)
+            else str(error)
+        )
+        raise ValueError(f"it cannot take a step from gradients alone: {why}") from error
 
 
 def build_optimizer(
@@ -69,26 +121,27 @@ def build_optimizer(
     decay_norms_and_biases: bool,
     layer_decay: float | None = None,
 ) -> Optimizer:
-    """The optimizer over all of the model's parameters, in groups with and without weight decay.
+    """Build an optimizer for all parameters of a model, in groups with and without weight decay.
 
-    Norms and biases are told by their shape: one dimension or none (as in Goyal et al. 2017, section 5.3). A frozen
-    parameter gets no gradient, and is passed over until it is set free (`model.unfreeze`).
+    Parameters with at most one dimension count as norms and biases (as in Goyal et al. 2017, section 5.3). Frozen
+    parameters are included; they are skipped because they have no gradient, until they are unfrozen
+    (`model.unfreeze`).
 
     Args:
-        layer_decay: the learning rate of a layer is this to the power of its distance from the last layer, times the
-            last one's (Bao et al. 2022, BEiT); None: the same for all. Each group says its `lr_scale`.
+        factory: makes the optimizer from a list of parameter groups.
+        layer_decay: factor of the learning rate from each layer to the one before it (Bao et al. 2022, BEiT); None:
+            one learning rate for all layers. Groups store their factor as `lr_scale`.
 
     Raises:
-        UserError: nothing is trainable.
+        UserError: no parameter is trainable.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("model: no parameter is trainable; unfreeze some (model.freeze=null)")
     layers = [list(model.parameters())] if layer_decay is None else layers_of(model)
     split = bool(weight_decay) and not decay_norms_and_biases
     groups: list[dict[str, Any]] = []
-    for distance, layer in enumerate(
-        reversed(layers)
-    ):  # the head first: its learning rate is the one reported
+    # The head comes first, because the learning rate of the first group is the one that is logged.
+    for distance, layer in enumerate(reversed(layers)):
         scale = {} if layer_decay is None else {"lr_scale": layer_decay**distance}
         matrices, vectors = [p for p in layer if p.ndim > 1], [p for p in layer if p.ndim <= 1]
         if split:
@@ -102,21 +155,21 @@ def build_optimizer(
 
 
 def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters layer by layer, from the images to the head, each in one layer.
+    """Group the parameters by layer, from the input to the head; each parameter is in exactly one layer.
 
-    A layer is a child of the network, in the order in which they were made. A list of modules (Sequential, ModuleList,
-    ModuleDict), a traced network and what merely wraps the whole are opened, so that each block of a stage is a layer.
-    What has vectors alone (a norm after its convolution) belongs to the layer before it. The head, where the network
-    names it (`head_names`), is the last layer.
+    A layer is a child module, in order of registration. Containers (Sequential, ModuleList, ModuleDict), traced
+    networks and wrappers of the whole network are replaced by their children, so that each block of a stage is a layer.
+    A module with vectors only (a norm after its convolution) belongs to the layer before it. The head, where the
+    network names it (`head_names`), is the last layer.
     """
     heads = getattr(model, "head_names", ())
-    found: dict[str, list[nn.Parameter]] = {}
+    by_name: dict[str, list[nn.Parameter]] = {}
     head: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        layer = head if in_head(name, heads) else found.setdefault(_layer_name(model, name), [])
+        layer = head if in_head(name, heads) else by_name.setdefault(_layer_name(model, name), [])
         layer.append(parameter)
     layers: list[list[nn.Parameter]] = []
-    for layer in found.values():
+    for layer in by_name.values():
         if layers and all(p.ndim <= 1 for p in layer):
             layers[-1] += layer
         else:
@@ -125,20 +178,20 @@ def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def _layer_name(model: nn.Module, parameter: str) -> str:
-    """The first module on the way down to a parameter that is not opened."""
+    """Return the name of the outermost module with this parameter that is not a container."""
     module, path, count = model, [], len(list(model.parameters()))
     for part in parameter.split(".")[:-1]:
         module = module.get_submodule(part)
         path.append(part)
-        # A traced network (torch.fx) holds its parts in plain Modules.
-        opened = isinstance(module, _LISTS) or type(module) is nn.Module
-        if not opened and len(list(module.parameters())) < count:
+        # A traced network (torch.fx) keeps its children in plain Modules.
+        is_container = isinstance(module, _CONTAINERS) or type(module) is nn.Module
+        if not is_container and len(list(module.parameters())) < count:
             break
     return ".".join(path)
 
 
 def set_learning_rate(optimizer: Optimizer, schedule: Schedule, step: int) -> float:
-    """Give every group its learning rate (and momentum, where the schedule moves it) for this step."""
+    """Set the learning rate of every group for this step, and the momentum if the schedule changes it."""
     factor, momentum = schedule.factor(step), schedule.momentum(step)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
@@ -155,5 +208,5 @@ def learning_rate_at(optimizer: Optimizer, schedule: Schedule, step: int) -> flo
 
 
 def supports_fused(device: torch.device) -> bool:
-    """Whether torch's fused optimizer kernels run on this device."""
+    """Return True if torch has fused optimizer kernels for this device."""
     return device.type in ("cuda", "cpu")

@@ -1,49 +1,51 @@
-"""Learning-rate schedules as functions of the step: `factor(step)` is what the peak learning rate is multiplied by.
+"""Learning rate schedules as functions of the step: `factor(step)` multiplies the peak learning rate.
 
-All but `Plateau` have no state, so a resumed run needs nothing but its step. Each is built with two facts beside its
-own settings: `total_steps` and `steps_per_epoch`.
+All but `Plateau` are stateless, so a resumed run needs only its step. `total_steps` and `steps_per_epoch` are passed in
+addition to the configured arguments. The annotations are checked when a schedule is built from a config.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from cnntrain.errors import UserError
+from cnntrain.config.schema import Within
+
+Fraction = Annotated[float, Within(0, 1)]
+NonNegative = Annotated[float, Within(0)]
 
 
 class Schedule:
-    """A learning rate over time.
+    """Base class: linear warm-up, then `shape`.
 
     Args:
-        total_steps: optimizer steps of the whole training.
-        steps_per_epoch: optimizer steps of one epoch.
-        warmup_epochs: epochs over which the factor grows linearly from near 0 to 1; fractions allowed.
+        total_steps: number of optimizer steps of the whole training.
+        steps_per_epoch: number of optimizer steps per epoch.
+        warmup_epochs: epochs over which the factor grows linearly from near 0 to 1; fractions are allowed.
     """
 
     watches_validation = False
 
-    def __init__(self, *, total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0) -> None:
-        if warmup_epochs < 0 or not math.isfinite(warmup_epochs):
-            raise UserError(f"schedule.warmup_epochs: must be >= 0, got {warmup_epochs}")
+    def __init__(self, *, total_steps: int, steps_per_epoch: int, warmup_epochs: NonNegative = 0) -> None:
         self.total_steps = max(total_steps, 1)
         self.warmup_steps = min(round(warmup_epochs * steps_per_epoch), self.total_steps)
 
     def factor(self, step: int) -> float:
-        """What to multiply the learning rate by at step 0, 1, ..., total_steps - 1."""
+        """Return the factor of the learning rate at step 0, 1, ..., total_steps - 1."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         remaining = max(self.total_steps - self.warmup_steps, 1)
         return self.shape(min((step - self.warmup_steps) / remaining, 1.0))
 
     def shape(self, progress: float) -> float:
-        """The factor once warm-up is over; `progress` in [0, 1) is the part of the rest that lies behind."""
+        """Return the factor after warm-up; `progress` in [0, 1) is the completed fraction of the remaining steps."""
         return 1.0
 
     def momentum(self, step: int) -> float | None:
-        """The momentum (SGD) or first beta (Adam) at this step; None leaves it as configured."""
+        """Return the momentum (SGD) or the first beta (Adam) at this step; None keeps the configured value."""
         return None
 
     def observe(self, val_loss: float) -> None:
-        """Told once per epoch."""
+        """Update the schedule after an epoch."""
         return None
 
     def state(self) -> dict[str, float]:
@@ -54,27 +56,24 @@ class Schedule:
 
 
 class Constant(Schedule):
-    """The learning rate as configured, from first step to last."""
+    """Keep the configured learning rate."""
 
 
 class Step(Schedule):
-    """Multiplied by `factor` at each milestone (fractions of the training)."""
+    """Multiply by `factor` at each milestone (fractions of the training)."""
 
     def __init__(
         self,
         *,
-        milestones: Sequence[float],
-        factor: float,
+        milestones: Sequence[Fraction],
+        factor: Fraction,
         total_steps: int,
         steps_per_epoch: int,
-        warmup_epochs: float = 0,
+        warmup_epochs: NonNegative = 0,
     ) -> None:
         super().__init__(
             total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs
         )
-        _in_unit("schedule.factor", factor)
-        for milestone in milestones:
-            _in_unit("schedule.milestones", milestone)
         self.milestones, self.gamma = sorted(milestones), factor
 
     def factor(self, step: int) -> float:
@@ -87,12 +86,11 @@ class Cosine(Schedule):
     """Half a cosine from 1 to `final` (Loshchilov and Hutter, SGDR, 2017, equation 5, one period)."""
 
     def __init__(
-        self, *, final: float, total_steps: int, steps_per_epoch: int, warmup_epochs: float = 0
+        self, *, final: Fraction, total_steps: int, steps_per_epoch: int, warmup_epochs: NonNegative = 0
     ) -> None:
         super().__init__(
             total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs
         )
-        _in_unit("schedule.final", final)
         self.final = final
 
     def shape(self, progress: float) -> float:
@@ -100,60 +98,67 @@ class Cosine(Schedule):
 
 
 class OneCycle(Schedule):
-    """From `start` up to 1 and down to `start * final`, the momentum between 0.95 and 0.85 the other way round.
+    """Anneal from `start` up to 1 and down to `start * final`; the momentum goes from 0.95 to 0.85 and back.
 
     Source: Smith and Topin, Super-Convergence, 2018; two phases as in torch's OneCycleLR.
     """
 
     def __init__(
-        self, *, warmup: float, start: float, final: float, shape: str, total_steps: int, steps_per_epoch: int
+        self,
+        *,
+        warmup: Fraction,
+        start: Fraction,
+        final: Fraction,
+        shape: Literal["cosine", "linear"],
+        total_steps: int,
+        steps_per_epoch: int,
     ) -> None:
         super().__init__(total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-        for key, value in (("warmup", warmup), ("start", start), ("final", final)):
-            _in_unit(f"schedule.{key}", value)
-        if shape not in ("cosine", "linear"):
-            raise UserError(f"schedule.shape: {shape!r} is not one of cosine, linear")
         self.peak_step = max(warmup * self.total_steps - 1, 0)
         self.start, self.last, self.kind = start, start * final, shape
 
-    def _anneal(self, step: int, ends: tuple[float, float, float]) -> float:
-        """From ends[0] over ends[1] at the peak to ends[2] at the last step."""
+    def _anneal(self, step: int, first: float, peak: float, last: float) -> float:
+        """Interpolate between `first`, `peak` at the peak step, and `last` at the last step."""
         if step < self.peak_step:
-            before, after, part = ends[0], ends[1], step / self.peak_step
+            before, after, part = first, peak, step / self.peak_step
         else:
-            before, after = ends[1], ends[2]
+            before, after = peak, last
             part = min((step - self.peak_step) / max(self.total_steps - 1 - self.peak_step, 1), 1.0)
         if self.kind == "cosine":
             part = 0.5 * (1 - math.cos(math.pi * part))
         return before + (after - before) * part
 
     def factor(self, step: int) -> float:
-        return self._anneal(step, (self.start, 1.0, self.last))
+        return self._anneal(step, self.start, 1.0, self.last)
 
     def momentum(self, step: int) -> float | None:
-        return self._anneal(step, (0.95, 0.85, 0.95))
+        return self._anneal(step, 0.95, 0.85, 0.95)
 
 
 class Plateau(Schedule):
-    """Multiplied by `factor` once the validation loss has not fallen for more than `patience` epochs."""
+    """Multiply by `factor` when the validation loss has not decreased for more than `patience` epochs.
+
+    Args:
+        threshold: relative decrease of the loss that counts as an improvement.
+        minimum: smallest factor.
+    """
 
     watches_validation = True
 
     def __init__(
         self,
         *,
-        factor: float,
-        patience: int,
-        threshold: float,
-        minimum: float,
+        factor: Fraction,
+        patience: Annotated[int, Within(0)],
+        threshold: Fraction,
+        minimum: Fraction,
         total_steps: int,
         steps_per_epoch: int,
-        warmup_epochs: float = 0,
+        warmup_epochs: NonNegative = 0,
     ) -> None:
         super().__init__(
             total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs
         )
-        _in_unit("schedule.factor", factor)
         self.gamma, self.patience, self.threshold, self.minimum = factor, patience, threshold, minimum
         self.scale, self.best, self.bad_epochs = 1.0, math.inf, 0
 
@@ -173,8 +178,3 @@ class Plateau(Schedule):
 
     def load_state(self, state: dict[str, float]) -> None:
         self.scale, self.best, self.bad_epochs = state["scale"], state["best"], int(state["bad_epochs"])
-
-
-def _in_unit(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"{key}: must be >= 0 and <= 1, got {value}")

@@ -17,7 +17,7 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.checks.lint import Facts, lint, typed_keys
 from cnntrain.config.compose import compose
 from cnntrain.config.instantiate import build, resolve
-from cnntrain.config.schema import DataSettings, ModelSettings, Node, OptimizerSettings, Settings, parse
+from cnntrain.config.schema import DataSettings, ModelSettings, Node, Settings, parse, split_common
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.load import Data, load_data, number_as
 from cnntrain.data.loader import Loader, make_loader
@@ -33,7 +33,7 @@ from cnntrain.train.batch_size import choose_batch_size
 from cnntrain.train.device import Compute, choose_compute, prepare_torch, seed_step
 from cnntrain.train.distributed import ALONE, World
 from cnntrain.train.lr_finder import RangeTest, range_test, settle
-from cnntrain.train.optim import build_optimizer, check_that_it_steps, supports_fused
+from cnntrain.train.optim import check_optimizer, make_optimizer
 from cnntrain.train.saved_content import check_saved
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.signals import StopFlag, stop_flag
@@ -131,11 +131,30 @@ def assemble(
         )
     model = build_model(settings, spec, task, pipeline.output_size, weights, advise=known is None)
     if not known:
+        check_optimization(settings, compute)
         log_frozen_layers(settings, model, resumes)
     learned = weights.preprocessing if weights else None
     return Components(
         settings, compute, source, data_settings, spec, task, model.to(compute.device), pipeline, learned
     )
+
+
+def check_optimization(settings: Settings, compute: Compute) -> None:
+    """Check all keys of `optimizer` and `schedule` before any data is read.
+
+    Raises:
+        UserError: a key is invalid.
+    """
+    check_optimizer(settings, compute)
+    build_schedule(settings, total_steps=1, steps_per_epoch=1)
+
+
+def build_schedule(settings: Settings, total_steps: int, steps_per_epoch: int) -> Schedule:
+    """Build the configured learning rate schedule."""
+    return build(
+        settings.schedule, "schedule", "schedule", settings.trusted_packages,
+        total_steps=total_steps, steps_per_epoch=steps_per_epoch,
+    )  # fmt: skip
 
 
 def pretrained_weights(settings: Settings) -> Weights | None:
@@ -267,12 +286,6 @@ def with_chosen_statistics(spec: DataSpec, chosen: DataSettings) -> DataSpec:
                 f"data.{key}: must be {spec.channels} numbers from 0 to 1, one per channel, got {values!r}"
             )
     return spec.with_statistics(tuple(chosen.mean or ()), tuple(chosen.std or ()))
-
-
-def split_common(node: Node, cls: type) -> tuple[Node, Node]:
-    """A leaf's own arguments, and the keys that every leaf of its group has (the fields of `cls`)."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {k: v for k, v in node.items() if k not in names}, {k: v for k, v in node.items() if k in names}
 
 
 def build_task(settings: Settings, spec: DataSpec, pipeline: Pipeline) -> Task:
@@ -432,10 +445,7 @@ def build_training_parts(assembly: Components, data: Data) -> tuple[TrainingPlan
     )
     if plan.unfreeze_epoch and (plan.unfreeze_epoch - 1) * steps_per_epoch >= plan.total_steps:
         log.warning("model.unfreeze=%d: the training ends before that epoch", plan.unfreeze_epoch)
-    schedule = build(
-        settings.schedule, "schedule", "schedule", settings.trusted_packages,
-        total_steps=plan.total_steps, steps_per_epoch=steps_per_epoch,
-    )  # fmt: skip
+    schedule = build_schedule(settings, plan.total_steps, steps_per_epoch)
     if rate_is_sought:
         # The leader alone tries them, as one process would.
         with stop_flag() as stop:
@@ -511,28 +521,3 @@ def notice(assembly: Components, data: Data, plan: TrainingPlan, command_line: s
             assembly.compute.device.type, assembly.learned,
         )
     )  # fmt: skip
-
-
-def make_optimizer(settings: Settings, model: nn.Module, compute: Compute) -> Optimizer:
-    """The configured optimizer over the model's parameters.
-
-    Raises:
-        UserError: `optimizer.lr` or `optimizer.weight_decay` is no number that it can use.
-    """
-    node, common = split_common(settings.optimizer, OptimizerSettings)
-    chosen = parse(OptimizerSettings, common, "optimizer.")
-    for key in ("lr", "weight_decay"):
-        value = node.get(key, 0.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            auto = "" if key != "lr" else "; `auto` is for trainings and checks"
-            raise UserError(f"optimizer.{key}: must be a finite number >= 0, got {value!r}{auto}")
-    fused = True if supports_fused(compute.device) else None
-    factory = resolve(node, "optimizer", "optimizer", settings.trusted_packages, fused=fused)
-    try:
-        check_that_it_steps(factory)
-        return build_optimizer(
-            factory, model, node.get("weight_decay", 0.0), chosen.decay_norms_and_biases, chosen.layer_decay
-        )
-    except (TypeError, ValueError, LookupError, RuntimeError) as error:
-        name = node.get("name", node["_target_"])
-        raise UserError(f"optimizer: {name} refused its arguments: {error}") from error

@@ -51,16 +51,16 @@ def test_a_slip_is_named(slip: str) -> None:
 
 # What only building finds: the value belongs to a part, not to the fixed settings.
 BUILD_SLIPS = {
-    "optimizer.lr=nan": r"optimizer\.lr: must be a finite number >= 0",
-    "optimizer.lr=-1": r"optimizer\.lr: must be a finite number >= 0, got -1",
-    "optimizer.weight_decay=-1": r"optimizer\.weight_decay: must be a finite number >= 0, got -1",
+    "optimizer.lr=nan": r"optimizer\.lr: must be a number >= 0",
+    "optimizer.lr=-1": r"optimizer\.lr: must be a number >= 0, got -1",
+    "optimizer.weight_decay=-1": r"optimizer\.weight_decay: must be a number >= 0, got -1",
     "optimizer.betas=[0.9]": r"optimizer\.betas: must be a list of 2 values",
     "data.mean=[a] data.std=[b]": r"data\.mean\[0\]: must be a number, got 'a'",
     "+expect={x:'>=e'}": r"expect\.x: '>=e' is neither a number nor a comparison",
     "optimizer.betas=3": r"optimizer\.betas: must be a list, got 3",
     "optimizer=sgd optimizer.momentum=0": r"optimizer: .*Nesterov",
-    "optimizer=torch optimizer.name=LBFGS": r"optimizer: LBFGS refused its arguments: .*computes the loss itself",
-    "optimizer=torch optimizer.name=SparseAdam": r"SparseAdam .*can't do a step from gradients alone",
+    "optimizer=torch optimizer.name=LBFGS": r"optimizer: LBFGS refused its arguments: .*recomputes the loss",
+    "optimizer=torch optimizer.name=SparseAdam": r"SparseAdam .*cannot take a step from gradients alone",
     "data.folds=5 data.fold=9": r"data\.fold",
     "schedule=cosine schedule.final=7": r"schedule\.final",
     "device=gpu": r"device: 'gpu' is not one of",
@@ -69,7 +69,7 @@ BUILD_SLIPS = {
     "model=torchvision model.name=alexnet data=mnist data.root=.": r"images are 28x28 px, 1 channel; alexnet needs",
     "model=vgg_a": r"model\.layers",
     "+augment.x=5": r"augment\.x: must be a mapping with _target_.*5",
-    f"optimizer.lr={'1' * 400}": r"optimizer\.lr: .*400 digits",
+    f"optimizer.lr={'1' * 400}": r"optimizer\.lr: .*400 ",
 }
 
 

@@ -18,8 +18,9 @@ from cnntrain.train.distributed import pack_states, states_of, unpack_state
 from cnntrain.train.evaluate import evaluate
 from cnntrain.train.loop import NullLogger, Trainer, train_epoch
 from cnntrain.train.nonfinite import NonFiniteGuard
+from cnntrain.train.optim import make_optimizer
 from cnntrain.train.run import prepare
-from cnntrain.train.setup import assemble, make_optimizer
+from cnntrain.train.setup import assemble
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.step_timer import make_step_timer
 from cnntrain.transfer import constant

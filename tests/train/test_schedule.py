@@ -5,6 +5,7 @@ import torch
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, OneCycleLR, ReduceLROnPlateau
 
+from cnntrain.config.instantiate import build
 from cnntrain.errors import UserError
 from cnntrain.train.optim import build_optimizer, by_name, set_learning_rate
 from cnntrain.train.schedule import Constant, Cosine, OneCycle, Plateau, Schedule, Step
@@ -79,11 +80,22 @@ def test_plateau_is_torchs() -> None:
     assert again.state() == mine.state()
 
 
-def test_out_of_range_names_the_key() -> None:
-    with pytest.raises(UserError, match=r"schedule\.final"):
-        Cosine(final=2, **FACTS)
-    with pytest.raises(UserError, match=r"schedule\.shape"):
-        OneCycle(warmup=0.3, start=0.04, final=1e-4, shape="round", **FACTS)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("Cosine", {"final": 2}),
+        ("Cosine", {"final": "abc"}),
+        ("Cosine", {"final": 0.0, "warmup_epochs": -1}),
+        ("OneCycle", {"warmup": 0.3, "start": 0.04, "final": 1e-4, "shape": "round"}),
+        ("Step", {"milestones": [0.5, 3], "factor": 0.1}),
+        ("Plateau", {"factor": 0.1, "patience": "abc", "threshold": 0.0, "minimum": 0.0}),
+    ],
+)
+def test_invalid_argument_is_refused_by_key(name: str, arguments: dict[str, object]) -> None:
+    invalid = next(k for k, v in arguments.items() if v in (2, "abc", -1, "round", [0.5, 3]))
+    node = {"_target_": f"cnntrain.train.schedule.{name}", **arguments}
+    with pytest.raises(UserError, match=rf"schedule\.{invalid}"):
+        build(node, "schedule", "schedule", **FACTS)
 
 
 def test_norms_and_biases_do_not_decay() -> None:

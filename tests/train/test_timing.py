@@ -10,7 +10,8 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.errors import MachineError, UserError
 from cnntrain.train.batch_size import fastest, largest_that_fits, power_of_two
 from cnntrain.train.measurement import TimingWindows, interleave
-from cnntrain.train.setup import assemble, build_training_parts, find_batch_size, make_optimizer
+from cnntrain.train.optim import make_optimizer
+from cnntrain.train.setup import assemble, build_training_parts, find_batch_size
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.step_timer import StepTimer, make_step_timer
 from cnntrain.types import Batch
