@@ -28,7 +28,7 @@ from cnntrain.plots.curves import save
 from cnntrain.randomness import epoch_order
 from cnntrain.report.console import log_to_console
 from cnntrain.report.previews import draw_batches, draw_flip
-from cnntrain.report.tensorboard import Events
+from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.train.device import prepare_torch
 from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.setup import build_pipeline, build_source, with_chosen_statistics
@@ -93,7 +93,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
         config = without_passwords(dataclasses.asdict(settings))
         run_folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
         run_folder.write_json("run.json", provenance(command_line))
-        with Events(run_folder.path) as events:
+        with TensorBoardWriter(run_folder.path) as events:
             for name, figure in pictures.items():
                 written.append(run_folder.figures / f"{name}.png")
                 save(figure, written[-1])

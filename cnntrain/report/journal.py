@@ -15,7 +15,7 @@ from cnntrain.errors import CnntrainError
 from cnntrain.plots.curves import batch_grid, curves, filters, save, sign, survive_drawing
 from cnntrain.report.metrics import MetricsFile
 from cnntrain.report.progress import Bar
-from cnntrain.report.tensorboard import Events
+from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.tasks.meter import Meter
 from cnntrain.tasks.task import Task
 from cnntrain.types import Batch, DataSpec
@@ -66,7 +66,9 @@ class RunLogger:
         self.metrics = MetricsFile(folder / "metrics.csv", done_epochs + 1 if done_steps else None)
         self.bar = Bar(total_steps, epochs, done_steps, watch=(task.monitor[0],))
         self.events = (
-            Events(folder, purge_step=done_steps + 1 if done_steps else None) if tensorboard else None
+            TensorBoardWriter(folder, purge_step=done_steps + 1 if done_steps else None)
+            if tensorboard
+            else None
         )
         self.best: float | None = None
         self._warned = False

@@ -1,162 +1,150 @@
-"""TensorBoard events, written straight into the run's folder with TensorBoard's own record writer.
-
-No thread and no queue: a record is some hundred bytes in a buffered file, and an error shows where it
-happens.
-"""
+"""TensorBoard events of one run, written by torch's SummaryWriter."""
 
 from __future__ import annotations
 
-import os
+import math
 import struct
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnntrain.io import safe_files as files
 from cnntrain.plots.curves import png
-from cnntrain.report.protos import protos
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 _RETRY_S = 60.0
+_MAX_FLOAT32 = 3.4028234e38
 
 
-class Events:
-    """One run's events: scalars, pictures, text and the run's row in the HParams tab.
+class TensorBoardWriter:
+    """Write scalars, figures, text and the run's row in the HParams tab. Use as a context manager.
 
-    A disk that is full or gone is warned of once, and the training goes on; after a minute a new file is
-    tried.
+    Write errors (a full disk, a lost mount) never end a run: the first one is reported as a warning, events until the
+    next attempt are lost, and a new file is started after a minute.
 
     Args:
-        folder: the run's folder; made where it isn't there.
-        purge_step: when a run resumes, the step it resumes from: TensorBoard then forgets what earlier files
-            said of this and later steps.
-        flush_s: seconds after which what was written is handed to the operating system.
+        folder: the run folder; created if missing.
+        purge_step: when a run is resumed, the first step that is repeated. TensorBoard then hides the events of this
+            and later steps in earlier files.
+        flush_s: seconds between writes to disk.
     """
 
-    def __init__(self, folder: Path | str, purge_step: int | None = None, flush_s: float = 10.0) -> None:
+    def __init__(self, folder: Path | str, purge_step: int | None = None, flush_s: int = 10) -> None:
         self.folder = Path(folder)
         self._purge_step = purge_step
         self._flush_s = flush_s
-        self._writer: Any = None
-        self._flushed = time.monotonic()
+        self._writer: SummaryWriter | None = None
         self._retry_at = 0.0
         self._warned = False
         self._closed = False
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One value a tag, e.g. `{'train/loss': 0.3}`; a tag's part before '/' is its group of charts."""
+        """Write one value per tag, for example `{"train/loss": 0.3}`; the part before "/" groups the charts."""
+
+        def add(writer: SummaryWriter) -> None:
+            for tag, value in values.items():
+                writer.add_scalar(tag, _clamp_to_float32(value), step)
+
         if values:
-            self._write(
-                step, *({"tag": tag, "simple_value": _single(value)} for tag, value in values.items())
-            )
+            self._write(add)
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
-        """A matplotlib figure as an image."""
-        self.image(tag, png(figure), step)
+        """Write a matplotlib figure as an image."""
+        Summary = _tensorboard("compat.proto.summary_pb2").Summary
+        data = png(figure)
+        width, height = struct.unpack(">II", data[16:24])  # from the PNG header
+        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=data)
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self._write(lambda writer: _file_writer(writer).add_summary(summary, step))
 
-    def image(self, tag: str, data: bytes, step: int) -> None:
-        """A picture given as PNG bytes."""
-        width, height = struct.unpack(">II", data[16:24])  # the header of every PNG
-        image = {"width": width, "height": height, "colorspace": 3, "encoded_image_string": data}
-        self._write(step, {"tag": tag, "image": image})
-
-    def text(self, tag: str, text: str, step: int = 0, preformatted: bool = True) -> None:
-        """Text as it stands (a YAML file, a command), or as Markdown."""
-        if preformatted:
-            text = "".join(f"    {line}\n" for line in text.splitlines())
-        tensor = {"dtype": "DT_STRING", "string_val": [text.encode()], "tensor_shape": {"dim": [{"size": 1}]}}
-        about = protos().text.create_summary_metadata(display_name=tag, description="")
-        self._write(step, {"tag": f"{tag}/text_summary", "metadata": about, "tensor": tensor})
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """Write preformatted text, for example a YAML file or a command."""
+        indented = "".join(f"    {line}\n" for line in text.splitlines())  # a code block in Markdown
+        self._write(lambda writer: writer.add_text(tag, indented, step))
 
     def hparams(self, settings: Mapping[str, object], metrics: Iterable[str]) -> None:
-        """The run's row in the HParams tab, in the run's own folder: one row a run.
+        """Write the run's row in the HParams tab.
+
+        SummaryWriter.add_hparams is not used: it creates a second run, and it stores booleans as numbers.
 
         Args:
-            settings: flat, by key (`optimizer.lr`); what is no number, text or truth value is shown as text.
-            metrics: tags of scalars (of this run, at any time) to show as columns: the tab takes their last
-                values.
+            settings: flat mapping from key (`optimizer.lr`) to value; values other than numbers, text and booleans are
+                written as text.
+            metrics: tags of this run's scalars to show as columns with their last values.
         """
-        plugin = protos().hparams
-        experiment, start = protos().Experiment(), protos().SessionStartInfo(start_time_secs=time.time())
+        api, metadata = _tensorboard("plugins.hparams.api_pb2"), _tensorboard("plugins.hparams.metadata")
+        experiment = api.Experiment()
+        start = _tensorboard("plugins.hparams.plugin_data_pb2").SessionStartInfo(start_time_secs=time.time())
         for name, value in settings.items():
-            experiment.hparam_infos.add(name=name, type=_fill(start.hparams[name], value))
+            experiment.hparam_infos.add(name=name, type=_set_value(start.hparams[name], value))
         for tag in metrics:
-            experiment.metric_infos.add(name=protos().MetricName(tag=tag))
-        self._plugin_record(plugin.EXPERIMENT_TAG, experiment=experiment)
-        self._plugin_record(plugin.SESSION_START_INFO_TAG, session_start_info=start)
+            experiment.metric_infos.add(name=api.MetricName(tag=tag))
+        self._write_hparams(metadata.EXPERIMENT_TAG, experiment=experiment)
+        self._write_hparams(metadata.SESSION_START_INFO_TAG, session_start_info=start)
 
     def finish(self, success: bool = True) -> None:
-        """Tell the HParams tab how the run ended."""
-        status = protos().Status.Value("STATUS_SUCCESS" if success else "STATUS_FAILURE")
-        end = protos().SessionEndInfo(status=status, end_time_secs=time.time())
-        self._plugin_record(protos().hparams.SESSION_END_INFO_TAG, session_end_info=end)
-        self.flush()
+        """Write the status of the finished run for the HParams tab."""
+        status = _tensorboard("plugins.hparams.api_pb2").Status.Value(
+            "STATUS_SUCCESS" if success else "STATUS_FAILURE"
+        )
+        end = _tensorboard("plugins.hparams.plugin_data_pb2").SessionEndInfo(
+            status=status, end_time_secs=time.time()
+        )
+        self._write_hparams(
+            _tensorboard("plugins.hparams.metadata").SESSION_END_INFO_TAG, session_end_info=end
+        )
 
     def flush(self) -> None:
-        """Make everything visible to readers."""
+        """Write pending events to disk."""
         if self._writer is not None:
-            try:
-                self._writer.flush()
-                self._flushed = time.monotonic()
-            except OSError as error:
-                self._fail(error)
+            self._write(lambda writer: writer.flush())
 
     def close(self) -> None:
-        """Write out and end; further calls are ignored."""
-        self.flush()
-        self._closed = True
+        """Write pending events and close the file; later calls have no effect."""
         if self._writer is not None:
-            try:
-                self._writer.close()
-            except OSError as error:
-                self._fail(error)
-            self._writer = None
+            self._write(lambda writer: writer.close())
+        self._writer, self._closed = None, True
 
-    def __enter__(self) -> Events:
+    def __enter__(self) -> TensorBoardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _plugin_record(self, tag: str, **content: Any) -> None:
-        about = protos().hparams.create_summary_metadata(protos().HParamsPluginData(**content))
-        self._write(0, {"tag": tag, "metadata": about, "tensor": protos().hparams.NULL_TENSOR})
+    def _write_hparams(self, tag: str, **content: Any) -> None:
+        Summary = _tensorboard("compat.proto.summary_pb2").Summary
+        metadata = _tensorboard("plugins.hparams.metadata")
+        about = metadata.create_summary_metadata(
+            _tensorboard("plugins.hparams.plugin_data_pb2").HParamsPluginData(**content)
+        )
+        value = Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)
+        self._write(lambda writer: _file_writer(writer).add_summary(Summary(value=[value]), 0))
 
-    def _write(self, step: int, *values: Mapping[str, Any]) -> None:
+    def _write(self, add: Callable[[SummaryWriter], object]) -> None:
+        """Call `add` with the open writer. SummaryWriter's thread raises its errors in the next call."""
         if self._closed or (self._writer is None and time.monotonic() < self._retry_at):
             return
         try:
-            writer = self._writer or self._open()
-            writer.write(_event(step=step, summary=protos().Summary(value=values)))
-            if time.monotonic() - self._flushed > self._flush_s:
-                writer.flush()
-                self._flushed = time.monotonic()
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._writer = SummaryWriter(
+                    str(self.folder), purge_step=self._purge_step, flush_secs=self._flush_s
+                )
+                self._purge_step = None
+            add(self._writer)
         except OSError as error:
-            self._fail(error)
+            self._handle_error(error)
 
-    def _open(self) -> Any:
-        """Begin a new file, which first says from which step on it replaces the earlier ones."""
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
-        # The name starts with the time, for readers take files in the order of their names.
-        name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{os.getpid()}"
-        self._writer = RecordWriter(files.open_new(self.folder / name))
-        self._writer.write(_event(file_version="brain.Event:2"))
-        if self._purge_step is not None:
-            self._writer.write(_event(step=self._purge_step, session_log={"status": "START"}))
-        self._writer.flush()
-        self._purge_step = None
-        return self._writer
-
-    def _fail(self, error: OSError) -> None:
-        """Warn once. The file may end in half a record, so the next try begins a new one."""
+    def _handle_error(self, error: OSError) -> None:
+        """Warn once. The file may end with an incomplete record, so the next attempt starts a new file."""
         writer, self._writer = self._writer, None
         self._retry_at = time.monotonic() + _RETRY_S
         if writer is not None:
@@ -164,26 +152,32 @@ class Events:
                 writer.close()
         if not self._warned:
             self._warned = True
-            warnings.warn(f"TensorBoard events in {self.folder} are not being written: {error}", stacklevel=4)
+            warnings.warn(f"cannot write TensorBoard events to {self.folder}: {error}", stacklevel=4)
 
 
-def _event(**content: Any) -> bytes:
-    return protos().Event(wall_time=time.time(), **content).SerializeToString()
+def _tensorboard(module: str) -> Any:
+    """Import a module of TensorBoard. Its protobuf classes are created at run time, so they have no static types."""
+    return import_module(f"tensorboard.{module}")
 
 
-def _single(value: float) -> float:
-    """The value within single precision, which refuses what is larger."""
-    value = float(value)
-    return value if abs(value) < 3.4e38 or value != value else float("inf") if value > 0 else float("-inf")
+def _file_writer(writer: SummaryWriter) -> Any:
+    """Return the FileWriter of a SummaryWriter, for summaries that SummaryWriter has no method for."""
+    return writer._get_file_writer()
 
 
-def _fill(field: Any, value: object) -> int:
-    """Put a setting into a protobuf value; the type it has there."""
+def _clamp_to_float32(value: float) -> float:
+    """Replace values beyond the range of float32 by infinity, because protobuf rejects them."""
+    return value if math.isnan(value) or abs(value) <= _MAX_FLOAT32 else math.copysign(math.inf, value)
+
+
+def _set_value(field: Any, value: object) -> int:
+    """Store a setting in a protobuf Value and return its DataType."""
+    DataType = _tensorboard("plugins.hparams.api_pb2").DataType
     if isinstance(value, bool):
         field.bool_value = value
-        return protos().DataType.Value("DATA_TYPE_BOOL")
+        return DataType.Value("DATA_TYPE_BOOL")
     if isinstance(value, int | float):
         field.number_value = value
-        return protos().DataType.Value("DATA_TYPE_FLOAT64")
+        return DataType.Value("DATA_TYPE_FLOAT64")
     field.string_value = "null" if value is None else str(value)
-    return protos().DataType.Value("DATA_TYPE_STRING")
+    return DataType.Value("DATA_TYPE_STRING")

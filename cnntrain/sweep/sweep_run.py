@@ -20,7 +20,7 @@ from cnntrain.io.safe_files import read_json
 from cnntrain.plots.curves import survive_drawing
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.table import print_rows
-from cnntrain.report.tensorboard import Events
+from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.sweep.execute_run import SweepTarget, test_quietly
 from cnntrain.sweep.plan import Repeat, Run, SweepPlan, read_plan, repeats_text
 from cnntrain.sweep.results import (
@@ -267,7 +267,7 @@ def _test_metrics(run: Run, job: SweepTarget, tensorboard: bool) -> dict[str, fl
         results["test"] = test_quietly(job, run)
         RunDir(run.folder).write_json("results.json", results)
         if tensorboard:
-            with Events(run.folder) as events:
+            with TensorBoardWriter(run.folder) as events:
                 events.scalars(results["test"], results["steps"])
     return results["test"]
 

@@ -4,10 +4,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 from cnntrain.plots import curves as figures
 from cnntrain.report import tensorboard
-from cnntrain.report.tensorboard import Events
+from cnntrain.report.tensorboard import TensorBoardWriter
 
 
 def read(folder: Path):
@@ -17,7 +18,7 @@ def read(folder: Path):
 
 
 def test_scalars_come_back(tmp_path):
-    with Events(tmp_path) as events:
+    with TensorBoardWriter(tmp_path) as events:
         for step in range(5):
             events.scalars({"train/loss": 2.0 - step / 4, "lr": 0.1}, step)
         events.scalars({}, 9)
@@ -27,14 +28,14 @@ def test_scalars_come_back(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, -1e300])
 def test_any_float_is_accepted(tmp_path, value):
-    with Events(tmp_path) as events:
+    with TensorBoardWriter(tmp_path) as events:
         events.scalars({"loss": value}, 1)
     assert len(read(tmp_path).Scalars("loss")) == 1
 
 
 def test_a_figure_comes_back_as_png_of_its_size(tmp_path):
     figure = figures.curves([{"epoch": 0, "train/loss": 1.0, "val/loss": 2.0}])
-    with Events(tmp_path) as events:
+    with TensorBoardWriter(tmp_path) as events:
         events.figure("curves", figure, 3)
     image = read(tmp_path).Images("curves")[0]
     assert image.encoded_image_string.startswith(b"\x89PNG")
@@ -42,7 +43,7 @@ def test_a_figure_comes_back_as_png_of_its_size(tmp_path):
 
 
 def test_text_comes_back(tmp_path):
-    with Events(tmp_path) as events:
+    with TensorBoardWriter(tmp_path) as events:
         events.text("config", "seed: 0\nepochs: 3")
     reader = read(tmp_path)
     assert (
@@ -52,10 +53,10 @@ def test_text_comes_back(tmp_path):
 
 
 def test_resume_forgets_what_will_be_done_again(tmp_path):
-    with Events(tmp_path) as events:
+    with TensorBoardWriter(tmp_path) as events:
         for step in range(10):
             events.scalars({"loss": 1.0}, step)
-    with Events(tmp_path, purge_step=6) as events:
+    with TensorBoardWriter(tmp_path, purge_step=6) as events:
         for step in range(6, 12):
             events.scalars({"loss": 2.0}, step)
     points = read(tmp_path).Scalars("loss")
@@ -92,7 +93,7 @@ def hparams_rows(logdir: Path) -> list[dict]:
 
 def test_hparams_tab_has_one_row_a_run_with_its_metrics(tmp_path):
     for number, name in enumerate(("one", "two")):
-        with Events(tmp_path / name) as events:
+        with TensorBoardWriter(tmp_path / name) as events:
             settings = {
                 "optimizer.lr": 0.1 * (number + 1),
                 "model": "lenet5",
@@ -117,8 +118,8 @@ def test_an_error_warns_once_and_training_goes_on(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     monkeypatch.setattr(tensorboard, "_RETRY_S", -1.0)  # try again at once
-    events = Events(blocked / "run")
-    with pytest.warns(UserWarning, match="not being written"):
+    events = TensorBoardWriter(blocked / "run")
+    with pytest.warns(UserWarning, match="cannot write"):
         events.scalars({"loss": 1.0}, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -131,22 +132,20 @@ def test_an_error_warns_once_and_training_goes_on(tmp_path, monkeypatch):
     assert [p.step for p in read(blocked / "run").Scalars("loss")] == [2]
 
 
-def test_a_full_disk_in_the_middle_warns_and_begins_a_new_file(tmp_path, monkeypatch):
+def test_a_full_disk_in_the_middle_warns_and_starts_a_new_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard, "_RETRY_S", -1.0)
-    events = Events(tmp_path)
-    events.scalars({"loss": 1.0}, 0)
-    events.flush()
-
-    class Full:
-        def write(self, data):
-            raise OSError(28, "No space left on device")
-
-        flush = close = lambda self: None
-
-    events._writer.close()
-    events._writer = Full()
-    with pytest.warns(UserWarning, match="No space left"):
-        events.scalars({"loss": 1.0}, 1)
-    events.scalars({"loss": 1.0}, 2)
-    events.close()
+    writer = TensorBoardWriter(tmp_path)
+    writer.scalars({"loss": 1.0}, 0)
+    writer.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "append", fail_with_full_disk)
+        writer.scalars({"loss": 1.0}, 1)
+        with pytest.warns(UserWarning, match="No space left"):
+            writer.flush()
+    writer.scalars({"loss": 1.0}, 2)
+    writer.close()
     assert [p.step for p in read(tmp_path).Scalars("loss")] == [0, 2]
+
+
+def fail_with_full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
