@@ -1,9 +1,12 @@
-"""Memory that is freed is there for the next step."""
+"""Freed memory is reused, and the free memory is the smallest limit of the machine and its control groups."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from cnntrain.memory import _control_group_limits
 
 CODE = """
 import resource, sys
@@ -59,3 +62,43 @@ def test_it_is_given_back_where_it_is_in_the_way() -> None:
     done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
     kept, returned = map(int, done.stdout.split())
     assert kept > 150 and returned < 50
+
+
+def write(folder: Path, **values: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in values.items():
+        (folder / name.replace("__", ".")).write_text(f"{value}\n")
+
+
+@pytest.mark.parametrize(
+    ("membership", "expected"),
+    [
+        ("0::/slice/job\n", [900, 70, 40]),
+        ("0::/slice/other\n", [900, 70]),
+        ("0::/\n", [900]),
+        ("0::/../elsewhere\n", [900]),  # of a container, seen from the host
+        ("5:cpu,cpuacct:/x\n4:memory:/slurm/job_7\n0::/nothing\n", [500, 0, 900]),
+        ("", []),
+    ],
+    ids=["job", "its parent's", "root", "container", "version 1", "none"],
+)
+def test_all_control_groups_of_this_process_limit_its_memory(
+    tmp_path: Path, membership: str, expected: list[int]
+) -> None:
+    tree = tmp_path / "cgroup"
+    cached = "anon 7\nactive_file 5\ninactive_file 10"  # makes room when it is wanted
+    write(tree, memory__max=1000, memory__current=100, memory__stat="anon 100")
+    write(tree / "slice", memory__max=200, memory__current=145, memory__stat=cached)
+    write(tree / "slice" / "job", memory__max=60, memory__current=35, memory__stat=cached)
+    write(tree / "slice" / "other", memory__max="max", memory__current=20, memory__stat="anon 1")
+    old = "active_file 1\ntotal_active_file 40\ntotal_inactive_file 0"
+    write(tree / "memory", memory__limit_in_bytes=600, memory__usage_in_bytes=140, memory__stat=old)
+    write(
+        tree / "memory" / "slurm" / "job_7",
+        memory__limit_in_bytes=50,
+        memory__usage_in_bytes=80,
+        memory__stat="anon 1",
+    )
+    (tmp_path / "membership").write_text(membership)
+    assert list(_control_group_limits(tmp_path / "membership", tree)) == expected
+    assert list(_control_group_limits(tmp_path / "nowhere", tree)) == []

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from cnntrain.checks.context import CheckContext
 from cnntrain.checks.verdicts import failed, passed, some, warned
-from cnntrain.data.parallel import in_threads
+from cnntrain.data.parallel import thread_map
 from cnntrain.types import Finding
 
 MOST_READ = 3_000  # images of a split that are read where they stay on disk
@@ -124,7 +124,7 @@ def near_hashes(hashes: np.ndarray, train_hashes: np.ndarray) -> np.ndarray:
         near = place < CANDIDATES
         return np.stack([row[near] + start, column[near]], 1)
 
-    return np.concatenate([np.zeros((0, 2), np.int64), *in_threads(look, range(0, len(hashes), 16))])
+    return np.concatenate([np.zeros((0, 2), np.int64), *thread_map(look, range(0, len(hashes), 16))])
 
 
 def _images(bench: CheckContext, split: str) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from cnntrain.checks.context import CheckContext
 from cnntrain.checks.overfit import FP16_SCALE
 from cnntrain.checks.practice import calibrated, distance, practice
 from cnntrain.checks.verdicts import failed, passed, skipped, some
-from cnntrain.data.loader import StreamLoader
+from cnntrain.data.loader import StreamingLoader
 from cnntrain.train import checkpoint
 from cnntrain.types import Finding
 
@@ -112,7 +112,7 @@ def _same(bench: CheckContext, one: Tensor, other: Tensor, what: str, cause: str
 def workers(bench: CheckContext) -> Finding:
     """The same batches are read by the main process and by two workers."""
     loader, pipeline = bench.loaders["train"], bench.pipeline
-    if not isinstance(loader, StreamLoader) and not pipeline.per_sample:
+    if not isinstance(loader, StreamingLoader) and not pipeline.per_sample:
         return skipped("images are in memory: workers have nothing to do")
     if bench.seconds_left <= 0:
         return skipped(BUDGET)
@@ -120,7 +120,9 @@ def workers(bench: CheckContext) -> Finding:
     rows = torch.linspace(0, len(loader) - 1, min(BATCHES * BATCH, len(loader))).round().long()
     read = []
     for count in (0, 2):
-        stream = StreamLoader(loader.examples, bench.compute.device, count, bench.config["data"]["timeout_s"])
+        stream = StreamingLoader(
+            loader.examples, bench.compute.device, count, bench.config["data"]["timeout_s"]
+        )
         try:
             read.append(list(stream.batches(rows, BATCH, transform=transform)))
         finally:

@@ -25,9 +25,9 @@ from cnntrain.benchmark.throughput import Speed, load_line, part_rows, recommend
 from cnntrain.config.compose import read_settings
 from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
-from cnntrain.data.cache import free_host_bytes
 from cnntrain.data.loader import Loader
 from cnntrain.errors import UserError, is_out_of_memory
+from cnntrain.memory import free_host_bytes
 from cnntrain.report.console import log_to_console
 from cnntrain.report.journal import RunLogger
 from cnntrain.report.progress import Bar

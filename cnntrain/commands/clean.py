@@ -6,7 +6,7 @@
 import shutil
 
 from cnntrain.config.invocation import Invocation
-from cnntrain.data.source import default_root
+from cnntrain.data.files import default_root
 from cnntrain.errors import MachineError, UserError
 
 KEPT = ("decoded", "scans")

@@ -19,8 +19,8 @@ from cnntrain.config.compose import compose, parse_overrides
 from cnntrain.config.instantiate import trust_folder
 from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import EvaluateSettings, PredictSettings, Settings, parse
-from cnntrain.data.content import same_data
-from cnntrain.data.source import Source
+from cnntrain.data.examples import Source
+from cnntrain.data.fingerprint import same_data
 from cnntrain.errors import DivergedError, UserError
 from cnntrain.io.safe_files import exists, is_folder, replacing_text, run_folder_of
 from cnntrain.plots.curves import save, sign, survive_drawing

@@ -31,14 +31,15 @@ from cnntrain.commands.evaluate import (
 )
 from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import PredictSettings, Settings, parse
-from cnntrain.data import cache as resident
-from cnntrain.data.boxes import frame, read_boxes
+from cnntrain.data.cache import decode_into_ram, fits_in_ram
+from cnntrain.data.csv_table import read_boxes
+from cnntrain.data.decoder import ImageDecoder, make_decoder
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.files import files_below
-from cnntrain.data.image_reader import BadFile, Decoder, image_endings, refuse, upright_size
+from cnntrain.data.files import BadFile, list_files, raise_if_bad
+from cnntrain.data.image_reader import image_extensions, read_size
 from cnntrain.data.loader import Loader, make_loader
-from cnntrain.data.scan import scan
-from cnntrain.data.sources.image_folder import make_decoder
+from cnntrain.data.resize import expand_box
+from cnntrain.data.scan import scan_files
 from cnntrain.errors import UserError
 from cnntrain.io.safe_files import replacing_text
 from cnntrain.plots.curves import save, survive_drawing
@@ -68,7 +69,7 @@ class Predictor:
     pipeline: Pipeline
     task: Task
     model: nn.Module
-    decoder: Decoder
+    decoder: ImageDecoder
     batch_size: int
     crops: bool  # objects were cut out of their images
     crop_margin: float  # share of a box's longer side that was added on each side
@@ -111,10 +112,10 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
             "images that are cut out alike"
         )
     examples = Examples(LazyImages(paths, predictor.decoder, boxes), {}, names)
-    if resident.fits_in_host_memory({"images": examples}):
-        examples = resident.decode({"images": examples})["images"]
+    if fits_in_ram({"images": examples}):
+        examples = decode_into_ram({"images": examples})["images"]
     else:
-        scan({"images": examples}, "headers")
+        scan_files({"images": examples}, "headers")
     loader = make_loader(examples, predictor.compute.device, settings.workers)
     folder = Path(settings.run_dir) if settings.run_dir else None
     with open_run_dir(folder, "predict") as run_folder, stop_flag() as stop:
@@ -178,10 +179,10 @@ def find_images(path: Path) -> tuple[list[str], list[str]]:
     if not path.is_dir():
         raise UserError(f"images: {path} does not exist; give an image, or a folder of images")
     bad: list[BadFile] = []
-    found = files_below(path, bad)
-    known = image_endings()
+    found = list_files(path, bad)
+    known = image_extensions()
     paths = [file for file in found if Path(file).suffix.lower() in known]
-    refuse(bad, len(found) + len(bad), path)
+    raise_if_bad(bad, len(found) + len(bad), path)
     if not paths:
         raise UserError(f"images: {path} has no images (files that end in .jpg, .png and the like)")
     if others := len(found) - len(paths):
@@ -196,7 +197,7 @@ def _cut_out(
     found = read_boxes(file, names)
     place = dict(zip(names, paths, strict=True))
     canvas = (predictor.spec.height, predictor.spec.width)
-    boxes = [frame(box, predictor.crop_margin, canvas) for _, box in found]
+    boxes = [expand_box(box, predictor.crop_margin, canvas) for _, box in found]
     listed = [name for name, _ in found]
     times, before = Counter(listed), Counter[str]()
     counted = []
@@ -234,7 +235,7 @@ def _write(
         shown: dict[str, Tensor] = {}
         if ids is not None:
             canvas = (ids.shape[-2], ids.shape[-1])
-            sizes = [upright_size(path) for path in paths[start : start + len(batch)]]
+            sizes = [read_size(path) for path in paths[start : start + len(batch)]]
             outside = [outside_image(m, s, canvas) for m, s in zip(matrices, sizes, strict=True)]
             shown["outside"] = torch.from_numpy(np.stack(outside))
             for i, mask in enumerate(ids.numpy()):

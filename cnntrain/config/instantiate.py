@@ -20,7 +20,7 @@ ROLES: dict[str, tuple[tuple[str, ...], str]] = {
         ("cnntrain.models", "torch.nn.modules", "torchvision.models", "timm.models"),
         "torch.nn.Module",
     ),
-    "data": (("cnntrain.data",), "cnntrain.data.source.Source"),
+    "data": (("cnntrain.data",), "cnntrain.data.examples.Source"),
     "augment": (("cnntrain.augment",), "cnntrain.augment.base.Augmentation"),
     "task": (("cnntrain.tasks",), "cnntrain.tasks.task.Task"),
     "optimizer": (("torch.optim", "cnntrain.train.optim"), "torch.optim.Optimizer"),

@@ -1,69 +1,79 @@
-"""Reading CSV files strictly: every complaint names file and line, and all come together."""
+"""Read CSV files strictly: all errors of a file are collected and reported with their lines."""
 
 import csv
 import io
+import math
 import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnntrain.data.files import SPLIT_NAMES, one_name_each
+from cnntrain.data.files import SPLIT_NAMES, is_file, unique_split_names
+from cnntrain.data.resize import Box
 from cnntrain.errors import UserError, suggest
 
-SHOWN_LINES = 20
+SHOWN_LINES = 20  # in an error message
+BOX_COLUMNS = ("box_left", "box_top", "box_right", "box_bottom")
 
 
 class ErrorList:
-    """What is wrong with an annotation file, gathered to be reported at once."""
+    """Errors of an annotation file, collected to be raised together."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.found: list[str] = []
+        self.messages: list[str] = []
 
     def add(self, line: int | str, problem: str) -> None:
-        self.found.append(f"{self.file}:{line}: {problem}")
+        self.messages.append(f"{self.file}:{line}: {problem}")
 
     def raise_if_any(self) -> None:
-        """Raises UserError when anything was added."""
-        if self.found:
-            more = len(self.found) - SHOWN_LINES
-            shown = self.found[:SHOWN_LINES] + ([f"... and {more} more"] if more > 0 else [])
+        """Raise a UserError that lists the errors, if there are any."""
+        if self.messages:
+            more = len(self.messages) - SHOWN_LINES
+            shown = self.messages[:SHOWN_LINES] + ([f"... and {more} more"] if more > 0 else [])
             raise UserError("data: " + "\n  ".join(shown))
 
 
-def read_annotations(file: Path) -> bytes:
-    """What an annotation file holds.
+def read_annotation_file(file: Path) -> bytes:
+    """Return the content of an annotation file.
 
     Raises:
-        OSError: it can't be read, or is none: a FIFO would wait for ever, a device never end.
+        OSError: the file cannot be read, or is not a regular file: reading a FIFO or a device may never end.
     """
     if not stat.S_ISREG(file.stat().st_mode):
-        raise OSError("is no regular file")
+        raise OSError("not a regular file")
     return file.read_bytes()
 
 
 @dataclass
-class Table:
-    """A CSV file: its header, and its rows with the line each stands on."""
+class CsvTable:
+    """Header and rows of a CSV file.
+
+    Attributes:
+        rows: line number and cells of each row.
+        errors: errors of rows found so far; the caller adds its own and raises them.
+    """
 
     file: Path
     columns: list[str]
     rows: list[tuple[int, list[str]]]
-    complaints: ErrorList
+    errors: ErrorList
+
+    @property
+    def column_index(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.columns)}
 
 
-def read_table(file: Path) -> Table:
-    """A comma-separated file with one header line; a byte-order mark is accepted, empty lines are skipped.
+def read_csv(file: Path) -> CsvTable:
+    """Read a comma-separated file with a header line. A byte-order mark is accepted; empty lines are skipped.
 
     Raises:
-        UserError: it can't be read, has no header or no rows, names a column twice, or has rows of other
-            lengths.
+        UserError: the file cannot be read, has no header or no rows, or has duplicate columns.
     """
-    complaints = ErrorList(file)
     rows: list[tuple[int, list[str]]] = []
     try:
-        with io.StringIO(read_annotations(file).decode("utf-8-sig"), newline="") as text:
+        with io.StringIO(read_annotation_file(file).decode("utf-8-sig"), newline="") as text:
             reader = csv.reader(text, strict=True)
             columns = [name.strip() for name in next(reader, [])]
             for row in reader:
@@ -73,74 +83,107 @@ def read_table(file: Path) -> Table:
         raise UserError(f"data: {file}: can't be read as a UTF-8 CSV file ({error})") from error
     if not columns or not rows:
         raise UserError(f"data: {file}: has no {'rows' if columns else 'header line'}")
-    twice = sorted({name for name in columns if columns.count(name) > 1})
-    if twice:
-        raise UserError(f"data: {file}:1: column {twice[0]!r} stands there twice")
-    sound = []
+    if duplicates := sorted({name for name in columns if columns.count(name) > 1}):
+        raise UserError(f"data: {file}:1: duplicate column {duplicates[0]!r}")
+    errors = ErrorList(file)
+    complete = []
     for line, row in rows:
         if len(row) == len(columns):
-            sound.append((line, row))
+            complete.append((line, row))
         else:
-            complaints.add(line, f"has {len(row)} columns, the header has {len(columns)}")
-    return Table(file, columns, sound, complaints)
+            errors.add(line, f"has {len(row)} columns, but the header has {len(columns)}")
+    return CsvTable(file, columns, complete, errors)
 
 
-def splits_of(table: Table) -> list[str]:
+def row_splits(table: CsvTable) -> list[str]:
     """Return the split of each row from the column `split`: train, val (or valid, validation) or test.
 
-    Without this column every row belongs to train. Other values are added to the table's complaints.
+    Without this column every row belongs to train. Other values are added to the errors of the table.
 
     Raises:
         UserError: two words in the column mean the same split.
     """
     if "split" not in table.columns:
         return ["train"] * len(table.rows)
-    place = table.columns.index("split")
-    words = [cells[place] for _, cells in table.rows]
-    one_name_each(dict.fromkeys(words), f"data: {table.file}: the column split")
+    column = table.columns.index("split")
+    words = [cells[column] for _, cells in table.rows]
+    unique_split_names(dict.fromkeys(words), f"data: {table.file}: the column split")
     for (line, _), word in zip(table.rows, words, strict=True):
         if word not in SPLIT_NAMES:
             near = suggest(word.lower(), list(SPLIT_NAMES))
-            table.complaints.add(line, f"split {word!r} is not one of {', '.join(SPLIT_NAMES)}{near}")
+            table.errors.add(line, f"split {word!r} is not one of {', '.join(SPLIT_NAMES)}{near}")
     return [SPLIT_NAMES.get(word, word) for word in words]
 
 
-def is_file(path: Path) -> bool:
-    """Return True if the file exists; False for invalid names (too long, or with a null byte)."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
+def read_boxes(file: Path, names: list[str]) -> list[tuple[str, Box]]:
+    """Read (image name, box) from a CSV file `image_name,box_left,box_top,box_right,box_bottom`.
 
+    Boxes are in pixels from the image's edge. An image may have several boxes.
 
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Sort the names; by value if all are integers."""
-    distinct = set(names)
-    as_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in distinct)
-    return tuple(sorted(distinct, key=lambda name: (int(name) if as_numbers else 0, name)))
-
-
-def find_table(file: str | None, root: str | None, what: str) -> Path:
-    """The CSV file that `data.file` names (from here, or in `data.root`), or the only one in `data.root`.
+    Args:
+        names: names of the existing images.
 
     Raises:
-        UserError: neither was given, or there is none, or more than one to choose from.
+        UserError: a column is missing, or a row is invalid.
+    """
+    table = read_csv(file)
+    if missing := [name for name in ("image_name", *BOX_COLUMNS) if name not in table.columns]:
+        raise UserError(f"boxes: {file}:1: has no column {', '.join(missing)}")
+    column, existing = table.column_index, set(names)
+    boxes: list[tuple[str, Box]] = []
+    for line, cells in table.rows:
+        name, sides = cells[column["image_name"]], [_number(cells[column[side]]) for side in BOX_COLUMNS]
+        left, top, right, bottom = sides
+        if name not in existing:
+            table.errors.add(line, f"{name!r} is none of the images")
+        elif not all(math.isfinite(side) and abs(side) <= 1e6 for side in sides):
+            table.errors.add(line, "expected four sides in pixels")
+        elif right <= left or bottom <= top:
+            table.errors.add(line, f"the box is empty: {left:g} to {right:g}, {top:g} to {bottom:g}")
+        else:
+            boxes.append((name, (left, top, right, bottom)))
+    table.errors.raise_if_any()
+    return boxes
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
+    """Sort distinct names; by value if all are integers."""
+    distinct = set(names)
+    numeric = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in distinct)
+    return tuple(sorted(distinct, key=lambda name: (int(name) if numeric else 0, name)))
+
+
+def find_csv(file: str | None, root: str | None, expected: str) -> Path:
+    """Return the CSV file `data.file`, relative to the working directory or to `data.root`; or the only one in it.
+
+    Args:
+        expected: description of the file, for messages.
+
+    Raises:
+        UserError: the file is missing, or there are several.
     """
     folder = Path(root).expanduser() if root else None
     if file is not None:
-        given = Path(file).expanduser()
-        tried = [given] if folder is None else [given, folder / given, folder / given.name]
-        for path in tried:
-            if is_file(path):
-                return path
-        looked = " and ".join(str(path.absolute()) for path in dict.fromkeys(tried))
-        raise UserError(f"data.file: no file {looked}; it must be {what}")
+        path = Path(file).expanduser()
+        candidates = [path] if folder is None else [path, folder / path, folder / path.name]
+        for candidate in candidates:
+            if is_file(candidate):
+                return candidate
+        looked = " and ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
+        raise UserError(f"data.file: no file {looked}; it must be {expected}")
     if folder is None:
         raise UserError(
-            f"data.file: missing; give {what}, as data.file=PATH (or its folder, as data.root=PATH)"
+            f"data.file: missing; give {expected}, as data.file=PATH (or its folder, as data.root=PATH)"
         )
     found = sorted(path for path in folder.glob("*.csv") if is_file(path))
     if len(found) != 1:
-        there = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"data.file: missing; {folder.absolute()} should hold one CSV file and holds {there}")
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"data.file: missing; {folder.absolute()} must contain one CSV file, but has {names}")
     return found[0]

@@ -1,7 +1,9 @@
-"""Examples of one split: images, targets and names, decoded or still on disk."""
+"""Examples of a split (images, targets, names), and the base class of data sources."""
 
 import hashlib
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,8 +15,8 @@ from cnntrain.errors import UserError
 from cnntrain.types import DataSpec
 
 
-class Decodes(Protocol):
-    """Turns a file into uint8 pixels of one shape, and tells the matrix from source to canvas."""
+class Decoder(Protocol):
+    """Decode a file to uint8 pixels of a fixed shape, and return the matrix from source to target pixels."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -23,17 +25,17 @@ class Decodes(Protocol):
 
 @dataclass
 class LazyImages:
-    """Images (or masks) that stay in their files until they are asked for.
+    """Images (or masks) that are decoded on access.
 
     Attributes:
         paths: N files.
-        decoder: turns a file into pixels.
-        boxes: (N, 4) float64 left, top, right, bottom to cut out, in source pixels counted from the image's
-            edge; None for whole images.
+        decoder: decodes one file.
+        boxes: (N, 4) float64 left, top, right, bottom of the crops, in source pixels from the image's edge; None: whole
+            images.
     """
 
     paths: list[str]
-    decoder: Decodes
+    decoder: Decoder
     boxes: Tensor | None = None
 
     def __len__(self) -> int:
@@ -41,26 +43,29 @@ class LazyImages:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of all of them decoded: (N, C, H, W), masks (N, H, W)."""
+        """Shape of all decoded images: (N, C, H, W), of masks (N, H, W)."""
         return len(self), *self.decoder.shape
 
     def __getitem__(self, index: int) -> Tensor:
         return self.read(index)[0]
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """The image, uint8 (C, H, W), and the matrix from source to canvas, float64 (3, 3).
+        """Return the image, uint8 (C, H, W), and the (3, 3) float64 matrix from source to target pixels.
 
         Raises:
-            BadFile: the file can't be used.
+            BadFile: the file cannot be used.
         """
-        if self.boxes is None:
-            return self.decoder(self.paths[index])
-        left, top, right, bottom = self.boxes[index].tolist()
-        return self.decoder(self.paths[index], (left, top, right, bottom))
+        return self.decoder(self.paths[index], self.box(index))
 
-    def subset(self, indices: Tensor) -> "LazyImages":
-        paths = [self.paths[i] for i in indices.tolist()]
-        return LazyImages(paths, self.decoder, None if self.boxes is None else self.boxes[indices])
+    def box(self, index: int) -> Box | None:
+        if self.boxes is None:
+            return None
+        left, top, right, bottom = self.boxes[index].tolist()
+        return left, top, right, bottom
+
+    def subset(self, rows: Tensor) -> "LazyImages":
+        paths = [self.paths[i] for i in rows.tolist()]
+        return LazyImages(paths, self.decoder, None if self.boxes is None else self.boxes[rows])
 
 
 @dataclass
@@ -70,11 +75,11 @@ class Examples:
     Attributes:
         images: uint8 (N, C, H, W), or `LazyImages`.
         targets: as in `Batch.targets`.
-        names: what a person calls each example: its file, or 'train/00012'.
-        groups: examples of one group (one patient, one photograph) never part; None: each on its own.
-        source_to_image: (N, 3, 3) float64 matrices from source pixels to the canvas; None: identity, or not known
-            before the images are decoded.
-        lazy_targets: targets that stay in files as the images do (masks); they join `targets` when decoded.
+        names: name of each example for messages and reports: its file, or 'train/00012'.
+        groups: group of each example; a group (for example a patient) is never split; None: no groups.
+        source_to_image: (N, 3, 3) float64 matrices from source pixels to image pixels; None: identity, or unknown until
+            the images are decoded.
+        lazy_targets: targets that are decoded from files (masks); they join `targets` when decoded.
     """
 
     images: Tensor | LazyImages
@@ -87,23 +92,32 @@ class Examples:
     def __len__(self) -> int:
         return len(self.names)
 
-    def subset(self, indices: Tensor | Sequence[int]) -> "Examples":
-        """The examples at `indices`, in that order."""
-        rows = torch.as_tensor(indices, dtype=torch.int64)
-        images = self.images.subset(rows) if isinstance(self.images, LazyImages) else self.images[rows]
-        picked = rows.tolist()
+    def subset(self, rows: Tensor | Sequence[int]) -> "Examples":
+        """Return the examples at `rows`, in that order."""
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        indices = rows.tolist()
         return replace(
             self,
-            images=images,
+            images=self.images.subset(rows) if isinstance(self.images, LazyImages) else self.images[rows],
             targets={name: target[rows] for name, target in self.targets.items()},
-            names=[self.names[i] for i in picked],
-            groups=None if self.groups is None else [self.groups[i] for i in picked],
+            names=[self.names[i] for i in indices],
+            groups=None if self.groups is None else [self.groups[i] for i in indices],
             source_to_image=None if self.source_to_image is None else self.source_to_image[rows],
             lazy_targets={name: lazy.subset(rows) for name, lazy in self.lazy_targets.items()},
         )
 
+    def lazy_images(self) -> list[LazyImages]:
+        """Return the images and masks that are not decoded yet."""
+        images = [self.images] if isinstance(self.images, LazyImages) else []
+        return images + list(self.lazy_targets.values())
+
+    def decoded_bytes(self) -> int:
+        """Return the size of all images and masks after decoding."""
+        masks = [*self.lazy_targets.values(), *(t for name, t in self.targets.items() if name == "mask")]
+        return sum(math.prod(images.shape) for images in (self.images, *masks))
+
     def fingerprint(self) -> str:
-        """'count-hash' over names and targets: points to 0.01 px, masks by their names only."""
+        """Return 'count-hash' of names and targets: points to 0.01 px, masks by the names only."""
         digest = hashlib.sha256("\0".join(self.names).encode(errors="surrogateescape"))
         for name, target in sorted(self.targets.items()):
             if name == "mask":
@@ -111,6 +125,37 @@ class Examples:
             values = (target.double() * 100).round() if target.is_floating_point() else target
             digest.update(name.encode() + values.to(torch.int64).contiguous().numpy().tobytes())
         return f"{len(self)}-{digest.hexdigest()[:16]}"
+
+
+def lazy_images(splits: Mapping[str, Examples]) -> list[LazyImages]:
+    """Return all images and masks that are not decoded yet."""
+    return [lazy for examples in splits.values() for lazy in examples.lazy_images()]
+
+
+class Source(ABC):
+    """Base class of data sources: one class per file format, one YAML file per data set.
+
+    Attributes:
+        downloads: whether missing files may be downloaded.
+    """
+
+    downloads = True
+
+    @abstractmethod
+    def spec(self) -> DataSpec:
+        """Return the metadata. May list folders and read tables, but must not decode images.
+
+        Raises:
+            UserError: the data are missing or invalid.
+        """
+
+    @abstractmethod
+    def load(self) -> dict[str, Examples]:
+        """Return the examples by split: 'train', and optionally 'val' and 'test'.
+
+        Raises:
+            UserError: the data are missing or invalid; lists all bad files.
+        """
 
 
 def check_examples(split: str, examples: Examples, spec: DataSpec) -> Examples:
@@ -139,12 +184,12 @@ def check_examples(split: str, examples: Examples, spec: DataSpec) -> Examples:
         if target.dim() == 0 or len(target) != count:
             found = len(target) if target.dim() else "a single number"
             raise UserError(f"data: the {split} split has {count} images and {found} of {name!r}")
-    given = {**targets, **examples.lazy_targets}
-    if "mask" in given and not spec.per_pixel:
+    all_targets = {**targets, **examples.lazy_targets}
+    if "mask" in all_targets and not spec.per_pixel:
         raise UserError(f"data: the {split} split has masks; spec() must say per_pixel=True")
     needed = "points" if spec.keypoints else "mask" if spec.per_pixel else "label" if spec.classes else None
-    if needed is not None and needed not in given:
-        has = ", ".join(map(repr, given)) or "none"
+    if needed is not None and needed not in all_targets:
+        has = ", ".join(map(repr, all_targets)) or "none"
         raise UserError(
             f"data: the {split} split needs the target {needed!r} according to spec(), but has {has}"
         )
@@ -163,7 +208,8 @@ def _as_tensor(values: Any, what: str) -> Tensor:
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"data: {what}: {type(values).__name__} can't become a tensor ({error})") from error
+        kind = type(values).__name__
+        raise UserError(f"data: {what}: cannot convert {kind} to a tensor ({error})") from error
 
 
 def _labels(label: Tensor, split: str, names: Sequence[str], classes: int) -> Tensor:
@@ -221,13 +267,13 @@ def _masks(mask: Tensor, split: str, spec: DataSpec) -> Tensor:
 
 
 def _points(targets: dict[str, Tensor], split: str, spec: DataSpec) -> dict[str, Tensor]:
-    """Return `points` (N, K, 2) float32 and `valid` (N, K) bool; by default all points are valid."""
+    """Return `points` (N, K, 2) float32 and `valid` (N, K) bool, which is True by default."""
     points = targets["points"]
     shape = (len(points), len(spec.keypoints), 2)
     if tuple(points.shape) != shape or points.is_complex():
         raise UserError(
             f"data: the {split} points are {points.dtype} {tuple(points.shape)}; expected float32 {shape}, x and y of "
-            f"the {shape[1]} keypoints in pixels of the canvas"
+            f"the {shape[1]} keypoints in pixels of the resized image"
         )
     valid = targets.get("valid", torch.ones(shape[:2], dtype=torch.bool))
     if tuple(valid.shape) != shape[:2] or not ((valid == 0) | (valid == 1)).all():

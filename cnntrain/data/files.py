@@ -1,79 +1,195 @@
-"""Finding the image files below a folder."""
+"""Image files: listing folders, files inside tar archives, unusable files, and downloads."""
 
+import logging
 import os
+import re
 import stat
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from cnntrain.data.image_reader import BadFile
 from cnntrain.errors import UserError, suggest
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SPLITS = ("train", "val", "test")
-IMAGE_ENDINGS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"])
+IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"])
 RUN_FILES = {"run.json", "sweep.json"}  # these files mark a run folder; its figures are not data
-IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # left behind by file managers and archivers
+IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # created by file managers and archivers
+SHOWN_FILES = 20  # in an error message
+logger = logging.getLogger("cnntrain")
+
+
+class BadFile(Exception):
+    """A file that cannot be used, and the reason. Collect them and report all with `raise_if_bad`."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(str(path), reason)
+        self.path, self.reason = str(path), reason
+
+
+def raise_if_bad(
+    bad: Iterable[BadFile], total: int, root: str | Path | None = None, advice: str = ""
+) -> None:
+    """Raise one `UserError` that lists the bad files; do nothing if there are none.
+
+    Args:
+        total: number of files, good and bad.
+        root: folder that the names are shown relative to.
+        advice: a remedy for several files, appended on a separate line.
+    """
+    ordered = sorted(bad, key=lambda file: file.path)
+    if not ordered:
+        return
+    lines = [
+        f"  {os.path.relpath(file.path, root) if root else file.path}: {file.reason}"
+        for file in ordered[:SHOWN_FILES]
+    ]
+    if len(ordered) > SHOWN_FILES:
+        lines.append(f"  ... and {len(ordered) - SHOWN_FILES} more")
+    lines += [advice] if advice else []
+    where = f" under {root}" if root else ""
+    raise UserError(
+        f"data: {len(ordered)} of {total} files{where} can't be used; repair or remove them:\n"
+        + "\n".join(lines)
+    )
+
+
+class ByteRange(NamedTuple):
+    """The bytes of one image: a whole file, or `size` bytes from `offset` in an archive."""
+
+    file: str
+    offset: int | None = None
+    size: int | None = None
+
+
+_MEMBER = re.compile(r"(.+?\.tar)//(.+)::(\d+)\+(\d+)", re.DOTALL)  # a pathlib.Path never contains //
+
+
+def member_path(archive: str | Path, name: str, offset: int, size: int) -> str:
+    """Return the path of an uncompressed archive member, ARCHIVE//NAME::OFFSET+SIZE, for use instead of a file path."""
+    return f"{archive}//{name}::{offset}+{size}"
+
+
+def byte_range(path: str) -> ByteRange:
+    """Return the location of the bytes of a file, or of an archive member (see `member_path`)."""
+    member = _MEMBER.fullmatch(path) if "//" in path else None
+    return ByteRange(member[1], int(member[3]), int(member[4])) if member else ByteRange(path)
+
+
+def default_root() -> Path:
+    """Return the folder for downloads and caches: `~/.cache/cnntrain`, or `$XDG_CACHE_HOME/cnntrain`."""
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "cnntrain"
+    try:
+        return Path.home() / ".cache" / "cnntrain"
+    except RuntimeError as error:  # no HOME, and the user id has no entry in passwd, as in some containers
+        raise UserError(
+            "no home folder for downloads and caches (HOME is not set and the user has no passwd entry); set HOME or "
+            "XDG_CACHE_HOME to a folder, or give data.root"
+        ) from error
+
+
+def require_root(root: str | None, expected: str) -> Path:
+    """Return `data.root` as an existing folder.
+
+    Args:
+        expected: required content of the folder, for the message.
+
+    Raises:
+        UserError: `root` is missing or not a folder.
+    """
+    if root is None:
+        raise UserError(f"data.root: missing; give the folder that has {expected}, as data.root=PATH")
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"data.root: {folder.absolute()} {problem}; it must have {expected}")
+    return folder
+
+
+def is_file(path: Path) -> bool:
+    """Return True if the file exists; False for invalid names (too long, or with a null byte)."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def is_ignored(name: str) -> bool:
-    """Hidden files and folders, `.ipynb_checkpoints` among them."""
+    """Return True for hidden files and folders, and for files of file managers."""
     return name.startswith(".") or name.lower() in IGNORED
 
 
-def folders_in(folder: Path) -> list[str]:
-    """Names of the folders directly below, sorted."""
+def has_extension(name: str, extensions: Collection[str]) -> bool:
+    """Return True if the file name has one of the (lowercase) extensions, ignoring case."""
+    return name.rpartition(".")[2].lower() in extensions
+
+
+def list_folders(folder: Path) -> list[str]:
+    """Return the sorted names of the folders directly in `folder`."""
     return sorted(e.name for e in os.scandir(folder) if os.path.isdir(e.path) and not is_ignored(e.name))
 
 
-def split_folders(root: Path) -> dict[str, Path]:
-    """Return the split folders of `root`: `train`, `val` (or `valid`, `validation`) and `test`.
+def list_files(folder: Path, bad: list[BadFile]) -> list[str]:
+    """Return the sorted paths of all files at any depth; links to a parent folder and special files go to `bad`."""
+    found: list[str] = []
+    _walk(str(folder), {os.path.realpath(folder)}, found, bad)
+    return sorted(found)
 
-    Raises:
-        UserError: two folders are the same split.
+
+def _walk(folder: str, parents: set[str], found: list[str], bad: list[BadFile]) -> None:
+    for entry in os.scandir(folder):
+        if is_ignored(entry.name):
+            continue
+        if entry.is_file(follow_symlinks=False):  # known from the folder, without a system call per file
+            found.append(entry.path)
+        elif os.path.isdir(entry.path):  # False for a link to itself, for which entry.is_dir() would raise
+            real = os.path.realpath(entry.path)
+            if real in parents or os.path.realpath(folder).startswith(real.rstrip(os.sep) + os.sep):
+                bad.append(BadFile(entry.path, "is a link to one of its parent folders"))
+            else:
+                _walk(entry.path, parents | {real}, found, bad)
+        elif not os.path.exists(entry.path):
+            bad.append(BadFile(entry.path, "is a broken link"))
+        elif not stat.S_ISREG(entry.stat().st_mode):  # reading a FIFO or a device may never end
+            bad.append(BadFile(entry.path, "is not a regular file"))
+        else:
+            found.append(entry.path)
+
+
+def relative_names(folder: Path, paths: Sequence[str]) -> list[str]:
+    """Return the paths relative to `folder`, which all of them start with."""
+    start = len(str(folder / "_")) - 1
+    return [path[start:] for path in paths]
+
+
+def common_folder(paths: Iterable[str]) -> str | None:
+    """Return the folder that contains all paths; None if there are none."""
+    folders = {os.path.dirname(path) for path in paths}
+    return os.path.commonpath(folders) if folders else None
+
+
+def first_file(folder: Path, extensions: Collection[str]) -> str | None:
+    """Return a file below the folder that has one of the extensions; None if there is none.
+
+    Links are not followed, and run folders are skipped.
     """
-    names = one_name_each(folders_in(root), f"data.root: {root}")
-    return {split: root / name for split, name in names.items()}
+    for parent, folders, files in os.walk(folder):
+        if RUN_FILES.intersection(files):
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        for name in sorted(files):
+            if has_extension(name, extensions) and not is_ignored(name):
+                return os.path.join(parent, name)
+    return None
 
 
-def train_and_other_folders(root: Path, layout: str) -> dict[str, Path]:
-    """Return the split folders of `root`; require `train/` and reject other folders with images.
-
-    Args:
-        layout: description of the expected layout, for messages.
-
-    Raises:
-        UserError: `train/` is missing, there is another folder with images, or two folders are the same split.
-    """
-    found = split_folders(root)
-    if "train" not in found:
-        names = folders_in(root)
-        there = f"its folders are {', '.join(names[:6])}" if names else "it has no folders"
-        remedy = "; move them into train/; validation data will be split off" if names and not found else ""
-        raise UserError(f"data.root: {root} has no train/ ({there}{remedy}); it must have {layout}")
-    refuse_other_folders(root, IMAGE_ENDINGS)
-    return found
-
-
-def refuse_other_folders(root: Path, endings: Collection[str]) -> None:
-    """Reject folders of `root` that contain examples but are not a split: these would be ignored silently.
-
-    Args:
-        endings: lowercase file name extensions of examples.
-
-    Raises:
-        UserError: names the first such folder.
-    """
-    for name in folders_in(root):
-        if name not in SPLIT_NAMES and (example := first_file(root / name, endings)):
-            raise UserError(
-                f"data.root: {root / name} is no split, but contains {os.path.relpath(example, root)}; the splits are "
-                f"train, val (or valid, or validation) and test{suggest(name.lower(), list(SPLIT_NAMES))}; "
-                f"rename the folder, or move it out of {root}"
-            )
-
-
-def one_name_each(names: Iterable[str], where: str) -> dict[str, str]:
+def unique_split_names(names: Iterable[str], where: str) -> dict[str, str]:
     """Return the name used for each split; ignore names that are not a split.
+
+    Args:
+        where: origin of the names, for the message.
 
     Raises:
         UserError: two names mean the same split.
@@ -91,57 +207,77 @@ def one_name_each(names: Iterable[str], where: str) -> dict[str, str]:
     return {split: found[split] for split in SPLITS if split in found}
 
 
-def first_file(folder: Path, endings: Collection[str]) -> str | None:
-    """Return a file below the folder whose name has one of the endings; None if there is none.
+def find_split_folders(root: Path) -> dict[str, Path]:
+    """Return the split folders of `root`: `train`, `val` (or `valid`, `validation`) and `test`.
 
-    Links are not followed, and run folders are skipped.
+    Raises:
+        UserError: two folders are the same split.
     """
-    for parent, folders, files in os.walk(folder):
-        if RUN_FILES.intersection(files):
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not is_ignored(name))
-        for name in sorted(files):
-            if ends_with(name, endings) and not is_ignored(name):
-                return os.path.join(parent, name)
-    return None
+    names = unique_split_names(list_folders(root), f"data.root: {root}")
+    return {split: root / name for split, name in names.items()}
 
 
-def ends_with(name: str, endings: Collection[str]) -> bool:
-    """Return True if the file name has one of the (lowercase) endings, ignoring case."""
-    return name.rpartition(".")[2].lower() in endings
+def require_split_folders(root: Path, layout: str) -> dict[str, Path]:
+    """Return the split folders of `root`; require `train/` and reject other folders with images.
+
+    Args:
+        layout: description of the expected layout, for messages.
+
+    Raises:
+        UserError: `train/` is missing, there is another folder with images, or two folders are the same split.
+    """
+    found = find_split_folders(root)
+    if "train" not in found:
+        names = list_folders(root)
+        there = f"its folders are {', '.join(names[:6])}" if names else "it has no folders"
+        remedy = "; move them into train/; validation data will be split off" if names and not found else ""
+        raise UserError(f"data.root: {root} has no train/ ({there}{remedy}); it must have {layout}")
+    reject_other_folders(root, IMAGE_EXTENSIONS)
+    return found
 
 
-def files_below(folder: Path, bad: list[BadFile]) -> list[str]:
-    """Paths of all files at any depth, sorted; links that lead back and special files go to `bad`."""
-    found: list[str] = []
-    _walk(str(folder), {os.path.realpath(folder)}, found, bad)
-    return sorted(found)
+def reject_other_folders(root: Path, extensions: Collection[str]) -> None:
+    """Reject folders of `root` that contain examples but are not a split; they would be ignored silently.
+
+    Args:
+        extensions: lowercase file name extensions of examples.
+
+    Raises:
+        UserError: names the first such folder.
+    """
+    for name in list_folders(root):
+        if name not in SPLIT_NAMES and (example := first_file(root / name, extensions)):
+            raise UserError(
+                f"data.root: {root / name} is not a split, but contains {os.path.relpath(example, root)}; the splits "
+                f"are train, val (or valid, or validation) and test{suggest(name.lower(), list(SPLIT_NAMES))}; "
+                f"rename the folder, or move it out of {root}"
+            )
 
 
-def seen_from(folder: Path, paths: Sequence[str]) -> list[str]:
-    """The paths without the folder, which they all begin with."""
-    start = len(str(folder / "_")) - 1
-    return [path[start:] for path in paths]
+def download(name: str, root: Path, looked_in: str, allowed: bool = True, **arguments: Any) -> Any:
+    """Return torchvision's data set `name` under `root`; download it if it is missing.
 
+    Args:
+        looked_in: where the files were searched, for the message.
+        allowed: whether a download is allowed; False if only a checkpoint names the data set.
+        arguments: further arguments of the data set's class.
 
-def _walk(folder: str, above: set[str], found: list[str], bad: list[BadFile]) -> None:
-    for entry in os.scandir(folder):
-        if is_ignored(entry.name):
-            continue
-        if entry.is_file(
-            follow_symlinks=False
-        ):  # the folder says so itself: the many files cost no call each
-            found.append(entry.path)
-        elif os.path.isdir(entry.path):  # False for a link to itself, where the entry would raise
-            real = os.path.realpath(entry.path)
-            if real in above or os.path.realpath(folder).startswith(real.rstrip(os.sep) + os.sep):
-                bad.append(BadFile(entry.path, "is a link that leads back to a folder above it"))
-            else:
-                _walk(entry.path, above | {real}, found, bad)
-        elif not os.path.exists(entry.path):
-            bad.append(BadFile(entry.path, "is a link to nothing, or to itself"))
-        elif not stat.S_ISREG(entry.stat().st_mode):  # a FIFO or a device would wait for ever
-            bad.append(BadFile(entry.path, "is no regular file"))
+    Raises:
+        UserError: no network, a full or read-only disk, a corrupt download, or a download that is not allowed.
+    """
+    import torchvision.datasets
+
+    try:
+        if allowed:
+            logger.info("data: downloading %s to %s", name, root)
+            root.mkdir(parents=True, exist_ok=True)
+        return getattr(torchvision.datasets, name)(str(root), download=allowed, **arguments)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:  # URLError is an OSError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if allowed:
+            problem = f"was not found and could not be downloaded ({reason})"
+            remedy = "give the folder that contains it with data.root=PATH; data=digits needs no download"
         else:
-            found.append(entry.path)
+            problem = f"was not found, and a checkpoint cannot start a download ({reason})"
+            remedy = "give data.root=PATH, a folder that contains it or that it should be downloaded to"
+        raise UserError(f"data: {name} {problem}\n  looked in {looked_in}\n  {remedy}") from error

@@ -1,4 +1,4 @@
-"""Files read by all cores: by threads, or where there are many by processes, which do not wait for one another."""
+"""Read many files on all cores: with threads, or with forked processes, which do not share an interpreter lock."""
 
 import mmap
 import multiprocessing
@@ -18,147 +18,172 @@ from rich.progress import Progress
 from torch import Tensor
 
 from cnntrain.data.examples import LazyImages
-from cnntrain.data.image_reader import BadFile
+from cnntrain.data.files import BadFile
+from cnntrain.data.image_reader import read_size
 from cnntrain.errors import MachineError
 
 T = TypeVar("T")
 R = TypeVar("R")
-MANY = 2_000  # files: to decode fewer takes a second
-AT_ONCE = 256  # items between two movements of the bar
+MANY_FILES = 2_000  # decoding fewer files takes about a second
+CHUNK_SIZE = 256  # items between two updates of the progress bar
 
 
 def decode_into(
     images: Tensor,
     matrices: Tensor,
     lazy: LazyImages,
-    what: str,
-    also: Callable[[int], None] = lambda index: None,
+    description: str,
+    on_decoded: Callable[[int], None] = lambda index: None,
 ) -> list[BadFile]:
-    """Decode every file; what can't be used stays as it was, and is returned.
+    """Decode all files into existing tensors; return the bad files, whose rows are left unchanged.
 
     Args:
-        images, matrices: uint8, of the shape of `lazy`, and (N, 3, 3); both in memory that processes share
-            (`shared_zeros`, or a mapped file).
-        what: what a bar on the terminal calls it.
-        also: called with the index of each decoded file, in the process that decoded it.
+        images: uint8, of the shape of `lazy`. matrices: float64 (N, 3, 3), from source to target pixels. Both must be
+            in memory that is shared with forked processes (`shared_zeros`, or a mapped file).
+        description: label of the progress bar.
+        on_decoded: called with the index of each decoded file, in the process that decoded it.
 
     Raises:
         MachineError: a process died.
     """
-    pixels, source_to_image = images.numpy(), matrices.numpy()
+    image_rows, matrix_rows = images.numpy(), matrices.numpy()
 
-    def one(index: int) -> BadFile | None:
+    def decode(index: int) -> BadFile | None:
         try:
-            decoded, matrix = lazy.read(index)
-            pixels[index], source_to_image[index] = decoded.numpy(), matrix.numpy()
-            also(index)
+            image, matrix = lazy.read(index)
+            image_rows[index], matrix_rows[index] = image.numpy(), matrix.numpy()
+            on_decoded(index)
         except BadFile as problem:
             return problem
         return None
 
-    ours = type(lazy.decoder).__module__.startswith("cnntrain.")  # others' may not be made for it
-    by_processes = len(lazy) >= MANY and ours and sys.platform == "linux" and usable_cores() > 1
-    results = in_processes(one, len(lazy), what) if by_processes else in_threads(one, range(len(lazy)), what)
+    # A user's decoder may not support a fork.
+    fork = len(lazy) >= MANY_FILES and is_builtin(lazy) and sys.platform == "linux" and usable_cores() > 1
+    results = (
+        process_map(decode, len(lazy), description)
+        if fork
+        else thread_map(decode, range(len(lazy)), description)
+    )
     return [problem for problem in results if problem]
 
 
+def is_builtin(lazy: LazyImages) -> bool:
+    """Return True if the decoder is part of cnntrain."""
+    return type(lazy.decoder).__module__.startswith("cnntrain.")
+
+
+def read_sizes(paths: Sequence[str]) -> tuple[list[tuple[int, int]], list[BadFile]]:
+    """Return (width, height) of every image from its header, (0, 0) for bad files, and the bad files."""
+    bad: list[BadFile] = []
+
+    def read(path: str) -> tuple[int, int]:
+        try:
+            return read_size(path)
+        except BadFile as problem:
+            bad.append(problem)
+            return 0, 0
+
+    return thread_map(read, paths, f"reading the headers of {len(paths):,} files"), bad
+
+
 def shared_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros that processes forked from this one write to as well; bound by the memory, not by /dev/shm."""
-    count = max(1, torch.Size(shape).numel())
-    memory = mmap.mmap(-1, count * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=dtype)[: torch.Size(shape).numel()].view(tuple(shape))
+    """Return zeros that are shared with processes forked later; limited by the memory, not by /dev/shm."""
+    count = torch.Size(shape).numel()
+    memory = mmap.mmap(-1, max(1, count) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype)[:count].view(tuple(shape))
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_threads(work: Callable[[T], R], items: Sequence[T], what: str = "") -> list[R]:
-    """`work` of each item, by as many threads as there are cores.
+def thread_map(function: Callable[[T], R], items: Sequence[T], description: str = "") -> list[R]:
+    """Return `function` of each item, computed by one thread per core.
 
     Args:
-        what: what a bar on the terminal calls it; none is drawn without.
+        description: label of the progress bar; without one, no bar is shown.
     """
-    done: list[R] = []
+    results: list[R] = []
     pool = ThreadPoolExecutor(usable_cores())
     try:
-        with _bar(what, len(items)) as advance:
-            for start in range(0, len(items), AT_ONCE):
-                part = list(pool.map(work, items[start : start + AT_ONCE]))
-                done += part
-                advance(len(part))
+        with _progress_bar(description, len(items)) as advance:
+            for start in range(0, len(items), CHUNK_SIZE):
+                chunk = list(pool.map(function, items[start : start + CHUNK_SIZE]))
+                results += chunk
+                advance(len(chunk))
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for what has not begun
-    return done
+        pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not wait for items that have not started
+    return results
 
 
-def in_processes(work: Callable[[int], R], count: int, what: str = "") -> list[R]:
-    """What `work` returns for 0 ... count - 1 where that is not None, in no order, by as many processes as there are
-    cores.
+def process_map(function: Callable[[int], R | None], count: int, description: str = "") -> list[R]:
+    """Call `function` for 0, ..., count - 1 in one forked process per core; return the results that are not None.
 
-    They are forked: `work` needs no pickling, and what it writes elsewhere than into shared memory is lost.
+    The order of the results is arbitrary. `function` need not be picklable. What it writes is lost, except in shared
+    memory.
 
     Raises:
         MachineError: a process died.
     """
     context = multiprocessing.get_context("fork")
-    cores, found = usable_cores(), []
-    running: dict[Connection, BaseProcess] = {}
+    cores, results = usable_cores(), []
+    processes: dict[Connection, BaseProcess] = {}
     try:
         for core in range(cores):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_in_child, args=(work, count, core, cores, theirs, os.getpid()))
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(function, count, core, cores, sender, os.getpid()))
             process.start()
-            theirs.close()
-            running[ours] = process
-        with _bar(what, count) as advance:
-            waiting = list(running)
-            while waiting:
-                for end in wait(waiting):
-                    assert isinstance(end, Connection)
+            sender.close()
+            processes[receiver] = process
+        with _progress_bar(description, count) as advance:
+            open_receivers = list(processes)
+            while open_receivers:
+                for receiver in wait(open_receivers):
+                    assert isinstance(receiver, Connection)
                     try:
-                        done, part = end.recv()
+                        done, chunk = receiver.recv()
                     except EOFError:
-                        waiting.remove(end)
-                        _join(running[end])
+                        open_receivers.remove(receiver)
+                        _join(processes[receiver])
                         continue
-                    found += part
+                    results += chunk
                     advance(done)
     finally:
-        for end, process in running.items():
+        for receiver, process in processes.items():
             process.kill()
             process.join()
-            end.close()
-    return found
+            receiver.close()
+    return results
 
 
-def _in_child(
-    work: Callable[[int], R], count: int, core: int, cores: int, end: Connection, parent: int
+def _work(
+    function: Callable[[int], R | None], count: int, core: int, cores: int, sender: Connection, parent: int
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to the group: the parent ends its children
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to the process group; the parent ends its children
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    for start in range(core * AT_ONCE, count, cores * AT_ONCE):
+    for start in range(core * CHUNK_SIZE, count, cores * CHUNK_SIZE):
         if os.getppid() != parent:
             return
-        items = range(start, min(start + AT_ONCE, count))
-        end.send((len(items), [result for item in items if (result := work(item)) is not None]))
-    end.close()
+        items = range(start, min(start + CHUNK_SIZE, count))
+        sender.send((len(items), [result for item in items if (result := function(item)) is not None]))
+    sender.close()
 
 
 def _join(process: BaseProcess) -> None:
     process.join()
     if process.exitcode:
         raise MachineError(
-            f"data: a process that decodes images ended with {process.exitcode}; perhaps for want of memory"
+            f"data: a decoding process died with exit code {process.exitcode}, possibly because memory ran out"
         )
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal, moved by calling it; none without a terminal or a name."""
+def _progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar if there is a terminal and a description; yield the function that advances it."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (what and console.is_terminal)) as progress:
-        task = progress.add_task(what, total=total)
+    disable = not (description and console.is_terminal)
+    with Progress(console=console, transient=True, disable=disable) as progress:
+        task = progress.add_task(description, total=total)
         yield lambda done: progress.advance(task, done)

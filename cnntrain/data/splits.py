@@ -1,4 +1,4 @@
-"""Holding validation data out of the training data: seeded, stratified by label, groups whole."""
+"""Split validation examples off the training examples: seeded, stratified by label, without splitting groups."""
 
 from collections.abc import Sequence
 
@@ -9,24 +9,24 @@ from cnntrain.data.examples import Examples
 from cnntrain.errors import UserError
 from cnntrain.randomness import hash_seed
 
-Unit = list[int]  # rows that stay together
+Unit = list[int]  # rows of one example or of one group
 
 
 def split_train_val(
     examples: Examples, val_fraction: float, folds: int | None, fold: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the training and of the validation examples, both int64 and ascending.
+    """Return the rows of the training and of the validation examples, both int64 and ascending.
 
-    Each label's share of the validation rows is exact to one example where groups leave it free. Examples
-    without a single label each (points, masks) are drawn without regard to them.
+    The split is stratified by label; the share of each label is exact to one example if there are no groups. Keypoints
+    and masks are not stratified.
 
     Args:
-        val_fraction: share held out, between 0 and 1; not used with `folds`.
-        folds, fold: hold out part `fold` of `folds`, which together cover every example once.
-        seed: another seed draws another split.
+        val_fraction: share of validation examples, between 0 and 1; ignored if `folds` is given.
+        folds, fold: use part `fold` of `folds` equal parts for validation.
+        seed: another seed gives another split.
 
     Raises:
-        UserError: a value out of range, or too few examples (or groups) to split.
+        UserError: a value is out of range, or there are too few examples (or groups).
     """
     units = _units(examples)
     strata = _strata(units, examples.targets.get("label"), seed)
@@ -35,16 +35,16 @@ def split_train_val(
             raise UserError(f"data.fold: must be from 0 to {folds - 1} with data.folds={folds}, got {fold}")
         if folds < 2 or len(units) < folds:
             raise UserError(f"data.folds: must be from 2 to {len(units)} (examples, or groups), got {folds}")
-        held_out = _deal(strata, folds)[fold]
+        held_out = _make_folds(strata, folds)[fold]
     else:
         if not 0 < val_fraction < 1:
             raise UserError(
-                f"data.val_fraction: must be between 0 and 1, got {val_fraction}: the best checkpoint is "
-                "chosen on examples held out of train"
+                f"data.val_fraction: must be between 0 and 1, got {val_fraction}; validation examples are needed to "
+                "select the best checkpoint"
             )
         if len(units) < 2:
             raise UserError(f"data: {len(units)} example(s) or group(s) can't be split into train and val")
-        held_out = _draw(strata, val_fraction, len(examples))
+        held_out = _sample(strata, val_fraction, len(examples))
     is_val = torch.zeros(len(examples), dtype=torch.bool)
     is_val[torch.tensor([row for unit in held_out for row in unit], dtype=torch.int64)] = True
     return torch.nonzero(~is_val).flatten(), torch.nonzero(is_val).flatten()
@@ -53,23 +53,23 @@ def split_train_val(
 def _units(examples: Examples) -> list[Unit]:
     if examples.groups is None:
         return [[row] for row in range(len(examples))]
-    together: dict[str, Unit] = {}
+    by_group: dict[str, Unit] = {}
     for row, group in enumerate(examples.groups):
-        together.setdefault(group, []).append(row)
-    return list(together.values())
+        by_group.setdefault(group, []).append(row)
+    return list(by_group.values())
 
 
 def _strata(units: list[Unit], labels: Tensor | None, seed: int) -> list[list[Unit]]:
-    """Units by label (a group's most frequent one), shuffled within."""
+    """Return shuffled units for each label; the label of a group is its most frequent one."""
     by_label: dict[int, list[Unit]] = {}
     values = labels.tolist() if labels is not None and labels.ndim == 1 else None
     for unit in units:
         if values is None or len(unit) == 1:
-            most = values[unit[0]] if values else 0
+            label = values[unit[0]] if values else 0
         else:
-            of_unit = [values[row] for row in unit]
-            most = max(sorted(set(of_unit)), key=of_unit.count)
-        by_label.setdefault(most, []).append(unit)
+            unit_labels = [values[row] for row in unit]
+            label = max(sorted(set(unit_labels)), key=unit_labels.count)
+        by_label.setdefault(label, []).append(unit)
     generator = torch.Generator().manual_seed(hash_seed(seed, "split"))
     shuffled = []
     for label in sorted(by_label):
@@ -78,29 +78,29 @@ def _strata(units: list[Unit], labels: Tensor | None, seed: int) -> list[list[Un
     return shuffled
 
 
-def _draw(strata: list[list[Unit]], fraction: float, count: int) -> list[Unit]:
-    """Units for validation: each stratum's share, rounded so that the sum is right; never all of one."""
+def _sample(strata: list[list[Unit]], fraction: float, count: int) -> list[Unit]:
+    """Return the validation units: the share of each stratum, by largest remainder; never a whole stratum."""
     sizes = [sum(map(len, stratum)) for stratum in strata]
-    wanted = min(max(1, round(fraction * count)), count - 1)
+    total = min(max(1, round(fraction * count)), count - 1)
     exact = [fraction * size for size in sizes]
     targets = [int(share) for share in exact]
     by_remainder = sorted(range(len(strata)), key=lambda i: targets[i] - exact[i])
-    for i in by_remainder[: max(0, wanted - sum(targets))]:
+    for i in by_remainder[: max(0, total - sum(targets))]:
         targets[i] += 1
     held_out: list[Unit] = []
     for stratum, target in zip(strata, targets, strict=True):
         missing, left = target, len(stratum)
         for unit in stratum:
-            if left > 1 and missing > 0 and len(unit) <= 2 * missing:  # takes us nearer to the target
+            if left > 1 and missing > 0 and len(unit) <= 2 * missing:  # brings the sum closer to the target
                 held_out.append(unit)
                 missing, left = missing - len(unit), left - 1
-    if not held_out:  # groups too large for their share, or one example a class: take the smallest there is
+    if not held_out:  # groups too large, or one example per class: take the smallest unit
         held_out = [min((unit for stratum in strata for unit in stratum), key=len)]
     return held_out
 
 
-def _deal(strata: list[list[Unit]], folds: int) -> list[list[Unit]]:
-    """Units dealt into folds, largest first, each to the fold with least of its label, then least in all."""
+def _make_folds(strata: list[list[Unit]], folds: int) -> list[list[Unit]]:
+    """Assign units, largest first, to the fold with the fewest examples of their label, then the fewest in all."""
     parts: list[list[Unit]] = [[] for _ in range(folds)]
     totals = [0] * folds
     for stratum in strata:
@@ -114,26 +114,26 @@ def _deal(strata: list[list[Unit]], folds: int) -> list[list[Unit]]:
 
 
 def limit_rows(count: int, limit: int | None, seed: int, name: str) -> Tensor | None:
-    """At most `limit` of `count` rows, drawn at random, ascending; None when all may stay."""
+    """Return a random sample of `limit` of `count` rows, ascending; None if there are at most `limit` rows."""
     if limit is None or count <= limit:
         return None
     generator = torch.Generator().manual_seed(hash_seed(seed, "limit", name))
     return torch.randperm(count, generator=generator)[:limit].sort().values
 
 
-def check_groups_apart(splits: dict[str, Sequence[str] | None]) -> None:
-    """Refuse a group that has examples in more than one split: what was learned would be tested.
+def check_groups(splits: dict[str, Sequence[str] | None]) -> None:
+    """Reject groups with examples in more than one split, because training data would be tested.
 
     Raises:
         UserError: names the groups.
     """
-    seen: dict[str, set[str]] = {}
+    splits_of: dict[str, set[str]] = {}
     for split, groups in splits.items():
         for group in groups or ():
-            seen.setdefault(group, set()).add(split)
-    torn = sorted(group for group, where in seen.items() if len(where) > 1)
-    if torn:
-        shown = ", ".join(f"{group!r} ({' and '.join(sorted(seen[group]))})" for group in torn[:5])
+            splits_of.setdefault(group, set()).add(split)
+    leaking = sorted(group for group, where in splits_of.items() if len(where) > 1)
+    if leaking:
+        shown = ", ".join(f"{group!r} ({' and '.join(sorted(splits_of[group]))})" for group in leaking[:5])
         raise UserError(
-            f"data: {len(torn)} group(s) lie in more than one split: {shown}; a group must stay whole"
+            f"data: {len(leaking)} group(s) are in more than one split: {shown}; keep each group in one split"
         )

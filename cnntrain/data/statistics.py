@@ -1,24 +1,33 @@
-"""Mean and standard deviation of training images, for normalizing."""
+"""Statistics of the training images: mean and standard deviation, and the bits in use in 16-bit files."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cnntrain.data.cache import decode
+from cnntrain.data.cache import decode_into_ram
+from cnntrain.data.decoder import ImageDecoder
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.image_reader import BadFile, Decoder, upright_size
-from cnntrain.data.parallel import in_threads
-from cnntrain.data.resize import ResizePlacement, place
+from cnntrain.data.files import BadFile
+from cnntrain.data.image_reader import load_pixels, open_image, read_size
+from cnntrain.data.parallel import thread_map
+from cnntrain.data.resize import ResizePlacement, resize_geometry
+from cnntrain.errors import UserError
 from cnntrain.randomness import hash_seed
 
-SAMPLED_IMAGES = 2000  # when they are not in memory; the mean is then good to about 1/200
-AT_ONCE = 2**24  # numbers that are looked at together: large sets are mapped from files, and stay there
+SAMPLED_IMAGES = 2000  # of images on disk; the standard error of the mean is then about 1/200
+CHUNK_VALUES = 2**24  # values processed at once: large data sets are memory-mapped
+SAMPLED_FILES = 100  # files whose bit depth is read
+MAX_BIT_DEPTH_FILES = 2_000  # files that are decoded to find the highest value
+FEW_BITS = 12  # of 16; images that use at most 12 bits get at most 16 of 256 gray levels
+logger = logging.getLogger("cnntrain")
 
 
-def measure(
+def measure_statistics(
     examples: Examples, seed: int, files: LazyImages | None = None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Measure the per-channel mean and standard deviation over all pixels of the images, on the 0-1 scale.
@@ -33,12 +42,11 @@ def measure(
     channels = examples.images.shape[1]
     levels = torch.arange(256, dtype=torch.float64) / 255
     counts = torch.zeros(channels, 256, dtype=torch.int64)
-    for images, covered in _parts(examples, seed, files):
+    for images, covered in _chunks(examples, seed, files):
         for channel in range(channels):
             pixels = images[:, channel]
-            counts[channel] += torch.bincount(
-                pixels.flatten() if covered is None else pixels[covered], minlength=256
-            )
+            pixels = pixels.flatten() if covered is None else pixels[covered]
+            counts[channel] += torch.bincount(pixels, minlength=256)
     share = counts.double() / counts.sum(1, keepdim=True)
     mean = share @ levels
     std = (share @ levels.square() - mean.square()).clamp_min(0).sqrt()
@@ -46,58 +54,61 @@ def measure(
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _parts(examples: Examples, seed: int, files: LazyImages | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield batches of the images (or of a sample) with their coverage (N, H, W) bool; None: no padding."""
-    several = max(1, AT_ONCE // math.prod(examples.images.shape[1:]))
+def _chunks(
+    examples: Examples, seed: int, files: LazyImages | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield chunks of the images (or of a sample) with their coverage (N, H, W) bool; None: no padding."""
+    chunk_size = max(1, CHUNK_VALUES // math.prod(examples.images.shape[1:]))
     images = examples.images
     files = images if isinstance(images, LazyImages) else files
-    bordered = files is not None and may_have_borders(files)
-    if isinstance(images, Tensor) and not bordered:
-        for part in images.split(several):
-            yield part, None
+    padded = files is not None and may_be_padded(files)
+    if isinstance(images, Tensor) and not padded:
+        for chunk in images.split(chunk_size):
+            yield chunk, None
         return
     generator = torch.Generator().manual_seed(hash_seed(seed, "statistics"))
     rows = torch.randperm(len(examples), generator=generator)[:SAMPLED_IMAGES].sort().values
-    for part in rows.split(several):
-        decoded = images[part] if isinstance(images, Tensor) else None
-        if decoded is None:
-            decoded = decode({"train": replace(examples, lazy_targets={}).subset(part)})["train"].images
-        assert isinstance(decoded, Tensor)
-        covered = coverage(files, part) if bordered and files is not None else None
-        yield decoded, covered if covered is not None and bool(covered.any()) else None
+    for chunk_rows in rows.split(chunk_size):
+        if isinstance(images, Tensor):
+            chunk = images[chunk_rows]
+        else:
+            sample = replace(examples, lazy_targets={}).subset(chunk_rows)
+            chunk = decode_into_ram({"train": sample})["train"].images
+        assert isinstance(chunk, Tensor)
+        covered = coverage(files, chunk_rows) if padded and files is not None else None
+        yield chunk, covered if covered is not None and bool(covered.any()) else None
 
 
-def may_have_borders(files: LazyImages) -> bool:
+def may_be_padded(files: LazyImages) -> bool:
     """Return True if the decoder may pad images."""
-    return type(files.decoder) is Decoder and (files.decoder.resize == "letterbox" or files.boxes is not None)
+    decoder = files.decoder
+    return type(decoder) is ImageDecoder and (decoder.resize == "letterbox" or files.boxes is not None)
 
 
 def coverage(files: LazyImages, rows: Tensor) -> Tensor:
-    """Return (M, H, W) bool: canvas pixels fully covered by the image, from the headers of the files `rows`."""
+    """Return (M, H, W) bool: target pixels fully covered by the image, from the headers of the files `rows`."""
     decoder = files.decoder
-    assert isinstance(decoder, Decoder)
-    canvas = (decoder.height, decoder.width)
-    covered = torch.zeros(len(rows), *canvas, dtype=torch.bool)
+    assert isinstance(decoder, ImageDecoder)
+    covered = torch.zeros(len(rows), *decoder.target_size, dtype=torch.bool)
 
-    def one(place_and_row: tuple[int, int]) -> None:
-        index, row = place_and_row
-        left, top, right, bottom = (None,) * 4 if files.boxes is None else files.boxes[row].tolist()
-        box = None if left is None else (left, top, right, bottom)
+    def cover(item: tuple[int, int]) -> None:
+        index, row = item
         try:
-            size = upright_size(files.paths[row])
+            size = read_size(files.paths[row])
         except BadFile:
             return  # decoding reports it
-        x, y = covered_sides(place(*size, canvas, decoder.resize, box), size)
+        placement = resize_geometry(*size, decoder.target_size, decoder.resize, files.box(row))
+        x, y = covered_slices(placement, size)
         covered[index, y, x] = True
 
-    in_threads(one, list(enumerate(rows.tolist())))
+    thread_map(cover, list(enumerate(rows.tolist())))
     return covered
 
 
-def covered_sides(placement: ResizePlacement, size: tuple[int, int]) -> tuple[slice, slice]:
-    """Return the canvas columns and rows fully covered by an image of (width, height)."""
+def covered_slices(placement: ResizePlacement, size: tuple[int, int]) -> tuple[slice, slice]:
+    """Return the target columns and rows fully covered by an image of (width, height)."""
     left, top, right, bottom = placement.box
-    sides = []
+    slices = []
     for near, far, length, start, span in (
         (left, right, size[0], placement.left, placement.width),
         (top, bottom, size[1], placement.top, placement.height),
@@ -105,5 +116,68 @@ def covered_sides(placement: ResizePlacement, size: tuple[int, int]) -> tuple[sl
         scale = span / (far - near)
         first = start + max(0.0, -near * scale)
         last = start + min(float(span), (length - near) * scale)
-        sides.append(slice(math.ceil(first - 1e-6), max(math.floor(last + 1e-6), 0)))
-    return sides[0], sides[1]
+        slices.append(slice(math.ceil(first - 1e-6), max(math.floor(last + 1e-6), 0)))
+    return slices[0], slices[1]
+
+
+def set_bits(splits: dict[str, Examples], bits: int) -> dict[str, Examples]:
+    """Return the examples with a decoder that scales 16-bit files by their maximum value 2**bits - 1.
+
+    Raises:
+        UserError: the images are not decoded from files by cnntrain.
+    """
+    result = {}
+    for name, examples in splits.items():
+        images = examples.images
+        if not isinstance(images, LazyImages) or not isinstance(images.decoder, ImageDecoder):
+            raise UserError("data.bits: these images are not decoded from files; leave it null")
+        images = replace(images, decoder=replace(images.decoder, bits=bits))
+        result[name] = replace(examples, images=images)
+    return result
+
+
+def warn_of_unused_bits(examples: Examples) -> None:
+    """Warn if the training images are 16-bit files that use at most 12 bits, because they would be almost black.
+
+    If a sample of the files finds 16-bit images, up to 2,000 more files are read to confirm it.
+    """
+    images = examples.images
+    if not isinstance(images, LazyImages) or not isinstance(images.decoder, ImageDecoder) or not len(images):
+        return
+    count = min(len(images), SAMPLED_FILES)
+    rows = torch.linspace(0, len(images) - 1, count, dtype=torch.float64).round().long()
+    sample = [images.paths[row] for row in rows.tolist()]
+    if not any(thread_map(_is_deep, sample)):
+        return
+    highest = 0
+    for paths in (sample, sorted(set(images.paths) - set(sample))[:MAX_BIT_DEPTH_FILES]):
+        highest = max([highest, *(value for value in thread_map(_max_value, paths) if value is not None)])
+        if highest >= 2**FEW_BITS:
+            return
+    if highest:
+        needed = max(9, highest.bit_length())
+        logger.warning(
+            "data: the training images have 16 bits but no value above %d, so they use at most %d of 256 gray levels; "
+            "set data.bits=%d to use the full range",
+            *(highest, highest // 257 + 1, needed),
+        )
+
+
+def _is_deep(path: str) -> bool:
+    try:
+        with open_image(path) as image:
+            return image.mode.startswith("I")
+    except BadFile:
+        return False  # decoding reports it
+
+
+def _max_value(path: str) -> int | None:
+    """Return the largest value of a file with more than 8 bits; None for other and for unreadable files."""
+    try:
+        with open_image(path) as image:
+            if not image.mode.startswith("I"):
+                return None
+            load_pixels(image)
+            return int(np.asarray(image).max())
+    except BadFile:
+        return None

@@ -1,4 +1,4 @@
-"""Worker processes that decode images, driven by an order that is given from outside."""
+"""Worker processes that decode batches in a given order."""
 
 import atexit
 import errno
@@ -18,74 +18,72 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.image_reader import BadFile, refuse
+from cnntrain.data.files import BadFile, raise_if_bad
 from cnntrain.errors import CnntrainError, MachineError, UserError
 from cnntrain.memory import give_back_freed_memory
 
-Transform = Callable[[Tensor, int], Tensor]  # (uint8 (C,H,W), position in the epoch) -> uint8 (C,H,W)
-# Rows of a batch, their positions, what to do to each image. Lists, for a tensor would need a socket.
+Transform = Callable[[Tensor, int], Tensor]  # (uint8 (C, H, W), position in the epoch) -> uint8 (C, H, W)
+# Rows of a batch, their positions, and the transform. Lists, because a tensor would need a socket.
 Request = tuple[list[int], list[int], Transform | None]
 TICK_S = 1.0
 
 
 class WorkerPool:
-    """Decodes batches ahead of time, in `workers` processes (0: in this one, when asked)."""
+    """Decode batches ahead of time in `workers` processes; with 0 workers, on demand in this process."""
 
     def __init__(
-        self,
-        examples: Examples,
-        workers: int,
-        timeout_s: int,
-        pin_memory: bool,
-        with_matrices: bool,
+        self, examples: Examples, workers: int, timeout_s: int, pin_memory: bool, with_matrices: bool
     ) -> None:
-        self.requests = _Requests()
+        self.sampler = _RequestSampler()
         self.timeout_s = timeout_s
         # DataLoader's own `timeout` is not used: it includes time in which the run is suspended (Ctrl-Z).
         options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": 4}
         self.loader = DataLoader(
-            _Decoded(examples, with_matrices),
+            _RequestDataset(examples, with_matrices),
             batch_size=None,  # a request is a whole batch
-            sampler=self.requests,
+            sampler=self.sampler,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             worker_init_fn=_start_worker,
             pin_memory=pin_memory,
-            # its iterator draws a seed: from the global generator, if it were not given one
+            # The iterator draws a seed, by default from the global generator.
             generator=torch.Generator(),
             **(options if workers else {}),
         )
-        # Workers ignore SIGTERM, with which multiprocessing would end them at exit, and wait for ever.
+        # Workers ignore SIGTERM, with which multiprocessing ends them at exit, so it would wait forever.
         atexit.register(_close, weakref.ref(self))
 
     def run(self, requests: list[Request]) -> Iterator[dict[str, Tensor]]:
-        """One dictionary a request: 'images' (M, C, H, W), 'source_to_image' where asked for, lazy targets by name.
+        """Yield one dictionary per request: 'images' (M, C, H, W), 'source_to_image' if requested, and lazy targets.
 
         Raises:
-            UserError: images that can't be used, all of the batch's.
-            MachineError: a worker was lost, got stuck, or has no shared memory.
+            UserError: lists all bad files of a batch.
+            MachineError: a worker died, is stuck, or has no shared memory.
         """
-        self.requests.waiting = requests
-        patience = _Patience(self.loader, self.timeout_s)
-        # Workers that begin now are forks, and would hold it to their end.
+        self.sampler.requests = requests
+        watchdog = _Watchdog(self.loader, self.timeout_s)
+        # Workers that are forked now would keep freed memory.
         if getattr(self.loader, "_iterator", None) is None:
             give_back_freed_memory()
         try:
-            with patience:
-                for got in self.loader:
-                    if isinstance(got, CnntrainError):  # as a value: torch would add the worker's traceback
-                        raise got
-                    with patience.suspended():
-                        yield got
+            with watchdog:
+                for batch in self.loader:
+                    # Errors are returned as values, because torch would add the worker's traceback.
+                    if isinstance(batch, CnntrainError):
+                        raise batch
+                    with watchdog.paused():
+                        yield batch
         except (RuntimeError, OSError, EOFError) as error:
-            known = _stuck(self.timeout_s) if patience.lost else explain_worker_error(error, self.timeout_s)
-            if known is None:
+            explained = explain_worker_error(error, self.timeout_s)
+            if watchdog.expired:
+                explained = _stuck(self.timeout_s)
+            if explained is None:
                 raise
             self.close(kill=True)
-            raise known from error
+            raise explained from error
 
     def close(self, kill: bool = False) -> None:
-        """End the processes; `kill` does not wait for one that may be stuck."""
+        """End the processes; with `kill`, without waiting for a process that may be stuck."""
         iterator, self.loader._iterator = getattr(self.loader, "_iterator", None), None
         if not isinstance(iterator, _MultiProcessingDataLoaderIter):
             return
@@ -94,7 +92,7 @@ class WorkerPool:
                 iterator._shutdown_workers()
         for process in iterator._workers:
             if process.is_alive():
-                with suppress(RuntimeError):  # torch notices a dead child wherever we are, and raises
+                with suppress(RuntimeError):  # torch may raise an error about a dead child at any point
                     process.kill()
                     process.join()
         with suppress(RuntimeError):
@@ -104,7 +102,7 @@ class WorkerPool:
         self.close()
 
 
-class _Patience:
+class _Watchdog:
     """Kill the workers if no batch arrives for `timeout_s`, so that the run ends with an error.
 
     Time is counted in steps of one second. A suspension of this process (Ctrl-Z, SIGSTOP, a sleeping laptop) counts as
@@ -117,7 +115,7 @@ class _Patience:
         self.waiting = False
         self.waited_s = 0.0
         self.ended = threading.Event()
-        self.lost = False
+        self.expired = False
         self.thread = threading.Thread(target=self._watch, daemon=True, name="cnntrain-workers")
 
     def __enter__(self) -> None:
@@ -129,8 +127,8 @@ class _Patience:
         self.ended.set()
 
     @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Nobody waits for the workers inside."""
+    def paused(self) -> Iterator[None]:
+        """Do not count the time inside the `with` block."""
         self.waiting = False
         yield
         self.waited_s = 0.0
@@ -143,7 +141,7 @@ class _Patience:
             self.waited_s = self.waited_s + min(now - before, TICK_S) if self.waiting else 0.0
             before = now
             if self.waited_s > self.limit_s:
-                self.lost = True
+                self.expired = True
                 for process in getattr(self.loader._iterator, "_workers", []):
                     process.kill()
                 return
@@ -151,15 +149,15 @@ class _Patience:
 
 def _stuck(timeout_s: int) -> MachineError:
     return MachineError(
-        f"data: no batch for {timeout_s} s, a worker is stuck or the disk is very slow; raise "
-        "data.timeout_s, or decode in the main process with data.workers=0"
+        f"data: no batch for {timeout_s} s; a worker is stuck or the disk is very slow; increase data.timeout_s, or "
+        "decode in the main process with data.workers=0"
     )
 
 
 def explain_worker_error(error: Exception, timeout_s: int) -> MachineError | None:
-    """What an error of torch's or of multiprocessing's means when it is about workers, else None.
+    """Convert an error of torch or multiprocessing that was caused by a worker; return None for other errors.
 
-    A worker's death is raised wherever the main process happens to be, not only where it waits for a batch.
+    torch raises an error about a dead worker at any point of the main process, not only where it waits for a batch.
     """
     text = str(error)
     if "DataLoader timed out" in text:
@@ -167,44 +165,43 @@ def explain_worker_error(error: Exception, timeout_s: int) -> MachineError | Non
     out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM)
     if out_of_space or "shared memory" in text or "shm" in text or "Bus error" in text:
         return MachineError(
-            "data: the workers ran out of shared memory (/dev/shm); make it larger (docker run "
-            "--shm-size=2g), lower batch_size, or set data.workers=0"
+            "data: the workers ran out of shared memory (/dev/shm); increase it (docker run --shm-size=2g), lower "
+            "batch_size, or set data.workers=0"
         )
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
         return MachineError(
             "data: too many open files; raise the limit (ulimit -n 65536) or lower data.workers"
         )
-    # A batch is fetched from its worker through a socket: gone with the worker.
+    # Batches are received through a socket, which is closed if the worker dies.
     lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
     if lost or "DataLoader worker" in text:
-        died = text.splitlines()[0] if text else type(error).__name__
+        reason = text.splitlines()[0] if text else type(error).__name__
         return MachineError(
-            f"data: a worker process died ({died}); perhaps for want of memory: lower data.workers"
+            f"data: a worker process died ({reason}), possibly because memory ran out; lower data.workers"
         )
     return None
 
 
 def _close(pool: "weakref.ref[WorkerPool]") -> None:
-    alive = pool()
-    if alive is not None:
+    if (alive := pool()) is not None:
         alive.close()
 
 
-class _Requests(Sampler[Request]):
-    """The requests of the pass that begins next."""
+class _RequestSampler(Sampler[Request]):
+    """Yield the requests of the next pass."""
 
     def __init__(self) -> None:
-        self.waiting: list[Request] = []
+        self.requests: list[Request] = []
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self.waiting)
+        return iter(self.requests)
 
     def __len__(self) -> int:
-        return len(self.waiting)
+        return len(self.requests)
 
 
-class _Decoded(Dataset[Any]):
-    """From a request to its decoded batch, or to the error that names its files that can't be used."""
+class _RequestDataset(Dataset[Any]):
+    """Return the decoded batch of a request, or the error that lists its bad files."""
 
     def __init__(self, examples: Examples, with_matrices: bool) -> None:
         self.images = examples.images
@@ -214,65 +211,62 @@ class _Decoded(Dataset[Any]):
     def __getitem__(self, request: Request) -> dict[str, Tensor] | UserError | MachineError:
         try:
             batch = self._decode(*request)
-            if (
-                get_worker_info() is not None
-            ):  # here, for the thread that sends it would print an error and drop it
+            if get_worker_info() is not None:
+                # The thread that sends the batch would print an error about shared memory and drop the batch.
                 for tensor in batch.values():
                     tensor.share_memory_()
             return batch
         except UserError as error:
             return error
         except RuntimeError as error:
-            known = explain_worker_error(error, 0)
-            if known is None:
+            explained = explain_worker_error(error, 0)
+            if explained is None:
                 raise
-            return known
+            return explained
 
     def _decode(
         self, rows: list[int], positions: list[int], transform: Transform | None
     ) -> dict[str, Tensor]:
         bad: list[BadFile] = []
-        result: dict[str, Tensor] = {}
+        batch: dict[str, Tensor] = {}
         if isinstance(self.images, LazyImages):
             images, matrices = _read(self.images, rows, bad)
             if self.with_matrices:
-                result["source_to_image"] = matrices
+                batch["source_to_image"] = matrices
         else:
             images = self.images[torch.tensor(rows)]
         for name, lazy in self.lazy_targets.items():
-            result[name] = _read(lazy, rows, bad)[0]
-        refuse(bad, len(rows))
+            batch[name] = _read(lazy, rows, bad)[0]
+        raise_if_bad(bad, len(rows))
         if transform is not None:
             images = torch.stack([transform(image, p) for image, p in zip(images, positions, strict=True)])
-        return {"images": images, **result}
+        return {"images": images, **batch}
 
 
 def _read(lazy: LazyImages, rows: list[int], bad: list[BadFile]) -> tuple[Tensor, Tensor]:
     images = torch.zeros((len(rows), *lazy.shape[1:]), dtype=torch.uint8)
     matrices = torch.zeros(len(rows), 3, 3, dtype=torch.float64)
-    for place, row in enumerate(rows):
+    for i, row in enumerate(rows):
         try:
-            images[place], matrices[place] = lazy.read(row)
+            images[i], matrices[i] = lazy.read(row)
         except BadFile as problem:
             bad.append(problem)
     return images, matrices
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Sent to the whole group: the main process decides what to do.
+    # These signals are sent to the whole process group; the main process decides what to do.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    sys.excepthook = _say_unless_left_alone
+    sys.excepthook = _excepthook
 
 
-def _say_unless_left_alone(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """A thread of a worker hands batches over: when the main process gives up in between, that is no news."""
+def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Do not print that the main process closed the connection while a thread was sending a batch."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)

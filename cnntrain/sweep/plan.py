@@ -14,7 +14,7 @@ from cnntrain.config.command_text import command_text
 from cnntrain.config.compose import parse_overrides, read_settings
 from cnntrain.config.invocation import DEFAULT_COMMAND, Invocation
 from cnntrain.config.schema import Settings, SweepSettings
-from cnntrain.data.load import read_fingerprint
+from cnntrain.data.fingerprint import read_fingerprint
 from cnntrain.errors import UserError
 from cnntrain.report.expectations import NEUTRAL
 from cnntrain.sweep.search_space import SearchDimension, add_swept_keys, grid, read_space

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from cnntrain.data.cache import free_host_bytes
 from cnntrain.errors import MachineError, is_out_of_memory
+from cnntrain.memory import free_host_bytes
 from cnntrain.train.measurement import peak_memory_mib, reset_peak_memory
 from cnntrain.train.step_timer import StepTimer
 from cnntrain.transfer import free_bytes

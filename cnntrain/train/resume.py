@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cnntrain.config.schema import Settings
-from cnntrain.data.content import same_data, same_examples
+from cnntrain.data.fingerprint import same_data, same_examples
 from cnntrain.data.load import Data
 from cnntrain.errors import UserError
 from cnntrain.train import checkpoint

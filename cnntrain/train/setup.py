@@ -18,10 +18,9 @@ from cnntrain.checks.lint import Facts, lint, typed_keys
 from cnntrain.config.compose import compose
 from cnntrain.config.instantiate import build, resolve
 from cnntrain.config.schema import DataSettings, ModelSettings, Node, Settings, parse, split_common
-from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.load import Data, load_data, number_as
+from cnntrain.data.examples import Examples, LazyImages, Source
+from cnntrain.data.load import Data, align_labels, load_data
 from cnntrain.data.loader import Loader, make_loader
-from cnntrain.data.source import Source
 from cnntrain.errors import UserError
 from cnntrain.models.modify import apply_model_settings, count_trainable, is_pretrained, materialize
 from cnntrain.models.pretrained import Preprocessing, Weights, find_weights
@@ -72,7 +71,7 @@ class Components:
         )  # fmt: skip
         if self.spec.mean is None:
             self.spec = data.spec
-        number_as(self.spec, data)
+        align_labels(data, self.spec)
         data.spec = self.spec
         self.pipeline = build_pipeline(self.settings, self.spec)
         scale = self.task.output_scale
@@ -269,7 +268,7 @@ def _is_source(candidate: object) -> bool:
 def _no_source(path: str, found: type) -> UserError:
     kind = "a torch Dataset" if issubclass(found, Dataset) else f"not a data source ({found.__name__})"
     return UserError(
-        f"data._target_: {path} is {kind}; it must be a cnntrain.data.source.Source: a class with spec(), which "
+        f"data._target_: {path} is {kind}; it must be a cnntrain.data.examples.Source: a class with spec(), which "
         'returns a DataSpec, and load(), which returns {"train": Examples(images, {"label": labels}, names)} with '
         'uint8 images (N, C, H, W); the README has an example under "Your own network, data, augmentation"'
     )

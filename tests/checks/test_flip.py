@@ -10,14 +10,14 @@ from torch import Tensor
 
 from cnntrain.checks.flip import compare, judge_flip, judge_map, judge_names, side_and_part
 from cnntrain.cli import main
-from cnntrain.data.sources.schemes import CAT9, COCO17, IBUG68, Scheme
+from cnntrain.data.sources.keypoint_base import CAT9, COCO17, IBUG68, KeypointSet
 from cnntrain.data.sources.toy_faces import ToyFaces
 from cnntrain.types import DataSpec, Finding, flip_permutation, infer_flip_pairs
 
 Shapes = tuple[Tensor, Tensor]
 
 
-def right_map(scheme: Scheme) -> tuple[int, ...]:
+def right_map(scheme: KeypointSet) -> tuple[int, ...]:
     declared = infer_flip_pairs(scheme.names)
     if scheme.flip_pairs is not None:
         declared = flip_permutation(scheme.names, scheme.flip_pairs)
@@ -25,7 +25,7 @@ def right_map(scheme: Scheme) -> tuple[int, ...]:
     return declared
 
 
-def spec_of(scheme: Scheme, mirror: tuple[int, ...], named: bool = True) -> DataSpec:
+def spec_of(scheme: KeypointSet, mirror: tuple[int, ...], named: bool = True) -> DataSpec:
     names = scheme.names if named else tuple(f"part_{i}" for i in range(len(scheme.names)))
     return DataSpec(3, 64, 64, keypoints=names, flip_pairs=mirror, skeleton=scheme.skeleton)
 
@@ -96,7 +96,7 @@ def real_faces(folder: Path) -> Shapes:
 
 
 @pytest.fixture(params=["people", "cats", "drawn faces", "real faces"])
-def case(request: pytest.FixtureRequest) -> tuple[Scheme, Shapes]:
+def case(request: pytest.FixtureRequest) -> tuple[KeypointSet, Shapes]:
     if request.param == "real faces":
         return IBUG68, real_faces(request.getfixturevalue("shared_data"))
     made = {"people": (COCO17, people), "cats": (CAT9, cats), "drawn faces": (IBUG68, drawn_faces)}
@@ -104,7 +104,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Scheme, Shapes]:
     return scheme, make()
 
 
-def test_a_right_map_passes(case: tuple[Scheme, Shapes]) -> None:
+def test_a_right_map_passes(case: tuple[KeypointSet, Shapes]) -> None:
     scheme, shapes = case
     findings, symmetry = judge_flip(*shapes, spec_of(scheme, right_map(scheme)))
     assert set(verdicts(findings).values()) == {"PASS"}, findings
@@ -113,7 +113,7 @@ def test_a_right_map_passes(case: tuple[Scheme, Shapes]) -> None:
 
 @pytest.mark.parametrize("most", [40, pytest.param(10**6, marks=pytest.mark.long)])
 def test_every_exchange_that_pairs_up_is_told_from_the_shapes_alone(
-    case: tuple[Scheme, Shapes], most: int
+    case: tuple[KeypointSet, Shapes], most: int
 ) -> None:
     """Names say nothing here, and the map undoes itself: only the geometry can tell."""
     scheme, shapes = case
@@ -140,7 +140,7 @@ def test_every_exchange_that_pairs_up_is_told_from_the_shapes_alone(
         )
 
 
-def test_every_exchange_is_worse_than_the_right_map(case: tuple[Scheme, Shapes]) -> None:
+def test_every_exchange_is_worse_than_the_right_map(case: tuple[KeypointSet, Shapes]) -> None:
     """All of them: the mean shape's own distances, and for those that break the map the map's finding."""
     scheme, shapes = case
     right = right_map(scheme)
@@ -154,7 +154,7 @@ def test_every_exchange_is_worse_than_the_right_map(case: tuple[Scheme, Shapes])
         assert judge_map(scheme.names, wrong).verdict == ("PASS" if undoes_itself else "FAIL")
 
 
-def test_identity_and_shifted_lists_are_told(case: tuple[Scheme, Shapes]) -> None:
+def test_identity_and_shifted_lists_are_told(case: tuple[KeypointSet, Shapes]) -> None:
     scheme, shapes = case
     right = right_map(scheme)
     found = verdicts(judge_flip(*shapes, spec_of(scheme, tuple(range(len(right)))))[0])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cnntrain.cli import main
 from cnntrain.config.compose import read_settings
-from cnntrain.data.resize import place
+from cnntrain.data.resize import resize_geometry
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
 from cnntrain.train import checkpoint
 from cnntrain.train.saved import checkpoint_facts
@@ -65,7 +65,7 @@ def test_points_come_back_in_the_files_own_pixels() -> None:
     assert {row["image_name"] for row in rows} == set(sizes)
     for row, nested in zip(rows, told["images"], strict=True):
         width, height = sizes[row["image_name"]]
-        back = place(width, height, (32, 32), "letterbox").matrix().inverse()
+        back = resize_geometry(width, height, (32, 32), "letterbox").matrix().inverse()
         center = (back @ torch.tensor([15.5, 15.5, 1]).double())[:2].tolist()
         assert center == pytest.approx([(width - 1) / 2, (height - 1) / 2], abs=1)  # borders are whole pixels
         assert [float(row["left_eye_x"]), float(row["left_eye_y"])] == pytest.approx(center, abs=1e-3)
@@ -98,7 +98,7 @@ def test_masks_have_the_images_own_size() -> None:
 def test_a_mask_goes_back_where_it_came_from(resize: Any) -> None:
     """Enlarged onto the canvas and back, ids are those of before, wherever the canvas reached."""
     ids = np.random.default_rng(0).integers(0, 5, (12, 20), dtype=np.uint8)
-    placement = place(20, 12, (96, 96), resize)
+    placement = resize_geometry(20, 12, (96, 96), resize)
     matrix = placement.matrix()
     canvas_y, canvas_x = np.mgrid[0:96, 0:96]
     x = np.rint((canvas_x - float(matrix[0, 2])) / float(matrix[0, 0])).astype(int)

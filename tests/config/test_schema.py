@@ -6,7 +6,7 @@ from cnntrain.cli import complete, main, parse_arguments
 from cnntrain.config.compose import compose, group_options, read_settings
 from cnntrain.config.instantiate import build
 from cnntrain.config.schema import EvaluateSettings, Settings, parse
-from cnntrain.data.source import default_root
+from cnntrain.data.files import default_root
 from cnntrain.errors import UserError
 from cnntrain.randomness import epoch_order, hash_seed, uniform
 from cnntrain.report.expectations import judge_expectations
@@ -152,7 +152,7 @@ def test_config_files_can_not_trust_themselves(tmp_path: Path) -> None:
         ("builtins.eval", "optimizer"),
         ("torch.optim.optimizer.os.system", "optimizer"),
         ("cnntrain.models.resnet.torch.load", "model"),
-        ("cnntrain.data.source.os.remove", "data"),
+        ("cnntrain.data.examples.os.remove", "data"),
         ("torch.nn.functional.relu", "model"),
         ("torch.nn.Linear", "optimizer"),
         ("torch.optim.SGD", "model"),

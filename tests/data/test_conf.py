@@ -10,7 +10,7 @@ import yaml
 
 from cnntrain.config.compose import compose, conf_folder
 from cnntrain.config.schema import DataSettings
-from cnntrain.data.source import Source
+from cnntrain.data.examples import Source
 
 FILES = sorted(path for path in (conf_folder() / "data").glob("*.yaml") if not path.name.startswith("_"))
 BASE = yaml.safe_load((conf_folder() / "data" / "_base.yaml").read_text())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cnntrain.data.load import load_data
-from cnntrain.data.loader import ResidentLoader, StreamLoader, make_loader
+from cnntrain.data.loader import CachedLoader, StreamingLoader, make_loader
 from cnntrain.data.sources.digits import Digits
 from cnntrain.data.sources.image_folder import ImageFolder
 from cnntrain.errors import MachineError, UserError
@@ -47,7 +47,7 @@ def test_resident_and_streamed_batches_agree_for_any_number_of_workers(source):
     assert [len(batch) for batch in expected] == [4, 4, 4]
     for workers in (0, 1, 2):
         loader = make_loader(streamed.train, "cpu", workers=workers)
-        assert isinstance(loader, StreamLoader)
+        assert isinstance(loader, StreamingLoader)
         assert same(expected, collect(loader, order))
     assert same(expected, collect(make_loader(streamed.train, "cpu", cache="ram"), order))
     assert same(expected, collect(make_loader(resident.train, "cpu", cache="none"), order))
@@ -56,7 +56,7 @@ def test_resident_and_streamed_batches_agree_for_any_number_of_workers(source):
 def test_a_pass_may_begin_anywhere_and_drop_its_short_end():
     train = load_data(Digits()).train
     loader = make_loader(train, "cpu")
-    assert isinstance(loader, ResidentLoader)
+    assert isinstance(loader, CachedLoader)
     order = epoch_order(0, 0, 10)
     whole = collect(loader, order)
     assert [len(batch) for batch in whole] == [4, 4, 2]
@@ -145,7 +145,7 @@ def test_a_stuck_worker_ends_the_run_in_time():
 def test_a_killed_worker_ends_the_run():
     train = load_data(Digits()).train
     loader = make_loader(train, "cpu", workers=2, cache="none")
-    assert isinstance(loader, StreamLoader)
+    assert isinstance(loader, StreamingLoader)
 
     def go_through():
         for i, _ in enumerate(loader.batches(torch.arange(len(train)), 2)):
@@ -159,7 +159,7 @@ def test_a_killed_worker_ends_the_run():
 def test_a_worker_stopped_while_it_hands_over_a_batch_ends_the_run():
     train = load_data(Digits()).train
     loader = make_loader(train, "cpu", workers=2, cache="none", timeout_s=1)
-    assert isinstance(loader, StreamLoader)
+    assert isinstance(loader, StreamingLoader)
 
     def go_through():
         for i, _ in enumerate(loader.batches(torch.arange(len(train)), 2)):
@@ -180,7 +180,7 @@ def test_a_file_that_breaks_later_is_named(make_folder, workers):
     data = load_data(ImageFolder(str(root), size=16), cache="none")
     (root / "train/cat/3.png").write_bytes(b"gone")
     loader = make_loader(data.train, "cpu", workers=workers)
-    with pytest.raises(UserError, match=r"train/cat/3.png: is no image"):
+    with pytest.raises(UserError, match=r"train/cat/3.png: is not an image"):
         collect(loader, torch.arange(len(data.train)))
     loader.close()
 
@@ -190,7 +190,7 @@ def test_streams_check_headers_before_they_start(make_folder):
     (root / "train/cat/3.png").write_bytes(b"")
     (root / "val/dog/1.png").write_bytes(b"text")
     with pytest.raises(
-        UserError, match=r"(?s)2 of 24 files.*train/cat/3.png: is empty.*val/dog/1.png: is no image"
+        UserError, match=r"(?s)2 of 24 files.*train/cat/3.png: is empty.*val/dog/1.png: is not an image"
     ):
         load_data(ImageFolder(str(root), size=16), cache="none")
 
@@ -218,7 +218,7 @@ def test_folds_and_an_explicit_val_split_exclude_each_other(source):
 def test_a_channel_that_never_changes_is_only_shifted(tmp_path, save):
     import numpy as np
 
-    from cnntrain.data.statistics import measure
+    from cnntrain.data.statistics import measure_statistics
 
     for label in ("a", "b"):
         for i in range(3):
@@ -229,4 +229,4 @@ def test_a_channel_that_never_changes_is_only_shifted(tmp_path, save):
     assert data.spec.mean == (0.5, 0.0, 0.0)
     assert data.spec.std == (0.5, 1.0, 1.0)
     streamed = load_data(ImageFolder(str(tmp_path), size=8), cache="none")
-    assert measure(streamed.train, 0) == (data.spec.mean, data.spec.std)
+    assert measure_statistics(streamed.train, 0) == (data.spec.mean, data.spec.std)

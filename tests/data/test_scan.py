@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cnntrain.data.decoder import ImageDecoder
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.image_reader import Decoder
-from cnntrain.data.scan import scan
+from cnntrain.data.scan import scan_files
 from cnntrain.errors import UserError
 
 
@@ -18,7 +18,7 @@ def splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Example
     paths = [str(tmp_path / f"{number}.png") for number in range(4)]
     for path in paths:
         Image.effect_noise((16, 16), 50).save(path)
-    return {"train": Examples(LazyImages(paths, Decoder(8, 8, 1)), {}, paths)}
+    return {"train": Examples(LazyImages(paths, ImageDecoder(8, 8, 1)), {}, paths)}
 
 
 def spoil(path: Path, keep_time: bool) -> None:
@@ -31,28 +31,28 @@ def spoil(path: Path, keep_time: bool) -> None:
 
 def test_a_header_does_not_show_what_follows(splits: dict[str, Examples], tmp_path: Path) -> None:
     spoil(tmp_path / "2.png", keep_time=False)
-    scan(splits, "off")
-    scan(splits, "headers")
+    scan_files(splits, "off")
+    scan_files(splits, "headers")
     with pytest.raises(UserError, match=r"1 of 4 files.*\n  2\.png: "):
-        scan(splits, "full")
+        scan_files(splits, "full")
 
 
 def test_what_was_sound_and_has_not_changed_is_passed_over(
     splits: dict[str, Examples], tmp_path: Path
 ) -> None:
-    scan(splits, "full")
+    scan_files(splits, "full")
     spoil(tmp_path / "1.png", keep_time=True)
-    scan(splits, "full")
+    scan_files(splits, "full")
     spoil(tmp_path / "1.png", keep_time=False)
     with pytest.raises(UserError, match=r"1\.png"):
-        scan(splits, "full")
+        scan_files(splits, "full")
     with pytest.raises(UserError, match=r"1\.png"):  # what was not sound is not remembered
-        scan(splits, "full")
+        scan_files(splits, "full")
 
 
 def test_a_spoilt_memory_is_no_harm(splits: dict[str, Examples], tmp_path: Path) -> None:
-    scan(splits, "headers")
+    scan_files(splits, "headers")
     (memory,) = (tmp_path / "cache" / "cnntrain" / "scans").iterdir()
     for content in (b"", b"[]", b"{", b"\xff", b'{"a": 1}'):
         memory.write_bytes(content)
-        scan(splits, "headers")
+        scan_files(splits, "headers")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnntrain.data.examples import Examples
-from cnntrain.data.splits import check_groups_apart, limit_rows, split_train_val
+from cnntrain.data.splits import check_groups, limit_rows, split_train_val
 from cnntrain.errors import UserError
 
 
@@ -105,7 +105,7 @@ def test_one_group_alone_cannot_be_split():
 
 def test_a_group_in_two_splits_is_refused_by_name():
     with pytest.raises(UserError, match="'bob' \\(test and train\\)"):
-        check_groups_apart({"train": ["ann", "bob"], "val": None, "test": ["bob"]})
+        check_groups({"train": ["ann", "bob"], "val": None, "test": ["bob"]})
 
 
 def test_limit_takes_that_many_different_rows():

@@ -54,7 +54,7 @@ def test_all_that_is_wrong_is_told_at_once(cnntrain, make_images) -> None:
     (root / "val" / "gray").mkdir()
     photograph(root / "val" / "gray" / "one.png")
     said = cnntrain.refused(*arguments(root))
-    assert "gray: is a class that train lacks" in said
+    assert "gray: is not a class of train" in said
     for name, reason in {
         "pipe.png": "no regular file",
         "loop": "a link that leads back",
@@ -151,7 +151,7 @@ def test_modes_and_orientations_are_seen_alike(cnntrain, make_images) -> None:
 OWN = """
 import torch
 from cnntrain.data.examples import Examples
-from cnntrain.data.source import Source
+from cnntrain.data.examples import Source
 from cnntrain.types import DataSpec
 
 class Wrong(Source):
@@ -193,6 +193,6 @@ def test_an_annotation_file_that_never_ends_is_refused(cnntrain) -> None:
         ("data=dlib_xml", "data.train=points.xml"),
         ("data=coco_keypoints", "data.train=points.json"),
     ):
-        assert "is no regular file" in cnntrain.refused(
+        assert "is not a regular file" in cnntrain.refused(
             *arguments, "data.root=root", "model=keypoint_cnn", "threads=1"
         )

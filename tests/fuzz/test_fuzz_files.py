@@ -19,7 +19,9 @@ from cnntrain.cli import main
 from cnntrain.commands.evaluate import restore
 from cnntrain.config.compose import compose, read_settings
 from cnntrain.config.schema import EvaluateSettings, Settings, parse
-from cnntrain.data.image_reader import BadFile, Decoder, upright_size
+from cnntrain.data.decoder import ImageDecoder
+from cnntrain.data.files import BadFile
+from cnntrain.data.image_reader import read_size
 from cnntrain.data.load import load_data
 from cnntrain.train.saved import read_saved
 from cnntrain.train.setup import build_source
@@ -156,8 +158,8 @@ def test_images(data: st.DataObject) -> None:
     Path("image").write_bytes(data.draw(spoilt(IMAGES[data.draw(st.sampled_from(sorted(IMAGES)))])))
     for channels in (1, 3):
         with suppress(BadFile):
-            assert min(upright_size("image")) > 0
-            pixels, matrix = Decoder(8, 8, channels)("image")
+            assert min(read_size("image")) > 0
+            pixels, matrix = ImageDecoder(8, 8, channels)("image")
             assert pixels.shape == (channels, 8, 8) and matrix.isfinite().all()
 
 

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from cnntrain.cli import main
-from cnntrain.data.image_reader import BadFile, Decoder, image_endings, upright_size
-from cnntrain.data.masks import MaskDecoder
+from cnntrain.data.decoder import ImageDecoder, MaskDecoder
+from cnntrain.data.files import BadFile
+from cnntrain.data.image_reader import image_extensions, read_size
 
 # `FUZZ_EXAMPLES=200000 python -m pytest -m long tests/fuzz/test_fuzz_images.py` takes an hour.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "20000"))
@@ -170,7 +171,7 @@ def spoil(content: bytes, draw: random.Random) -> bytes:
 
 def endings() -> list[str]:
     Image.init()
-    return sorted({*Image.registered_extensions(), *image_endings(), ".txt", ""})
+    return sorted({*Image.registered_extensions(), *image_extensions(), ".txt", ""})
 
 
 def a_file(draw: random.Random, folder: Path) -> tuple[str, str]:
@@ -184,16 +185,16 @@ def a_file(draw: random.Random, folder: Path) -> tuple[str, str]:
 def read(path: str) -> int:
     """How many of the ways to read an image succeed."""
     readers: tuple[Callable[[str], object], ...] = (
-        upright_size,
-        Decoder(8, 8, 1),
-        Decoder(8, 8, 3, "short_side"),
+        read_size,
+        ImageDecoder(8, 8, 1),
+        ImageDecoder(8, 8, 3, "short_side"),
         MaskDecoder(8, 8, "stretch", tuple(range(256)), 255),
     )
     read = 0
     for reader in readers:
         with suppress(BadFile):
             found = reader(path)
-            if isinstance(reader, Decoder):
+            if isinstance(reader, ImageDecoder):
                 pixels, matrix = found  # pyright: ignore[reportGeneralTypeIssues]
                 assert pixels.shape == reader.shape and bool(torch.isfinite(matrix).all())
             read += 1

@@ -73,7 +73,7 @@ JUNK: list[Any] = [
     None, "", "x", -1, 0, 1, 2**31, 2**63, 10**400, 0.5, float("nan"), float("inf"), True, [], {}, (), [None], [[]],
     {"a": 1}, {1: 2}, {"_target_": "os.system", "command": "true"}, {"_target_": "timm.models.load_state_dict"},
     "${oc.env:HOME}", "\x1b[2J", "../../canary", "/dev/zero", "~", "\udcff", doubled(), (1, 2), [1e9], b"raw",
-    {"repeat": {"times": 1e9, "layers": ["relu"]}}, "DEFAULT", "cuda", "fp16", 10**9, "cnntrain.data.download.download",
+    {"repeat": {"times": 1e9, "layers": ["relu"]}}, "DEFAULT", "cuda", "fp16", 10**9, "cnntrain.data.files.download",
 ]  # fmt: skip
 TEXTS = [
     b"", b"{", b"[]", b"5", b"null", b"\xff\xfe\x00", b"\x00" * 99, b"9" * 5000, b'{"a": ' * 5000,

@@ -1,4 +1,4 @@
-"""The CAT data set: photographs, each with a `.cat` file of nine points beside it."""
+"""The CAT data set: photographs with nine points each, in `.cat` files."""
 
 import logging
 from collections.abc import Mapping
@@ -6,24 +6,27 @@ from pathlib import Path
 
 import torch
 
-from cnntrain.data.files import files_below, split_folders, train_and_other_folders
-from cnntrain.data.image_reader import BadFile, refuse
+from cnntrain.data.files import (
+    BadFile,
+    find_split_folders,
+    list_files,
+    raise_if_bad,
+    require_root,
+    require_split_folders,
+)
 from cnntrain.data.resize import Resize
-from cnntrain.data.source import given_folder
-from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource
-from cnntrain.data.sources.schemes import CAT9
+from cnntrain.data.sources.keypoint_base import CAT9, KeypointAnnotation, KeypointSource, Skeleton
 
 LAYOUT = "images, each with a .cat file, optionally in train/, val/ and test/"
 logger = logging.getLogger("cnntrain")
 
 
 class CatFolder(KeypointSource):
-    """`IMAGE.jpg` with `IMAGE.jpg.cat`, which says `9 x y x y ...`, in folders of any depth.
+    """Images `IMAGE.jpg` with `IMAGE.jpg.cat`, which contains `9 x y x y ...`, in folders of any depth.
 
     Folders `train/`, `val/` (or `valid/`, `validation/`) and `test/` in `root` are splits. Without them, all images are
-    training images.
-    Left and right are the cat's own: the first eye in a file, on the left of the picture, is `right_eye`.
-    Images without a `.cat` file are left out (the original download has one).
+    training images. Images without a `.cat` file are ignored (the original download has one).
+    Left and right are the cat's own: the first eye in a file, on the left of the image, is `right_eye`.
 
     Args:
         root: the folder.
@@ -41,39 +44,42 @@ class CatFolder(KeypointSource):
         flip_pairs: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(size, channels, crop, crop_margin, resize, "cat9", flip_pairs)
-        self.root = given_folder(root, LAYOUT)
+        self.root = require_root(root, LAYOUT)
 
-    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
+    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
         bad: list[BadFile] = []
         objects: list[KeypointAnnotation] = []
-        count = without = 0
-        folders = split_folders(self.root) and train_and_other_folders(self.root, LAYOUT)
+        count = unlabeled = 0
+        folders = find_split_folders(self.root) and require_split_folders(self.root, LAYOUT)
         for split, folder in (folders or {"train": self.root}).items():
-            files = files_below(folder, bad)
+            files = list_files(folder, bad)
             count += len(files)
-            notes = {file for file in files if file.endswith(".cat")}
-            images = [file for file in files if file not in notes]
-            without += sum(f"{image}.cat" not in notes for image in images)
-            for orphan in sorted(notes - {f"{image}.cat" for image in images}):
-                bad.append(BadFile(orphan, "has no image beside it"))
+            annotations = {file for file in files if file.endswith(".cat")}
+            images = [file for file in files if file not in annotations]
+            unlabeled += sum(f"{image}.cat" not in annotations for image in images)
+            for orphan in sorted(annotations - {f"{image}.cat" for image in images}):
+                bad.append(BadFile(orphan, "has no image"))
             for image in images:
-                if f"{image}.cat" in notes and (points := _read_points(f"{image}.cat", bad)) is not None:
+                if (
+                    f"{image}.cat" in annotations
+                    and (points := _read_points(f"{image}.cat", bad)) is not None
+                ):
                     name = str(Path(image).relative_to(self.root))
                     labeled = torch.ones(len(points), dtype=torch.bool)
                     objects.append(KeypointAnnotation(image, name, points, labeled, split=split))
-        refuse(bad, count, self.root)
-        if without:
-            logger.warning("data: %d images have no .cat file beside them and are left out", without)
+        raise_if_bad(bad, count, self.root)
+        if unlabeled:
+            logger.warning("data: %d images have no .cat file and are ignored", unlabeled)
         return CAT9.names, objects, CAT9.skeleton
 
 
 def _read_points(file: str, bad: list[BadFile]) -> torch.Tensor | None:
-    """(9, 2) float64."""
+    """Return points (9, 2) float64; None for a bad file, which is added to `bad`."""
     try:
         numbers = [int(word) for word in Path(file).read_text("ascii").split()]
     except (OSError, ValueError):
         numbers = []
     if len(numbers) != 19 or numbers[0] != 9 or max(map(abs, numbers)) > 10**6:
-        bad.append(BadFile(file, "expected '9' and then 18 whole numbers x y"))
+        bad.append(BadFile(file, "expected '9' followed by 18 integers x y"))
         return None
     return torch.tensor(numbers[1:], dtype=torch.float64).view(9, 2)

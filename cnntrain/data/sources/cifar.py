@@ -1,13 +1,12 @@
-"""CIFAR-10 and CIFAR-100, read through torchvision, which checks the files' MD5 sums."""
+"""CIFAR-10 and CIFAR-100, read by torchvision, which verifies the MD5 checksums."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cnntrain.data.download import download
-from cnntrain.data.examples import Examples
-from cnntrain.data.source import Source, default_root
+from cnntrain.data.examples import Examples, Source
+from cnntrain.data.files import default_root, download
 from cnntrain.types import DataSpec
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -32,28 +31,31 @@ class CIFAR10(Source):
     """60,000 color images 32x32 in 10 classes (Krizhevsky 2009).
 
     Args:
-        root: folder that has torchvision's folder of batches; null: `~/.cache/cnntrain`, downloaded when
-            missing.
+        root: folder with torchvision's folder of batches; null: `~/.cache/cnntrain`. Downloaded if missing.
     """
 
     name = "CIFAR10"
     folder = "cifar-10-batches-py"
-    facts = DataSpec(3, 32, 32, CIFAR10_CLASSES, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+    metadata = DataSpec(
+        3, 32, 32, CIFAR10_CLASSES, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+    )
 
     def __init__(self, root: str | None = None) -> None:
         self.root = Path(root).expanduser() if root else default_root()
 
     def spec(self) -> DataSpec:
-        return self.facts
+        return self.metadata
 
     def load(self) -> dict[str, Examples]:
         root = self.root.parent if self.root.name == self.folder else self.root
         splits = {}
         for split in ("train", "test"):
-            found = download(self.name, root, str(root / self.folder), self.downloads, train=split == "train")
-            images = torch.from_numpy(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)))
+            looked_in = str(root / self.folder)
+            dataset = download(self.name, root, looked_in, self.downloads, train=split == "train")
+            images = torch.from_numpy(np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2)))
+            labels = torch.tensor(dataset.targets, dtype=torch.int64)
             names = [f"{split}/{row:05}" for row in range(len(images))]
-            splits[split] = Examples(images, {"label": torch.tensor(found.targets, dtype=torch.int64)}, names)
+            splits[split] = Examples(images, {"label": labels}, names)
         return splits
 
 
@@ -62,4 +64,6 @@ class CIFAR100(CIFAR10):
 
     name = "CIFAR100"
     folder = "cifar-100-python"
-    facts = DataSpec(3, 32, 32, CIFAR100_CLASSES, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
+    metadata = DataSpec(
+        3, 32, 32, CIFAR100_CLASSES, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
+    )

@@ -1,4 +1,4 @@
-"""Points in COCO's JSON files."""
+"""Keypoints in COCO's JSON format."""
 
 import json
 import math
@@ -9,22 +9,22 @@ from typing import Any, TypeGuard
 
 import torch
 
-from cnntrain.data.csv_table import ErrorList, is_file, read_annotations
+from cnntrain.data.csv_table import ErrorList, read_annotation_file
+from cnntrain.data.files import is_file, require_root
 from cnntrain.data.resize import Box, Resize
-from cnntrain.data.source import given_folder
-from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource
+from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource, Skeleton
 from cnntrain.errors import UserError
 
 
 class CocoKeypoints(KeypointSource):
-    """COCO's person_keypoints files, or others of their form; one example per annotated object.
+    """COCO's person_keypoints files, or others in that format; one example per annotated object.
 
-    Crowds and objects without a labeled point are left out. All objects of an image go to the same split.
+    Crowds and objects without a labeled point are ignored. All objects of an image are in the same split.
 
     Args:
-        root: folder that the other paths count from.
-        train, val, test: the JSON files; null where there is none.
-        train_images, val_images, test_images: folders that their `file_name`s count from.
+        root: folder that the other paths are relative to.
+        train, val, test: the JSON files; null: no such split.
+        train_images, val_images, test_images: folders that the `file_name`s are relative to.
         size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs: as for `KeypointSource`.
     """
 
@@ -46,39 +46,39 @@ class CocoKeypoints(KeypointSource):
         flip_pairs: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs)
-        self.root = given_folder(root, "COCO's annotation files and images")
+        self.root = require_root(root, "COCO's annotation files and images")
+        paths = {"train": (train, train_images), "val": (val, val_images), "test": (test, test_images)}
         self.files = {
             split: (self.root / file, self.root / images)
-            for split, file, images in (
-                ("train", train, train_images), ("val", val, val_images), ("test", test, test_images)
-            )
+            for split, (file, images) in paths.items()
             if file is not None
-        }  # fmt: skip
+        }
 
-    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
+    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
         objects: list[KeypointAnnotation] = []
-        facts: tuple[tuple[str, ...], tuple[tuple[int, int], ...]] | None = None
+        names, skeleton = None, ()
         for split, (file, images) in self.files.items():
-            one = CocoFile(file, images, split)
-            if facts is not None and facts[0] != one.names:
-                raise UserError(f"data: {file}: names other keypoints than the file for train")
-            facts = facts or (one.names, one.skeleton)
-            objects += one.objects()
-        assert facts is not None
-        return facts[0], objects, facts[1]
+            annotations = CocoFile(file, images, split)
+            if names is None:
+                names, skeleton = annotations.names, annotations.skeleton
+            elif names != annotations.names:
+                raise UserError(f"data: {file}: its keypoints differ from those of the train file")
+            objects += annotations.objects()
+        assert names is not None
+        return names, objects, skeleton
 
 
 class CocoFile:
-    """One JSON file.
+    """One annotation file.
 
     Raises:
-        UserError: it can't be read, or isn't of COCO's form; all faulty annotations in one message.
+        UserError: the file cannot be read or is not in COCO format; lists all bad annotations.
     """
 
     def __init__(self, file: Path, images: Path, split: str) -> None:
         self.file, self.images, self.split = file, images, split
         try:
-            content = json.loads(read_annotations(file))
+            content = json.loads(read_annotation_file(file))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"data: {file}: can't be read as JSON ({error})") from error
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
@@ -102,7 +102,7 @@ class CocoFile:
         return tuple(self.category["keypoints"])
 
     @property
-    def skeleton(self) -> tuple[tuple[int, int], ...]:
+    def skeleton(self) -> Skeleton:
         """Return pairs of point indices (1-based in the file). Invalid pairs are ignored: they are only for drawing."""
         pairs = self.category.get("skeleton")
         numbers = range(1, len(self.names) + 1)
@@ -115,66 +115,64 @@ class CocoFile:
         )
 
     def objects(self) -> list[KeypointAnnotation]:
-        complaints = ErrorList(self.file)
-        file_names = self._file_names(complaints)
-        present: dict[str, bool] = {}
+        errors = ErrorList(self.file)
+        file_names = self._file_names(errors)
+        exists: dict[str, bool] = {}
         objects = []
         for row in self.content["annotations"]:
             if row.get("category_id") != self.category.get("id") or row.get("iscrowd"):
                 continue
             where = f"annotation {row.get('id')!r}"
-            points = self._points(row, complaints, where)
+            points = self._points(row, errors, where)
             if points is None or not points[:, 2].any():
                 continue  # objects without labeled points are not used
-            box = self._box(row, complaints, where)
+            box = self._box(row, errors, where)
             image = row.get("image_id")
             name = file_names.get(image) if _is_id(image) else None
             if name is None:
-                complaints.add(where, f"no image has the id {image!r}")
+                errors.add(where, f"no image has the id {image!r}")
                 continue
-            if name not in present:
-                present[name] = is_file(self.images / name)
-                if not present[name]:
-                    complaints.add(where, f"no file {name!r} in {self.images}")
+            if name not in exists:
+                exists[name] = is_file(self.images / name)
+                if not exists[name]:
+                    errors.add(where, f"no file {name!r} in {self.images}")
             path = str(self.images / name)
             example = f"{self.split}/{name}:{row.get('id')}"
             objects.append(
                 KeypointAnnotation(path, example, points[:, :2], points[:, 2] > 0, box, self.split, path)
             )
-        complaints.raise_if_any()
+        errors.raise_if_any()
         return objects
 
-    def _file_names(self, complaints: ErrorList) -> dict[float | str, str]:
+    def _file_names(self, errors: ErrorList) -> dict[float | str, str]:
         """Return the file name of each image by id; report images that are not in COCO format."""
         names: dict[float | str, str] = {}
-        for place, image in enumerate(self.content["images"]):
-            number, name = image.get("id"), image.get("file_name")
+        for row, image in enumerate(self.content["images"]):
+            where, number, name = f"image {row} of the list", image.get("id"), image.get("file_name")
             if not _is_id(number) or not isinstance(name, str):
-                complaints.add(
-                    f"image {place} of the list",
-                    f"id must be a number or a string, and file_name a string; got {number!r} and {name!r}"[
-                        :200
-                    ],
+                problem = (
+                    f"id must be a number or a string, and file_name a string; got {number!r} and {name!r}"
                 )
+                errors.add(where, problem[:200])
             elif names.setdefault(number, name) != name:
-                complaints.add(f"image {place} of the list", f"duplicate id {number!r}")
+                errors.add(where, f"duplicate id {number!r}")
         return names
 
-    def _points(self, row: dict[str, Any], complaints: ErrorList, where: str) -> torch.Tensor | None:
-        """(K, 3): x, y and 0 (not labeled), 1 (hidden, but labeled) or 2."""
+    def _points(self, row: dict[str, Any], errors: ErrorList, where: str) -> torch.Tensor | None:
+        """Return (K, 3): x, y and 0 (not labeled), 1 (labeled, but occluded) or 2; None for invalid values."""
         values: Any = row.get("keypoints")
         count = 3 * len(self.names)
         if not _are_numbers(values, count) or not all(v in (0, 1, 2) for v in values[2::3]):
-            complaints.add(where, f"keypoints must be {count} numbers x, y, v with v of 0, 1, 2")
+            errors.add(where, f"keypoints must be {count} numbers x, y, v with v of 0, 1, 2")
             return None
         return torch.tensor(values, dtype=torch.float64).view(-1, 3)
 
-    def _box(self, row: dict[str, Any], complaints: ErrorList, where: str) -> Box | None:
+    def _box(self, row: dict[str, Any], errors: ErrorList, where: str) -> Box | None:
         values = row.get("bbox")
         if values is None:
             return None
         if not _are_numbers(values, 4) or values[2] < 0 or values[3] < 0:
-            complaints.add(where, f"bbox must be left, top, width, height in pixels, got {str(values)[:80]}")
+            errors.add(where, f"bbox must be left, top, width, height in pixels, got {str(values)[:80]}")
             return None
         return values[0], values[1], values[0] + values[2], values[1] + values[3]
 

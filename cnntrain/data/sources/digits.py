@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits: real, small, and on every machine."""
+"""scikit-learn's 1,797 handwritten digits: a small data set that needs no download."""
 
 import gzip
 from importlib.util import find_spec
@@ -7,19 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cnntrain.data.examples import Examples
-from cnntrain.data.source import Source
+from cnntrain.data.examples import Examples, Source
 from cnntrain.data.splits import split_train_val
 from cnntrain.types import DataSpec
 
 TEST_FRACTION = 0.2
-TEST_SEED = 1797  # fixed: everyone's test set is the same
+TEST_SEED = 1797  # fixed, so that the test set is always the same
 
 
 class Digits(Source):
-    """8x8 pixels in 17 gray levels, 0 to 16, held as 0, 15, ..., 240 (exactly proportional).
+    """Gray images of 8x8 pixels; the 17 gray levels 0 to 16 are stored as 0, 15, ..., 240.
 
-    The test set is a fixed, stratified fifth. Source: E. Alpaydin, C. Kaynak, Optical Recognition of
+    The test set is a fixed, stratified sample of 20 %. Source: E. Alpaydin, C. Kaynak, Optical Recognition of
     Handwritten Digits (UCI, 1998), as shipped with scikit-learn.
     """
 
@@ -29,18 +28,18 @@ class Digits(Source):
     def load(self) -> dict[str, Examples]:
         images, labels = read_digits()
         names = [f"digits/{row:04}" for row in range(len(labels))]
-        everything = Examples(torch.from_numpy(images), {"label": torch.from_numpy(labels)}, names)
-        train, test = split_train_val(everything, TEST_FRACTION, None, 0, TEST_SEED)
-        return {"train": everything.subset(train), "test": everything.subset(test)}
+        examples = Examples(torch.from_numpy(images), {"label": torch.from_numpy(labels)}, names)
+        train, test = split_train_val(examples, TEST_FRACTION, None, 0, TEST_SEED)
+        return {"train": examples.subset(train), "test": examples.subset(test)}
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (1797, 1, 8, 8) and int64 (1797,).
+    """Return images, uint8 (1797, 1, 8, 8), and labels, int64 (1797,).
 
-    Read from scikit-learn's file, for importing scikit-learn takes a second.
+    They are read from scikit-learn's file, because importing scikit-learn takes a second.
     """
-    found = find_spec("sklearn")
-    folder = Path(found.origin).parent if found and found.origin else Path()
+    package = find_spec("sklearn")
+    folder = Path(package.origin).parent if package and package.origin else Path()
     file = folder / "datasets" / "data" / "digits.csv.gz"
     if file.is_file():
         with gzip.open(file, "rt") as text:

@@ -1,41 +1,48 @@
-"""What all sources of images with named points share: the crop, the matrices, what is valid, the facts."""
+"""Base class of keypoint sources (crop, resize, validity of points), and published keypoint sets."""
 
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from cnntrain.data.boxes import frame
-from cnntrain.data.cache import read_sizes
-from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.image_reader import BadFile, refuse
-from cnntrain.data.resize import Box, Resize, box_around, move, place, widen
-from cnntrain.data.source import Source
-from cnntrain.data.sources.image_folder import make_decoder
-from cnntrain.data.sources.schemes import find_scheme
+from cnntrain.data.decoder import make_decoder
+from cnntrain.data.examples import Examples, LazyImages, Source
+from cnntrain.data.files import BadFile, raise_if_bad
+from cnntrain.data.parallel import read_sizes
+from cnntrain.data.resize import (
+    Box,
+    Resize,
+    box_around_points,
+    expand_box,
+    match_aspect,
+    resize_geometry,
+    transform_points,
+)
 from cnntrain.errors import UserError, suggest
 from cnntrain.types import DataSpec, flip_permutation, infer_flip_pairs
 
 CROPS = ("none", "points", "box")
+Skeleton = tuple[tuple[int, int], ...]  # pairs of keypoint indices
 logger = logging.getLogger("cnntrain")
 
 
 @dataclass
 class KeypointAnnotation:
-    """One object (a face, a person) in one image, as its annotation file says.
+    """Annotation of one object (a face, a person) in an image.
 
     Attributes:
-        path: the image.
-        name: what a person calls it.
-        points: (K, 2) float64, x and y in source pixels at pixel centers; anything where not labeled.
+        path: the image file.
+        name: name of the example for messages and reports.
+        points: (K, 2) float64, (x, y) in source pixels at pixel centers; arbitrary where not labeled.
         labeled: (K,) bool.
-        box: left, top, right, bottom in source pixels from the edge, where the file gives one.
+        box: left, top, right, bottom in source pixels from the edge, if the file has one.
         split: train, val or test.
-        group: examples of a group never part; None: the image itself.
+        group: examples of a group are never split; None: the image is the group.
     """
 
     path: str
@@ -48,18 +55,18 @@ class KeypointAnnotation:
 
 
 class KeypointSource(Source):
-    """Images with K named points; subclasses read the files.
+    """Base class of images with K named keypoints; subclasses read the annotation files.
 
     Args:
-        size: canvas in pixels, one number for a square or [height, width].
+        size: target size in pixels, one number for a square or [height, width].
         channels: 1 or 3.
-        crop: 'points' cuts out the box of the object's own points, 'box' the one that the file gives (both
-            widened to the canvas's aspect), 'none' shows the whole image by `resize`.
+        crop: 'points' crops the bounding box of the object's points, 'box' the annotated box (both extended to the
+            target's aspect ratio), 'none' keeps the whole image, resized by `resize`.
         crop_margin: added on each side of the box, as a share of its longer side.
         resize: letterbox, short_side or stretch, for `crop='none'`.
-        keypoint_set: published names for the points, in the file's order; null: the file's own.
-        flip_pairs: partners by name, {left_eye: right_eye}; null: the keypoint set's, or
-            inferred from names that say left and right.
+        keypoint_set: published keypoint set with the names of the points in the file's order; null: the file's names.
+        flip_pairs: left/right pairs by name, {left_eye: right_eye}; null: those of the keypoint set, or inferred from
+            names that contain left and right.
     """
 
     def __init__(
@@ -80,28 +87,28 @@ class KeypointSource(Source):
             raise UserError(f"data.crop_margin: must be from 0 to 10, got {crop_margin!r}")
         self.decoder = make_decoder(size, channels, resize)
         self.crop, self.crop_margin = crop, crop_margin
-        self.keypoint_set = find_scheme(keypoint_set) if keypoint_set else None
+        self.keypoint_set = find_keypoint_set(keypoint_set) if keypoint_set else None
         self.flip_pairs = flip_pairs
 
     @abstractmethod
-    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
-        """Names of the points, the objects, and the skeleton (may be empty), from the annotation files."""
+    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
+        """Return the names of the points, the objects, and the skeleton (may be empty) of the annotation files."""
 
     @cached_property
-    def annotations(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
+    def annotations(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
         names, objects, skeleton = self.read()
         for name in names:
             if not name or not name.isprintable() or names.count(name) > 1:
-                fault = "is listed twice" if names.count(name) > 1 else "is not a valid name"
-                raise UserError(f"data: the keypoint {name!r} {fault}; names must be printable and unique")
+                problem = "is listed twice" if names.count(name) > 1 else "is not a valid name"
+                raise UserError(f"data: the keypoint {name!r} {problem}; names must be printable and unique")
         if self.keypoint_set is not None:
             if len(self.keypoint_set.names) != len(names):
                 raise UserError(
-                    f"data.keypoint_set: has {len(self.keypoint_set.names)} points, the files have {len(names)}"
+                    f"data.keypoint_set: has {len(self.keypoint_set.names)} points, but the files have {len(names)}"
                 )
             names, skeleton = self.keypoint_set.names, self.keypoint_set.skeleton
         if not objects:
-            raise UserError("data: the annotation files name no object")
+            raise UserError("data: the annotation files contain no objects")
         return names, objects, skeleton
 
     def spec(self) -> DataSpec:
@@ -109,23 +116,23 @@ class KeypointSource(Source):
         declared = self.flip_pairs
         if declared is None and self.keypoint_set is not None:
             declared = self.keypoint_set.flip_pairs
-        mirror = infer_flip_pairs(names) if declared is None else flip_permutation(names, declared)
+        pairs = infer_flip_pairs(names) if declared is None else flip_permutation(names, declared)
         d = self.decoder
-        return DataSpec(d.channels, d.height, d.width, keypoints=names, flip_pairs=mirror, skeleton=skeleton)
+        return DataSpec(d.channels, d.height, d.width, keypoints=names, flip_pairs=pairs, skeleton=skeleton)
 
     def load(self) -> dict[str, Examples]:
         _, objects, _ = self.annotations
-        paths = sorted({one.path for one in objects})
+        paths = sorted({item.path for item in objects})
         sizes, bad = read_sizes(paths)
         size_of = dict(zip(paths, sizes, strict=True))
-        broken = {one.path for one in bad}
-        _log_outside(objects, size_of)
+        bad_paths = {file.path for file in bad}
+        _warn_of_points_outside(objects, size_of)
         splits: dict[str, Examples] = {}
         for split in ("train", "val", "test"):
-            members = [one for one in objects if one.split == split and one.path not in broken]
+            members = [item for item in objects if item.split == split and item.path not in bad_paths]
             if members:
                 splits[split] = self._examples(members, size_of, bad)
-        refuse(bad, len(paths))
+        raise_if_bad(bad, len(paths))
         if "train" not in splits:
             raise UserError("data: the annotation files have no examples for train")
         return splits
@@ -133,67 +140,171 @@ class KeypointSource(Source):
     def _examples(
         self, objects: list[KeypointAnnotation], sizes: dict[str, tuple[int, int]], bad: list[BadFile]
     ) -> Examples:
-        canvas = (self.decoder.height, self.decoder.width)
+        height, width = target_size = self.decoder.target_size
         boxes: list[Box | None] = []
         matrices, points, valid = [], [], []
-        for one in objects:
-            seen = inside(one.points, sizes[one.path]) & one.labeled
-            box = self._box(one, seen, bad)
-            matrix = place(*sizes[one.path], canvas, self.decoder.resize, box).matrix()
-            moved = move(one.points, matrix)
-            seen &= inside(moved, (canvas[1], canvas[0]))
+        for item in objects:
+            is_valid = points_inside(item.points, sizes[item.path]) & item.labeled
+            box = self._crop_box(item, is_valid, bad)
+            matrix = resize_geometry(*sizes[item.path], target_size, self.decoder.resize, box).matrix()
+            transformed = transform_points(item.points, matrix)
+            is_valid &= points_inside(transformed, (width, height))
             boxes.append(box)
             matrices.append(matrix)
-            points.append(torch.where(seen[:, None], moved, 0.0))
-            valid.append(seen)
-        cut = None if self.crop == "none" else torch.tensor(boxes, dtype=torch.float64)
-        groups = [one.group or one.path for one in objects]
+            points.append(torch.where(is_valid[:, None], transformed, 0.0))
+            valid.append(is_valid)
         targets = {"points": torch.stack(points).float(), "valid": torch.stack(valid)}
-        if any(one.box for one in objects):
-            targets["box_size"] = torch.tensor([_size(one.box) for one in objects], dtype=torch.float32)
+        if any(item.box for item in objects):
+            targets["box_size"] = torch.tensor([_box_size(item.box) for item in objects], dtype=torch.float32)
+        crops = None if self.crop == "none" else torch.tensor(boxes, dtype=torch.float64)
         return Examples(
-            LazyImages([one.path for one in objects], self.decoder, cut),
+            LazyImages([item.path for item in objects], self.decoder, crops),
             targets,
-            [one.name for one in objects],
-            groups,
+            [item.name for item in objects],
+            [item.group or item.path for item in objects],
             torch.stack(matrices),
         )
 
-    def _box(self, one: KeypointAnnotation, seen: Tensor, bad: list[BadFile]) -> Box | None:
-        """What to cut out, of the canvas's aspect; None for the whole image."""
+    def _crop_box(self, item: KeypointAnnotation, valid: Tensor, bad: list[BadFile]) -> Box | None:
+        """Return the crop with the target's aspect ratio; None for the whole image."""
         if self.crop == "none":
             return None
-        canvas = (self.decoder.height, self.decoder.width)
         if self.crop == "points":
-            if not seen.any():
-                bad.append(BadFile(one.path, "has no labeled point inside it; set data.crop=none or box"))
+            if not valid.any():
+                bad.append(BadFile(item.path, "has no labeled point inside it; set data.crop=none or box"))
                 return 0.0, 0.0, 1.0, 1.0
-            return widen(box_around(one.points[seen], self.crop_margin), canvas)
-        if one.box is None or one.box[2] <= one.box[0] or one.box[3] <= one.box[1]:
-            bad.append(BadFile(one.path, "has no box; set data.crop=points or none"))
+            return match_aspect(
+                box_around_points(item.points[valid], self.crop_margin), self.decoder.target_size
+            )
+        if _is_empty(item.box):
+            bad.append(BadFile(item.path, "has no box; set data.crop=points or none"))
             return 0.0, 0.0, 1.0, 1.0
-        return frame(one.box, self.crop_margin, canvas)
+        assert item.box is not None
+        return expand_box(item.box, self.crop_margin, self.decoder.target_size)
 
 
-def _size(box: Box | None) -> tuple[float, float]:
+def _is_empty(box: Box | None) -> bool:
+    return box is None or box[2] <= box[0] or box[3] <= box[1]
+
+
+def _box_size(box: Box | None) -> tuple[float, float]:
     """Return width and height of an annotated box; (0, 0) without a box."""
-    if box is None or box[2] <= box[0] or box[3] <= box[1]:
-        return 0.0, 0.0
-    return box[2] - box[0], box[3] - box[1]
+    return (0.0, 0.0) if box is None or _is_empty(box) else (box[2] - box[0], box[3] - box[1])
 
 
-def inside(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """(K,) bool: which points (K, 2) lie on the pixels of an image of (width, height)."""
+def points_inside(points: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return (K,) bool: which points (K, 2) are inside an image of (width, height) pixels."""
     limit = torch.tensor(size, dtype=points.dtype) - 0.5
     return ((points >= -0.5) & (points <= limit)).all(-1)
 
 
-def _log_outside(objects: list[KeypointAnnotation], sizes: dict[str, tuple[int, int]]) -> None:
-    labeled = sum(int(one.labeled.sum()) for one in objects)
-    outside = [(one.labeled & ~inside(one.points, sizes[one.path])).sum().item() for one in objects]
+def _warn_of_points_outside(objects: list[KeypointAnnotation], sizes: dict[str, tuple[int, int]]) -> None:
+    labeled = sum(int(item.labeled.sum()) for item in objects)
+    outside = [int((item.labeled & ~points_inside(item.points, sizes[item.path])).sum()) for item in objects]
     if any(outside):
-        first = next(one.name for one, count in zip(objects, outside, strict=True) if count)
+        first = next(item.name for item, count in zip(objects, outside, strict=True) if count)
         logger.warning(
-            "data: %d of %d labeled points lie outside their image and count as not valid (first in %s)",
-            sum(outside), labeled, first,
-        )  # fmt: skip
+            "data: %d of %d labeled points are outside their image and are ignored (first in %s)",
+            *(sum(outside), labeled, first),
+        )
+
+
+@dataclass(frozen=True)
+class KeypointSet:
+    """Names of K keypoints in the order of the annotation files.
+
+    Attributes:
+        lines: names to connect in plots.
+        flip_pairs: left/right pairs by name; None: inferred from left and right in the names.
+    """
+
+    names: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...] = ()
+    flip_pairs: Mapping[str, str] | None = None
+
+    @property
+    def skeleton(self) -> Skeleton:
+        index = {name: i for i, name in enumerate(self.names)}
+        return tuple((index[a], index[b]) for line in self.lines for a, b in pairwise(line))
+
+
+def find_keypoint_set(name: str) -> KeypointSet:
+    """Return the keypoint set `data.keypoint_set`.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if name not in KEYPOINT_SETS:
+        near = suggest(name, list(KEYPOINT_SETS))
+        raise UserError(f"data.keypoint_set: {name!r} is not one of {', '.join(KEYPOINT_SETS)}{near}")
+    return KEYPOINT_SETS[name]
+
+
+def _numbered(name: str, *numbers: int) -> tuple[str, ...]:
+    return tuple(f"{name}_{number}" for number in numbers)
+
+
+# Sagonas et al., 300 Faces in-the-Wild, 2013. "right" is the person's own right, on the left of the image. Points are
+# numbered from the outside to the inside on both sides, so the names of a pair differ only in the side.
+_IBUG_JAW = (
+    *_numbered("right_jaw", 1, 2, 3, 4, 5, 6, 7, 8),
+    "chin",
+    *_numbered("left_jaw", 8, 7, 6, 5, 4, 3, 2, 1),
+)
+_IBUG_RIGHT_BROW = _numbered("right_brow", 1, 2, 3, 4, 5)
+_IBUG_LEFT_BROW = _numbered("left_brow", 5, 4, 3, 2, 1)
+_IBUG_BRIDGE = _numbered("nose_bridge", 1, 2, 3, 4)
+_IBUG_NOSTRILS = (*_numbered("right_nostril", 1, 2), "nose_base", *_numbered("left_nostril", 2, 1))
+_IBUG_RIGHT_EYE = _numbered("right_eye", 1, 2, 3, 4, 5, 6)
+_IBUG_LEFT_EYE = _numbered("left_eye", 4, 3, 2, 1, 6, 5)
+_IBUG_MOUTH = (
+    *(*_numbered("right_mouth", 1, 2, 3), "mouth_top", *_numbered("left_mouth", 3, 2, 1)),
+    *(*_numbered("left_mouth", 5, 4), "mouth_bottom", *_numbered("right_mouth", 4, 5)),
+)
+_IBUG_LIPS = (
+    *(*_numbered("right_lip", 1, 2), "lip_top", *_numbered("left_lip", 2, 1)),
+    *("left_lip_3", "lip_bottom", "right_lip_3"),
+)
+_IBUG_OPEN_LINES = (_IBUG_JAW, _IBUG_RIGHT_BROW, _IBUG_LEFT_BROW, _IBUG_BRIDGE, _IBUG_NOSTRILS)
+_IBUG_RINGS = (_IBUG_RIGHT_EYE, _IBUG_LEFT_EYE, _IBUG_MOUTH, _IBUG_LIPS)
+IBUG68 = KeypointSet(
+    tuple(name for line in (*_IBUG_OPEN_LINES, *_IBUG_RINGS) for name in line),
+    (*_IBUG_OPEN_LINES, *((*ring, ring[0]) for ring in _IBUG_RINGS)),
+)
+
+# Lin et al., Microsoft COCO, 2014: the order of person_keypoints_*.json.
+COCO17 = KeypointSet(
+    (
+        *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder"),
+        *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip"),
+        *("left_knee", "right_knee", "left_ankle", "right_ankle"),
+    ),
+    (
+        ("left_ear", "left_eye", "nose", "right_eye", "right_ear"),
+        ("left_wrist", "left_elbow", "left_shoulder", "right_shoulder", "right_elbow", "right_wrist"),
+        ("left_shoulder", "left_hip", "right_hip", "right_shoulder"),
+        ("left_hip", "left_knee", "left_ankle"),
+        ("right_hip", "right_knee", "right_ankle"),
+    ),
+)
+
+# Zhang, Sun, Tang, Cat Head Detection, ECCV 2008. "right" is the cat's own right, on the left of the image, as in the
+# other sets. The files list the eye and the ear on the left of the image first; the data set's description calls these
+# left (in 00000001_000.jpg the first eye is at x = 175, the second at 239). The points of both ears run from left to
+# right in the image: root, tip, root. So the outer root of the right ear, 1, is the partner of the left ear's, 3.
+CAT9 = KeypointSet(
+    ("right_eye", "left_eye", "mouth", *_numbered("right_ear", 1, 2, 3), *_numbered("left_ear", 1, 2, 3)),
+    (
+        ("right_eye", "mouth", "left_eye", "right_eye"),
+        _numbered("right_ear", 1, 2, 3),
+        _numbered("left_ear", 1, 2, 3),
+    ),
+    {
+        "right_eye": "left_eye",
+        "right_ear_1": "left_ear_3",
+        "right_ear_2": "left_ear_2",
+        "right_ear_3": "left_ear_1",
+    },
+)
+
+KEYPOINT_SETS = {"ibug68": IBUG68, "coco17": COCO17, "cat9": CAT9}

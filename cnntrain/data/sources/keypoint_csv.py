@@ -1,4 +1,4 @@
-"""Points in a CSV file: the image's name, then x and y of each point in pixels."""
+"""Keypoints in a CSV file: the image name, then x and y of each point in pixels."""
 
 import math
 from collections.abc import Mapping
@@ -6,27 +6,25 @@ from pathlib import Path
 
 import torch
 
-from cnntrain.data.boxes import SIDES
-from cnntrain.data.csv_table import Table, find_table, is_file, read_table, splits_of
-from cnntrain.data.resize import Resize
-from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource
+from cnntrain.data.csv_table import BOX_COLUMNS, CsvTable, find_csv, read_csv, row_splits
+from cnntrain.data.files import is_file
+from cnntrain.data.resize import Box, Resize
+from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource, Skeleton
 from cnntrain.errors import UserError, suggest
 
-OTHERS = ("split", "group", *SIDES)
-UNLABELLED = ("", "")
+OTHER_COLUMNS = ("split", "group", *BOX_COLUMNS)
 
 
 class KeypointCsv(KeypointSource):
-    """A header `image_name,NAME_x,NAME_y,...`, then a line per object; both cells empty: the point isn't
-    labeled.
+    """A header `image_name,NAME_x,NAME_y,...` and one line per object. A point with empty cells is not labeled.
 
-    Optional columns: `split` (train, val or test; valid and validation mean val), `group`, and an object box
-    `box_left,box_top,box_right,box_bottom` in pixels from the image's edge. An image may have several lines if
-    they have boxes.
+    Optional columns: `split` (train, val or test; valid and validation mean val), `group`, and a box
+    `box_left,box_top,box_right,box_bottom` in pixels from the image's edge. An image may have several lines if they
+    have boxes.
 
     Args:
         file: the CSV file; null: the only one in `root`.
-        root: folder that image names count from; null: the CSV file's own.
+        root: folder that the image names are relative to; null: the folder of the CSV file.
         size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs: as for `KeypointSource`.
     """
 
@@ -43,93 +41,91 @@ class KeypointCsv(KeypointSource):
         flip_pairs: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs)
-        self.file = find_table(file, root, "a CSV file with the columns image_name,NAME_x,NAME_y,...")
+        self.file = find_csv(file, root, "a CSV file with the columns image_name,NAME_x,NAME_y,...")
         self.root = Path(root).expanduser() if root else self.file.parent
 
-    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], tuple[tuple[int, int], ...]]:
-        table = read_table(self.file)
+    def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
+        table = read_csv(self.file)
         names = point_names(table)
-        place = {name: i for i, name in enumerate(table.columns)}
+        column = table.column_index
         objects: list[KeypointAnnotation] = []
-        seen: dict[tuple[str, ...], int] = {}
-        for (line, cells), split in zip(table.rows, splits_of(table), strict=True):
+        first_line: dict[tuple[str, ...], int] = {}
+        for (line, cells), split in zip(table.rows, row_splits(table), strict=True):
             image = cells[0]
             if not image or not is_file(self.root / image):
-                table.complaints.add(line, f"no file {image!r} in {self.root}")
-            key = (image, *(cells[place[side]] for side in SIDES if side in place))
-            if key in seen:
-                table.complaints.add(line, f"{image!r} stands in line {seen[key]} already")
-            seen.setdefault(key, line)
-            numbers = _numbers(table, line, cells, names, place)
+                table.errors.add(line, f"no file {image!r} in {self.root}")
+            key = (image, *(cells[column[side]] for side in BOX_COLUMNS if side in column))
+            if key in first_line:
+                table.errors.add(line, f"duplicate image {image!r} (first on line {first_line[key]})")
+            first_line.setdefault(key, line)
+            numbers = _parse_row(table, line, cells, names)
             if numbers is None:
                 continue
             points, labeled, box = numbers
-            group = cells[place["group"]] if "group" in place else None
+            group = cells[column["group"]] if "group" in column else None
             name = f"{image}:{line}" if box else image
-            objects.append(
-                KeypointAnnotation(str(self.root / image), name, points, labeled, box, split, group or None)
-            )
-        table.complaints.raise_if_any()
+            path = str(self.root / image)
+            objects.append(KeypointAnnotation(path, name, points, labeled, box, split, group or None))
+        table.errors.raise_if_any()
         return names, objects, ()
 
 
-def point_names(table: Table) -> tuple[str, ...]:
-    """Names of the points, from columns that must come as NAME_x, NAME_y.
+def point_names(table: CsvTable) -> tuple[str, ...]:
+    """Return the names of the points from the columns NAME_x, NAME_y, ...
 
     Raises:
-        UserError: names the column that is out of place.
+        UserError: names the first unexpected column.
     """
-    columns = [name for name in table.columns[1:] if name not in OTHERS]
-    given = [side for side in SIDES if side in table.columns]
-    if given and len(given) < 4:
+    columns = [name for name in table.columns[1:] if name not in OTHER_COLUMNS]
+    sides = [side for side in BOX_COLUMNS if side in table.columns]
+    if sides and len(sides) < 4:
         raise UserError(
-            f"data: {table.file}:1: a box needs all of {', '.join(SIDES)}; there is {', '.join(given)}"
+            f"data: {table.file}:1: a box needs the columns {', '.join(BOX_COLUMNS)}; found {', '.join(sides)}"
         )
     names = []
     for i in range(0, len(columns), 2):
         name = columns[i].removesuffix("_x")
         if not columns[i].endswith("_x"):
-            raise UserError(f"data: {table.file}:1: column {columns[i]!r} where NAME_x was expected"
-                            + suggest(columns[i], OTHERS))  # fmt: skip
+            near = suggest(columns[i], OTHER_COLUMNS)
+            raise UserError(f"data: {table.file}:1: expected a column NAME_x, found {columns[i]!r}{near}")
         if i + 1 == len(columns) or columns[i + 1] != f"{name}_y":
             found = repr(columns[i + 1]) if i + 1 < len(columns) else "nothing"
-            raise UserError(
-                f"data: {table.file}:1: {found} after {columns[i]!r}, where '{name}_y' was expected"
-            )
+            raise UserError(f"data: {table.file}:1: expected '{name}_y' after {columns[i]!r}, found {found}")
         names.append(name)
     if not names:
         raise UserError(f"data: {table.file}:1: no points; expected image_name,NAME_x,NAME_y,...")
     return tuple(names)
 
 
-def _numbers(
-    table: Table, line: int, cells: list[str], names: tuple[str, ...], place: dict[str, int]
-) -> tuple[torch.Tensor, torch.Tensor, tuple[float, float, float, float] | None] | None:
-    """Points (K, 2), labeled (K,) and the box of one line; None, and a complaint, when a cell is wrong."""
+def _parse_row(
+    table: CsvTable, line: int, cells: list[str], names: tuple[str, ...]
+) -> tuple[torch.Tensor, torch.Tensor, Box | None] | None:
+    """Return points (K, 2), labeled (K,) and the box of a line; None (and an error in the table) for invalid cells."""
+    text_of = dict(zip(table.columns, cells, strict=True))
     pairs: list[tuple[float, float]] = []
     labeled: list[bool] = []
-    wrong: list[str] = []
+    invalid: list[str] = []
 
     def number(column: str) -> float:
-        text = cells[place[column]]
+        text = text_of[column]
         try:
             value = float(text)
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or abs(value) > 1e6:
-            wrong.append(f"{column} is {text!r}")
+            invalid.append(f"{column} is {text!r}")
             return 0.0
         return value
 
     for name in names:
-        empty = (cells[place[f"{name}_x"]], cells[place[f"{name}_y"]]) == UNLABELLED
+        empty = not text_of[f"{name}_x"] and not text_of[f"{name}_y"]
         pairs.append((0.0, 0.0) if empty else (number(f"{name}_x"), number(f"{name}_y")))
         labeled.append(not empty)
-    sides = [number(side) for side in SIDES if side in place]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        expected = "expected pixels (leave both cells of a point empty when it is not labeled)"
-        table.complaints.add(line, f"{', '.join(wrong[:3])}{more}; {expected}")
+    sides = [number(side) for side in BOX_COLUMNS if side in text_of]
+    if invalid:
+        more = f" and {len(invalid) - 3} more" if len(invalid) > 3 else ""
+        expected = "expected pixels (leave both cells of a point empty if it is not labeled)"
+        table.errors.add(line, f"{', '.join(invalid[:3])}{more}; {expected}")
         return None
     box = (sides[0], sides[1], sides[2], sides[3]) if sides else None
     return torch.tensor(pairs, dtype=torch.float64), torch.tensor(labeled), box

@@ -1,23 +1,28 @@
-"""Images with a mask of class ids each."""
+"""Images with one mask of class ids each."""
 
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.files import files_below, seen_from, train_and_other_folders
-from cnntrain.data.image_reader import BadFile, Unusable, reading, refuse, upright_size
-from cnntrain.data.masks import MaskDecoder, mask_values, present_values
-from cnntrain.data.parallel import in_threads
+from cnntrain.data.decoder import MaskDecoder, format_values, make_decoder
+from cnntrain.data.examples import Examples, LazyImages, Source
+from cnntrain.data.files import (
+    BadFile,
+    list_files,
+    raise_if_bad,
+    relative_names,
+    require_root,
+    require_split_folders,
+)
+from cnntrain.data.image_reader import UnusableImage, distinct_values, mask_values, open_image, read_size
+from cnntrain.data.parallel import thread_map
 from cnntrain.data.resize import Resize
-from cnntrain.data.source import Source, given_folder
-from cnntrain.data.sources.image_folder import make_decoder
 from cnntrain.errors import UserError
 from cnntrain.types import DataSpec
 
 logger = logging.getLogger("cnntrain")
-Pairs = dict[str, list[tuple[str, str]]]  # by split: files of an image and of its mask
+Pairs = dict[str, list[tuple[str, str]]]  # by split: image files and mask files
 LAYOUT = (
     "train/images/NAME.jpg with train/masks/NAME.png, and optionally val/ (or valid/, validation/) and test/ with "
     "the same layout"
@@ -25,18 +30,18 @@ LAYOUT = (
 
 
 class MaskSource(Source):
-    """Images with masks; subclasses say where the files are.
+    """Base class of images with masks; subclasses list the files.
 
     Args:
-        root: the folder; relative names in messages count from it.
+        root: folder that the names of examples are relative to.
         classes: names by id.
-        ignore_index: the id that counts neither as right nor as wrong; also what lies outside a mask.
+        ignore_index: id that is excluded from the loss and the metrics; also the id of pixels outside a mask.
         ids: maps each value in the mask files to a class id (or `ignore_index`); null: the values are the ids. With two
             classes and masks that contain only 0 and 255, null means {0: 0, 255: 1}.
         size, channels, resize: as for `ImageFolder`.
     """
 
-    names_are_given = True  # classes are named by the user, so a class without pixels is an error
+    classes_from_user = True  # a class without pixels is then an error
 
     def __init__(
         self,
@@ -71,42 +76,40 @@ class MaskSource(Source):
         )
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
-        """The files; what doesn't pair up goes to `bad`."""
+        """Return the files; images without mask and masks without image go to `bad`."""
         raise NotImplementedError
 
     def load(self) -> dict[str, Examples]:
         bad: list[BadFile] = []
         pairs = self.pairs(bad)
-        everything = [pair for split in pairs.values() for pair in split]
-        looked = in_threads(_look, everything)
-        bad += [found for found in looked if isinstance(found, BadFile)]
-        values = {
-            mask: found
-            for (_, mask), found in zip(everything, looked, strict=True)
-            if not isinstance(found, BadFile)
-        }
+        all_pairs = [pair for split in pairs.values() for pair in split]
+        values: dict[str, frozenset[int]] = {}
+        for (_, mask), result in zip(all_pairs, thread_map(_read_values, all_pairs), strict=True):
+            if isinstance(result, BadFile):
+                bad.append(result)
+            else:
+                values[mask] = result
         decoder = self._mask_decoder(list(values.values()))
         unknown = []
         for mask, found in values.items():
             try:
-                decoder.refuse_unknown(found)
-            except Unusable as problem:
+                decoder.check_values(found)
+            except UnusableImage as problem:
                 unknown.append(BadFile(mask, str(problem)))
         bad += unknown
-        all_values = frozenset().union(*values.values())
-        advice = self._advice(all_values) if unknown else ""
-        refuse(bad, max(2 * len(everything), len(bad)), self.root, advice)
+        advice = self._advice(frozenset().union(*values.values())) if unknown else ""
+        raise_if_bad(bad, max(2 * len(all_pairs), len(bad)), self.root, advice)
         splits = {}
         for split, files in pairs.items():
             if files:
                 images = LazyImages([image for image, _ in files], self.decoder)
                 masks = LazyImages([mask for _, mask in files], decoder)
-                names = seen_from(self.root, images.paths)
+                names = relative_names(self.root, images.paths)
                 splits[split] = Examples(images, {}, names, lazy_targets={"mask": masks})
         if "train" not in splits:
             raise UserError(f"data.root: {self.root} has no images with masks for train")
         in_train = frozenset().union(*(values[mask] for _, mask in pairs["train"]))
-        self._look_for_classes({decoder.ids[value] for value in in_train}, in_train)
+        self._check_classes({decoder.ids[value] for value in in_train}, in_train)
         return splits
 
     def _mask_decoder(self, values: Sequence[frozenset[int]]) -> MaskDecoder:
@@ -123,69 +126,70 @@ class MaskSource(Source):
                         self.classes[1],
                     )
                 elif self.ignore_index == 255:
-                    _warn_of_two_kinds(values)
+                    _warn_if_inconsistent(values)
         table = tuple(ids.get(value, -1) for value in range(256))
         d = self.decoder
         return MaskDecoder(d.height, d.width, self.resize, table, self.ignore_index)
 
-    def _look_for_classes(self, found: set[int], values: frozenset[int]) -> None:
-        """Raise an error for user-named classes without a pixel in the training masks; warn for other classes.
+    def _check_classes(self, ids: set[int], values: frozenset[int]) -> None:
+        """Raise an error for the user's classes without a pixel in the training masks; warn for other classes.
 
         Args:
-            found: class ids in the training masks.
+            ids: class ids in the training masks.
             values: values in the mask files.
         """
-        absent = [name for i, name in enumerate(self.classes) if i not in found and i != self.ignore_index]
+        absent = [name for i, name in enumerate(self.classes) if i not in ids and i != self.ignore_index]
         if not absent:
             return
         shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
-        if not self.names_are_given:
+        if not self.classes_from_user:
             logger.warning("data: the training masks have no pixels of %s", shown)
             return
         remedy = "remove classes without pixels from data.classes, and map the mask values to the others with data.ids"
         if self.ids is None and 255 in values and self.ignore_index == 255:
             remedy += f"; 255 is ignored (data.ignore_index); if it is a class, {self._advice(values)}"
         raise UserError(
-            f"data: the training masks have no pixels of {shown}; their values are {_some(values)}; {remedy}"
+            f"data: the training masks have no pixels of {shown}; their values are {format_values(values)}; {remedy}"
         )
 
     def _advice(self, values: frozenset[int]) -> str:
         """Return a suggestion for `data.ids` with the values found in the masks."""
-        there = sorted(value for value in values if 0 <= value <= 255)
-        if len(there) > len(self.classes):
-            there = [value for value in there if value != self.ignore_index]
-        how = "map mask values to classes with data.ids"
-        if len(there) == len(self.classes):
-            return f"{how}, for example data.ids='{{{', '.join(f'{value}: {i}' for i, value in enumerate(there))}}}'"
-        if len(there) > len(self.classes):
-            return f"{how} (there are {len(there)} values, {_some(there)}); save masks losslessly, for example as PNG"
-        return how
+        present = sorted(value for value in values if 0 <= value <= 255)
+        if len(present) > len(self.classes):
+            present = [value for value in present if value != self.ignore_index]
+        advice = "map mask values to classes with data.ids"
+        if len(present) == len(self.classes):
+            example = ", ".join(f"{value}: {i}" for i, value in enumerate(present))
+            return f"{advice}, for example data.ids='{{{example}}}'"
+        if len(present) > len(self.classes):
+            found = f"{len(present)} values: {format_values(present)}"
+            return f"{advice} (found {found}); save masks losslessly, for example as PNG"
+        return advice
 
 
-def _look(pair: tuple[str, str]) -> BadFile | frozenset[int]:
+def _read_values(pair: tuple[str, str]) -> BadFile | frozenset[int]:
     """Return the values of a mask, or the problem with the pair of files: different sizes, or colors."""
     image_file, mask_file = pair
     try:
-        size = upright_size(image_file)
-        with reading(mask_file) as mask:
+        size = read_size(image_file)
+        with open_image(mask_file) as mask:
             if mask.size != size:
                 shown = "{} x {}".format(*mask.size), "{} x {}".format(*size)
                 return BadFile(mask_file, f"is {shown[0]} pixels, but its image is {shown[1]}")
-            return present_values(mask_values(mask))
+            return distinct_values(mask_values(mask))
     except BadFile as problem:
         return problem
 
 
-def _warn_of_two_kinds(values: Sequence[frozenset[int]]) -> None:
+def _warn_if_inconsistent(values: Sequence[frozenset[int]]) -> None:
     """Warn if some binary masks use 1 and others use 255, but none uses both: probably the same class."""
-    ones = sum(1 in each and 255 not in each for each in values)
-    highs = sum(255 in each and 1 not in each for each in values)
-    if ones and highs and not any({1, 255} <= each for each in values):
+    with_1 = sum(1 in mask and 255 not in mask for mask in values)
+    with_255 = sum(255 in mask and 1 not in mask for mask in values)
+    if with_1 and with_255 and not any({1, 255} <= mask for mask in values):
         logger.warning(
             "data: %d masks have the value 1 and %d others 255, which is ignored; if both mean the same class, set "
             "data.ids='{0: 0, 1: 1, 255: 1}'",
-            ones,
-            highs,
+            *(with_1, with_255),
         )
 
 
@@ -195,26 +199,20 @@ def _read_ids(ids: Mapping[int, int], classes: int, ignore_index: int) -> dict[i
     Raises:
         UserError: a value or an id is out of range.
     """
-    read = {ignore_index: ignore_index}
-    known = {*range(classes), ignore_index}
+    id_of = {ignore_index: ignore_index}
+    allowed = {*range(classes), ignore_index}
     pairs: Iterable[tuple[object, object]] = ids.items() if isinstance(ids, Mapping) else [(ids, None)]
-    for value, meaning in pairs:
+    for value, class_id in pairs:
         number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value) else value
-        if type(number) is int and number in range(256) and type(meaning) is int and meaning in known:
-            read[number] = meaning
+        if type(number) is int and number in range(256) and type(class_id) is int and class_id in allowed:
+            id_of[number] = class_id
         else:
-            got = f"{value!r}: {meaning!r}" if isinstance(ids, Mapping) else repr(ids)
+            got = f"{value!r}: {class_id!r}" if isinstance(ids, Mapping) else repr(ids)
             raise UserError(
                 f"data.ids: must map each value (0 to 255) of the mask files to a class id (0 to {classes - 1}, or "
                 f"{ignore_index}: ignored), for example data.ids='{{0: 0, 255: 1}}'; got {got}"
             )
-    return read
-
-
-def _some(values: Iterable[int]) -> str:
-    """Format the first few values for a message."""
-    names = [{-1: "below 0", 256: "above 255"}.get(value, str(value)) for value in sorted(values)]
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return id_of
 
 
 class MaskFolder(MaskSource):
@@ -224,7 +222,7 @@ class MaskFolder(MaskSource):
     without conversion; `ids` maps them to classes.
 
     Args:
-        root: the folder that has `train/`.
+        root: the folder that contains `train/`.
         classes, ignore_index, size, channels, resize, ids: as for `MaskSource`.
     """
 
@@ -238,10 +236,10 @@ class MaskFolder(MaskSource):
         resize: Resize = "short_side",
         ids: Mapping[int, int] | None = None,
     ) -> None:
-        super().__init__(given_folder(root, LAYOUT), classes, ignore_index, ids, size, channels, resize)
+        super().__init__(require_root(root, LAYOUT), classes, ignore_index, ids, size, channels, resize)
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
-        folders = train_and_other_folders(self.root, LAYOUT)
+        folders = require_split_folders(self.root, LAYOUT)
         if not (folders["train"] / "images").is_dir():
             raise UserError(f"data.root: {self.root} has no train/images/; it must have {LAYOUT}")
         return {
@@ -250,14 +248,14 @@ class MaskFolder(MaskSource):
 
 
 def pair_by_name(images: Path, masks: Path, bad: list[BadFile]) -> list[tuple[str, str]]:
-    """Images and masks that have the same name up to the ending; the others go to `bad`."""
+    """Return images and masks with the same name except for the extension; others go to `bad`."""
     by_name: list[dict[str, str]] = []
     for folder in (images, masks):
         if not folder.is_dir():
-            bad.append(BadFile(folder, "is no folder"))
+            bad.append(BadFile(folder, "is not a folder"))
             return []
         named: dict[str, str] = {}
-        for file in files_below(folder, bad):
+        for file in list_files(folder, bad):
             name = str(Path(file).relative_to(folder).with_suffix(""))
             if name in named:
                 bad.append(BadFile(file, f"has the same name as {Path(named[name]).name}"))

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cnntrain.data.download import download
-from cnntrain.data.examples import Examples
-from cnntrain.data.source import Source, default_root
+from cnntrain.data.examples import Examples, Source
+from cnntrain.data.files import default_root, download
 from cnntrain.errors import UserError
 from cnntrain.types import DataSpec
 
@@ -18,27 +17,28 @@ FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-
-
-LARGEST_UNPACKED_BYTES = 2**28  # limit for .gz files; MNIST's 60,000 images take 47 million
+FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+MAX_UNPACKED_BYTES = 2**28  # limit for .gz files; MNIST's 60,000 images take 47 million
 
 
 class IdxDataset(Source):
-    """28x28 gray images in IDX files, laid out as torchvision does.
+    """Base class of 28x28 gray images in IDX files, in torchvision's folder layout.
 
     Args:
-        root: folder that has `<folder>/raw/`, or these files themselves; null: `~/.cache/cnntrain`,
-            downloaded through torchvision when it isn't there.
+        root: folder that contains `<folder>/raw/`, or the files; null: `~/.cache/cnntrain`. Downloaded if missing.
     """
 
     folder: str
-    facts: DataSpec
+    metadata: DataSpec
 
     def __init__(self, root: str | None = None) -> None:
         self.root = Path(root).expanduser() if root else default_root()
 
     def spec(self) -> DataSpec:
-        return self.facts
+        return self.metadata
 
     def load(self) -> dict[str, Examples]:
         raw = self._find() or self._download()
@@ -47,7 +47,7 @@ class IdxDataset(Source):
             images, labels = read_idx(raw / image_file, 3), read_idx(raw / label_file, 1)
             if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
                 raise UserError(
-                    f"data: {raw} holds {images.shape} images and {labels.shape} labels; not {self.folder}"
+                    f"data: {raw} has {images.shape} images and {labels.shape} labels; this is not {self.folder}"
                 )
             names = [f"{split}/{row:05}" for row in range(len(labels))]
             targets = {"label": torch.from_numpy(labels.astype(np.int64))}
@@ -55,7 +55,7 @@ class IdxDataset(Source):
         return splits
 
     def _find(self) -> Path | None:
-        """The folder that has all four files, plain or .gz."""
+        """Return the folder that contains all four files, unpacked or as .gz."""
         names = [name for pair in FILES.values() for name in pair]
         for folder in (self.root / self.folder / "raw", self.root / "raw", self.root):
             if all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in names):
@@ -63,51 +63,32 @@ class IdxDataset(Source):
         return None
 
     def _download(self) -> Path:
-        download(
-            self.folder, self.root, f"{self.root / self.folder / 'raw'} (and {self.root})", self.downloads
-        )
-        found = self._find()
-        assert found is not None, "torchvision changed its layout"
-        return found
+        looked_in = f"{self.root / self.folder / 'raw'} (and {self.root})"
+        download(self.folder, self.root, looked_in, self.downloads)
+        folder = self._find()
+        assert folder is not None, "torchvision changed its layout"
+        return folder
 
 
 class MNIST(IdxDataset):
-    """70,000 handwritten digits (LeCun, Cortes, Burges 1998); the usual mean and standard deviation."""
+    """70,000 handwritten digits (LeCun, Cortes, Burges 1998)."""
 
     folder = "MNIST"
-    facts = DataSpec(1, 28, 28, tuple("0123456789"), mean=(0.1307,), std=(0.3081,), hflip_ok=False)
+    metadata = DataSpec(1, 28, 28, tuple("0123456789"), mean=(0.1307,), std=(0.3081,), hflip_ok=False)
 
 
 class FashionMNIST(IdxDataset):
-    """70,000 pictures of clothes (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747)."""
+    """70,000 images of clothes (Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747)."""
 
     folder = "FashionMNIST"
-    facts = DataSpec(
-        1,
-        28,
-        28,
-        (
-            "T-shirt/top",
-            "Trouser",
-            "Pullover",
-            "Dress",
-            "Coat",
-            "Sandal",
-            "Shirt",
-            "Sneaker",
-            "Bag",
-            "Ankle boot",
-        ),
-        mean=(0.2860,),
-        std=(0.3530,),
-    )
+    metadata = DataSpec(1, 28, 28, FASHION_CLASSES, mean=(0.2860,), std=(0.3530,))
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """uint8 array of an IDX file, or of its .gz where the file itself is missing.
+    """Read an IDX file, or its .gz if the file is missing; return a uint8 array.
 
-    The format: two zero bytes, the type (8: unsigned byte), the number of dimensions, each as a big-endian
-    int32, then the values (http://yann.lecun.com/exdb/mnist/).
+    The format: two zero bytes, the type (8: unsigned byte), the number of dimensions, the length of each as a
+    big-endian int32, and the values (http://yann.lecun.com/exdb/mnist/).
 
     Raises:
         UserError: the file is not an IDX file, its length does not match its header, or a .gz file is too large.
@@ -120,21 +101,19 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         with gzip.open(path) if packed else path.open("rb") as file:
             header = file.read(header_bytes)
             shape = tuple(np.frombuffer(header[4:], ">i4").tolist()) if len(header) == header_bytes else ()
-            sound = header[:4] == bytes([0, 0, 8, dimensions]) and min(shape, default=-1) >= 0
+            valid = header[:4] == bytes([0, 0, 8, dimensions]) and min(shape, default=-1) >= 0
             count = math.prod(shape)
-            if sound and packed and count > LARGEST_UNPACKED_BYTES:
+            if valid and packed and count > MAX_UNPACKED_BYTES:
                 raise UserError(
-                    f"data: {path}: would unpack to {count:,} bytes, more than {LARGEST_UNPACKED_BYTES:,}; unpack it "
+                    f"data: {path}: would unpack to {count:,} bytes, more than {MAX_UNPACKED_BYTES:,}; unpack it "
                     "with gunzip if it is meant to be that large"
                 )
-            if sound and (packed or count < path.stat().st_size):
+            if valid and (packed or count < path.stat().st_size):
                 values = file.read(count + 1)  # read one extra byte to detect a file that is too long
     except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data: {path}: can't be read ({error}); remove it to download it again") from error
+    if not valid or len(values) != count:
         raise UserError(
-            f"data: {path}: can't be read ({error}); remove it to have it downloaded again"
-        ) from error
-    if not sound or len(values) != count:
-        raise UserError(
-            f"data: {path}: no whole IDX file of {dimensions} dimension(s); remove it, and download again"
+            f"data: {path}: is not a complete IDX file with {dimensions} dimension(s); remove it to download it again"
         )
     return np.frombuffer(values, np.uint8).reshape(shape).copy()

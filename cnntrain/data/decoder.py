@@ -1,0 +1,247 @@
+"""Decoders from a file to uint8 pixels of the target size: images, and masks of class ids."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnntrain.data.files import byte_range
+from cnntrain.data.image_reader import (
+    DECODE_ERRORS,
+    MAX_PIXELS,
+    UnusableImage,
+    apply_orientation,
+    distinct_values,
+    exif_orientation,
+    load_pixels,
+    mask_values,
+    open_image,
+    read_fast_jpeg,
+    to_8_bits,
+    upright_size,
+)
+from cnntrain.data.resize import Box, Resize, ResizePlacement, parse_size, resize_geometry
+from cnntrain.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+RESIZES = ("letterbox", "short_side", "stretch")
+# Pixels per target pixel, along one side, that a JPEG decoded at a reduced size must have at least.
+MIN_OVERSAMPLING = 2
+
+
+@dataclass(frozen=True)
+class ImageDecoder:
+    """Decode an image file to uint8 (channels, height, width).
+
+    Transparent pixels become white. Padding (letterbox, or a box that extends beyond the image) is black.
+
+    Attributes:
+        bits: number of bits in use in 16-bit files: the value 2**bits - 1 becomes white.
+    """
+
+    height: int
+    width: int
+    channels: int
+    resize: Resize = "letterbox"
+    bits: int = 16
+
+    @property
+    def target_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.height, self.width
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.channels, self.height, self.width
+
+    def __call__(self, path: str, box: Box | None = None) -> tuple[Tensor, Tensor]:
+        """Return the pixels, and the (3, 3) float64 matrix from source to target pixels.
+
+        Raises:
+            BadFile: the file cannot be used.
+        """
+        pixels, placement = self._decode_fast(path, box) or self._decode(path, box)
+        array = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        return torch.from_numpy(np.array(array, order="C")), placement.matrix()
+
+    def _decode_fast(self, path: str, box: Box | None) -> tuple[np.ndarray, ResizePlacement] | None:
+        """Decode a `FastJpeg`; return None for other files and for errors, which `_decode` reports."""
+        try:
+            jpeg = read_fast_jpeg(byte_range(path))
+            if jpeg is None or jpeg.width * jpeg.height > MAX_PIXELS:
+                return None
+            size = jpeg.width, jpeg.height
+            placement = resize_geometry(*size, self.target_size, self.resize, box)
+            if _jpeg_divisor(size, placement) > 1:
+                return None
+            pixels = jpeg.pixels()
+            shape = self.target_size if self.channels == 1 else (*self.target_size, 3)
+            if placement.box == (0, 0, *size) and pixels.shape == shape:
+                return pixels, placement
+            from PIL import Image
+
+            return self._resized(Image.fromarray(pixels), placement), placement
+        except DECODE_ERRORS:
+            return None
+
+    def _decode(self, path: str, box: Box | None) -> tuple[np.ndarray, ResizePlacement]:
+        with open_image(path) as image:
+            size, orientation = upright_size(image), exif_orientation(image)
+            placement = resize_geometry(*size, self.target_size, self.resize, box)
+            reduced = placement.reduced(_reduce_jpeg(image, placement, orientation > 1))
+            load_pixels(image)
+            if image.format == "TIFF":  # Pillow rotates TIFF images on load
+                orientation = exif_orientation(image)
+            upright = to_8_bits(apply_orientation(image, orientation), self.bits)
+            return self._resized(upright, reduced), placement
+
+    def _resized(self, image: "Image.Image", placement: ResizePlacement) -> np.ndarray:
+        """Return uint8 (height, width), or (height, width, 3), of the target size."""
+        from PIL import Image
+
+        mode = "L" if self.channels == 1 else "RGB"
+        image = image if image.mode == mode else image.convert(mode)
+        return resize_image(image, placement, self.target_size, Image.Resampling.BILINEAR, 0)
+
+
+@dataclass(frozen=True)
+class MaskDecoder:
+    """Decode a mask file to uint8 class ids (height, width), resized by nearest neighbor.
+
+    Attributes:
+        ids: class id for each of the 256 values in the file; -1 for values that are not a class.
+        fill: id of pixels outside the mask.
+    """
+
+    height: int
+    width: int
+    resize: Resize
+    ids: tuple[int, ...]
+    fill: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    def __call__(self, path: str, box: Box | None = None) -> tuple[Tensor, Tensor]:
+        """Return the ids, and the (3, 3) float64 matrix from source to target pixels.
+
+        Raises:
+            BadFile: the file cannot be used, or has a value that is not a class.
+        """
+        from PIL import Image
+
+        with open_image(path) as image:
+            placement = resize_geometry(*image.size, self.shape, self.resize, box)
+            values = mask_values(image)
+            self.check_values(distinct_values(values))
+            ids = np.asarray(self.ids, dtype=np.int16).astype(np.uint8)[values.astype(np.uint8)]
+            nearest = Image.Resampling.NEAREST
+            pixels = resize_image(Image.fromarray(ids), placement, self.shape, nearest, self.fill)
+        return torch.from_numpy(np.array(pixels)), placement.matrix()
+
+    def check_values(self, values: Iterable[int]) -> None:
+        """Reject a mask with values that are not a class.
+
+        Args:
+            values: the return value of `distinct_values`.
+
+        Raises:
+            UnusableImage: lists these values.
+        """
+        unknown = [value for value in values if not 0 <= value <= 255 or self.ids[value] < 0]
+        if unknown:
+            raise UnusableImage(f"has ids that are no class: {format_values(unknown)}")
+
+
+def format_values(values: Iterable[int]) -> str:
+    """Format the first few values of a mask for a message."""
+    names = [{-1: "below 0", 256: "above 255"}.get(value, str(value)) for value in sorted(values)]
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def make_decoder(size: int | list[int], channels: int, resize: Resize) -> ImageDecoder:
+    """Return the decoder for `data.size`, `data.channels` and `data.resize`.
+
+    Raises:
+        UserError: one of them is out of range.
+    """
+    if channels not in (1, 3):
+        raise UserError(f"data.channels: must be 1 or 3, got {channels!r}")
+    if resize not in RESIZES:
+        near = suggest(str(resize), RESIZES)
+        raise UserError(f"data.resize: {resize!r} is not one of {', '.join(RESIZES)}{near}")
+    try:
+        height, width = parse_size(size)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"data.{error}") from error
+    return ImageDecoder(height, width, channels, resize)
+
+
+def resize_image(
+    image: "Image.Image", placement: ResizePlacement, target_size: tuple[int, int], resample: Any, fill: int
+) -> np.ndarray:
+    """Crop the placement's box, resize it with antialiasing, and pad it to (height, width) with `fill`.
+
+    Returns:
+        uint8 (height, width) or (height, width, 3).
+    """
+    from PIL import Image, ImageOps
+
+    fill_color = fill if image.mode == "L" else (fill,) * 3
+    left, top, right, bottom = placement.box
+    width, height = image.size
+    padding = [math.ceil(max(0.0, side)) for side in (-left, -top, right - width, bottom - height)]
+    if any(padding):  # Pillow's resize accepts only boxes inside the image
+        if (width + padding[0] + padding[2]) * (height + padding[1] + padding[3]) > MAX_PIXELS:
+            raise UnusableImage("its box reaches too far outside the image")
+        image = ImageOps.expand(image, tuple(padding), fill_color)
+        left, top, right, bottom = (
+            left + padding[0],
+            top + padding[1],
+            right + padding[0],
+            bottom + padding[1],
+        )
+    box = (left, top, min(right, image.width), min(bottom, image.height))
+    if box == (0, 0, *image.size) and image.size == target_size[::-1]:
+        return np.asarray(image)
+    resized = image.resize((placement.width, placement.height), resample, box=box)
+    if (placement.height, placement.width) == target_size:
+        return np.asarray(resized)
+    padded = Image.new(image.mode, (target_size[1], target_size[0]), fill_color)
+    padded.paste(resized, (placement.left, placement.top))
+    return np.asarray(padded)
+
+
+def _reduce_jpeg(image: "Image.Image", placement: ResizePlacement, rotated: bool) -> int:
+    """Configure an opened JPEG to be decoded at 1/2, 1/4 or 1/8 of its size if that is enough; return the divisor.
+
+    libjpeg omits the high frequencies of each 8x8 block: resampling without aliasing, and much faster.
+    """
+    if image.format != "JPEG":
+        return 1
+    width, height = image.size
+    divisor = _jpeg_divisor(image.size, placement, rotated)
+    if divisor == 1:
+        return 1
+    image.draft(image.mode, (width // divisor, height // divisor))  # pyright: ignore[reportArgumentType]
+    return divisor if image.size == (-(-width // divisor), -(-height // divisor)) else 1
+
+
+def _jpeg_divisor(size: tuple[int, int], placement: ResizePlacement, rotated: bool = False) -> int:
+    """Return the largest of 8, 4, 2, 1 by which a JPEG of (width, height) can be reduced while decoding."""
+    left, top, right, bottom = placement.box
+    scale = min((right - left) / placement.width, (bottom - top) / placement.height)
+    for divisor in (8, 4, 2):
+        # A last column of fewer than `divisor` pixels becomes a whole pixel. That is accurate, except if a rotation
+        # makes it the first column.
+        uneven = rotated and (size[0] % divisor or size[1] % divisor)
+        if divisor <= scale / MIN_OVERSAMPLING and min(size) >= 16 * divisor and not uneven:
+            return divisor
+    return 1

@@ -1,0 +1,259 @@
+"""Cache files of decoded images. They are memory-mapped, so a data set may be larger than the RAM.
+
+The name of a cache file is a hash of its inputs (paths, sizes and modification times of the image files, decoder,
+boxes), so an outdated cache file is never used. Cache files are written atomically, and several processes may use
+them at the same time. Checksums detect corruption, and image files that changed without a new size or time.
+"""
+
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnntrain.data.examples import LazyImages
+from cnntrain.data.files import BadFile, byte_range, default_root
+from cnntrain.data.parallel import decode_into, thread_map
+from cnntrain.errors import MachineError
+
+FORMAT_VERSION = 3  # files of another version are rebuilt
+MAX_SHARE_OF_DISK = 0.5  # of the free space
+CHUNK_BYTES = 1 << 26  # per checksum
+logger = logging.getLogger("cnntrain")
+
+
+class CacheFile(NamedTuple):
+    """Memory-mapped parts of a cache file, in the order of the file.
+
+    Attributes:
+        ctimes: (N,) int64, ctime of each image file in ns; unlike mtime, it cannot be set.
+        matrices: (N, 3, 3) float64, from source to target pixels.
+        file_checksums: (N,) uint32, CRC-32 of each image file.
+        pixels: uint8, of the shape of the images.
+        chunk_checksums: uint32, CRC-32 of each 64 MiB chunk of the parts between `ctimes` and `chunk_checksums`.
+    """
+
+    ctimes: np.ndarray
+    matrices: np.ndarray
+    file_checksums: np.ndarray
+    pixels: np.ndarray
+    chunk_checksums: np.ndarray
+
+
+def folder() -> Path:
+    """Return the folder of the cache files; `cnntrain clean` removes it."""
+    return default_root() / "decoded"
+
+
+def has_room(lazy: Sequence[LazyImages], needed: int) -> bool:
+    """Return True if `needed` bytes, minus those of existing cache files, are at most half of the free space."""
+    with suppress(OSError):
+        folder().mkdir(parents=True, exist_ok=True)
+        available = MAX_SHARE_OF_DISK * shutil.disk_usage(folder()).free
+        if needed <= available:
+            return True
+        existing = sum(path.stat().st_size for path, _ in map(_identify, lazy) if path.exists())
+        return needed - existing <= available
+    return False
+
+
+def load_or_decode(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
+    """Return uint8 (N, ...) and float64 (N, 3, 3), mapped from the cache file, which is created if it is missing.
+
+    Bad files are added to `bad`; zeros are returned in that case.
+    """
+    path, ctimes = _identify(lazy)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_current(path, lazy, ctimes):
+        with _exclusive_lock(path.with_suffix(".lock")):
+            # Another process may have written or confirmed the file in the meantime.
+            if not _is_current(path, lazy, ctimes) and not _confirm(path, lazy, ctimes):
+                _create(lazy, path, ctimes, bad)
+    if bad or not path.exists():
+        zero = torch.zeros(1)
+        return zero.byte().expand(lazy.shape), zero.double().expand(len(lazy), 3, 3)
+    cache = _map(path, lazy, "c")
+    return torch.from_numpy(cache.pixels), torch.from_numpy(cache.matrices)
+
+
+def _layout(lazy: LazyImages) -> list[tuple[type, tuple[int, ...]]]:
+    """Return data type and shape of the parts of a `CacheFile`."""
+    count = len(lazy)
+    checked_bytes = count * (9 * 8 + 4) + math.prod(lazy.shape)
+    chunks = -(-checked_bytes // CHUNK_BYTES)
+    shapes = ((count,), (count, 3, 3), (count,), lazy.shape, (chunks,))
+    return list(zip((np.int64, np.float64, np.uint32, np.uint8, np.uint32), shapes, strict=True))
+
+
+def _size(lazy: LazyImages) -> int:
+    """Return the size of the whole file in bytes."""
+    return sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in _layout(lazy))
+
+
+def _map(path: Path, lazy: LazyImages, mode: Literal["c", "r+"]) -> CacheFile:
+    """Map the parts of a cache file; in mode "c" (copy-on-write), writes stay in this process."""
+    content, parts, start = np.memmap(path, np.uint8, mode), [], 0
+    for kind, shape in _layout(lazy):
+        parts.append(np.ndarray(shape, kind, content, start))
+        start += np.dtype(kind).itemsize * math.prod(shape)
+    return CacheFile(*parts)
+
+
+def _create(lazy: LazyImages, path: Path, ctimes: np.ndarray, bad: list[BadFile]) -> None:
+    temporary = path.with_suffix(".part")  # an existing one was left by a process that died: we hold the lock
+    try:
+        with temporary.open("wb") as file:
+            _reserve(file.fileno(), _size(lazy), path)
+        cache = _map(temporary, lazy, "r+")
+        images, matrices = torch.from_numpy(cache.pixels), torch.from_numpy(cache.matrices)
+
+        def store_checksum(row: int) -> None:
+            cache.file_checksums[row] = _file_checksum(lazy.paths[row])
+
+        description = f"decoding {len(lazy):,} files (only once)"
+        if found := decode_into(images, matrices, lazy, description, store_checksum):
+            bad += found
+            return
+        cache.ctimes[:] = ctimes
+        cache.chunk_checksums[:] = _chunk_checksums(temporary, lazy)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_current(path: Path, lazy: LazyImages, ctimes: np.ndarray) -> bool:
+    """Return True if the cache file is intact and no image file has changed since it was written or confirmed."""
+    if not path.exists() or path.stat().st_size != _size(lazy):
+        return False
+    cache = _map(path, lazy, "c")
+    return np.array_equal(cache.ctimes, ctimes) and np.array_equal(
+        cache.chunk_checksums, _chunk_checksums(path, lazy)
+    )
+
+
+def _confirm(path: Path, lazy: LazyImages, ctimes: np.ndarray) -> bool:
+    """Return True if image files with a new ctime (for example, after a copy) still have the same bytes.
+
+    The new ctimes are then stored. Size and modification time are equal, but they can be set to any value, so the bytes
+    are compared by checksum.
+    """
+    if not path.exists():
+        return False
+    if path.stat().st_size != _size(lazy):
+        logger.warning("data: %s is truncated or damaged; its images are decoded again", path)
+        return False
+    cache = _map(path, lazy, "r+")
+    if not np.array_equal(cache.chunk_checksums, _chunk_checksums(path, lazy)):
+        logger.warning("data: %s is damaged (its checksum is wrong); its images are decoded again", path)
+        return False
+    rows = np.flatnonzero(cache.ctimes != ctimes).tolist()
+    checksums = thread_map(
+        lambda row: _file_checksum(lazy.paths[row]), rows, f"verifying the checksums of {len(rows):,} files"
+    )
+    changed = [row for row, value in zip(rows, checksums, strict=True) if value != cache.file_checksums[row]]
+    if changed:
+        logger.info(
+            "data: %d image files have changed (first %s); all are decoded again",
+            *(len(changed), lazy.paths[changed[0]]),
+        )
+        return False
+    cache.ctimes[:] = ctimes
+    return True
+
+
+def _chunk_checksums(path: Path, lazy: LazyImages) -> list[int]:
+    """Return the CRC-32 of each chunk: about 3 GB/s per core, of data that will be read soon anyway."""
+    content = np.memmap(path, np.uint8, "r").data
+    chunks, start = math.prod(_layout(lazy)[-1][1]), 8 * len(lazy)
+    end = len(content) - 4 * chunks
+
+    def checksum(chunk: int) -> int:
+        first = start + chunk * CHUNK_BYTES
+        return zlib.crc32(content[first : min(first + CHUNK_BYTES, end)])
+
+    return thread_map(checksum, range(chunks))
+
+
+def _file_checksum(path: str) -> int:
+    """Return the CRC-32 of an image file's bytes; 0 on a read error, which decoding reports."""
+    source = byte_range(path)
+    try:
+        with open(source.file, "rb") as file:
+            if source.size is None:
+                return zlib.crc32(file.read())
+            return zlib.crc32(os.pread(file.fileno(), source.size, source.offset or 0))
+    except OSError:
+        return 0
+
+
+def _reserve(file: int, size: int, path: Path) -> None:
+    """Allocate disk space: on a full disk, a write to a mapped file would kill the process."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+        else:
+            os.truncate(file, size)
+    except OSError as error:
+        raise MachineError(
+            f"data.cache=disk: {path.parent} has no room for {size / 2**20:.0f} MiB of decoded images "
+            f"({error.strerror}); free some space, set XDG_CACHE_HOME to another disk, or set data.cache=none"
+        ) from error
+
+
+def _identify(lazy: LazyImages) -> tuple[Path, np.ndarray]:
+    """Return the path of the cache file (a hash of all inputs), and the (N,) int64 ctimes of the image files in ns."""
+    from PIL import __version__ as pillow
+    from simplejpeg import __version__ as simplejpeg
+
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {pillow} {simplejpeg} {lazy.decoder!r} {lazy.shape}".encode())
+    if lazy.boxes is not None:
+        digest.update(lazy.boxes.double().contiguous().numpy().tobytes())
+    status = lru_cache(4096)(_file_status)  # one call per archive
+    absolute = lru_cache(4096)(os.path.abspath)  # one call per folder
+    ctimes = np.zeros(len(lazy), np.int64)
+    for row, path in enumerate(lazy.paths):
+        size, mtime, ctimes[row] = status(byte_range(path).file)
+        parent, name = os.path.split(path)
+        digest.update(f"{absolute(parent)}/{name}\0{size} {mtime}\n".encode(errors="surrogateescape"))
+    return folder() / f"{digest.hexdigest()[:32]}.u8", ctimes
+
+
+def _file_status(file: str) -> tuple[int, int, int]:
+    """Return size in bytes, mtime and ctime in ns; -1 on an error, which decoding reports."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return -1, -1, -1
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@contextmanager
+def _exclusive_lock(lock: Path) -> Iterator[None]:
+    """Wait until no other process creates the same cache file."""
+    while True:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                is_same = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+            except FileNotFoundError:
+                is_same = False
+            if not is_same:
+                continue  # the previous owner removed the file; another process may hold a new one
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
