@@ -1,4 +1,4 @@
-"""Small image files for the tests of this folder."""
+"""Small image files for the tests of data."""
 
 from collections.abc import Callable
 from pathlib import Path

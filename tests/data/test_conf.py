@@ -1,4 +1,4 @@
-"""The YAML files of conf/data: every key stands there, with the default that the class has, and a comment."""
+"""The YAML files of conf/data contain every key with the default of its class and a comment."""
 
 import importlib
 import inspect
@@ -18,7 +18,7 @@ SAYS_MORE = {"camvid", "faces68", "dlib_xml"}  # one data set of a kind: its own
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_argument_stands_in_the_file_with_its_default(path: Path):
+def test_every_argument_is_in_the_yaml_file_with_its_default(path: Path):
     content = yaml.safe_load(path.read_text())
     module, _, name = content.pop("_target_").rpartition(".")
     source = getattr(importlib.import_module(module), name)
@@ -44,7 +44,7 @@ def test_every_key_has_a_comment(path: Path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_data_set_brings_its_task_and_augmentation_and_the_user_has_the_last_word(path: Path):
+def test_a_data_set_selects_its_task_and_augmentation_and_the_user_can_override_them(path: Path):
     composed = compose("config", [f"data={path.stem}"])
     assert set(BASE) <= set(composed["data"])
     content = yaml.safe_load(path.read_text())
@@ -58,5 +58,5 @@ def test_a_data_set_brings_its_task_and_augmentation_and_the_user_has_the_last_w
     assert chosen["augment"] == compose("config", ["augment=none"])["augment"]
 
 
-def test_the_common_keys_are_those_of_the_settings():
+def test_the_common_keys_are_the_fields_of_data_settings():
     assert set(BASE) == set(DataSettings.__dataclass_fields__)

@@ -1,4 +1,4 @@
-"""From files of any kind to pixels on the canvas: modes, orientation, damage, and the matrix."""
+"""Decoders: modes, orientation, damaged files, and the matrix."""
 
 import ast
 import io
@@ -35,9 +35,7 @@ EVERY_ID = tuple(range(256))
     st.integers(1, 128),
     st.sampled_from(["letterbox", "short_side", "stretch"]),
 )
-def test_corners_of_the_source_land_where_the_placement_says(
-    width, height, canvas_height, canvas_width, resize
-):
+def test_the_matrix_maps_the_corners_to_the_placement(width, height, canvas_height, canvas_width, resize):
     placement = resize_geometry(width, height, (canvas_height, canvas_width), resize)
     matrix = placement.matrix()
     left, top, right, bottom = placement.box
@@ -62,7 +60,7 @@ def test_corners_of_the_source_land_where_the_placement_says(
 
 @pytest.mark.parametrize("resize", ["letterbox", "short_side", "stretch"])
 @pytest.mark.parametrize(("height", "width"), [(90, 60), (60, 90), (31, 77)])
-def test_a_painted_blob_lands_where_the_matrix_says(tmp_path, save, resize, height, width):
+def test_a_drawn_blob_is_at_the_position_given_by_the_matrix(tmp_path, save, resize, height, width):
     ys, xs = np.mgrid[:height, :width]
     source = np.array([width * 0.45, height * 0.55])
     blob = 255 * np.exp(-((xs - source[0]) ** 2 + (ys - source[1]) ** 2) / (2 * 2.5**2))
@@ -75,7 +73,7 @@ def test_a_painted_blob_lands_where_the_matrix_says(tmp_path, save, resize, heig
     assert torch.dist(found, expected) < 0.1
 
 
-def test_a_box_is_cut_out_and_what_lies_outside_is_black(tmp_path, save):
+def test_a_box_is_cropped_and_padded_with_black(tmp_path, save):
     array = np.full((10, 10, 3), 200, np.uint8)
     path = save(tmp_path / "a.png", array)
     image, matrix = ImageDecoder(8, 8, 3)(str(path), (-4.0, 0.0, 4.0, 8.0))
@@ -84,7 +82,7 @@ def test_a_box_is_cut_out_and_what_lies_outside_is_black(tmp_path, save):
     assert (image[:, :, 4:] == 200).all()
 
 
-def test_shrinking_is_antialiased(tmp_path, save):
+def test_downsampling_is_antialiased(tmp_path, save):
     stripes = np.tile(np.array([0, 255], np.uint8), (64, 32))
     image, _ = ImageDecoder(8, 8, 1)(str(save(tmp_path / "stripes.png", stripes)))
     assert int(image.min()) > 100
@@ -94,7 +92,7 @@ def test_shrinking_is_antialiased(tmp_path, save):
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 @pytest.mark.parametrize("resize", ["letterbox", "short_side", "stretch"])
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_a_large_jpeg_decoded_at_a_fraction_is_the_same_picture_at_the_same_place(
+def test_a_jpeg_decoded_at_a_reduced_size_has_the_same_content_and_position(
     tmp_path, monkeypatch, mode, resize, orientation
 ):
     """Against the whole picture resized by Pillow: waves that the canvas can show."""
@@ -116,7 +114,7 @@ def test_a_large_jpeg_decoded_at_a_fraction_is_the_same_picture_at_the_same_plac
     assert float(difference.mean()) < 0.6 and float(difference.max()) <= 6
 
 
-def test_a_large_jpeg_that_is_turned_and_leaves_a_rest_is_decoded_whole(tmp_path, monkeypatch):
+def test_a_rotated_jpeg_of_uneven_size_is_decoded_at_full_size(tmp_path, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.new("L", (1003, 731), 99).save(tmp_path / "a.jpg", exif=exif)
@@ -151,7 +149,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("mode", EXPECTED)
-def test_every_mode_is_read_as_the_color_that_a_person_sees(tmp_path, mode):
+def test_every_mode_is_converted_to_the_displayed_color(tmp_path, mode):
     path = tmp_path / "image.tiff"
     modes()[mode].save(path)
     image, _ = ImageDecoder(4, 6, 3)(str(path))
@@ -220,7 +218,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_what_is_no_image_is_told(tmp_path, kind):
+def test_bad_files_are_reported_with_a_reason(tmp_path, kind):
     content, reason = BAD_FILES[kind]
     path = tmp_path / "bad.jpg"
     path.write_bytes(content)
@@ -229,7 +227,7 @@ def test_what_is_no_image_is_told(tmp_path, kind):
     assert any(part in caught.value.reason for part in reason.split("|")), caught.value.reason
 
 
-def test_special_and_missing_files_are_refused_at_once(tmp_path):
+def test_special_and_missing_files_are_rejected(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(BadFile, match="not a regular file"):
         ImageDecoder(8, 8, 3)(str(tmp_path / "pipe.png"))
@@ -243,7 +241,7 @@ def test_special_and_missing_files_are_refused_at_once(tmp_path):
     st.integers(0, 400),
     st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"]),
 )
-def test_damaged_bytes_end_in_pixels_or_in_a_bad_file(tmp_path_factory, noise, where, kind):
+def test_damaged_files_are_decoded_or_rejected(tmp_path_factory, noise, where, kind):
     buffer = io.BytesIO()
     Image.fromarray(np.arange(768, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3)).save(buffer, kind)
     content = bytearray(buffer.getvalue())
@@ -269,7 +267,7 @@ def test_palette_masks_are_read_as_ids(tmp_path):
     assert found.tolist() == ids.tolist()
 
 
-def test_mask_and_image_move_alike_and_borders_are_ignored(tmp_path, save):
+def test_mask_and_image_have_the_same_geometry_and_padding_is_ignored(tmp_path, save):
     ids = np.zeros((20, 40), np.uint8)
     ids[:, 20:] = 3
     path = str(save(tmp_path / "m.png", ids))
@@ -282,7 +280,7 @@ def test_mask_and_image_move_alike_and_borders_are_ignored(tmp_path, save):
     assert (image[0, 4:12, 9:] == 3).all()
 
 
-def test_ids_that_mean_nothing_are_named(tmp_path, save):
+def test_unknown_ids_are_named(tmp_path, save):
     ids = tuple(i if i < 3 else -1 for i in range(256))
     path = save(tmp_path / "m.png", np.array([[0, 1, 7, 9]], np.uint8))
     with pytest.raises(BadFile, match="no class: 7, 9"):
@@ -290,7 +288,7 @@ def test_ids_that_mean_nothing_are_named(tmp_path, save):
 
 
 @pytest.mark.parametrize("size", [0, -1, [3], [1, 2, 3], True, 2.5, [8, 0], "big"])
-def test_canvas_sizes_that_are_none(size):
+def test_invalid_sizes_are_rejected(size):
     with pytest.raises((ValueError, TypeError)):
         parse_size(size)
 
@@ -312,7 +310,7 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_process")
 @pytest.mark.parametrize("name", ["a.png", "a.eps", "a.jpg"])
-def test_postscript_is_refused_whatever_it_is_called(tmp_path, monkeypatch, name):
+def test_postscript_is_rejected_under_any_name(tmp_path, monkeypatch, name):
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")  # as if Ghostscript were installed
     (tmp_path / name).write_bytes(EPS)
     path = str(tmp_path / name)
@@ -337,7 +335,7 @@ def test_every_image_is_opened_with_a_list_of_formats():
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_a_tiff_is_turned_once(tmp_path, pixels, orientation):
+def test_a_tiff_is_rotated_once(tmp_path, pixels, orientation):
     """Pillow turns TIFFs by itself while it loads them, and all others not at all."""
     from PIL import ImageOps
 
@@ -353,7 +351,7 @@ def test_a_tiff_is_turned_once(tmp_path, pixels, orientation):
     assert read_size(str(tmp_path / "turned.tif")) == (width, height)
 
 
-def test_pixels_of_another_size_than_the_header_says_are_refused(tmp_path, monkeypatch):
+def test_pixel_data_of_another_size_than_the_header_is_rejected(tmp_path, monkeypatch):
     """By the header's size the picture is placed: it would be cut wrongly."""
     Image.new("RGB", (16, 12)).save(tmp_path / "a.png")
     load = PngImageFile.load
@@ -378,7 +376,7 @@ def heic(path: Path, array: np.ndarray, orientation: int = 1) -> None:
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_heic_is_read_where_its_package_is_installed(tmp_path, orientation):
+def test_heic_is_read_if_its_package_is_installed(tmp_path, orientation):
     ramp = np.linspace(20, 220, 64 * 48 * 3).reshape(48, 64, 3).astype(np.uint8)
     heic(tmp_path / "a.png", ramp, orientation)  # the content decides, not the name
     width, height = read_size(str(tmp_path / "a.png"))
@@ -389,7 +387,7 @@ def test_heic_is_read_where_its_package_is_installed(tmp_path, orientation):
     assert "HEIF" not in Image.OPEN, "it was registered for the whole process"
 
 
-def test_heic_names_the_package_where_it_is_missing(tmp_path, monkeypatch):
+def test_heic_without_its_package_names_the_package(tmp_path, monkeypatch):
     heic(tmp_path / "a.heic", np.zeros((32, 32, 3), np.uint8))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(BadFile, match="pip install pillow-heif"):

@@ -1,4 +1,4 @@
-"""Decoded images are kept in a file: the same pixels, made once, never out of date, whole or not at all."""
+"""Cache files have the same pixels as the images, are never outdated, and are written atomically."""
 
 import errno
 import fcntl
@@ -60,13 +60,13 @@ def tensor(value: object) -> Tensor:
     return value
 
 
-def test_what_is_kept_is_what_decoding_gives(splits: dict[str, Examples]) -> None:
+def test_cached_images_equal_decoded_images(splits: dict[str, Examples]) -> None:
     first, in_ram = cache_on_disk(splits), decode_into_ram(splits)
     assert same(first, in_ram) and first["train"].lazy_targets == {}
     assert len(list(folder().glob("*.u8"))) == 3 and len(list(folder().iterdir())) == 3
 
 
-def test_the_second_time_nothing_is_decoded(
+def test_a_cached_data_set_is_not_decoded_again(
     splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = cache_on_disk(splits)
@@ -88,7 +88,7 @@ def never(*_: object) -> None:
     raise AssertionError("decoded again")
 
 
-def test_a_file_whose_size_and_time_are_the_same_is_decoded_again_where_its_bytes_are_not(
+def test_changed_bytes_with_equal_size_and_time_are_detected(
     splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = splits["train"].images
@@ -111,7 +111,7 @@ def test_a_file_whose_size_and_time_are_the_same_is_decoded_again_where_its_byte
     assert same(cache_on_disk(splits), after) and len(list(folder().iterdir())) == kept
 
 
-def test_a_member_of_a_shard_has_the_checksum_of_its_own_bytes(tmp_path: Path) -> None:
+def test_an_archive_member_has_the_checksum_of_its_bytes(tmp_path: Path) -> None:
     shard = tmp_path / "a.tar"
     shard.write_bytes(b"before-" + b"content" + b"-after")
     (tmp_path / "alone").write_bytes(b"content")
@@ -120,7 +120,7 @@ def test_a_member_of_a_shard_has_the_checksum_of_its_own_bytes(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damage", ["zeroed", "cut", "longer", "empty", "one byte", "sums", "times"])
-def test_a_damaged_file_is_made_anew(splits: dict[str, Examples], damage: str) -> None:
+def test_a_damaged_cache_file_is_rebuilt(splits: dict[str, Examples], damage: str) -> None:
     good = cache_on_disk(splits)
     for path in folder().glob("*.u8"):
         content = bytearray(path.read_bytes())
@@ -143,7 +143,7 @@ def test_a_damaged_file_is_made_anew(splits: dict[str, Examples], damage: str) -
     assert same(cache_on_disk(splits), decode_into_ram(splits))
 
 
-def test_images_that_are_damaged_are_named_though_a_damaged_file_of_them_is_there(
+def test_damaged_images_are_named_although_a_damaged_cache_file_exists(
     splits: dict[str, Examples],
 ) -> None:
     cache_on_disk(splits)
@@ -159,14 +159,14 @@ def test_images_that_are_damaged_are_named_though_a_damaged_file_of_them_is_ther
         cache_on_disk(splits)
 
 
-def test_what_is_written_to_the_images_stays_in_the_process(splits: dict[str, Examples]) -> None:
+def test_writes_to_cached_images_stay_in_the_process(splits: dict[str, Examples]) -> None:
     first = tensor(cache_on_disk(splits)["train"].images)
     before = first.clone()
     first.zero_()
     assert torch.equal(tensor(cache_on_disk(splits)["train"].images), before)
 
 
-def test_files_that_can_not_be_used_are_all_named_and_nothing_is_kept(splits: dict[str, Examples]) -> None:
+def test_bad_files_are_all_named_and_nothing_is_cached(splits: dict[str, Examples]) -> None:
     for name in ("train", "val"):
         images = splits[name].images
         assert isinstance(images, LazyImages)
@@ -177,7 +177,7 @@ def test_files_that_can_not_be_used_are_all_named_and_nothing_is_kept(splits: di
     assert list(folder().iterdir()) == []
 
 
-def test_a_file_is_named_though_the_set_is_larger_than_memory(
+def test_bad_files_of_a_data_set_larger_than_memory_are_named(
     splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, bad = splits["train"].images, []
@@ -190,7 +190,7 @@ def test_a_file_is_named_though_the_set_is_larger_than_memory(
     assert len(bad) == 1 and pixels.shape == large.shape and matrices.shape == (100_000, 3, 3)
 
 
-def test_a_full_disk_is_told_before_anything_is_decoded(
+def test_a_full_disk_is_reported_before_decoding(
     splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: int) -> None:
@@ -202,7 +202,7 @@ def test_a_full_disk_is_told_before_anything_is_decoded(
     assert list(folder().iterdir()) == []
 
 
-def test_a_lock_that_was_removed_holds_nobody_out(tmp_path: Path) -> None:
+def test_a_removed_lock_does_not_block(tmp_path: Path) -> None:
     lock, entered = tmp_path / "a.lock", threading.Event()
 
     def wait() -> None:
@@ -224,7 +224,7 @@ def test_a_lock_that_was_removed_holds_nobody_out(tmp_path: Path) -> None:
     assert entered.is_set() and not lock.exists()
 
 
-def test_what_a_killed_run_left_is_not_taken_for_whole(splits: dict[str, Examples]) -> None:
+def test_partial_files_of_a_killed_run_are_ignored(splits: dict[str, Examples]) -> None:
     cache_on_disk(splits)
     whole = sorted(folder().glob("*.u8"))
     contents = [path.read_bytes() for path in whole]
@@ -240,7 +240,7 @@ class Own(ImageDecoder):
     """Its code may change while it looks the same."""
 
 
-def test_what_auto_keeps(splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_auto_prefers_disk(splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not _prefer_disk(splits)  # a few are quickly decoded
     monkeypatch.setattr(cache, "MANY_FILES", 1)
     assert _prefer_disk(splits)
@@ -254,7 +254,7 @@ def test_what_auto_keeps(splits: dict[str, Examples], monkeypatch: pytest.Monkey
     assert not _prefer_disk(splits)
 
 
-def test_clean_removes_it(splits: dict[str, Examples], capsys: pytest.CaptureFixture[str]) -> None:
+def test_clean_removes_the_cache(splits: dict[str, Examples], capsys: pytest.CaptureFixture[str]) -> None:
     cache_on_disk(splits)
     assert main(["clean"]) == 0
     assert "3 files" in capsys.readouterr().out and not folder().exists()

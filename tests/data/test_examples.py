@@ -1,4 +1,4 @@
-"""Data sets of a user's own class: what is taken as it is meant, and what is refused before training."""
+"""Sources of a user: targets are converted or rejected before training."""
 
 import logging
 from pathlib import Path
@@ -38,7 +38,7 @@ def load(splits: Any, **facts: Any) -> Data:
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_a_validation_split_is_used_under_each_of_its_names(name: str) -> None:
+def test_each_name_of_the_validation_split_is_accepted(name: str) -> None:
     data = load({"train": examples(), name: examples(4)})
     assert data.own_val
     assert (len(data.train), len(data.val)) == (6, 4)
@@ -55,7 +55,7 @@ def test_a_validation_split_is_used_under_each_of_its_names(name: str) -> None:
         ({"train": examples(), "val": examples(), "valid": examples()}, "'val' and 'valid'"),
     ],
 )
-def test_what_is_no_set_of_splits_is_refused(splits: Any, part: str) -> None:
+def test_an_invalid_return_value_of_load_is_rejected(splits: Any, part: str) -> None:
     with pytest.raises(UserError, match=part):
         load(splits)
 
@@ -78,7 +78,7 @@ THREE = ("a", "b", "c")
 
 
 @pytest.mark.parametrize("kind", SAME)
-def test_labels_that_mean_the_same_are_converted(kind: str) -> None:
+def test_equivalent_labels_are_converted(kind: str) -> None:
     data = load({"train": examples(label=SAME[kind]), "val": examples(label=LABELS)}, classes=THREE)
     label = data.train.targets["label"]
     assert label.dtype == torch.int64
@@ -107,12 +107,12 @@ def test_labels_that_mean_the_same_are_converted(kind: str) -> None:
         (np.array(["a"] * 6), "to a tensor"),
     ],
 )
-def test_labels_that_mean_something_else_are_refused(label: Any, part: str) -> None:
+def test_ambiguous_labels_are_rejected(label: Any, part: str) -> None:
     with pytest.raises(UserError, match=part):
         load({"train": examples(label=label)}, classes=THREE)
 
 
-def test_a_class_without_training_images_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_class_without_training_images_causes_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "cnntrain"):
         load({"train": examples(label=LABELS)}, classes=THREE)
         assert not caplog.records
@@ -143,9 +143,7 @@ def test_a_class_without_training_images_is_told(caplog: pytest.LogCaptureFixtur
         ),
     ],
 )
-def test_targets_that_no_task_can_use_are_refused(
-    given: dict[str, Any], facts: dict[str, Any], part: str
-) -> None:
+def test_unusable_targets_are_rejected(given: dict[str, Any], facts: dict[str, Any], part: str) -> None:
     with pytest.raises(UserError, match=part):
         load({"train": examples(**given)}, **facts)
 
@@ -163,7 +161,7 @@ def test_points_and_masks_of_other_types_are_converted() -> None:
         assert part.targets["mask"].tolist() == mask.tolist()
 
 
-def test_images_as_a_numpy_array_are_taken() -> None:
+def test_numpy_images_are_accepted() -> None:
     one, other = examples(), examples()
     one.images = other.images.numpy()  # type: ignore[union-attr,assignment]
     assert torch.equal(load({"train": one, "val": other}).train.images, other.images)  # type: ignore[arg-type]
@@ -198,7 +196,7 @@ class Good(Source):
         ("Good", ["data.workers: missing", "_base"]),
     ],
 )
-def test_a_yaml_file_that_names_no_data_set_says_what_is_needed(
+def test_a_target_that_is_no_source_is_rejected(
     own_folder: Path, capsys: pytest.CaptureFixture[str], target: str, parts: list[str]
 ) -> None:
     (own_folder / "mine" / "data").mkdir(parents=True)
@@ -212,9 +210,7 @@ def test_a_yaml_file_that_names_no_data_set_says_what_is_needed(
 
 
 @pytest.mark.parametrize("line", ["_target_: owndata.plain", "_target_: owndata.Plain\ncount: 4"])
-def test_a_torch_dataset_with_all_keys_is_refused_too(
-    own_folder: Path, capsys: pytest.CaptureFixture[str], line: str
-) -> None:
+def test_a_torch_dataset_is_rejected(own_folder: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
     (own_folder / "mine" / "data").mkdir(parents=True)
     (own_folder / "mine" / "owndata.py").write_text(CODE)
     (own_folder / "mine" / "data" / "own.yaml").write_text(f"defaults: [_base, _self_]\n{line}\n")

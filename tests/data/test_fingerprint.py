@@ -1,4 +1,4 @@
-"""What is noticed of changed images, and what is no change."""
+"""Fingerprints detect changed images."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ def files(folder: Path, count: int = 5) -> Examples:
     return Examples(LazyImages(paths, ImageDecoder(8, 8, 3)), {}, paths)
 
 
-def test_of_files_bytes_and_sizes_count_and_nothing_else(tmp_path: Path) -> None:
+def test_the_hash_of_files_depends_on_bytes_and_sizes_only(tmp_path: Path) -> None:
     first = content_hash(files(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     os.utime(tmp_path / "b" / "1.bmp", (1, 1))
@@ -34,14 +34,16 @@ def test_of_files_bytes_and_sizes_count_and_nothing_else(tmp_path: Path) -> None
     assert content_hash(files(tmp_path / "b")) != first
 
 
-def test_of_many_files_every_size_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_of_many_files_depends_on_every_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("cnntrain.data.fingerprint.SAMPLED_FILES", 2)
     first = content_hash(files(tmp_path))
     Image.new("RGB", (9, 8), (2, 10, 10)).save(tmp_path / "2.bmp")  # not in the sample
     assert content_hash(files(tmp_path)) != first
 
 
-def test_of_members_of_a_shard_their_own_bytes_count(tmp_path: Path) -> None:
+def test_the_hash_of_archive_members_depends_on_their_bytes(tmp_path: Path) -> None:
     shard = tmp_path / "a.tar"
     paths = [member_path(shard, f"{place}.bmp", place, 10) for place in (100, 200)]
     found = []
@@ -55,7 +57,7 @@ def test_of_members_of_a_shard_their_own_bytes_count(tmp_path: Path) -> None:
     assert len({found[0], *found[5:]}) == 5
 
 
-def test_masks_count_wherever_they_are() -> None:
+def test_the_hash_depends_on_masks() -> None:
     images, mask = torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)
     names = ["0", "1", "2"]
     changed = mask.clone()
@@ -65,7 +67,7 @@ def test_masks_count_wherever_they_are() -> None:
 
 
 @pytest.mark.parametrize("change", ["mirrored", "inverted", "another one"])
-def test_pixels_in_memory(change: str) -> None:
+def test_the_hash_of_pixels_in_memory(change: str) -> None:
     images = torch.arange(3 * 64).reshape(3, 1, 8, 8).to(torch.uint8)
     other = {"mirrored": images.flip(-1), "inverted": 255 - images, "another one": images[[0, 0, 2]]}[change]
     first = content_hash(Examples(images, {}, ["0", "1", "2"]))
@@ -73,13 +75,13 @@ def test_pixels_in_memory(change: str) -> None:
     assert first != content_hash(Examples(other, {}, ["0", "1", "2"]))
 
 
-def test_checkpoints_without_the_part_that_tells_images_are_compared_by_the_rest() -> None:
+def test_fingerprints_without_image_hash_are_compared_by_the_rest() -> None:
     assert same_data("9-ab", "9-ab-cd") and same_data("9-ab-cd", "9-ab-cd")
     assert not same_data("9-ab-cd", "9-ab-ce") and not same_data("9-aa", "9-ab-cd")
     assert same_examples("9-ab-cd", "9-ab-ce") and not same_examples("9-aa-cd", "9-ab-cd")
 
 
-def test_a_run_does_not_go_on_with_other_pixels(tmp_path: Path) -> None:
+def test_resume_with_changed_pixels_is_rejected(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for label in ("a", "b"):
         (tmp_path / "data/train" / label).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Random crops are cut from images that are decoded finer: as sharp as torchvision's, at the same places."""
+"""Random crops from images at high resolution are as sharp as those of torchvision, and have the same geometry."""
 
 import math
 from pathlib import Path
@@ -60,7 +60,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("area", "share"), [(0.35, 0.5), (0.5, 0.65), (0.7, 0.9), (1.0, 0.75)])
-def test_a_crop_is_as_sharp_as_torchvisions_on_the_original(folder: Path, area: float, share: float) -> None:
+def test_crops_are_as_sharp_as_those_of_torchvision_from_the_original(
+    folder: Path, area: float, share: float
+) -> None:
     """Bilinear sampling costs most where a crop has just one pixel for each of its own."""
     from torchvision.transforms import v2
 
@@ -87,7 +89,7 @@ def test_a_crop_is_as_sharp_as_torchvisions_on_the_original(folder: Path, area: 
         assert sharpness(seen[1.0]) < 0.4 * reference
 
 
-def test_the_canvas_is_no_finer_than_the_files_are(tmp_path: Path) -> None:
+def test_the_resolution_is_limited_by_the_files(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{number}.png") for number in range(4)]
     for path in paths:
         photograph(Path(path), 70, 70)
@@ -111,7 +113,7 @@ def test_the_canvas_is_no_finer_than_the_files_are(tmp_path: Path) -> None:
         ([(400, 400)] * 4, "letterbox", 1.01, (50, 50)),  # not worth it
     ],
 )
-def test_how_fine_the_canvas_is(tmp_path: Path, sizes, resize, magnification, expected) -> None:
+def test_the_resolution_for_a_magnification(tmp_path: Path, sizes, resize, magnification, expected) -> None:
     paths = [str(tmp_path / f"{number}.png") for number in range(len(sizes))]
     for path, (height, width) in zip(paths, sizes, strict=True):
         Image.new("L", (width, height)).save(path)
@@ -127,7 +129,7 @@ def spots(path: Path, points: np.ndarray, height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("crop", ["none", "points"])
-def test_points_lie_where_they_did(tmp_path: Path, crop: str) -> None:
+def test_points_are_transformed_to_the_high_resolution(tmp_path: Path, crop: str) -> None:
     lines, source_points = ["image_name,left_eye_x,left_eye_y,right_eye_x,right_eye_y"], []
     for number in range(4):
         points = np.array([[60 + 3 * number, 80], [150, 110 + 5 * number]], float)
@@ -168,7 +170,7 @@ def test_points_lie_where_they_did(tmp_path: Path, crop: str) -> None:
         assert float((fine.images - coarse.images).abs().mean()) < 0.02
 
 
-def test_points_that_nobody_sees_stay_at_zero(tmp_path: Path) -> None:
+def test_points_that_are_not_valid_stay_at_zero(tmp_path: Path) -> None:
     path = str(tmp_path / "a.png")
     Image.new("L", (90, 60)).save(path)
     lazy = LazyImages([path], ImageDecoder(30, 30, 1, "letterbox"))
@@ -182,7 +184,7 @@ def test_points_that_nobody_sees_stay_at_zero(tmp_path: Path) -> None:
     torch.testing.assert_close(finer.targets["points"], torch.tensor([[[14.5, 22.5], [0.0, 0.0]]]))
 
 
-def test_masks_move_along(tmp_path: Path) -> None:
+def test_masks_are_decoded_at_the_high_resolution(tmp_path: Path) -> None:
     for number in range(4):
         photograph(tmp_path / "train/images" / f"{number}.png", 120, 160, number)
         mask = np.zeros((120, 160), np.uint8)
@@ -203,7 +205,7 @@ def test_masks_move_along(tmp_path: Path) -> None:
             assert float((one == other).float().mean()) > 0.96
 
 
-def test_what_is_seen_does_not_depend_on_the_canvas() -> None:
+def test_the_field_of_view_does_not_depend_on_the_resolution() -> None:
     """A smooth picture, drawn on both canvases: the same crop of each looks the same."""
     spec = DataSpec(1, 40, 30, mean=(0.0,), std=(1.0,))
 
@@ -220,7 +222,7 @@ def test_what_is_seen_does_not_depend_on_the_canvas() -> None:
     assert float((plain.images - pipeline.eval_transform(Batch(drawn(1), {}, rows, rows)).images).abs().max()) < 0.06
 
 
-def test_a_configured_crop_decodes_finer_and_evaluating_does_not(folder: Path) -> None:
+def test_training_with_crops_decodes_at_high_resolution_and_evaluation_does_not(folder: Path) -> None:
     data = [
         "data=image_folder",
         f"data.root={folder}",

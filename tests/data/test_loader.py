@@ -1,4 +1,4 @@
-"""Loaders: the same batches from memory and from workers, any number of them, and nothing drawn globally."""
+"""Loaders yield the same batches from memory and from any number of workers."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def source(make_folder):
     return ImageFolder(str(make_folder("train", "val")), size=[12, 16])
 
 
-def test_resident_and_streamed_batches_agree_for_any_number_of_workers(source):
+def test_cached_and_streamed_batches_are_equal_for_any_number_of_workers(source):
     resident, streamed = load_data(source), load_data(source, cache="none")
     assert resident.fingerprint == streamed.fingerprint
     assert resident.spec == streamed.spec
@@ -53,7 +53,7 @@ def test_resident_and_streamed_batches_agree_for_any_number_of_workers(source):
     assert same(expected, collect(make_loader(resident.train, "cpu", cache="none"), order))
 
 
-def test_a_pass_may_begin_anywhere_and_drop_its_short_end():
+def test_a_pass_can_skip_batches_and_drop_the_last():
     train = load_data(Digits()).train
     loader = make_loader(train, "cpu")
     assert isinstance(loader, CachedLoader)
@@ -69,7 +69,7 @@ def test_a_pass_may_begin_anywhere_and_drop_its_short_end():
     assert torch.cat([b.position for b in collect(loader, order, positions=places)]).equal(places)
 
 
-def test_a_pass_left_in_the_middle_does_not_disturb_the_next():
+def test_an_interrupted_pass_does_not_affect_the_next():
     train = load_data(Digits()).train
     loader = make_loader(train, "cpu", workers=2, cache="none")
     order = torch.arange(200)
@@ -82,7 +82,7 @@ def test_a_pass_left_in_the_middle_does_not_disturb_the_next():
     loader.close()
 
 
-def test_the_global_generator_is_left_alone(source):
+def test_the_global_generator_is_not_used(source):
     before = torch.random.get_rng_state()
     data = load_data(source, cache="none")
     for workers in (0, 1):
@@ -120,7 +120,7 @@ def refuse_three(image, position):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_users_error_comes_out_of_a_worker_as_it_went_in(workers):
+def test_an_error_in_a_users_transform_keeps_its_type_and_message(workers):
     loader = make_loader(load_data(Digits()).train, "cpu", workers, per_sample=True)
     with pytest.raises(UserError, match=r"^no, not this one$"):
         collect(loader, torch.arange(8), transform=refuse_three)
@@ -156,7 +156,7 @@ def test_a_killed_worker_ends_the_run():
         go_through()
 
 
-def test_a_worker_stopped_while_it_hands_over_a_batch_ends_the_run():
+def test_a_worker_that_stops_while_sending_a_batch_ends_the_run():
     train = load_data(Digits()).train
     loader = make_loader(train, "cpu", workers=2, cache="none", timeout_s=1)
     assert isinstance(loader, StreamingLoader)
@@ -175,7 +175,7 @@ def test_a_worker_stopped_while_it_hands_over_a_batch_ends_the_run():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_breaks_later_is_named(make_folder, workers):
+def test_a_file_that_is_damaged_during_training_is_named(make_folder, workers):
     root = make_folder("train", "val")
     data = load_data(ImageFolder(str(root), size=16), cache="none")
     (root / "train/cat/3.png").write_bytes(b"gone")
@@ -185,7 +185,7 @@ def test_a_file_that_breaks_later_is_named(make_folder, workers):
     loader.close()
 
 
-def test_streams_check_headers_before_they_start(make_folder):
+def test_headers_are_checked_before_streaming(make_folder):
     root = make_folder("train", "val")
     (root / "train/cat/3.png").write_bytes(b"")
     (root / "val/dog/1.png").write_bytes(b"text")
@@ -195,7 +195,7 @@ def test_streams_check_headers_before_they_start(make_folder):
         load_data(ImageFolder(str(root), size=16), cache="none")
 
 
-def test_fingerprints_know_names_and_labels_not_the_split(make_folder):
+def test_fingerprints_depend_on_names_and_labels_but_not_on_the_split(make_folder):
     root = make_folder("train")
     first = load_data(ImageFolder(str(root), size=16), split_seed=0).fingerprint
     assert first == load_data(ImageFolder(str(root), size=16), split_seed=1).fingerprint
@@ -204,7 +204,7 @@ def test_fingerprints_know_names_and_labels_not_the_split(make_folder):
     assert first != load_data(ImageFolder(str(root), size=16)).fingerprint
 
 
-def test_limit_is_per_split_and_before_the_hold_out(make_folder):
+def test_limit_applies_per_split_before_validation_is_split_off(make_folder):
     data = load_data(ImageFolder(str(make_folder("train", "test")), size=16), limit=8, val_fraction=0.25)
     assert data.test is not None
     assert (len(data.train), len(data.val), len(data.test)) == (6, 2, 8)
@@ -215,7 +215,7 @@ def test_folds_and_an_explicit_val_split_exclude_each_other(source):
         load_data(source, folds=3)
 
 
-def test_a_channel_that_never_changes_is_only_shifted(tmp_path, save):
+def test_a_constant_channel_has_standard_deviation_1(tmp_path, save):
     import numpy as np
 
     from cnntrain.data.statistics import measure_statistics

@@ -1,4 +1,4 @@
-"""Many files are decoded by processes: the same pixels as by threads, every bad file told, and no child left behind."""
+"""Processes decode the same pixels as threads, report all bad files, and leave no child process."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ def decoded(lazy: LazyImages):
     return images, matrices, sorted((problem.path, problem.reason) for problem in bad)
 
 
-def test_processes_decode_what_threads_decode(lazy, monkeypatch):
+def test_processes_and_threads_decode_the_same_pixels(lazy, monkeypatch):
     with open(lazy.paths[7], "wb"):
         pass
     with open(lazy.paths[30], "wb") as file:
@@ -44,14 +44,14 @@ def test_processes_decode_what_threads_decode(lazy, monkeypatch):
     assert not multiprocessing.active_children()
 
 
-def test_what_is_returned_is_gathered_in_any_order(monkeypatch):
+def test_process_map_returns_all_results(monkeypatch):
     monkeypatch.setattr(parallel, "usable_cores", lambda: 2)
     found = parallel.process_map(lambda item: item if item % 5 == 0 else None, 2000)
     assert sorted(found) == list(range(0, 2000, 5))
     assert parallel.process_map(lambda item: item, 0) == []
 
 
-def test_a_process_that_dies_is_told_and_the_others_end(monkeypatch):
+def test_a_dead_process_raises_an_error_and_ends_the_others(monkeypatch):
     monkeypatch.setattr(parallel, "usable_cores", lambda: 2)
 
     def work(item: int) -> None:

@@ -1,4 +1,4 @@
-"""What is scanned, and what is remembered."""
+"""Scans check headers or pixels once per file."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def spoil(path: Path, keep_time: bool) -> None:
         os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
 
 
-def test_a_header_does_not_show_what_follows(splits: dict[str, Examples], tmp_path: Path) -> None:
+def test_a_header_scan_does_not_detect_damaged_pixels(splits: dict[str, Examples], tmp_path: Path) -> None:
     spoil(tmp_path / "2.png", keep_time=False)
     scan_files(splits, "off")
     scan_files(splits, "headers")
@@ -37,9 +37,7 @@ def test_a_header_does_not_show_what_follows(splits: dict[str, Examples], tmp_pa
         scan_files(splits, "full")
 
 
-def test_what_was_sound_and_has_not_changed_is_passed_over(
-    splits: dict[str, Examples], tmp_path: Path
-) -> None:
+def test_unchanged_good_files_are_not_scanned_again(splits: dict[str, Examples], tmp_path: Path) -> None:
     scan_files(splits, "full")
     spoil(tmp_path / "1.png", keep_time=True)
     scan_files(splits, "full")
@@ -50,7 +48,7 @@ def test_what_was_sound_and_has_not_changed_is_passed_over(
         scan_files(splits, "full")
 
 
-def test_a_spoilt_memory_is_no_harm(splits: dict[str, Examples], tmp_path: Path) -> None:
+def test_a_damaged_scan_record_is_ignored(splits: dict[str, Examples], tmp_path: Path) -> None:
     scan_files(splits, "headers")
     (memory,) = (tmp_path / "cache" / "cnntrain" / "scans").iterdir()
     for content in (b"", b"[]", b"{", b"\xff", b'{"a": 1}'):

@@ -1,4 +1,4 @@
-"""Splits partition, keep proportions, leave groups whole, and are functions of their seed."""
+"""Splits are disjoint, stratified, respect groups, and depend on the seed alone."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_folds_cover_every_example_once_and_differ_by_one(labels, folds, seed):
 
 @settings(max_examples=80, deadline=None)
 @given(grouped, st.sampled_from([None, 3]), st.floats(0.1, 0.6))
-def test_groups_stay_whole(pairs, folds, fraction):
+def test_groups_are_not_split(pairs, folds, fraction):
     groups = [f"patient {group}" for _, group in pairs]
     train, val = split_train_val(examples_of([label for label, _ in pairs], groups), fraction, folds, 1, 0)
     assert sorted([*train.tolist(), *val.tolist()]) == list(range(len(pairs)))
@@ -63,20 +63,20 @@ def test_groups_stay_whole(pairs, folds, fraction):
     assert len(val) > 0
 
 
-def test_groups_of_like_size_reach_the_fraction():
+def test_groups_of_equal_size_reach_the_fraction():
     groups = [f"g{i // 5}" for i in range(200)]
     _, val = split_train_val(examples_of([i // 5 % 2 for i in range(200)], groups), 0.2, None, 0, 0)
     assert len(val) == 40
 
 
-def test_the_same_seed_gives_the_same_split_and_another_another():
+def test_the_split_depends_on_the_seed_alone():
     examples = examples_of([i % 10 for i in range(500)])
     first, again, other = (split_train_val(examples, 0.1, None, 0, seed)[1] for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_the_global_generator_is_left_alone():
+def test_the_global_generator_is_not_used():
     before = torch.random.get_rng_state()
     split_train_val(examples_of([0, 1] * 20), 0.1, None, 0, 0)
     limit_rows(100, 10, 0, "train")
@@ -93,22 +93,22 @@ def test_the_global_generator_is_left_alone():
         (0.1, 1, 0, "data.folds"),
     ],
 )
-def test_values_out_of_range_are_named(fraction, folds, fold, key):
+def test_values_out_of_range_are_rejected(fraction, folds, fold, key):
     with pytest.raises(UserError, match=rf"^{key}: "):
         split_train_val(examples_of([0, 1] * 10), fraction, folds, fold, 0)
 
 
-def test_one_group_alone_cannot_be_split():
+def test_a_single_group_cannot_be_split():
     with pytest.raises(UserError, match="can't be split"):
         split_train_val(examples_of([0, 1], ["a", "a"]), 0.5, None, 0, 0)
 
 
-def test_a_group_in_two_splits_is_refused_by_name():
+def test_a_group_in_two_splits_is_rejected():
     with pytest.raises(UserError, match="'bob' \\(test and train\\)"):
         check_groups({"train": ["ann", "bob"], "val": None, "test": ["bob"]})
 
 
-def test_limit_takes_that_many_different_rows():
+def test_limit_samples_distinct_rows():
     rows = limit_rows(1000, 30, 0, "train")
     assert rows is not None
     assert len(rows.unique()) == 30

@@ -49,7 +49,9 @@ def noise(path: Path, height: int, width: int, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("cache", ["ram", "disk", "none"])
 @pytest.mark.parametrize("magnification", [1.0, 1.5])
-def test_letterbox_borders_are_left_out(tmp_path: Path, cache: str, magnification: float) -> None:
+def test_letterbox_padding_is_excluded_from_the_statistics(
+    tmp_path: Path, cache: str, magnification: float
+) -> None:
     shapes = [(32, 16), (16, 32), (32, 32), (31, 10), (7, 29), (64, 20)]
     for label in ("a", "b"):
         (tmp_path / "train" / label).mkdir(parents=True)
@@ -62,7 +64,7 @@ def test_letterbox_borders_are_left_out(tmp_path: Path, cache: str, magnificatio
 
 
 @pytest.mark.parametrize("crop", ["points", "none"])
-def test_of_points_and_their_boxes_only_the_image_counts(tmp_path: Path, crop: str) -> None:
+def test_box_padding_is_excluded_from_the_statistics(tmp_path: Path, crop: str) -> None:
     lines = ["image_name,a_x,a_y,b_x,b_y"]
     for number in range(6):
         noise(tmp_path / f"{number}.png", 40, 20 + number, seed=number)
@@ -75,7 +77,7 @@ def test_of_points_and_their_boxes_only_the_image_counts(tmp_path: Path, crop: s
     assert data.spec.mean == pytest.approx((144.5 / 255,) * 3, abs=0.015)
 
 
-def test_what_is_covered_is_told_of_the_rows_that_are_asked_for(tmp_path: Path) -> None:
+def test_coverage_of_selected_rows(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{number}.png") for number in range(3)]
     for path, (height, width) in zip(paths, [(8, 8), (8, 4), (2, 8)], strict=True):
         noise(Path(path), height, width, seed=0)
@@ -87,7 +89,7 @@ def test_what_is_covered_is_told_of_the_rows_that_are_asked_for(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("resize", ["letterbox", "short_side", "stretch"])
-def test_a_box_that_reaches_beyond_its_image_leaves_borders(tmp_path: Path, resize: Resize) -> None:
+def test_a_box_beyond_the_image_is_padded(tmp_path: Path, resize: Resize) -> None:
     path = str(tmp_path / "a.png")
     Image.new("RGB", (20, 20), (100, 100, 100)).save(path)
     boxes = torch.tensor([[-20.0, 0.0, 20.0, 20.0]], dtype=torch.float64)
@@ -104,7 +106,7 @@ def test_a_box_that_reaches_beyond_its_image_leaves_borders(tmp_path: Path, resi
     st.integers(1, 60), st.integers(1, 60),
     st.tuples(*[st.floats(-30, 30)] * 2), st.tuples(*[st.floats(2, 80)] * 2), st.booleans(),
 )  # fmt: skip
-def test_what_an_image_covers_is_what_a_white_one_whitens(width, height, start, extent, boxed) -> None:
+def test_covered_pixels_of_a_white_image_are_white(width, height, start, extent, boxed) -> None:
     box = (start[0], start[1], start[0] + extent[0], start[1] + extent[1]) if boxed else None
     placement = resize_geometry(width, height, (24, 20), "letterbox", box)
     x, y = covered_slices(placement, (width, height))
@@ -132,19 +134,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("bits", [9, 10, 12, 14, 16])
-def test_the_bits_that_are_used_fill_the_gray_levels(tmp_path: Path, bits: int) -> None:
+def test_the_used_bits_fill_the_gray_levels(tmp_path: Path, bits: int) -> None:
     path = ramp(tmp_path / "a.png", 2**bits - 1)
     assert ImageDecoder(2, 256, 1, bits=bits)(path)[0][0, 0].tolist() == list(range(256))
 
 
-def test_eight_bits_and_floats_are_left_alone(tmp_path: Path) -> None:
+def test_bits_do_not_affect_8_bit_and_float_images(tmp_path: Path) -> None:
     Image.new("L", (4, 4), 77).save(tmp_path / "l.png")
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "f.tif")
     assert int(ImageDecoder(4, 4, 1, bits=12)(str(tmp_path / "l.png"))[0].max()) == 77
     assert int(ImageDecoder(4, 4, 1, bits=12)(str(tmp_path / "f.tif"))[0].max()) == 128
 
 
-def test_values_that_need_more_bits_are_refused(tmp_path: Path) -> None:
+def test_values_that_need_more_bits_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="4096"):
         ImageDecoder(2, 256, 1, bits=12)(ramp(tmp_path / "a.png", 4096))
 
@@ -154,7 +156,7 @@ def levels(data) -> int:
     return len(data.train.images.unique())
 
 
-def test_files_that_use_few_of_their_bits_are_noticed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unused_bits_cause_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = ImageFolder(str(folder), size=[2, 256], channels=1, resize="stretch")
     with caplog.at_level(logging.WARNING, "cnntrain"):
         assert levels(load_data(source)) == 17
@@ -166,7 +168,7 @@ def test_files_that_use_few_of_their_bits_are_noticed(folder: Path, caplog: pyte
 
 
 @pytest.mark.parametrize(("highest", "said"), [(5, "data.bits=9"), (4095, "data.bits=12"), (4096, None)])
-def test_the_bits_that_are_named_are_those_that_are_needed(
+def test_the_warning_names_the_needed_bits(
     tmp_path: Path, highest: int, said: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     for label in ("a", "b"):
@@ -178,7 +180,9 @@ def test_the_bits_that_are_named_are_those_that_are_needed(
 
 
 @pytest.mark.parametrize("other", ["16 bits", "8 bits"])
-def test_nothing_is_said_of_sound_files(folder: Path, other: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_warning_for_files_that_use_their_bits(
+    folder: Path, other: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """One bright image of many is enough, in the sample or not."""
     if other == "16 bits":
         ramp(folder / "train" / "b" / "3.png", 30_000)
@@ -192,7 +196,7 @@ def test_nothing_is_said_of_sound_files(folder: Path, other: str, caplog: pytest
     assert "data.bits" not in caplog.text
 
 
-def test_images_that_are_not_in_files_have_no_bits_to_choose() -> None:
+def test_bits_are_rejected_for_images_in_memory() -> None:
     with pytest.raises(UserError, match=r"data\.bits"):
         load_data(Digits(), bits=12)
     for wrong in ("8", "17", "many"):
@@ -201,7 +205,7 @@ def test_images_that_are_not_in_files_have_no_bits_to_choose() -> None:
             assemble(settings)
 
 
-def test_predict_reads_files_as_the_training_did(folder: Path) -> None:
+def test_predict_uses_the_bits_of_the_training(folder: Path) -> None:
     quick = [
         "model=mlp",
         "model.values.width=4",

@@ -1,4 +1,4 @@
-"""Data are looked at before the first step: everything wrong is told at once, by file name."""
+"""Data are checked before the first step; all errors are reported together, with file names."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def arguments(root: Path) -> tuple[str, ...]:
             "log.figures=false", "log.tensorboard=false")  # fmt: skip
 
 
-def test_all_that_is_wrong_is_told_at_once(cnntrain, make_images) -> None:
+def test_all_errors_are_reported_together(cnntrain, make_images) -> None:
     root = make_images(splits=("train", "val"))
     dark = root / "train" / "dark"
     (dark / "text.png").write_text("no image")
@@ -78,13 +78,13 @@ def test_all_that_is_wrong_is_told_at_once(cnntrain, make_images) -> None:
     assert "100 million" in said and "4 of 28 files" in said and time.monotonic() - started < 60
 
 
-def test_an_empty_class_is_refused(cnntrain, make_images) -> None:
+def test_an_empty_class_is_rejected(cnntrain, make_images) -> None:
     root = make_images()
     (root / "train" / "nothing").mkdir()
     assert "nothing: is a class without images" in cnntrain.refused(*arguments(root))
 
 
-def test_hidden_files_are_ignored_and_labels_keep_trains_numbering(cnntrain, make_images) -> None:
+def test_hidden_files_are_ignored_and_labels_have_the_indices_of_train(cnntrain, make_images) -> None:
     """Validation lacks the first class; its images of the second must still be of class 1."""
     root = make_images(splits=("train", "val"))
     for path in (root / "val" / "dark").iterdir():
@@ -99,7 +99,7 @@ def test_hidden_files_are_ignored_and_labels_keep_trains_numbering(cnntrain, mak
     assert json.loads(Path("run/results.json").read_text())["best"]["val/top1"] == 1
 
 
-def test_what_a_scan_looks_at(cnntrain, make_images) -> None:
+def test_the_extent_of_each_scan_mode(cnntrain, make_images) -> None:
     """A header alone does not show that the rest is gone: then it is told when the image is met."""
     root = make_images(count=12)
     photograph(root / "train" / "dark" / "half.png")
@@ -113,7 +113,7 @@ def test_what_a_scan_looks_at(cnntrain, make_images) -> None:
     assert "half.png: is truncated" in cnntrain(*streaming, "data.scan=off", code=2).stderr
 
 
-def test_a_scan_remembers_what_was_sound(cnntrain, make_images) -> None:
+def test_a_scan_records_good_files(cnntrain, make_images) -> None:
     root = make_images(count=12)
     streaming = (*arguments(root), "data.cache=none", "data.workers=0", "data.scan=full")
     cnntrain(*streaming, "run_dir=a")
@@ -128,7 +128,7 @@ def test_a_scan_remembers_what_was_sound(cnntrain, make_images) -> None:
     assert "3.png" in cnntrain.refused(*streaming)
 
 
-def test_modes_and_orientations_are_seen_alike(cnntrain, make_images) -> None:
+def test_modes_and_orientations_are_converted(cnntrain, make_images) -> None:
     """One picture as 1, L, LA, P, RGBA, CMYK and 16 bits, and turned with an EXIF note: the same answer to each."""
     root = make_images()
     cnntrain(*arguments(root), "data.channels=1", "run_dir=run")
@@ -165,7 +165,7 @@ class Wrong(Source):
 """
 
 
-def test_labels_out_of_range_are_refused(cnntrain) -> None:
+def test_labels_out_of_range_are_rejected(cnntrain) -> None:
     Path("mine/data").mkdir(parents=True)
     Path("mine/wrong.py").write_text(OWN)
     Path("mine/data/wrong.yaml").write_text("defaults: [_base, _self_]\n_target_: wrong.Wrong\n")
@@ -173,7 +173,7 @@ def test_labels_out_of_range_are_refused(cnntrain) -> None:
     assert "13 of 40 train labels are out of range, 0 to 1: 2 (row 2)" in said
 
 
-def test_masks_out_of_range_are_refused(cnntrain) -> None:
+def test_masks_out_of_range_are_rejected(cnntrain) -> None:
     for folder in ("images", "masks"):
         Path("root/train", folder).mkdir(parents=True)
     for number in range(4):
@@ -185,7 +185,7 @@ def test_masks_out_of_range_are_refused(cnntrain) -> None:
     assert "masks/2.png: has ids that are no class: 2" in said and "masks/3.png" in said
 
 
-def test_an_annotation_file_that_never_ends_is_refused(cnntrain) -> None:
+def test_an_endless_annotation_file_is_rejected(cnntrain) -> None:
     Path("root").mkdir()
     os.mkfifo("root/points.xml")
     os.symlink("/dev/zero", "root/points.json")

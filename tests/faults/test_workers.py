@@ -1,4 +1,4 @@
-"""A worker that is killed, stuck or without shared memory ends the run with 4 and a message, and leaves no orphans."""
+"""A worker that dies, is stuck or has no shared memory ends the run with exit code 4 and leaves no orphans."""
 
 import multiprocessing
 import os
@@ -26,7 +26,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in listed.read_text().split()]
 
 
-def test_a_worker_says_nothing_of_a_batch_that_nobody_took_over(capfd) -> None:
+def test_a_worker_does_not_report_a_closed_connection(capfd) -> None:
     """The thread that hands it over calls sys.excepthook, in the worker, where the main process breaks off."""
     from cnntrain.data.workers import _start_worker
 
@@ -54,7 +54,7 @@ def _raised(error: Exception) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stuck"])
-def test_a_lost_worker_ends_the_run_with_a_message(
+def test_a_killed_worker_ends_the_run_with_a_message(
     cnntrain, wait_for, make_images, number: signal.Signals
 ) -> None:
     run = cnntrain.start(*streaming(make_images(count=40)))
@@ -73,7 +73,7 @@ def test_a_lost_worker_ends_the_run_with_a_message(
 
 
 @pytest.mark.slow
-def test_a_suspended_run_goes_on(cnntrain, wait_for, make_images) -> None:
+def test_a_suspended_run_continues(cnntrain, wait_for, make_images) -> None:
     """Ctrl-Z for longer than data.timeout_s, then fg: it trains on, and ends as it would have."""
     run = cnntrain.start(*(a.replace("timeout_s=3", "timeout_s=2") for a in streaming(make_images(count=40))))
     wait_for(LAST.exists, run)
@@ -88,7 +88,7 @@ def test_a_suspended_run_goes_on(cnntrain, wait_for, make_images) -> None:
 
 
 @pytest.mark.slow
-def test_a_small_shared_memory_is_named_with_the_remedy(cnntrain, make_images, inside_namespace) -> None:
+def test_small_shared_memory_is_reported_with_the_remedy(cnntrain, make_images, inside_namespace) -> None:
     small = inside_namespace("mount -t tmpfs -o size=64k none /dev/shm", "--mount")
     root = make_images(count=100)
     arguments = [

@@ -1,4 +1,4 @@
-"""Annotations, images and checkpoints with anything in them: read as they are, or refused."""
+"""Annotations, images and checkpoints with arbitrary content are read or rejected."""
 
 import copy
 import io
@@ -118,7 +118,7 @@ def load(kind: str) -> None:
 @pytest.mark.parametrize("kind", SOURCES)
 @FUZZ
 @given(data=st.data())
-def test_annotations(kind: str, data: st.DataObject, outcome: Any) -> None:
+def test_damaged_annotations_are_read_or_rejected(kind: str, data: st.DataObject, outcome: Any) -> None:
     content, name, _ = SOURCES[kind]
     for image in ("a.png", "b.png"):
         Image.new("RGB", (8, 8), (90, 120, 30)).save(image)
@@ -126,7 +126,7 @@ def test_annotations(kind: str, data: st.DataObject, outcome: Any) -> None:
     assert outcome(load, kind) in (0, 2)
 
 
-def test_the_annotations_are_sound_to_begin_with() -> None:
+def test_the_undamaged_annotations_are_read() -> None:
     for kind, (content, name, _) in SOURCES.items():
         for image in ("a.png", "b.png"):
             Image.new("RGB", (8, 8), (90, 120, 30)).save(image)
@@ -154,7 +154,7 @@ IMAGES = {kind: image_bytes(kind) for kind in KINDS.split()}
 
 @FUZZ
 @given(data=st.data())
-def test_images(data: st.DataObject) -> None:
+def test_damaged_images_are_read_or_rejected(data: st.DataObject) -> None:
     Path("image").write_bytes(data.draw(spoilt(IMAGES[data.draw(st.sampled_from(sorted(IMAGES)))])))
     for channels in (1, 3):
         with suppress(BadFile):
@@ -181,7 +181,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @FUZZ
 @given(data=st.data())
-def test_bytes_of_a_checkpoint(data: st.DataObject, whole: bytes, outcome: Any) -> None:
+def test_damaged_bytes_of_a_checkpoint(data: st.DataObject, whole: bytes, outcome: Any) -> None:
     Path("last.pt").write_bytes(data.draw(spoilt(whole)))
     assert outcome(read_saved, Path("last.pt")) in (0, 2)
 
@@ -200,7 +200,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @FUZZ
 @given(data=st.data())
-def test_content_of_a_checkpoint(data: st.DataObject, whole: bytes, outcome: Any) -> None:
+def test_arbitrary_content_of_a_checkpoint(data: st.DataObject, whole: bytes, outcome: Any) -> None:
     """Something else in one place of a sound file: it is refused, or it does no harm."""
     saved = torch.load(io.BytesIO(whole), weights_only=True)
     where = data.draw(

@@ -1,4 +1,4 @@
-"""Files of every format that Pillow knows, damaged and renamed: read or refused, and nothing else happens."""
+"""Damaged and renamed files of every format of Pillow are read or rejected, without side effects."""
 
 import io
 import os
@@ -263,18 +263,18 @@ def fuzz_predict(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_sample_of_damaged_images_is_read_or_refused(guard: Guard, own_folder: Path) -> None:
+def test_a_sample_of_damaged_images_is_read_or_rejected(guard: Guard, own_folder: Path) -> None:
     outcomes = fuzz_reading(guard, own_folder, 300, seed=0)
     assert min(outcomes.values()) > 40, outcomes
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_predict_answers_or_refuses_a_sample(guard: Guard, own_folder: Path, run: Path) -> None:
+def test_predict_on_a_sample_of_damaged_images(guard: Guard, own_folder: Path, run: Path) -> None:
     codes = fuzz_predict(guard, own_folder, run, 4, seed=1)
     assert sum(codes.values()) == 4 + 1
 
 
-def test_the_guard_hears_what_it_should(guard: Guard, own_folder: Path) -> None:
+def test_the_guard_detects_forbidden_calls(guard: Guard, own_folder: Path) -> None:
     import subprocess
 
     guard.watching = True
@@ -307,7 +307,7 @@ def test_many_damaged_images(guard: Guard, own_folder: Path) -> None:
 
 
 @pytest.mark.long
-def test_predict_with_many(guard: Guard, own_folder: Path, run: Path) -> None:
+def test_predict_on_many_damaged_images(guard: Guard, own_folder: Path, run: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         print(fuzz_predict(guard, own_folder, run, EXAMPLES // 50, random.randrange(2**32), 20))

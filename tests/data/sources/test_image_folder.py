@@ -1,4 +1,4 @@
-"""Image sources: what they find, and how they say what is wrong."""
+"""Sources of labeled images: layouts and errors."""
 
 import gzip
 import os
@@ -19,7 +19,7 @@ from cnntrain.data.sources.mnist import MNIST, FashionMNIST
 from cnntrain.errors import UserError
 
 
-def test_digits_are_scikit_learns():
+def test_digits_equal_those_of_scikit_learn():
     from sklearn.datasets import load_digits
 
     splits = Digits().load()
@@ -51,7 +51,7 @@ def test_digits_import_neither_scikit_learn_nor_torchvision():
     assert done.stdout.strip() == "[]"
 
 
-def test_fashion_mnist_as_published(shared):
+def test_fashion_mnist_statistics_equal_the_published_ones(shared):
     data = load_data(FashionMNIST(str(shared("FashionMNIST").parent)))
     assert (len(data.train), len(data.val), len(data.test)) == (54000, 6000, 10000)
     assert torch.bincount(data.val.targets["label"]).tolist() == [600] * 10
@@ -64,7 +64,7 @@ def test_fashion_mnist_as_published(shared):
 
 
 @pytest.mark.parametrize("layout", ["FashionMNIST/raw", "raw", "."])
-def test_idx_files_are_found_plain_or_packed(tmp_path, layout):
+def test_idx_files_are_found_unpacked_or_compressed(tmp_path, layout):
     folder = tmp_path / layout
     folder.mkdir(parents=True, exist_ok=True)
     for split, (images, labels) in mnist.FILES.items():
@@ -85,7 +85,7 @@ def test_idx_files_are_found_plain_or_packed(tmp_path, layout):
 
 
 @pytest.mark.parametrize("sides", [(-1, -28, 28), (2**30, 2**30, 16), (2, 28, 28)])
-def test_an_idx_file_of_impossible_size_is_refused(tmp_path, sides):
+def test_an_idx_file_of_impossible_size_is_rejected(tmp_path, sides):
     header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big", signed=True) for n in sides)
     (tmp_path / "images").write_bytes(header + bytes(784 if sides[0] == -1 else 0))
     with pytest.raises(UserError, match="complete IDX file"):
@@ -93,7 +93,7 @@ def test_an_idx_file_of_impossible_size_is_refused(tmp_path, sides):
 
 
 @pytest.mark.parametrize("sides", [(2, 28, 28), (400_000, 28, 28)])
-def test_a_packed_idx_file_unpacks_no_further_than_it_may(tmp_path, sides):
+def test_unpacking_of_an_idx_file_is_bounded(tmp_path, sides):
     header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in sides)
     (tmp_path / "images.gz").write_bytes(gzip.compress(header + bytes(2**25), 1))
     tracemalloc.start()
@@ -106,7 +106,7 @@ def test_a_packed_idx_file_unpacks_no_further_than_it_may(tmp_path, sides):
 
 
 @pytest.mark.parametrize("source", [MNIST, FashionMNIST, CIFAR10, CIFAR100])
-def test_missing_data_without_network_say_what_to_do(tmp_path, monkeypatch, source):
+def test_missing_data_without_network_name_the_remedy(tmp_path, monkeypatch, source):
     import socket
 
     def no_network(*args, **kwargs):
@@ -158,14 +158,14 @@ def test_image_folder_lists_classes_from_train(make_folder):
     assert data.train.source_to_image.shape == (12, 3, 3)
 
 
-def test_a_set_without_test_has_none_and_val_is_held_out(make_folder):
+def test_without_test_folder_there_is_no_test_split(make_folder):
     data = load_data(ImageFolder(str(make_folder("train")), size=16), val_fraction=0.25)
     assert data.test is None
     assert (len(data.train), len(data.val)) == (9, 3)
     assert not set(data.train.names) & set(data.val.names)
 
 
-def test_all_bad_files_are_reported_at_once(make_folder):
+def test_all_bad_files_are_reported_together(make_folder):
     root = make_folder("train", "val")
     (root / "train/cat/empty.png").write_bytes(b"")
     (root / "train/dog/page.png").write_text("<html>")
@@ -183,7 +183,7 @@ def test_all_bad_files_are_reported_at_once(make_folder):
         assert name in message
 
 
-def test_layout_faults_are_reported_at_once(make_folder, save, pixels):
+def test_layout_errors_are_reported_together(make_folder, save, pixels):
     root = make_folder("train", "val")
     (root / "train" / "bird").mkdir()
     save(root / "val" / "dgo" / "1.png", pixels(4, 4))
@@ -211,25 +211,25 @@ def test_layout_faults_are_reported_at_once(make_folder, save, pixels):
         ({"size": 0}, "data.size must be"),
     ],
 )
-def test_wrong_arguments_name_their_key(make_folder, arguments, part):
+def test_invalid_arguments_name_their_key(make_folder, arguments, part):
     with pytest.raises(UserError) as caught:
         ImageFolder(**{"root": str(make_folder()), **arguments})
     assert part in str(caught.value)
 
 
-def test_a_folder_without_train_says_what_is_there(tmp_path):
+def test_a_folder_without_train_is_rejected_with_its_content(tmp_path):
     (tmp_path / "training").mkdir()
     with pytest.raises(UserError, match=r"has no train/ \(its folders are training\b"):
         ImageFolder(str(tmp_path)).spec()
 
 
-def test_a_folder_without_folders_says_so(tmp_path):
+def test_an_empty_root_is_rejected(tmp_path):
     with pytest.raises(UserError, match=r"has no train/ \(it has no folders\)"):
         ImageFolder(str(tmp_path)).spec()
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_a_validation_folder_is_used_under_each_of_its_names(make_folder, name):
+def test_each_name_of_the_validation_folder_is_accepted(make_folder, name):
     root = make_folder("train", name, "test")
     source = ImageFolder(str(root), size=16)
     splits = source.load()
@@ -240,20 +240,20 @@ def test_a_validation_folder_is_used_under_each_of_its_names(make_folder, name):
     assert len(data.train) == len(data.val) == 12
 
 
-def test_two_names_of_one_split_are_refused(make_folder):
+def test_two_names_of_one_split_are_rejected(make_folder):
     root = make_folder("train", "val", "valid")
     with pytest.raises(UserError, match="'val' and 'valid'"):
         ImageFolder(str(root)).spec()
 
 
 @pytest.mark.parametrize("name", ["Valid", "test1", "dev"])
-def test_a_folder_of_images_beside_train_that_is_no_split_is_refused(make_folder, name):
+def test_an_unknown_folder_with_images_is_rejected(make_folder, name):
     root = make_folder("train", name)
     with pytest.raises(UserError, match=rf"{name} is not a split, but contains {name}/cat/0\.png"):
         ImageFolder(str(root)).load()
 
 
-def test_folders_without_images_and_those_of_trainings_may_lie_beside_train(make_folder, save, pixels):
+def test_other_folders_without_images_and_run_folders_are_ignored(make_folder, save, pixels):
     root = make_folder("train")
     (root / "annotations").mkdir()
     (root / "annotations" / "list.txt").write_text("cat\n")
@@ -265,7 +265,7 @@ def test_folders_without_images_and_those_of_trainings_may_lie_beside_train(make
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_images_beside_the_class_folders_are_refused(make_folder, save, pixels, split):
+def test_images_outside_the_class_folders_are_rejected(make_folder, save, pixels, split):
     root = make_folder("train")
     save(root / split / "x.jpg", pixels(4, 4))
     with pytest.raises(
@@ -274,7 +274,7 @@ def test_images_beside_the_class_folders_are_refused(make_folder, save, pixels, 
         ImageFolder(str(root)).load()
 
 
-def test_a_table_may_call_validation_by_each_of_its_names(make_folder):
+def test_each_name_of_the_validation_split_is_accepted(make_folder):
     root = make_folder("train")
     rows = [
         f"train/{label}/{i}.png,{label},{'valid' if i > 3 else 'train'}"
@@ -289,7 +289,7 @@ def test_a_table_may_call_validation_by_each_of_its_names(make_folder):
 
 
 @pytest.mark.parametrize("label", ["--5", "9" * 5000, "\u0663"])
-def test_labels_that_only_look_like_numbers_are_names(make_folder, label):
+def test_labels_that_resemble_numbers_are_names(make_folder, label):
     text = f"path,label\ntrain/cat/0.png,{label}\ntrain/cat/1.png,7\n"
     assert set(ImageCsv(write_csv(make_folder("train"), text), size=16).spec().classes) == {"7", label}
 
@@ -330,7 +330,7 @@ CSV_FAULTS = {
 
 
 @pytest.mark.parametrize("text", CSV_FAULTS)
-def test_faults_in_a_csv_name_file_and_line(make_folder, text):
+def test_csv_errors_name_file_and_line(make_folder, text):
     source = ImageCsv(write_csv(make_folder("train"), text))
     with pytest.raises(UserError) as caught:
         source.spec()
@@ -338,7 +338,7 @@ def test_faults_in_a_csv_name_file_and_line(make_folder, text):
     assert "list.csv" in str(caught.value)
 
 
-def test_a_table_that_moved_is_found_in_the_new_root(make_folder):
+def test_a_moved_csv_file_is_found_in_the_new_root(make_folder):
     root = make_folder("train")
     write_csv(root, "path,label\ntrain/cat/0.png,a\ntrain/cat/1.png,b\n")
     moved = ImageCsv("/where/it/was/list.csv", root=str(root))

@@ -1,4 +1,4 @@
-"""Sources of named points: what they read, where the points land, and how they say what is wrong."""
+"""Keypoint sources: annotation formats, geometry and errors."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ IBUG_PAIRS = (
 )
 
 
-def test_ibug_partners_are_the_published_ones():
+def test_ibug_pairs_are_the_published_ones():
     assert len(IBUG68.names) == len(set(IBUG68.names)) == 68
     expected = list(range(68))
     for pair in IBUG_PAIRS.split():
@@ -34,7 +34,7 @@ def test_ibug_partners_are_the_published_ones():
     assert infer_flip_pairs(IBUG68.names) == tuple(expected)
 
 
-def test_coco_partners_are_neighbors():
+def test_coco_pairs_are_neighbors():
     assert infer_flip_pairs(COCO17.names) == (0, *(i + 1 if i % 2 else i - 1 for i in range(1, 17)))
 
 
@@ -51,12 +51,12 @@ def test_coco_partners_are_neighbors():
         (("left_of_right_eye", "right_of_left_eye"), (1, 0)),
     ],
 )
-def test_partners_follow_from_whole_words(names, mirror):
+def test_pairs_are_inferred_from_whole_words(names, mirror):
     assert infer_flip_pairs(names) == mirror
 
 
 @pytest.mark.parametrize("name", ["left_eye", "eyeRight", "l_eye", "LEFT_EYE"])
-def test_a_side_without_its_partner_is_refused(name):
+def test_a_side_without_partner_is_rejected(name):
     with pytest.raises(UserError, match=f"'{name}' has no partner"):
         infer_flip_pairs((name, "nose"))
 
@@ -73,7 +73,7 @@ def test_cat_ears_mirror_inside_out():
 
 
 @pytest.mark.parametrize("name", KEYPOINT_SETS)
-def test_skeletons_name_points_that_there_are(name):
+def test_skeletons_contain_existing_points(name):
     skeleton = KEYPOINT_SETS[name].skeleton
     assert {i for pair in skeleton for i in pair} <= set(range(len(KEYPOINT_SETS[name].names)))
     assert all(a != b for a, b in skeleton)
@@ -97,7 +97,7 @@ def write(folder, *rows: str, header: str = HEADER, encoding: str = "utf-8") -> 
     return str(folder / "points.csv")
 
 
-def test_points_land_on_what_was_marked(photographs):
+def test_points_are_at_their_marks_after_resizing(photographs):
     write(photographs, *(f"{i}.png,20,{10 + i},40,{10 + i}" for i in range(4)), encoding="utf-8-sig")
     for crop in ("none", "points"):
         source = KeypointCsv(root=str(photographs), size=[30, 50], crop=crop, channels=1)
@@ -124,7 +124,7 @@ def test_points_outside_and_unlabeled_points_are_not_valid(photographs, caplog):
     assert (train.targets["points"][~train.targets["valid"]] == 0).all()
 
 
-def test_the_sizes_of_annotated_boxes_go_along(photographs):
+def test_sizes_of_annotated_boxes_are_targets(photographs):
     header = f"{HEADER},box_left,box_top,box_right,box_bottom"
     path = write(photographs, "0.png,20,10,40,10,15,5,45,17", "1.png,20,10,40,10,15,5,5,17", header=header)
     targets = KeypointCsv(path, crop="none").load()["train"].targets
@@ -149,7 +149,7 @@ def test_groups_boxes_and_splits_of_a_csv(photographs):
     )
 
 
-def test_a_group_in_two_splits_is_refused_though_one_has_it_once(photographs):
+def test_a_group_with_one_example_in_another_split_is_rejected(photographs):
     rows = [f"{i}.png,20,10,40,10,{split},{who}" for i, (split, who) in enumerate(
         [("train", "ann"), ("train", "ann"), ("test", "ann"), ("test", "bob")])]  # fmt: skip
     path = write(photographs, *rows, header=f"{HEADER},split,group")
@@ -174,20 +174,20 @@ CSV_FAULTS = {
 
 
 @pytest.mark.parametrize(("header", "rows"), CSV_FAULTS)
-def test_faults_in_a_csv_name_file_and_line(photographs, header, rows):
+def test_csv_errors_name_file_and_line(photographs, header, rows):
     with pytest.raises(UserError) as caught:
         KeypointCsv(write(photographs, rows, header=header)).spec()
     assert CSV_FAULTS[header, rows] in str(caught.value)
     assert "points.csv" in str(caught.value)
 
 
-def test_all_faulty_lines_come_at_once(photographs):
+def test_all_bad_lines_are_reported_together(photographs):
     with pytest.raises(UserError) as caught:
         KeypointCsv(write(photographs, "0.png,x,1,2,3", "9.png,1,1,2,2", "1.png,1,2")).spec()
     assert all(f"points.csv:{line}: " in str(caught.value) for line in (2, 3, 4))
 
 
-def test_a_left_point_without_its_right_one_is_named(photographs):
+def test_a_left_point_without_right_point_is_named(photographs):
     path = write(photographs, "0.png,1,2", "1.png,3,4", header="image_name,left_eye_x,left_eye_y")
     with pytest.raises(UserError, match="'left_eye' has no partner"):
         KeypointCsv(path).spec()
@@ -203,14 +203,14 @@ def test_a_left_point_without_its_right_one_is_named(photographs):
         ({"file": "nothing.csv"}, "no file"),
     ],
 )
-def test_wrong_arguments_name_their_key(photographs, arguments, part):
+def test_invalid_arguments_name_their_key(photographs, arguments, part):
     write(photographs, "0.png,1,2,3,4")
     with pytest.raises(UserError) as caught:
         KeypointCsv(root=str(photographs), **arguments)
     assert part in str(caught.value)
 
 
-def test_a_scheme_of_another_length_is_refused(photographs):
+def test_a_keypoint_set_of_another_length_is_rejected(photographs):
     write(photographs, "0.png,1,2,3,4")
     with pytest.raises(UserError, match=r"data\.keypoint_set: has 68 points"):
         KeypointCsv(root=str(photographs), keypoint_set="ibug68").spec()
@@ -258,7 +258,7 @@ def annotation(**fields):
 
 
 @pytest.mark.parametrize("name", ["a", "", "\ud800", "\x1b[31m"])
-def test_names_of_keypoints_are_printable_and_differ(photographs, name):
+def test_keypoint_names_must_be_printable_and_unique(photographs, name):
     with pytest.raises(UserError, match="names must be printable and unique"):
         coco(photographs, categories=[{"id": 1, "keypoints": ["a", name]}]).spec()
 
@@ -296,7 +296,7 @@ COCO_FAULTS = [
 
 
 @pytest.mark.parametrize(("changes", "part"), COCO_FAULTS)
-def test_faults_in_a_coco_file_name_the_annotation(photographs, changes, part):
+def test_coco_errors_name_the_annotation(photographs, changes, part):
     with pytest.raises(UserError) as caught:
         coco(photographs, **changes).spec()
     assert part in str(caught.value)
@@ -306,12 +306,12 @@ def test_faults_in_a_coco_file_name_the_annotation(photographs, changes, part):
 @pytest.mark.parametrize(
     "skeleton", [5, "ab", [5], [[1]], [["a", "b"]], [[1.0, 2]], [[0, 9]], [[[1], [2]]], {"a": 1}]
 )
-def test_a_skeleton_that_is_none_is_not_drawn(photographs, skeleton):
+def test_an_invalid_skeleton_is_ignored(photographs, skeleton):
     category = {"id": 1, "keypoints": ["left_eye", "right_eye"], "skeleton": skeleton}
     assert coco(photographs, categories=[category]).spec().skeleton == ()
 
 
-def test_what_an_object_without_labeled_points_says_besides_is_not_asked(photographs):
+def test_objects_without_labeled_points_are_not_validated(photographs):
     hidden = {"id": 8, "category_id": 1, "keypoints": [0] * 6}
     rows = [
         {**hidden, "image_id": 0, "bbox": [0, 0, 0, 0]},
@@ -323,7 +323,7 @@ def test_what_an_object_without_labeled_points_says_besides_is_not_asked(photogr
     assert train.names == ["train/0.png:7"]
 
 
-def test_an_empty_box_is_none(photographs):
+def test_an_empty_box_counts_as_missing(photographs):
     source = coco(photographs, **annotation(**SEEN, bbox=[1, 2, 0, 1]))
     with pytest.raises(UserError, match=r"0\.png: has no box; set data\.crop=points or none"):
         source.load()
@@ -332,7 +332,7 @@ def test_an_empty_box_is_none(photographs):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100000, "\x00"])
-def test_what_is_no_coco_file_is_refused(photographs, text):
+def test_files_in_another_format_than_coco_are_rejected(photographs, text):
     source = coco(photographs)
     (photographs / "train.json").write_text(text)
     with pytest.raises(UserError, match=r"train\.json"):
@@ -375,7 +375,7 @@ def test_dlib_files(photographs):
         ("file='1.png'", f"file='{'a' * 5000}'", "no such file"),
     ],
 )
-def test_faults_in_a_dlib_file_are_named(photographs, old, new, part):
+def test_dlib_errors_name_the_box(photographs, old, new, part):
     with pytest.raises(UserError) as caught:
         dlib(photographs, XML.replace(old, new)).spec()
     assert part in str(caught.value)
@@ -402,7 +402,7 @@ def test_cat_files(tmp_path, save, pixels, caplog):
         CatFolder(str(tmp_path)).spec()
 
 
-def test_cats_in_folders_of_splits(tmp_path, save, pixels):
+def test_cats_in_split_folders(tmp_path, save, pixels):
     def cat(folder):
         save(tmp_path / folder / "0.jpg", pixels(150, 350))
         (tmp_path / folder / "0.jpg.cat").write_text(CAT_LINE)
@@ -422,7 +422,7 @@ def test_cats_in_folders_of_splits(tmp_path, save, pixels):
         CatFolder(str(tmp_path)).spec()
 
 
-def test_a_table_of_points_may_call_validation_by_each_of_its_names(photographs):
+def test_each_name_of_the_validation_split_is_accepted(photographs):
     path = write(
         photographs, "0.png,20,10,40,10,train", "1.png,20,10,40,10,validation", header=f"{HEADER},split"
     )
@@ -443,7 +443,7 @@ def places(node, path=()):
 
 
 @pytest.mark.parametrize("crop", ["none", "box"])
-def test_anything_anywhere_in_a_coco_file_is_read_or_refused(photographs, crop):
+def test_arbitrary_values_in_a_coco_file_are_read_or_rejected(photographs, crop):
     coco(photographs)
     sound = json.loads((photographs / "train.json").read_text())
     sound = {key: value[:1] for key, value in sound.items()}

@@ -1,4 +1,4 @@
-"""Images with masks: pairs, ids, borders, and how the sources say what is wrong."""
+"""Mask sources: pairs of files, ids, padding and errors."""
 
 import logging
 import shutil
@@ -34,7 +34,7 @@ def folder(root, **arguments) -> MaskFolder:
     return MaskFolder(str(root), **{"classes": ["ground", "thing"], "size": [16, 24], **arguments})
 
 
-def test_masks_are_read_as_they_are(root):
+def test_mask_values_are_read_unchanged(root):
     data = load_data(folder(root))
     assert data.test is not None
     assert (len(data.train), len(data.val), len(data.test)) == (2, 1, 1)
@@ -46,7 +46,7 @@ def test_masks_are_read_as_they_are(root):
     assert data.spec.ignore_index == 255
 
 
-def test_streamed_and_resident_masks_agree(root):
+def test_streamed_and_cached_masks_are_equal(root):
     order = torch.tensor([1, 0])
     resident = load_data(folder(root, size=[20, 20], resize="letterbox"))
     streamed = load_data(folder(root, size=[20, 20], resize="letterbox"), cache="none")
@@ -62,7 +62,7 @@ def test_streamed_and_resident_masks_agree(root):
         assert torch.equal(found.source_to_image, expected.source_to_image)
 
 
-def test_all_faults_are_reported_at_once(root, save, pixels):
+def test_all_errors_are_reported_together(root, save, pixels):
     masks = root / "train" / "masks"
     save(masks / "0.png", np.full((16, 24), 7, np.uint8))
     save(masks / "1.png", np.zeros((16, 23), np.uint8))
@@ -82,7 +82,7 @@ def test_all_faults_are_reported_at_once(root, save, pixels):
 
 
 @pytest.mark.parametrize("mode", ["P", "1", "I;16"])
-def test_other_kinds_of_masks_hold_ids_too(root, mode):
+def test_palette_and_rgb_masks_contain_ids(root, mode):
     ids = np.zeros((16, 24), np.uint8)
     ids[4:8] = 1
     mask = Image.fromarray(ids)
@@ -108,13 +108,13 @@ def test_other_kinds_of_masks_hold_ids_too(root, mode):
         ({"ignore_index": 256}, "data.ignore_index"),
     ],
 )
-def test_wrong_arguments_name_their_key(root, arguments, part):
+def test_invalid_arguments_name_their_key(root, arguments, part):
     with pytest.raises(UserError) as caught:
         folder(root, **arguments)
     assert part in str(caught.value)
 
 
-def test_a_folder_without_images_says_how_it_must_be(tmp_path):
+def test_a_folder_without_images_is_rejected_with_the_layout(tmp_path):
     with pytest.raises(UserError, match="has no train/ "):
         folder(tmp_path).load()
     (tmp_path / "train" / "masks").mkdir(parents=True)
@@ -123,7 +123,7 @@ def test_a_folder_without_images_says_how_it_must_be(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["valid", "validation"])
-def test_a_validation_folder_is_used_under_each_of_its_names(root, name):
+def test_each_name_of_the_validation_folder_is_accepted(root, name):
     (root / "test").rename(root / name)
     splits = folder(root).load()
     assert {split: len(examples) for split, examples in splits.items()} == {"train": 3, "val": 1}
@@ -132,7 +132,7 @@ def test_a_validation_folder_is_used_under_each_of_its_names(root, name):
         folder(root).load()
 
 
-def test_a_folder_of_images_beside_train_that_is_no_split_is_refused(root):
+def test_an_unknown_folder_with_images_is_rejected(root):
     (root / "test").rename(root / "testing")
     with pytest.raises(UserError, match="testing is not a split"):
         folder(root).load()
@@ -160,7 +160,7 @@ def test_camvid(shared, tmp_path):
         MaskFolder(str(tmp_path), classes=CAMVID.split(), ignore_index=255).load()
 
 
-def test_pets_and_voc_from_their_own_layouts(tmp_path, save, pixels):
+def test_pets_and_voc_in_the_layout_of_torchvision(tmp_path, save, pixels):
     pet, voc = tmp_path / "oxford-iiit-pet", tmp_path / "VOCdevkit" / "VOC2012"
     trimap = np.array([[1, 2, 3], [1, 2, 3]], np.uint8)
     for file in ("trainval", "test"):
@@ -198,7 +198,7 @@ def train_masks(source: MaskFolder) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["gray", "RGB", "RGBA", "palette"])
-def test_0_and_255_are_two_classes_and_said_to_be(tmp_path, save, pixels, caplog, kind):
+def test_masks_with_only_0_and_255_have_two_classes(tmp_path, save, pixels, caplog, kind):
     masks = [halves(255, 0), halves(0, 255), halves(0, 0)]
     files = masks
     if kind == "RGB":
@@ -217,7 +217,7 @@ def test_0_and_255_are_two_classes_and_said_to_be(tmp_path, save, pixels, caplog
     assert "255 means class thing" in caplog.text and "data.ids" in caplog.text
 
 
-def test_a_run_on_0_255_masks_counts_the_objects_pixels(tmp_path, save, pixels):
+def test_a_run_on_0_255_masks_evaluates_the_object_class(tmp_path, save, pixels):
     write_masks(tmp_path, save, pixels, "train", *[halves(255, 0), halves(0, 255)] * 2)
     data = load_data(folder(tmp_path, size=[8, 12]))
     counts = torch.bincount(data.train.targets["mask"].flatten().long(), minlength=256)
@@ -226,7 +226,7 @@ def test_a_run_on_0_255_masks_counts_the_objects_pixels(tmp_path, save, pixels):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_255_beside_1_in_any_split_stays_ignored(tmp_path, save, pixels, split, caplog):
+def test_255_is_ignored_if_any_split_contains_1(tmp_path, save, pixels, split, caplog):
     write_masks(tmp_path, save, pixels, "train", halves(0, 1), halves(255, 0))
     if split == "test":
         write_masks(tmp_path, save, pixels, "train", halves(0, 1), halves(1, 0))
@@ -237,7 +237,7 @@ def test_255_beside_1_in_any_split_stays_ignored(tmp_path, save, pixels, split, 
     assert "masks have the value 1 and 1 others 255" in caplog.text
 
 
-def test_a_border_of_255_around_objects_of_1_is_no_reason_to_warn(tmp_path, save, pixels, caplog):
+def test_a_border_of_255_around_objects_of_1_causes_no_warning(tmp_path, save, pixels, caplog):
     bordered = halves(0, 1)
     bordered[:, 5] = 255
     write_masks(tmp_path, save, pixels, "train", bordered, halves(0, 0), halves(255, 0), halves(0, 1))
@@ -247,13 +247,13 @@ def test_a_border_of_255_around_objects_of_1_is_no_reason_to_warn(tmp_path, save
 
 
 @pytest.mark.parametrize("ignore_index", [0, 1])
-def test_255_is_not_taken_for_a_class_where_one_of_the_two_is_ignored(tmp_path, save, pixels, ignore_index):
+def test_255_is_not_a_class_if_a_class_is_ignored(tmp_path, save, pixels, ignore_index):
     write_masks(tmp_path, save, pixels, "train", halves(255, 0))
     with pytest.raises(UserError, match="no class: 255"):
         folder(tmp_path, ignore_index=ignore_index).load()
 
 
-def test_ids_say_which_value_is_which_class(tmp_path, save, pixels):
+def test_ids_map_values_to_classes(tmp_path, save, pixels):
     write_masks(tmp_path, save, pixels, "train", halves(7, 128), halves(255, 7))
     ids = {7: 1, "128": 0}
     found = train_masks(folder(tmp_path, size=[8, 12], ids=ids))
@@ -265,7 +265,7 @@ def test_ids_say_which_value_is_which_class(tmp_path, save, pixels):
 @pytest.mark.parametrize(
     "ids", [{0: 2}, {256: 0}, {-1: 0}, {0: True}, {0: 0.5}, {"a": 0}, {0: None}, [0, 1], 5]
 )
-def test_ids_that_say_nothing_are_refused(tmp_path, ids):
+def test_invalid_ids_are_rejected(tmp_path, ids):
     with pytest.raises(UserError, match=r"data\.ids"):
         folder(tmp_path, ids=ids)
 
@@ -286,9 +286,7 @@ def test_ids_that_say_nothing_are_refused(tmp_path, ids):
         ([halves(0, 128), halves(255, 3)], 2, ["no class: 128", "losslessly"]),
     ],
 )
-def test_a_class_without_pixels_in_train_is_refused_with_the_remedy(
-    tmp_path, save, pixels, masks, classes, parts
-):
+def test_a_class_without_training_pixels_is_rejected(tmp_path, save, pixels, masks, classes, parts):
     write_masks(tmp_path, save, pixels, "train", *masks)
     with pytest.raises(UserError) as caught:
         folder(tmp_path, classes=[f"c{i}" for i in range(classes)]).load()
@@ -296,21 +294,21 @@ def test_a_class_without_pixels_in_train_is_refused_with_the_remedy(
         assert part in str(caught.value)
 
 
-def test_a_class_that_is_ignored_needs_no_pixels(tmp_path, save, pixels):
+def test_an_ignored_class_needs_no_pixels(tmp_path, save, pixels):
     write_masks(tmp_path, save, pixels, "train", halves(1, 2))
     source = folder(tmp_path, classes=["void", "a", "b"], ignore_index=0, size=[8, 12])
     assert train_masks(source)[0].tolist() == halves(1, 2).tolist()
 
 
 @pytest.mark.parametrize(("shape", "found"), [((7, 12), "12 x 7"), ((8, 11), "11 x 8"), ((12, 8), "8 x 12")])
-def test_a_mask_of_another_size_than_its_image_is_refused(tmp_path, save, pixels, shape, found):
+def test_a_mask_with_another_size_than_its_image_is_rejected(tmp_path, save, pixels, shape, found):
     write_masks(tmp_path, save, pixels, "train", halves(0, 1))
     save(tmp_path / "train" / "masks" / "0.png", np.zeros(shape, np.uint8))
     with pytest.raises(UserError, match=f"is {found} pixels, but its image is 12 x 8"):
         folder(tmp_path).load()
 
 
-def test_values_above_255_are_not_taken_for_the_ignored_255(tmp_path, save, pixels):
+def test_values_above_255_are_rejected(tmp_path, save, pixels):
     write_masks(tmp_path, save, pixels, "train", halves(0, 1))
     deep = halves(0, 1).astype(np.uint16)
     deep[0, 0] = 300
@@ -319,14 +317,14 @@ def test_values_above_255_are_not_taken_for_the_ignored_255(tmp_path, save, pixe
         folder(tmp_path).load()
 
 
-def test_transparent_masks_are_refused(tmp_path, save, pixels):
+def test_transparent_masks_are_rejected(tmp_path, save, pixels):
     mask = np.stack([halves(0, 255)] * 4, -1)
     write_masks(tmp_path, save, pixels, "train", mask)
     with pytest.raises(UserError, match="class ids"):
         folder(tmp_path).load()
 
 
-def test_ids_are_a_key_of_the_command_line(tmp_path, save, pixels):
+def test_ids_can_be_set_on_the_command_line(tmp_path, save, pixels):
     write_masks(tmp_path, save, pixels, "train", halves(7, 9))
     given = ["data=mask_folder", f"data.root={tmp_path}", "data.classes=[a,b]", "data.size=[8,12]"]
     source, _ = build_source(read_settings([*given, "data.ids={7: 0, 9: 1}"]))

@@ -1,4 +1,4 @@
-"""Drawn data: functions of their seed, exact labels, and nothing symmetric by accident."""
+"""Drawn data sets: reproducible, with exact labels, and not symmetric."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from cnntrain.errors import UserError
 
 
 @pytest.mark.parametrize("source", [ToyFaces, ToyShapes])
-def test_drawings_are_functions_of_the_seed_and_know_no_count(source):
+def test_drawings_depend_on_the_seed_and_not_on_the_count(source):
     first, longer, other = (
         source(size=32, train_count=n, test_count=2, seed=s).load() for n, s in ((4, 0), (6, 0), (4, 1))
     )
@@ -24,7 +24,7 @@ def test_drawings_are_functions_of_the_seed_and_know_no_count(source):
 
 
 @pytest.mark.parametrize("source", [ToyFaces, ToyShapes])
-def test_wrong_arguments_name_their_key(source):
+def test_invalid_arguments_name_their_key(source):
     for arguments, key in (
         ({"size": 4}, "data.size"),
         ({"train_count": 0}, "data.train_count"),
@@ -35,7 +35,7 @@ def test_wrong_arguments_name_their_key(source):
             source(**arguments)
 
 
-def test_drawn_pixels_lie_where_their_coordinates_say():
+def test_drawn_pixels_are_at_their_coordinates():
     for x, y in ((20.0, 30.0), (31.4, 17.7)):
         canvas = _Drawing(64, (0, 0, 0))
         canvas.polygon(_ring(48) * 6 + (x, y), (255, 255, 255))
@@ -45,7 +45,7 @@ def test_drawn_pixels_lie_where_their_coordinates_say():
         assert np.hypot(centroid[0] - x, centroid[1] - y) < 0.1
 
 
-def test_faces_have_eyes_where_their_labels_are():
+def test_eyes_are_at_their_labels():
     """Averaged over many cats, a pupil is darker than what is around it."""
     pupils, rims = [], []
     for seed in range(60):
@@ -57,7 +57,7 @@ def test_faces_have_eyes_where_their_labels_are():
     assert np.mean(pupils) < 0.8 * np.mean(rims)
 
 
-def test_faces_declare_partners_that_fit_their_mean_shape():
+def test_flip_pairs_fit_the_mean_shape():
     source = ToyFaces(size=32, train_count=200, test_count=1)
     spec = source.spec()
     assert spec.flip_pairs == (1, 0, 2, 8, 7, 6, 5, 4, 3)
@@ -76,7 +76,7 @@ def test_faces_declare_partners_that_fit_their_mean_shape():
             assert (mirrored[swapped] - mean).norm() > right
 
 
-def test_shapes_have_masks_of_their_classes_and_flat_insides():
+def test_masks_contain_all_classes_and_shapes_are_uniform():
     source = ToyShapes(size=32, train_count=30, test_count=2)
     data = load_data(source)
     assert data.spec.classes == CLASSES
@@ -85,7 +85,7 @@ def test_shapes_have_masks_of_their_classes_and_flat_insides():
     assert (masks == 0).float().mean() < 0.9
 
 
-def test_shapes_masks_agree_with_the_picture():
+def test_masks_agree_with_the_image():
     """Where the class changes, so does the color, far more than elsewhere."""
     across, within = [], []
     for seed in range(20):

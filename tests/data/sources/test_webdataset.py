@@ -1,4 +1,4 @@
-"""Tar shards: the same examples as a folder, read in place, and how they say what is wrong."""
+"""Tar shards: the same examples as a folder, and errors."""
 
 import io
 import json
@@ -57,7 +57,7 @@ WRITTEN: dict[str, Callable[[str], Mapping[str, bytes]]] = {
 
 @pytest.mark.parametrize("how", WRITTEN)
 @pytest.mark.parametrize("cache", ["ram", "disk", "none"])
-def test_shards_hold_what_the_folder_holds(make_folder, tmp_path, monkeypatch, how, cache):
+def test_shards_and_folder_have_the_same_examples(make_folder, tmp_path, monkeypatch, how, cache):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, shards = make_folder("train", "test"), tmp_path / "shards"
     shards.mkdir()
@@ -82,7 +82,7 @@ def test_shards_hold_what_the_folder_holds(make_folder, tmp_path, monkeypatch, h
         assert torch.equal(mine[name][0], image) and mine[name][1] == label, name
 
 
-def test_numbers_without_names_are_the_classes(tmp_path):
+def test_indices_without_names_are_the_classes(tmp_path):
     pack(
         tmp_path / "train.tar",
         {"a.png": png(1), "a.cls": b"0", "b.png": png(2), "b.cls": b"3", ".hidden": b""},
@@ -90,7 +90,7 @@ def test_numbers_without_names_are_the_classes(tmp_path):
     assert TarShards(str(tmp_path)).spec().classes == ("0", "1", "2", "3")
 
 
-def test_the_text_beside_the_image_comes_before_what_is_told_of_it(tmp_path):
+def test_cls_files_take_precedence_over_json(tmp_path):
     more = json.dumps({"width": 5, "label": "bird"}).encode()
     members = {
         "x.json": more,
@@ -104,14 +104,14 @@ def test_the_text_beside_the_image_comes_before_what_is_told_of_it(tmp_path):
     assert TarShards(str(tmp_path)).spec().classes == ("cat", "dog")
 
 
-def test_long_numbers_are_names(tmp_path):
+def test_long_numbers_are_class_names(tmp_path):
     pack(tmp_path / "train.tar", {"x.png": png(1), "x.cls": b"1440764", "y.png": png(2), "y.cls": b"1443537"})
     source = TarShards(str(tmp_path))
     assert source.spec().classes == ("1440764", "1443537")
     assert source.load()["train"].targets["label"].tolist() == [0, 1]
 
 
-def test_a_folder_may_be_called_like_an_archive(tmp_path):
+def test_a_folder_may_end_in_tar(tmp_path):
     root = tmp_path / "all.tar"
     root.mkdir()
     pack(
@@ -137,7 +137,7 @@ FAULTS: dict[str, tuple[Mapping[str, bytes], str]] = {
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_faults_name_shard_and_member(tmp_path, what):
+def test_errors_name_shard_and_member(tmp_path, what):
     pack(tmp_path / "train-0.tar", {"x.png": png(1), "x.cls": b"cat", "y.png": png(2), "y.cls": b"dog"})
     pack(tmp_path / "train-1.tar", FAULTS[what][0])
     with pytest.raises(UserError) as caught:
@@ -145,7 +145,7 @@ def test_faults_name_shard_and_member(tmp_path, what):
     assert FAULTS[what][1] in str(caught.value) and "train-1.tar" in str(caught.value)
 
 
-def test_archives_that_are_none(tmp_path):
+def test_damaged_archives_are_rejected(tmp_path):
     whole = {"x.png": png(1), "x.cls": b"cat", "y.png": png(2), "y.cls": b"dog"}
     pack(tmp_path / "train-0.tar", whole)
     content = (tmp_path / "train-0.tar").read_bytes()
@@ -166,13 +166,13 @@ def test_archives_that_are_none(tmp_path):
         assert f"train-{number}.tar" in str(caught.value)
 
 
-def test_packed_shards_are_to_be_unpacked(tmp_path):
+def test_compressed_shards_are_rejected(tmp_path):
     (tmp_path / "train-0.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"train-0\.tar\.gz must be unpacked to \.tar first"):
         TarShards(str(tmp_path)).spec()
 
 
-def test_labels_that_train_or_the_names_lack(tmp_path):
+def test_labels_that_are_not_classes_are_rejected(tmp_path):
     pack(tmp_path / "train.tar", {"x.png": png(1), "x.cls": b"cat", "y.png": png(2), "y.cls": b"dog"})
     pack(tmp_path / "val.tar", {"x.png": png(1), "x.cls": b"cow"})
     with pytest.raises(UserError, match="train has no class 'cow'"):
@@ -185,7 +185,7 @@ def test_labels_that_train_or_the_names_lack(tmp_path):
         TarShards(str(tmp_path), classes=["cat", "bird"]).spec()
 
 
-def test_a_damaged_image_is_named_with_its_place(tmp_path):
+def test_a_damaged_image_is_named_with_its_archive_position(tmp_path):
     members = {"x.png": png(1), "x.cls": b"cat", "y.png": png(2)[:40], "y.cls": b"dog"}
     pack(tmp_path / "train.tar", members)
     with pytest.raises(UserError, match=r"train\.tar can't be used; .*\n  y\.png::\d+\+40: is not an image"):
@@ -193,13 +193,13 @@ def test_a_damaged_image_is_named_with_its_place(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["photos/cat.jpg", "a.tar", "a.tar/b.jpg", "x::1+2", "été/a.tar.gz/b::1+2"])
-def test_a_file_of_its_own_stays_one(path):
+def test_byte_ranges_of_files_and_members(path):
     assert byte_range(path) == (path, None, None)
     assert byte_range(member_path("s.tar", path, 3, 4)) == ("s.tar", 3, 4)
 
 
 @pytest.mark.slow
-def test_workers_read_what_is_held_in_memory(make_folder, tmp_path):
+def test_cached_and_streamed_runs_have_equal_metrics(make_folder, tmp_path):
     pack_folder(make_folder("train", count=20), tmp_path, "train", WRITTEN["names"])
     held, streamed = (
         train(
@@ -218,7 +218,7 @@ CATS = {"x.png": png(1), "x.cls": b"cat", "y.png": png(2), "y.cls": b"dog"}
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 @pytest.mark.parametrize("place", ["{}-000.tar", "{}.tar", "{}/000.tar"])
-def test_validation_shards_are_used_under_each_of_their_names(tmp_path, name, place):
+def test_each_name_of_the_validation_split_is_accepted(tmp_path, name, place):
     for split in ("train", name):
         (tmp_path / place.format(split)).parent.mkdir(exist_ok=True)
         pack(tmp_path / place.format(split), CATS)
@@ -237,7 +237,7 @@ def test_validation_shards_are_used_under_each_of_their_names(tmp_path, name, pl
         (["testing/0.tar"], "testing is not a split"),
     ],
 )
-def test_shards_of_no_split_or_of_one_twice_are_refused(tmp_path, others, part):
+def test_shards_of_unknown_or_duplicate_splits_are_rejected(tmp_path, others, part):
     for name in ("train-0.tar", *others):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         pack(tmp_path / name, CATS)
@@ -245,7 +245,7 @@ def test_shards_of_no_split_or_of_one_twice_are_refused(tmp_path, others, part):
         TarShards(str(tmp_path)).spec()
 
 
-def test_a_label_that_is_no_text_is_refused(tmp_path):
+def test_a_label_that_is_not_text_is_rejected(tmp_path):
     pack(tmp_path / "train-0.tar", {**CATS, "z.png": png(3), "z.json": b'{"label": "\\ud800"}'})
     with pytest.raises(UserError, match="contains no label"):
         TarShards(str(tmp_path)).spec()
