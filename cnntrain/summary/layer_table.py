@@ -1,6 +1,6 @@
-"""What a network is made of: one row per layer, and totals that are the sum of the rows."""
+"""Summary of a network: one row per layer, and totals that are the sums of the rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Literal
@@ -8,37 +8,48 @@ from typing import Literal
 from torch import nn
 
 from cnntrain.errors import UserError
-from cnntrain.summary.axes import Axes
-from cnntrain.summary.conv_arithmetic import Geometry, Shape, module_geometry
-from cnntrain.summary.design_warnings import is_depthwise, last_local
+from cnntrain.summary.conv_arithmetic import Shape, module_geometry
 from cnntrain.summary.failures import explain
-from cnntrain.summary.meta import Buildable, as_meta, images
 from cnntrain.summary.op_rules import all_tensors
-from cnntrain.summary.parameters import Owner, folds
-from cnntrain.summary.record import Call, Operation
-from cnntrain.summary.run import TraceError, trace_run
-from cnntrain.summary.trace import Trace
+from cnntrain.summary.receptive_field import Axes
+from cnntrain.summary.trace import (
+    ModelOrBuilder,
+    ModuleCall,
+    Operation,
+    Trace,
+    TraceError,
+    as_meta,
+    meta_images,
+    trace_run,
+)
 
 Convention = Literal["torch", "keras", "folded"]
-"""Parameters as torch counts them; as Keras does, with running statistics; with BatchNorm folded away."""
+"""How parameters are counted: as in torch; as in Keras, with running statistics; with BatchNorm folded."""
 
 _BYTES = 4  # of a float32
-_WORDS = {"cat": "concat", "mm": "matmul", "bmm": "matmul", "addmm": "linear", "mean": "mean"}
+_OPERATION_NAMES = {"cat": "concat", "mm": "matmul", "bmm": "matmul", "addmm": "linear"}
+_NORM_OPERATIONS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_with_update")
 
 
 @dataclass(frozen=True)
 class Row:
     """One layer, or one operation between layers, for one image.
 
-    output_shape: without the batch. parameters: each tensor once, where it is used first. statistics:
-        running means and variances. folded: parameters that stay when BatchNorm is folded away.
-    multiply_adds: without bias. elements: numbers that an operation without multiply-adds writes.
-    activations_kib: memory of the output in float32; in-place and pass-through layers take none, a flatten
-        counts as the lectures count it.
-    receptive_field: pixels per axis (the image's side where everything is seen); local_field: leaving out
-        paths through a global pool; whole: some path saw all of the image; jump: pixels from one position to
-        the next; start: center of the first, in pixels. None where it could not be followed, or where no
-        dimension walks along the axis.
+    Attributes:
+        output_shape: without the batch dimension.
+        parameters: each tensor is counted in the first row that uses it.
+        statistics: number of running means and variances.
+        folded: number of parameters after folding BatchNorm.
+        multiply_adds: without bias.
+        elements: number of outputs of operations without multiply-adds.
+        activations_kib: memory of the output in float32; in-place and pass-through layers have none, a flatten has.
+        receptive_field: pixels per image axis (the side of the image if the whole image is read); None if unknown.
+        local_field: without the paths through a global pool.
+        jump: pixels from one position to the next; None if there are no positions.
+        start: center of the first position in pixels.
+        whole: some path reads the whole image.
+        ran: False for modules that are not used in validation.
+        trainable: number of trainable parameters.
     """
 
     name: str
@@ -57,10 +68,10 @@ class Row:
     start: tuple[float, ...] | None = None
     whole: bool = False
     ran: bool = True
-    trainable: int = 0  # number of trainable parameters
+    trainable: int = 0
 
     def count(self, convention: Convention) -> int:
-        """Parameters by a convention."""
+        """Return the number of parameters."""
         extra = self.statistics if convention == "keras" else 0
         return self.folded if convention == "folded" else self.parameters + extra
 
@@ -75,7 +86,8 @@ class ModelSummary:
     Attributes:
         depth: number of convolutions and dense layers on the longest path from input to output, as in the names
             ResNet-18 and VGG-16; see `_depth`.
-        uncounted, unfollowed: layers that the counts do not include.
+        uncounted: operations whose multiply-adds are not counted.
+        unfollowed: operations after which the receptive field is unknown.
     """
 
     name: str
@@ -92,7 +104,6 @@ class ModelSummary:
 
     @property
     def trainable(self) -> int:
-        """Number of parameters that are not frozen."""
         return sum(row.trainable for row in self.rows)
 
     @property
@@ -104,14 +115,14 @@ class ModelSummary:
         return sum(row.activations_kib for row in self.rows)
 
     def row(self, name: str) -> Row:
-        """The row called `name`; KeyError when there is none."""
+        """Return the row called `name`; KeyError if there is none."""
         for row in self.rows:
             if row.name == name:
                 return row
         raise KeyError(f"{self.name} has no row {name!r}")
 
     def as_dict(self, convention: Convention = "torch") -> dict[str, object]:
-        """Everything, for JSON."""
+        """Return the summary for JSON."""
         return {
             "name": self.name,
             "input_shape": self.input_shape,
@@ -131,10 +142,12 @@ class ModelSummary:
         }
 
 
-def analyze(model_or_builder: Buildable, input_shape: Sequence[int], name: str | None = None) -> ModelSummary:
-    """Open a network for one image of `input_shape` (C, H, W), on shapes alone, as in validation.
+def summarize(
+    model_or_builder: ModelOrBuilder, input_shape: Sequence[int], name: str | None = None
+) -> ModelSummary:
+    """Summarize a network for one image of `input_shape` (C, H, W), in evaluation mode, on the meta device.
 
-    Multiply-adds leave out biases: ten 5x5 filters on 3x32x32, padded by 2, make 768,000.
+    Multiply-adds do not include biases: ten 5x5 filters on 3x32x32 with padding 2 have 768,000.
 
     Raises:
         UserError: the network does not fit its input; names the layer.
@@ -142,21 +155,14 @@ def analyze(model_or_builder: Buildable, input_shape: Sequence[int], name: str |
     model = as_meta(model_or_builder).eval()
     channels, *size = (int(n) for n in input_shape)
     try:
-        trace, output = trace_run(model, images(channels, tuple(size)))
-    except TraceError as raised:
-        failure = explain(raised.trace, raised.__cause__ or raised)
-        raise UserError(f"{failure.what}\n{failure.advice}".strip()) from raised
-    owner = Owner(model)
-    changes = folds(trace)
-    rows = _unique([_row(event, owner, tuple(size), changes) for event in trace.events])
-    for home, (count, trainable), statistics in owner.rest():
-        kind = type(model.get_submodule(home)).__name__
-        rows.append(
-            Row(
-                home or "model", kind, "not run", (), count, statistics, count, ran=False, trainable=trainable
-            )
-        )
-    last = last_local(trace)
+        trace, output = trace_run(model, meta_images(channels, tuple(size)))
+    except TraceError as error:
+        failure = explain(error.trace, error.__cause__ or error)
+        raise UserError(f"{failure.message}\n{failure.remedy}".strip()) from error
+    counter = _ParameterCounter(model)
+    folded = _folding_changes(trace)
+    rows = _unique([_row(event, counter, tuple(size), folded) for event in trace.events]) + counter.rest()
+    last = trace.last_local()
     shape = tuple(output.shape[1:]) if hasattr(output, "shape") else ()
     return ModelSummary(
         name or type(model).__name__,
@@ -165,9 +171,74 @@ def analyze(model_or_builder: Buildable, input_shape: Sequence[int], name: str |
         rows,
         _fields(last.axes, tuple(size))[1] if last is not None and last.axes else None,
         _depth(trace, output),
-        sorted({f"{place or 'model'}: {operation}" for place, operation in trace.unknown}),
+        sorted({f"{module or 'model'}: {operation}" for module, operation in trace.uncounted}),
         _unfollowed(trace),
     )
+
+
+class _ParameterCounter:
+    """Assigns every parameter and running statistic to the first row that uses it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parameters = dict(model.named_parameters())
+        self.remaining = {id(p): name for name, p in self.parameters.items()}
+        self.buffers = {id(b) for b in model.buffers() if b.is_floating_point()}
+
+    def take_names(self, names: Iterable[str]) -> tuple[int, int]:
+        """Return (parameters, trainable parameters) of the remaining ones among `names`."""
+        return self._take(self.parameters[name] for name in names)
+
+    def take_module(self, module: nn.Module) -> tuple[tuple[int, int], int]:
+        """Return (parameters, trainable parameters), and the number of running statistics."""
+        return self._take(module.parameters()), self._take_statistics(module)
+
+    def _take(self, parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
+        taken = [p for p in parameters if self.remaining.pop(id(p), None)]
+        return sum(p.numel() for p in taken), sum(p.numel() for p in taken if p.requires_grad)
+
+    def _take_statistics(self, module: nn.Module, recurse: bool = True) -> int:
+        taken = {id(b): b.numel() for b in module.buffers(recurse) if id(b) in self.buffers}
+        self.buffers -= set(taken)
+        return sum(taken.values())
+
+    def rest(self) -> list[Row]:
+        """Return rows for modules that were not used, for example auxiliary heads."""
+        rows = []
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in self.remaining.values()):
+            names = [name for name in self.remaining.values() if name.rpartition(".")[0] == owner]
+            count, trainable = self.take_names(names)
+            module = self.model.get_submodule(owner)
+            statistics = self._take_statistics(module, recurse=False)
+            kind = type(module).__name__
+            rows.append(
+                Row(owner or "model", kind, "not run", (), count, statistics, count, ran=False, trainable=trainable)
+            )
+        return rows
+
+
+def _folding_changes(trace: Trace) -> dict[int, int]:
+    """Return by operation how many parameters folding of BatchNorm adds (a bias) or removes (those of the norm).
+
+    A norm is folded into the convolution or dense layer before it if no other operation reads that layer's output.
+    """
+    readers: dict[int, int] = {}
+    for operation in trace.operations:
+        for i in operation.inputs:
+            readers[i] = readers.get(i, 0) + 1
+    change: dict[int, int] = {}
+    for operation in trace.operations:
+        module, before = operation.call.module, trace.first_producer(operation)
+        if operation.name not in _NORM_OPERATIONS or not isinstance(module, nn.modules.batchnorm._NormBase):
+            continue
+        if before is None or before.name not in ("convolution", "addmm", "mm") or readers[before.index] != 1:
+            continue
+        if module.running_mean is None or operation.call.run > 1 or before.call.run > 1:
+            continue
+        change[operation.index] = -sum(p.numel() for p in module.parameters())
+        has_bias = before.call.layer and getattr(before.call.module, "bias", None) is not None
+        change[before.index] = 0 if has_bias else module.num_features
+    return change
 
 
 def _depth(trace: Trace, output: object) -> int:
@@ -182,8 +253,8 @@ def _depth(trace: Trace, output: object) -> int:
     for operation in trace.operations:
         before = max((depths[i] for i in operation.inputs if i >= 0), default=0)
         depths.append(before + (_is_weighted(operation) and not _ends_separable(trace, operation)))
-    ends = (trace.known(tensor).producer for tensor in all_tensors(output))
-    return max((depths[i] for i in ends if i is not None and i >= 0), default=0)
+    last = [operation for tensor in all_tensors(output) if (operation := trace.producer(tensor))]
+    return max((depths[operation.index] for operation in last), default=0)
 
 
 def _is_weighted(operation: Operation) -> bool:
@@ -194,91 +265,83 @@ def _is_weighted(operation: Operation) -> bool:
 
 def _ends_separable(trace: Trace, operation: Operation) -> bool:
     """Return True for the 1x1 convolution of a separable convolution: its input is a depthwise convolution's output."""
-    geometry, first = operation.geometry, operation.inputs[0] if operation.inputs else -1
+    geometry, before = operation.geometry, trace.first_producer(operation)
     pointwise = geometry is not None and geometry.groups == 1 and set(geometry.kernel) == {1}
-    return pointwise and first >= 0 and is_depthwise(trace.operations[first])
+    return pointwise and before is not None and before.is_depthwise
 
 
-def _row(event: Call | Operation, owner: Owner, size: Shape, changes: dict[int, int]) -> Row:
-    layer = isinstance(event, Call)
-    operations = event.operations if layer else [event]
-    call = event if layer else event.call
-    if layer:
+def _row(
+    event: ModuleCall | Operation, counter: _ParameterCounter, size: Shape, folded: dict[int, int]
+) -> Row:
+    if isinstance(event, ModuleCall):
+        operations, module = event.operations, event.module
         shape = event.output_shapes[0] if event.output_shapes else ()
-        numbers = 0 if event.same_storage else sum(map(prod, event.output_shapes))
-        (parameters, trainable), statistics = owner.take_module(event.module)
-        geometry, axes = module_geometry(event.module) or _main_geometry(operations), event.axes
+        elements = 0 if event.same_storage else sum(map(prod, event.output_shapes))
+        (parameters, trainable), statistics = counter.take_module(module)
+        geometry = module_geometry(module) or (operations[0].geometry if len(operations) == 1 else None)
+        name, kind = event.name + (f"#{event.run}" if event.run > 1 else ""), type(module).__name__
+        notation = f"C{module.out_features}" if isinstance(module, nn.Linear) else ""
     else:
-        shape, statistics = event.output_shape, 0
-        numbers = 0 if event.in_place and event.name != "flatten" else prod(shape)
-        parameters, trainable = owner.take(event.parameters)
-        geometry, axes = event.geometry, event.axes
+        operations, shape, geometry, notation = [event], event.output_shape, event.geometry, ""
+        elements = 0 if event.in_place and event.name != "flatten" else prod(shape)
+        (parameters, trainable), statistics = counter.take_names(event.parameters), 0
+        kind = _OPERATION_NAMES.get(event.name, event.name)
+        name = f"{event.call.name}.{kind}".lstrip(".")
+    axes = event.axes
     exact, local, jump, start = _fields(axes, size) if axes else (None, None, None, None)
-    whole = exact == size and any(axis.whole for axis in axes or ())
-    word = _WORDS.get(operations[0].name, operations[0].name) if operations else ""
-    name = call.name + (f"#{call.run}" if layer and call.run > 1 else "")
     return Row(
-        name if layer else f"{name}.{word}".lstrip("."),
-        type(call.module).__name__ if layer else word,
-        geometry.notation() if geometry else _width(call.module) if layer else "",
+        name,
+        kind,
+        geometry.notation() if geometry else notation,
         tuple(shape[1:] if shape and shape[0] == 1 else shape),
         parameters,
         statistics,
-        parameters + sum(changes.get(op.index, 0) for op in operations),
-        sum(op.multiply_adds or 0 for op in operations),
+        parameters + sum(folded.get(op.index, 0) for op in operations),
+        sum(op.multiply_adds for op in operations),
         sum(prod(op.output_shape) for op in operations if not op.multiply_adds and op.name != "flatten"),
-        numbers * _BYTES / 1024,
+        elements * _BYTES / 1024,
         exact,
         local,
         jump,
         start,
-        whole,
+        whole=exact == size and any(axis.whole for axis in axes or ()),
         trainable=trainable,
     )
-
-
-def _main_geometry(operations: list[Operation]) -> Geometry | None:
-    windows = [op.geometry for op in operations if op.geometry is not None]
-    return windows[0] if len(operations) == 1 and windows else None
-
-
-def _width(module: nn.Module) -> str:
-    return f"C{module.out_features}" if isinstance(module, nn.Linear) else ""
 
 
 def _fields(
     axes: Axes, size: Shape
 ) -> tuple[Shape | None, Shape | None, tuple[float, ...] | None, tuple[float, ...] | None]:
-    """(receptive field, local field, jump, start) per axis of the image."""
+    """Return (receptive field, local field, jump, start) per axis of the image."""
     if any(axis.kind == "unknown" for axis in axes):
         return None, None, None, None
     exact, local = [], []
     for axis, side in zip(axes, size, strict=True):
+        pixels = axis.interval.size
         if axis.kind == "fixed":
-            low, high = axis.span.at(0)
-            seen = min(high, side - 1) - max(low, 0) + 1
-            exact.append(seen)
-            local.append(seen)
-        else:
-            exact.append(side if axis.whole else axis.span.size)
-            local.append(axis.span.size)
-    walking = all(axis.kind == "along" for axis in axes)
-    jump = tuple(float(axis.span.jump) for axis in axes) if walking else None
-    return tuple(exact), tuple(local), jump, tuple(axis.span.start for axis in axes) if walking else None
+            low, high = axis.interval.at(0)
+            pixels = min(high, side - 1) - max(low, 0) + 1
+        local.append(pixels)
+        exact.append(side if axis.whole and axis.kind != "fixed" else pixels)
+    if any(axis.kind != "along" for axis in axes):
+        return tuple(exact), tuple(local), None, None
+    jump = tuple(float(axis.interval.jump) for axis in axes)
+    return tuple(exact), tuple(local), jump, tuple(axis.interval.start for axis in axes)
 
 
 def _unique(rows: list[Row]) -> list[Row]:
-    """Rows with names of their own: the second `block.add` is `block.add#2`."""
-    seen: dict[str, int] = {}
+    """Make names unique: the second `block.add` becomes `block.add#2`."""
+    counts: dict[str, int] = {}
     named = []
     for row in rows:
-        seen[row.name] = seen.get(row.name, 0) + 1
-        named.append(row if seen[row.name] == 1 else replace(row, name=f"{row.name}#{seen[row.name]}"))
+        counts[row.name] = counts.get(row.name, 0) + 1
+        count = counts[row.name]
+        named.append(row if count == 1 else replace(row, name=f"{row.name}#{count}"))
     return named
 
 
 def _unfollowed(trace: Trace) -> list[str]:
-    """Where the receptive field was lost sight of: the operations with the first unknown outputs."""
-    lost = {op.index for op in trace.operations if op.axes and any(a.kind == "unknown" for a in op.axes)}
-    first = [op for op in trace.operations if op.index in lost and not lost & set(op.inputs)]
+    """Return the first operations with an unknown receptive field."""
+    unknown = {op.index for op in trace.operations if op.axes and any(a.kind == "unknown" for a in op.axes)}
+    first = [op for op in trace.operations if op.index in unknown and not unknown & set(op.inputs)]
     return sorted({f"{op.call.name or 'model'}: {op.name}" for op in first})

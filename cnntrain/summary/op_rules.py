@@ -1,201 +1,358 @@
-"""Operations that move numbers without computing: what views, slices, concatenations do to the axes."""
+"""Rules for ATen operations: the receptive field of their outputs, and their multiply-adds.
+
+Every function of torch, of a module or of `torch.nn.functional` is executed as a few ATen operations (`aten::NAME`), so
+that residual additions, concatenations and functional calls are covered as well as layers.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from cnntrain.summary.axes import UNKNOWN, Axes, Axis, broadcast, join, reshape
-from cnntrain.summary.receptive_field import ReceptiveInterval, fixed, window
+from cnntrain.summary.conv_arithmetic import operation_geometry
+from cnntrain.summary.receptive_field import (
+    UNKNOWN,
+    Axes,
+    Axis,
+    Change,
+    adaptive_window,
+    broadcast_axes,
+    interpolation,
+    join_axes,
+    reshape_axes,
+    transposed_window,
+    window,
+)
 
-Lookup = Callable[[Tensor], Axes | None]
-Rule = Callable[[Sequence[Any], Mapping[str, Any], Tensor, Lookup], Axes | None]
 
-
-def names(text: str) -> frozenset[str]:
-    """The words of a text: operations of torch, by name."""
+def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+VIEWS = _names("""
+    view _unsafe_view reshape _reshape_alias unsqueeze squeeze expand permute transpose t select slice
+    split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unbind detach alias as_strided
+    lift_fresh view_as narrow unfold diagonal
+""")  # they compute nothing and have no row in the table
+COPIES = _names("clone contiguous _to_copy zeros_like")
+FACTORIES = _names("empty empty_like new_empty zeros new_zeros ones new_ones full arange linspace rand randn")
+_SPLITS = _names("split split_with_sizes unsafe_split unsafe_split_with_sizes")
+_SAME_POSITION = _names("""
+    clone contiguous _to_copy detach alias lift_fresh as_strided native_dropout dropout bernoulli
+    native_batch_norm batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+    _batch_norm_with_update cudnn_batch_norm native_group_norm native_layer_norm _fused_rms_norm
+    channel_shuffle native_channel_shuffle prelu _prelu_kernel rrelu_with_noise hardswish celu
+""")  # element-wise if the shape stays; the statistics of a norm are not part of the receptive field
+_REDUCTIONS = _names("mean sum amax amin max min var std var_mean logsumexp prod")
+_SOFTMAXES = _names("_softmax _log_softmax _safe_softmax softmax log_softmax cumsum sort")
+# Operations with a small, constant cost per element: they count as 0 multiply-adds.
+_NO_MULTIPLY_ADDS = _names("""
+    native_batch_norm batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+    _batch_norm_with_update cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm
+    native_dropout max_pool1d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
+    avg_pool3d max_unpool2d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool2d adaptive_max_pool3d mean sum amax amin max min var std var_mean std_mean argmax
+    argmin norm linalg_vector_norm logsumexp prod cat stack roll flip repeat index index_select
+    gather scatter embedding masked_fill where topk sort cumsum tril triu one_hot col2im im2col
+    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle _softmax _log_softmax
+    _safe_softmax bernoulli hardswish celu prelu _prelu_kernel constant_pad_nd reflection_pad1d
+    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
+    upsample_trilinear3d upsample_bicubic2d
+""")
+
+
+@dataclass
+class OpCall:
+    """One call of an ATen operation.
+
+    Attributes:
+        name: without `aten::`, and without the underscore of in-place variants.
+        axes_of: returns how a tensor depends on the axes of the image; None if it does not depend on the image.
+    """
+
+    func: Any
+    name: str
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    axes_of: Callable[[Tensor], Axes | None]
+    in_place: bool = False
+    outs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return tensors_of(self.args, self.kwargs)
+
+    @property
+    def axes(self) -> Axes:
+        """Axes of the first argument."""
+        return self.axes_of(self.args[0]) or ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the first argument."""
+        return tuple(self.args[0].shape)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return tuple(self.outs[0].shape)
+
+    @property
+    def is_pointwise(self) -> bool:
+        return torch.Tag.pointwise in self.func.tags or self.func._schema.name.endswith("_")
+
+    def argument(self, index: int, default: Any = None) -> Any:
+        """Return a positional argument, or `default` if it is missing or None."""
+        value = self.args[index] if len(self.args) > index else None
+        return default if value is None else value
+
+
+Rule = Callable[[OpCall], Axes | None]
+
+
 def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """All tensors among an operation's arguments, lists included."""
-    found: list[Tensor] = []
+    """Return all tensors among the arguments, including those in lists."""
+    tensors: list[Tensor] = []
     for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += [v for v in value if isinstance(v, Tensor)]
-    return found
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        tensors += [v for v in values if isinstance(v, Tensor)]
+    return tensors
 
 
 def all_tensors(output: Any) -> list[Tensor]:
-    """The tensors of what a network or an operation answers, however they are packed."""
+    """Return the tensors of a nested output of lists, tuples and dicts."""
     if isinstance(output, Tensor):
         return [output]
-    values = (
-        output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
-    )
-    return [tensor for value in values for tensor in all_tensors(value)]
+    values = output.values() if isinstance(output, dict) else output
+    return [t for value in values for t in all_tensors(value)] if isinstance(output, (dict, list, tuple)) else []
 
 
-def seen(tensor: Tensor, lookup: Lookup) -> Axes:
-    return lookup(tensor) or ()
+def output_axes(call: OpCall) -> list[Axes | None]:
+    """Return the axes of each output; None for outputs that do not depend on the image."""
+    if not call.outs or all(call.axes_of(t) is None for t in call.inputs):
+        return [None] * len(call.outs)
+    if call.name in _SPLITS:
+        dim = call.argument(2, 0) % len(call.shape) - len(call.shape)
+        return [tuple(UNKNOWN if axis.dim == dim else axis for axis in call.axes)] * len(call.outs)
+    rule = RULES.get(call.name)
+    if rule is None:
+        same_shape = call.out_shape == call.inputs[0].shape
+        elementwise = call.is_pointwise or (call.name in _SAME_POSITION and same_shape)
+        rule = _elementwise if elementwise else _unknown
+    axes = rule(call)
+    return [axes] + [axes if out.shape == call.outs[0].shape else None for out in call.outs[1:]]
 
 
-def each(
-    axes: Axes,
-    shape: Sequence[int],
-    first: int,
-    changes: Sequence[Callable[[ReceptiveInterval], ReceptiveInterval]],
-) -> Axes:
-    """`changes[i]` for the axis that walks along dimension first + i (negative); the others stay."""
+def multiply_adds(call: OpCall) -> int | None:
+    """Return the multiply-adds of one call without bias (ten 5x5 filters on 3x32x32, padding 2: 768,000).
+
+    Convolution: K*K*C_in/G per output element; transposed: K*K*C_out/G per input element. None if unknown.
+    """
+    args, out = call.args, call.outs[0] if call.outs else None
+    if call.name == "convolution":
+        images, weight, transposed = args[0], args[1], bool(args[6])
+        counted: Tensor = images if transposed else out
+        return counted.numel() * weight.shape[1] * prod(weight.shape[2:])
+    if call.name in ("mm", "bmm"):
+        return args[0].numel() * args[1].shape[-1]
+    if call.name in ("addmm", "baddbmm"):
+        return args[1].numel() * args[2].shape[-1]
+    if call.is_pointwise or call.name in _NO_MULTIPLY_ADDS:
+        return 0
+    from torch.utils.flop_counter import flop_registry  # imports triton
+
+    formula = flop_registry.get(call.func._overloadpacket)
+    return formula(*args, **call.kwargs, out_val=out) // 2 if formula is not None else None
+
+
+def _unknown(call: OpCall) -> Axes:
+    axes = next((a for t in call.inputs if (a := call.axes_of(t)) is not None), ())
+    return (UNKNOWN,) * len(axes)
+
+
+def _elementwise(call: OpCall) -> Axes | None:
+    parts = [
+        broadcast_axes(axes, tensor.shape, call.out_shape)
+        for tensor in call.inputs
+        if (axes := call.axes_of(tensor)) is not None
+    ]
+    return join_axes(parts, call.out_shape)
+
+
+def _change_last(call: OpCall, changes: Sequence[Change]) -> Axes:
+    """Apply one change to each of the last dimensions."""
 
     def change(axis: Axis) -> Axis:
-        if axis.kind not in ("along", "merged") or axis.dim < first:
+        if axis.dim < -len(changes) or axis.dim == 0:
             return axis
         if axis.kind == "merged":
-            return axis.settled(shape)
-        return replace(axis, span=changes[axis.dim - first](axis.span))
+            return UNKNOWN
+        return replace(axis, interval=changes[axis.dim](axis.interval))
 
-    return tuple(change(axis) for axis in axes)
-
-
-def _view(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
-    return reshape(seen(args[0], lookup), tuple(args[0].shape), tuple(out.shape))
+    return tuple(change(axis) for axis in call.axes)
 
 
-def _permute(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
-    n = out.dim()
-    if len(args) == 1:
-        order = [1, 0]
-    elif len(args) == 3:
-        order = list(range(n))
-        order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
-    else:
-        order = [d % n for d in args[1]]
-    return tuple(a.moved(order.index(a.dim % n) - n) if a.dim else a for a in seen(args[0], lookup))
+def _view(call: OpCall) -> Axes:
+    return reshape_axes(call.axes, call.shape, call.out_shape)
 
 
-def _unsqueeze(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
-    place = args[1] % out.dim() - out.dim()
-    return tuple(a.moved(a.dim - 1) if a.dim and a.dim <= place else a for a in seen(args[0], lookup))
+def _permute(call: OpCall) -> Axes:
+    n = len(call.shape)
+    order = list(range(n))
+    if call.name == "permute":
+        order = [d % n for d in call.args[1]]
+    else:  # t and transpose
+        a, b = (0, n - 1) if call.name == "t" else (call.args[1], call.args[2])
+        order[a], order[b] = order[b], order[a]
+    return tuple(replace(a, dim=order.index(a.dim % n) - n) if a.dim else a for a in call.axes)
 
 
-def _squeeze(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
-    shape = args[0].shape
-    given = args[1] if len(args) > 1 else list(range(len(shape)))
+def _unsqueeze(call: OpCall) -> Axes:
+    n = len(call.out_shape)
+    new = call.args[1] % n - n
+    return tuple(replace(a, dim=a.dim - 1) if a.dim and a.dim <= new else a for a in call.axes)
+
+
+def _squeeze(call: OpCall) -> Axes:
+    n, given = len(call.shape), call.argument(1, range(len(call.shape)))
     dims = [given] if isinstance(given, int) else given
-    gone = {d % len(shape) - len(shape) for d in dims if shape[d] == 1}
-    axes = broadcast(
-        seen(args[0], lookup), shape, [2 if d - len(shape) in gone else 1 for d in range(len(shape))]
-    )
-    return tuple(a.moved(a.dim + sum(1 for d in gone if d > a.dim)) if a.dim else a for a in axes)
+    removed = {d % n - n for d in dims if call.shape[d] == 1}
+    axes = (a.fixed_at(*a.interval.at(0)) if a.dim in removed else a for a in call.axes)
+    return tuple(_without_dims(a, removed) for a in axes)
 
 
-def _expand(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
-    return broadcast(seen(args[0], lookup), args[0].shape, tuple(out.shape)[-args[0].dim() :])
+def _without_dims(axis: Axis, removed: set[int]) -> Axis:
+    """Return the axis after dimensions of the tensor were removed."""
+    return replace(axis, dim=axis.dim + sum(d > axis.dim for d in removed)) if axis.dim else axis
 
 
-def _slice(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
-    given = [*args[1:], None, None, None, None]
-    dim, start, step = (given[0] or 0) % out.dim() - out.dim(), given[1] or 0, given[3] or 1
-    start = min(start + args[0].shape[dim] if start < 0 else start, args[0].shape[dim])
-    axes = seen(args[0], lookup)
+def _expand(call: OpCall) -> Axes:
+    return broadcast_axes(call.axes, call.shape, call.out_shape[-len(call.shape) :])
+
+
+def _slice(call: OpCall) -> Axes:
+    if call.shape == call.out_shape:
+        return call.axes
+    n, dim = len(call.shape), call.argument(1, 0)
+    start, step = call.argument(2, 0), call.argument(4, 1)
+    start = min(start + call.shape[dim] if start < 0 else start, call.shape[dim])
 
     def change(axis: Axis) -> Axis:
-        if axis.dim != dim or args[0].shape == out.shape:
+        if axis.dim != dim % n - n:
             return axis
-        if axis.kind == "merged":
-            return replace(axis, parts=())
-        return replace(axis, span=window(1, step, -start)(axis.span))
+        return UNKNOWN if axis.kind == "merged" else replace(axis, interval=window(1, step, -start)(axis.interval))
 
-    return tuple(change(axis) for axis in axes)
+    return tuple(change(axis) for axis in call.axes)
 
 
-def _select(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
-    shape, n = args[0].shape, args[0].dim()
-    dim, place = args[1] % n - n, args[2] % shape[args[1]]
+def _cat(call: OpCall) -> Axes | None:
+    """Concatenation along channels; along an image axis it is unknown."""
+    n = len(call.out_shape)
+    dim = call.argument(1, 0) % n - n
+    joined = join_axes([axes for t in call.args[0] if (axes := call.axes_of(t)) is not None], call.out_shape)
+    return None if joined is None else tuple(UNKNOWN if a.dim == dim else a for a in joined)
 
+
+def _windows(call: OpCall) -> Axes:
+    geometry = operation_geometry(call.name, call.args)
+    if geometry is None:
+        return _unknown(call)
+    make = transposed_window if geometry.transposed else window
+    values = zip(geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    return _change_last(call, [make(*v) for v in values])
+
+
+def _adaptive_pool(call: OpCall) -> Axes:
     def change(axis: Axis) -> Axis:
-        if axis.kind == "along" and axis.dim == dim:
-            return Axis("fixed", 0, fixed(*axis.span.at(place)), axis.whole, axis.adapted)
-        if axis.kind == "merged" and axis.dim == dim:
-            return axis.settled(shape) if axis.whole else UNKNOWN
-        return axis.moved(axis.dim + 1) if axis.dim and axis.dim < dim else axis
+        if axis.dim < -len(call.args[1]) or axis.dim == 0:
+            return axis
+        before, after = call.shape[axis.dim], call.out_shape[axis.dim]
+        if axis.kind == "merged":
+            return UNKNOWN
+        if before == after:
+            return axis
+        if after == 1:
+            return axis.combined(call.shape)
+        return replace(axis, interval=adaptive_window(before, after)(axis.interval), adapted=True)
 
-    return tuple(change(axis) for axis in seen(args[0], lookup))
-
-
-def pieces(name: str, args: Sequence[Any], outs: list[Tensor], lookup: Lookup) -> list[Axes | None]:
-    source, results, start = args[0], [], 0
-    dim = args[1 if name == "unbind" else 2] if len(args) > (1 if name == "unbind" else 2) else 0
-    for i, out in enumerate(outs):
-        if name == "unbind":
-            results.append(_select((source, dim, i), {}, out, lookup))
-        else:
-            results.append(_slice((source, dim, start), {}, out, lookup))
-            start += out.shape[dim]
-    return results
+    return tuple(change(axis) for axis in call.axes)
 
 
-def _cat(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
-    dim = (args[1] if len(args) > 1 else 0) % out.dim() - out.dim()
-    parts, start, walking = [], 0, 0
-    for tensor in args[0]:
-        if (axes := lookup(tensor)) is not None:
-            along = [a for a in axes if a.kind == "along" and a.dim == dim]
-            walking += bool(along)
-            shift = window(1, 1, start)
-            loose = [
-                a for a in axes if a.kind == "merged" and a.dim == dim
-            ]  # a class token before the others
-            parts.append(
-                tuple(
-                    replace(a, span=shift(a.span))
-                    if a in along
-                    else replace(a, parts=())
-                    if a in loose
-                    else a
-                    for a in axes
-                )
-            )
-        start += tensor.shape[dim]
-    joined = join(parts, out.shape)
-    if joined is not None and walking > 1:  # pieces of one axis side by side, in an order of their own
-        joined = tuple(UNKNOWN if a.kind == "along" and a.dim == dim else a for a in joined)
-    return joined
+def _upsample(mode: str) -> Rule:
+    def rule(call: OpCall) -> Axes:
+        corners = "nearest" not in mode and call.argument(2) is True
+        sizes = zip(call.shape[2:], call.out_shape[2:], strict=True)
+        return _change_last(call, [interpolation(a, b, mode, corners) for a, b in sizes])
+
+    return rule
 
 
-def _roll(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
-    """Positions moved round; the part that comes in at the other side is taken as lying beyond the border."""
-    n, shifts = out.dim(), [0] * out.dim()
-    for shift, dim in zip(args[1], args[2] if len(args) > 2 else (), strict=False):
-        shifts[dim % n] = shift
-    return each(seen(args[0], lookup), args[0].shape, -n, [window(1, 1, shift) for shift in shifts])
+def _pad(call: OpCall) -> Axes:
+    before = call.args[1][::2]  # (left, right) of the last dimension first
+    return _change_last(call, [window(1, 1, pixels) for pixels in reversed(before)])
 
 
-def _flip(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
-    turned = {d % out.dim() - out.dim() for d in args[1]}
-    return tuple(UNKNOWN if axis.dim in turned else axis for axis in seen(args[0], lookup))
+def _pixel_shuffle(call: OpCall) -> Axes:
+    factor = int(call.args[1])
+    return _change_last(call, [lambda interval: interval.compose(lambda o: (o // factor,), factor, 1)] * 2)
 
 
-def _stack(args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, lookup: Lookup) -> Axes | None:
-    dim = (args[1] if len(args) > 1 else 0) % out.dim()
-    joined = join([axes for t in args[0] if (axes := lookup(t)) is not None], out.shape)
-    return None if joined is None else _unsqueeze((args[0][0], dim), {}, out, lambda _: joined)
+def _pixel_unshuffle(call: OpCall) -> Axes:
+    return _change_last(call, [window(int(call.args[1]), int(call.args[1]), 0)] * 2)
 
 
-MOVES: dict[str, Rule] = {
+def _reduce(call: OpCall) -> Axes:
+    n = len(call.shape)
+    given = call.argument(2 if "norm" in call.name else 1, call.kwargs.get("dim"))  # norms have their order first
+    dims = [given] if isinstance(given, int) else list(given or range(n))
+    removed = {d % n - n for d in dims}
+    kept = len(call.out_shape) == n
+    axes = tuple(a.combined(call.shape) if a.dim in removed else a for a in call.axes)
+    return axes if kept else tuple(_without_dims(a, removed) for a in axes)
+
+
+def _softmax(call: OpCall) -> Axes:
+    n = len(call.shape)
+    dim = call.argument(1, -1) % n - n
+    return tuple(axis.combined(call.shape) if axis.dim == dim else axis for axis in call.axes)
+
+
+def _matrix_product(call: OpCall) -> Axes:
+    """Product with a weight: the summed dimension is combined. A product of two activations is unknown."""
+    left, right = [t for t in call.args if isinstance(t, Tensor)][-2:]
+    factors = [(axes, t, dim) for t, dim in ((left, -1), (right, -2)) if (axes := call.axes_of(t)) is not None]
+    if len(factors) != 1:
+        return _unknown(call)
+    axes, matrix, summed = factors[0]
+    return tuple(a.combined(matrix.shape) if a.dim == summed else a for a in axes)
+
+
+RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _view),
     **dict.fromkeys(("permute", "transpose", "t"), _permute),
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "expand": _expand,
     "slice": _slice,
-    "select": _select,
     "cat": _cat,
-    "roll": _roll,
-    "flip": _flip,
-    "stack": _stack,
+    "convolution": _windows,
+    **{f"max_pool{n}d_with_indices": _windows for n in (2, 3)},
+    **{f"{kind}_pool{n}d": _windows for n in (1, 2, 3) for kind in ("max", "avg")},
+    **{f"_adaptive_avg_pool{n}d": _adaptive_pool for n in (2, 3)},
+    **{f"adaptive_{kind}_pool{n}d": _adaptive_pool for n in (1, 2, 3) for kind in ("avg", "max")},
+    **{f"upsample_nearest{n}d": _upsample("nearest") for n in (1, 2, 3)},
+    **{f"_upsample_nearest_exact{n}d": _upsample("nearest-exact") for n in (1, 2, 3)},
+    **{f"upsample_{kind}": _upsample("linear") for kind in ("linear1d", "bilinear2d", "trilinear3d")},
+    "upsample_bicubic2d": _upsample("cubic"),
+    "constant_pad_nd": _pad,
+    **{f"{kind}_pad{n}d": _pad for n in (1, 2, 3) for kind in ("reflection", "replication")},
+    "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_unshuffle,
+    **dict.fromkeys((*_REDUCTIONS, "norm", "linalg_vector_norm"), _reduce),
+    **dict.fromkeys(_SOFTMAXES, _softmax),
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _matrix_product),
 }

@@ -1,27 +1,26 @@
-"""Exact receptive fields along one image axis: which input pixels a position of a feature map reads.
+"""Exact receptive fields: which input pixels each position of a feature map reads, along each axis of the image.
 
-The map is treated as unbounded (padding reads pixels outside the image, as the textbook formulas do), so
-that what a
-position reads is an interval of pixels that repeats: after `period` positions it has moved by `advance`
-pixels. Strided windows, upsampling, transposed convolutions and joins of branches all stay in this form, in
-whole numbers.
+Maps are treated as unbounded: padding reads pixels outside the image, as in the textbook formulas. What a position
+reads is then an interval that repeats: after `period` positions it has moved by `advance` pixels. Convolutions, pools,
+upsampling, transposed convolutions and sums of branches all keep this form, in whole numbers.
 
-Source: Araujo, Norris, Sim: Computing Receptive Fields of Convolutional Neural Networks (Distill 2019),
-which gives the recursions for a chain; the intervals here are the same recursion, kept per position.
+Source: Araujo, Norris, Sim: Computing Receptive Fields of Convolutional Neural Networks (Distill 2019), which has the
+recursions for a chain of layers; here they are kept per position.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import gcd, lcm
+from math import gcd, lcm, prod
+from typing import Literal
 
-# What a position reads that no input reaches (a transposed convolution with stride > kernel).
-_NOTHING = (1 << 40, -(1 << 40))
+# Interval of a position that no input reaches (a transposed convolution with stride > kernel size).
+_EMPTY = (1 << 40, -(1 << 40))
 
 
 @dataclass(frozen=True)
 class ReceptiveInterval:
-    """Position i reads pixels lows[i % period] .. highs[i % period], moved by (i // period) * advance."""
+    """Position i reads pixels lows[i % period] to highs[i % period], shifted by (i // period) * advance."""
 
     lows: tuple[int, ...] = (0,)
     highs: tuple[int, ...] = (0,)
@@ -38,46 +37,46 @@ class ReceptiveInterval:
 
     @property
     def size(self) -> int:
-        """The receptive field in pixels, the largest over positions."""
+        """Receptive field in pixels, the largest over all positions."""
         return max((high - low + 1 for low, high in zip(self.lows, self.highs, strict=True)), default=0)
 
     @property
     def start(self) -> float:
-        """Center of the first position's field, in pixels; the first pixel's own center is 0.5."""
+        """Center of the first position's receptive field in pixels; the center of the first pixel is 0.5."""
         return (self.lows[0] + self.highs[0] + 1) / 2
 
     def at(self, position: int) -> tuple[int, int]:
-        """First and last pixel (inclusive) that `position` reads."""
+        """Return the first and the last pixel that `position` reads."""
         turns, rest = divmod(position, self.period)
         return self.lows[rest] + turns * self.advance, self.highs[rest] + turns * self.advance
 
     def hull(self, length: int) -> tuple[int, int]:
-        """First and last pixel read by positions 0 .. length - 1 together."""
+        """Return the first and the last pixel that positions 0 to length - 1 read."""
         intervals = [self.at(i) for i in range(length)]
         return min(low for low, _ in intervals), max(high for _, high in intervals)
 
-    def read(
-        self, taps: Callable[[int], Iterable[int]], every_out: int = 1, every_in: int = 1
+    def compose(
+        self, taps: Callable[[int], Iterable[int]], outputs: int = 1, inputs: int = 1
     ) -> "ReceptiveInterval":
-        """The span of a layer whose output o reads this map's positions `taps(o)`.
+        """Return the interval of a layer whose output position o reads this map's positions `taps(o)`.
 
-        `taps` repeats: taps(o + every_out) is taps(o) moved by every_in. A convolution has every_out 1,
-        every_in its stride.
+        `taps` repeats: taps(o + outputs) is taps(o) shifted by `inputs`. For a convolution, outputs is 1 and inputs is
+        its stride.
         """
-        turns = self.period // gcd(self.period, every_in)
-        intervals = [[self.at(i) for i in taps(o)] or [_NOTHING] for o in range(every_out * turns)]
+        turns = self.period // gcd(self.period, inputs)
+        intervals = [[self.at(i) for i in taps(o)] or [_EMPTY] for o in range(outputs * turns)]
         lows = tuple(min(low for low, _ in interval) for interval in intervals)
         highs = tuple(max(high for _, high in interval) for interval in intervals)
-        return ReceptiveInterval(lows, highs, self.advance * every_in * turns // self.period)._shortest()
+        return ReceptiveInterval(lows, highs, self.advance * inputs * turns // self.period)._shortest()
 
     def join(self, other: "ReceptiveInterval", length: int) -> "ReceptiveInterval":
-        """The span of a sum of two maps of `length` positions: the hull of both, position by position."""
+        """Return the interval of a sum of two maps with `length` positions: the hull of both, per position."""
         if self == other:
             return self
         if self.jump == other.jump:
-            period, advance = lcm(self.period, other.period), 0
+            period = lcm(self.period, other.period)
             advance = self.advance * (period // self.period)
-        else:  # branches whose sizes were rounded differently: no short period, so every position is kept
+        else:  # branches whose sizes were rounded differently: no short period, so keep every position
             period, advance = length, int(self.jump * length)
         both = [(self.at(i), other.at(i)) for i in range(period)]
         lows = tuple(min(a[0], b[0]) for a, b in both)
@@ -85,62 +84,50 @@ class ReceptiveInterval:
         return ReceptiveInterval(lows, highs, advance)._shortest()
 
     def _shortest(self) -> "ReceptiveInterval":
-        """The same span with its shortest period, so that later arithmetic stays small."""
+        """Return the same interval with its shortest period."""
         for period in range(1, self.period):
             if self.period % period or self.advance * period % self.period:
                 continue
-            short = ReceptiveInterval(
-                self.lows[:period], self.highs[:period], self.advance * period // self.period
-            )
+            advance = self.advance * period // self.period
+            short = ReceptiveInterval(self.lows[:period], self.highs[:period], advance)
             if all(short.at(i) == (self.lows[i], self.highs[i]) for i in range(self.period)):
                 return short
         return self
 
 
-PIXEL = ReceptiveInterval()
-"""The span of the image itself: each position reads its own pixel."""
+Change = Callable[[ReceptiveInterval], ReceptiveInterval]
+"""Effect of a layer on the interval of one axis."""
 
 
-def fixed(low: int, high: int) -> ReceptiveInterval:
-    """The span of something that has no position: it reads low .. high wherever it is used."""
-    return ReceptiveInterval((low,), (high,), 0)
-
-
-def window(
-    kernel: int, stride: int, padding: int, dilation: int = 1
-) -> Callable[[ReceptiveInterval], ReceptiveInterval]:
-    """A convolution or pooling window: output o reads o * stride - padding + dilation * k for k < kernel."""
-    return lambda span: span.read(
+def window(kernel: int, stride: int, padding: int, dilation: int = 1) -> Change:
+    """Convolution or pool: output o reads o * stride - padding + dilation * k for k < kernel."""
+    return lambda interval: interval.compose(
         lambda o: (o * stride - padding + dilation * k for k in range(kernel)), 1, stride
     )
 
 
-def transposed_window(
-    kernel: int, stride: int, padding: int, dilation: int = 1
-) -> Callable[[ReceptiveInterval], ReceptiveInterval]:
-    """A transposed convolution: input i writes i * stride - padding + dilation * k; o reads what hits it."""
+def transposed_window(kernel: int, stride: int, padding: int, dilation: int = 1) -> Change:
+    """Transposed convolution: input i contributes to outputs i * stride - padding + dilation * k for k < kernel."""
 
     def taps(o: int) -> Iterable[int]:
-        places = (o + padding - dilation * k for k in range(kernel))
-        return [place // stride for place in places if place % stride == 0]
+        shifted = (o + padding - dilation * k for k in range(kernel))
+        return [position // stride for position in shifted if position % stride == 0]
 
-    return lambda span: span.read(taps, stride, 1)
+    return lambda interval: interval.compose(taps, stride, 1)
 
 
-def adaptive_window(size_in: int, size_out: int) -> Callable[[ReceptiveInterval], ReceptiveInterval]:
-    """torch's adaptive pooling: output o reads floor(o * in / out) up to ceil((o + 1) * in / out) - 1."""
+def adaptive_window(size_in: int, size_out: int) -> Change:
+    """Adaptive pool: output o reads floor(o * in / out) to ceil((o + 1) * in / out) - 1."""
     common = gcd(size_in, size_out)
 
     def taps(o: int) -> Iterable[int]:
         return range(o * size_in // size_out, -(-(o + 1) * size_in // size_out))
 
-    return lambda span: span.read(taps, size_out // common, size_in // common)
+    return lambda interval: interval.compose(taps, size_out // common, size_in // common)
 
 
-def interpolation(
-    size_in: int, size_out: int, mode: str, align_corners: bool
-) -> Callable[[ReceptiveInterval], ReceptiveInterval]:
-    """torch's interpolate by `nearest`, `nearest-exact`, `linear` (two neighbors) or `cubic` (four)."""
+def interpolation(size_in: int, size_out: int, mode: str, align_corners: bool) -> Change:
+    """`functional.interpolate` with mode `nearest`, `nearest-exact`, `linear` (two taps) or `cubic` (four taps)."""
     corners = align_corners and size_out > 1
     ratio = Fraction(size_in - 1, size_out - 1) if corners else Fraction(size_in, size_out)
     shift = Fraction(0) if corners or mode == "nearest" else (ratio - 1) / 2
@@ -154,4 +141,113 @@ def interpolation(
             return (floor,)
         return range(floor, floor + 2) if mode == "linear" else range(floor - 1, floor + 3)
 
-    return lambda span: span.read(taps, ratio.denominator, ratio.numerator) if ratio else fixed(*span.at(0))
+    def change(interval: ReceptiveInterval) -> ReceptiveInterval:
+        if ratio:
+            return interval.compose(taps, ratio.denominator, ratio.numerator)
+        low, high = interval.at(0)
+        return ReceptiveInterval((low,), (high,), 0)
+
+    return change
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the image, as a tensor depends on it.
+
+    Attributes:
+        kind: along: dimension `dim` of the tensor runs along the axis, position i reads `interval`.
+            merged: the axis is part of dimension `dim`, together with others (flatten); entries read `interval`.
+            fixed: every element reads the same `interval`.
+            unknown: an operation without a rule.
+        dim: negative, so that it survives broadcasting; 0 for fixed and unknown.
+        whole: some path combined all positions (global pool, dense layer).
+        adapted: an adaptive pool changed the size, so that `interval` depends on the image size.
+        length: number of positions of a merged axis.
+    """
+
+    kind: Literal["along", "merged", "fixed", "unknown"]
+    dim: int = 0
+    interval: ReceptiveInterval = ReceptiveInterval()
+    whole: bool = False
+    adapted: bool = False
+    length: int = 0
+
+    def fixed_at(self, low: int, high: int, whole: bool | None = None) -> "Axis":
+        """Return this axis after a single interval of it was selected or combined."""
+        interval = ReceptiveInterval((low,), (high,), 0)
+        return Axis("fixed", 0, interval, self.whole if whole is None else whole, self.adapted)
+
+    def combined(self, shape: Sequence[int]) -> "Axis":
+        """Return this axis after all positions of a tensor of `shape` were combined."""
+        if self.kind in ("fixed", "unknown"):
+            return self
+        length = shape[self.dim] if self.kind == "along" else self.length
+        return self.fixed_at(*self.interval.hull(length), whole=True)
+
+
+Axes = tuple[Axis, ...]
+UNKNOWN = Axis("unknown")
+
+
+def image_axes(dimensions: int) -> Axes:
+    """Return the axes of an image (N, C, *size) with `dimensions` spatial dimensions."""
+    return tuple(Axis("along", dim) for dim in range(-dimensions, 0))
+
+
+def broadcast_axes(axes: Axes, shape: Sequence[int], out_shape: Sequence[int]) -> Axes:
+    """Return the axes of a tensor of `shape` after broadcasting to `out_shape`."""
+    return tuple(
+        axis.fixed_at(*axis.interval.at(0))
+        if axis.kind == "along" and shape[axis.dim] == 1 and out_shape[axis.dim] > 1
+        else axis
+        for axis in axes
+    )
+
+
+def join_axes(parts: Sequence[Axes], out_shape: Sequence[int]) -> Axes | None:
+    """Return the axes of an element-wise function of several tensors; None if there are no tensors."""
+    if not parts:
+        return None
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = tuple(_join(a, b, out_shape) for a, b in zip(joined, part, strict=True))
+    return joined
+
+
+def _join(a: Axis, b: Axis, out_shape: Sequence[int]) -> Axis:
+    whole, adapted = a.whole or b.whole, a.adapted or b.adapted
+    if "unknown" in (a.kind, b.kind):
+        return UNKNOWN
+    if a.kind == b.kind == "fixed":
+        (low_a, high_a), (low_b, high_b) = a.interval.at(0), b.interval.at(0)
+        return replace(a, adapted=adapted).fixed_at(min(low_a, low_b), max(high_a, high_b), whole)
+    if "fixed" in (a.kind, b.kind):  # squeeze-and-excitation: a map times one number per channel
+        return replace(a if b.kind == "fixed" else b, whole=whole, adapted=adapted)
+    if (a.kind, a.dim, a.length) != (b.kind, b.dim, b.length):
+        return UNKNOWN
+    return replace(a, interval=a.interval.join(b.interval, out_shape[a.dim]), whole=whole, adapted=adapted)
+
+
+def reshape_axes(axes: Axes, old: Sequence[int], new: Sequence[int]) -> Axes:
+    """Return the axes after a view from shape `old` to shape `new`.
+
+    Known are views that leave the dimension of an axis unchanged (channel shuffle) or merge it into a larger one
+    (flatten).
+    """
+    return tuple(_reshape(axis, old, new) for axis in axes)
+
+
+def _reshape(axis: Axis, old: Sequence[int], new: Sequence[int]) -> Axis:
+    if axis.kind in ("fixed", "unknown"):
+        return axis
+    size, stride = old[axis.dim], prod(old[len(old) + axis.dim + 1 :])
+    if size == 1:
+        unchanged = len(new) >= -axis.dim and new[axis.dim] == 1
+        return axis if unchanged else axis.fixed_at(*axis.interval.at(0))
+    for i, new_size in enumerate(new):
+        new_stride, dim = prod(new[i + 1 :]), i - len(new)
+        if (new_size, new_stride) == (size, stride):
+            return replace(axis, dim=dim)
+        if stride % new_stride == 0 and new_size * new_stride % (size * stride) == 0:
+            return replace(axis, kind="merged", dim=dim, length=axis.length or size)
+    return UNKNOWN

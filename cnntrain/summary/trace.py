@@ -1,22 +1,32 @@
-"""One run of a network on shapes alone, and what it did: by module, by operation, by axis of the image."""
+"""Trace a forward pass on the meta device (shapes without data): modules, operations, and axes of the image."""
 
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cnntrain.summary.axes import Axes, image_axes
-from cnntrain.summary.conv_arithmetic import Shape, operation_geometry
-from cnntrain.summary.multiply_adds import is_elementwise, multiply_adds
-from cnntrain.summary.op_rules import all_tensors, tensors_of
-from cnntrain.summary.receptive_field import window
-from cnntrain.summary.record import Call, Operation
-from cnntrain.summary.shape_rules import COPIES, FACTORIES, VIEWS, follow, is_pointwise
+from cnntrain.summary.conv_arithmetic import Geometry, Shape, operation_geometry
+from cnntrain.summary.op_rules import (
+    COPIES,
+    FACTORIES,
+    VIEWS,
+    OpCall,
+    all_tensors,
+    multiply_adds,
+    output_axes,
+    tensors_of,
+)
+from cnntrain.summary.receptive_field import Axes, image_axes, window
 
+ModelOrBuilder = nn.Module | Callable[[], nn.Module]
 _Key = tuple[int, int, Shape, Shape]
-
-# Modules of torch that are one layer, though they may have children (a parametrized convolution, attention).
+# Modules of torch.nn that are one layer although they may have children (parametrized convolutions, attention).
 _LAYERS = (
     nn.modules.conv._ConvNd,
     nn.Linear,
@@ -27,72 +37,171 @@ _LAYERS = (
 )
 
 
+def as_meta(model_or_builder: ModelOrBuilder) -> nn.Module:
+    """Return a copy of a network on the meta device, or build it there; weights are neither copied nor drawn."""
+    if isinstance(model_or_builder, nn.Module):
+        return _copy_to_meta(model_or_builder)
+    try:
+        with torch.device("meta"):
+            return _copy_to_meta(model_or_builder())
+    except Exception as error:
+        if not needs_data(error.__cause__ or error):
+            raise
+        return _copy_to_meta(model_or_builder())  # its constructor computes with tensors
+
+
+def _copy_to_meta(model: nn.Module) -> nn.Module:
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        tensors = [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = _empty_like(tensor)
+    return copy.deepcopy(model, memo)
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
+        return type(tensor)(tensor.requires_grad, "meta")  # type: ignore[call-arg,arg-type]
+    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def needs_data(error: BaseException) -> bool:
+    """Return True if the network failed because it reads values (`.item()`, numpy), which meta tensors lack."""
+    return isinstance(error, (NotImplementedError, RuntimeError, TypeError)) and bool(
+        re.search(r"\bmeta\b", str(error), re.IGNORECASE)
+    )
+
+
+def meta_images(in_channels: int, image_size: tuple[int, ...], batch_size: int = 1) -> Tensor:
+    """Return a batch (N, C, *size) on the meta device."""
+    return torch.empty(batch_size, in_channels, *image_size, device="meta")
+
+
 @dataclass
-class _Known:
-    """What is known of a tensor: how it follows the image, which operation made it, which parameter it is."""
+class Operation:
+    """One call of an ATen operation that depends on the image.
+
+    Attributes:
+        inputs: indices of the operations that computed its inputs; -1 is the image.
+        parameters: names of the parameters it reads.
+        in_place: it overwrites its input.
+        call: the layer it belongs to, or else the innermost module.
+        axes: how its output depends on the axes of the image.
+    """
+
+    index: int
+    name: str
+    inputs: tuple[int, ...]
+    input_shapes: tuple[Shape, ...]
+    output_shape: Shape
+    geometry: Geometry | None
+    multiply_adds: int
+    parameters: tuple[str, ...]
+    in_place: bool
+    call: "ModuleCall"
+    axes: Axes | None = None
+
+    @property
+    def is_depthwise(self) -> bool:
+        geometry = self.geometry
+        return geometry is not None and geometry.groups > 1 and geometry.groups == self.input_shapes[0][1]
+
+
+@dataclass
+class ModuleCall:
+    """One call of a module.
+
+    Attributes:
+        layer: the module is one row of the table; its children are not listed.
+        run: 1, or more if the module is called repeatedly.
+        same_storage: the output is the input, or was written into it.
+    """
+
+    name: str
+    module: nn.Module
+    layer: bool
+    run: int
+    input_shapes: tuple[Shape, ...]
+    output_shapes: tuple[Shape, ...] = ()
+    operations: list[Operation] = field(default_factory=list)
+    same_storage: bool = False
+    axes: Axes | None = None
+
+
+@dataclass(frozen=True)
+class _TensorInfo:
+    """The image axes of a tensor, the operation that computed it, and its name if it is a parameter."""
 
     axes: Axes | None = None
     producer: int | None = None
     parameter: str | None = None
 
 
-@dataclass
-class _Ran:
-    """One call at torch's dispatcher; `name` without the underscore of in-place variants."""
-
-    func: Any
-    name: str
-    args: Any
-    kwargs: Any
-    inputs: list[Tensor]
-    in_place: bool
-    before: list[_Known] = field(default_factory=list)
-    outs: list[Tensor] = field(default_factory=list)
-
-
 class Trace(TorchDispatchMode):
-    """Records a forward pass on the meta device; use `run.trace_run`.
+    """Record of a forward pass on the meta device; use `trace_run`.
 
-    events: layers (`Call`) and operations outside of layers (`Operation`), in the order in which they began.
-    stack: the modules that were running when an error was raised, the outermost first.
-    failing: name and shapes of the operation that raised, if it was one of torch's.
+    Attributes:
+        events: layers and operations outside of layers, in the order in which they started.
+        operations, calls: all operations and all module calls.
+        stack: the running modules when an error was raised, the outermost first.
+        failed_operation: name and input shapes of the operation that raised, if an operation raised.
+        uncounted: (module name, operation name) of operations with unknown multiply-adds.
     """
 
     def __init__(self, model: nn.Module, batch: Tensor) -> None:
         super().__init__()
         self.batch_size = batch.shape[0]
-        self.events: list[Call | Operation] = []
+        self.events: list[ModuleCall | Operation] = []
         self.operations: list[Operation] = []
-        self.calls: list[Call] = []
-        self.stack: list[Call] = []
-        self.failing: tuple[str, tuple[Shape, ...]] | None = None
-        self.unknown: list[tuple[str, str]] = []
-        self._known: dict[_Key, _Known] = {}
-        self._alive: list[Tensor] = []  # keeps storages from being reused, so that a key means one tensor
-        self._buffers: dict[int, tuple[Tensor, int]] = {}
+        self.calls: list[ModuleCall] = []
+        self.stack: list[ModuleCall] = []
+        self.failed_operation: tuple[str, tuple[Shape, ...]] | None = None
+        self.uncounted: list[tuple[str, str]] = []
+        self._infos: dict[_Key, _TensorInfo] = {}
+        self._alive: list[Tensor] = []  # keeps storages alive, so that a key identifies one tensor
+        self._buffers: dict[int, tuple[Tensor, int]] = {}  # new tensors and the largest number of elements copied
         self._runs: dict[int, int] = {}
-        self._remember(batch, _Known(image_axes(batch.dim() - 2), -1))
+        self._set_info(batch, _TensorInfo(image_axes(batch.dim() - 2), -1))
         for name, parameter in model.named_parameters():
-            if nn.parameter.is_lazy(parameter):
-                continue
-            self._remember(parameter, _Known(parameter=name))
+            if not nn.parameter.is_lazy(parameter):
+                self._set_info(parameter, _TensorInfo(parameter=name))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch would import its compiler, seconds long, to be told that it has no part in this
+        return False  # True would import torch's compiler, which takes seconds
 
-    def known(self, tensor: Tensor) -> _Known:
-        return self._known.get(_key(tensor), _Known())
+    def producer(self, tensor: Tensor) -> Operation | None:
+        """Return the operation that computed the tensor."""
+        return self._operation(self._info(tensor).producer)
 
-    def _remember(self, tensor: Tensor, known: _Known) -> None:
-        self._known[_key(tensor)] = known
+    def first_producer(self, operation: Operation) -> Operation | None:
+        """Return the operation that computed the first input; None if it is the image."""
+        return self._operation(operation.inputs[0] if operation.inputs else None)
+
+    def _operation(self, index: int | None) -> Operation | None:
+        return self.operations[index] if index is not None and index >= 0 else None
+
+    def last_local(self) -> Operation | None:
+        """Return the last operation whose output is a map that no adaptive or global pool has changed."""
+        for operation in reversed(self.operations):
+            if operation.axes and all(axis.kind == "along" and not axis.adapted for axis in operation.axes):
+                return operation
+        return None
+
+    def _info(self, tensor: Tensor) -> _TensorInfo:
+        return self._infos.get(_key(tensor), _TensorInfo())
+
+    def _set_info(self, tensor: Tensor, info: _TensorInfo) -> None:
+        self._infos[_key(tensor)] = info
         self._alive.append(tensor)
 
     def enter(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
         inside = any(call.layer for call in self.stack)
         layer = not inside and _is_layer(module, root=not name)
         run = self._runs[id(module)] = self._runs.get(id(module), 0) + 1
-        call = Call(name, module, layer, run, tuple(tuple(t.shape) for t in inputs))
+        call = ModuleCall(name, module, layer, run, _shapes(inputs))
         self.stack.append(call)
         self.calls.append(call)
         if layer:
@@ -102,78 +211,77 @@ class Trace(TorchDispatchMode):
         while self.stack:
             call = self.stack.pop()
             if call.module is module:
-                call.output_shapes = tuple(tuple(t.shape) for t in outputs)
-                call.axes = self.known(outputs[0]).axes if outputs else None
-                places = {(_key(t)[0], tuple(t.shape)) for t in inputs}
-                call.same_storage = bool(outputs) and (_key(outputs[0])[0], tuple(outputs[0].shape)) in places
+                call.output_shapes = _shapes(outputs)
+                call.axes = self._info(outputs[0]).axes if outputs else None
+                storages = {(_key(t)[0], tuple(t.shape)) for t in inputs}
+                call.same_storage = bool(outputs) and (_key(outputs[0])[0], tuple(outputs[0].shape)) in storages
                 return
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         namespace, name = func._schema.name.split("::")
         name = name if namespace == "aten" else func._schema.name
         in_place = name.endswith("_") and name != "copy_"
-        inputs = tensors_of(args, kwargs)
-        ran = _Ran(func, name.rstrip("_") if in_place else name, args, kwargs, inputs, in_place)
-        ran.before = [self.known(t) for t in inputs]
+        name = name.rstrip("_") if in_place else name
+        call = OpCall(func, name, args, kwargs or {}, lambda t: self._info(t).axes, in_place)
+        infos = [self._info(t) for t in call.inputs]
         try:
             if name == "convolution":
                 _check_channels(args[0], args[1], bool(args[6]), args[8])
-            out = func(*args, **kwargs)
+            out = func(*args, **call.kwargs)
         except Exception:
-            self.failing = (name, tuple(tuple(t.shape) for t in inputs))
+            self.failed_operation = (name, _shapes(call.inputs))
             raise
-        ran.outs = all_tensors(out)
-        self._observe(ran)
+        call.outs = all_tensors(out)
+        self._record(call, infos)
         return out
 
-    def _observe(self, ran: "_Ran") -> None:
-        """Note what an operation made of which tensors."""
-        if ran.name in FACTORIES and ran.outs:
-            self._buffers[_key(ran.outs[0])[0]] = (ran.outs[0], 0)
-            self._alive.append(ran.outs[0])
+    def _record(self, call: OpCall, infos: list[_TensorInfo]) -> None:
+        """Record which tensors the operation computed from which."""
+        if call.name in FACTORIES and call.outs:
+            self._buffers[_key(call.outs[0])[0]] = (call.outs[0], 0)
+            self._alive.append(call.outs[0])
             return
-        if ran.name == "copy_":
-            self._copied(ran.args[0], ran.args[1])
+        if call.name == "copy_":
+            self._record_copy(call.args[0], call.args[1])
             return
-        axes = follow(ran.func, ran.name, ran.args, ran.kwargs, ran.outs, lambda t: self.known(t).axes)
-        if (ran.name in VIEWS and not self._flattens(ran, axes)) or ran.name in COPIES:
-            source = ran.before[0] if ran.before else _Known()
-            made, parameter = source.producer, source.parameter
+        axes = output_axes(call)
+        if (call.name in VIEWS and not self._is_flatten(call, axes)) or call.name in COPIES:
+            source = infos[0] if infos else _TensorInfo()
+            producer, parameter = source.producer, source.parameter
         else:
-            made, parameter = self._record(ran, axes), None
-        for out, out_axes in zip(ran.outs, axes, strict=True):
-            self._remember(out, _Known(out_axes, made, parameter))
+            producer, parameter = self._record_operation(call, infos, axes), None
+        for out, out_axes in zip(call.outs, axes, strict=True):
+            self._set_info(out, _TensorInfo(out_axes, producer, parameter))
 
-    def _flattens(self, ran: "_Ran", axes: list[Axes | None]) -> bool:
-        """Maps become rows of numbers, one row per image: the flatten of the lectures, though only a view."""
-        if len(ran.outs) != 1 or axes[0] is None or len(self.stack) == 0:
+    def _is_flatten(self, call: OpCall, axes: list[Axes | None]) -> bool:
+        """Return True if a view turns maps into vectors; it has a row although it computes nothing."""
+        if len(call.outs) != 1 or axes[0] is None or not self.stack:
             return False
-        before, after = ran.inputs[0].shape, ran.outs[0].shape
+        before, after = call.inputs[0].shape, call.outs[0].shape
         return len(after) == 2 < len(before) and after[0] == before[0] == self.batch_size
 
-    def _record(self, ran: "_Ran", axes: list[Axes | None]) -> int | None:
-        """Keep an operation that computed something from the image or from parameters; its index."""
-        name = "flatten" if ran.name in VIEWS else ran.name
-        producers = tuple(k.producer for k in ran.before if k.producer is not None)
-        count = multiply_adds(ran.func, name, ran.args, ran.kwargs, ran.outs[0] if ran.outs else None)
-        if not ran.outs or not self.stack or (not producers and not count):
+    def _record_operation(
+        self, call: OpCall, infos: list[_TensorInfo], axes: list[Axes | None]
+    ) -> int | None:
+        """Record an operation that depends on the image or has multiply-adds; return its index."""
+        name = "flatten" if call.name in VIEWS else call.name
+        producers = tuple(info.producer for info in infos if info.producer is not None)
+        count = 0 if name == "flatten" else multiply_adds(call)
+        if not call.outs or not self.stack or (not producers and not count):
             return None
-        owner = next((call for call in self.stack if call.layer), self.stack[-1])
+        owner = next((c for c in self.stack if c.layer), self.stack[-1])
         if count is None:
-            count = 0
-            if not is_elementwise(name, is_pointwise(ran.func)):
-                self.unknown.append((owner.name, name))
+            self.uncounted.append((owner.name, name))
         operation = Operation(
             index=len(self.operations),
             name=name,
             inputs=producers,
-            input_shapes=tuple(tuple(t.shape) for t in ran.inputs),
-            output_shape=tuple(ran.outs[0].shape),
-            geometry=operation_geometry(name, ran.args),
-            multiply_adds=count,
-            parameters=tuple(k.parameter for k in ran.before if k.parameter is not None),
-            in_place=ran.in_place or name == "flatten",
+            input_shapes=_shapes(call.inputs),
+            output_shape=call.out_shape,
+            geometry=operation_geometry(name, call.args),
+            multiply_adds=count or 0,
+            parameters=tuple(info.parameter for info in infos if info.parameter is not None),
+            in_place=call.in_place or name == "flatten",
             call=owner,
             axes=axes[0],
         )
@@ -183,12 +291,12 @@ class Trace(TorchDispatchMode):
             self.events.append(operation)
         return operation.index
 
-    def _copied(self, target: Tensor, source: Tensor) -> None:
-        """A copy into part of a new tensor (circular padding): the whole follows the largest part."""
-        known = self.known(source)
-        self._remember(target, known)
-        whole, filled = self._buffers.get(_key(target)[0], (target, source.numel()))
-        if known.axes is None or source.numel() <= filled or whole.dim() != target.dim():
+    def _record_copy(self, target: Tensor, source: Tensor) -> None:
+        """Record a copy into a part of a new tensor (circular padding); the tensor gets the largest part's axes."""
+        info = self._info(source)
+        self._set_info(target, info)
+        whole, copied = self._buffers.get(_key(target)[0], (target, source.numel()))
+        if info.axes is None or source.numel() <= copied or whole.dim() != target.dim():
             return
         self._buffers[_key(target)[0]] = (whole, source.numel())
         rest, offsets = target.storage_offset() - whole.storage_offset(), []
@@ -196,10 +304,10 @@ class Trace(TorchDispatchMode):
             offsets.append(rest // stride)
             rest %= stride
         axes = tuple(
-            replace(a, span=window(1, 1, offsets[a.dim])(a.span)) if a.kind == "along" else a
-            for a in known.axes
+            replace(a, interval=window(1, 1, offsets[a.dim])(a.interval)) if a.kind == "along" else a
+            for a in info.axes
         )
-        self._remember(whole, _Known(axes, known.producer))
+        self._set_info(whole, _TensorInfo(axes, info.producer))
 
 
 def _key(tensor: Tensor) -> _Key:
@@ -207,8 +315,12 @@ def _key(tensor: Tensor) -> _Key:
     return storage, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
 
 
+def _shapes(tensors: list[Tensor]) -> tuple[Shape, ...]:
+    return tuple(tuple(t.shape) for t in tensors)
+
+
 def _check_channels(images: Tensor, weight: Tensor, transposed: bool, groups: int) -> None:
-    """On the meta device torch lets a transposed convolution pass with the wrong number of channels."""
+    """Raise for a wrong number of channels; on the meta device transposed convolutions accept any number."""
     needed = weight.shape[0] if transposed else weight.shape[1] * groups
     if images.shape[1] != needed:
         raise RuntimeError(f"expected {needed} channels, but got {images.shape[1]}")
@@ -219,3 +331,52 @@ def _is_layer(module: nn.Module, root: bool) -> bool:
         return True
     own = type(module).__module__.startswith("torch.nn.modules")
     return not any(True for _ in module.children()) and (own or not root)
+
+
+class TraceError(Exception):
+    """A network raised while it was traced; `__cause__` is what it raised."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__("the network raised an error")
+        self.trace = trace
+
+
+def trace_run(model: nn.Module, batch: Tensor) -> tuple[Trace, Any]:
+    """Run a meta network on a meta batch (N, C, *size); return the trace and the network's output.
+
+    Raises:
+        TraceError: the network raised; it has the trace up to the error.
+    """
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        with torch.no_grad(), suppress(Exception):
+            model(batch)  # initializes lazy modules; an error is raised again below
+    trace = Trace(model, batch)
+    try:
+        with torch.no_grad(), _module_hooks(model, trace), trace:
+            return trace, model(batch)
+    except Exception as error:
+        raise TraceError(trace) from error
+
+
+@contextmanager
+def _module_hooks(model: nn.Module, trace: Trace) -> Iterator[None]:
+    """Report module calls to `trace`."""
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs, name=name: trace.enter(name, m, tensors_of(args, kwargs)),
+                with_kwargs=True,
+            )
+        )
+        handles.append(
+            module.register_forward_hook(
+                lambda m, args, kwargs, out: trace.leave(m, tensors_of(args, kwargs), all_tensors(out)),
+                with_kwargs=True,
+            )
+        )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

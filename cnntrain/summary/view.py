@@ -1,22 +1,94 @@
-"""An anatomy as a table for people: one row per layer, or per group of layers; and one row per network."""
+"""Print and save summaries: tables, bar charts, CSV and JSON files."""
 
+from __future__ import annotations
+
+import csv
+import io
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from cnntrain.io import safe_files as files
 from cnntrain.summary.layer_table import Convention, ModelSummary, Row
 
-_BAR = 12  # characters
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_BAR_WIDTH = 12  # characters
 _BLOCKS = " ▏▎▍▌▋▊▉█"
-_MANY = 45  # rows: more are folded unless a depth is asked for
+_MAX_ROWS = 45  # more are folded by default
+_MAX_BARS = 40
+_CONVENTIONS: dict[Convention, str] = {
+    "torch": "parameters as torch counts them",
+    "keras": "parameters as Keras counts them: with BatchNorm's running mean and variance",
+    "folded": "parameters after folding BatchNorm into the convolutions",
+}
+_DEPTH = (
+    "depth: convolutions and dense layers on the longest path; a depthwise convolution directly followed by a 1x1 "
+    "convolution counts as one"
+)
+
+
+def report(
+    summaries: ModelSummary | Sequence[ModelSummary],
+    folder: Path | None = None,
+    depth: int | None = None,
+    convention: Convention = "torch",
+    console: Console | None = None,
+    figures: bool = True,
+) -> list[Path]:
+    """Print the table of one network, or one row per network; with a folder, write CSV, JSON and PNG files.
+
+    Args:
+        folder: is created. One network: layers.csv (every row, not folded), summary.json and summary.png. Several:
+            comparison.csv, comparison.json, and one PNG file per network.
+        depth: number of parts of a layer's name that are kept when rows are folded; None folds large networks to a
+            page, 0 shows every row.
+        figures: write PNG files.
+
+    Returns:
+        the paths of the files.
+    """
+    networks = [summaries] if isinstance(summaries, ModelSummary) else list(summaries)
+    console = console or Console()
+    if len(networks) == 1:
+        fold_depth = fitting_depth(networks[0].rows) if depth is None else depth or None
+        print_table(layer_table(networks[0], fold_depth, convention), console)
+        for line in parameter_lines(networks[0], convention):
+            console.print(line, highlight=False)
+    else:
+        print_table(comparison_table(networks, convention), console)
+    if folder is None:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(networks) == 1:
+        rows: list[dict[str, object]] = [csv_row(row, convention) for row in networks[0].rows]
+        written = [write_csv(folder / "layers.csv", rows)]
+        written.append(write_json(folder / "summary.json", networks[0].as_dict(convention)))
+        names = ["summary"]
+    else:
+        rows = compare(networks, convention)
+        written = [write_csv(folder / "comparison.csv", rows), write_json(folder / "comparison.json", rows)]
+        names = [summary.name for summary in networks]
+        names = [n if names.count(n) == 1 else f"{n}-{names[: i + 1].count(n)}" for i, n in enumerate(names)]
+    if figures:
+        for name, summary in zip(names, networks, strict=True):
+            content = io.BytesIO()
+            draw_bars(summary, depth or None, convention).savefig(content, dpi=130, format="png")
+            files.write_whole(folder / f"{name}.png", content.getbuffer(), sync=False)
+            written.append(folder / f"{name}.png")
+    return written
 
 
 def fold(rows: Sequence[Row], depth: int | None) -> list[Row]:
-    """Rows whose names agree in their first `depth` parts, as one: sums, and the last one's output and field.
+    """Merge consecutive rows whose names agree in their first `depth` parts; None changes nothing.
 
-    `None` leaves the rows as they are. Totals don't change.
+    A merged row has the sums of the counts, and the output and the receptive field of the last row.
     """
     if depth is None:
         return list(rows)
@@ -52,33 +124,34 @@ def _merge(group: list[Row], depth: int) -> Row:
     )
 
 
-def fitting_depth(rows: Sequence[Row], most: int = _MANY) -> int | None:
-    """The largest depth that folds to at most `most` rows; None where nothing needs folding."""
-    if len(rows) <= most:
+def fitting_depth(rows: Sequence[Row], max_rows: int = _MAX_ROWS) -> int | None:
+    """Return the largest depth that folds to at most `max_rows` rows; None if no folding is necessary."""
+    if len(rows) <= max_rows:
         return None
     deepest = max(row.name.count(".") + 1 for row in rows)
-    return next((d for d in range(deepest, 0, -1) if len(fold(rows, d)) <= most), 1)
+    return next((d for d in range(deepest, 0, -1) if len(fold(rows, d)) <= max_rows), 1)
 
 
-def layer_table(anatomy: ModelSummary, depth: int | None = None, convention: Convention = "torch") -> Table:
-    """The table of `anatomy`, folded to `depth` name parts; totals below; shares of the multiply-adds."""
-    rows = fold(anatomy.rows, depth)
-    total = max(anatomy.multiply_adds, 1)
-    table = Table(
-        title=_title(anatomy), caption=caption(anatomy, convention), show_footer=True, pad_edge=False
-    )
+def layer_table(summary: ModelSummary, depth: int | None = None, convention: Convention = "torch") -> Table:
+    """Return the table of a network, folded to `depth`, with totals in the footer."""
+    total = max(summary.multiply_adds, 1)
+    title = f"{summary.name} on {_times(summary.input_shape)}, depth {summary.depth}"
+    table = Table(title=title, caption=caption(summary, convention), show_footer=True, pad_edge=False)
     table.add_column("layer", "total", no_wrap=True)
     table.add_column("kind")
     table.add_column("C K P S D G")
-    table.add_column("output", _times(anatomy.output_shape), justify="right", no_wrap=True)
-    table.add_column("parameters", f"{anatomy.parameters(convention):,}", justify="right", no_wrap=True)
-    table.add_column("multiply-adds", f"{anatomy.multiply_adds:,}", justify="right", no_wrap=True)
-    table.add_column("KiB", f"{anatomy.activations_kib:,.1f}", justify="right", no_wrap=True)
-    table.add_column("field", _times(anatomy.receptive_field), justify="right", no_wrap=True)
+    for header, footer in (
+        ("output", _times(summary.output_shape)),
+        ("parameters", f"{summary.parameters(convention):,}"),
+        ("multiply-adds", f"{summary.multiply_adds:,}"),
+        ("KiB", f"{summary.activations_kib:,.1f}"),
+        ("field", _times(summary.receptive_field)),
+    ):
+        table.add_column(header, footer, justify="right", no_wrap=True)
     table.add_column("jump", justify="right")
     table.add_column("start", justify="right")
     table.add_column("share", justify="left", no_wrap=True)
-    for row in rows:
+    for row in fold(summary.rows, depth):
         table.add_row(
             row.name,
             row.kind,
@@ -95,92 +168,75 @@ def layer_table(anatomy: ModelSummary, depth: int | None = None, convention: Con
     return table
 
 
-def parameter_lines(anatomy: ModelSummary, convention: Convention = "torch") -> list[str]:
+def parameter_lines(summary: ModelSummary, convention: Convention = "torch") -> list[str]:
     """Return lines with total, trainable and non-trainable parameters; Keras counts running statistics as the latter.
 
     With folded BatchNorm only the total is shown, because a folded network is not trained.
     """
-    total = anatomy.parameters(convention)
+    total = summary.parameters(convention)
     lines = [f"Total parameters: {total:,}"]
     if convention != "folded":
-        lines.append(f"Trainable parameters: {anatomy.trainable:,}")
-        lines.append(f"Non-trainable parameters: {total - anatomy.trainable:,}")
+        lines.append(f"Trainable parameters: {summary.trainable:,}")
+        lines.append(f"Non-trainable parameters: {total - summary.trainable:,}")
     return lines
 
 
-def comparison_table(anatomies: Sequence[ModelSummary], convention: Convention = "torch") -> Table:
-    """One row per network."""
+def comparison_table(summaries: Sequence[ModelSummary], convention: Convention = "torch") -> Table:
+    """Return a table with one row per network."""
     table = Table(pad_edge=False, caption=f"{_CONVENTIONS[convention]}\n{_DEPTH}")
-    columns = list(compare(anatomies, convention)[0]) if anatomies else []
-    for column in columns:
+    rows = compare(summaries, convention)
+    for column in rows[0] if rows else ():
         table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
-    for row in compare(anatomies, convention):
+    for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     return table
 
 
-def compare(anatomies: Sequence[ModelSummary], convention: Convention = "torch") -> list[dict[str, object]]:
-    """One row per network: input, depth, parameters, multiply-adds, memory, receptive field."""
+def compare(summaries: Sequence[ModelSummary], convention: Convention = "torch") -> list[dict[str, object]]:
+    """Return one row per network: input, depth, parameters, multiply-adds, memory, receptive field."""
     return [
         {
-            "network": anatomy.name,
-            "input": _times(anatomy.input_shape),
-            "output": _times(anatomy.output_shape),
-            "depth": anatomy.depth,
-            "parameters": anatomy.parameters(convention),
-            "multiply_adds": anatomy.multiply_adds,
-            "activations_kib": round(anatomy.activations_kib, 1),
-            "receptive_field": _times(anatomy.receptive_field),
+            "network": summary.name,
+            "input": _times(summary.input_shape),
+            "output": _times(summary.output_shape),
+            "depth": summary.depth,
+            "parameters": summary.parameters(convention),
+            "multiply_adds": summary.multiply_adds,
+            "activations_kib": round(summary.activations_kib, 1),
+            "receptive_field": _times(summary.receptive_field),
         }
-        for anatomy in anatomies
+        for summary in summaries
     ]
 
 
-_CONVENTIONS: dict[Convention, str] = {
-    "torch": "parameters as torch counts them",
-    "keras": "parameters as Keras counts them: with BatchNorm's running mean and variance",
-    "folded": "parameters after BatchNorm is folded into the convolutions",
-}
-
-
-_DEPTH = (
-    "depth: convolutions and dense layers on the longest path; a depthwise convolution directly followed by a 1x1 "
-    "convolution counts as one"
-)
-
-
-def caption(anatomy: ModelSummary, convention: Convention) -> str:
-    """What the numbers mean, and what they leave out."""
+def caption(summary: ModelSummary, convention: Convention) -> str:
+    """Return the conventions of a table, and what its numbers leave out."""
     lines = [
         f"one image, float32; multiply-adds without bias; {_CONVENTIONS[convention]}",
-        "field: the largest over all paths, norms' statistics aside; 'all' sees the whole image",
+        "field: receptive field in pixels, the largest over all paths, without the statistics of norms; 'all': the "
+        "whole image",
+        _DEPTH,
     ]
-    lines.append(_DEPTH)
-    if anatomy.uncounted:
-        lines.append("multiply-adds not counted: " + ", ".join(anatomy.uncounted))
-    if anatomy.unfollowed:
-        lines.append("field not followed beyond: " + ", ".join(anatomy.unfollowed))
-    idle = [row.name for row in anatomy.rows if not row.ran]
-    if idle:
-        lines.append("not run in validation, its parameters counted: " + ", ".join(idle[:6]))
+    if summary.uncounted:
+        lines.append("multiply-adds not counted: " + ", ".join(summary.uncounted))
+    if summary.unfollowed:
+        lines.append("receptive field unknown after: " + ", ".join(summary.unfollowed))
+    unused = [row.name for row in summary.rows if not row.ran]
+    if unused:
+        lines.append("not used in validation, but parameters are counted: " + ", ".join(unused[:6]))
     return "\n".join(lines)
 
 
-def _title(anatomy: ModelSummary) -> str:
-    return f"{anatomy.name} on {_times(anatomy.input_shape)}, depth {anatomy.depth}"
-
-
-def bar(share: float, width: int = _BAR) -> str:
-    """A bar of `share` (0 to 1) of `width` characters, in eighths, with its per cent; empty for nothing."""
+def bar(share: float, width: int = _BAR_WIDTH) -> str:
+    """Return a per cent value and a bar of up to `width` characters for `share` (0 to 1); '' for 0."""
     if share <= 0:
         return ""
-    eighths = round(share * width * 8)
-    full, rest = divmod(eighths, 8)
+    full, rest = divmod(round(share * width * 8), 8)
     return f"{share:5.1%} {'█' * full}{_BLOCKS[rest] if rest else ''}"
 
 
 def field_text(row: Row) -> str:
-    """`67`; `all`; or `all (299)` where a global pool on one path sees everything, and the others 299 px."""
+    """Return `67`; `all`; or `all (299)` if a global pool on one path reads everything, and the other paths 299 px."""
     if row.receptive_field is None or row.local_field is None:
         return "?" if row.ran and row.output_shape else ""
     if row.whole:
@@ -209,9 +265,79 @@ def _cell(value: object) -> str:
     return f"{value:,.1f}" if isinstance(value, float) else str(value)
 
 
-def print_table(table: Table, console: Console | None = None) -> None:
-    """Print to a terminal as wide as it is, and to a file or a pipe without cutting columns."""
-    console = console or Console()
+def print_table(table: Table, console: Console) -> None:
+    """Print a table; in files and pipes without cutting columns."""
     if not console.is_terminal:
         console = Console(file=console.file, width=200)
     console.print(table)
+
+
+def csv_row(row: Row, convention: Convention = "torch") -> dict[str, object]:
+    """Return a row for CSV: shapes as 64x56x56, parameters by the convention."""
+    values = row.as_dict() | {"parameters": row.count(convention)}
+    del values["folded"]
+    return {name: _csv_value(value) for name, value in values.items()}
+
+
+def _csv_value(value: object) -> object:
+    if isinstance(value, tuple):
+        return "x".join(f"{n:g}" for n in value)
+    return "" if value is None else value
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> Path:
+    with files.replacing_text(path, sync=False) as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_json(path: Path, value: object) -> Path:
+    files.write_text(path, json.dumps(value, indent=2) + "\n")
+    return path
+
+
+def draw_bars(summary: ModelSummary, depth: int | None = None, convention: Convention = "torch") -> Figure:
+    """Draw bar charts of memory, parameters and multiply-adds by layer.
+
+    Args:
+        depth: folds rows (see `fold`); by default until they fit on a page.
+    """
+    from matplotlib.figure import Figure
+
+    rows = fold(summary.rows, depth if depth is not None else fitting_depth(summary.rows, _MAX_BARS))
+    rows = [row for row in rows if row.activations_kib or row.count(convention) or row.multiply_adds]
+    charts = (
+        ("memory (KiB)", "#4878cf", [row.activations_kib for row in rows], summary.activations_kib),
+        (
+            "parameters (thousands)",
+            "#6acc65",
+            [row.count(convention) / 1e3 for row in rows],
+            summary.parameters(convention) / 1e3,
+        ),
+        (
+            "multiply-adds (millions)",
+            "#d65f5f",
+            [row.multiply_adds / 1e6 for row in rows],
+            summary.multiply_adds / 1e6,
+        ),
+    )
+    figure = Figure(figsize=(13, 2.2 + 0.24 * len(rows)), layout="constrained")
+    figure.suptitle(f"{summary.name} on {'x'.join(map(str, summary.input_shape))}", fontweight="bold")
+    for axes, (title, color, values, total) in zip(
+        figure.subplots(1, 3, sharey=True), charts, strict=True
+    ):
+        axes.barh(range(len(rows)), values, color=color, height=0.75)
+        axes.set_title(f"{title}: {total:,.1f}")
+        axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        top = max(values, default=0) or 1
+        axes.set_xlim(0, 1.18 * top)
+        for i, value in enumerate(values):
+            if value:
+                text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+                axes.text(value + 0.01 * top, i, text, va="center", fontsize=7)
+    figure.axes[0].invert_yaxis()
+    return figure
