@@ -26,7 +26,7 @@ from cnntrain.io.safe_files import exists, is_folder, replacing_text, run_folder
 from cnntrain.plots.curves import save, sign, survive_drawing
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.table import print_rows
-from cnntrain.summary.meta import needs_numbers
+from cnntrain.summary.trace import needs_data
 from cnntrain.train.evaluate import evaluate
 from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.saved import load_weights, locate, read_saved, refuse_misfits, saved_spec
@@ -186,7 +186,7 @@ def refuse_other_network(settings: Settings, spec: DataSpec, saved: dict[str, An
         with torch.device("meta"):
             model = make_model(settings, spec.channels, task.num_outputs, pipeline.output_size)
     except (UserError, NotImplementedError, RuntimeError, TypeError) as error:
-        if needs_numbers(error.__cause__ or error):
+        if needs_data(error.__cause__ or error):
             return
         raise
     refuse_misfits(weights, model)

@@ -1,8 +1,8 @@
-"""Open a network: every layer's shape, parameters, multiply-adds, memory and receptive field; no data are read.
+"""Summarize a network: shape, parameters, multiply-adds, memory and receptive field of every layer.
 
-`cnntrain inspect model=vgg16 data=fashion_mnist`, or several at once, one row each: `model=vgg16,resnet18`. The network
-is run on shapes alone (meta device). `inspect.image_size=224 inspect.channels=3 inspect.num_outputs=1000` opens it at
-another size than the data's. Writes CSV, JSON and a bar picture into a run folder.
+`cnntrain inspect model=vgg16 data=fashion_mnist`, or one row each for several networks: `model=vgg16,resnet18`. No data
+are read: the network runs on the meta device (shapes without data). `inspect.image_size=224 inspect.channels=3
+inspect.num_outputs=1000` replace the properties of the data. Writes CSV, JSON and PNG files to the run directory.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
 from cnntrain.report.console import console, log_to_console
-from cnntrain.summary.layer_table import ModelSummary, analyze
+from cnntrain.summary.layer_table import ModelSummary, summarize
 from cnntrain.summary.preflight import preflight
-from cnntrain.summary.report import report
+from cnntrain.summary.view import report
 from cnntrain.sweep.search_space import expand_grid
 from cnntrain.train.run_dir import open_run_dir
 from cnntrain.train.setup import (
@@ -35,27 +35,27 @@ log = logging.getLogger("cnntrain")
 
 def run(invocation: Invocation) -> int:
     if invocation.words:
-        raise UserError(f"inspect: {invocation.words[0]!r} is no override; write model=NAME")
+        raise UserError(f"inspect: {invocation.words[0]!r} is not an override; write model=NAME")
     log_to_console()
     combinations = expand_grid(invocation.overrides, invocation.config_dir)
-    chosen = [read_settings(each, invocation.config_dir) for each in combinations]
-    anatomies = [open_network(settings) for settings in chosen]
-    options, first = chosen[0].inspect, chosen[0]
-    folder = Path(first.run_dir) if first.run_dir else None
-    with open_run_dir(folder, f"inspect-{first.label}") as run_folder:
+    settings = [read_settings(overrides, invocation.config_dir) for overrides in combinations]
+    summaries = [summarize_model(each) for each in settings]
+    first = settings[0]
+    options, folder = first.inspect, Path(first.run_dir) if first.run_dir else None
+    with open_run_dir(folder, f"inspect-{first.label}") as run_dir:
         written = report(
-            anatomies, run_folder.path, options.depth, options.convention, console, first.log.figures
+            summaries, run_dir.path, options.depth, options.convention, console, first.log.figures
         )
     for path in written:
         print(path)
     return 0
 
 
-def open_network(settings: Settings) -> ModelSummary:
-    """The anatomy of the configured network at the size of its data, or at the one asked for.
+def summarize_model(settings: Settings) -> ModelSummary:
+    """Summarize the configured network for the size of its data, or for the size in `inspect`.
 
     Raises:
-        UserError: it can't be built, or does not fit its input; names the layer.
+        UserError: the network cannot be built, or does not fit its input; names the layer.
     """
     options = settings.inspect
     settings = follow_weights(settings, pretrained_weights(settings))
@@ -63,22 +63,29 @@ def open_network(settings: Settings) -> ModelSummary:
     spec = source.spec()
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
-    image_size = pipeline.output_size if options.image_size is None else square(options.image_size)
+    image_size = pipeline.output_size if options.image_size is None else height_width(options.image_size)
     channels = options.channels or spec.channels
-    facts = (channels, options.num_outputs or task.num_outputs, image_size)
     name = settings.model.get("name") or settings.choices["model"]
-    bare = {**settings.model, "pretrained": False} if "pretrained" in settings.model else settings.model
-    make = partial(make_model, dataclasses.replace(settings, model=bare), *facts)
+    # The summary does not depend on the weights; false also overrides a user's network that loads its own.
+    model = {**settings.model, "pretrained": False} if "pretrained" in settings.model else settings.model
+    build = partial(
+        make_model,
+        dataclasses.replace(settings, model=model),
+        channels,
+        options.num_outputs or task.num_outputs,
+        image_size,
+    )
     classification = bool(spec.classes) and options.image_size is None
-    for finding in preflight(make, channels, image_size, classification=classification, name=name):
+    for finding in preflight(build, channels, image_size, classification=classification, name=name):
         if finding.verdict == "FAIL":
-            raise UserError(f"{finding.evidence}\n{size_remedy(finding.remedy, 'inspect.image_size', True)}")
+            remedy = size_remedy(finding.remedy, "inspect.image_size", True)
+            raise UserError(f"{finding.evidence}\n{remedy}")
         log.warning("%s: %s", finding.evidence, finding.remedy)
-    return analyze(make, (channels, *image_size), name)
+    return summarize(build, (channels, *image_size), name)
 
 
-def square(size: int | list[int]) -> tuple[int, int]:
-    """(height, width) of one number or two."""
+def height_width(size: int | list[int]) -> tuple[int, int]:
+    """Return (height, width) for one number or two."""
     if isinstance(size, int) and size > 0:
         return size, size
     if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):

@@ -1,1 +1,1 @@
-"""What a network is, found on shapes alone (the meta device): does it fit its input, what is it made of."""
+"""Summaries and checks of networks on the meta device (shapes without data)."""

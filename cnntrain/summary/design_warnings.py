@@ -39,9 +39,7 @@ def design_warnings(
     return [finding for finding in findings if finding is not None]
 
 
-def _warning(
-    name: str, layers: Sequence[str], cause: str, remedy: str, key: str = "model"
-) -> Finding | None:
+def _warning(name: str, layers: Sequence[str], cause: str, remedy: str, key: str = "model") -> Finding | None:
     """Return one finding for all `layers`, of which the first three are listed; None if there are none."""
     if not layers:
         return None
@@ -92,7 +90,7 @@ def _no_activation_between(trace: Trace) -> Finding | None:
             continue
         layers.append(f"{_name(before)} and {_name(operation)}")
     return _warning(
-        "nothing between",
+        "no activation between convolutions",
         layers,
         "two convolutions without an activation between them are one linear map",
         "put an activation (and a norm) between them",
@@ -104,7 +102,7 @@ def _softmax_at_end(trace: Trace) -> Finding | None:
     if last is None or last.name not in ("_softmax", "_safe_softmax"):
         return None
     return _warning(
-        "softmax last",
+        "softmax before cross-entropy",
         [_name(last)],
         "the network ends in softmax, but cross-entropy expects logits: gradients become small and training slow",
         "remove the softmax",
@@ -115,9 +113,10 @@ def _bias_before_norm(trace: Trace) -> Finding | None:
     layers = []
     for operation in trace.operations:
         before = trace.first_producer(operation)
-        if operation.name in _NORMS and before is not None and before.name == "convolution":
-            if before.call.layer and getattr(before.call.module, "bias", None) is not None:
-                layers.append(_name(before))
+        if operation.name not in _NORMS or before is None or before.name != "convolution":
+            continue
+        if before.call.layer and getattr(before.call.module, "bias", None) is not None:
+            layers.append(_name(before))
     return _warning(
         "bias before BatchNorm",
         layers,
@@ -166,7 +165,11 @@ def _even_kernel_same(trace: Trace) -> Finding | None:
     layers = []
     for call in trace.calls:
         geometry = module_geometry(call.module) if call.layer and call.run == 1 else None
-        if geometry and geometry.same and any(geometry.extent(i) % 2 == 0 for i in range(len(geometry.kernel))):
+        if (
+            geometry
+            and geometry.same
+            and any(geometry.extent(i) % 2 == 0 for i in range(len(geometry.kernel)))
+        ):
             layers.append(layer_name(call))
     return _warning(
         "even kernel with 'same'",

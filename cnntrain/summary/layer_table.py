@@ -212,7 +212,17 @@ class _ParameterCounter:
             statistics = self._take_statistics(module, recurse=False)
             kind = type(module).__name__
             rows.append(
-                Row(owner or "model", kind, "not run", (), count, statistics, count, ran=False, trainable=trainable)
+                Row(
+                    owner or "model",
+                    kind,
+                    "not run",
+                    (),
+                    count,
+                    statistics,
+                    count,
+                    ran=False,
+                    trainable=trainable,
+                )
             )
         return rows
 

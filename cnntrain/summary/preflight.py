@@ -47,7 +47,7 @@ def preflight(
         name: of the network in messages; by default the name of its class.
 
     Returns:
-        One FAIL finding called 'preflight' if the network does not fit; one SKIP finding if it needs data; otherwise the
+        One FAIL finding called 'preflight' if the network does not fit; one SKIP finding if it needs data; otherwise
         WARN findings about its design. `evidence` names the layer as the config does, `remedy` says what to change.
     """
     size = tuple(int(n) for n in image_size)

@@ -161,7 +161,9 @@ class Trace(TorchDispatchMode):
         self.uncounted: list[tuple[str, str]] = []
         self._infos: dict[_Key, _TensorInfo] = {}
         self._alive: list[Tensor] = []  # keeps storages alive, so that a key identifies one tensor
-        self._buffers: dict[int, tuple[Tensor, int]] = {}  # new tensors and the largest number of elements copied
+        self._buffers: dict[
+            int, tuple[Tensor, int]
+        ] = {}  # new tensors and the largest number of elements copied
         self._runs: dict[int, int] = {}
         self._set_info(batch, _TensorInfo(image_axes(batch.dim() - 2), -1))
         for name, parameter in model.named_parameters():
@@ -214,7 +216,9 @@ class Trace(TorchDispatchMode):
                 call.output_shapes = _shapes(outputs)
                 call.axes = self._info(outputs[0]).axes if outputs else None
                 storages = {(_key(t)[0], tuple(t.shape)) for t in inputs}
-                call.same_storage = bool(outputs) and (_key(outputs[0])[0], tuple(outputs[0].shape)) in storages
+                call.same_storage = (
+                    bool(outputs) and (_key(outputs[0])[0], tuple(outputs[0].shape)) in storages
+                )
                 return
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

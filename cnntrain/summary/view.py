@@ -325,9 +325,7 @@ def draw_bars(summary: ModelSummary, depth: int | None = None, convention: Conve
     )
     figure = Figure(figsize=(13, 2.2 + 0.24 * len(rows)), layout="constrained")
     figure.suptitle(f"{summary.name} on {'x'.join(map(str, summary.input_shape))}", fontweight="bold")
-    for axes, (title, color, values, total) in zip(
-        figure.subplots(1, 3, sharey=True), charts, strict=True
-    ):
+    for axes, (title, color, values, total) in zip(figure.subplots(1, 3, sharey=True), charts, strict=True):
         axes.barh(range(len(rows)), values, color=color, height=0.75)
         axes.set_title(f"{title}: {total:,.1f}")
         axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)

@@ -25,8 +25,8 @@ from cnntrain.errors import UserError
 from cnntrain.models.modify import apply_model_settings, count_trainable, is_pretrained, materialize
 from cnntrain.models.pretrained import Preprocessing, Weights, find_weights
 from cnntrain.summary.design_warnings import SMALL_FIELD
-from cnntrain.summary.meta import as_meta
 from cnntrain.summary.preflight import output_size, preflight
+from cnntrain.summary.trace import as_meta
 from cnntrain.tasks.task import Task
 from cnntrain.train.batch_size import choose_batch_size
 from cnntrain.train.device import Compute, choose_compute, prepare_torch, seed_step

@@ -9,11 +9,11 @@ from cnntrain.cli import main
 
 def test_one_network_is_opened_without_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "model=lenet5", "data=fashion_mnist", "data.root=nowhere", "run_dir=one"]) == 0
-    anatomy = json.loads(Path("one/anatomy.json").read_text())
-    assert anatomy["totals"]["parameters"] == 1_256_080
+    summary = json.loads(Path("one/summary.json").read_text())
+    assert summary["totals"]["parameters"] == 1_256_080
     with Path("one/layers.csv").open(newline="") as file:
         assert sum(int(row["parameters"]) for row in csv.DictReader(file)) == 1_256_080
-    assert Path("one/anatomy.png").exists()
+    assert Path("one/summary.png").exists()
     assert "1,256,080" in capsys.readouterr().out
 
 
@@ -37,7 +37,7 @@ def test_what_is_trained_is_counted(
     lines = capsys.readouterr().out.splitlines()
     values = [int(line.split(": ")[1].replace(",", "")) for line in lines if "arameters: " in line]
     assert values == [total, trainable, total - trainable]
-    totals = json.loads(Path("here/anatomy.json").read_text())["totals"]
+    totals = json.loads(Path("here/summary.json").read_text())["totals"]
     assert (totals["parameters"], totals["trainable"]) == (total, trainable)
     if "layer1" in str(overrides):
         torchvisions = resnet18()
@@ -55,7 +55,7 @@ def test_several_are_compared_at_another_size() -> None:
 
 @pytest.mark.parametrize(
     ("models", "files"),
-    [("lenet5", ["anatomy.json", "layers.csv"]), ("lenet5,mlp", ["comparison.csv", "comparison.json"])],
+    [("lenet5", ["layers.csv", "summary.json"]), ("lenet5,mlp", ["comparison.csv", "comparison.json"])],
 )
 def test_without_pictures(models: str, files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", f"model={models}", "run_dir=here", "log.figures=false"]) == 0

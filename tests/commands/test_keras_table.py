@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cnntrain.cli import main
-from cnntrain.commands.inspect import open_network
+from cnntrain.commands.inspect import summarize_model
 from cnntrain.config.compose import read_settings
 from cnntrain.train.setup import make_model
 
@@ -64,7 +64,7 @@ def test_the_lectures_keras_table(name: str) -> None:
     Keras's ResNets have a bias in every convolution, though BatchNorm follows and takes it away again; its Inception v3
     has norms without scales (`scale=False`), for the ReLU that follows and the next layer can scale as well.
     """
-    anatomy = open_network(read_settings([f"model={name}", f"inspect.image_size={px(name)}", *SIZE]))
+    summary = summarize_model(read_settings([f"model={name}", f"inspect.image_size={px(name)}", *SIZE]))
     difference = 0
     if name in OTHER_BIASES:
         difference = biases_before_norms(network(name))
@@ -72,7 +72,7 @@ def test_the_lectures_keras_table(name: str) -> None:
     if name in OTHER_NORMS:
         difference = -scales_of_norms(network(name))
         assert difference < 0
-    assert anatomy.parameters("keras") + difference == KERAS[name]
+    assert summary.parameters("keras") + difference == KERAS[name]
 
 
 def test_the_command_prints_it() -> None:

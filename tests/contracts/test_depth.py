@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cnntrain.summary.layer_table import analyze
+from cnntrain.summary.layer_table import summarize
 from cnntrain.summary.view import compare
 from tests.contracts.networks import header
 from tests.contracts.test_models import DEEP, build
@@ -23,11 +23,11 @@ MARKED = [pytest.param(name, marks=pytest.mark.slow if name in DEEP else ()) for
 @pytest.mark.parametrize("name", MARKED)
 def test_published_depth(name: str) -> None:
     facts = header(name)
-    anatomy = analyze(
+    summary = summarize(
         lambda: build(name, facts.channels, facts.outputs, facts.size), (facts.channels, *facts.size), name
     )
-    assert anatomy.depth == PUBLISHED[name]
-    assert compare([anatomy])[0]["depth"] == anatomy.as_dict()["depth"] == anatomy.depth
+    assert summary.depth == PUBLISHED[name]
+    assert compare([summary])[0]["depth"] == summary.as_dict()["depth"] == summary.depth
 
 
 class Attention(nn.Module):
@@ -43,15 +43,15 @@ class Attention(nn.Module):
 
 
 def test_a_product_of_activations_is_no_layer_and_what_the_output_does_not_need_is_left_out() -> None:
-    assert analyze(Attention(), (4, 1, 1)).depth == 2
+    assert summarize(Attention(), (4, 1, 1)).depth == 2
 
 
 @pytest.mark.parametrize(("between", "depth"), [((), 1), ((nn.ReLU(),), 2)])
 def test_a_separable_convolution_is_one_layer(between: tuple[nn.Module, ...], depth: int) -> None:
     net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), *between, nn.Conv2d(4, 8, 1))
-    assert analyze(net, (4, 8, 8)).depth == depth
+    assert summarize(net, (4, 8, 8)).depth == depth
 
 
 def test_a_network_without_layers() -> None:
     with torch.device("meta"):
-        assert analyze(nn.Flatten(), (1, 2, 2)).depth == 0
+        assert summarize(nn.Flatten(), (1, 2, 2)).depth == 0

@@ -1,18 +1,18 @@
-"""Rows and totals of an anatomy: the AlexNet slide, conventions, sums."""
+"""Rows and totals of an summary: the AlexNet slide, conventions, sums."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cnntrain.errors import UserError
-from cnntrain.summary.layer_table import ModelSummary, analyze
+from cnntrain.summary.layer_table import ModelSummary, summarize
 
 
 @pytest.fixture(scope="module")
 def alexnet() -> ModelSummary:
     from torchvision import models
 
-    return analyze(lambda: models.alexnet(weights=None), (3, 227, 227), "alexnet")
+    return summarize(lambda: models.alexnet(weights=None), (3, 227, 227), "alexnet")
 
 
 def test_the_alexnet_slide_memory(alexnet: ModelSummary) -> None:
@@ -48,7 +48,7 @@ def test_totals_are_the_sum_of_the_rows(alexnet: ModelSummary) -> None:
 def test_notation(alexnet: ModelSummary) -> None:
     assert alexnet.row("features.0").notation == "C64 K11 P2 S4"
     net = nn.Conv2d(4, 8, (3, 1), padding="same", dilation=2, groups=4, padding_mode="reflect")
-    assert analyze(nn.Sequential(net), (4, 9, 9)).rows[0].notation == "C8 K3x1 P2x0 S1 D2 G4"
+    assert summarize(nn.Sequential(net), (4, 9, 9)).rows[0].notation == "C8 K3x1 P2x0 S1 D2 G4"
 
 
 class Shared(nn.Module):
@@ -70,17 +70,17 @@ class Shared(nn.Module):
 def test_everything_has_its_row() -> None:
     """Used twice: two rows, parameters once. Not run: it says so. A loose weight: its operation's row."""
     net = Shared()
-    anatomy = analyze(net, (4, 8, 8))
-    assert [row.name for row in anatomy.rows] == [
+    summary = summarize(net, (4, 8, 8))
+    assert [row.name for row in summary.rows] == [
         "conv", "norm", "relu", "conv#2", "relu#2", "mul", "add", "auxiliary.0", "auxiliary.1",
     ]  # fmt: skip
-    assert anatomy.row("conv#2").parameters == 0
-    assert anatomy.row("conv#2").multiply_adds == anatomy.row("conv").multiply_adds > 0
-    assert anatomy.row("mul").parameters == 4
-    assert [row.ran for row in anatomy.rows[-2:]] == [False, False]
-    assert anatomy.parameters() == sum(p.numel() for p in net.parameters())
+    assert summary.row("conv#2").parameters == 0
+    assert summary.row("conv#2").multiply_adds == summary.row("conv").multiply_adds > 0
+    assert summary.row("mul").parameters == 4
+    assert [row.ran for row in summary.rows[-2:]] == [False, False]
+    assert summary.parameters() == sum(p.numel() for p in net.parameters())
     statistics = sum(b.numel() for b in net.buffers() if b.is_floating_point())
-    assert anatomy.parameters("keras") == anatomy.parameters() + statistics
+    assert summary.parameters("keras") == summary.parameters() + statistics
 
 
 def test_folding_counts_what_folding_leaves() -> None:
@@ -88,16 +88,16 @@ def test_folding_counts_what_folding_leaves() -> None:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     conv, norm, late = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
-    anatomy = analyze(nn.Sequential(conv, norm, nn.ReLU(), late), (3, 9, 9))
+    summary = summarize(nn.Sequential(conv, norm, nn.ReLU(), late), (3, 9, 9))
     fused = fuse_conv_bn_eval(conv.eval(), norm.eval())
     left = sum(p.numel() for p in fused.parameters()) + sum(p.numel() for p in late.parameters())
-    assert anatomy.parameters("folded") == left
-    assert anatomy.parameters("keras") == anatomy.parameters() + 32
+    assert summary.parameters("folded") == left
+    assert summary.parameters("keras") == summary.parameters() + 32
 
 
 def test_in_place_layers_take_no_memory() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Dropout(), nn.ReLU())
-    assert [row.activations_kib for row in analyze(net, (1, 10, 10)).rows] == [1.0, 0.0, 0.0, 1.0]
+    assert [row.activations_kib for row in summarize(net, (1, 10, 10)).rows] == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_vgg_e_in_a_second() -> None:
@@ -107,18 +107,18 @@ def test_vgg_e_in_a_second() -> None:
     from torchvision import models
 
     start = time.perf_counter()
-    anatomy = analyze(lambda: models.vgg19(weights=None), (3, 224, 224))
-    assert (anatomy.parameters(), anatomy.depth) == (143_667_240, 19)
+    summary = summarize(lambda: models.vgg19(weights=None), (3, 224, 224))
+    assert (summary.parameters(), summary.depth) == (143_667_240, 19)
     assert time.perf_counter() - start < 3  # a second on a quiet machine
 
 
 def test_a_network_that_does_not_fit() -> None:
     with pytest.raises(UserError, match=r"model\.1 Conv2d\(4 -> 4, K9 P0 S1\): \(6 - 9 \+ 2\*0\)/1 \+ 1 < 1"):
-        analyze(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 9)), (1, 8, 8))
+        summarize(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 9)), (1, 8, 8))
 
 
 def test_signals_and_volumes() -> None:
-    line = analyze(nn.Sequential(nn.Conv1d(1, 2, 5, stride=2), nn.MaxPool1d(2)), (1, 33))
+    line = summarize(nn.Sequential(nn.Conv1d(1, 2, 5, stride=2), nn.MaxPool1d(2)), (1, 33))
     assert line.receptive_field == (7,)
-    block = analyze(nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv3d(2, 2, 3)), (1, 9, 9, 9))
+    block = summarize(nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv3d(2, 2, 3)), (1, 9, 9, 9))
     assert (block.receptive_field, block.rows[1].multiply_adds) == ((5, 5, 5), 125 * 2 * 2 * 27)

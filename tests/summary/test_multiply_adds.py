@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cnntrain.models.sequential.parser import Sequential
-from cnntrain.summary.layer_table import analyze
-from cnntrain.summary.meta import as_meta, images
+from cnntrain.summary.layer_table import summarize
+from cnntrain.summary.trace import as_meta, meta_images
 
 
 def conv(ins: int, outs: int, kernel: int, **options: Any) -> nn.Module:
@@ -19,21 +19,21 @@ def conv(ins: int, outs: int, kernel: int, **options: Any) -> nn.Module:
 
 
 def cost(net: nn.Module, *shape: int) -> int:
-    return analyze(net, shape).multiply_adds
+    return summarize(net, shape).multiply_adds
 
 
 def test_ten_5x5_filters() -> None:
     """Lecture: ten 5x5 filters on 3x32x32, padded by 2: 760 parameters, 32*32*10*75 = 768,000."""
-    anatomy = analyze(conv(3, 10, 5), (3, 32, 32))
-    assert (anatomy.multiply_adds, anatomy.parameters()) == (768_000, 760)
+    summary = summarize(conv(3, 10, 5), (3, 32, 32))
+    assert (summary.multiply_adds, summary.parameters()) == (768_000, 760)
 
 
 def test_a_convolution_against_a_dense_layer() -> None:
     """Lecture: 16 -> 32 channels of 64x64 takes 4,640 parameters by 3x3, 8,590,065,664 by a dense layer."""
-    assert analyze(nn.Conv2d(16, 32, 3), (16, 66, 66)).parameters() == 4_640
+    assert summarize(nn.Conv2d(16, 32, 3), (16, 66, 66)).parameters() == 4_640
     with torch.device("meta"):
         dense = nn.Sequential(nn.Flatten(), nn.Linear(16 * 64 * 64, 32 * 64 * 64))
-    assert analyze(dense, (16, 64, 64)).parameters() == 8_590_065_664
+    assert summarize(dense, (16, 64, 64)).parameters() == 8_590_065_664
 
 
 def test_a_1x1_reduction_makes_a_5x5_cheap() -> None:
@@ -61,7 +61,7 @@ def test_the_lectures_inception_example() -> None:
                 num_outputs=1,
                 image_size=(32, 32),
             )
-        rows = analyze(net, (200, 32, 32)).rows
+        rows = summarize(net, (200, 32, 32)).rows
         costs.append([row.multiply_adds for row in rows[:-1]])
     assert costs == [[471_040_000], [3_276_800, 37_683_200]]
     assert sum(costs[1]) == 40_960_000
@@ -72,14 +72,14 @@ def test_depthwise_separable() -> None:
     full = nn.Conv2d(3, 256, 5)
     separable = nn.Sequential(nn.Conv2d(3, 3, 5, groups=3), nn.Conv2d(3, 256, 1))
     assert cost(full, 3, 12, 12) == 1_228_800
-    assert [row.multiply_adds for row in analyze(separable, (3, 12, 12)).rows] == [4_800, 49_152]
+    assert [row.multiply_adds for row in summarize(separable, (3, 12, 12)).rows] == [4_800, 49_152]
 
 
 def test_mobilenet_unit() -> None:
     """Lecture: 16 -> 32 channels by 3x3 takes 4,640 parameters; depthwise 3x3 and then 1x1, 688."""
-    full = analyze(conv(16, 32, 3), (16, 8, 8)).parameters()
+    full = summarize(conv(16, 32, 3), (16, 8, 8)).parameters()
     unit = nn.Sequential(conv(16, 16, 3, groups=16, bias=False), nn.Conv2d(16, 32, 1))
-    assert (full, analyze(unit, (16, 8, 8)).parameters()) == (4_640, 688)
+    assert (full, summarize(unit, (16, 8, 8)).parameters()) == (4_640, 688)
 
 
 class Functional(nn.Module):
@@ -114,7 +114,7 @@ def test_they_are_half_of_torchs_count(
 
 def agree(net: nn.Module, channels: int, size: int) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        as_meta(net).eval()(images(channels, (size, size)))
+        as_meta(net).eval()(meta_images(channels, (size, size)))
     assert cost(net, channels, size, size) * 2 == counter.get_total_flops()
 
 
@@ -122,10 +122,10 @@ def test_functional_operations_count() -> None:
     """Residual adds have a row, matrix products are counted, parameters outside of layers are found."""
     net = Functional()
     agree(net, 3, 9)
-    anatomy = analyze(net, (3, 9, 9))
-    assert anatomy.parameters() == sum(p.numel() for p in net.parameters())
-    assert {"add", "matmul", "matmul#2"} <= {row.name for row in anatomy.rows}
-    assert anatomy.uncounted == []
+    summary = summarize(net, (3, 9, 9))
+    assert summary.parameters() == sum(p.numel() for p in net.parameters())
+    assert {"add", "matmul", "matmul#2"} <= {row.name for row in summary.rows}
+    assert summary.uncounted == []
 
 
 CLASSIFIERS = [
@@ -163,7 +163,7 @@ def agrees_with_torchvision(name: str) -> None:
     if name.startswith("vit"):
         options["image_size"] = crop
     net = as_meta(lambda: models.get_model(name, weights=None, **options))
-    anatomy = analyze(net, (3, crop, crop))
-    assert anatomy.parameters() == published["num_params"], name
+    summary = summarize(net, (3, crop, crop))
+    assert summary.parameters() == published["num_params"], name
     agree(net, 3, crop)
-    assert anatomy.multiply_adds / 1e9 == pytest.approx(published["_ops"], abs=1e-3), name
+    assert summary.multiply_adds / 1e9 == pytest.approx(published["_ops"], abs=1e-3), name

@@ -252,8 +252,10 @@ def head(width: int) -> list[nn.Module]:
 
 NOTES = {
     "unread rows": nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.MaxPool2d(4), *head(16)),
-    "nothing between": nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3), *head(3600)),
-    "softmax last": nn.Sequential(nn.Conv2d(1, 4, 3), *head(3600), nn.Softmax(1)),
+    "no activation between convolutions": nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3), *head(3600)
+    ),
+    "softmax before cross-entropy": nn.Sequential(nn.Conv2d(1, 4, 3), *head(3600), nn.Softmax(1)),
     "bias before BatchNorm": nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), *head(3600)),
     "small receptive field": nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.Conv2d(4, 10, 1)),
     "even kernel with 'same'": nn.Sequential(nn.Conv2d(1, 4, 4, padding="same"), *head(4096)),

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnntrain.summary.layer_table import analyze
-from cnntrain.summary.meta import as_meta, images
+from cnntrain.models.norm_act import ChannelShuffle
+from cnntrain.summary.layer_table import summarize
 from cnntrain.summary.receptive_field import ReceptiveInterval, transposed_window, window
-from cnntrain.summary.run import trace_run
+from cnntrain.summary.trace import as_meta, meta_images, trace_run
 
 
 class Residual(nn.Module):
@@ -46,10 +46,9 @@ class Function(nn.Module):
             return functional.pad(x, (2, 1, 0, 3))
         if self.name == "functional pool":
             return functional.avg_pool2d(x, 3, 2, 1)
-        if self.name == "dense on every pixel":
-            weight = torch.full((2, 2), 0.5, dtype=x.dtype, device=x.device)
-            return (x.permute(0, 2, 3, 1) @ weight).permute(0, 3, 1, 2)
-        return x.transpose(2, 3).flip(1).transpose(2, 3) if self.name == "turn" else x
+        if self.name == "transpose twice":
+            return (x.transpose(2, 3) * 2).transpose(2, 3)
+        return x
 
 
 _BORDER = 20  # pixels: nearer to it, cropped and padded maps inside the network make the support smaller
@@ -82,9 +81,9 @@ BUILDERS = {
     "pixel unshuffle": lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(8, 2, 1, bias=False)),
     **{
         name: (lambda name=name: Function(name))
-        for name in ("every second row", "pad", "functional pool", "turn")
+        for name in ("every second row", "pad", "functional pool", "transpose twice")
     },
-    "dense on every pixel": lambda: Function("dense on every pixel"),
+    "channel shuffle": lambda: ChannelShuffle(2),
 }
 
 
@@ -121,14 +120,14 @@ def test_the_field_is_the_support_of_the_gradient(names: list[str], data: st.Dat
         return  # too small for its layers: pre-flight's business
     if shape.numel() > 10_000:
         return
-    trace, _ = trace_run(as_meta(net), images(2, size))
+    trace, _ = trace_run(as_meta(net), meta_images(2, size))
     axes = trace.calls[0].axes
     assert axes is not None
     position = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     found = support(net, size, position)  # type: ignore[arg-type]
     for axis, side, place, (first, last) in zip(axes, size, position, found, strict=True):
         assert axis.kind in ("along", "fixed")
-        low, high = axis.span.at(place if axis.kind == "along" else 0)
+        low, high = axis.interval.at(place if axis.kind == "along" else 0)
         if first <= last:
             assert low <= first
             assert last <= high
@@ -158,22 +157,21 @@ def test_a_span_is_the_hull_of_what_the_taps_read(
     layers: list[tuple[int, int, int, int]], ups: list[bool], position: int
 ) -> None:
     """Whatever windows and transposed windows follow one another: brute force over taps, at any position."""
-    span = ReceptiveInterval()
+    interval = ReceptiveInterval()
     reads: Callable[[int], set[int]] = lambda i: {i}  # noqa: E731
     for (kernel, stride, padding, dilation), up in zip(layers, ups, strict=False):
         make = transposed_window if up else window
-        span = make(kernel, stride, padding, dilation)(span)
-
+        interval = make(kernel, stride, padding, dilation)(interval)
         reads = partial(_reads, reads, (up, kernel, stride, padding, dilation))
     pixels = reads(position)
-    low, high = span.at(position)
+    low, high = interval.at(position)
     assert (low, high) == (min(pixels), max(pixels)) if pixels else low > high
 
 
 def test_the_lectures_table() -> None:
     """conv 7 stride 2 pad 3, norm, relu, max-pool 3 stride 2 pad 1 on 256 px, as computed by hand."""
     net = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-    rows = analyze(net, (3, 256, 256)).rows
+    rows = summarize(net, (3, 256, 256)).rows
     assert [row.output_shape[1] for row in rows] == [128, 128, 128, 64]
     assert [row.start for row in rows] == [(0.5, 0.5)] * 4
     assert [row.jump for row in rows] == [(2, 2), (2, 2), (2, 2), (4, 4)]
@@ -182,10 +180,10 @@ def test_the_lectures_table() -> None:
 
 def test_two_3x3_see_what_one_5x5_sees() -> None:
     """VGG's argument (Simonyan and Zisserman 2015, 2.3): 18C^2 weights, not 25C^2, for the same field."""
-    twice = analyze(
+    twice = summarize(
         nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False)), (8, 32, 32)
     )
-    once = analyze(nn.Sequential(nn.Conv2d(8, 8, 5, bias=False)), (8, 32, 32))
+    once = summarize(nn.Sequential(nn.Conv2d(8, 8, 5, bias=False)), (8, 32, 32))
     assert twice.receptive_field == once.receptive_field == (5, 5)
     assert (twice.parameters(), once.parameters()) == (18 * 64, 25 * 64)
 
@@ -203,9 +201,9 @@ def test_published_fields(name: str, field: int) -> None:
     from torchvision import models
 
     options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-    anatomy = analyze(lambda: models.get_model(name, weights=None, **options), (3, 224, 224))
-    assert anatomy.receptive_field == (field, field)
-    assert anatomy.unfollowed == []
+    summary = summarize(lambda: models.get_model(name, weights=None, **options), (3, 224, 224))
+    assert summary.receptive_field == (field, field)
+    assert summary.unfollowed == []
 
 
 def test_a_global_pool_on_one_path_sees_everything() -> None:
@@ -215,7 +213,7 @@ def test_a_global_pool_on_one_path_sees_everything() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * x.mean((2, 3), keepdim=True).sigmoid()
 
-    row = analyze(nn.Sequential(nn.Conv2d(3, 4, 5), Squeeze()), (3, 40, 40)).rows[-1]
+    row = summarize(nn.Sequential(nn.Conv2d(3, 4, 5), Squeeze()), (3, 40, 40)).rows[-1]
     assert (row.receptive_field, row.local_field, row.whole) == ((40, 40), (5, 5), True)
 
 
@@ -231,8 +229,8 @@ def test_dividing_by_a_norm_over_the_channels_moves_no_window(order: float) -> N
         def forward(self, x: Tensor) -> Tensor:
             return x / torch.linalg.vector_norm(x, order, dim=self.dim, keepdim=True)
 
-    over_channels = analyze(nn.Sequential(nn.Conv2d(3, 4, 5), Divided(1)), (3, 40, 40))
-    over_map = analyze(nn.Sequential(nn.Conv2d(3, 4, 5), Divided((2, 3))), (3, 40, 40))
+    over_channels = summarize(nn.Sequential(nn.Conv2d(3, 4, 5), Divided(1)), (3, 40, 40))
+    over_map = summarize(nn.Sequential(nn.Conv2d(3, 4, 5), Divided((2, 3))), (3, 40, 40))
     assert (over_channels.rows[-1].receptive_field, over_channels.rows[-1].whole) == ((5, 5), False)
     assert (over_map.rows[-1].receptive_field, over_map.rows[-1].whole) == ((40, 40), True)
 
@@ -241,7 +239,7 @@ def test_dividing_by_a_norm_over_the_channels_moves_no_window(order: float) -> N
 def test_padding_modes_see_what_zeros_see(mode: str) -> None:
     """Where the border comes from moves no window; what wraps round counts as lying beyond the border."""
     net = nn.Sequential(nn.Conv2d(3, 4, 5, stride=2, padding=2, padding_mode=mode), nn.Conv2d(4, 4, 3))
-    first, second = analyze(net, (3, 20, 20)).rows
+    first, second = summarize(net, (3, 20, 20)).rows
     assert (first.receptive_field, first.start, second.receptive_field) == ((5, 5), (0.5, 0.5), (9, 9))
     assert (first.notation, second.jump) == ("C4 K5 P2 S2", (2, 2))
 
@@ -249,7 +247,7 @@ def test_padding_modes_see_what_zeros_see(mode: str) -> None:
 def test_a_flat_network_sees_what_its_windows_read() -> None:
     """A dense layer over a map whose last rows no window reads doesn't see those rows."""
     net = nn.Sequential(nn.Conv2d(1, 2, 3, stride=4), nn.Flatten(), nn.Linear(8, 10))
-    assert analyze(net, (1, 10, 10)).rows[-1].receptive_field == (7, 7)
+    assert summarize(net, (1, 10, 10)).rows[-1].receptive_field == (7, 7)
 
 
 def test_what_cannot_be_followed_is_said() -> None:
@@ -257,7 +255,7 @@ def test_what_cannot_be_followed_is_said() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.fft.fft2(x).real
 
-    anatomy = analyze(nn.Sequential(nn.Conv2d(3, 4, 3), Turned()), (3, 16, 16))
-    assert anatomy.rows[-1].receptive_field is None
-    assert any("1: " in place for place in anatomy.unfollowed)
-    assert any("fft" in place for place in anatomy.uncounted)
+    summary = summarize(nn.Sequential(nn.Conv2d(3, 4, 3), Turned()), (3, 16, 16))
+    assert summary.rows[-1].receptive_field is None
+    assert any("1: " in place for place in summary.unfollowed)
+    assert any("fft" in place for place in summary.uncounted)
