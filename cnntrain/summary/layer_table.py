@@ -84,6 +84,7 @@ class ModelSummary:
     """Summary of a network.
 
     Attributes:
+        receptive_field: of the last feature map in pixels per axis; None if unknown.
         depth: number of convolutions and dense layers on the longest path from input to output, as in the names
             ResNet-18 and VGG-16; see `_depth`.
         uncounted: operations whose multiply-adds are not counted.
@@ -162,17 +163,18 @@ def summarize(
     counter = _ParameterCounter(model)
     folded = _folding_changes(trace)
     rows = _unique([_row(event, counter, tuple(size), folded) for event in trace.events]) + counter.rest()
-    last = trace.last_local()
+    last, unfollowed = trace.last_local(), _unfollowed(trace)
+    local_field = _fields(last.axes, tuple(size))[1] if last and last.axes and not unfollowed else None
     shape = tuple(output.shape[1:]) if hasattr(output, "shape") else ()
     return ModelSummary(
         name or type(model).__name__,
         (channels, *size),
         shape or (rows[-1].output_shape if rows else ()),
         rows,
-        _fields(last.axes, tuple(size))[1] if last is not None and last.axes else None,
+        local_field,
         _depth(trace, output),
         sorted({f"{module or 'model'}: {operation}" for module, operation in trace.uncounted}),
-        _unfollowed(trace),
+        unfollowed,
     )
 
 

@@ -214,12 +214,20 @@ class Trace(TorchDispatchMode):
             call = self.stack.pop()
             if call.module is module:
                 call.output_shapes = _shapes(outputs)
+                if isinstance(module, nn.Linear) and inputs and outputs:
+                    self._set_linear_axes(inputs[0], outputs[0])
                 call.axes = self._info(outputs[0]).axes if outputs else None
                 storages = {(_key(t)[0], tuple(t.shape)) for t in inputs}
                 call.same_storage = (
                     bool(outputs) and (_key(outputs[0])[0], tuple(outputs[0].shape)) in storages
                 )
                 return
+
+    def _set_linear_axes(self, source: Tensor, output: Tensor) -> None:
+        """Keep the axes of channels-last maps (ConvNeXt), which torch flattens for the matrix product."""
+        if (axes := self._info(source).axes) is not None:
+            axes = tuple(a.combined(source.shape) if a.dim == -1 else a for a in axes)
+            self._set_info(output, replace(self._info(output), axes=axes))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, name = func._schema.name.split("::")

@@ -145,7 +145,7 @@ def layer_table(summary: ModelSummary, depth: int | None = None, convention: Con
         ("parameters", f"{summary.parameters(convention):,}"),
         ("multiply-adds", f"{summary.multiply_adds:,}"),
         ("KiB", f"{summary.activations_kib:,.1f}"),
-        ("field", _times(summary.receptive_field)),
+        ("field", _field(summary)),
     ):
         table.add_column(header, footer, justify="right", no_wrap=True)
     table.add_column("jump", justify="right")
@@ -203,7 +203,7 @@ def compare(summaries: Sequence[ModelSummary], convention: Convention = "torch")
             "parameters": summary.parameters(convention),
             "multiply_adds": summary.multiply_adds,
             "activations_kib": round(summary.activations_kib, 1),
-            "receptive_field": _times(summary.receptive_field),
+            "receptive_field": _field(summary),
         }
         for summary in summaries
     ]
@@ -242,6 +242,10 @@ def field_text(row: Row) -> str:
     if row.whole:
         return "all" if row.jump is None else f"all ({_times(row.local_field)})"
     return _times(row.local_field)
+
+
+def _field(summary: ModelSummary) -> str:
+    return "?" if summary.unfollowed else _times(summary.receptive_field)
 
 
 def _times(shape: Sequence[int] | None) -> str:

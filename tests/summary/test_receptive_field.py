@@ -51,6 +51,17 @@ class Function(nn.Module):
         return x
 
 
+class ChannelsLastLinear(nn.Module):
+    """A dense layer on every pixel, as in ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 _BORDER = 20  # pixels: nearer to it, cropped and padded maps inside the network make the support smaller
 
 
@@ -83,6 +94,7 @@ BUILDERS = {
         name: (lambda name=name: Function(name))
         for name in ("every second row", "pad", "functional pool", "transpose twice")
     },
+    "dense on every pixel": ChannelsLastLinear,
     "channel shuffle": lambda: ChannelShuffle(2),
 }
 
