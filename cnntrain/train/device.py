@@ -1,48 +1,59 @@
-"""Where, in what precision, and together with whom to compute."""
+"""Device, precision and memory layout of a run, and process-wide settings of torch."""
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
 import shutil
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
 
 import torch
+import torch._decomp.decompositions
+import torch._refs.nn.functional
 from torch import nn
+from torch.optim import Optimizer
 
 from cnntrain.errors import MachineError, UserError
 from cnntrain.models.pooling import make_pooling_deterministic
 from cnntrain.randomness import hash_seed, seed_generators
 from cnntrain.train.distributed import ALONE, World
-from cnntrain.train.lean import skip_dynamo_import
 
 log = logging.getLogger("cnntrain")
 
 
 @dataclass(frozen=True)
 class Compute:
-    """The device, the number format of the forward pass, the memory layout of images and 4-D weights, and the
-    processes that train together."""
+    """Where and how to compute: the device, the ranks, and the options that change speed or precision.
+
+    Attributes:
+        precision: dtype of the forward pass, one of fp32, bf16, fp16.
+        channels_last: memory layout of images and 4-D weights.
+        compile: "off" or a mode of torch.compile.
+    """
 
     device: torch.device
-    precision: str  # fp32 | bf16 | fp16
+    precision: str
     channels_last: bool
     ranks: World = ALONE
-    compile: str = "off"  # or a mode of torch.compile
+    compile: str = "off"
 
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def place(self, model: nn.Module) -> None:
-        """Bring a model that will be trained to the device, in the layout; compile its calls where that is asked for.
+        """Move a model to the device in place, set its memory layout, and compile it if configured.
 
-        It stays the module it is: its parameters, names and state dict are those of the network as it was written.
+        Parameters, their names and the state dict stay the same.
 
         Raises:
-            MachineError: there is no compiler.
+            MachineError: `compile` is set and a compiler is missing.
         """
         model.to(self.device).to(memory_format=self.memory_format)
         if torch.are_deterministic_algorithms_enabled() and self.device.type == "cuda":
@@ -52,7 +63,7 @@ class Compute:
                 raise MachineError(
                     f"compile: {self.compile} needs {missing}, which was not found; use compile=off"
                 )
-            torch.compiler.reset()  # what an earlier training of this process compiled
+            torch.compiler.reset()  # discard what an earlier run in this process compiled
             model.compile(mode=self.compile)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -69,10 +80,10 @@ def choose_compute(
     ranks: World = ALONE,
     compile: str = "off",
 ) -> Compute:
-    """Resolve `auto`; of several processes each takes a GPU of its own.
+    """Resolve `auto` values; with several ranks each gets its own GPU.
 
     Raises:
-        UserError: the device is not there, or does not compute in that precision.
+        UserError: the device does not exist, or does not support the precision.
     """
     chosen = _choose_device(device)
     if precision == "auto":
@@ -101,7 +112,7 @@ def missing_for_compiling(device: torch.device) -> str | None:
 
 
 def own_gpu(local_rank: int) -> torch.device:
-    """The GPU of one of several processes; where each sees but one (`srun --gpus-per-task=1`), all call theirs 0."""
+    """Return the GPU of a rank. If each rank sees only one GPU (`srun --gpus-per-task=1`), its index is always 0."""
     return torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
 
 
@@ -116,17 +127,17 @@ def _choose_device(name: str) -> torch.device:
         raise UserError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N, mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device: {name!r} is not there ({torch.cuda.device_count()} CUDA devices); use device=auto"
+            f"device: {name!r} does not exist ({torch.cuda.device_count()} CUDA devices); use device=auto"
         )
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device: 'mps' is not there; use device=auto")
+        raise UserError("device: 'mps' does not exist; use device=auto")
     return device
 
 
 def _fast_precision(device: torch.device) -> str:
-    """What the hardware computes fast: bf16 from Ampere on and on CPUs with AMX, fp16 on older GPUs, else fp32."""
+    """Return the fastest precision: bf16 on recent GPUs and CPUs, fp16 on GPUs before Ampere, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     if device.type == "cpu":
@@ -137,27 +148,62 @@ def _fast_precision(device: torch.device) -> str:
     return "fp32"
 
 
+def skip_dynamo_import() -> None:
+    """Let eager mode run without importing torch._dynamo, which takes longer than the rest of the start of a run.
+
+    Many Python functions of torch import it in their first call, only to exclude themselves from compilation. Most look
+    for the attribute `__dynamo_disable` first, which is set here. `Optimizer.step` imports it to insert graph breaks;
+    it is replaced by a version without them. `torch.compile` of a network is not affected. If a version of torch does
+    this in another way, only the saved time is lost, and a test fails.
+    """
+    if "torch._dynamo" in sys.modules:
+        return
+    owners = (Optimizer, torch._refs, torch._refs.nn.functional, torch._decomp.decompositions)
+    for function in (value for owner in owners for value in vars(owner).values()):
+        while isinstance(function, FunctionType):
+            variables = function.__code__.co_freevars
+            if function.__globals__["__name__"] == "torch._compile" and "fn" in variables:
+                disabled = (function.__closure__ or ())[variables.index("fn")].cell_contents
+                vars(disabled).setdefault("__dynamo_disable", disabled)
+            function = getattr(function, "__wrapped__", None)
+    for cls in vars(torch.optim).values():
+        step = vars(cls).get("step") if isinstance(cls, type) and issubclass(cls, Optimizer) else None
+        if isinstance(step, FunctionType) and step.__code__.co_name == "_use_grad":
+            cls.step = _set_grad_mode(vars(step)["__wrapped__"])
+
+
+def _set_grad_mode(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Optimizer.step` as torch does: gradients are enabled only if the optimizer is differentiable."""
+
+    @functools.wraps(step)
+    def wrapper(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return step(self, *args, **kwargs)
+
+    return wrapper
+
+
 def count_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare_torch(threads: int | None, deterministic: bool, ranks: World = ALONE) -> None:
-    """Process-wide settings: CPU threads (the cores are divided between processes), determinism, TF32 where fp32 is
-    chosen on CUDA (full float32 with `deterministic`), and no subnormal numbers on the CPU.
+    """Set process-wide options: CPU threads, determinism, TF32, and flushing of subnormal numbers on CPUs.
 
-    With `deterministic`, an operation that has no deterministic kernel gives a warning instead of an error.
+    CUDA computes fp32 products in TF32 unless `deterministic` is set. With `deterministic`, an operation without a
+    deterministic kernel gives a warning instead of an error.
 
-    Where a weight's gradient has become zero, as in front of units that are dead, an optimizer's averages of it shrink
-    until they are subnormal (below 1.2e-38), and stay so. A CPU takes a hundred times as long for such numbers: after
-    700 steps of lenet5 they made the optimizer's step 2.6 times slower. This is a setting of the calling thread, and of
-    those that torch starts from now on: threads that it started before, in a notebook, go on as they began.
+    Subnormal numbers are flushed to zero because CPUs compute with them about 100 times slower. When the gradient of a
+    weight becomes zero (dead units), the moment estimates of an optimizer decay until they are subnormal: after 700
+    steps of lenet5 the optimizer step was 2.6 times slower. The option applies to the calling thread and to threads
+    that torch starts afterwards.
     """
     skip_dynamo_import()
     torch.set_flush_denormal(True)
-    # NumPy before 2.4 finds that it is zero.
+    # NumPy before 2.4 warns that the smallest subnormal is zero.
     warnings.filterwarnings("ignore", "The value of the smallest subnormal")
-    if deterministic:  # cuBLAS wants it before the first kernel (CUDA's documentation, cuBLAS, 2.1.4)
+    if deterministic:  # must be set before the first kernel (cuBLAS documentation, section 2.1.4)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if threads is None and ranks.count > 1:
         threads = max(1, count_cores() // ranks.local_count)
@@ -220,5 +266,5 @@ def full_float32() -> Iterator[None]:
 
 
 def seed_step(*parts: int | str) -> None:
-    """Make what torch draws next (weights, dropout) a function of `parts` alone."""
+    """Seed torch's generators (initial weights, dropout) with a hash of `parts`."""
     seed_generators(hash_seed(*parts))

@@ -219,7 +219,10 @@ def test_the_field_of_view_does_not_depend_on_the_resolution() -> None:
     coarse, fine = (pipeline(Batch(drawn(scale), {}, rows, rows), 3, 1) for scale in (1, 3))
     assert float((coarse.images - fine.images).abs().max()) < 0.06
     plain = pipeline.eval_transform(Batch(drawn(3), {}, rows, rows))
-    assert float((plain.images - pipeline.eval_transform(Batch(drawn(1), {}, rows, rows)).images).abs().max()) < 0.06
+    assert (
+        float((plain.images - pipeline.eval_transform(Batch(drawn(1), {}, rows, rows)).images).abs().max())
+        < 0.06
+    )
 
 
 def test_training_with_crops_decodes_at_high_resolution_and_evaluation_does_not(folder: Path) -> None:

@@ -139,3 +139,53 @@ def test_deterministic_pooling_is_put_in_on_cuda_alone() -> None:
 def test_memory_that_cuda_could_not_allocate(text: str, memory: bool) -> None:
     assert is_out_of_memory(RuntimeError(text)) == memory
     assert (explain_machine(RuntimeError(text)) is not None) == memory
+
+
+SKIP_DYNAMO = """
+import sys
+import torch
+from cnntrain.train.device import skip_dynamo_import
+
+if sys.argv[1] == "skip":
+    skip_dynamo_import()
+torch.manual_seed(0)
+for make in (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam,
+):
+    net = torch.nn.Linear(3, 2)
+    optimizer = make([{"params": [net.weight]}], lr=0.1)
+    optimizer.add_param_group({"params": [net.bias], "lr": 0.01})
+    grad_modes = []
+    optimizer.register_step_post_hook(lambda *_: grad_modes.append(torch.is_grad_enabled()))
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.ones(4, 3)).square().sum().backward()
+        closure_value = optimizer.step(lambda: torch.ones((), requires_grad=True).mul(2).requires_grad)
+    optimizer.load_state_dict(optimizer.state_dict())
+    print(make.__name__, net.weight.tolist(), net.bias.tolist(), grad_modes, closure_value, net.weight.requires_grad)
+linear = torch.nn.Linear(3, 2, device="meta")
+print(torch.relu(linear(torch.empty(4, 3, device="meta"))).shape)
+print("dynamo imported:", "torch._dynamo" in sys.modules)
+"""
+COMPILE = """
+compiled = torch.compile(torch.nn.Linear(3, 2), backend="eager")
+print(compiled(torch.ones(1, 3)).shape, "torch._dynamo" in sys.modules)
+"""
+
+
+def run_code(code: str, argument: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code, argument], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_skip_dynamo_import_still_works_with_this_version_of_torch() -> None:
+    """If this fails after an update of torch: adapt `skip_dynamo_import`, or each run starts 1.7 s later."""
+    assert "dynamo imported: False" in run_code(SKIP_DYNAMO, "skip")
+
+
+@pytest.mark.slow
+def test_skip_dynamo_import_does_not_change_results_and_compiling_still_works() -> None:
+    unchanged, skipped = (run_code(SKIP_DYNAMO + COMPILE, mode) for mode in ("import", "skip"))
+    assert "dynamo imported: True" in unchanged
+    assert skipped == unchanged.replace("dynamo imported: True", "dynamo imported: False")
