@@ -1,125 +1,155 @@
-"""The tables of `cnntrain bench`: how fast each setting is, where the time goes, and what to type."""
+"""Measure the speed of the training loop and of the bare step for several settings, within a time budget."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+import io
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
-NOTICEABLE = 1.03  # times as fast; less is within what timings vary by
-MEANING = {
-    "step": "forward, backward, optimizer step",
-    "metrics": "loss, metrics, gradient norm, divergence guard, average of the weights",
-    "logging": "readings: bar, TensorBoard",
-    "augment": "normalize and augment the batch",
-    "transfer": "images to the device",
-    "data": "taking the batch from the store, or waiting for workers",
-}
+from rich.console import Console
 
+from cnntrain.benchmark.tables import Speed
+from cnntrain.data.load import Data
+from cnntrain.errors import is_out_of_memory
+from cnntrain.memory import free_host_bytes
+from cnntrain.report.journal import RunLogger
+from cnntrain.report.progress import Bar
+from cnntrain.train.device import Compute
+from cnntrain.train.measurement import TimingWindows, interleave, peak_memory_mib, reset_peak_memory
+from cnntrain.train.optim import make_optimizer
+from cnntrain.train.setup import Components
+from cnntrain.train.signals import StopFlag
+from cnntrain.train.state import TrainingPlan
+from cnntrain.train.step_timer import StepTimer, make_step_timer
 
-@dataclass(frozen=True)
-class Speed:
-    """What was measured of one setting; None where it was not.
-
-    Attributes:
-        loop, bare: images/s of the training, and of its bare step on a batch that is on the device.
-        peak_mib: most memory taken, in MiB.
-        clean, windows: pairs of windows in which nobody else took the CPU, and of all that were taken.
-        note: why something is missing.
-    """
-
-    precision: str
-    channels_last: bool
-    compile: str
-    batch_size: int
-    loop: float | None = None
-    bare: float | None = None
-    peak_mib: float | None = None
-    clean: int = 0
-    windows: int = 0
-    note: str = ""
-
-    @property
-    def overrides(self) -> dict[str, str]:
-        """What to type for this setting."""
-        return {
-            "precision": self.precision,
-            "channels_last": str(self.channels_last).lower(),
-            "compile": self.compile,
-            "batch_size": str(self.batch_size),
-        }
+ROUNDS = 5  # timing windows of each kind per setting
+PARTS_SHARE = 0.35  # of the budget, for the time per part of a step
+CPU_MEMORY_SHARE = 0.8  # of the free host memory that a larger batch may be expected to need additionally
 
 
-def speed_rows(speeds: Sequence[Speed]) -> list[dict[str, object]]:
-    """One row a setting, the configured one first."""
-    fastest = max((s.loop or 0 for s in speeds), default=0)
-    rows = []
-    for number, speed in enumerate(speeds):
-        remarks = [*["configured"] * (number == 0), *["fastest"] * (speed.loop == fastest), speed.note]
-        measured = bool(speed.loop and speed.bare)
-        rows.append(
-            {
-                **speed.overrides,
-                "images/s": None if speed.loop is None else round(speed.loop),
-                "bare step": None if speed.bare is None else round(speed.bare),
-                "share": round((speed.loop or 0) / (speed.bare or 1), 3) if measured else None,
-                "peak MiB": None if speed.peak_mib is None else round(speed.peak_mib),
-                "clean windows": f"{speed.clean} of {speed.windows}" if speed.windows else None,
-                "remark": ", ".join(filter(None, remarks)),
-            }
-        )
-    return rows
-
-
-def part_rows(seconds_per_image: Mapping[str, float], images: int) -> list[dict[str, object]]:
-    """Where the time of a step goes; the parts add up to the last row, the whole.
+class ThroughputBenchmark:
+    """Time one setting after the other, the configured one first, until the budget is used up.
 
     Args:
-        seconds_per_image: with one part more than the one before, up to the whole training; see `StepTimer.parts`. What
-            a part adds may be a little below 0: that is noise.
-        images: in a step.
+        plan: how the training would run.
+        logger: logger of a real run, so that its cost is included.
     """
-    whole = list(seconds_per_image.values())[-1]
-    rows, before = [], 0.0
-    for name, seconds in seconds_per_image.items():
-        added = seconds - before
-        rows.append(
-            {"part": name, "ms a step": added * images * 1000, "share": added / whole, "what": MEANING[name]}
+
+    def __init__(
+        self, components: Components, data: Data, plan: TrainingPlan, logger: RunLogger, stop: StopFlag
+    ) -> None:
+        self.components, self.plan, self.logger, self.stop = components, plan, logger, stop
+        self.loader = components.loader(data.train, augmented=True)
+        self.budget_s = components.settings.bench.budget_s
+        self.ends_at = time.monotonic() + self.budget_s
+        self.all_windows: list[TimingWindows] = []
+
+    def measure(self) -> tuple[list[Speed], dict[str, TimingWindows]]:
+        """Return the speed of every setting, and the timing windows per part of the configured step."""
+        configured, batch_size = self.components.compute, self.plan.batch_size
+        parts: dict[str, TimingWindows] = {}
+        speeds = [self._time(configured, batch_size, self.budget_s * (1 - PARTS_SHARE) / 6, parts)]
+        precisions = ["bf16", "fp32", *["fp16"] * (configured.device.type == "cuda")]
+        for channels_last in (True, False):
+            for precision in precisions:
+                compute = dataclasses.replace(
+                    configured, precision=precision, channels_last=channels_last, compile="off"
+                )
+                if compute != configured:
+                    speeds.append(self._time(compute, batch_size, self._budget_share(6 - len(speeds))))
+        best = max(speeds, key=lambda speed: speed.loop or 0)
+        compute = dataclasses.replace(
+            configured, precision=best.precision, channels_last=best.channels_last, compile=best.compile
         )
-        before = seconds
-    return [*rows, {"part": "total", "ms a step": whole * images * 1000, "share": 1.0, "what": ""}]
+        for size in self._batch_sizes():
+            if self._may_exceed_memory(size, speeds[0].peak_mib):
+                note = "not tried: it may not fit in memory"
+                speeds.append(Speed(best.precision, best.channels_last, best.compile, size, note=note))
+            else:
+                speeds.append(self._time(compute, size, self._budget_share(2)))
+        return speeds, parts
 
-
-def recommend(speeds: Sequence[Speed]) -> str:
-    """The overrides to type; `speeds` begins with the configured setting."""
-    configured = speeds[0]
-    if configured.loop is None:
-        return "nothing to recommend: the configured setting could not be timed"
-    measured = [speed for speed in speeds if speed.loop is not None]
-    if len(measured) == 1:
-        return "nothing to compare with: only the configured setting could be timed"
-    same = max((s for s in measured if s.batch_size == configured.batch_size), key=lambda s: s.loop or 0)
-    gain = (same.loop or 0) / configured.loop
-    if gain < NOTICEABLE:
-        same, text = (
-            configured,
-            "keep precision, layout and compile as they are: nothing tried here is noticeably faster",
+    def load(self) -> tuple[int, int, float]:
+        """Return the number of clean windows, of all windows, and the largest load from other processes in cores."""
+        return (
+            sum(len(windows.clean) for windows in self.all_windows),
+            sum(len(windows.other_cores) for windows in self.all_windows),
+            max((windows.max_other_cores for windows in self.all_windows), default=0.0),
         )
-    else:
-        text = f"type {_changes(configured, same)}: {gain:.2f} x the images/s of now"
-    best = max(measured, key=lambda s: s.loop or 0)
-    more = (best.loop or 0) / (same.loop or 1)
-    if best.batch_size != configured.batch_size and more >= NOTICEABLE:
-        text += f"\n{_changes(same, best)} gives {more:.2f} x that; it is another training: look for optimizer.lr again"
-    return text
+
+    def _batch_sizes(self) -> list[int]:
+        size = self.plan.batch_size
+        sizes = [size // 2, size * 2, *[size * 4] * (self.components.compute.device.type == "cuda")]
+        return [each for each in sizes if 1 < each <= len(self.loader)]
+
+    def _budget_share(self, settings_left: int) -> float:
+        return (self.ends_at - time.monotonic()) / max(settings_left, 1)
+
+    def _may_exceed_memory(self, size: int, peak_mib: float | None) -> bool:
+        """Return True if a larger batch may need more than the free host memory (CPU only)."""
+        if self.components.compute.device.type != "cpu" or size <= self.plan.batch_size or not peak_mib:
+            return False
+        additional_mib = peak_mib * size / self.plan.batch_size - peak_mib
+        return additional_mib * 2**20 > CPU_MEMORY_SHARE * free_host_bytes()
+
+    def _time(
+        self,
+        compute: Compute,
+        batch_size: int,
+        budget_s: float,
+        parts: dict[str, TimingWindows] | None = None,
+    ) -> Speed:
+        """Time one setting in about `budget_s` seconds; fill `parts` if given."""
+        speed = Speed(compute.precision, compute.channels_last, compute.compile, batch_size)
+        if budget_s <= 0:
+            return dataclasses.replace(speed, note="not timed: bench.budget_s is used up")
+        reset_peak_memory(compute.device)
+        started = time.monotonic()
+        try:
+            timer = self._step_timer(compute, batch_size)
+            timer.warm_up()
+            if compute.compile != "off":  # the budget does not include compilation
+                compiling_s = time.monotonic() - started
+                started, self.ends_at = started + compiling_s, self.ends_at + compiling_s
+            runs = {"bare": timer.bare, "loop": timer.loop}
+            windows = interleave(runs, ROUNDS, started + budget_s, self.stop)
+            peak_mib = peak_memory_mib(compute.device)
+            if parts is not None:
+                ends_at = time.monotonic() + PARTS_SHARE * self.budget_s
+                parts.update(interleave(timer.parts(), ROUNDS, ends_at, self.stop))
+        except (RuntimeError, MemoryError) as error:
+            if parts is not None or not is_out_of_memory(error):
+                raise
+            return dataclasses.replace(speed, note="out of memory")
+        self.all_windows += [*windows.values(), *(parts or {}).values()]
+        return dataclasses.replace(
+            speed,
+            loop=windows["loop"].images_per_s,
+            bare=windows["bare"].images_per_s,
+            peak_mib=peak_mib,
+            clean=min(len(each.clean) for each in windows.values()),
+            windows=len(windows["loop"].other_cores),
+        )
+
+    def _step_timer(self, compute: Compute, batch_size: int) -> StepTimer:
+        components, plan = self.components, dataclasses.replace(self.plan, batch_size=batch_size)
+        return make_step_timer(
+            components.model, partial(make_optimizer, components.settings), components.task, compute, plan, self.loader,
+            components.pipeline, components.settings.ema_decay, self.logger,
+        )  # fmt: skip
 
 
-def _changes(before: Speed, after: Speed) -> str:
-    return " ".join(f"{k}={v}" for k, v in after.overrides.items() if v != before.overrides[k])
-
-
-def load_line(clean: int, windows: int, busiest: float) -> str:
-    """How quiet the machine was."""
-    if clean == windows:
-        return f"the machine was quiet: {windows} windows, all clean"
-    return (
-        f"the machine was busy: in {windows - clean} of {windows} windows other processes took CPU time (up to "
-        f"{busiest:.1f} cores); these are left out where there are others, and the figures may be too low"
-    )
+@contextmanager
+def temporary_logger(components: Components) -> Iterator[RunLogger]:
+    """Yield a logger with the cost of a real one: its files are deleted, and its progress bar is not shown."""
+    with tempfile.TemporaryDirectory() as folder:
+        logger = RunLogger(
+            Path(folder), components.task, components.spec, 1, 1,
+            tensorboard=components.settings.log.tensorboard, pictures=False,
+        )  # fmt: skip
+        logger.bar = Bar(1, 1, watch=(components.task.monitor[0],), console=Console(file=io.StringIO()))
+        with logger:
+            yield logger

@@ -1,4 +1,4 @@
-"""`batch_size=auto`: as many images as fit on a GPU, as many as still make a CPU faster."""
+"""Find the batch size for `batch_size=auto`: the largest that fits on a GPU, the fastest on a CPU."""
 
 import logging
 import time
@@ -13,95 +13,95 @@ from cnntrain.train.step_timer import StepTimer
 from cnntrain.transfer import free_bytes
 
 log = logging.getLogger("cnntrain")
-FEWEST_STEPS = 16  # of an epoch: a training of a few large steps learns little
-SHARE = 0.9  # of the free GPU memory that a step may take: sizes vary a little from step to step
-HOST_SHARE = 0.25  # of the free memory of a CPU, which other programs need too; twice that is never taken
-GAIN = 1.05  # times the images/s that doubling the batch must bring on a CPU
+MIN_STEPS_PER_EPOCH = 16  # training with a few large steps per epoch learns little
+GPU_SHARE = 0.9  # of the free GPU memory; the rest is a reserve because memory use varies between steps
+CPU_SHARE = 0.25  # of the free host memory, which other programs need too
+MIN_SPEEDUP = 1.05  # in images/s, when the batch size doubles on a CPU
 SMALLEST_ON_CPU = 32
 TRIALS = 3
 
 
 def choose_batch_size(
-    make_step_timer: Callable[[int], StepTimer], device: torch.device, images: int, least: int = 1
+    make_step_timer: Callable[[int], StepTimer], device: torch.device, num_images: int, min_size: int = 1
 ) -> int:
-    """A power of two, found by training steps on copies; the log says why.
+    """Find a power of two by training steps on copies; log the reason.
 
-    On a GPU the largest whose step takes no more than 90 % of the free memory. On a CPU the smallest of 32 and more
-    from which doubling brings less than 5 % more images/s, or takes a quarter of the free memory. With either an epoch
-    keeps 16 steps.
+    On a GPU, return the largest size whose step needs at most 90 % of the free memory. On a CPU, return the smallest
+    size of at least 32 for which doubling makes training less than 5 % faster or needs a quarter of the free memory.
+    An epoch always has at least 16 steps.
 
     Args:
-        make_rig: a copy of the training with batches of that many images.
-        images: in the training set.
-        least: images that a batch must have, 1 or 2: a BatchNorm may need more than one.
+        make_step_timer: returns a copy of the training with the given batch size.
+        num_images: size of the training set.
+        min_size: smallest allowed batch size, 1 or 2 (BatchNorm may need more than one image).
 
     Raises:
-        MachineError: not even the least fits.
+        MachineError: even `min_size` does not fit.
     """
-    most = max(least, power_of_two(images // FEWEST_STEPS))
+    max_size = max(min_size, power_of_two(num_images // MIN_STEPS_PER_EPOCH))
     if device.type == "cuda":
-        allowed = torch.cuda.memory_allocated(device) + SHARE * free_bytes(device)
-        chosen, reason = largest_that_fits(
-            lambda size: _fits(make_step_timer, device, size, allowed / 2**20), most, least
+        allowed_mib = (torch.cuda.memory_allocated(device) + GPU_SHARE * free_bytes(device)) / 2**20
+        size, reason = largest_that_fits(
+            lambda size: _fits(make_step_timer, device, size, allowed_mib), max_size, min_size
         )
     else:
-        chosen, reason = fastest(lambda size: _images_per_s(make_step_timer, device, size), most, least)
-    log.info("batch_size=auto: %d images, for %s; optimizer.lr stays as it is", chosen, reason)
-    return chosen
+        size, reason = fastest(lambda size: _images_per_s(make_step_timer, device, size), max_size, min_size)
+    log.info("batch_size=auto: using batch_size=%d (%s); optimizer.lr is not changed", size, reason)
+    return size
 
 
 def power_of_two(limit: int) -> int:
-    """The largest power of two up to `limit`; 1 at least."""
+    """Return the largest power of two up to `limit`, at least 1."""
     return 1 << (max(limit, 1).bit_length() - 1)
 
 
-def largest_that_fits(fits: Callable[[int], bool], most: int, least: int = 1) -> tuple[int, str]:
-    """The largest power of two from `least` to `most` for which `fits` holds, as it does for all smaller ones; and why.
+def largest_that_fits(fits: Callable[[int], bool], max_size: int, min_size: int = 1) -> tuple[int, str]:
+    """Return the largest power of two from `min_size` to `max_size` that `fits`, and the reason.
 
     Raises:
-        MachineError: it does not hold for `least`.
+        MachineError: `min_size` does not fit.
     """
-    size = least
+    size = min_size
     if not fits(size):
         raise MachineError(
-            f"batch_size=auto: a step with {size} image(s) does not fit in the device's memory"
+            f"batch_size=auto: a step with batch_size={size} does not fit in the device's memory"
         )
-    while size * 2 <= most:
+    while size * 2 <= max_size:
         if not fits(size * 2):
-            return size, f"{size * 2} do not fit in the device's memory"
+            return size, f"{size * 2} does not fit in the device's memory"
         size *= 2
-    return size, f"an epoch of larger batches would have fewer than {FEWEST_STEPS} steps"
+    return size, f"with more, an epoch would have fewer than {MIN_STEPS_PER_EPOCH} steps"
 
 
-def fastest(images_per_s: Callable[[int], float | None], most: int, least: int = 1) -> tuple[int, str]:
-    """The smallest power of two from 32 to `most` from which doubling gains less than 5 %, or a smaller one where even
-    32 take too much; and why.
+def fastest(images_per_s: Callable[[int], float | None], max_size: int, min_size: int = 1) -> tuple[int, str]:
+    """Return the smallest power of two from 32 to `max_size` for which doubling gains less than 5 %, and the reason.
+
+    Smaller sizes are tried if 32 needs too much memory.
 
     Args:
-        images_per_s: None for a batch that would take too much memory.
+        images_per_s: returns the speed for a batch size, or None if it needs too much memory.
 
     Raises:
-        MachineError: `least` would.
+        MachineError: `min_size` needs too much memory.
     """
-    size = max(least, min(SMALLEST_ON_CPU, most))
+    size = max(min_size, min(SMALLEST_ON_CPU, max_size))
     speed = images_per_s(size)
+    while speed is None and size > min_size:
+        size //= 2
+        if (speed := images_per_s(size)) is not None:
+            return size, f"{size * 2} needs more than a quarter of the free memory"
     if speed is None:
-        while speed is None and size > least:
-            size //= 2
-            speed = images_per_s(size)
-        if speed is None:
-            raise MachineError(
-                f"batch_size=auto: a step with {size} image(s) takes over a quarter of the free memory"
-            )
-        return size, f"{size * 2} take more than a quarter of the free memory"
-    while speed is not None and size * 2 <= most:
+        raise MachineError(
+            f"batch_size=auto: a step with batch_size={size} needs more than a quarter of the free memory"
+        )
+    while size * 2 <= max_size:
         doubled = images_per_s(size * 2)
         if doubled is None:
-            return size, f"{size * 2} take more than a quarter of the free memory"
-        if doubled < GAIN * speed:
-            return size, f"{size * 2} would be {doubled / speed:.2f} x as fast"
+            return size, f"{size * 2} needs more than a quarter of the free memory"
+        if doubled < MIN_SPEEDUP * speed:
+            return size, f"{size * 2} is {doubled / speed:.2f} times as fast"
         size, speed = size * 2, doubled
-    return size, f"an epoch of larger batches would have fewer than {FEWEST_STEPS} steps"
+    return size, f"with more, an epoch would have fewer than {MIN_STEPS_PER_EPOCH} steps"
 
 
 def _fits(
@@ -122,17 +122,17 @@ def _fits(
 def _images_per_s(
     make_step_timer: Callable[[int], StepTimer], device: torch.device, size: int
 ) -> float | None:
-    """Of the best of some steps; None when they take too much memory beyond what was taken before."""
+    """Return the speed of the fastest of a few windows; None if the steps need too much additional memory."""
     free_mib = free_host_bytes() / 2**20
     reset_peak_memory(device)
-    before = peak_memory_mib(device)
-    rig = make_step_timer(size)
-    rig.warm_up()
-    if peak_memory_mib(device) - before > HOST_SHARE * free_mib:
+    before_mib = peak_memory_mib(device)
+    timer = make_step_timer(size)
+    timer.warm_up()
+    if peak_memory_mib(device) - before_mib > CPU_SHARE * free_mib:
         return None
     started, best = time.monotonic(), 0.0
     for _ in range(TRIALS):
-        images, seconds = rig.bare()
+        images, seconds = timer.bare()
         best = max(best, images / seconds)
         if time.monotonic() - started > TRIALS:
             break

@@ -1,0 +1,48 @@
+"""The search for `batch_size=auto`."""
+
+import pytest
+
+from cnntrain import compose
+from cnntrain.errors import MachineError, UserError
+from cnntrain.train.batch_size import fastest, largest_that_fits, power_of_two
+from cnntrain.train.setup import assemble, build_training_parts, find_batch_size
+
+
+def test_largest_batch_that_fits_is_a_power_of_two() -> None:
+    assert largest_that_fits(lambda size: size <= 100, 1024)[0] == 64
+    assert largest_that_fits(lambda size: True, 128)[0] == 128
+    assert largest_that_fits(lambda size: size <= 1, 128)[0] == 1
+    with pytest.raises(MachineError, match="batch_size=1 "):
+        largest_that_fits(lambda size: False, 128)
+    assert [power_of_two(n) for n in (0, 1, 2, 3, 63, 64)] == [1, 1, 2, 2, 32, 64]
+
+
+def test_on_a_cpu_the_batch_size_doubles_while_that_is_faster_and_fits() -> None:
+    speeds = {32: 100.0, 64: 120.0, 128: 124.0, 256: 200.0}
+    assert fastest(lambda size: speeds[size], 256)[0] == 64
+    assert fastest(lambda size: None if size > 32 else 1.0, 256)[0] == 32
+    assert fastest(lambda size: float(size), 8)[0] == 8
+    size, reason = fastest(lambda size: None if size > 8 else 1.0, 256)
+    assert size == 8 and reason.startswith("16 ")
+    with pytest.raises(MachineError, match="batch_size=2 "):
+        fastest(lambda size: None, 256, min_size=2)
+
+
+def test_batch_norm_needs_two_images() -> None:
+    components = assemble(compose("model=batchnorm_cnn", "data.limit=20", "batch_size=auto", "threads=1"))
+    assert find_batch_size(components, components.load()) == 2
+    tried: list[int] = []
+    assert largest_that_fits(lambda size: bool(tried.append(size) or size < 5), 1, min_size=2)[0] == 2
+    assert tried == [2]
+
+
+def test_auto_becomes_a_number_and_the_model_is_unchanged() -> None:
+    components = assemble(compose("data.limit=600", "batch_size=auto", "threads=1"))
+    data = components.load()
+    before = {name: value.clone() for name, value in components.model.state_dict().items()}
+    assert find_batch_size(components, data) in (16, 32)
+    plan, _, _ = build_training_parts(components, data)
+    assert components.settings.batch_size == plan.batch_size
+    assert all(value.equal(before[name]) for name, value in components.model.state_dict().items())
+    with pytest.raises(UserError, match="a whole number >= 1 or auto"):
+        compose("batch_size=automatic")
