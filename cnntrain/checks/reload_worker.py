@@ -11,8 +11,9 @@ import torch
 
 from cnntrain.config.schema import Settings, parse
 from cnntrain.train import checkpoint
-from cnntrain.train.saved import load_weights, saved_spec
+from cnntrain.train.checkpoint import load_weights
 from cnntrain.train.setup import assemble
+from cnntrain.types import DataSpec
 
 
 def answer(saved_path: Path, images_path: Path, outputs_path: Path) -> None:
@@ -20,7 +21,7 @@ def answer(saved_path: Path, images_path: Path, outputs_path: Path) -> None:
     config = saved["config"]
     if "pretrained" in config["model"]:
         config["model"] = {**config["model"], "pretrained": False}
-    assembly = assemble(parse(Settings, config), saved_spec(saved))
+    assembly = assemble(parse(Settings, config), DataSpec(**saved["spec"]))
     compute, model = assembly.compute, assembly.model
     load_weights(model, saved["state"]["model"])
     model.eval().to(memory_format=compute.memory_format)

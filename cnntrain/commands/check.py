@@ -31,9 +31,10 @@ from cnntrain.plots.flip_picture import draw_symmetry
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.journal import statistics
 from cnntrain.report.table import print_findings
+from cnntrain.train.checkpoint import load_validated
 from cnntrain.train.optim import make_optimizer
+from cnntrain.train.resume import locate_checkpoint
 from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
-from cnntrain.train.saved import locate, read_saved
 from cnntrain.train.setup import (
     Components,
     assemble,
@@ -93,7 +94,7 @@ def check_checkpoint(
     """As `check`, of the weights in a checkpoint."""
     log_to_console()
     ends_at = time.monotonic() + BUDGET_OF_A_CHECKPOINT_S
-    assembly = restore(read_saved(locate(Path(settings.checkpoint), "best.pt")), settings)
+    assembly = restore(load_validated(locate_checkpoint(Path(settings.checkpoint), "best.pt")), settings)
     with stop_flag() as stop:
         bench = build_context(assembly, ends_at, stop, command_line, trained=True)
         with open_run_dir(_folder(settings.run_dir), "check-checkpoint") as run_folder:

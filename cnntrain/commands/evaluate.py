@@ -27,9 +27,10 @@ from cnntrain.plots.curves import save, sign, survive_drawing
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.table import print_rows
 from cnntrain.summary.trace import needs_data
+from cnntrain.train.checkpoint import check_weights, load_validated, load_weights
 from cnntrain.train.evaluate import evaluate
+from cnntrain.train.resume import locate_checkpoint
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.saved import load_weights, locate, read_saved, refuse_misfits, saved_spec
 from cnntrain.train.setup import Components, assemble, build_pipeline, build_task, make_model
 from cnntrain.train.signals import stop_flag
 from cnntrain.types import Batch, DataSpec
@@ -70,8 +71,8 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
         DivergedError: the loss over the split is not finite.
     """
     log_to_console()
-    path = locate(Path(settings.checkpoint), "best.pt")
-    saved = read_saved(path)
+    path = locate_checkpoint(Path(settings.checkpoint), "best.pt")
+    saved = load_validated(path)
     assembly = restore(saved, settings)
     data = assembly.load(augmented=False)
     if not same_data(saved["fingerprint"], data.fingerprint):
@@ -139,7 +140,7 @@ def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Components:
         config["data"]["root"] = settings.data.root
     if settings.data.workers is not None:
         config["data"]["workers"] = settings.data.workers
-    spec = saved_spec(saved)
+    spec = DataSpec(**saved["spec"])
     if "classes" in config["data"] and spec.classes:
         config["data"]["classes"] = list(spec.classes)
     restored = parse(Settings, config)
@@ -189,7 +190,7 @@ def refuse_other_network(settings: Settings, spec: DataSpec, saved: dict[str, An
         if needs_data(error.__cause__ or error):
             return
         raise
-    refuse_misfits(weights, model)
+    check_weights(model, weights)
 
 
 LARGEST_COUNT = 10_000  # of layers, blocks, heads and the like

@@ -47,9 +47,10 @@ from cnntrain.report.console import log_to_console
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
 from cnntrain.tasks.segmentation import Segmentation
 from cnntrain.tasks.task import Task
+from cnntrain.train.checkpoint import load_validated
 from cnntrain.train.device import Compute, choose_compute, prepare_torch
+from cnntrain.train.resume import locate_checkpoint
 from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
-from cnntrain.train.saved import locate, read_saved, saved_spec
 from cnntrain.train.setup import build_model, build_pipeline, build_task
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.types import Batch, DataSpec
@@ -101,8 +102,8 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
     """
     log_to_console()
     paths, names = find_images(Path(settings.images).expanduser())
-    path = locate(Path(settings.checkpoint), "best.pt")
-    predictor = restore_predictor(read_saved(path), settings)
+    path = locate_checkpoint(Path(settings.checkpoint), "best.pt")
+    predictor = restore_predictor(load_validated(path), settings)
     boxes = None
     if settings.boxes is not None:
         paths, names, boxes = _cut_out(Path(settings.boxes).expanduser(), paths, names, predictor)
@@ -139,7 +140,7 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
     Raises:
         UserError: the parts can't be built.
     """
-    restored, spec = parse(Settings, config_of(saved, settings)), saved_spec(saved)
+    restored, spec = parse(Settings, config_of(saved, settings)), DataSpec(**saved["spec"])
     with limited_construction(len(saved["state"]["model"])):
         refuse_other_network(restored, spec, saved)
     prepare_torch(restored.threads, restored.deterministic)

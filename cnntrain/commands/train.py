@@ -27,10 +27,18 @@ from cnntrain.report.table import print_findings, print_run_summary
 from cnntrain.sweep.search_space import swept_by_config
 from cnntrain.train.distributed import ALONE, RankInfo, World, rank_from_env
 from cnntrain.train.processes import check_processes, uses_gpus
-from cnntrain.train.resume import bring_best, keep_choices, resume
+from cnntrain.train.resume import (
+    changed_settings,
+    copy_best_checkpoint,
+    find_run_dir,
+    finished_results,
+    keep_resolved_values,
+    load_resume_checkpoint,
+    resume,
+    run_identity,
+)
 from cnntrain.train.run import prepare, train_to_the_end
-from cnntrain.train.run_dir import RunDir, holds_run, lock_run_dir, open_run_dir, provenance
-from cnntrain.train.saved import differences, find_folder, find_saved, finished_results, identify
+from cnntrain.train.run_dir import RunDir, lock_run_dir, needs_lock, open_run_dir, provenance
 from cnntrain.train.setup import assemble, notice
 from cnntrain.train.signals import stop_flag
 
@@ -66,7 +74,7 @@ def run(invocation: Invocation) -> int:
         own = dataclasses.asdict(read_settings(experiment, invocation.config_dir))
         changed = [
             key
-            for key, _, _ in differences(own, dataclasses.asdict(settings))
+            for key, _, _ in changed_settings(own, dataclasses.asdict(settings))
             if key.split(".")[0] != "expect"
         ]
         findings = judge_expectations(settings.expect, results, changed)
@@ -146,10 +154,10 @@ def _train(
     ranks: World,
 ) -> dict[str, Any]:
     """One process's training: the only one's, or its part of several's."""
-    folder = find_folder(settings)
+    folder = find_run_dir(settings)
     with contextlib.ExitStack() as held:
         # Before anything is read: a process that is at work there may write a newer state at any time.
-        locked = ranks.leads and folder is not None and holds_run(folder)
+        locked = ranks.leads and folder is not None and needs_lock(folder)
         if locked and folder:
             held.enter_context(lock_run_dir(folder))
         ranks.wait()
@@ -166,7 +174,7 @@ def _train_in(
     ranks: World,
 ) -> dict[str, Any]:
     """`_train` with the folder named, and locked if it holds a run already."""
-    source, saved = find_saved(settings) or (None, None)
+    source, saved = load_resume_checkpoint(settings) or (None, None)
     if saved and folder and (done := finished_results(saved, folder, settings)):
         log.info(
             "%s: this run is finished, nothing to do; give a larger %s= to train on",
@@ -183,7 +191,7 @@ def _train_in(
         )
     if settings.check.first and saved is None and ranks.leads:
         _check_first(settings, command_line)
-    chosen = keep_choices(settings, saved, ranks) if saved else settings
+    chosen = keep_resolved_values(settings, saved, ranks) if saved else settings
     assembly = assemble(chosen, ranks=ranks, resumes=saved is not None)
     # The checkpoint's config says what was asked for, and beside it what `auto` came to.
     asked = {"precision": settings.precision, "threads": settings.threads}
@@ -220,13 +228,13 @@ def _train_in(
                 f"run_dir: {run.path} got a run of another process meanwhile; choose another folder"
             )
         if best:
-            bring_best(best, run.best)
+            copy_best_checkpoint(best, run.best)
         config = without_passwords(dataclasses.asdict(settings))
         run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
         run.write_json("run.json", {**provenance(command_line), "data": data.fingerprint})
         same_folder = source is not None and run_folder_of(source).resolve() == run.path.resolve()
         results = train_to_the_end(
-            run, assembly, data, plan, state, identify(saved, same_folder), stop, watch
+            run, assembly, data, plan, state, run_identity(saved, same_folder), stop, watch
         )
         run.write_json("results.json", results)
     options = chosen_options(command_line, ("--config-dir", "trusted_packages"))

@@ -24,16 +24,9 @@ from yaml import YAMLError
 
 from cnntrain.config.instantiate import trust_folder
 from cnntrain.config.renamed_keys import renamed
-from cnntrain.config.schema import Settings, parse
+from cnntrain.config.schema import Settings, conf_folder, parse
 from cnntrain.config.yaml_files import check_yaml_files, yaml_files
 from cnntrain.errors import UserError, suggest
-
-
-def conf_folder() -> Path:
-    """The folder of shipped config groups: inside the wheel, or at the top of the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside, beside = package / "conf", package.parent / "conf"
-    return inside if inside.is_dir() else beside
 
 
 @contextmanager

@@ -4,19 +4,25 @@ The pluggable leaves (`model`, `data`, `augment`, `task`, `optimizer`, `schedule
 checked against the signature of what they name when it is built.
 """
 
+import copy
 import dataclasses
 import math
 import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 from cnntrain.config.renamed_keys import renamed
 from cnntrain.errors import UserError, suggest
 
 T = TypeVar("T")
 Node = dict[str, Any]  # a pluggable leaf: `_target_` and its arguments
+GROUPS = ("task", "augment", "model", "data", "optimizer", "schedule")  # keys of the pluggable leaves
 
 
 @dataclass(frozen=True)
@@ -264,6 +270,25 @@ def split_common(node: Node, cls: type) -> tuple[Node, Node]:
     names = {field.name for field in dataclasses.fields(cls)}
     own = {key: value for key, value in node.items() if key not in names}
     return own, {key: value for key, value in node.items() if key in names}
+
+
+def conf_folder() -> Path:
+    """Return the folder of the shipped config groups: inside the wheel, or at the top of the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside, beside = package / "conf", package.parent / "conf"
+    return inside if inside.is_dir() else beside
+
+
+def default_settings() -> dict[str, Any]:
+    """Return the defaults in conf/config.yaml of all keys that do not belong to a config group."""
+    return copy.deepcopy(_default_settings())
+
+
+@cache
+def _default_settings() -> dict[str, Any]:
+    defaults = yaml.safe_load((conf_folder() / "config.yaml").read_text("utf-8"))
+    names = {field.name for field in dataclasses.fields(Settings)} - {*GROUPS}
+    return {name: value for name, value in defaults.items() if name in names}
 
 
 def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:

@@ -15,7 +15,8 @@ from cnntrain.errors import UserError
 from cnntrain.io import safe_files as files
 from cnntrain.report.expectations import NEUTRAL
 from cnntrain.report.metrics import read_metrics
-from cnntrain.train.saved import flat, read_saved
+from cnntrain.train.checkpoint import load_validated
+from cnntrain.train.resume import flatten_settings
 
 log = logging.getLogger("cnntrain")
 
@@ -115,7 +116,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: can't be read ({error}); {REMEDY}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path}: must be a mapping of settings; {REMEDY}")
-    found = flat(settings)
+    found = flatten_settings(settings)
     for key, value in found.items():
         if (
             isinstance(value, int) and abs(value) >= 2**64
@@ -137,7 +138,7 @@ def monitor_of(folder: Path) -> tuple[str, str] | None:
     )
     if path is None:
         return None
-    match read_saved(path).get("monitor"):
+    match load_validated(path).get("monitor"):
         case str(metric), ("min" | "max") as better:
             return metric, better
     return None

@@ -18,7 +18,7 @@ from cnntrain.data.fingerprint import read_fingerprint
 from cnntrain.errors import UserError
 from cnntrain.report.expectations import NEUTRAL
 from cnntrain.sweep.search_space import SearchDimension, add_swept_keys, grid, read_space
-from cnntrain.train.saved import flat
+from cnntrain.train.resume import flatten_settings
 from cnntrain.train.setup import build_pipeline, build_source, build_task
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ class SweepPlan:
     @property
     def settings(self) -> dict[str, Any]:
         """Return the first trial's settings by key, without keys that may change when the sweep is resumed."""
-        found = flat(dataclasses.asdict(self.base))
+        found = flatten_settings(dataclasses.asdict(self.base))
         left_out = {*MAY_CHANGE, "sweep.storage"}
         return {
             key: value

@@ -3,33 +3,37 @@
 Settings that do not affect the result (paths, logging, workers, device) may change. Settings that do (learning rate,
 schedule, augmentation, ...) take their new value from the resumed step on, and the log reports the change. `epochs` and
 `steps` may change too. A schedule spans the whole training, so a new length can change the learning rate; the log then
-shows the old and the new rate. Changes that are incompatible with the saved state are rejected: network, data set,
-splits, batch size, seed and type of optimizer. The number of processes may change only between epochs, because within
-an epoch each process has its own position.
+shows the old and the new rate. Changes that are incompatible with the saved state are rejected: network, dataset,
+splits, batch size, seed and type of optimizer. The number of ranks may change only between epochs, because within an
+epoch each rank has its own position.
 """
 
 import dataclasses
 import logging
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cnntrain.config.command_text import typed
 from cnntrain.config.schema import Settings
 from cnntrain.data.fingerprint import same_data, same_examples
 from cnntrain.data.load import Data
 from cnntrain.errors import UserError
+from cnntrain.io import safe_files as files
 from cnntrain.train import checkpoint
+from cnntrain.train.checkpoint import load_validated, load_weights, weight_mismatches
 from cnntrain.train.device import choose_compute, count_cores
 from cnntrain.train.distributed import World
-from cnntrain.train.saved import differences, is_finished, load_weights, misfits, read_saved, saved_spec
 from cnntrain.train.setup import Components
 from cnntrain.train.state import TrainState
 from cnntrain.types import DataSpec
 
 log = logging.getLogger("cnntrain")
-# By the longest beginning of a key: `free` changes no number, `new` holds from here on, `fixed` must stay.
-RULE = {
+# What a change of a setting means, by the longest matching prefix of its key. free: the result does not depend on it;
+# new: the new value applies from the resumed step on; fixed: it must not change.
+CHANGE_RULES = {
     "": "new",
     **dict.fromkeys(
         ("epochs", "steps", "early_stopping", "launch", "run_dir", "resume", "checkpoint", "log", "device", "threads",
@@ -41,132 +45,282 @@ RULE = {
     "data": "fixed",
     **dict.fromkeys(("data.root", "data.file", "data.workers", "data.cache", "data.scan", "data.timeout_s"), "free"),
     "model": "fixed",
-    "model.pretrained": "free",  # the weights are the checkpoint's
+    "model.pretrained": "free",  # the weights come from the checkpoint
     **dict.fromkeys(("model.freeze", "model.unfreeze"), "new"),
     **dict.fromkeys(("optimizer._target_", "optimizer.name"), "fixed"),
 }  # fmt: skip
-GROUP_KEYS = (
-    "keep optimizer.layer_decay, optimizer.decay_norms_and_biases and a weight decay of 0 as they were"
-)
-SHOWN_DIFFERENCES = 4
+MAX_SHOWN_PROBLEMS = 4
 
 
-def keep_choices(settings: Settings, saved: Mapping[str, Any], ranks: World) -> Settings:
+def find_run_dir(settings: Settings) -> Path | None:
+    """Return the folder that training will write to, from `run_dir` or `resume`; None for a new folder.
+
+    Raises:
+        UserError: `resume` does not name a checkpoint.
+    """
+    if settings.run_dir:
+        return Path(settings.run_dir)
+    if settings.resume in ("none", "auto"):
+        return None
+    return files.run_folder_of(locate_checkpoint(Path(settings.resume), "last.pt"))
+
+
+def locate_checkpoint(path: Path, name: str) -> Path:
+    """Return the checkpoint that `path` names: the file itself, or the file called `name` in a run folder.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
+    if path.is_file():
+        return path
+    for candidate in (path / "checkpoints" / name, path / name):
+        if candidate.is_file():
+            files.open_read(candidate, path).close()  # raises an error if it is a link
+            return candidate
+    raise UserError(
+        f"{path}: no checkpoint there; name a file such as RUN/checkpoints/{name}, or the run folder"
+    )
+
+
+def load_resume_checkpoint(settings: Settings) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint to resume from and its validated content; None to start from scratch.
+
+    A run started with `resume=OTHER run_dir=FOLDER` continues from its own checkpoint when the same command is run
+    again, for example by a requeued job.
+
+    Raises:
+        UserError: the named checkpoint does not exist, or a later state or another run would be overwritten.
+    """
+    source = _resume_source(settings)
+    if source is None:
+        return None
+    content, folder = load_validated(source), find_run_dir(settings)
+    last = folder / "checkpoints" / "last.pt" if folder else source
+    if not last.is_file() or last.samefile(source):
+        return source, content
+    own_content = load_validated(last)
+    (run_id, _), (own_id, own_ancestors) = _read_identity(content), _read_identity(own_content)
+    step, own_step = (each["state"]["progress"]["step"] for each in (content, own_content))
+    if folder and last.parent.resolve() == source.parent.resolve():
+        if step != own_step:
+            raise UserError(
+                f"resume: {source} is at step {step}; resuming from it would overwrite {last} at step {own_step}; "
+                f"use {typed(resume='auto', run_dir=folder)} to continue from there, or another run_dir to go back"
+            )
+    elif run_id is None or not (run_id in own_ancestors or (run_id == own_id and step <= own_step)):
+        raise UserError(
+            f"run_dir: {folder} contains a run that was not started from {source}; "
+            f"use {typed(resume='auto', run_dir=folder)} to continue that run, or another run_dir to start a new one"
+        )
+    else:
+        log.info("resume: %s was started from %s and continues from its own checkpoint", folder, source)
+    return last, own_content
+
+
+def _resume_source(settings: Settings) -> Path | None:
+    """Return the checkpoint that `resume` and `run_dir` name; None to start from scratch.
+
+    Raises:
+        UserError: the named checkpoint does not exist, or a run would be overwritten.
+    """
+    if settings.resume == "auto" and not settings.run_dir:
+        raise UserError(
+            "resume: auto continues the run in run_dir, but run_dir is not set; add run_dir=FOLDER, or name the run "
+            "with resume=FOLDER"
+        )
+    own_last = Path(settings.run_dir) / "checkpoints" / "last.pt" if settings.run_dir else None
+    exists = own_last is not None and own_last.exists()
+    if own_last and exists and not own_last.is_file():
+        raise UserError(f"{own_last}: is not a file; remove it, or choose another run_dir")
+    if settings.resume == "none" and exists:
+        raise UserError(
+            f"run_dir: {settings.run_dir} already contains a run; continue it with resume=auto, or choose another "
+            "folder"
+        )
+    if settings.resume in ("none", "auto"):
+        return own_last if exists else None
+    return locate_checkpoint(Path(settings.resume), "last.pt")
+
+
+def run_identity(content: Mapping[str, Any] | None, same_folder: bool) -> dict[str, Any]:
+    """Return the identity of a run for its checkpoints: its `id`, and the ids of the runs it was resumed from.
+
+    Args:
+        content: the checkpoint that the run resumes from, if any.
+        same_folder: whether that checkpoint belongs to this run's folder.
+    """
+    run_id, ancestors = _read_identity(content or {})
+    if same_folder and run_id:
+        return {"id": run_id, "ancestors": ancestors}
+    return {"id": uuid.uuid4().hex, "ancestors": [*ancestors, *([run_id] if run_id else [])]}
+
+
+def _read_identity(content: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """Return a checkpoint's run id and its ancestors' ids; None and an empty list if it has no identity."""
+    run = content.get("run")
+    if not isinstance(run, Mapping) or not isinstance(run.get("id"), str):
+        return None, []
+    ancestors = run.get("ancestors")
+    return run["id"], [a for a in ancestors if isinstance(a, str)] if isinstance(ancestors, list) else []
+
+
+def finished_results(content: Mapping[str, Any], folder: Path, settings: Settings) -> dict[str, Any] | None:
+    """Return the results of a finished run; None if there is more to train.
+
+    Args:
+        content: the run's last checkpoint.
+    """
+    path = folder / "results.json"
+    if not is_finished(content, settings) or not files.exists(path):
+        return None
+    try:
+        results = files.read_json(path, "the file will be rewritten")
+    except UserError as error:  # after a kill or a full disk; it can be rebuilt from the checkpoints
+        log.warning("%s", error)
+        return None
+    if results.get("steps") != content["state"]["progress"]["step"]:  # written by a shorter run
+        return None
+    return {**results, "run_dir": str(folder)}
+
+
+def is_finished(content: Mapping[str, Any], settings: Settings) -> bool:
+    """Return True if the training of a checkpoint is complete and `settings` do not ask for a longer one."""
+    progress, patience = content["state"]["progress"], settings.early_stopping
+    complete = progress["step"] >= settings.steps if settings.steps else progress["epoch"] >= settings.epochs
+    stopped_early = patience is not None and progress["epochs_since_best"] >= patience
+    return progress["finished"] and (complete or stopped_early)
+
+
+def keep_resolved_values(settings: Settings, content: Mapping[str, Any], ranks: World) -> Settings:
     """Replace `auto` and null by the checkpoint's resolved values: precision, threads, batch size, learning rate.
 
     Precision and threads depend on the machine. They are kept only for the same type of device and the same number of
-    processes; threads also require that this machine has enough cores.
+    ranks; threads also require that this machine has enough cores.
     """
-    resolved = saved.get("resolved", {})
+    resolved, saved = content.get("resolved", {}), content["config"]
+    kept: dict[str, Any] = {}
     device = choose_compute(settings.device, "fp32", settings.channels_last, ranks).device.type
     if (resolved.get("device"), resolved.get("processes")) == (device, ranks.count):
-        if settings.precision == "auto" and resolved.get("precision") in ("fp32", "bf16", "fp16"):
-            settings = dataclasses.replace(settings, precision=resolved["precision"])
+        if settings.precision == "auto" and "precision" in resolved:
+            kept["precision"] = resolved["precision"]
         threads = resolved.get("threads")
         if settings.threads is None and threads in range(1, 1 + count_cores() // ranks.local_count):
-            settings = dataclasses.replace(settings, threads=threads)
+            kept["threads"] = threads
     if settings.batch_size == "auto":
-        settings = dataclasses.replace(settings, batch_size=saved["config"]["batch_size"])
-    if settings.optimizer.get("lr") == "auto" and "lr" in saved["config"]["optimizer"]:
-        rate = saved["config"]["optimizer"]["lr"]
-        settings = dataclasses.replace(settings, optimizer={**settings.optimizer, "lr": rate})
-    # Values derived from the pretrained weights where the config says null or auto.
-    for section, keys in (("model", ("stem",)), ("data", ("size", "mean", "std"))):
-        now, then = getattr(settings, section), saved["config"][section]
-        kept = {
-            key: then[key] for key in keys if now.get(key, "") in (None, "auto") and then.get(key) is not None
-        }
-        settings = dataclasses.replace(settings, **{section: {**now, **kept}})
-    return settings
+        kept["batch_size"] = saved["batch_size"]
+    if settings.optimizer.get("lr") == "auto" and "lr" in saved["optimizer"]:
+        kept["optimizer"] = {**settings.optimizer, "lr": saved["optimizer"]["lr"]}
+    # Values derived from the pretrained weights where the config has null or auto.
+    for group, keys in (("model", ("stem",)), ("data", ("size", "mean", "std"))):
+        own = getattr(settings, group)
+        derived = [k for k in keys if own.get(k, "") in (None, "auto") and saved[group].get(k) is not None]
+        kept[group] = {**own, **{key: saved[group][key] for key in derived}}
+    return dataclasses.replace(settings, **kept)
 
 
 def resume(
-    state: TrainState, saved: Mapping[str, Any], source: Path, assembly: Components, data: Data
+    state: TrainState, content: Mapping[str, Any], source: Path, components: Components, data: Data
 ) -> Path | None:
-    """Put `state` where the checkpoint `source`, whose content is `saved`, left it.
+    """Load the checkpoint `source` with this content into `state`.
 
     Returns the checkpoint of the best epoch so far; None if there is none or it was lost.
 
     Raises:
-        UserError: the checkpoint is of another training, which is described beside this one.
+        UserError: the checkpoint does not fit this training; describes both.
     """
-    config = dataclasses.asdict(assembly.settings)
-    changed = differences(saved["config"], config)
-    weights, before = saved["state"]["model"], saved_spec(saved)
-    mine = assembly.model.state_dict()
-    problems = [
-        (key, f"{key}: was {_short(then)}, is {_short(now)}")
-        for key, then, now in changed
-        if rule(key) == "fixed"
-    ]
-    problems += [("model", problem) for problem in misfits(weights, mine)]
-    problems += [("data", problem) for problem in _other_names(_names(before), _names(data.spec))]
-    if not same_data(saved["fingerprint"], data.fingerprint):
-        known = same_examples(saved["fingerprint"], data.fingerprint)
-        what = "the images changed, but not their names and targets" if known else "examples"
-        problems.append(
-            ("data", f"{what}: were {saved['fingerprint']}, are {data.fingerprint} (count-hash-hash)")
-        )
-    processes, now = saved.get("resolved", {}).get("processes", 1), assembly.compute.ranks.count
-    if saved["state"]["progress"]["batch"] and processes != now and not problems:
-        raise UserError(
-            f"resume: {source} was saved by {processes} process{'es' * (processes > 1)} in the middle of epoch "
-            f"{saved['state']['progress']['epoch'] + 1}; it cannot be resumed with {now}; use "
-            f"launch.devices={processes} (the number may change only between epochs)"
-        )
-    if problems:
-        kind = {"model": "network", "data": "data set"}.get(problems[0][0].partition(".")[0], "training")
-        lines = [
-            f"resume: {source} is from another {kind}; use the settings of that run (run.json has its command), or "
-            "start a new run in another run_dir",
-            f"checkpoint: {_describe(saved['config'], before, weights)}",
-            f"now:        {_describe(config, data.spec, mine)}",
-            *(problem for _, problem in problems[:SHOWN_DIFFERENCES]),
-            *(
-                [f"and {len(problems) - SHOWN_DIFFERENCES} more differences"]
-                * (len(problems) > SHOWN_DIFFERENCES)
-            ),
-        ]
-        raise UserError("\n  ".join(lines))
-    load_weights(state.model, weights)
+    changed = changed_settings(content["config"], dataclasses.asdict(components.settings))
+    _reject_mismatches(content, source, changed, components, data)
+    load_weights(state.model, content["state"]["model"])
     try:
-        state.load_state_dict(saved["state"])
-    except ValueError as error:  # torch's words for an optimizer that was built in another way
+        state.load_state_dict(content["state"])
+    except ValueError as error:  # raised by torch for other parameter groups
         raise UserError(
-            f"resume: the optimizer's parameter groups are not the checkpoint's; {GROUP_KEYS}"
+            "resume: the optimizer's parameter groups are not those of the checkpoint; keep optimizer.layer_decay, "
+            "optimizer.decay_norms_and_biases and a weight decay of 0 as they were"
         ) from error
     except (TypeError, LookupError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"resume: the state in {source} does not fit ({type(error).__name__}: {error})"
         ) from error
-    best = _best_checkpoint(source, state)
-    if state.progress.best and best is None:
-        log.warning("resume: the best epoch's weights are no longer beside %s; it is looked for anew", source)
-        state.progress.best = {}
-    # This call may train longer. An epoch that `steps` cut short is validated again, for its row in metrics.csv.
-    state.progress.finished = is_finished(saved, assembly.settings) and not state.progress.batch
-    epoch, batch, step = state.progress.epoch, state.progress.batch, state.progress.step
-    at = f"in epoch {epoch + 1}, step {step}" if batch else f"after epoch {epoch}, step {step}"
-    log.info("resume: state from %s (%s), settings from the command line", source, at)
-    then = saved.get("resolved", {}).get("precision")
-    if then not in (None, assembly.compute.precision) and "precision" not in (key for key, *_ in changed):
-        changed.append(
-            ("precision", then, assembly.compute.precision)
-        )  # `auto` resolved to another value here
-    for key, then, now in changed:
-        if rule(key) == "new" and not (then == "auto" and now == saved.get("resolved", {}).get(key)):
-            log.warning(
-                "resume: %s was %s, is now %s, which holds from here on", key, _short(then), _short(now)
-            )
-    _say_rate(state, saved, [key for key, *_ in changed])
+    best, progress = _find_best(source, state), state.progress
+    if progress.best and best is None:
+        log.warning(
+            "resume: the weights of the best epoch are missing beside %s; a new best epoch is chosen", source
+        )
+        progress.best = {}
+    # This command may train longer. An epoch that `steps` cut short is validated again, for its row in metrics.csv.
+    progress.finished = is_finished(content, components.settings) and not progress.batch
+    where = f"in epoch {progress.epoch + 1}" if progress.batch else f"after epoch {progress.epoch}"
+    log.info(
+        "resume: state from %s (%s, step %d), settings from the command line", source, where, progress.step
+    )
+    _log_changes(changed, content, components, state)
     return best
 
 
-def _say_rate(state: TrainState, saved: Mapping[str, Any], changed: Sequence[str]) -> None:
-    """Warn if the learning rate jumps because the schedule, its length or its peak changed."""
+def _reject_mismatches(
+    content: Mapping[str, Any],
+    source: Path,
+    changed: Sequence[tuple[str, Any, Any]],
+    components: Components,
+    data: Data,
+) -> None:
+    """Raise an error that describes both trainings if the checkpoint does not fit this one."""
+    weights, spec = content["state"]["model"], DataSpec(**content["spec"])
+    own_weights = components.model.state_dict()
+    problems = [
+        (key, f"{key}: was {_short(before)}, is {_short(now)}")
+        for key, before, now in changed
+        if change_rule(key) == "fixed"
+    ]
+    problems += [("model", problem) for problem in weight_mismatches(weights, own_weights)]
+    problems += [("data", problem) for problem in _changed_names(_names(spec), _names(data.spec))]
+    if not same_data(content["fingerprint"], data.fingerprint):
+        only_images = same_examples(content["fingerprint"], data.fingerprint)
+        what = "the images changed, but not their names and targets" if only_images else "examples"
+        problems.append(
+            ("data", f"{what}: were {content['fingerprint']}, are {data.fingerprint} (count-hash-hash)")
+        )
+    if problems:
+        kind = {"model": "network", "data": "dataset"}.get(problems[0][0].partition(".")[0], "training")
+        hidden = len(problems) - MAX_SHOWN_PROBLEMS
+        lines = [
+            f"resume: {source} is from another {kind}; use the settings of that run (run.json has its command), or "
+            "start a new run in another run_dir",
+            f"checkpoint: {_describe(content['config'], spec, weights)}",
+            f"now:        {_describe(dataclasses.asdict(components.settings), data.spec, own_weights)}",
+            *(problem for _, problem in problems[:MAX_SHOWN_PROBLEMS]),
+            *([f"and {hidden} more differences"] if hidden > 0 else []),
+        ]
+        raise UserError("\n  ".join(lines))
+    progress = content["state"]["progress"]
+    before, now = content.get("resolved", {}).get("processes", 1), components.compute.ranks.count
+    if progress["batch"] and before != now:
+        raise UserError(
+            f"resume: {source} was saved in the middle of epoch {progress['epoch'] + 1} with launch.devices={before}; "
+            f"it cannot be resumed with {now}; use launch.devices={before} (the number may change only between epochs)"
+        )
+
+
+def _log_changes(
+    changed: list[tuple[str, Any, Any]], content: Mapping[str, Any], components: Components, state: TrainState
+) -> None:
+    """Log settings that apply from the resumed step on, and a jump of the learning rate."""
+    resolved, precision = content.get("resolved", {}), components.compute.precision
+    keys = [key for key, *_ in changed]
+    if resolved.get("precision", precision) != precision and "precision" not in keys:
+        changed = [
+            *changed,
+            ("precision", resolved["precision"], precision),
+        ]  # `auto` resolved to another value
+    for key, before, now in changed:
+        if change_rule(key) == "new" and not (before == "auto" and now == resolved.get(key)):
+            log.warning(
+                "resume: %s was %s and is %s from the resumed step on", key, _short(before), _short(now)
+            )
     schedule, step = state.schedule, state.progress.step
-    length = [key for key in changed if key in ("epochs", "steps")]
-    shape = [key for key in changed if key == "optimizer.lr" or key.partition(".")[0] == "schedule"]
+    length = [key for key in keys if key in ("epochs", "steps")]
+    shape = [key for key in keys if key == "optimizer.lr" or key.partition(".")[0] == "schedule"]
     if not step or step >= schedule.total_steps or not (shape or (length and not schedule.state())):
         return
     peak, last = state.optimizer.param_groups[0]["peak_lr"], state.optimizer.param_groups[0]["lr"]
@@ -178,58 +332,73 @@ def _say_rate(state: TrainState, saved: Mapping[str, Any], changed: Sequence[str
         )  # fmt: skip
 
 
-def _best_checkpoint(source: Path, state: TrainState) -> Path | None:
-    """Return the checkpoint with the best epoch's weights: best.pt beside `source`, or `source`, written before it."""
-    beside, progress = source.with_name("best.pt"), state.progress
-    if not progress.best:
+def _find_best(source: Path, state: TrainState) -> Path | None:
+    """Return the checkpoint with the weights of the best epoch: best.pt beside `source`, or `source` itself."""
+    best, path = state.progress.best, source.with_name("best.pt")
+    if not best:
         return None
-    if _is_best(beside, progress.best, state.eval_model.state_dict()):
-        return beside
-    return source if progress.best.get("step") == progress.step else None
-
-
-def _is_best(path: Path, best: Mapping[str, float], mine: Mapping[str, Any]) -> bool:
-    """Return True if the checkpoint has the metrics `best` and weights that fit `mine`; it may have been replaced."""
     try:
-        state = read_saved(path)["state"]
+        saved = load_validated(path)["state"]
+        # Compare by repr because NaN != NaN. The weights are loaded after training, so they must fit.
+        same = repr(saved["progress"]["best"]) == repr(best)
+        if same and not weight_mismatches(saved["ema"] or saved["model"], state.eval_model.state_dict()):
+            return path
     except UserError:
-        return False
-    # Compare by repr because NaN != NaN. The weights are loaded after training, so they must fit.
-    return repr(state["progress"]["best"]) == repr(best) and not misfits(state["ema"] or state["model"], mine)
+        pass  # missing, damaged or replaced
+    return source if best.get("step") == state.progress.step else None  # last.pt is written before best.pt
 
 
-def bring_best(best: Path, target: Path) -> None:
-    """Copy the best checkpoint to the run's own folder."""
+def copy_best_checkpoint(best: Path, target: Path) -> None:
+    """Copy the best checkpoint to the run's own folder, unless it is there already."""
     if best.resolve() != target.resolve():
         checkpoint.save(checkpoint.load(best), target)
 
 
-def rule(key: str) -> str:
-    """What a change of `key` means: free, new or fixed."""
-    while key not in RULE:
+def change_rule(key: str) -> str:
+    """Return what a change of this setting means: free, new or fixed (see `CHANGE_RULES`)."""
+    while key not in CHANGE_RULES:
         key = key.rpartition(".")[0]
-    return RULE[key]
+    return CHANGE_RULES[key]
+
+
+def changed_settings(
+    before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, value before, value after) of all settings that differ."""
+    changed: list[tuple[str, Any, Any]] = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += changed_settings(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed.append((f"{prefix}{key}", old, new))
+    return changed
+
+
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat |= flatten_settings(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _names(spec: DataSpec) -> tuple[str, ...]:
     return spec.classes or spec.keypoints
 
 
-def _other_names(before: tuple[str, ...], now: tuple[str, ...]) -> list[str]:
-    gone, new = [n for n in before if n not in now], [n for n in now if n not in before]
-    if gone or new:
-        parts = [
-            f"{what}: {_short(', '.join(names))}"
-            for what, names in (("no longer there", gone), ("new", new))
-            if names
-        ]
+def _changed_names(before: tuple[str, ...], now: tuple[str, ...]) -> list[str]:
+    removed, added = [n for n in before if n not in now], [n for n in now if n not in before]
+    parts = [f"{what}: {_short(', '.join(n))}" for what, n in (("removed", removed), ("new", added)) if n]
+    if parts:
         return ["names " + "; ".join(parts)]
     return ["names in another order"] if before != now else []
 
 
 def _describe(config: Mapping[str, Any], spec: DataSpec, weights: Mapping[str, Any]) -> str:
     choices, names = config["choices"], _names(spec)
-    kind = "classes" if spec.classes else "points"
+    kind = "classes" if spec.classes else "keypoints"
     listed = f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
     count = sum(value.numel() for value in weights.values())
     return f"model={choices.get('model')} ({count:,} weights), data={choices.get('data')}, {listed}"

@@ -19,13 +19,13 @@ from cnntrain.report.journal import RunLogger, statistics
 from cnntrain.tasks.meter import HardestExamples
 from cnntrain.tasks.task import Task
 from cnntrain.train import checkpoint
+from cnntrain.train.checkpoint import CheckpointWriter, checkpoint_metadata, load_weights
 from cnntrain.train.combine import synchronize_norms
 from cnntrain.train.evaluate import evaluate
-from cnntrain.train.keeper import CheckpointWriter
 from cnntrain.train.loop import NullLogger, Trainer, fit
 from cnntrain.train.optim import learning_rate_at
+from cnntrain.train.resume import flatten_settings
 from cnntrain.train.run_dir import RunDir
-from cnntrain.train.saved import checkpoint_facts, flat, load_weights
 from cnntrain.train.setup import Components, build_training_parts
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import ModelEMA, TrainingPlan, TrainState
@@ -66,7 +66,7 @@ def train_to_the_end(
 
     Args:
         state: at its start, or where a checkpoint left it.
-        identity: the run's identity, stored in its checkpoints (`cnntrain.train.saved.identify`).
+        identity: the run's identity, stored in its checkpoints (`cnntrain.train.resume.run_identity`).
         watch: see `train`.
 
     Raises:
@@ -75,18 +75,18 @@ def train_to_the_end(
         MachineError: a worker died.
     """
     settings, compute, task = assembly.settings, assembly.compute, assembly.task
-    facts, ranks = {**checkpoint_facts(assembly, data), "run": identity}, assembly.compute.ranks
+    metadata, ranks = checkpoint_metadata(assembly, data, identity), assembly.compute.ranks
 
     training = assembly.loader(data.train, augmented=True)
     validation = assembly.loader(data.val) if data.val else None
     with (
-        CheckpointWriter(run, state, facts, settings.checkpoint.keep, ranks.leads) as save,
+        CheckpointWriter(run, state, metadata, settings.checkpoint.keep, ranks.leads) as writer,
         _journal(run, assembly, plan, state, watch) if ranks.leads else contextlib.nullcontext() as journal,
     ):
-        hparams = flat(
+        hparams = flatten_settings(
             {
                 k: v
-                for k, v in facts["config"].items()
+                for k, v in metadata["config"].items()
                 if k not in ("run_dir", "resume", "log", "expect", "sweep")
             }
         )
@@ -95,7 +95,7 @@ def train_to_the_end(
         try:
             told = journal or NullLogger()
             trainer = Trainer(task, assembly.pipeline, compute, plan, training, validation)
-            fit(trainer, state, told, save, stop)
+            fit(trainer, state, told, writer.save, stop)
         except StoppedError as error:
             again = typed(run_dir=run.path, resume="auto")
             how = f"its state is saved; to continue, run the same command with {again}"
@@ -103,7 +103,7 @@ def train_to_the_end(
                 error.exit_code - 128, f"{error} at step {state.progress.step}; {how}"
             ) from error
         except DivergedError as error:
-            raise DivergedError(f"{error}\nlast good checkpoint: {save.last_good}") from error
+            raise DivergedError(f"{error}\nlast good checkpoint: {writer.last_saved}") from error
         except (RuntimeError, OSError, EOFError) as error:
             # A worker's death shows wherever the main process is.
             explained = explain_worker_error(error, assembly.data_settings.timeout_s)
@@ -114,7 +114,7 @@ def train_to_the_end(
         if journal and (said := _early_stop(state, plan, task)):
             log.info("%s", said)
         best = state.eval_model
-        save.flush()
+        writer.flush()
         if ranks.leads:
             kept = checkpoint.load(run.best)["state"]
             load_weights(best, kept["ema"] or kept["model"])

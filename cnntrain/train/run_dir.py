@@ -1,4 +1,4 @@
-"""A run owns one folder, and a folder has one owner at a time."""
+"""The run folder: its paths, its lock, and the description of how a run was started."""
 
 import contextlib
 import datetime
@@ -6,20 +6,23 @@ import fcntl
 import json
 import logging
 import os
+import platform
+import re
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from cnntrain.errors import MachineError, UserError
-from cnntrain.io.safe_files import exists, is_folder, open_lock, write_text, write_whole
-from cnntrain.train.checkpoint import remove_temporaries, versions
+from cnntrain.io import safe_files as files
 from cnntrain.train.git import find_commit
 
 log = logging.getLogger("cnntrain")
+TEMPORARY_NAME = re.compile(r"\..+\.[0-9]+\.tmp")  # as named by `safe_files.replacing`
 
 
 class RunDir:
-    """Paths inside a run's folder. Made by `open_run_dir`."""
+    """Paths inside a run folder. Created by `open_run_dir`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,19 +34,19 @@ class RunDir:
 
     def write_text(self, name: str, text: str) -> Path:
         target = self.path / name
-        write_text(target, text)
+        files.write_text(target, text)
         return target
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         target = self.path / name
-        write_whole(target, (json.dumps(content, indent=2, allow_nan=True) + "\n").encode())
+        files.write_whole(target, (json.dumps(content, indent=2, allow_nan=True) + "\n").encode())
         return target
 
 
-def holds_run(folder: Path) -> bool:
-    """Return True if a run has written to this folder; it must then be locked before it is read."""
-    there = (folder / "checkpoints").exists() or (folder / ".lock").exists()
-    return there and os.access(folder, os.W_OK)  # an archived run may be read-only
+def needs_lock(folder: Path) -> bool:
+    """Return True if a run has written to this folder and may still write; lock it before reading it."""
+    used = (folder / "checkpoints").exists() or (folder / ".lock").exists()
+    return used and os.access(folder, os.W_OK)  # an archived run may be read-only
 
 
 @contextlib.contextmanager
@@ -57,12 +60,12 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
         UserError: another process holds the lock.
         MachineError: the lock file cannot be created.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as locks:
         try:
-            _lock_file(folder, held)
+            _lock_file(folder, locks)
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            held.callback(os.close, descriptor)
-            _take(descriptor)  # file systems that cannot lock folders (NFS) rely on the file's lock
+            locks.callback(os.close, descriptor)
+            _try_lock(descriptor)  # file systems that cannot lock folders (NFS) rely on the file's lock
         except BlockingIOError as error:
             raise UserError(
                 f"run_dir: another process is using {folder}; wait for it to finish, or choose another folder"
@@ -72,28 +75,28 @@ def lock_run_dir(folder: Path) -> Iterator[None]:
         yield
 
 
-def _lock_file(folder: Path, held: contextlib.ExitStack) -> None:
+def _lock_file(folder: Path, locks: contextlib.ExitStack) -> None:
     """Lock the file `.lock`; retry if the file was replaced before the lock was acquired."""
     while True:
         with contextlib.ExitStack() as opened:
-            lock = opened.enter_context(open_lock(folder / ".lock"))
-            missing = _take(lock.fileno())
+            lock = opened.enter_context(files.open_lock(folder / ".lock"))
+            unsupported = _try_lock(lock.fileno())
             try:
                 replaced = not os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / ".lock"))
             except FileNotFoundError:
                 replaced = True
             if replaced:
                 continue
-            if missing:
+            if unsupported:
                 log.warning(
                     "run_dir: the file system of %s does not support file locks (%s); do not start a second process "
-                    "in this folder, it would not be detected", folder, missing,
+                    "in this folder, it would not be detected", folder, unsupported,
                 )  # fmt: skip
-            held.enter_context(opened.pop_all())
+            locks.enter_context(opened.pop_all())
             return
 
 
-def _take(descriptor: int) -> str | None:
+def _try_lock(descriptor: int) -> str | None:
     """Lock an open file or folder; return the system's error message if the file system has no locks, else None.
 
     Raises:
@@ -122,19 +125,19 @@ def open_run_dir(
     Raises:
         UserError: another process is using the folder, or it belongs to a training run.
     """
-    folder = unused_run_dir(Path("outputs") / f"{datetime.date.today()}", label) if path is None else path
+    folder = create_run_dir(Path("outputs") / f"{datetime.date.today()}", label) if path is None else path
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir: {folder} is a file; choose another folder")
     if not trains and (folder / "checkpoints").exists():
-        raise UserError(f"run_dir: {folder} holds a training, which stays as it is; choose another folder")
+        raise UserError(f"run_dir: {folder} contains a training run; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MachineError(f"{folder}: can't make the run's folder: {error.strerror}") from error
+        raise MachineError(f"{folder}: can't create the run folder: {error.strerror}") from error
     with contextlib.nullcontext() if locked else lock_run_dir(folder):
         run = RunDir(folder)
         for inner in (run.checkpoints, run.figures):
-            if exists(inner) and not is_folder(inner, folder):
+            if files.exists(inner) and not files.is_folder(inner, folder):
                 raise UserError(
                     f"{inner}: must be a folder, but is a link or a file; links inside a run folder are not followed"
                 )
@@ -142,8 +145,8 @@ def open_run_dir(
         yield run
 
 
-def unused_run_dir(parent: Path, label: str) -> Path:
-    """A folder parent/TIME-label that this call made: no two runs share one, started in the same instant or not."""
+def create_run_dir(parent: Path, label: str) -> Path:
+    """Create a new folder parent/TIME-label; runs that start at the same time get different folders."""
     base = parent / f"{datetime.datetime.now():%H-%M-%S}-{label}"
     for number in range(10_000):
         candidate = base if not number else base.with_name(f"{base.name}-{number + 1}")
@@ -152,15 +155,39 @@ def unused_run_dir(parent: Path, label: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise MachineError(f"{candidate}: can't make the run's folder: {error.strerror}") from error
+            raise MachineError(f"{candidate}: can't create the run folder: {error.strerror}") from error
         return candidate
-    raise MachineError(f"{base}: ten thousand runs in one second")
+    raise MachineError(f"{base}: 10,000 folders of this name exist; set run_dir")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete partly written files that a killed process left in a run folder. The caller must hold its lock."""
+    for inner in (folder, folder / "checkpoints", folder / "figures"):
+        if inner != folder and not files.is_folder(inner, folder):
+            continue
+        for path in inner.glob(".*.tmp"):
+            if TEMPORARY_NAME.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+                files.remove(path, folder)
 
 
 def provenance(command_line: str) -> dict[str, Any]:
-    """Command, versions and the git commit of the working folder, for `run.json`."""
-    described: dict[str, Any] = {"command": command_line, "started": datetime.datetime.now().isoformat()}
-    described["versions"] = versions()
+    """Return the command, package versions and git commit of the working directory, for `run.json`."""
+    content = {
+        "command": command_line,
+        "started": datetime.datetime.now().isoformat(),
+        "versions": installed_versions(),
+    }
     if commit := find_commit(Path.cwd()):
-        described |= {"git": commit.name, "git_dirty": commit.dirty}
-    return described
+        content |= {"git": commit.name, "git_dirty": commit.dirty}
+    return content
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions that a run's numbers may depend on: Python, platform and packages."""
+    # platform.platform() would run `uname` to find the name of the processor.
+    system = (platform.system(), platform.release(), platform.machine(), "".join(platform.libc_ver()))
+    versions = {"python": platform.python_version(), "platform": "-".join(filter(None, system))}
+    for name in ("cnntrain", "torch", "torchvision", "numpy", "hydra-core"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

@@ -7,7 +7,6 @@ import math
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,7 +14,6 @@ from torch.utils.data import Dataset
 
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.checks.lint import Facts, lint, typed_keys
-from cnntrain.config.compose import compose
 from cnntrain.config.instantiate import build, resolve
 from cnntrain.config.schema import DataSettings, ModelSettings, Node, Settings, parse, split_common
 from cnntrain.data.examples import Examples, LazyImages, Source
@@ -29,11 +27,11 @@ from cnntrain.summary.preflight import output_size, preflight
 from cnntrain.summary.trace import as_meta
 from cnntrain.tasks.task import Task
 from cnntrain.train.batch_size import choose_batch_size
+from cnntrain.train.checkpoint import validate_checkpoint
 from cnntrain.train.device import Compute, choose_compute, prepare_torch, seed_step
 from cnntrain.train.distributed import ALONE, World
 from cnntrain.train.lr_finder import RangeTest, range_test, settle
 from cnntrain.train.optim import check_optimizer, make_optimizer
-from cnntrain.train.saved_content import check_saved
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.train.state import TrainingPlan
@@ -164,11 +162,7 @@ def pretrained_weights(settings: Settings) -> Weights | None:
     """
     node, common = split_common(settings.model, ModelSettings)
     pretrained = parse(ModelSettings, common, "model.").pretrained
-    return None if _loads_itself(settings, node) else find_weights(node, pretrained, _check_run)
-
-
-def _check_run(content: dict[str, Any]) -> dict[str, Any]:
-    return check_saved(content, compose("config", ()))
+    return None if _loads_itself(settings, node) else find_weights(node, pretrained, validate_checkpoint)
 
 
 def _loads_itself(settings: Settings, node: Node) -> bool:

@@ -16,7 +16,7 @@ from cnntrain.config.compose import read_settings
 from cnntrain.data.resize import resize_geometry
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
 from cnntrain.train import checkpoint
-from cnntrain.train.saved import checkpoint_facts
+from cnntrain.train.checkpoint import checkpoint_metadata
 from cnntrain.train.setup import assemble
 from cnntrain.train.state import Progress
 
@@ -29,7 +29,7 @@ def make_checkpoint(*overrides: str, data: dict[str, Any] | None = None) -> Path
     with torch.no_grad():
         for parameter in assembly.model.parameters():
             parameter.zero_()
-    facts = checkpoint_facts(assembly, assembly.load())
+    facts = checkpoint_metadata(assembly, assembly.load(), run={})
     facts["config"]["data"] |= data or {}
     rest = {"optimizer": {}, "schedule": {}, "progress": asdict(Progress()), "meter": {}}
     state = {"model": assembly.model.state_dict(), "ema": None, **rest}

@@ -116,16 +116,16 @@ RUN = {  # the functions, and how often a run calls each of them
     "cnntrain.train.checkpoint:write": 16,
     "cnntrain.train.loop:set_learning_rate": 18,
     "cnntrain.train.loop:evaluate": 3,  # after an epoch's last step
-    "cnntrain.train.keeper:CheckpointWriter.__call__": 9,
+    "cnntrain.train.checkpoint:CheckpointWriter.save": 9,
     "cnntrain.report.metrics:MetricsFile.append": 3,
     "cnntrain.report.journal:RunLogger.saved": 3,
     "cnntrain.train.run:_judge": 2,
     "cnntrain.train.run_dir:RunDir.write_json": 2,
 }
 RESUMING = {
-    "cnntrain.commands.train:find_saved": 1,
+    "cnntrain.commands.train:load_resume_checkpoint": 1,
     "cnntrain.commands.train:resume": 1,
-    "cnntrain.commands.train:bring_best": 1,
+    "cnntrain.commands.train:copy_best_checkpoint": 1,
     "cnntrain.train.run_dir:remove_temporaries": 1,
     "cnntrain.report.metrics:MetricsFile._rewrite": 1,
 }

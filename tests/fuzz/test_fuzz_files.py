@@ -23,7 +23,7 @@ from cnntrain.data.decoder import ImageDecoder
 from cnntrain.data.files import BadFile
 from cnntrain.data.image_reader import read_size
 from cnntrain.data.load import load_data
-from cnntrain.train.saved import read_saved
+from cnntrain.train.checkpoint import load_validated
 from cnntrain.train.setup import build_source
 
 pytestmark = pytest.mark.long
@@ -183,7 +183,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @given(data=st.data())
 def test_damaged_bytes_of_a_checkpoint(data: st.DataObject, whole: bytes, outcome: Any) -> None:
     Path("last.pt").write_bytes(data.draw(spoilt(whole)))
-    assert outcome(read_saved, Path("last.pt")) in (0, 2)
+    assert outcome(load_validated, Path("last.pt")) in (0, 2)
 
 
 @cache
@@ -230,7 +230,7 @@ def test_arbitrary_content_of_a_checkpoint(data: st.DataObject, whole: bytes, ou
     torch.save(saved, "last.pt")
 
     def evaluate() -> None:
-        restore(read_saved(Path("last.pt")), evaluate_settings())
+        restore(load_validated(Path("last.pt")), evaluate_settings())
 
     assert outcome(evaluate) in (0, 2, 4)
     quick = (

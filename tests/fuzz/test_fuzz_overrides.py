@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cnntrain.cli import main
 from cnntrain.config.compose import compose
-from cnntrain.train.saved import flat
+from cnntrain.train.resume import flatten_settings
 
 pytestmark = pytest.mark.long
 # `FUZZ_EXAMPLES=20000 python -m pytest -m long tests/fuzz` takes an hour.
@@ -20,7 +20,7 @@ FUZZ = settings(
 )
 BASE = ("model=mlp", "epochs=1", "data.limit=20", "threads=1", "log.figures=false", "log.tensorboard=false",
         "run_dir=r", "device=cpu", "batch_size=8")  # fmt: skip
-KEYS = sorted(k for k in flat(compose("config", ["model=mlp"])) if not k.startswith("choices"))
+KEYS = sorted(k for k in flatten_settings(compose("config", ["model=mlp"])) if not k.startswith("choices"))
 GROUPS = ("model", "data", "augment", "task", "optimizer", "schedule")
 # Bounded, so that none of them trains for hours or asks for terabytes.
 NASTY = """null true '' [] {} -1 0 1 2 0.5 1.5 nan inf -inf 1e400 1e-400 x [1,2] [null] {a:1} {a:{b:c}} [[[]]] ${epochs}

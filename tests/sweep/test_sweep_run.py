@@ -13,7 +13,7 @@ from cnntrain import compose, train
 from cnntrain.cli import main
 from cnntrain.report.metrics import read_metrics
 from cnntrain.sweep import storage
-from cnntrain.train.saved import read_saved
+from cnntrain.train.checkpoint import load_validated
 
 pytestmark = pytest.mark.slow
 
@@ -136,7 +136,7 @@ def test_the_password_of_a_storage_is_written_nowhere(monkeypatch: pytest.Monkey
     assert [secrets(folder, "s3cret") for folder in "stu"] == [[], [], []]
     said = capfd.readouterr()
     assert "s3cret" not in said.out + said.err and "me:***@host" in said.out
-    checkpoint = read_saved(Path("u/checkpoints/last.pt"))
+    checkpoint = load_validated(Path("u/checkpoints/last.pt"))
     assert checkpoint["config"]["sweep"]["storage"] == "postgresql://me:***@host/db"
 
 

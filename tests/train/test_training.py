@@ -19,7 +19,7 @@ from cnntrain.report import journal
 from cnntrain.report.journal import RunLogger
 from cnntrain.report.metrics import MetricsFile
 from cnntrain.train import checkpoint, loop
-from cnntrain.train.keeper import CheckpointWriter
+from cnntrain.train.checkpoint import CheckpointWriter
 from cnntrain.train.run_dir import RunDir
 from tests.runs import assert_same_run, metrics
 
@@ -168,7 +168,7 @@ KILLED = (
 # The checkpoints of steps 1 to 8 come first, then last.pt and best.pt of epoch 1, and so on.
 INSTANTS = {
     "before the row": (MetricsFile, "append", 2),
-    "between row and checkpoint": (CheckpointWriter, "__call__", 9),
+    "between row and checkpoint": (CheckpointWriter, "save", 9),
     "between last.pt and best.pt": (checkpoint, "write", 10),
     "after the checkpoint": (RunLogger, "saved", 2),
     "between the last step's checkpoint and its row": (MetricsFile, "append", 3),
