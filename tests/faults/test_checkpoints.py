@@ -112,7 +112,7 @@ def test_other_classes_are_described_beside_these(cnntrain, make_images) -> None
     assert (
         "2 classes (dark, light)" in said
         and "2 classes (bright, dark)" in said
-        and "another data set" in said
+        and "another dataset" in said
     )
     assert len(said.splitlines()) <= 10
 

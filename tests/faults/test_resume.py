@@ -29,7 +29,7 @@ def test_what_the_state_would_not_fit_is_refused(cnntrain, trained: Path) -> Non
     )
     assert "seed: was 0, is 1" in said and "more difference" in said and len(said.splitlines()) <= 10
     said = cnntrain.refused(*again, "data.val_fraction=0.2")
-    assert "another data set" in said and "data.val_fraction: was 0.1, is 0.2" in said
+    assert "another dataset" in said and "data.val_fraction: was 0.1, is 0.2" in said
 
 
 def test_the_learning_rate_given_now_wins_and_the_log_says_so(cnntrain, trained: Path) -> None:
@@ -37,7 +37,7 @@ def test_the_learning_rate_given_now_wins_and_the_log_says_so(cnntrain, trained:
         *cnntrain.quick, "epochs=2", "run_dir=run", "resume=auto", "optimizer.lr=0.5", "schedule=constant",
         "device=cpu", "log.every_steps=7",
     )  # fmt: skip
-    assert "optimizer.lr was 0.001, is now 0.5, which holds from here on" in done.stderr
+    assert "optimizer.lr was 0.001 and is 0.5" in done.stderr
     assert "state from run/checkpoints/last.pt" in done.stderr and "log.every_steps" not in done.stderr
     rows = learned("run")
     assert [row[rows[0].index("lr")] for row in rows[1:]][-1] == "0.5"
