@@ -1,4 +1,4 @@
-"""ResNets: torchvision's, key by key; and a stem for small images."""
+"""ResNets have torchvision's weights and outputs; the stem fits small images."""
 
 import logging
 
@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from cnntrain.errors import UserError
-from cnntrain.models.cifar_resnet import CifarResNet
 from cnntrain.models.resnet import ResNet, log_stem
 
 
@@ -26,7 +25,7 @@ def resnet(depth: int, size: int = 64, channels: int = 3, outputs: int = 10, **o
 
 
 @pytest.mark.parametrize("depth", [18, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 50))])
-def test_answers_as_torchvisions_does_with_the_same_state(depth: int) -> None:
+def test_outputs_equal_torchvisions(depth: int) -> None:
     from torchvision import models
 
     torch.manual_seed(0)
@@ -41,7 +40,7 @@ def test_answers_as_torchvisions_does_with_the_same_state(depth: int) -> None:
 @pytest.mark.parametrize(
     "depth", [18, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 50, 101, 152))]
 )
-def test_starts_as_torchvisions_does(depth: int) -> None:
+def test_initial_weights_equal_torchvisions(depth: int) -> None:
     """The same seed draws the same weights: the modules are made, and initialized, in the same order."""
     from torchvision import models
 
@@ -56,7 +55,7 @@ def test_starts_as_torchvisions_does(depth: int) -> None:
 @pytest.mark.parametrize(
     ("size", "stem"), [(28, "small"), (64, "small"), (65, "imagenet"), (224, "imagenet")]
 )
-def test_auto_stem_goes_by_the_images_size_and_says_so(
+def test_auto_stem_depends_on_the_image_size_and_is_logged(
     size: int, stem: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     log_stem.cache_clear()
@@ -67,7 +66,7 @@ def test_auto_stem_goes_by_the_images_size_and_says_so(
     assert network.conv1.kernel_size == ((3, 3) if stem == "small" else (7, 7))
 
 
-def test_small_stem_keeps_a_map_for_small_images() -> None:
+def test_small_stem_keeps_a_larger_last_map() -> None:
     """The ImageNet stem leaves one pixel of 28, the small one four by four."""
     with torch.device("meta"):
         sizes = []
@@ -89,41 +88,3 @@ def test_misspelt_stem_and_unknown_depth() -> None:
         resnet(18, stem="smal")
     with pytest.raises(UserError, match=r"model\.depth: 19"):
         resnet(19)
-
-
-@pytest.mark.parametrize(
-    ("depth", "shortcut", "parameters"),
-    [
-        (20, "none", 269_722),
-        (20, "pad", 269_722),
-        (56, "none", 853_018),
-        (56, "pad", 853_018),
-        (110, "none", 1_727_962),
-        (110, "pad", 1_727_962),
-        (20, "projection", 272_474),
-        (56, "projection", 855_770),
-    ],
-)
-def test_cifar_counts(depth: int, shortcut: str, parameters: int) -> None:
-    """He et al. 2016, table 6 (0.27 M, 0.85 M, 1.7 M), to the digit as torch counts."""
-    with torch.device("meta"):
-        network = CifarResNet(
-            depth=depth, shortcut=shortcut, in_channels=3, num_outputs=10, image_size=(32, 32)
-        )
-    assert count(network) == parameters
-    convs = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    assert len(convs) + 1 == depth
-
-
-def test_cifar_shortcut_without_parameters() -> None:
-    """Option A: every second pixel, the new channels zero."""
-    network = CifarResNet(depth=8, shortcut="pad", in_channels=3, num_outputs=10, image_size=(32, 32))
-    x = torch.randn(1, 16, 8, 8)
-    side = network.stage2[0].shortcut(x)  # type: ignore[operator,union-attr]
-    assert torch.equal(side[:, :16], x[:, :, ::2, ::2])
-    assert not side[:, 16:].any()
-
-
-def test_cifar_depth_names_its_neighbors() -> None:
-    with pytest.raises(UserError, match="21 is not 6n \\+ 2; the nearest are 20 and 26"):
-        CifarResNet(depth=21, in_channels=3, num_outputs=10, image_size=(32, 32))

@@ -1,4 +1,4 @@
-"""Rows and totals of an summary: the AlexNet slide, conventions, sums."""
+"""Rows and totals of a summary: the lectures' AlexNet, conventions of counting, sums."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def alexnet() -> ModelSummary:
     return summarize(lambda: models.alexnet(weights=None), (3, 227, 227), "alexnet")
 
 
-def test_the_alexnet_slide_memory(alexnet: ModelSummary) -> None:
+def test_alexnet_memory(alexnet: ModelSummary) -> None:
     """Lecture, AlexNet's memory in KB, layer by layer; 2,375 with average pool and flatten."""
     kib = [r.activations_kib for r in alexnet.rows if r.kind in ("Conv2d", "MaxPool2d", "Linear")]
     assert [round(value) for value in kib[:-1]] == [784, 182, 547, 127, 254, 169, 169, 36, 16, 16]
@@ -23,7 +23,7 @@ def test_the_alexnet_slide_memory(alexnet: ModelSummary) -> None:
     assert round(alexnet.activations_kib) == 2375
 
 
-def test_the_alexnet_slide_multiply_adds(alexnet: ModelSummary) -> None:
+def test_alexnet_multiply_adds(alexnet: ModelSummary) -> None:
     """Lecture, AlexNet's multiply-adds in millions; torchvision's first map is 56x56 at 227 px."""
     millions = [row.multiply_adds / 1e6 for row in alexnet.rows if row.multiply_adds]
     assert [round(value, 1) for value in millions] == [72.9, 223.9, 112.1, 149.5, 99.7, 37.7, 16.8, 4.1]
@@ -31,14 +31,14 @@ def test_the_alexnet_slide_multiply_adds(alexnet: ModelSummary) -> None:
     assert alexnet.row("features.0").output_shape == (64, 56, 56)
 
 
-def test_the_alexnet_slide_parameters(alexnet: ModelSummary) -> None:
+def test_alexnet_parameters(alexnet: ModelSummary) -> None:
     """Lecture: 96 % of AlexNet's parameters are in its dense layers."""
     dense = sum(row.parameters for row in alexnet.rows if row.kind == "Linear")
     assert alexnet.parameters() == 61_100_840
     assert round(dense / alexnet.parameters(), 2) == 0.96
 
 
-def test_totals_are_the_sum_of_the_rows(alexnet: ModelSummary) -> None:
+def test_totals_are_the_sums_of_the_rows(alexnet: ModelSummary) -> None:
     assert alexnet.parameters() == sum(row.parameters for row in alexnet.rows)
     assert alexnet.multiply_adds == sum(row.multiply_adds for row in alexnet.rows)
     assert alexnet.activations_kib == sum(row.activations_kib for row in alexnet.rows)
@@ -67,7 +67,7 @@ class Shared(nn.Module):
         return self.relu(self.conv(x)) + x * self.scale
 
 
-def test_everything_has_its_row() -> None:
+def test_rows_of_repeated_unused_and_functional_layers() -> None:
     """Used twice: two rows, parameters once. Not run: it says so. A loose weight: its operation's row."""
     net = Shared()
     summary = summarize(net, (4, 8, 8))
@@ -83,7 +83,7 @@ def test_everything_has_its_row() -> None:
     assert summary.parameters("keras") == summary.parameters() + statistics
 
 
-def test_folding_counts_what_folding_leaves() -> None:
+def test_folded_parameters_equal_those_of_torchs_fusion() -> None:
     """As torch's own fusion does it: the norm goes, the convolution gains a bias; a late norm stays."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -100,7 +100,7 @@ def test_in_place_layers_take_no_memory() -> None:
     assert [row.activations_kib for row in summarize(net, (1, 10, 10)).rows] == [1.0, 0.0, 0.0, 1.0]
 
 
-def test_vgg_e_in_a_second() -> None:
+def test_large_networks_are_summarized_in_seconds() -> None:
     """19 layers, 143,667,240 parameters (Simonyan and Zisserman 2015, table 2), without drawing a weight."""
     import time
 
@@ -112,7 +112,7 @@ def test_vgg_e_in_a_second() -> None:
     assert time.perf_counter() - start < 3  # a second on a quiet machine
 
 
-def test_a_network_that_does_not_fit() -> None:
+def test_error_of_a_network_that_does_not_fit() -> None:
     with pytest.raises(UserError, match=r"model\.1 Conv2d\(4 -> 4, K9 P0 S1\): \(6 - 9 \+ 2\*0\)/1 \+ 1 < 1"):
         summarize(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 9)), (1, 8, 8))
 

@@ -1,4 +1,4 @@
-"""Receptive fields: against the support of gradients, the lecture's table, and published numbers."""
+"""Receptive fields: the support of gradients, the lecture's table, and published numbers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +25,7 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-class SideBySide(nn.Module):
+class Concatenation(nn.Module):
     def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
         self.branches = nn.ModuleList(branches)
@@ -86,7 +86,7 @@ BUILDERS = {
     "bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
     "bilinear to 15": lambda: nn.Upsample(size=15, mode="bilinear", align_corners=True),
     "residual": lambda: Residual(nn.Sequential(conv(3, padding=1), nn.Softplus(), conv(3, padding=1))),
-    "inception": lambda: SideBySide(conv(1), nn.Sequential(conv(1), conv(5, padding=2))),
+    "inception": lambda: Concatenation(conv(1), nn.Sequential(conv(1), conv(5, padding=2))),
     "adaptive": lambda: nn.AdaptiveAvgPool2d(7),
     "pixel shuffle": lambda: nn.Sequential(nn.Conv2d(2, 8, 1, bias=False), nn.PixelShuffle(2)),
     "pixel unshuffle": lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(8, 2, 1, bias=False)),
@@ -121,7 +121,7 @@ def positive(net: nn.Module) -> nn.Module:
 
 @settings(max_examples=25, deadline=None)
 @given(names=st.lists(st.sampled_from(sorted(BUILDERS)), min_size=1, max_size=5), data=st.data())
-def test_the_field_is_the_support_of_the_gradient(names: list[str], data: st.DataObject) -> None:
+def test_receptive_field_is_the_support_of_the_gradient(names: list[str], data: st.DataObject) -> None:
     """For random networks with branches, at a random position, on both axes."""
     torch.manual_seed(0)
     size = (60, 66)
@@ -165,7 +165,7 @@ def _reads(before: Callable[[int], set[int]], numbers: tuple[bool, int, int, int
     ups=st.lists(st.booleans(), min_size=4, max_size=4),
     position=st.integers(-20, 20),
 )
-def test_a_span_is_the_hull_of_what_the_taps_read(
+def test_interval_is_the_hull_of_the_taps(
     layers: list[tuple[int, int, int, int]], ups: list[bool], position: int
 ) -> None:
     """Whatever windows and transposed windows follow one another: brute force over taps, at any position."""
@@ -180,7 +180,7 @@ def test_a_span_is_the_hull_of_what_the_taps_read(
     assert (low, high) == (min(pixels), max(pixels)) if pixels else low > high
 
 
-def test_the_lectures_table() -> None:
+def test_lecture_table() -> None:
     """conv 7 stride 2 pad 3, norm, relu, max-pool 3 stride 2 pad 1 on 256 px, as computed by hand."""
     net = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
     rows = summarize(net, (3, 256, 256)).rows
@@ -190,7 +190,7 @@ def test_the_lectures_table() -> None:
     assert [row.receptive_field for row in rows] == [(7, 7), (7, 7), (7, 7), (11, 11)]
 
 
-def test_two_3x3_see_what_one_5x5_sees() -> None:
+def test_two_3x3_have_the_field_of_one_5x5() -> None:
     """VGG's argument (Simonyan and Zisserman 2015, 2.3): 18C^2 weights, not 25C^2, for the same field."""
     twice = summarize(
         nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False)), (8, 32, 32)
@@ -201,6 +201,8 @@ def test_two_3x3_see_what_one_5x5_sees() -> None:
 
 
 PUBLISHED = {"alexnet": 195, "vgg16": 212, "vgg19": 268, "resnet18": 435, "resnet34": 899, "resnet50": 427}
+
+
 PUBLISHED_SLOW = {"resnet101": 971, "googlenet": 379, "mobilenet_v2": 491, "densenet121": 2071}
 
 
@@ -218,7 +220,7 @@ def test_published_fields(name: str, field: int) -> None:
     assert summary.unfollowed == []
 
 
-def test_a_global_pool_on_one_path_sees_everything() -> None:
+def test_squeeze_and_excitation_keeps_the_local_field() -> None:
     """Squeeze and excitation: the map keeps its own field, and one path sees the whole image."""
 
     class Squeeze(nn.Module):
@@ -230,7 +232,7 @@ def test_a_global_pool_on_one_path_sees_everything() -> None:
 
 
 @pytest.mark.parametrize("order", [1, 2.0, float("inf")])
-def test_dividing_by_a_norm_over_the_channels_moves_no_window(order: float) -> None:
+def test_a_vector_norm_over_channels_keeps_the_field(order: float) -> None:
     """As in the cosine attention of Swin v2; a norm over the map sees all of it."""
 
     class Divided(nn.Module):
@@ -248,7 +250,7 @@ def test_dividing_by_a_norm_over_the_channels_moves_no_window(order: float) -> N
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-def test_padding_modes_see_what_zeros_see(mode: str) -> None:
+def test_padding_modes_have_the_field_of_zero_padding(mode: str) -> None:
     """Where the border comes from moves no window; what wraps round counts as lying beyond the border."""
     net = nn.Sequential(nn.Conv2d(3, 4, 5, stride=2, padding=2, padding_mode=mode), nn.Conv2d(4, 4, 3))
     first, second = summarize(net, (3, 20, 20)).rows
@@ -256,13 +258,13 @@ def test_padding_modes_see_what_zeros_see(mode: str) -> None:
     assert (first.notation, second.jump) == ("C4 K5 P2 S2", (2, 2))
 
 
-def test_a_flat_network_sees_what_its_windows_read() -> None:
+def test_a_dense_layer_reads_only_rows_that_windows_read() -> None:
     """A dense layer over a map whose last rows no window reads doesn't see those rows."""
     net = nn.Sequential(nn.Conv2d(1, 2, 3, stride=4), nn.Flatten(), nn.Linear(8, 10))
     assert summarize(net, (1, 10, 10)).rows[-1].receptive_field == (7, 7)
 
 
-def test_what_cannot_be_followed_is_said() -> None:
+def test_unknown_operations_are_listed() -> None:
     class Turned(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.fft.fft2(x).real
@@ -271,3 +273,27 @@ def test_what_cannot_be_followed_is_said() -> None:
     assert summary.rows[-1].receptive_field is None
     assert any("1: " in place for place in summary.unfollowed)
     assert any("fft" in place for place in summary.uncounted)
+
+
+class Patches(nn.Module):
+    """Cut a map into patches, as in vision transformers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return (x.view(n, c, h // 2, 2, w // 2, 2) * 2).mean((3, 5))
+
+
+class Attention(nn.Module):
+    """Product of activations at every pair of positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        return ((tokens.mT @ tokens).softmax(-1) @ tokens.mT).mT.view(x.shape)
+
+
+@pytest.mark.parametrize("module", [Patches(), Attention()])
+def test_fields_through_other_views_and_attention_are_unknown(module: nn.Module) -> None:
+    summary = summarize(nn.Sequential(nn.Conv2d(3, 4, 3), module, nn.Conv2d(4, 4, 3)), (3, 18, 18))
+    assert (summary.rows[0].receptive_field, summary.rows[-1].receptive_field) == ((3, 3), None)
+    assert summary.receptive_field is None
+    assert summary.unfollowed

@@ -1,4 +1,4 @@
-"""What inspect shows and writes."""
+"""Tables and files of `inspect`."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def test_files(summary: ModelSummary, tmp_path: Path) -> None:
     assert written[2].stat().st_size > 10_000
 
 
-def test_the_table_on_paper(summary: ModelSummary) -> None:
+def test_printed_table(summary: ModelSummary) -> None:
     """Folded to a page, with totals and the conventions below."""
     stream = io.StringIO()
     report(summary, console=Console(file=stream))
@@ -69,7 +69,7 @@ def test_comparison(summary: ModelSummary, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_of_one_name_get_two_pictures(summary: ModelSummary, tmp_path: Path) -> None:
+def test_networks_with_one_name_get_two_figures(summary: ModelSummary, tmp_path: Path) -> None:
     written = report([summary, summary], tmp_path, console=Console(file=io.StringIO()))
     assert [path.name for path in written[2:]] == ["tower-1.png", "tower-2.png"]
 

@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters: the lectures' arithmetic, torch's counter, torchvision's numbers."""
+"""Multiply-adds: the lectures' arithmetic, torch's counter, torchvision's published numbers."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def test_ten_5x5_filters() -> None:
     assert (summary.multiply_adds, summary.parameters()) == (768_000, 760)
 
 
-def test_a_convolution_against_a_dense_layer() -> None:
+def test_convolution_and_dense_layer_of_the_same_size() -> None:
     """Lecture: 16 -> 32 channels of 64x64 takes 4,640 parameters by 3x3, 8,590,065,664 by a dense layer."""
     assert summarize(nn.Conv2d(16, 32, 3), (16, 66, 66)).parameters() == 4_640
     with torch.device("meta"):
@@ -36,14 +36,14 @@ def test_a_convolution_against_a_dense_layer() -> None:
     assert summarize(dense, (16, 64, 64)).parameters() == 8_590_065_664
 
 
-def test_a_1x1_reduction_makes_a_5x5_cheap() -> None:
+def test_1x1_reduction_before_a_5x5_convolution() -> None:
     """GoogLeNet's 5x5 branch in module 3a (Szegedy et al. 2015, table 1): 192 -> 32 by way of 16."""
     direct = cost(conv(192, 32, 5), 192, 28, 28)
     reduced = cost(nn.Sequential(conv(192, 16, 1), conv(16, 32, 5)), 192, 28, 28)
     assert (direct, reduced) == (120_422_400, 12_443_648)
 
 
-def test_the_lectures_inception_example() -> None:
+def test_inception_example() -> None:
     """Lecture, Inception: 471,040,000 multiply-adds directly, 40,960,000 by way of a 1x1 convolution.
 
     Both numbers come from 92 filters of 5x5 on 32x32x200, "same", and a reduction to 16 channels: 32*32*92*5*5*200, and
@@ -104,7 +104,7 @@ class Functional(nn.Module):
     transposed=st.booleans(),
     bias=st.booleans(),
 )
-def test_they_are_half_of_torchs_count(
+def test_multiply_adds_are_half_of_torchs_flops(
     kernel: int, stride: int, groups: int, transposed: bool, bias: bool
 ) -> None:
     """torch.utils.flop_counter counts two operations per multiply-add; for convolutions of every kind."""
@@ -118,7 +118,7 @@ def agree(net: nn.Module, channels: int, size: int) -> None:
     assert cost(net, channels, size, size) * 2 == counter.get_total_flops()
 
 
-def test_functional_operations_count() -> None:
+def test_functional_operations_are_counted() -> None:
     """Residual adds have a row, matrix products are counted, parameters outside of layers are found."""
     net = Functional()
     agree(net, 3, 9)
@@ -137,13 +137,13 @@ CLASSIFIERS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_torchvisions_published_numbers(name: str) -> None:
+def test_published_numbers_of_torchvision(name: str) -> None:
     """Parameters to the digit, billions of multiply-adds as rounded there; torch's counter."""
     agrees_with_torchvision(name)
 
 
 @pytest.mark.long
-def test_every_other_classifier_of_torchvision() -> None:
+def test_published_numbers_of_all_other_classifiers() -> None:
     from torchvision import models
 
     others = [name for name in models.list_models(module=models) if name not in CLASSIFIERS]
