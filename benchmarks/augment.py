@@ -18,9 +18,8 @@ from torch import Tensor
 
 from cnntrain.augment.base import Augmentation
 from cnntrain.augment.color import ColorJitter
-from cnntrain.augment.geometry import Crop, HorizontalFlip
+from cnntrain.augment.geometry import Crop, HorizontalFlip, Rotation, Zoom
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.augment.geometry import Rotation, Zoom
 from cnntrain.types import Batch, DataSpec
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)

@@ -31,7 +31,7 @@ from cnntrain import compose
 from cnntrain.augment.pipeline import MAX_GROUP
 from cnntrain.commands.train import train
 from cnntrain.config.schema import Settings
-from cnntrain.report.journal import RunLogger
+from cnntrain.report.run_logger import RunLogger
 from cnntrain.train.measurement import BUSY_CORES, other_cores, read_cpu_times
 from cnntrain.train.setup import assemble
 

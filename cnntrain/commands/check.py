@@ -29,7 +29,7 @@ from cnntrain.plots.checks import draw_curves
 from cnntrain.plots.curves import save, survive_drawing
 from cnntrain.plots.flip_picture import draw_symmetry
 from cnntrain.report.console import console, log_to_console
-from cnntrain.report.journal import statistics
+from cnntrain.report.run_logger import statistics
 from cnntrain.report.table import print_findings
 from cnntrain.train.checkpoint import load_validated
 from cnntrain.train.optim import make_optimizer

@@ -1,8 +1,8 @@
-"""Put runs side by side: the settings that differ, what they came to, and all learning curves on one picture.
+"""Compare runs: differing settings, results, and learning curves in one figure.
 
-`cnntrain compare RUN [RUN ...]`, each the folder of a run or of a sweep. Runs that differ in nothing but the seed and
-the fold are taken together: mean and standard deviation in the table, mean and range in the picture. Writes
-compare.csv, compare.md and curves.png.
+`cnntrain compare RUN [RUN ...]`, each a run folder or a sweep folder. Runs that differ only in seed and fold are
+averaged: mean and standard deviation in the table, mean and range in the figure. Writes compare.csv, compare.md and
+curves.png.
 """
 
 from pathlib import Path
@@ -13,8 +13,16 @@ from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import CompareSettings, parse
 from cnntrain.errors import UserError, suggest
 from cnntrain.plots.curves import save, survive_drawing
-from cnntrain.report.compare import differing_keys, find_runs, fold, monitor_of, read_run, table, write_csv
-from cnntrain.report.comparison_table import learning_curves
+from cnntrain.plots.learning_curves import learning_curves
+from cnntrain.report.compare import (
+    comparison_rows,
+    differing_keys,
+    find_runs,
+    group_runs,
+    monitor_of,
+    read_run,
+    write_csv,
+)
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.table import markdown, print_rows
 from cnntrain.train.run_dir import open_run_dir, provenance
@@ -23,7 +31,7 @@ from cnntrain.train.run_dir import open_run_dir, provenance
 def run(invocation: Invocation) -> int:
     if not invocation.words:
         raise UserError(
-            "compare: needs folders of runs, or of a sweep, as: cnntrain compare outputs/RUN outputs/RUN"
+            "compare: give the folders of runs or sweeps, for example: cnntrain compare outputs/RUN outputs/RUN"
         )
     composed = compose("compare", invocation.overrides, invocation.config_dir)
     composed.pop("choices")
@@ -32,27 +40,27 @@ def run(invocation: Invocation) -> int:
 
 
 def compare(folders: list[Path], settings: CompareSettings, command_line: str = "") -> list[dict[str, Any]]:
-    """The rows of the table, one for all runs that differ in nothing but the seed and the fold.
+    """Compare runs and return the rows of the table, one per group of runs that differ only in seed and fold.
 
     Raises:
-        UserError: no run in a folder, or no run has the metric.
+        UserError: a folder contains no run, or no run has the metric.
     """
     log_to_console()
-    places = list(dict.fromkeys(place for folder in folders for place in find_runs(folder)))
-    runs = [read_run(place) for place in places]
-    monitor = next((found for place in places if (found := monitor_of(place))), ("loss", "min"))
+    run_folders = list(dict.fromkeys(each for folder in folders for each in find_runs(folder)))
+    runs = [read_run(each) for each in run_folders]
+    monitor = next((found for each in run_folders if (found := monitor_of(each))), ("loss", "min"))
     metric = settings.metric or monitor[0]
     known = sorted(
         {key.removeprefix("val/") for run in runs for row in run.rows for key in row if key[:4] == "val/"}
     )
     if metric not in known:
         raise UserError(
-            f"metric: no run has {metric!r}{suggest(metric, known)} (there is {', '.join(known)})"
+            f"metric: no run has {metric!r}{suggest(metric, known)} (available: {', '.join(known)})"
         )
-    groups = fold(runs, differing_keys(runs))
-    rows = table(groups, metric, monitor)
-    place = Path(settings.run_dir) if settings.run_dir else None
-    with open_run_dir(place, "compare") as folder:
+    groups = group_runs(runs, differing_keys(runs))
+    rows = comparison_rows(groups, metric, monitor)
+    run_dir = Path(settings.run_dir) if settings.run_dir else None
+    with open_run_dir(run_dir, "compare") as folder:
         folder.write_json("run.json", provenance(command_line))
         write_csv(folder.path / "compare.csv", rows)
         curves = {group.name: [run.rows for run in group.runs] for group in groups}
@@ -60,6 +68,6 @@ def compare(folders: list[Path], settings: CompareSettings, command_line: str = 
             save(learning_curves(curves, metric), folder.path / "curves.png")
         text = f"# Comparison\n\n```\n{command_line}\n```\n\n{markdown(rows)}\n\n![learning curves](curves.png)\n"
         folder.write_text("compare.md", text)
-    print_rows(rows, title="the settings that differ, and the best epoch on validation data", console=console)
+    print_rows(rows, title="Differing settings, and the best epoch on validation data", console=console)
     print(f"folder: {folder.path} (compare.md, compare.csv, curves.png)")
     return rows

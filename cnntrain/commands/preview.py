@@ -25,9 +25,9 @@ from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
 from cnntrain.errors import UserError
 from cnntrain.plots.curves import save
+from cnntrain.plots.previews import draw_batches, draw_flip
 from cnntrain.randomness import epoch_order
 from cnntrain.report.console import log_to_console
-from cnntrain.report.previews import draw_batches, draw_flip
 from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.train.device import prepare_torch
 from cnntrain.train.run_dir import open_run_dir, provenance

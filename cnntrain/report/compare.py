@@ -1,4 +1,4 @@
-"""Runs side by side: which settings differ, what they came to, and seeds folded into one line."""
+"""Compare runs: settings that differ, results, and averages over seeds and folds."""
 
 import csv
 import logging
@@ -20,12 +20,12 @@ from cnntrain.train.resume import flatten_settings
 
 log = logging.getLogger("cnntrain")
 
-# What tells where a run was and not what it was.
-PLACES = ("data.root", "data.file")
-LEFT_OUT = NEUTRAL | {"expect", "data.fold", "data.split_seed", *PLACES}
+# Paths of the data: they do not change a result.
+PATH_KEYS = ("data.root", "data.file")
+IGNORED_KEYS = NEUTRAL | {"expect", "data.fold", "data.split_seed", *PATH_KEYS}
 FINGERPRINT = "data.fingerprint"  # not a setting: identifies the data that a run was trained on
 REMEDY = "leave out this folder, or use the folder of a training run"
-SECTIONS_LEFT_OUT = ("log", "checkpoint", "sweep", "preview", "inspect", "overfit", "check")
+IGNORED_SECTIONS = ("log", "checkpoint", "sweep", "preview", "inspect", "overfit", "check")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Group:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The run's folder, or those inside a sweep's, in the order of their names.
+    """Return the run folder itself, or the run folders inside a sweep folder sorted by name.
 
     Raises:
-        UserError: no run there.
+        UserError: there is no run.
     """
     if files.exists(path / "metrics.csv"):
         return [path]
@@ -69,7 +69,9 @@ def find_runs(path: Path) -> list[Path]:
     if len(found) < len(children):
         log.warning("%s: ignoring %d links to folders", path, len(children) - len(found))
     if not found:
-        raise UserError(f"{path}: no run there (a folder with metrics.csv), and no sweep of runs")
+        raise UserError(
+            f"{path}: not a run folder (no metrics.csv), and not a sweep folder that contains runs"
+        )
     return found
 
 
@@ -113,14 +115,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         yaml.YAMLError,
     ) as error:
         # YAML tag constructors raise arbitrary exceptions: `!!bool x` raises KeyError.
-        raise UserError(f"{path}: can't be read ({error}); {REMEDY}") from error
+        raise UserError(f"{path}: cannot be read ({error}); {REMEDY}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path}: must be a mapping of settings; {REMEDY}")
     found = flatten_settings(settings)
     for key, value in found.items():
-        if (
-            isinstance(value, int) and abs(value) >= 2**64
-        ):  # Python refuses to print integers of more than 4,300 digits
+        # Python refuses to print integers of more than 4,300 digits.
+        if isinstance(value, int) and abs(value) >= 2**64:
             raise UserError(f"{path}: {key}: the number is too large; {REMEDY}")
     return found
 
@@ -132,7 +133,7 @@ def _is_number(value: Any) -> bool:
 
 
 def monitor_of(folder: Path) -> tuple[str, str] | None:
-    """The metric that chose the run's best epoch, with its better end; None where no checkpoint was saved."""
+    """Return (metric, "min" or "max") that selects the best epoch of a run; None if the run has no checkpoint."""
     path = next(
         (p for name in ("best", "last") if files.exists(p := folder / "checkpoints" / f"{name}.pt")), None
     )
@@ -145,14 +146,17 @@ def monitor_of(folder: Path) -> tuple[str, str] | None:
 
 
 def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
-    """Keys whose values are not the same in all runs; a chosen group stands for the keys that it brings along."""
+    """Return the keys whose values differ between runs.
+
+    If the runs use different options of a config group, the group is listed and keys that follow from it are not.
+    """
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     found = [
-        key for key in keys if not _is_left_out(key) and len({str(r.settings.get(key)) for r in runs}) > 1
+        key for key in keys if not _is_ignored(key) and len({str(r.settings.get(key)) for r in runs}) > 1
     ]
     # Paths differ if the data set was moved; only a different fingerprint makes a different setting.
     if FINGERPRINT in found or any(FINGERPRINT not in run.settings for run in runs):
-        found += [key for key in PLACES if len({str(run.settings.get(key)) for run in runs}) > 1]
+        found += [key for key in PATH_KEYS if len({str(run.settings.get(key)) for run in runs}) > 1]
     if any((key.startswith("data.") and key != FINGERPRINT) or key == "choices.data" for key in found):
         found = [key for key in found if key != FINGERPRINT]  # another data key shows the difference already
     chosen = {key.removeprefix("choices.") for key in found if key.startswith("choices.")}
@@ -165,8 +169,8 @@ def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
     return sorted(kept, key=lambda key: not key.startswith("choices."))
 
 
-def fold(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[Group]:
-    """Runs with the same values of `keys` together, in the order in which they come."""
+def group_runs(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[Group]:
+    """Group the runs that have the same values of `keys`, in the order of the first run of each group."""
     groups: dict[str, Group] = {}
     for run in runs:
         values = {key.removeprefix("choices."): run.settings.get(key) for key in keys}
@@ -174,13 +178,14 @@ def fold(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[Group]:
     return list(groups.values())
 
 
-def table(groups: Sequence[Group], metric: str, monitor: tuple[str, str]) -> list[dict[str, Any]]:
-    """One row a group: the settings that differ, the best epoch on validation data, the test set where it was used,
-    the cost; means over the seeds, with the standard deviation of the metric.
+def comparison_rows(groups: Sequence[Group], metric: str, monitor: tuple[str, str]) -> list[dict[str, Any]]:
+    """Return one row per group with the differing settings, the best validation epoch, test results and cost.
+
+    Values are means over the runs of the group; the metric also has its standard deviation.
 
     Args:
-        metric: which is shown.
-        monitor: by which the best epoch of a run that isn't done is told, with its better end.
+        metric: the metric to show.
+        monitor: (metric, "min" or "max") that selects the best epoch of an unfinished run.
     """
     rows = []
     for group in groups:
@@ -197,7 +202,7 @@ def table(groups: Sequence[Group], metric: str, monitor: tuple[str, str]) -> lis
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows under all the columns that any of them has."""
+    """Write rows to a CSV file with the union of their columns."""
     with files.replacing_text(path, sync=False) as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
@@ -223,12 +228,12 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str, with_std: bool = False) -
 
 
 def _varies_within(key: str, choice: str, runs: Sequence[RunRecord]) -> bool:
-    """Whether a key has several values among runs that chose the same option."""
+    """Return True if a key has several values among runs that use the same option of a config group."""
     seen: dict[Any, set[str]] = {}
     for run in runs:
         seen.setdefault(run.settings.get(choice), set()).add(str(run.settings.get(key)))
     return any(len(values) > 1 for values in seen.values())
 
 
-def _is_left_out(key: str) -> bool:
-    return key in LEFT_OUT or key.split(".")[0] in SECTIONS_LEFT_OUT
+def _is_ignored(key: str) -> bool:
+    return key in IGNORED_KEYS or key.split(".")[0] in IGNORED_SECTIONS

@@ -1,4 +1,4 @@
-"""Where the program speaks: results on standard output, its log on standard error."""
+"""Console output: results on standard output, log messages on standard error."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ console = Console()
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to whatever `sys.stderr` is at the time, so that redirections and captures hold."""
+    """Write to the current `sys.stderr`, so that redirection and capturing work."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
@@ -20,25 +20,25 @@ class _StderrHandler(logging.Handler):
 
 
 def silence_log() -> None:
-    """Of several processes that train together one speaks for all."""
+    """Silence this process: rank 0 alone logs."""
     log_to_console().setLevel(logging.CRITICAL + 1)
 
 
-def in_plain_words(warning: str) -> str:
-    """A warning of PyTorch's in terms of the settings, where it advises what a user can't do."""
+def explain_warning(warning: str) -> str:
+    """Rephrase a warning of PyTorch in terms of the settings if its own advice does not apply here."""
     operation, found, _ = warning.partition(" does not have a deterministic implementation")
     if not found:
         return warning
     return (
-        f"deterministic=true: {operation} has no deterministic kernel on this device, so that runs of one seed may "
-        "differ in their last bits"
+        f"deterministic=true: {operation} has no deterministic kernel on this device; runs with the same seed may "
+        "differ in the last bits"
     )
 
 
 def log_to_console() -> logging.Logger:
-    """The program's logger, set up once; warnings come through it too, without the line of code that gave them."""
+    """Set up and return the logger; Python warnings are logged too, without their source line."""
     log = logging.getLogger("cnntrain")
-    warnings.showwarning = lambda message, *where: log.warning("%s", in_plain_words(str(message)))
+    warnings.showwarning = lambda message, *where: log.warning("%s", explain_warning(str(message)))
     if not log.handlers:
         log.addHandler(_StderrHandler())
         log.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""What an experiment promises, held against what came out: a lecture's table as something to execute."""
+"""Compare the results of an experiment with the values that its config file expects (`expect`)."""
 
 import operator
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from cnntrain.errors import UserError
 from cnntrain.types import Finding
 
-# Overrides that leave an experiment what it is: where it runs and what it writes.
+# Overrides that do not change the results of an experiment: where it runs and what it writes.
 NEUTRAL = {
     "run_dir", "resume", "device", "threads", "seed", "trusted_packages", "deterministic", "data.root", "data.workers",
     "data.cache", "data.timeout_s",
@@ -19,15 +19,15 @@ _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": ope
 def judge_expectations(
     expected: Mapping[str, Any] | None, results: Mapping[str, Any], changed: Sequence[str]
 ) -> list[Finding]:
-    """One finding per expectation; all SKIP when other settings than the experiment's were used.
+    """Return one finding per expectation; the verdict is SKIP if other settings were overridden.
 
     Args:
-        expected: result's name to a number (equality) or a comparison such as ">=0.935".
-        results: as in results.json.
-        changed: keys whose values are not the experiment's own.
+        expected: name of a result -> number (equality) or comparison such as ">=0.935".
+        results: content of results.json.
+        changed: keys whose values differ from the experiment's config file.
 
     Raises:
-        UserError: an expectation that is no number and no comparison.
+        UserError: an expectation is neither a number nor a comparison.
     """
     if not expected:
         return []
@@ -37,17 +37,18 @@ def judge_expectations(
     for name, wanted in expected.items():
         compare, number = parse_expectation(name, wanted)
         if changed:
-            findings.append(Finding(f"expect {name}", "SKIP", f"not judged: {', '.join(changed)} changed"))
+            reason = f"not evaluated because other settings were changed: {', '.join(changed)}"
+            findings.append(Finding(f"expect {name}", "SKIP", reason))
             continue
         value = flat.get(name)
-        held = isinstance(value, int | float) and bool(_COMPARISONS[compare](value, number))
-        wording = wanted if isinstance(wanted, str) else f"{wanted:,}"
-        findings.append(Finding(f"expect {name}", "PASS" if held else "FAIL", f"{value}, expected {wording}"))
+        passed = isinstance(value, int | float) and bool(_COMPARISONS[compare](value, number))
+        text = wanted if isinstance(wanted, str) else f"{wanted:,}"
+        findings.append(Finding(f"expect {name}", "PASS" if passed else "FAIL", f"{value}, expected {text}"))
     return findings
 
 
 def parse_expectation(name: str, wanted: Any) -> tuple[str, float]:
-    """(comparison, number) of `1677674` or of `">=0.935"`."""
+    """Parse `1677674` or `">=0.935"` into (comparison, number)."""
     if isinstance(wanted, int | float) and not isinstance(wanted, bool):
         return "==", float(wanted)
     match = re.fullmatch(r"\s*(>=|<=|>|<|==)\s*([-+0-9.eE_]+)\s*", str(wanted))

@@ -1,4 +1,4 @@
-"""Predicted masks as files: class ids in the size of the image that they belong to."""
+"""Write predicted masks as PNG files of class ids in the size of the source image."""
 
 import io
 from collections import Counter
@@ -11,7 +11,7 @@ from cnntrain.io import safe_files as files
 
 
 def mask_names(names: list[str]) -> list[str]:
-    """A PNG's name for each image: its own with another ending, or with a second one where two would be the same."""
+    """Return a PNG file name per image: the suffix is replaced, or kept before `.png` if two names would be equal."""
     stems = [str(Path(name).with_suffix("")) for name in names]
     times = Counter(stems)
     return [f"{stem if times[stem] == 1 else name}.png" for stem, name in zip(stems, names, strict=True)]
@@ -25,17 +25,22 @@ def write_mask(
     target: Path,
     root: Path | None = None,
 ) -> np.ndarray:
-    """A mask of ids on the canvas as a PNG of the image's own size (width, height), by nearest neighbor; the ids
-    written, (height, width) uint8.
+    """Resample a mask to the size of its source image by nearest neighbor and write it as a PNG.
 
     Args:
-        source_to_image: (3, 3) from the image's pixels; scales and shifts only.
-        outside: the id of pixels that did not come onto the canvas.
-        root: the run folder that `target` lies in: no link is followed from there on.
+        mask: (H, W) class ids at the network's image size.
+        source_to_image: (3, 3) matrix from source pixels to `mask` pixels; scale and translation only.
+        size: (width, height) of the source image.
+        outside: id of source pixels that lie outside the network's image.
+        target: file to write.
+        root: run folder that contains `target`; links below it are refused.
+
+    Returns:
+        The written ids (height, width), uint8.
 
     Raises:
-        UserError: a folder on the way is a link.
-        OSError: it can't be written.
+        UserError: a folder in the path is a link.
+        OSError: the file cannot be written.
     """
     from PIL import Image
 
@@ -59,19 +64,21 @@ def write_mask(
     return ids
 
 
-def outside_image(source_to_image: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> np.ndarray:
-    """Which pixels of the canvas (height, width) show nothing of the image: (H, W) bool.
+def outside_image(source_to_image: Tensor, size: tuple[int, int], image_size: tuple[int, int]) -> np.ndarray:
+    """Return a (H, W) bool mask of the padding: pixels of the network's image outside the source image.
 
     Args:
-        source_to_image: (3, 3) from the image's pixels; scales and shifts only. size: of the image, (width, height).
+        source_to_image: (3, 3) matrix from source pixels; scale and translation only.
+        size: (width, height) of the source image.
+        image_size: (height, width) of the network's image.
     """
     inside = []
     for axis in (1, 0):
-        side, length = size[axis], canvas[1 - axis]
+        side, length = size[axis], image_size[1 - axis]
         first, last = (
             float(source_to_image[axis, axis]) * end + float(source_to_image[axis, 2])
             for end in (-0.5, side - 0.5)
         )
-        place = np.arange(length)
-        inside.append((place > first - 0.5) & (place < last + 0.5))
+        position = np.arange(length)
+        inside.append((position > first - 0.5) & (position < last + 0.5))
     return ~(inside[0][:, None] & inside[1][None, :])

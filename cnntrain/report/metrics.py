@@ -1,4 +1,4 @@
-"""metrics.csv: one row an epoch, readable while the run goes on and after it was resumed."""
+"""metrics.csv: one row per epoch, readable during the run and after a resume."""
 
 import csv
 import io
@@ -12,15 +12,15 @@ from cnntrain.io import safe_files as files
 
 
 class MetricsFile:
-    """Appends rows to a CSV file; a column that turns up later is added, with earlier cells empty.
+    """Append rows to a CSV file. New columns are added with empty cells in earlier rows.
 
-    A disk that is full or gone is warned of once, and the training goes on; what could not be written is written with
-    the next row that can be.
+    Write errors (for example a full disk) do not stop training: the first one is reported as a warning, and missing
+    rows are written together with the next row.
 
     Args:
-        path: the file; its folder is made where it isn't there.
-        resume_epoch: when a run resumes, the first epoch that it will do (again): rows of this and later
-            epochs are dropped. None starts afresh.
+        path: the file; its folder is created if missing.
+        resume_epoch: when a run is resumed, the first epoch that is trained (again): rows of this and later epochs are
+            dropped. None starts a new file.
     """
 
     def __init__(self, path: Path | str, resume_epoch: int | None = None) -> None:
@@ -29,25 +29,25 @@ class MetricsFile:
         if resume_epoch is not None and self.path.exists():
             self.rows = [row for row in read_metrics(self.path) if row.get("epoch", math.inf) < resume_epoch]
         self._columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        self._behind = self._warned = False
+        self._incomplete = self._warned = False
         self._write(self._rewrite)
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add one epoch's figures; `epoch` is one of them."""
+        """Append the row of one epoch."""
         new = [name for name in row if name not in self._columns]
         self._columns += new
         self.rows.append(dict(row))
-        self._write(self._rewrite if new or self._behind else self._append)
+        self._write(self._rewrite if new or self._incomplete else self._append)
 
     def _write(self, write: Callable[[], None]) -> None:
         try:
             write()
-            self._behind = False
+            self._incomplete = False
         except OSError as error:
-            self._behind = True
+            self._incomplete = True
             if not self._warned:
                 self._warned = True
-                warnings.warn(f"{self.path} is not being written: {error}", stacklevel=4)
+                warnings.warn(f"cannot write {self.path}: {error}", stacklevel=4)
 
     def _append(self) -> None:
         text = io.StringIO()
@@ -56,7 +56,7 @@ class MetricsFile:
             file.write(text.getvalue().encode("utf-8", "backslashreplace"))
 
     def _rewrite(self) -> None:
-        """Write everything aside, then put it in place: a reader never sees half a table."""
+        """Write all rows to a temporary file and replace the old one, so that readers never see a partial table."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing_text(self.path, sync=False) as file:
             writer = csv.writer(file)
@@ -66,10 +66,10 @@ class MetricsFile:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, float]]:
-    """Rows of a metrics.csv; empty cells are left out, and so is a last line that was cut off.
+    """Read the rows of a metrics.csv, without empty cells and incomplete lines.
 
     Raises:
-        UserError: it is a link or no regular file, or no CSV in UTF-8.
+        UserError: `path` is a link, not a regular file, or not a CSV file in UTF-8.
     """
     path, rows = Path(path), []
     lines = csv.reader(io.StringIO(files.read_text(path), newline=""))
@@ -86,13 +86,13 @@ def read_metrics(path: Path | str) -> list[dict[str, float]]:
                 rows.append(row)
     except csv.Error as error:
         raise UserError(
-            f"{path}:{lines.line_num}: is no CSV ({error}); remove it, or use another file"
+            f"{path}:{lines.line_num}: not a valid CSV file ({error}); remove it, or use another file"
         ) from error
     return rows
 
 
 def _cell(value: float | None) -> str:
-    """Whole numbers without a point, others with all the digits that matter."""
+    """Format integers without a decimal point and other values with 9 significant digits."""
     if value is None:
         return ""
     if math.isfinite(value) and value == int(value) and abs(value) < 1e15:

@@ -1,4 +1,4 @@
-"""What a user watches while a run goes on: a bar on a terminal, plain lines in a log file."""
+"""Training progress: a progress bar on a terminal, text lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rich.text import Text
 from cnntrain.io.streams import lenient, printable
 
 
-class Bar:
-    """Progress over all steps of a run, with time left, the loss and the metric that is watched.
+class ProgressBar:
+    """Show the progress of a run with the remaining time, the loss and selected metrics. Use as a context manager.
 
-    On a terminal: one bar, and above it a line per finished epoch. Elsewhere: the line per epoch, and inside
-    long epochs one line every `every_s` seconds. Use as a context manager.
+    On a terminal: a bar, and a line per finished epoch above it. Elsewhere: a line per epoch, and within long epochs
+    a line every `every_s` seconds.
 
     Args:
-        total_steps: of the whole run.
-        epochs: of the whole run, for the text.
-        done_steps: where a resumed run starts.
-        watch: names of the metrics worth a place in an epoch's line besides the losses, e.g. `['top1']`.
-        console: where to draw; null: standard error, as progress is not a result.
-        every_s: seconds between plain lines within an epoch.
-        enabled: false shows nothing at all (other processes than the first).
+        total_steps: steps of the whole run.
+        epochs: epochs of the whole run.
+        done_steps: steps finished before a resume.
+        watch: metrics to show besides the losses, for example `("top1",)`.
+        console: default: standard error, because progress is not a result.
+        every_s: seconds between text lines within an epoch.
+        enabled: False shows nothing (ranks other than 0).
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Bar:
         self._paused_s = 0.0
         self._paused_at: float | None = None
         self._started = self._last_line = self._epoch_started = self._now()
-        self._first_reading: tuple[int, float] | None = None
+        self._first_logged: tuple[int, float] | None = None
         self._progress: Progress | None = None
         if enabled and self.console.is_terminal:
             self._progress = Progress(
@@ -56,16 +56,16 @@ class Bar:
                 BarColumn(bar_width=None, complete_style="blue", finished_style="blue"),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TimeRemainingColumn(compact=True),
-                TextColumn("[dim]left[/]  {task.fields[figures]}"),
+                TextColumn("[dim]left[/]  {task.fields[values]}"),
                 console=self.console,
                 transient=True,
                 speed_estimate_period=300.0,
                 get_time=self._now,
                 refresh_per_second=4,
             )
-            self._task = self._progress.add_task("", total=total_steps, completed=done_steps, figures="")
+            self._task = self._progress.add_task("", total=total_steps, completed=done_steps, values="")
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         if self._progress is not None:
             self._progress.start()
         return self
@@ -76,38 +76,38 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
 
-    def reading(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """Show where the run stands; `values` were read from the device by the caller, at its own
-        interval."""
+    def log_step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Show the current step and its values."""
         self._step = step
-        self._first_reading = self._first_reading or (step, self._now())
-        figures = _figures(values, ("loss", *self.watch))
+        self._first_logged = self._first_logged or (step, self._now())
+        text_values = _format_values(values, ("loss", *self.watch))
         if self._progress is not None:
             text = f"epoch {epoch + 1}/{self.epochs}"
-            self._progress.update(self._task, completed=step, description=text, figures=figures)
+            self._progress.update(self._task, completed=step, description=text, values=text_values)
         elif self._enabled and self._now() - self._last_line >= self._every_s:
             self._last_line = self._now()
             share = f"{100 * step / max(self.total_steps, 1):.0f}%"
             if step > self._first_step:
                 share += f", {seconds_text(self.seconds_left())} left"
-            place = f"epoch {epoch + 1}/{self.epochs}, step {step}/{self.total_steps}"
-            self._line(f"  {place} ({share})  {figures}")
+            position = f"epoch {epoch + 1}/{self.epochs}, step {step}/{self.total_steps}"
+            self._line(f"  {position} ({share})  {text_values}")
 
-    def epoch(self, epoch: int, row: Mapping[str, float], best: bool = False) -> None:
-        """One line for a finished epoch: losses, the watched metrics, the time it took; a star for the best
-        so far."""
+    def log_epoch(self, epoch: int, row: Mapping[str, float], best: bool = False) -> None:
+        """Print a line for a finished epoch: losses, watched metrics and duration; a star marks the best so far."""
         seconds, self._epoch_started = self._now() - self._epoch_started, self._now()
         self._last_line = self._now()
         names = [f"{part}/{name}" for name in ("loss", *self.watch) for part in ("train", "val")]
         width = len(str(self.epochs))
-        line = f"epoch {epoch + 1:>{width}}/{self.epochs}  {_figures(row, names)}  {seconds_text(seconds)}"
+        line = (
+            f"epoch {epoch + 1:>{width}}/{self.epochs}  {_format_values(row, names)}  {seconds_text(seconds)}"
+        )
         line += "  *" if best else ""
-        # A terminal would break a long line within a number. A log file's lines are as long as they are.
-        self._line(fold_figures(line, self.console.width) if self.console.is_terminal else line)
+        # On a terminal, long lines are wrapped between values. In a log file they are not wrapped.
+        self._line(wrap_values(line, self.console.width) if self.console.is_terminal else line)
 
     def seconds_left(self) -> float:
-        """From the mean speed since the first reading, validation included; before the second, since the start."""
-        first, started = self._first_reading or (self._first_step, self._started)
+        """Estimate the remaining time from the mean speed since the first logged step, validation included."""
+        first, started = self._first_logged or (self._first_step, self._started)
         if first == self._step:
             first, started = self._first_step, self._started
         done, elapsed = self._step - first, self._now() - started
@@ -115,7 +115,7 @@ class Bar:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time that the block takes out of all times, as that of drawing pictures."""
+        """Exclude the duration of the block from all times, for example for drawing figures."""
         if self._paused_at is not None:
             yield
             return
@@ -127,21 +127,21 @@ class Bar:
             self._paused_s += time.monotonic() - started
 
     def _now(self) -> float:
-        """Seconds on a clock that stands still while it is paused."""
+        """Return the seconds on a clock that stops while paused."""
         return (time.monotonic() if self._paused_at is None else self._paused_at) - self._paused_s
 
     def log(self, message: str) -> None:
-        """A line of text, above the bar where there is one."""
+        """Print a line of text above the bar."""
         self._line(printable(message))
 
     def _line(self, text: str) -> None:
         if self._enabled:
-            # A log file's lines are as long as they are: rich would break them at 80.
+            # Without soft_wrap, rich would wrap lines in a log file at 80 characters.
             self.console.print(Text(text), soft_wrap=True)
 
 
-def fold_figures(line: str, width: int) -> str:
-    """The line, broken between its figures (two spaces) where it is longer than `width`; later lines are indented."""
+def wrap_values(line: str, width: int) -> str:
+    """Wrap a line between values (separated by two spaces) to `width` characters; continuation lines are indented."""
     lines = [""]
     for part in line.split("  "):
         joined = f"{lines[-1]}  {part}" if lines[-1] else part
@@ -153,7 +153,7 @@ def fold_figures(line: str, width: int) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """`4.2 s`, `3 min 05 s`, `2 h 10 min`."""
+    """Format a duration: `4.2 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds != seconds:
         return "?"
     if seconds < 60:
@@ -162,5 +162,5 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _figures(values: Mapping[str, float], names: tuple[str, ...] | list[str]) -> str:
+def _format_values(values: Mapping[str, float], names: tuple[str, ...] | list[str]) -> str:
     return "  ".join(f"{name} {values[name]:.4g}" for name in names if name in values)

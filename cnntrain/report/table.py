@@ -1,4 +1,4 @@
-"""Tables of plain rows on the terminal: results of a run, of a sweep, and findings."""
+"""Tables on the terminal: results of a run, of a sweep, and findings."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +19,10 @@ _VERDICT_STYLE = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP":
 def rows_table(
     rows: Sequence[Mapping[str, object]], title: str = "", columns: Sequence[str] | None = None
 ) -> Table:
-    """Rows of the same kind as a table; numbers to the right, absent values as a dash.
+    """Build a table from rows; numbers are right-aligned, missing values are shown as a dash.
 
     Args:
-        columns: which keys, in which order; null: all, in the order in which they turn up.
+        columns: keys to show, in order; default: all, in the order of their first appearance.
     """
     columns = list(columns) if columns else list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
@@ -35,7 +35,7 @@ def rows_table(
 
 
 def value_text(value: object) -> str:
-    """A cell as people read it: four digits of a fraction, a dash for nothing."""
+    """Format a cell: four significant digits for fractions, a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -53,18 +53,23 @@ def print_rows(
     columns: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print `rows_table`; where the output is no terminal, as wide as it needs. A table that is wider than the terminal
-    is printed in parts, each with the first column, so that no number is broken."""
+    """Print rows as a table.
+
+    A table wider than the terminal is printed in parts that repeat the first column. Without a terminal the width is
+    unlimited.
+    """
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=10_000)
     columns = list(columns) if columns else list(dict.fromkeys(key for row in rows for key in row))
-    for place, part in enumerate(_fitting(rows, columns, console)):
-        console.print(rows_table(rows, "" if place else title, part))
+    for number, part in enumerate(_split_columns(rows, columns, console)):
+        console.print(rows_table(rows, "" if number else title, part))
 
 
-def _fitting(rows: Sequence[Mapping[str, object]], columns: list[str], console: Console) -> list[list[str]]:
-    """The columns in parts that fit the console's width, each beginning with the first column."""
+def _split_columns(
+    rows: Sequence[Mapping[str, object]], columns: list[str], console: Console
+) -> list[list[str]]:
+    """Split the columns into parts that fit the console's width; each part starts with the first column."""
     unlimited = console.options.update(width=10_000)
     parts = [columns[:1]]
     for name in columns[1:]:
@@ -80,7 +85,7 @@ def _fitting(rows: Sequence[Mapping[str, object]], columns: list[str], console: 
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:
-    """Rows as a Markdown table."""
+    """Format rows as a Markdown table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [f"| {' | '.join(map(printable, columns))} |", f"|{'---|' * len(columns)}"]
     for row in rows:
@@ -96,13 +101,14 @@ def print_run_summary(
     console: Console | None = None,
     options: Sequence[str] = (),
 ) -> None:
-    """The end of a run: best epoch on validation beside the test set, the cost, and where to look next.
+    """Print the results of a run: best validation epoch, test set, cost, and the commands to look further.
 
     Args:
-        results: as in results.json: `best` and `test`, each metrics by name or None; `parameters`, `epochs`,
+        results: content of results.json: `best` and `test` (metrics by name, or None), `parameters`, `epochs`,
             `wall_s`, `images_per_s`.
-        monitor: metric that chose the best epoch.
-        options: of the command that code of the user's own needs, as `--config-dir mine`; for the next command.
+        monitor: metric that selected the best epoch.
+        options: command-line options that user code needs, for example `--config-dir mine`; added to the printed
+            command.
     """
     console = console or Console()
     best, test = _metrics(results.get("best")), _metrics(results.get("test"))
@@ -131,7 +137,7 @@ def print_run_summary(
     _print(console, f"look next:  {command_text(['tensorboard', '--logdir', run_dir])}")
     best_checkpoint = run_dir / "checkpoints" / "best.pt"
     if best_checkpoint.exists():
-        # evaluate takes the test set unless another split is named; a run without one printed a command that failed.
+        # `evaluate` uses the test set by default. For a run without test set the split must be named.
         splits = ["split=val" if any(name.startswith("val/") for name in best) else "split=train"]
         evaluate = [
             "cnntrain",
@@ -144,8 +150,7 @@ def print_run_summary(
 
 
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
-    """Verdicts, worst last where the eye rests; each with its evidence, and cause and remedy where it isn't a
-    pass."""
+    """Print findings with their evidence, the worst last; WARN and FAIL also show cause, remedy and config keys."""
     console = console or Console()
     order = {"SKIP": 0, "PASS": 1, "WARN": 2, "FAIL": 3}
     for finding in sorted(findings, key=lambda f: order[f.verdict]):
@@ -163,7 +168,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
 
 
 def _print(console: Console, text: str) -> None:
-    """Text as it is: no markup, and no breaks that would spoil a path for copying."""
+    """Print text without markup and without line breaks, so that paths can be copied."""
     console.print(Text(printable(text)), soft_wrap=True)
 
 

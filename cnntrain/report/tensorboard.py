@@ -1,22 +1,27 @@
-"""TensorBoard events of one run, written by torch's SummaryWriter."""
+"""TensorBoard events of one run, written with TensorBoard's own record writer.
+
+torch's SummaryWriter is not used: it writes in a thread that prints a traceback and loses events if the disk is full,
+it opens the event file four times per record, and its HParams row is a separate run with booleans as numbers.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import struct
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnntrain.io import safe_files
 from cnntrain.plots.curves import png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
 
 _RETRY_S = 60.0
 _MAX_FLOAT32 = 3.4028234e38
@@ -35,43 +40,45 @@ class TensorBoardWriter:
         flush_s: seconds between writes to disk.
     """
 
-    def __init__(self, folder: Path | str, purge_step: int | None = None, flush_s: int = 10) -> None:
+    def __init__(self, folder: Path | str, purge_step: int | None = None, flush_s: float = 10.0) -> None:
         self.folder = Path(folder)
         self._purge_step = purge_step
         self._flush_s = flush_s
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
+        self._flushed_at = time.monotonic()
         self._retry_at = 0.0
         self._warned = False
         self._closed = False
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write one value per tag, for example `{"train/loss": 0.3}`; the part before "/" groups the charts."""
-
-        def add(writer: SummaryWriter) -> None:
-            for tag, value in values.items():
-                writer.add_scalar(tag, _clamp_to_float32(value), step)
-
         if values:
-            self._write(add)
+            self._write(
+                step, *({"tag": tag, "simple_value": _clamp_to_float32(each)} for tag, each in values.items())
+            )
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
         """Write a matplotlib figure as an image."""
-        Summary = _tensorboard("compat.proto.summary_pb2").Summary
         data = png(figure)
         width, height = struct.unpack(">II", data[16:24])  # from the PNG header
-        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=data)
-        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self._write(lambda writer: _file_writer(writer).add_summary(summary, step))
+        image = {"width": width, "height": height, "colorspace": 3, "encoded_image_string": data}
+        self._write(step, {"tag": tag, "image": image})
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Write preformatted text, for example a YAML file or a command."""
         indented = "".join(f"    {line}\n" for line in text.splitlines())  # a code block in Markdown
-        self._write(lambda writer: writer.add_text(tag, indented, step))
+        tensor = {
+            "dtype": "DT_STRING",
+            "string_val": [indented.encode()],
+            "tensor_shape": {"dim": [{"size": 1}]},
+        }
+        about = _tensorboard("plugins.text.metadata").create_summary_metadata(
+            display_name=tag, description=""
+        )
+        self._write(step, {"tag": f"{tag}/text_summary", "metadata": about, "tensor": tensor})
 
     def hparams(self, settings: Mapping[str, object], metrics: Iterable[str]) -> None:
         """Write the run's row in the HParams tab.
-
-        SummaryWriter.add_hparams is not used: it creates a second run, and it stores booleans as numbers.
 
         Args:
             settings: flat mapping from key (`optimizer.lr`) to value; values other than numbers, text and booleans are
@@ -103,13 +110,22 @@ class TensorBoardWriter:
     def flush(self) -> None:
         """Write pending events to disk."""
         if self._writer is not None:
-            self._write(lambda writer: writer.flush())
+            try:
+                self._writer.flush()
+                self._flushed_at = time.monotonic()
+            except OSError as error:
+                self._handle_error(error)
 
     def close(self) -> None:
         """Write pending events and close the file; later calls have no effect."""
+        self.flush()
+        self._closed = True
         if self._writer is not None:
-            self._write(lambda writer: writer.close())
-        self._writer, self._closed = None, True
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._handle_error(error)
+            self._writer = None
 
     def __enter__(self) -> TensorBoardWriter:
         return self
@@ -118,30 +134,39 @@ class TensorBoardWriter:
         self.close()
 
     def _write_hparams(self, tag: str, **content: Any) -> None:
-        Summary = _tensorboard("compat.proto.summary_pb2").Summary
         metadata = _tensorboard("plugins.hparams.metadata")
         about = metadata.create_summary_metadata(
             _tensorboard("plugins.hparams.plugin_data_pb2").HParamsPluginData(**content)
         )
-        value = Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)
-        self._write(lambda writer: _file_writer(writer).add_summary(Summary(value=[value]), 0))
+        self._write(0, {"tag": tag, "metadata": about, "tensor": metadata.NULL_TENSOR})
 
-    def _write(self, add: Callable[[SummaryWriter], object]) -> None:
-        """Call `add` with the open writer. SummaryWriter's thread raises its errors in the next call."""
+    def _write(self, step: int, *values: Mapping[str, Any]) -> None:
+        """Write a Summary of `values` (fields of Summary.Value)."""
         if self._closed or (self._writer is None and time.monotonic() < self._retry_at):
             return
         try:
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._writer = SummaryWriter(
-                    str(self.folder), purge_step=self._purge_step, flush_secs=self._flush_s
-                )
-                self._purge_step = None
-            add(self._writer)
+            writer = self._writer or self._open()
+            writer.write(_event(step=step, summary={"value": values}))
+            if time.monotonic() - self._flushed_at > self._flush_s:
+                writer.flush()
+                self._flushed_at = time.monotonic()
         except OSError as error:
             self._handle_error(error)
+
+    def _open(self) -> Any:
+        """Start a new file and return its writer."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        # TensorBoard reads the files in the order of their names, so the name starts with the time.
+        name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{os.getpid()}"
+        writer_type = _tensorboard("summary.writer.record_writer").RecordWriter
+        self._writer = writer_type(safe_files.open_new(self.folder / name))
+        self._writer.write(_event(file_version="brain.Event:2"))
+        if self._purge_step is not None:
+            self._writer.write(_event(step=self._purge_step, session_log={"status": "START"}))
+        self._writer.flush()
+        self._purge_step = None
+        return self._writer
 
     def _handle_error(self, error: OSError) -> None:
         """Warn once. The file may end with an incomplete record, so the next attempt starts a new file."""
@@ -160,9 +185,9 @@ def _tensorboard(module: str) -> Any:
     return import_module(f"tensorboard.{module}")
 
 
-def _file_writer(writer: SummaryWriter) -> Any:
-    """Return the FileWriter of a SummaryWriter, for summaries that SummaryWriter has no method for."""
-    return writer._get_file_writer()
+def _event(**content: Any) -> bytes:
+    """Serialize an Event with the current time."""
+    return _tensorboard("compat.proto.event_pb2").Event(wall_time=time.time(), **content).SerializeToString()
 
 
 def _clamp_to_float32(value: float) -> float:

@@ -10,9 +10,9 @@ from typing import Any
 
 from cnntrain.io.safe_files import write_text
 from cnntrain.plots.curves import save
+from cnntrain.plots.learning_curves import learning_curves
 from cnntrain.plots.sweep import Point, marginal_effect, parallel_coordinates
 from cnntrain.report.compare import find_runs, read_run, write_csv
-from cnntrain.report.comparison_table import learning_curves
 from cnntrain.report.table import markdown, value_text
 from cnntrain.sweep.plan import SweepPlan, repeats_text, short
 from cnntrain.sweep.ranking import RankedTrial, WinnerComparison, contest, rank

@@ -15,7 +15,7 @@ from cnntrain.data.workers import explain_worker_error
 from cnntrain.errors import DivergedError, StoppedError
 from cnntrain.io.safe_files import read_text
 from cnntrain.plots.curves import survive_drawing
-from cnntrain.report.journal import RunLogger, statistics
+from cnntrain.report.run_logger import RunLogger, statistics
 from cnntrain.tasks.meter import HardestExamples
 from cnntrain.tasks.task import Task
 from cnntrain.train import checkpoint

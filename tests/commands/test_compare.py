@@ -10,7 +10,7 @@ import yaml
 from cnntrain import compose, train
 from cnntrain.cli import main
 from cnntrain.errors import UserError
-from cnntrain.report.compare import differing_keys, find_runs, fold, read_run, table
+from cnntrain.report.compare import comparison_rows, differing_keys, find_runs, group_runs, read_run
 from cnntrain.report.metrics import read_metrics
 
 QUICK = ("data.limit=60", "batch_size=16", "threads=1", "log.figures=false", "log.tensorboard=false")
@@ -32,9 +32,9 @@ def test_seeds_are_folded_and_a_group_stands_for_its_keys(runs: Path) -> None:
     assert len(records) == 4
     keys = differing_keys(records)
     assert keys == ["choices.model"]  # not the networks' own keys, which the choice brings along
-    groups = fold(records, keys)
+    groups = group_runs(records, keys)
     assert [(group.name, len(group.runs)) for group in groups] == [("model=lenet5", 2), ("model=mlp", 2)]
-    row = table(groups, "top1", ("top1", "max"))[0]
+    row = comparison_rows(groups, "top1", ("top1", "max"))[0]
     values = [run.results["best"]["val/top1"] for run in groups[0].runs]
     assert row["val/top1"] == pytest.approx(sum(values) / 2) and row["runs"] == 2
     assert row["val/top1 std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
@@ -62,13 +62,13 @@ def test_a_run_that_is_not_done_counts_as_far_as_it_got(runs: Path) -> None:
     place.mkdir()
     for name in ("config.yaml", "metrics.csv"):
         (place / name).write_text((runs / "mlp-0" / name).read_text())
-    row = table(fold([read_run(place)], []), "top1", ("top1", "max"))[0]
+    row = comparison_rows(group_runs([read_run(place)], []), "top1", ("top1", "max"))[0]
     known = read_metrics(runs / "mlp-0" / "metrics.csv")
     assert row["val/top1"] == max(each["val/top1"] for each in known) and "parameters" not in row
 
 
 def test_what_is_no_run_is_named(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="no run there"):
+    with pytest.raises(UserError, match="not a run folder"):
         find_runs(Path.cwd())
     assert main(["compare"]) == 2 and main(["compare", "nowhere"]) == 2
     assert main(["compare", str(runs), "metric=top11"]) == 2
@@ -107,7 +107,7 @@ def made_up(name: str, data: str | None = "9-a-b", **values: object) -> Path:
 def test_folds_are_taken_together_as_seeds_are() -> None:
     records = [read_run(made_up(f"r{fold}", data__fold=fold, seed=fold % 2)) for fold in range(3)]
     records.append(read_run(made_up("other", data__fold=0, epochs=9)))
-    assert [len(group.runs) for group in fold(records, differing_keys(records))] == [3, 1]
+    assert [len(group.runs) for group in group_runs(records, differing_keys(records))] == [3, 1]
 
 
 def test_other_data_are_another_setting_and_moved_data_are_not() -> None:

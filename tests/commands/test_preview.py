@@ -10,8 +10,8 @@ from cnntrain.commands.preview import _positions
 from cnntrain.config.compose import read_settings
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
+from cnntrain.plots.previews import sides_of
 from cnntrain.randomness import epoch_order
-from cnntrain.report.previews import sides_of
 from cnntrain.train.setup import build_pipeline, build_source
 from cnntrain.types import DataSpec
 

@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cnntrain.augment.geometry import HorizontalFlip
+from cnntrain.augment.geometry import HorizontalFlip, RandomResizedCrop, Rotation
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.augment.geometry import RandomResizedCrop, Rotation
 from cnntrain.config.compose import read_settings
 from cnntrain.data.decoder import ImageDecoder
 from cnntrain.data.examples import Examples, LazyImages

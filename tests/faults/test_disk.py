@@ -61,6 +61,6 @@ def test_logs_that_can_not_be_written_warn_once_and_training_goes_on(cnntrain) -
         "run_dir=run",
     )
     done = cnntrain(*arguments, around=(*from_limit, "80"))
-    for what in ("metrics.csv is not being written", "events in run are not being written", "figures in run"):
+    for what in ("cannot write run/metrics.csv", "cannot write TensorBoard events", "cannot write figures"):
         assert done.stderr.count(what) == 1, done.stderr
     assert Path("run/results.json").exists() and Path("run/checkpoints/last.pt").exists()

@@ -118,7 +118,7 @@ RUN = {  # the functions, and how often a run calls each of them
     "cnntrain.train.loop:evaluate": 3,  # after an epoch's last step
     "cnntrain.train.checkpoint:CheckpointWriter.save": 9,
     "cnntrain.report.metrics:MetricsFile.append": 3,
-    "cnntrain.report.journal:RunLogger.saved": 3,
+    "cnntrain.report.run_logger:RunLogger.saved": 3,
     "cnntrain.train.run:_judge": 2,
     "cnntrain.train.run_dir:RunDir.write_json": 2,
 }
@@ -131,7 +131,7 @@ RESUMING = {
 }
 OF_MODE = {
     "plain": RUN | RESUMING,
-    "pictures": {"cnntrain.report.journal:save": 5},
+    "pictures": {"cnntrain.report.run_logger:save": 5},
     "ranks": RUN | RESUMING,
     "sweep": RUN
     | RESUMING
@@ -192,7 +192,7 @@ SAMPLE = {
             Kill("cnntrain.commands.train:resume", 1, "after"),
         ),
     ),
-    "in the pictures": ("pictures", (Kill("cnntrain.report.journal:save", 3),)),
+    "in the pictures": ("pictures", (Kill("cnntrain.report.run_logger:save", 3),)),
     "in a sweep": (
         "sweep",
         (Kill("cnntrain.report.metrics:MetricsFile.append", 3), Kill("cnntrain.sweep.study:Study.record", 1)),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cnntrain.plots.curves import png
+from cnntrain.plots.learning_curves import learning_curves
 from cnntrain.plots.sweep import marginal_effect, parallel_coordinates
-from cnntrain.report.comparison_table import learning_curves
 from cnntrain.sweep.search_space import SearchDimension
 
 AXES = [

@@ -4,7 +4,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 from cnntrain.plots import curves as figures
 from cnntrain.report import tensorboard
@@ -132,20 +131,22 @@ def test_an_error_warns_once_and_training_goes_on(tmp_path, monkeypatch):
     assert [p.step for p in read(blocked / "run").Scalars("loss")] == [2]
 
 
-def test_a_full_disk_in_the_middle_warns_and_starts_a_new_file(tmp_path, monkeypatch):
+def test_a_full_disk_in_the_middle_warns_and_begins_a_new_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard, "_RETRY_S", -1.0)
-    writer = TensorBoardWriter(tmp_path)
-    writer.scalars({"loss": 1.0}, 0)
-    writer.flush()
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalFileSystem, "append", fail_with_full_disk)
-        writer.scalars({"loss": 1.0}, 1)
-        with pytest.warns(UserWarning, match="No space left"):
-            writer.flush()
-    writer.scalars({"loss": 1.0}, 2)
-    writer.close()
+    events = TensorBoardWriter(tmp_path)
+    events.scalars({"loss": 1.0}, 0)
+    events.flush()
+
+    class Full:
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+        flush = close = lambda self: None
+
+    events._writer.close()
+    events._writer = Full()
+    with pytest.warns(UserWarning, match="No space left"):
+        events.scalars({"loss": 1.0}, 1)
+    events.scalars({"loss": 1.0}, 2)
+    events.close()
     assert [p.step for p in read(tmp_path).Scalars("loss")] == [0, 2]
-
-
-def fail_with_full_disk(*_: object) -> None:
-    raise OSError(28, "No space left on device")

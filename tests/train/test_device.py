@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cnntrain.errors import explain_machine, is_out_of_memory
-from cnntrain.report.console import in_plain_words
+from cnntrain.report.console import explain_warning
 from cnntrain.train.device import (
     choose_compute,
     missing_for_compiling,
@@ -104,8 +104,8 @@ def test_the_warning_names_the_setting() -> None:
         "cumsum_cuda_kernel does not have a deterministic implementation, but you set "
         "'torch.use_deterministic_algorithms(True, warn_only=True)'. You can file an issue"
     )
-    assert in_plain_words(torch_says).startswith("deterministic=true: cumsum_cuda_kernel ")
-    assert in_plain_words("another warning") == "another warning"
+    assert explain_warning(torch_says).startswith("deterministic=true: cumsum_cuda_kernel ")
+    assert explain_warning("another warning") == "another warning"
 
 
 def test_what_torch_keeps_of_freed_tensors_counts_as_free() -> None:

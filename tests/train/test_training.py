@@ -15,9 +15,9 @@ from cnntrain import compose, train
 from cnntrain.errors import DivergedError, MachineError, StoppedError, UserError
 from cnntrain.plots import curves as figures
 from cnntrain.randomness import seed_generators
-from cnntrain.report import journal
-from cnntrain.report.journal import RunLogger
+from cnntrain.report import run_logger
 from cnntrain.report.metrics import MetricsFile
+from cnntrain.report.run_logger import RunLogger
 from cnntrain.train import checkpoint, loop
 from cnntrain.train.checkpoint import CheckpointWriter
 from cnntrain.train.run_dir import RunDir
@@ -91,8 +91,10 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_as_if_unbroken(
 
 def test_the_learning_rate_is_drawn_of_every_step_after_a_resume_too(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = {}
-    monkeypatch.setattr(journal, "curves", lambda rows, monitor, rate_at: drawn.update(rows=rows, at=rate_at))
-    monkeypatch.setattr(journal, "save", lambda figure, path: None)
+    monkeypatch.setattr(
+        run_logger, "curves", lambda rows, monitor, rate_at: drawn.update(rows=rows, at=rate_at)
+    )
+    monkeypatch.setattr(run_logger, "save", lambda figure, path: None)
     rates: list[float] = []
     original = loop.set_learning_rate
     monkeypatch.setattr(loop, "set_learning_rate", lambda *a: rates.append(original(*a)) or rates[-1])

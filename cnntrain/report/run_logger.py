@@ -1,8 +1,7 @@
-"""Where a training's story goes: the bar, metrics.csv, TensorBoard and PNG figures."""
+"""Log a training run to the progress bar, metrics.csv, TensorBoard and PNG figures."""
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from cnntrain.errors import CnntrainError
 from cnntrain.plots.curves import batch_grid, curves, filters, save, sign, survive_drawing
 from cnntrain.report.metrics import MetricsFile
-from cnntrain.report.progress import Bar
+from cnntrain.report.progress import ProgressBar
 from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.tasks.meter import Meter
 from cnntrain.tasks.task import Task
@@ -24,27 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class BarLogHandler(logging.Handler):
-    """Lets log lines appear above the bar instead of through it."""
-
-    def __init__(self, bar: Bar) -> None:
-        super().__init__(logging.INFO)
-        self.bar = bar
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.bar.log(self.format(record))
-
-
 class RunLogger:
-    """Keeps a training's records in its folder. A context manager.
+    """Log a run to its folder. Use as a context manager.
 
     Args:
-        folder: the run's.
-        total_steps, epochs: of the whole training, for the bar.
-        done_steps, done_epochs: where a resumed training stands.
-        tensorboard, pictures: whether to write events, and to draw.
-        watch: shown every epoch's row once it is saved; what it raises ends the training.
-        rate_at: the learning rate of a step, counted from 0, for the picture of the curves.
+        folder: the run folder.
+        total_steps, epochs: steps and epochs of the whole run, for the progress bar.
+        done_steps, done_epochs: steps and epochs finished before a resume.
+        tensorboard: write TensorBoard events.
+        figures: draw figures.
+        on_epoch: called with the row of each epoch once its checkpoint is saved; exceptions end the run.
+        learning_rate_at: learning rate of a step (from 0), for the figure of the curves.
     """
 
     def __init__(
@@ -57,14 +46,14 @@ class RunLogger:
         done_steps: int = 0,
         done_epochs: int = 0,
         tensorboard: bool = True,
-        pictures: bool = True,
-        watch: Callable[[dict[str, float]], None] | None = None,
-        rate_at: Callable[[int], float] | None = None,
+        figures: bool = True,
+        on_epoch: Callable[[dict[str, float]], None] | None = None,
+        learning_rate_at: Callable[[int], float] | None = None,
     ) -> None:
-        self.folder, self.task, self.spec, self.pictures = folder, task, spec, pictures
-        self.watch, self.rate_at = watch, rate_at
+        self.folder, self.task, self.spec, self.draws_figures = folder, task, spec, figures
+        self.on_epoch, self.learning_rate_at = on_epoch, learning_rate_at
         self.metrics = MetricsFile(folder / "metrics.csv", done_epochs + 1 if done_steps else None)
-        self.bar = Bar(total_steps, epochs, done_steps, watch=(task.monitor[0],))
+        self.bar = ProgressBar(total_steps, epochs, done_steps, watch=(task.monitor[0],))
         self.events = (
             TensorBoardWriter(folder, purge_step=done_steps + 1 if done_steps else None)
             if tensorboard
@@ -82,14 +71,14 @@ class RunLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.__exit__(kind, error, trace)
-        if kind is None or issubclass(kind, CnntrainError):  # it ended before the first reading
+        if kind is None or issubclass(kind, CnntrainError):  # the run ended before the first logged step
             self._draw_batch()
         if self.events:
             self.events.finish(success=kind is None)
             self.events.close()
 
     def start(self, hparams: Mapping[str, object], config: str, test: bool) -> None:
-        """The config, and the run's row in the HParams tab with the metrics that it will have."""
+        """Write the config and the run's row in the HParams tab."""
         if self.events:
             name = self.task.monitor[0]
             tags = [
@@ -103,14 +92,14 @@ class RunLogger:
             self.events.text("config", config)
 
     def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
-        self.bar.reading(step, epoch, values)
+        self.bar.log_step(step, epoch, values)
         if self.events:
             self.events.scalars({f"steps/{name}": value for name, value in values.items()}, step)
         self._draw_batch()
 
     def batch_seen(self, step: int, batch: Batch) -> None:
-        """Keeps the batch, to be drawn at the next reading: importing matplotlib would hold up the first step."""
-        self.first_batch = (step, batch) if self.pictures else None
+        """Keep the batch to draw it at the next logged step: importing matplotlib would delay the first step."""
+        self.first_batch = (step, batch) if self.draws_figures else None
 
     def _draw_batch(self) -> None:
         if self.first_batch is None:
@@ -139,15 +128,15 @@ class RunLogger:
 
     def epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
         self.metrics.append(row)
-        self.bar.epoch(int(row["epoch"]) - 1, row, improved)
+        self.bar.log_epoch(int(row["epoch"]) - 1, row, improved)
         if self.events:
             tags = {name: value for name, value in row.items() if name not in ("epoch", "step")}
             self.events.scalars(tags, step)
 
     def saved(self, row: dict[str, float]) -> None:
-        if self.watch:
+        if self.on_epoch:
             with self.bar.paused():
-                self.watch(row)
+                self.on_epoch(row)
 
     def finish(
         self,
@@ -159,24 +148,24 @@ class RunLogger:
         test: Mapping[str, float],
         step: int,
     ) -> None:
-        """The closing pictures, and the test set's metrics.
+        """Draw the final figures and write the test metrics.
 
         Args:
-            model: the best one; its first convolution is drawn.
-            meter: of the best model on the data that chose it.
-            mistakes: the most confident ones among them, drawn.
-            split: what these data are called.
+            model: the best model; the filters of its first convolution are drawn.
+            meter: meter of the best model on the split that selected it.
+            mistakes: figure of the most confident mistakes on this split.
+            split: name of this split.
             best: metrics of the best epoch, `val/...`.
-            test: metrics of the test set, `test/...`; empty where there is none.
+            test: metrics of the test set, `test/...`; empty without a test set.
         """
         if self.events:
             name = self.task.monitor[0]
             chosen = {f"best/{name}": best[f"val/{name}"]} if f"val/{name}" in best else {}
             self.events.scalars({**chosen, **test}, step)
-        if not self.pictures:
+        if not self.draws_figures:
             return
         with survive_drawing("the curves"):
-            self.figure("curves", curves(self.metrics.rows, self.task.monitor, self.rate_at), step)
+            self.figure("curves", curves(self.metrics.rows, self.task.monitor, self.learning_rate_at), step)
         with survive_drawing("the task's figures"):
             for name, figure in self.task.figures(meter).items():
                 self.figure(name, sign(figure, split), step)
@@ -184,7 +173,7 @@ class RunLogger:
             if mistakes is not None:
                 self.figure("mistakes", sign(mistakes, split), step)
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        with survive_drawing("the first layer's filters"):
+        with survive_drawing("the filters of the first layer"):
             if first is not None:
                 self.figure("filters", filters(first.weight), step)
 
@@ -194,11 +183,11 @@ class RunLogger:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                warnings.warn(f"figures in {self.folder} are not being written: {error}", stacklevel=2)
+                warnings.warn(f"cannot write figures to {self.folder}: {error}", stacklevel=2)
         if self.events:
             self.events.figure(name, figure, step)
 
 
 def statistics(spec: DataSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation by which images are normalized; 0 and 1 where the data have none."""
+    """Return the mean and standard deviation used for normalization; 0 and 1 if the data have none."""
     return spec.mean or (0.0,) * spec.channels, spec.std or (1.0,) * spec.channels

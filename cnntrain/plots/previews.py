@@ -1,4 +1,4 @@
-"""Pictures of augmented examples: what `preview` shows."""
+"""Figures of augmented examples for `cnntrain preview`."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_NAMES = 20  # more would hide the image
+MAX_NAMES = 20  # more names would cover the image
 SIDE_COLORS = {
     -1: COLORS[5],
     0: "#ffffff",
     1: COLORS[4],
-}  # of a pair's first, of what stays, of a pair's second
+}  # first and second point of a pair; 0: point without a partner
 
 
 def draw_batches(batches: Sequence[Batch], names: Sequence[str], spec: DataSpec) -> Figure:
-    """One row per example: plain, then as each epoch shows it; with masks a second row, painted.
+    """Draw one row per example: without augmentation, then as augmented in each epoch; masks get a second row.
 
     Args:
-        batches: normalized batches of the same N examples, the plain one first.
-        names: N, of the examples.
+        batches: normalized batches of the same N examples; the first one without augmentation.
+        names: names of the N examples.
     """
     statistics = spec.mean or (0.0,) * spec.channels, spec.std or (1.0,) * spec.channels
     pictures = np.stack(
         [unnormalize(batch.images, *statistics) for batch in batches], 1
     )  # (N, columns, H, W, 3)
-    heads = ["plain", *(f"epoch {i + 1}" for i in range(len(batches) - 1))]
-    captions = [name if head == "plain" else head for name in names for head in heads]
+    heads = ["original", *(f"epoch {i + 1}" for i in range(len(batches) - 1))]
+    captions = [name if head == "original" else head for name in names for head in heads]
     columns = len(heads)
     first = batches[0].targets
     if "points" in first:
@@ -55,7 +55,7 @@ def draw_batches(batches: Sequence[Batch], names: Sequence[str], spec: DataSpec)
 
 
 def _mixtures(batches: Sequence[Batch], row: int, spec: DataSpec) -> list[str]:
-    """Captions of one mixed example: 70% cat + 30% dog."""
+    """Return the captions of one mixed example, for example "70% cat, 30% dog"."""
     captions = [spec.classes[int(batches[0].targets["label"][row])]]
     for batch in batches[1:]:
         share = float(batch.targets["mix"][row])
@@ -74,25 +74,25 @@ def _with_points(
             ax, targets["points"][row].numpy(), targets["valid"][row].numpy(), spec, pictures.shape[1:3]
         )
 
-    cell = 2.5 if len(spec.keypoints) <= MOST_NAMES else 2.1
+    cell = 2.5 if len(spec.keypoints) <= MAX_NAMES else 2.1
     figure = image_grid(pictures, captions, columns=columns, overlay=overlay, cell=cell)
     return _with_sides(figure, spec)
 
 
-def draw_flip(plain: Batch, flipped: Batch, names: Sequence[str], spec: DataSpec) -> Figure:
-    """Plain beside mirrored and relabeled, with names: a color and a name stay on their side of the object."""
+def draw_flip(original: Batch, flipped: Batch, names: Sequence[str], spec: DataSpec) -> Figure:
+    """Draw images beside their flipped versions with keypoint names: names and colors must stay on their side."""
     statistics = spec.mean or (0.0,) * spec.channels, spec.std or (1.0,) * spec.channels
-    pairs = np.stack([unnormalize(batch.images, *statistics) for batch in (plain, flipped)], 1)
+    pairs = np.stack([unnormalize(batch.images, *statistics) for batch in (original, flipped)], 1)
     pictures = pairs.reshape(-1, *pairs.shape[2:])
 
     def overlay(ax: Axes, i: int) -> None:
-        targets = (plain, flipped)[i % 2].targets
+        targets = (original, flipped)[i % 2].targets
         points, valid = targets["points"][i // 2].numpy(), targets["valid"][i // 2].numpy()
         _draw_named(ax, points, valid, spec, pictures.shape[1:3], numbered=True, font=6.5)
 
-    captions = [text for name in names for text in (name, "mirrored and relabeled")]
-    columns = 2 if len(spec.keypoints) > MOST_NAMES else 2 * len(names)
-    cell = 6.0 if len(spec.keypoints) > MOST_NAMES else 3.4
+    captions = [text for name in names for text in (name, "flipped and relabeled")]
+    columns = 2 if len(spec.keypoints) > MAX_NAMES else 2 * len(names)
+    cell = 6.0 if len(spec.keypoints) > MAX_NAMES else 3.4
     return _with_sides(image_grid(pictures, captions, columns=columns, overlay=overlay, cell=cell), spec)
 
 
@@ -100,40 +100,40 @@ def _draw_named(
     ax: Axes, points: np.ndarray, valid: np.ndarray, spec: DataSpec, size: tuple[int, ...],
     numbered: bool = False, font: float = 5.0,
 ) -> None:  # fmt: skip
-    """Points (K, 2) in the color of their side, joined, with their names; with numbers where there are many."""
+    """Draw points (K, 2) in the color of their side with their skeleton and names, or numbers if there are many."""
     for a, b in spec.skeleton:
         if valid[a] and valid[b]:
             ax.plot(*points[[a, b]].T, color="white", linewidth=0.8, alpha=0.7, zorder=2)
     sides = sides_of(spec)
-    many = len(points) > MOST_NAMES
+    many = len(points) > MAX_NAMES
     for k in np.flatnonzero(valid):
         color = SIDE_COLORS[sides[k]]
         ax.scatter(*points[k], s=5 if many else 13, color=color, edgecolors="black", linewidths=0.4, zorder=4)
         if not many or numbered:
             text = str(k) if many else shorten(spec.keypoints[k], 30)
             box = {"boxstyle": "round,pad=0.12", "facecolor": "black", "alpha": 0.6, "linewidth": 0}
-            inward = -1 if points[k][0] > 0.7 * size[1] else 1  # a name must not reach into the next picture
-            place = {
+            inward = -1 if points[k][0] > 0.7 * size[1] else 1  # keep names within their image
+            style_ = {
                 "xytext": (2.5 * inward, 2.5),
                 "textcoords": "offset points",
                 "fontsize": font,
                 "color": color,
             }
             note = ax.annotate(
-                text, points[k], bbox=box, zorder=6, ha="left" if inward > 0 else "right", **place
+                text, points[k], bbox=box, zorder=6, ha="left" if inward > 0 else "right", **style_
             )
             note.set_in_layout(False)
     ax.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
 
 
 def sides_of(spec: DataSpec) -> list[int]:
-    """For each keypoint -1 or 1, other than its mirror partner's, or 0 where it has none but itself.
+    """Return -1 or 1 for each keypoint, opposite to its flip partner, or 0 without a partner.
 
-    Points whose names tell the same side get the same number.
+    Points whose names contain the same side get the same number.
     """
-    mirror = spec.flip_pairs or tuple(range(len(spec.keypoints)))
+    pairs = spec.flip_pairs or tuple(range(len(spec.keypoints)))
     sides = []
-    for k, partner in enumerate(mirror):
+    for k, partner in enumerate(pairs):
         name, other = spec.keypoints[k].lower(), spec.keypoints[partner].lower()
         told = "left" in name and "left" not in other
         opposite = "left" in other and "left" not in name
@@ -142,7 +142,7 @@ def sides_of(spec: DataSpec) -> list[int]:
 
 
 def _with_sides(figure: Figure, spec: DataSpec) -> Figure:
-    """The figure with a legend of what the colors of points mean."""
+    """Add a legend of the point colors."""
     sides = sides_of(spec)
     if spec.flip_pairs is None or not any(sides):
         return figure
@@ -160,7 +160,7 @@ def _with_masks(
 ) -> Figure:
     masks = np.stack([batch.targets["mask"].cpu().numpy().astype(np.int64) for batch in batches], 1)
     known = len(spec.classes)
-    masks = np.where(masks == spec.ignore_index, 255, masks)  # an ignored id may stand among the classes
+    masks = np.where(masks == spec.ignore_index, 255, masks)  # the ignored id may be a class id
     rows, texts = [], []
     for i, (images, own) in enumerate(zip(pictures, masks, strict=True)):
         rows += [*images, *(paint_mask(image, mask, known) for image, mask in zip(images, own, strict=True))]
@@ -172,7 +172,7 @@ def _with_masks(
 
 
 def _cell(pictures: np.ndarray) -> float:
-    """Height of a cell in inches."""
+    """Return the height of a cell in inches."""
     return 1.5 if pictures.shape[2] < 100 else 1.9
 
 

@@ -1,4 +1,4 @@
-"""Learning curves of several trainings on one picture, as figure 6 of He et al. 2016 has them."""
+"""Learning curves of several runs in one figure, in the style of figure 6 of He et al. 2016."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, float]]  # as in metrics.csv
-_LEGEND = 16  # more names than this would hide the curves
+_MAX_LEGEND_ENTRIES = 16  # a longer legend would cover the curves
 
 
 def learning_curves(groups: Mapping[str, Sequence[Rows]], metric: str) -> Figure:
-    """One color per group: training dashed and thin, validation bold; means over seeds, with a band from the lowest
-    to the highest.
+    """Plot one color per group: training thin and dashed, validation bold.
+
+    Curves are means over the runs of a group; a band spans their minimum and maximum.
 
     Args:
-        groups: name -> the metrics.csv of each of its trainings (same settings, other seeds).
-        metric: e.g. `top1`, which is drawn as error in %.
+        groups: group name -> rows of metrics.csv of each run (same settings, different seeds).
+        metric: for example `top1`, which is plotted as error in %.
     """
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
@@ -30,7 +31,7 @@ def learning_curves(groups: Mapping[str, Sequence[Rows]], metric: str) -> Figure
     colors: Sequence[object] = COLORS
     if len(groups) > len(COLORS):
         colors = [colormaps["viridis"](i / (len(groups) - 1)) for i in range(len(groups))]
-    axis = _abscissa([rows for runs in groups.values() for rows in runs])
+    axis = _x_axis([rows for runs in groups.values() for rows in runs])
     with style():
         figure = new_figure(7.4, 4.6)
         ax = figure.subplots()
@@ -48,7 +49,7 @@ def learning_curves(groups: Mapping[str, Sequence[Rows]], metric: str) -> Figure
         if axis == "epoch":
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(True)
-        if len(groups) <= _LEGEND:
+        if len(groups) <= _MAX_LEGEND_ENTRIES:
             ax.legend(loc="best")
     return figure
 
@@ -56,7 +57,7 @@ def learning_curves(groups: Mapping[str, Sequence[Rows]], metric: str) -> Figure
 def _draw(
     ax: Axes, runs: Sequence[Rows], key: str, axis: str, color: object, band: bool = False, **how: object
 ) -> None:
-    """The mean over the runs, at every epoch that all of those still going have reached."""
+    """Plot the mean of the runs that have a value at each position."""
     points: dict[float, list[float]] = {}
     for rows in runs:
         for row in rows:
@@ -74,11 +75,11 @@ def _draw(
 
 
 def _is_share(metric: str) -> bool:
-    """Whether a metric is a share of right answers, which is drawn as its error."""
+    """Return True if a metric is a fraction of correct predictions, which is plotted as error."""
     return metric.startswith("top")
 
 
-def _abscissa(runs: Sequence[Rows]) -> str:
-    """`epoch` where all have as many steps in one; else `step`."""
+def _x_axis(runs: Sequence[Rows]) -> str:
+    """Return "epoch" if all runs have the same number of steps per epoch, else "step"."""
     lengths = {rows[0]["step"] / rows[0]["epoch"] for rows in runs if rows and rows[0].get("epoch")}
     return "epoch" if len(lengths) <= 1 else "step"
