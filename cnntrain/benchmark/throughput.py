@@ -15,8 +15,8 @@ from cnntrain.benchmark.tables import Speed
 from cnntrain.data.load import Data
 from cnntrain.errors import is_out_of_memory
 from cnntrain.memory import free_host_bytes
-from cnntrain.report.journal import RunLogger
-from cnntrain.report.progress import Bar
+from cnntrain.report.progress import ProgressBar
+from cnntrain.report.run_logger import RunLogger
 from cnntrain.train.device import Compute
 from cnntrain.train.measurement import TimingWindows, interleave, peak_memory_mib, reset_peak_memory
 from cnntrain.train.optim import make_optimizer
@@ -148,8 +148,10 @@ def temporary_logger(components: Components) -> Iterator[RunLogger]:
     with tempfile.TemporaryDirectory() as folder:
         logger = RunLogger(
             Path(folder), components.task, components.spec, 1, 1,
-            tensorboard=components.settings.log.tensorboard, pictures=False,
+            tensorboard=components.settings.log.tensorboard, figures=False,
         )  # fmt: skip
-        logger.bar = Bar(1, 1, watch=(components.task.monitor[0],), console=Console(file=io.StringIO()))
+        logger.bar = ProgressBar(
+            1, 1, watch=(components.task.monitor[0],), console=Console(file=io.StringIO())
+        )
         with logger:
             yield logger

@@ -110,9 +110,7 @@ def test_other_classes_are_described_beside_these(cnntrain, make_images) -> None
     (root / "train" / "light").rename(root / "train" / "bright")
     said = cnntrain.refused(*arguments, "epochs=2", "resume=auto")
     assert (
-        "2 classes (dark, light)" in said
-        and "2 classes (bright, dark)" in said
-        and "another dataset" in said
+        "2 classes (dark, light)" in said and "2 classes (bright, dark)" in said and "another dataset" in said
     )
     assert len(said.splitlines()) <= 10
 
