@@ -68,7 +68,7 @@ def test_an_os_error_of_a_users_code_keeps_its_traceback(
     (tmp_path / "my_failing_net.py").write_text(
         "import torch\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        open('lookup-table.bin')\n"
     )
-    (tmp_path / "model" / "mine.yaml").write_text("defaults: [_base, _self_]\n_target_: my_failing_net.Net\n")
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: my_failing_net.Net\n")
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(FileNotFoundError, match="lookup-table"):
         main(["--config-dir", str(tmp_path), "model=mine", *QUICK])

@@ -355,7 +355,7 @@ def test_a_network_that_loads_its_weights_by_itself_is_left_to_it(tmp_path: Path
         "def nothing():\n"
         "    return 5\n"
     )
-    yaml_text = "defaults: [_base, _self_]\n_target_: selfmade.{}\n"
+    yaml_text = "_target_: selfmade.{}\n"
     (tmp_path / "conf" / "model" / "mine.yaml").write_text(yaml_text.format("Net"))
     (tmp_path / "conf" / "model" / "none.yaml").write_text(yaml_text.format("nothing"))
 

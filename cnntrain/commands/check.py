@@ -19,10 +19,10 @@ from rich.progress import Progress
 from cnntrain.checks.check_run import choose, run_checks
 from cnntrain.checks.context import CheckContext
 from cnntrain.checks.flip import judge_flip
-from cnntrain.commands.evaluate import read_own, restore
-from cnntrain.config.compose import read_settings
+from cnntrain.commands.evaluate import restore
+from cnntrain.config.compose import read_command_settings, read_settings
 from cnntrain.config.invocation import Invocation
-from cnntrain.config.schema import EvaluateSettings, Settings, parse
+from cnntrain.config.schema import EvaluateSettings, Settings
 from cnntrain.data.splits import limit_rows
 from cnntrain.errors import UserError
 from cnntrain.plots.checks import draw_curves
@@ -65,9 +65,8 @@ def run(invocation: Invocation) -> int:
         return 0 if check_flip(settings, invocation.line)["verdict"] != "FAIL" else 1
     choose(words)  # a slip is told before anything is read
     if any(override.startswith("checkpoint=") for override in overrides):
-        report = check_checkpoint(
-            parse(EvaluateSettings, read_own("evaluate", invocation)), words, invocation.line
-        )
+        about = read_command_settings(EvaluateSettings, "evaluate", overrides, invocation.config_dir)
+        report = check_checkpoint(about, words, invocation.line)
     else:
         report = check(read_settings(overrides, invocation.config_dir), words, invocation.line)
     return 0 if report["verdict"] != "FAIL" else 1

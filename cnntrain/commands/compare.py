@@ -8,9 +8,9 @@ curves.png.
 from pathlib import Path
 from typing import Any
 
-from cnntrain.config.compose import compose
+from cnntrain.config.compose import read_command_settings
 from cnntrain.config.invocation import Invocation
-from cnntrain.config.schema import CompareSettings, parse
+from cnntrain.config.schema import CompareSettings
 from cnntrain.errors import UserError, suggest
 from cnntrain.plots.curves import save, survive_drawing
 from cnntrain.plots.learning_curves import learning_curves
@@ -33,9 +33,8 @@ def run(invocation: Invocation) -> int:
         raise UserError(
             "compare: give the folders of runs or sweeps, for example: cnntrain compare outputs/RUN outputs/RUN"
         )
-    composed = compose("compare", invocation.overrides, invocation.config_dir)
-    composed.pop("choices")
-    compare([Path(word) for word in invocation.words], parse(CompareSettings, composed), invocation.line)
+    settings = read_command_settings(CompareSettings, "compare", invocation.overrides, invocation.config_dir)
+    compare([Path(word) for word in invocation.words], settings, invocation.line)
     return 0
 
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnntrain.config.compose import compose, parse_overrides
-from cnntrain.config.instantiate import trust_folder
+from cnntrain.config.compose import read_command_settings
 from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import EvaluateSettings, PredictSettings, Settings, parse
 from cnntrain.data.examples import Source
@@ -42,25 +41,11 @@ NAMES = {"train": "training", "val": "validation", "test": "test"}  # as picture
 def run(invocation: Invocation) -> int:
     if invocation.words:
         raise UserError(f"evaluate: {invocation.words[0]!r} is no override; write checkpoint=PATH")
-    settings = parse(EvaluateSettings, read_own("evaluate", invocation))
+    settings = read_command_settings(
+        EvaluateSettings, "evaluate", invocation.overrides, invocation.config_dir
+    )
     evaluate_checkpoint(settings, invocation.line)
     return 0
-
-
-def read_own(name: str, invocation: Invocation) -> dict[str, Any]:
-    """The settings of a command that has a config of its own, conf/`name`.yaml, as plain values.
-
-    `trusted_packages` counts only when it is typed: a config file can't trust itself.
-    """
-    composed = compose(name, invocation.overrides, invocation.config_dir)
-    composed.pop("choices")
-    trusted: Any = []
-    if any(o.key_or_group == "trusted_packages" for o in parse_overrides(invocation.overrides)):
-        trusted = composed["trusted_packages"]
-        trust_folder(Path.cwd())
-    if invocation.config_dir and isinstance(trusted, list):  # what is no list is refused when it is parsed
-        trusted = [*trusted, *trust_folder(invocation.config_dir.resolve())]
-    return {**composed, "trusted_packages": trusted}
 
 
 def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> dict[str, float]:
@@ -94,7 +79,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     if not settings.run_dir and exists(folder) and not is_folder(folder, run_folder_of(path)):
         raise UserError(f"{folder}: is a link or a file; remove it, or choose another folder with run_dir=")
     with open_run_dir(folder, "evaluate") as run_folder, stop_flag() as stop:
-        batch_size = assembly.settings.known_batch_size or saved["config"]["batch_size"]
+        batch_size = assembly.settings.fixed_batch_size or saved["config"]["batch_size"]
         meter = evaluate(
             assembly, assembly.model, assembly.loader(examples), batch_size, stop=stop, on_batch=look
         )

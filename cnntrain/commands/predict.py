@@ -26,9 +26,9 @@ from cnntrain.commands.evaluate import (
     config_of,
     limited_construction,
     load_judged,
-    read_own,
     refuse_other_network,
 )
+from cnntrain.config.compose import read_command_settings
 from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import PredictSettings, Settings, parse
 from cnntrain.data.cache import decode_into_ram, fits_in_ram
@@ -90,7 +90,8 @@ class Predictor:
 def run(invocation: Invocation) -> int:
     if invocation.words:
         raise UserError(f"predict: {invocation.words[0]!r} is no override; write checkpoint=PATH images=PATH")
-    predict(parse(PredictSettings, read_own("predict", invocation)), invocation.line)
+    settings = read_command_settings(PredictSettings, "predict", invocation.overrides, invocation.config_dir)
+    predict(settings, invocation.line)
     return 0
 
 
@@ -165,7 +166,7 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
             f"checkpoint: its data.crop_margin is {margin!r}, and must be a number from 0 to {MOST_MARGIN}"
         )
     margin = float(margin) if crops else 0.0
-    batch_size = restored.known_batch_size or saved["config"]["batch_size"]
+    batch_size = restored.fixed_batch_size or saved["config"]["batch_size"]
     return Predictor(compute, spec, pipeline, task, model, decoder, batch_size, crops, margin)
 
 

@@ -15,9 +15,9 @@ import yaml
 
 from cnntrain.commands.evaluate import evaluate_checkpoint
 from cnntrain.config.command_text import chosen_options, without_passwords
-from cnntrain.config.compose import compose, read_settings, suggest_setting
+from cnntrain.config.compose import read_command_settings, read_settings, suggest_setting
 from cnntrain.config.invocation import Invocation
-from cnntrain.config.schema import EvaluateSettings, Settings, parse
+from cnntrain.config.schema import EvaluateSettings, Settings
 from cnntrain.errors import CheckFailedError, UserError
 from cnntrain.io.safe_files import run_folder_of
 from cnntrain.io.streams import flush_or_discard
@@ -287,10 +287,9 @@ def train_trial(
 
 def test_trial(settings: Settings, command_line: str) -> dict[str, float]:
     """The test set's metrics by the best checkpoint in the run's folder."""
-    defaults = compose("evaluate", ("checkpoint=here",))
-    defaults.pop("choices")
     about = dataclasses.replace(
-        parse(EvaluateSettings, defaults), checkpoint=str(settings.run_dir), device=settings.device,
+        read_command_settings(EvaluateSettings, "evaluate", ("checkpoint=best.pt",)),
+        checkpoint=str(settings.run_dir), device=settings.device,
         threads=settings.threads, trusted_packages=settings.trusted_packages,
     )  # fmt: skip
     return evaluate_checkpoint(about, command_line)

@@ -1,4 +1,4 @@
-"""Composing the config with Hydra, and turning what Hydra says about a user's slip into one clear message."""
+"""Compose the config with Hydra, and explain Hydra's errors in terms of the user's keys and files."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose as hydra_compose
@@ -24,7 +24,7 @@ from yaml import YAMLError
 
 from cnntrain.config.instantiate import trust_folder
 from cnntrain.config.renamed_keys import renamed
-from cnntrain.config.schema import Settings, conf_folder, parse
+from cnntrain.config.schema import Settings, check_groups, conf_folder, parse, shortened
 from cnntrain.config.yaml_files import check_yaml_files, yaml_files
 from cnntrain.errors import UserError, suggest
 
@@ -42,149 +42,190 @@ def hydra_session() -> Iterator[GlobalHydra]:
         VersionBase.instance().version_base = version_base
 
 
-def search_path(config_dir: Path | None) -> list[str]:
-    """The override that adds a user's own folder of config groups."""
-    return [f"hydra.searchpath=['file://{config_dir.resolve()}']"] if config_dir else []
+T = TypeVar("T")
+
+
+def read_settings(overrides: Sequence[str], config_dir: Path | None = None) -> Settings:
+    """Compose and validate the settings of a training.
+
+    `trusted_packages` only has an effect among `overrides`: a config file cannot trust itself. The modules in
+    `config_dir` are trusted, because that folder is named on the command line.
+
+    Raises:
+        UserError: a setting is invalid.
+    """
+    settings = parse(Settings, compose("config", overrides, config_dir))
+    check_groups(settings)
+    trusted = _trusted_packages(settings.trusted_packages, overrides, config_dir)
+    return dataclasses.replace(settings, trusted_packages=trusted)
+
+
+def read_command_settings(
+    cls: type[T], name: str, overrides: Sequence[str], config_dir: Path | None = None
+) -> T:
+    """Compose and validate the settings of a command with its own config, conf/`name`.yaml.
+
+    Raises:
+        UserError: a setting is invalid.
+    """
+    composed = compose(name, overrides, config_dir)
+    composed.pop("choices")
+    settings: Any = parse(cls, composed)
+    if "trusted_packages" in composed:
+        trusted = _trusted_packages(settings.trusted_packages, overrides, config_dir)
+        settings = dataclasses.replace(settings, trusted_packages=trusted)
+    return settings
+
+
+def _trusted_packages(composed: list[str], overrides: Sequence[str], config_dir: Path | None) -> list[str]:
+    """Return the packages to trust: `composed` if set on the command line, and the modules in `config_dir`."""
+    trusted = []
+    if any(override.key_or_group == "trusted_packages" for override in parse_overrides(overrides)):
+        trust_folder(Path.cwd())
+        trusted += composed
+    if config_dir:
+        trusted += trust_folder(config_dir.resolve())
+    return trusted
 
 
 def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None) -> dict[str, Any]:
-    """The composed config as plain values, and under `choices` the option chosen in each group.
+    """Compose a config to plain Python values; the key `choices` holds the option chosen in each group.
 
     Args:
-        name: the primary config, a file of conf/.
-        overrides: as on the command line, e.g. `["model=mlp", "optimizer.lr=0.1"]`.
-        config_dir: a folder with groups of the user's own.
+        name: primary config, a file of conf/.
+        overrides: as on the command line, for example `["model=mlp", "optimizer.lr=0.1"]`.
+        config_dir: the user's folder of config groups.
 
     Raises:
-        UserError: a group, an option, a key or a value is wrong; names it and suggests the near miss.
+        UserError: a group, an option, a key or a value is invalid.
     """
-    return deepcopy(_compose(name, tuple(quote_values(overrides)), config_dir, _stamps(config_dir)))
+    return deepcopy(_compose(name, tuple(map(quote_value, overrides)), config_dir, _versions(config_dir)))
 
 
-def _stamps(config_dir: Path | None) -> tuple[tuple[str, int, int], ...]:
-    """What tells that a file in the user's own folder has changed."""
+def _versions(config_dir: Path | None) -> tuple[tuple[str, int, int], ...]:
+    """Return the name, modification time and size of the user's config files: part of the cache key."""
     files = [file for file in yaml_files(config_dir) if file.exists()] if config_dir else []
-    return tuple((str(file), (about := file.stat()).st_mtime_ns, about.st_size) for file in files)
+    return tuple((str(file), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
 
 
-@lru_cache(maxsize=1)  # a command's config is checked before torch is imported, and composed once more after
+@lru_cache(maxsize=1)  # the command line composes before it imports torch, and the command composes again
 def _compose(
-    name: str, overrides: tuple[str, ...], config_dir: Path | None, stamps: tuple[tuple[str, int, int], ...]
+    name: str,
+    overrides: tuple[str, ...],
+    config_dir: Path | None,
+    versions: tuple[tuple[str, int, int], ...],
 ) -> dict[str, Any]:
     if config_dir:
         check_yaml_files(config_dir)
-    _check_choices(overrides, config_dir)
+    _check_option_names(overrides, config_dir)
     with hydra_session():
         try:
-            composed = hydra_compose(name, [*search_path(config_dir), *overrides], return_hydra_config=True)
+            composed = hydra_compose(name, [*_search_path(config_dir), *overrides], return_hydra_config=True)
             chosen = OmegaConf.to_container(composed.hydra.runtime.choices)
             with open_dict(composed):
                 del composed["hydra"]
-            plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
             raise UserError(_explain(error, name, overrides, config_dir)) from error
         except (OSError, ValueError) as error:
             # Hydra and OmegaConf raise these if a file is not a mapping, or if `defaults` is not a list.
-            if problem := find_malformed_file(config_dir):
+            if problem := _malformed_file(config_dir):
                 raise UserError(problem) from error
             raise
-    assert isinstance(plain, dict) and isinstance(chosen, dict)
+    assert isinstance(config, dict) and isinstance(chosen, dict)
     choices = {str(group): option for group, option in chosen.items() if not str(group).startswith("hydra")}
-    return {**{str(key): value for key, value in plain.items()}, "choices": choices}
+    return {**{str(key): value for key, value in config.items()}, "choices": choices}
+
+
+def _search_path(config_dir: Path | None) -> list[str]:
+    return [f"hydra.searchpath=['file://{config_dir.resolve()}']"] if config_dir else []
+
+
+def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
+    """Return the options of each config group, read from the folders without Hydra."""
+    options: dict[str, set[str]] = {}
+    for folder in filter(None, (conf_folder(), config_dir)):
+        for group in sorted(path for path in folder.iterdir() if path.is_dir()):
+            names = {path.stem for path in group.glob("*.yaml") if not path.name.startswith("_")}
+            if names and not group.name.startswith((".", "_")):
+                options.setdefault(group.name, set()).update(names)
+    return {group: sorted(names) for group, names in options.items()}
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Hydra's own grammar, with its syntax errors turned into ours; Hydra's own keys are refused."""
+    """Parse overrides with Hydra's grammar.
+
+    Raises:
+        UserError: a syntax error, or one of Hydra's own keys.
+    """
     for override in overrides:
         if override.startswith("="):
-            raise UserError(f"{override!r} has no key; write KEY=VALUE, as epochs=5")
+            raise UserError(f"{override!r} has no key; write KEY=VALUE, for example epochs=5")
     try:
-        parsed = OverridesParser.create().parse_overrides(quote_values(overrides))
+        parsed = OverridesParser.create().parse_overrides([quote_value(override) for override in overrides])
     except HydraException as error:
-        raise UserError(_syntax(error)) from error
+        raise UserError(_syntax_error(error)) from error
     except ValueError as error:  # Python refuses to parse integers of more than 4,300 digits
         longest = max(overrides, key=len)
-        raise UserError(f"{longest.partition('=')[0]}: the value cannot be read: {error}") from error
+        raise UserError(f"{longest.partition('=')[0]}: the value cannot be parsed: {error}") from error
     except RecursionError as error:
         deepest = max(overrides, key=lambda override: override.count("[") + override.count("{"))
-        raise UserError(f"{deepest.partition('=')[0]}: is nested too deep to be read") from error
+        raise UserError(f"{deepest.partition('=')[0]}: the value is nested too deeply") from error
     for override in parsed:
         if re.split(r"[./@]", override.key_or_group)[0] == "hydra":
             raise UserError(
-                f"{override.key_or_group}: Hydra composes the config here and does no more; a run's folder is run_dir, "
-                "and what -m does is set by sweep.*"
+                f"{override.key_or_group}: Hydra only composes the config, so its own keys have no effect; set the "
+                "run folder with run_dir, and a sweep (-m) with sweep.*"
             )
     return parsed
 
 
-def quote_values(overrides: Sequence[str]) -> list[str]:
-    """Quote plain-text values that Hydra's grammar cannot parse, such as `~/photos` or `fünf.csv`.
+_PLAIN_KEY = re.compile(r"[+~]{0,2}[\w./@:-]+")
+# Values that Hydra's grammar accepts without quotes, and ${...}.
+_UNQUOTED = re.compile(r"[A-Za-z0-9_/\\+.$%*@?|:{}\s-]*")
+
+
+def quote_value(override: str) -> str:
+    """Quote a text value that Hydra's grammar cannot parse, such as `~/photos` or `fünf.csv`.
 
     Values with brackets, braces, parentheses, quotes or commas are left to Hydra's grammar. A leading `~` or `~user` is
     expanded to the home folder, because shells do not expand it after `=`.
     """
-    return [_quote_value(override) for override in overrides]
-
-
-_PLAIN_KEY = re.compile(r"[+~]{0,2}[\w./@:-]+")
-_READABLE = re.compile(
-    r"[A-Za-z0-9_/\\+.$%*@?|:{}\s-]*"
-)  # values that Hydra's grammar accepts without quotes, and ${...}
-
-
-def _quote_value(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or not _PLAIN_KEY.fullmatch(key) or re.search(r"[,()\[\]'\"]", value) or value[:1] == "{":
         return override
+    expanded = value
     if value.startswith("~"):
         with contextlib.suppress(RuntimeError):  # no such user, or no home folder
-            value = str(Path(value).expanduser())
-    return (
-        override if _READABLE.fullmatch(value) and value == override[len(key) + 1 :] else f"{key}='{value}'"
-    )
+            expanded = str(Path(value).expanduser())
+    return override if _UNQUOTED.fullmatch(value) and expanded == value else f"{key}='{expanded}'"
 
 
-def _check_choices(overrides: Sequence[str], config_dir: Path | None) -> None:
-    """Refuse what is no name where an option is chosen: Hydra stumbles over it without saying where."""
+def _check_option_names(overrides: Sequence[str], config_dir: Path | None) -> None:
+    """Reject an option that is not a name, such as `model=3`: Hydra's own error does not say where it is."""
     groups = group_options(config_dir)
     for override in parse_overrides(overrides):
         if override.key_or_group not in groups or override.is_sweep_override() or override.is_delete():
             continue
         value = override.value()
-        each = value if isinstance(value, list) else [value]
-        if not all(
-            isinstance(name, str | QuotedString) and str(getattr(name, "text", name)) for name in each
-        ):
-            raise UserError(
-                f"{override.key_or_group}: {override.get_value_string() or 'nothing'} is no option's name"
-            )
+        for name in value if isinstance(value, list) else [value]:
+            if not isinstance(name, str | QuotedString) or not str(getattr(name, "text", name)):
+                shown = override.get_value_string() or "an empty value"
+                raise UserError(f"{override.key_or_group}: {shown} is not the name of an option")
 
 
-def _syntax(error: Exception) -> str:
+def _syntax_error(error: Exception) -> str:
     override = re.search(r"Error parsing override '(.*?)'\n", str(error), re.DOTALL)
-    shown = (
-        override[1] if override else getattr(error, "override", None) or str(error).strip().splitlines()[0]
-    )
-    if element := re.match(r"([\w.]+)\[[^=]*=", shown):
+    text = override[1] if override else getattr(error, "override", None) or str(error).strip().splitlines()[0]
+    if element := re.match(r"([\w.]+)\[[^=]*=", text):
         return (
-            f"{shown!r}: a single list element cannot be overridden; give the whole list, {element[1]}=[...], or set "
+            f"{text!r}: a single list element cannot be overridden; give the whole list, {element[1]}=[...], or set "
             "it in your own YAML file (--config-dir)"
         )
     return (
-        f"can't read {shown!r}\nan override is written KEY=VALUE, as epochs=20; a value with spaces or special "
-        "characters needs quotes of its own inside the shell's, as \"data.root='my photos'\""
+        f"can't parse {text!r}\nan override is written KEY=VALUE, for example epochs=20; a value with spaces or "
+        "special characters needs its own quotes inside the shell's, for example \"data.root='my photos'\""
     )
-
-
-def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
-    """Config groups and what there is to choose from in each; read from the folders, without Hydra."""
-    found: dict[str, set[str]] = {}
-    for folder in filter(None, (conf_folder(), config_dir)):
-        for group in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "_"))):
-            names = {p.stem for p in group.glob("*.yaml") if not p.name.startswith("_")}
-            if names:
-                found.setdefault(group.name, set()).update(names)
-    return {group: sorted(names) for group, names in found.items()}
 
 
 def suggest_setting(word: str, following: Sequence[str] = ()) -> str | None:
@@ -196,105 +237,58 @@ def suggest_setting(word: str, following: Sequence[str] = ()) -> str | None:
 
 
 def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: Path | None) -> str:
-    """One message for what Hydra or OmegaConf could not do."""
+    """Turn an error of Hydra or OmegaConf into one message."""
     text = str(error)
     if isinstance(error, RecursionError):
-        return "the config is nested too deep to be read"
+        return "the config is nested too deeply"
     if "override_grammar" in text:
-        return _syntax(error)
-    if "hydra.searchpath" not in text and (
-        match := re.search(r"Could not (?:load|find) '([^'/]+)/([^']+)'", text)
-    ):
-        options = group_options(config_dir).get(match[1], [])
-        hint = renamed(match[1], match[2]) or suggest(match[2], options)
-        return f"{match[1]}: no such option {match[2]!r}{hint} (there is {', '.join(options)})"
+        return _syntax_error(error)
+    # Without "In '...':", the message may be about Hydra's search path.
+    prefix = "In '[^']*': " if "hydra.searchpath" in text else ""
+    if match := re.search(prefix + r"Could not (?:load|find) '([^'/]+)/([^']+)'", text):
+        return _no_such_option(match[1], match[2], config_dir)
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{match[1]}: several values; -m runs them all, [brackets] make them a list"
+        return f"{match[1]}: several values; -m runs each of them, [brackets] make them one list"
     if match := re.search(r"Could not override '([^']+)'", text):
-        if name != "config" and match[1] in group_options(config_dir):
-            return f"{match[1]}: `{name}` takes it from the checkpoint"
-        if hint := renamed(_typed_key(match[1], overrides)):
-            return f"{match[1]}: no such key{hint}"
-        group, _, key = match[1].partition(".")
-        if key and key in _base_keys(group):
-            return (
-                f"{match[1]}: the chosen {group} has no such key; start its file with `defaults: [_base, _self_]`, "
-                "which brings the keys that every one has"
-            )
         return _no_such_key(match[1], name, overrides, config_dir)
-    if match := re.search(r"In '([^']*)': Could not find '([^'/]+)/([^']+)'", text):
-        options = group_options(config_dir).get(match[2], [])
-        hint = renamed(match[2], match[3]) or suggest(match[3], options)
-        return f"{match[2]}: no such option {match[3]!r}{hint} (there is {', '.join(options)})"
-    if match := re.search(r"Could not override '([^']+)'\.\nNo match in the defaults list", text):
-        return f"{match[1]}: no such group{suggest(match[1], list(group_options(config_dir)))}"
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match[1]}: missing; give it as {match[1]}=..."
     if isinstance(error, YAMLError):
-        return _yaml_problem(error)
+        return _yaml_error(error)
     return "\n".join(line for line in text.splitlines() if line.strip())[:600]
 
 
-def _typed_key(key: str, overrides: Sequence[str]) -> str:
-    """Return the whole key of the override at fault: Hydra names only its part up to the first unknown name."""
-    typed = [each.lstrip("+~").partition("=")[0] for each in overrides]
-    return next((each for each in typed if each == key or each.startswith(f"{key}.")), key)
-
-
-def _yaml_problem(error: YAMLError, file: Path | None = None) -> str:
-    """Describe where a YAML file is invalid, and the likely cause."""
-    mark = getattr(error, "problem_mark", None)
-    where = file or getattr(mark, "name", "a config file")
-    line = f":{mark.line + 1}" if mark else ""
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return (
-        f"{where}{line}: not valid YAML ({problem}); check that this line and the line above have the same indentation "
-        "(spaces only), that a space follows each `key:`, and that brackets and quotes are closed"
-    )
-
-
-def find_malformed_file(config_dir: Path | None) -> str | None:
-    """Describe the first config file of the user that is not a mapping, or whose `defaults` is not a list."""
-    for file in yaml_files(config_dir) if config_dir else []:
-        try:
-            content = yaml.safe_load(file.read_text("utf-8"))
-        except YAMLError as error:
-            return _yaml_problem(error, file)
-        if content is not None and not isinstance(content, dict):
-            return f"{file}: a config file must consist of `key: value` lines, got {_shortened(content)}"
-        defaults = (content or {}).get("defaults", [])
-        if not isinstance(defaults, list):
-            return (
-                f"{file}: defaults: must be a list, for example [_base, _self_]; got {_shortened(defaults)}"
-            )
-    return None
-
-
-def _shortened(value: Any, most: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= most else text[:most] + "..."
+def _no_such_option(group: str, option: str, config_dir: Path | None) -> str:
+    if option == "_base":
+        return f"{group}/_base: no longer exists; remove `_base` from `defaults`, every {group} has these keys now"
+    options = group_options(config_dir).get(group, [])
+    hint = renamed(group, option) or suggest(option, options)
+    return f"{group}: no such option {option!r}{hint} (there is {', '.join(options)})"
 
 
 def _no_such_key(key: str, name: str, overrides: Sequence[str], config_dir: Path | None) -> str:
     """Describe an unknown key: name the options that have it, or suggest the most similar key."""
+    options = group_options(config_dir)
+    if name != "config" and key in options:
+        return f"{key}: `{name}` takes it from the checkpoint"
+    # Hydra names a key only up to its first unknown part.
+    typed = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    if hint := renamed(next((each for each in typed if each.startswith(f"{key}.")), key)):
+        return f"{key}: no such key{hint}"
     group, _, rest = key.partition(".")
-    if rest and group in (options := group_options(config_dir)):
+    if rest and group in options:
         owners = [option for option in options[group] if rest in _option_keys(group, option, config_dir)]
         if owners:
             chosen = [each.partition("=")[2] for each in overrides if each.startswith(f"{group}=")]
             default = re.search(rf"- {group}: (\w+)", (conf_folder() / "config.yaml").read_text())
-            shown = chosen[-1] if chosen else default[1] if default else "the chosen one"
-            return f"{key}: {group}={shown} has no such key; {_any_of(owners)} have it"
-    known = _all_keys(name, overrides, config_dir)
-    ends = [each for each in known if each.endswith(f".{key}")]
-    if ends:
+            option = chosen[-1] if chosen else default[1] if default else "the chosen one"
+            more = f" and {len(owners) - 20} more" if len(owners) > 20 else ""
+            return f"{key}: {group}={option} has no such key; {', '.join(owners[:20])}{more} have it"
+    keys = _all_keys(name, overrides, config_dir)
+    if ends := [each for each in keys if each.endswith(f".{key}")]:
         return f"{key}: no such key; did you mean {ends[0]!r}?"
-    within = [each for each in known if each.startswith(f"{group}.")] if rest else known
-    return f"{key}: no such key{suggest(key, within or known)}"
-
-
-def _any_of(names: Sequence[str], most: int = 20) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    within = [each for each in keys if each.startswith(f"{group}.")] if rest else []
+    return f"{key}: no such key{suggest(key, within or keys)}"
 
 
 def _option_keys(group: str, option: str, config_dir: Path | None) -> set[str]:
@@ -309,20 +303,12 @@ def _option_keys(group: str, option: str, config_dir: Path | None) -> set[str]:
     return set()
 
 
-def _base_keys(group: str) -> list[str]:
-    """The keys of `_base.yaml`, which an option of the group may leave out by mistake."""
-    file = conf_folder() / group / "_base.yaml"
-    if not re.fullmatch(r"\w+", group) or not file.is_file():
-        return []
-    return [str(key) for key in OmegaConf.load(file)]
-
-
 def _all_keys(name: str, overrides: Sequence[str], config_dir: Path | None) -> list[str]:
-    """Every dotted key there is, given the groups that were chosen."""
+    """Return all dotted keys of the config with the chosen options."""
     groups = group_options(config_dir)
-    choices = [o for o in overrides if o.split("=")[0] in groups]
+    choices = [override for override in overrides if override.split("=")[0] in groups]
     try:
-        composed = hydra_compose(name, [*search_path(config_dir), *choices])
+        composed = hydra_compose(name, [*_search_path(config_dir), *choices])
     except (HydraException, OmegaConfBaseException):
         composed = hydra_compose(name)
 
@@ -336,20 +322,28 @@ def _all_keys(name: str, overrides: Sequence[str], config_dir: Path | None) -> l
     return [*groups, *walk(composed, "")]
 
 
-def read_settings(overrides: Sequence[str], config_dir: Path | None = None) -> Settings:
-    """The checked settings of a training.
+def _yaml_error(error: YAMLError, file: Path | None = None) -> str:
+    """Describe where a YAML file is invalid, and the likely cause."""
+    mark = getattr(error, "problem_mark", None)
+    where = file or getattr(mark, "name", "a config file")
+    line = f":{mark.line + 1}" if mark else ""
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return (
+        f"{where}{line}: not valid YAML ({problem}); check that this line and the line above have the same indentation "
+        "(spaces only), that a space follows each `key:`, and that brackets and quotes are closed"
+    )
 
-    `trusted_packages` counts only when it is given here: a config file can't trust itself. A folder given as
-    `config_dir` is the user's own, so the modules in it are trusted.
 
-    Raises:
-        UserError: anything is wrong; nothing has been made yet.
-    """
-    settings = parse(Settings, compose("config", overrides, config_dir))
-    typed = any(override.key_or_group == "trusted_packages" for override in parse_overrides(overrides))
-    trusted = list(settings.trusted_packages) if typed else []
-    if typed:
-        trust_folder(Path.cwd())
-    if config_dir:
-        trusted += trust_folder(config_dir.resolve())
-    return dataclasses.replace(settings, trusted_packages=trusted)
+def _malformed_file(config_dir: Path | None) -> str | None:
+    """Describe the first config file of the user that is not a mapping, or whose `defaults` is not a list."""
+    for file in yaml_files(config_dir) if config_dir else []:
+        try:
+            content = yaml.safe_load(file.read_text("utf-8"))
+        except YAMLError as error:
+            return _yaml_error(error, file)
+        if content is not None and not isinstance(content, dict):
+            return f"{file}: a config file must consist of `key: value` lines, got {shortened(content)}"
+        defaults = (content or {}).get("defaults", [])
+        if not isinstance(defaults, list):
+            return f"{file}: defaults: must be a list, for example [flip, _self_]; got {shortened(defaults)}"
+    return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from cnntrain.config.renamed_keys import renamed
-from cnntrain.config.schema import check_type
+from cnntrain.config.schema import check_value
 from cnntrain.errors import UserError, is_out_of_memory, suggest
 
 # For each role: the allowed packages, and the required base class (by name, because torch is imported lazily). A class
@@ -92,7 +92,7 @@ def resolve(
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
         for name, value in arguments.items():
             if name in parameters and name in hints:
-                check_type(value, hints[name], f"{key}.{name}")
+                check_value(value, hints[name], f"{key}.{name}")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for name in arguments:

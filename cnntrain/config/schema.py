@@ -1,9 +1,11 @@
-"""The fixed part of the config as typed dataclasses: names, types and ranges. Defaults stand in conf/config.yaml.
+"""Typed settings: names, types and ranges of the config's keys. The defaults are in conf/config.yaml.
 
-The pluggable leaves (`model`, `data`, `augment`, `task`, `optimizer`, `schedule`) are plain dictionaries here; they are
-checked against the signature of what they name when it is built.
+The groups `model`, `data`, `augment`, `task`, `optimizer` and `schedule` are plain dictionaries in `Settings`. The keys
+that all options of a group share are checked by `check_groups`, and the others against the signature of the class that
+`_target_` names (config/instantiate.py).
 """
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -21,25 +23,28 @@ from cnntrain.config.renamed_keys import renamed
 from cnntrain.errors import UserError, suggest
 
 T = TypeVar("T")
-Node = dict[str, Any]  # a pluggable leaf: `_target_` and its arguments
-GROUPS = ("task", "augment", "model", "data", "optimizer", "schedule")  # keys of the pluggable leaves
+Node = dict[str, Any]  # `_target_` and its arguments
+GROUPS = ("task", "augment", "model", "data", "optimizer", "schedule")  # config groups that are a `Node`
 
 
 @dataclass(frozen=True)
 class Within:
-    """Marks numbers that must lie in [low, high]; None leaves that end open."""
+    """Annotation of a number that must lie in [low, high]; None: no limit."""
 
     low: float | None = None
     high: float | None = None
 
 
-ANYTHING = Within()
-_TYPE_NAMES = {
+_TYPE_NAMES: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     str: "text",
-    type(None): "null",
+    list: "a list",
+    tuple: "a list",
+    Sequence: "a list",
+    dict: "a mapping",
+    Mapping: "a mapping",
 }
 
 
@@ -123,7 +128,7 @@ class SweepSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Keys that every data set has; the rest of `data` belongs to the source."""
+    """Keys of every dataset; the others in `data` are arguments of the data source."""
 
     workers: Annotated[int, Within(0, 256)]
     val_fraction: Annotated[float, Within(0, 0.9)]
@@ -136,7 +141,7 @@ class DataSettings:
     cache: Literal["auto", "gpu", "ram", "disk", "none"]
     scan: Literal["full", "headers", "off"]
     timeout_s: Annotated[int, Within(1)]
-    bits: Annotated[int | None, Within(9, 16)] = None
+    bits: Annotated[int | None, Within(9, 16)]
 
     def __post_init__(self) -> None:
         if self.fold and self.folds is None:
@@ -147,27 +152,27 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Keys that every shipped network has; the rest of `model` belongs to the network."""
+    """Keys of every network; the others in `model` are arguments of the network."""
 
-    pretrained: Any = None
-    norm: str | None = None
-    activation: str | None = None
-    init: str = "default"
-    freeze: Any = None
-    unfreeze: Annotated[int | None, Within(2)] = None
+    pretrained: Any
+    norm: str | None
+    activation: str | None
+    init: str
+    freeze: Any
+    unfreeze: Annotated[int | None, Within(2)]
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Keys that every optimizer has; the rest of `optimizer` belongs to torch's class."""
+    """Keys of every optimizer; the others in `optimizer` are arguments of torch's class."""
 
-    decay_norms_and_biases: bool = False
-    layer_decay: Annotated[float | None, Within(1e-6, 1)] = None
+    decay_norms_and_biases: bool
+    layer_decay: Annotated[float | None, Within(1e-6, 1)]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that `cnntrain train` needs to know."""
+    """Settings of `cnntrain train` and of the commands that share its config."""
 
     task: Node
     augment: Node
@@ -204,16 +209,16 @@ class Settings:
     sweep: SweepSettings
     expect: dict[str, Any] | None
     trusted_packages: list[str]
-    choices: dict[str, Any]  # group -> option, as they were chosen
+    choices: dict[str, Any]  # group -> chosen option
 
     @property
-    def known_batch_size(self) -> int | None:
-        """Images a batch; None as long as that is `auto`."""
+    def fixed_batch_size(self) -> int | None:
+        """The batch size, or None for `auto`."""
         return None if self.batch_size == "auto" else self.batch_size
 
     @property
     def label(self) -> str:
-        """A short name for the run's folder: what is trained on what."""
+        """The name of the network and of the dataset, for the name of the run folder."""
         model = self.model.get("name") or self.choices.get("model", "model")
         data = self.choices.get("data", "data")
         return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{model}-{data}").lower()
@@ -227,7 +232,7 @@ class EvaluateData:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """Everything that `cnntrain evaluate` needs to know; the rest comes from the checkpoint."""
+    """Settings of `cnntrain evaluate`; all others come from the checkpoint."""
 
     checkpoint: str
     split: Literal["train", "val", "test"]
@@ -242,7 +247,7 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """Everything that `cnntrain compare` needs to know beside the folders."""
+    """Settings of `cnntrain compare`."""
 
     metric: str | None
     run_dir: str | None
@@ -250,7 +255,7 @@ class CompareSettings:
 
 @dataclass(frozen=True)
 class PredictSettings:
-    """Everything that `cnntrain predict` needs to know; the rest comes from the checkpoint."""
+    """Settings of `cnntrain predict`; all others come from the checkpoint."""
 
     checkpoint: str
     images: str
@@ -273,10 +278,10 @@ def split_common(node: Node, cls: type) -> tuple[Node, Node]:
 
 
 def conf_folder() -> Path:
-    """Return the folder of the shipped config groups: inside the wheel, or at the top of the checkout."""
+    """Return the folder of the shipped config files: in the installed package, or at the top of the checkout."""
     package = Path(__file__).resolve().parents[1]
-    inside, beside = package / "conf", package.parent / "conf"
-    return inside if inside.is_dir() else beside
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def default_settings() -> dict[str, Any]:
@@ -291,11 +296,29 @@ def _default_settings() -> dict[str, Any]:
     return {name: value for name, value in defaults.items() if name in names}
 
 
-def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """An instance of the dataclass `cls` from plain values, each checked for type and range.
+def check_groups(settings: Settings) -> None:
+    """Check the keys that all options of a group share, before torch is imported and any data is read.
 
     Raises:
-        UserError: names the key at fault, what was found and what would be right.
+        UserError: a key is missing, or its value is invalid.
+    """
+    parse(DataSettings, split_common(settings.data, DataSettings)[1], "data.")
+    parse(ModelSettings, split_common(settings.model, ModelSettings)[1], "model.")
+    parse(OptimizerSettings, split_common(settings.optimizer, OptimizerSettings)[1], "optimizer.")
+    if "lr" in settings.optimizer:
+        check_value(settings.optimizer["lr"], Annotated[float | Literal["auto"], Within(0)], "optimizer.lr")
+    if "weight_decay" in settings.optimizer:
+        check_value(settings.optimizer["weight_decay"], Annotated[float, Within(0)], "optimizer.weight_decay")
+
+
+def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Build the dataclass `cls` from plain values; check the type and range of each.
+
+    Args:
+        path: prefix of the keys in error messages, for example "optimizer.".
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is invalid.
     """
     hints = get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
@@ -304,136 +327,113 @@ def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
             hint = renamed(f"{path}{name}") or suggest(str(name), list(fields))
             raise UserError(f"{path}{name}: no such key{hint}")
     arguments = {}
-    for name, f in fields.items():
-        if name not in values:
-            if f.default is dataclasses.MISSING:
-                raise UserError(f"{path}{name}: missing")
-            continue
-        arguments[name] = _convert(values[name], hints[name], f"{path}{name}")
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = check_value(values[name], hints[name], f"{path}{name}")
+        elif field.default is dataclasses.MISSING:
+            raise UserError(f"{path}{name}: missing")
     return cls(**arguments)
 
 
-def _convert(value: Any, hint: Any, key: str, limits: Within = ANYTHING, or_null: str = "") -> Any:
-    origin = get_origin(hint)
-    if origin is Annotated:
-        hint, limits = get_args(hint)
-        origin = get_origin(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        options = get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        words = [word for option in options if get_origin(option) is Literal for word in get_args(option)]
-        if value in words:
-            return value
-        typed = [o for o in options if o is not type(None)]
-        inner = next((o for o in typed if get_origin(o) is not Literal), typed[0])
-        return _convert(value, inner, key, limits, f" or {' or '.join(words) or 'null'}")
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{key}: needs keys below it, as {key}.NAME=...; got {value!r}")
-        return parse(hint, value, f"{key}.")  # pyright: ignore[reportArgumentType]
-    if origin is Literal:
-        choices = [str(choice) for choice in get_args(hint)]
-        if value is False and "off" in choices:  # as YAML reads a bare off
-            return "off"
-        if value not in get_args(hint):
-            hint = renamed(key, value) or suggest(str(value), choices)
-            raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}{hint}")
-        return value
-    if origin in (dict, list):
-        if not isinstance(value, origin):
-            raise UserError(f"{key}: must be a {'list' if origin is list else 'mapping'}, got {value!r}")
-        if origin is list:
-            return [_convert(each, get_args(hint)[0], f"{key}[{i}]") for i, each in enumerate(value)]
-        return value
-    return _scalar(value, hint, key, limits, or_null)
+def check_value(value: Any, hint: Any, key: str, limits: Within = Within(), alternatives: str = "") -> Any:
+    """Check a value against a type annotation; return it with numbers converted to the annotated type.
 
+    Supports numbers, text, `Literal`, lists, mappings, dataclasses, unions and `Annotated[..., Within(...)]`. Other
+    annotations accept any value. A whole number is accepted for `float`.
 
-def check_type(value: Any, hint: Any, key: str) -> None:
-    """Check a value against the annotation of the parameter that it is passed to.
-
-    Supports numbers, text, `Literal`, sequences, mappings, unions and `Annotated[..., Within(...)]`; accepts any value
-    for other annotations. A whole number is accepted for `float`.
+    Args:
+        key: the config key, for messages.
+        limits: range of numbers.
+        alternatives: other accepted values, for messages.
 
     Raises:
         UserError: the type or the range is wrong.
     """
-    limits, bare = (
-        (get_args(hint)[1], get_args(hint)[0]) if get_origin(hint) is Annotated else (ANYTHING, hint)
-    )
-    options = get_args(bare) if get_origin(bare) in (Union, types.UnionType) else (bare,)
-    problem = None
-    for option in options:
-        try:
-            _check_option(value, option, key, limits if isinstance(limits, Within) else ANYTHING)
-        except UserError as error:
-            problem = problem or error
-        else:
-            return
-    if len(options) > 1:
-        others = [_TYPE_NAMES.get(option) or f"{option}".removeprefix("typing.") for option in options]
-        problem = UserError(f"{key}: must be {' or '.join(others)}, got {_shown(value)}")
-    if problem:
-        raise problem
-
-
-def _check_option(value: Any, hint: Any, key: str, limits: Within) -> None:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        check_type(value, hint, key)
-    elif hint is type(None):
-        if value is not None:
-            raise UserError(f"{key}: must be null, got {_shown(value)}")
-    elif hint in _TYPE_NAMES:
-        _scalar(value, hint, key, limits, "")
-    elif origin is Literal:
-        _convert(value, hint, key)
-    elif origin in (list, tuple, Sequence):
+        limits = arguments[1] if isinstance(arguments[1], Within) else limits
+        return check_value(value, arguments[0], key, limits, alternatives)
+    if origin in (Union, types.UnionType):
+        return _check_union(value, arguments, key, limits)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{key}: needs keys below it, for example {key}.NAME=...; got {shortened(value)}")
+        return parse(hint, value, f"{key}.")  # pyright: ignore[reportArgumentType]
+    if origin is Literal:
+        return _check_choice(value, arguments, key)
+    if origin in (list, tuple, Sequence):
         if not isinstance(value, list | tuple):
-            raise UserError(f"{key}: must be a list, got {_shown(value)}")
+            raise UserError(f"{key}: must be a list{alternatives}, got {shortened(value)}")
         fixed = origin is tuple and arguments[-1] is not Ellipsis
         if fixed and len(value) != len(arguments):
-            raise UserError(f"{key}: must be a list of {len(arguments)} values, got {_shown(value)}")
-        for number, each in enumerate(value):
-            check_type(each, arguments[number if fixed else 0], f"{key}[{number}]")
-    elif origin in (dict, Mapping) and not isinstance(value, Mapping):
-        raise UserError(f"{key}: must be a mapping, got {_shown(value)}")
+            raise UserError(f"{key}: must be a list of {len(arguments)} values, got {shortened(value)}")
+        return [
+            check_value(each, arguments[i if fixed else 0], f"{key}[{i}]") for i, each in enumerate(value)
+        ]
+    if origin in (dict, Mapping) and not isinstance(value, Mapping):
+        raise UserError(f"{key}: must be a mapping{alternatives}, got {shortened(value)}")
+    return _check_scalar(value, hint, key, limits, alternatives) if hint in (int, float, bool, str) else value
 
 
-def _scalar(value: Any, kind: type, key: str, limits: Within, or_null: str) -> Any:
-    low, high = limits.low, limits.high
-    limits_said = ([f">= {low:g}"] if low is not None else []) + (
-        [f"<= {high:g}"] if high is not None else []
-    )
-    bounds = " " + " and ".join(limits_said) if limits_said else ""
-    words = _TYPE_NAMES[kind]
-    problem = UserError(f"{key}: must be {words}{bounds}{or_null}, got {_shown(value)}")
-    if kind is str:
-        if value is None or isinstance(value, bool | Mapping | list):
-            raise problem
-        return str(value)
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise problem
+def _check_union(value: Any, options: tuple[Any, ...], key: str, limits: Within) -> Any:
+    if value is None and type(None) in options:
+        return None
+    words = tuple(word for option in options if get_origin(option) is Literal for word in get_args(option))
+    if value in words:
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise problem
-    if isinstance(value, float) and (not math.isfinite(value) or (kind is int and value != int(value))):
-        raise problem
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise problem
-    try:
-        return kind(value)
-    except OverflowError:  # an integer above the largest float
-        raise problem from None
+    kinds = [option for option in options if option is not type(None) and get_origin(option) is not Literal]
+    if not kinds:
+        return _check_choice(value, words, key)
+    alternatives = "".join(f" or {word}" for word in words or ("null",) * (type(None) in options))
+    if len(kinds) == 1:
+        return check_value(value, kinds[0], key, limits, alternatives)
+    for kind in kinds:
+        with contextlib.suppress(UserError):
+            return check_value(value, kind, key, limits)
+    names = " or ".join(
+        _TYPE_NAMES.get(kind) or _TYPE_NAMES.get(get_origin(kind), str(kind)) for kind in kinds
+    )
+    raise UserError(f"{key}: must be {names}{alternatives}, got {shortened(value)}")
 
 
-def _shown(value: Any, most: int = 60) -> str:
+def _check_choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
+    if value is False and "off" in choices:  # YAML reads an unquoted off as false
+        return "off"
+    if value not in choices:
+        names = [str(choice) for choice in choices]
+        hint = renamed(key, value) or suggest(str(value), names)
+        raise UserError(f"{key}: {shortened(value)} is not one of {', '.join(names)}{hint}")
+    return value
+
+
+def _check_scalar(value: Any, kind: type, key: str, limits: Within, alternatives: str) -> Any:
+    """Check a string, bool, int or float; convert 3.0 to int and 3 to float if the annotation says so."""
+    low, high = limits.low, limits.high
+    converted: Any = None
+    if kind is str and value is not None and not isinstance(value, bool | Mapping | list):
+        converted = str(value)
+    elif kind is bool and isinstance(value, bool):
+        converted = value
+    elif kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(
+            OverflowError, ValueError
+        ):  # an integer above the largest float; inf and nan as int
+            converted = int(value) if kind is int else float(value)
+        finite = isinstance(value, int) or math.isfinite(value)
+        in_range = (low is None or value >= low) and (high is None or value <= high)
+        if not finite or not in_range or (kind is int and converted != value):
+            converted = None
+    if converted is not None:
+        return converted
+    bounds = ([f">= {low:g}"] if low is not None else []) + ([f"<= {high:g}"] if high is not None else [])
+    expected = " ".join([_TYPE_NAMES[kind], " and ".join(bounds)]).rstrip() + alternatives
+    raise UserError(f"{key}: must be {expected}, got {shortened(value)}")
+
+
+def shortened(value: Any, limit: int = 60) -> str:
     """Format a value for a message; truncate long values."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print integers of more than 4,300 digits
         return "a number of several thousand digits"
-    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cnntrain.config.instantiate import resolve
-from cnntrain.config.schema import Node, OptimizerSettings, Settings, Within, check_type, parse, split_common
+from cnntrain.config.schema import Node, OptimizerSettings, Settings, Within, check_value, parse, split_common
 from cnntrain.errors import UserError, suggest
 from cnntrain.models.pretrained import in_head
 from cnntrain.train.device import Compute
@@ -50,7 +50,7 @@ def check_optimizer(settings: Settings, compute: Compute) -> None:
 
 def _resolve(settings: Settings, node: Node, compute: Compute) -> Callable[..., Optimizer]:
     for key in ("lr", "weight_decay"):
-        check_type(node.get(key, 0.0), Annotated[float, Within(0)], f"optimizer.{key}")
+        check_value(node.get(key, 0.0), Annotated[float, Within(0)], f"optimizer.{key}")
     fused = True if supports_fused(compute.device) else None
     return resolve(node, "optimizer", "optimizer", settings.trusted_packages, fused=fused)
 

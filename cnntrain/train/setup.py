@@ -232,6 +232,10 @@ def build_source(settings: Settings) -> tuple[Source, DataSettings]:
         UserError: `data` does not name a data source, or a key is invalid.
     """
     node, common = split_data(settings)
+    factory = resolve(node, "data", "data", settings.trusted_packages)
+    target = factory.func if isinstance(factory, partial) else factory
+    if inspect.isclass(target) and not _is_source(target):
+        raise _no_source(node["_target_"], target)
     source = build(node, "data", "data", settings.trusted_packages)
     if not _is_source(source):
         raise _no_source(node["_target_"], type(source))
@@ -242,16 +246,6 @@ def split_data(settings: Settings) -> tuple[Node, DataSettings]:
     """Split `data` into the source's own arguments and the common settings; drop `size` if null (source's default)."""
     node, common = split_common(settings.data, DataSettings)
     node = {key: value for key, value in node.items() if (key, value) != ("size", None)}
-    missing = [field.name for field in dataclasses.fields(DataSettings) if field.name not in common]
-    if missing:  # probably a class that is not a data source
-        factory = resolve(node, "data", "data", settings.trusted_packages)
-        target = factory.func if isinstance(factory, partial) else factory
-        if inspect.isclass(target) and not _is_source(target):
-            raise _no_source(node["_target_"], target)
-        raise UserError(
-            f"data.{missing[0]}: missing; add `defaults: [_base, _self_]` to the YAML file to get the keys that every "
-            "data source needs"
-        )
     return node, parse(DataSettings, common, "data.")
 
 
@@ -363,7 +357,7 @@ def build_model(
     outputs = spec.classes or spec.keypoints
     model = make_model(settings, spec.channels, task.num_outputs, image_size, weights, outputs)
     findings = preflight(
-        model, spec.channels, image_size, task.output_shape(), batch_size=min(settings.known_batch_size or 32, 32),
+        model, spec.channels, image_size, task.output_shape(), batch_size=min(settings.fixed_batch_size or 32, 32),
         classification=bool(spec.classes) and not spec.keypoints, name=settings.model.get("name"),
     )  # fmt: skip
     for finding in findings:
@@ -398,7 +392,7 @@ def build_training_parts(assembly: Components, data: Data) -> tuple[TrainingPlan
     settings, count, ranks = assembly.settings, len(data.train), assembly.compute.ranks
     if rate_is_sought := settings.optimizer.get("lr") == "auto":
         settings = assembly.settings = with_rate(settings, 1.0)  # stands in until it is found
-    batch_size = settings.known_batch_size or find_batch_size(assembly, data)
+    batch_size = settings.fixed_batch_size or find_batch_size(assembly, data)
     settings = assembly.settings = dataclasses.replace(settings, batch_size=batch_size)
     has_norm = has_batch_norm(assembly.model)
     drop_last = has_norm and count > batch_size and leaves_one_image(count % batch_size, assembly.compute)

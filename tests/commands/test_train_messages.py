@@ -49,7 +49,7 @@ def test_a_training_that_goes_on_says_what_it_has_done(capsys: Said) -> None:
 def test_the_commands_that_are_printed_run_as_they_are(capsys: Said) -> None:
     Path("my nets/model").mkdir(parents=True)
     Path("my nets/ownnet_printed.py").write_text(NET)
-    Path("my nets/model/own.yaml").write_text("defaults: [_base, _self_]\n_target_: ownnet_printed.Net\n")
+    Path("my nets/model/own.yaml").write_text("_target_: ownnet_printed.Net\n")
     asked = ["--config-dir", "my nets", *QUICK[:-1], "model=own", "epochs=1", "run_dir='my runs/1'"]
     assert main(asked) == 0
     lines = [line.strip().removeprefix("look next:").strip() for line in capsys.readouterr().out.splitlines()]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "_base")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 MASKS = ("fcn", "torchvision_segmentation", "unet", "unet_small")
 # Their smaller sisters are built of the same parts, in a fraction of the time.
 COSTLY = (

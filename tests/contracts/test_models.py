@@ -23,10 +23,10 @@ QUICK = (
 
 
 def build(name: str, channels: int, outputs: int, size: tuple[int, int], *overrides: str) -> nn.Module:
-    leaves = [OmegaConf.load(FOLDER / f"{stem}.yaml") for stem in ("_base", name)]
-    config = OmegaConf.create({"model": OmegaConf.merge(*leaves, OmegaConf.from_dotlist(list(overrides)))})
+    common, own = OmegaConf.load(FOLDER.parent / "config.yaml").model, OmegaConf.load(FOLDER / f"{name}.yaml")
+    config = OmegaConf.create({"model": OmegaConf.merge(common, own, OmegaConf.from_dotlist(list(overrides)))})
     node = OmegaConf.to_container(config, resolve=True)["model"]
-    node.pop("defaults")
+    node.pop("defaults", None)
     common = {key: node.pop(key) for key in ("norm", "activation", "init", "freeze", "unfreeze")}
     node.pop("pretrained")
     module, _, attribute = node.pop("_target_").rpartition(".")

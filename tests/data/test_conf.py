@@ -12,8 +12,8 @@ from cnntrain.config.compose import compose, conf_folder
 from cnntrain.config.schema import DataSettings
 from cnntrain.data.examples import Source
 
-FILES = sorted(path for path in (conf_folder() / "data").glob("*.yaml") if not path.name.startswith("_"))
-BASE = yaml.safe_load((conf_folder() / "data" / "_base.yaml").read_text())
+FILES = sorted(path for path in (conf_folder() / "data").glob("*.yaml"))
+COMMON = yaml.safe_load((conf_folder() / "config.yaml").read_text())["data"]
 SAYS_MORE = {"camvid", "faces68", "dlib_xml"}  # one data set of a kind: its own values
 
 
@@ -24,7 +24,7 @@ def test_every_argument_is_in_the_yaml_file_with_its_default(path: Path):
     source = getattr(importlib.import_module(module), name)
     assert issubclass(source, Source)
     defaults = content.pop("defaults")
-    assert defaults[:2] == ["_base", "_self_"]
+    assert defaults[0] == "_self_"
     parameters = inspect.signature(source).parameters
     assert set(content) == set(parameters)
     if path.stem not in SAYS_MORE:
@@ -36,7 +36,7 @@ def test_every_argument_is_in_the_yaml_file_with_its_default(path: Path):
         assert {key: content[key] for key in given} == given
 
 
-@pytest.mark.parametrize("path", [*FILES, conf_folder() / "data" / "_base.yaml"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_key_has_a_comment(path: Path):
     for line in path.read_text().splitlines():
         if re.match(r"[a-z]", line) and not line.startswith("defaults:"):
@@ -46,7 +46,7 @@ def test_every_key_has_a_comment(path: Path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_data_set_selects_its_task_and_augmentation_and_the_user_can_override_them(path: Path):
     composed = compose("config", [f"data={path.stem}"])
-    assert set(BASE) <= set(composed["data"])
+    assert set(COMMON) <= set(composed["data"])
     content = yaml.safe_load(path.read_text())
     task = next(
         entry["override /task@_global_.task"] for entry in content["defaults"] if "task" in str(entry)
@@ -59,4 +59,4 @@ def test_a_data_set_selects_its_task_and_augmentation_and_the_user_can_override_
 
 
 def test_the_common_keys_are_the_fields_of_data_settings():
-    assert set(BASE) == set(DataSettings.__dataclass_fields__)
+    assert set(COMMON) == set(DataSettings.__dataclass_fields__)

@@ -193,7 +193,6 @@ class Good(Source):
     [
         ("Plain", ["a torch Dataset", "cnntrain.data.examples.Source", "spec()", "load()"]),
         ("CODE", ["data._target_"]),
-        ("Good", ["data.workers: missing", "_base"]),
     ],
 )
 def test_a_target_that_is_no_source_is_rejected(
@@ -213,7 +212,7 @@ def test_a_target_that_is_no_source_is_rejected(
 def test_a_torch_dataset_is_rejected(own_folder: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
     (own_folder / "mine" / "data").mkdir(parents=True)
     (own_folder / "mine" / "owndata.py").write_text(CODE)
-    (own_folder / "mine" / "data" / "own.yaml").write_text(f"defaults: [_base, _self_]\n{line}\n")
+    (own_folder / "mine" / "data" / "own.yaml").write_text(f"{line}\n")
     assert main(["--config-dir", "mine", "data=own", "model=mlp", "threads=1"]) == 2
     said = capsys.readouterr().err
     assert "a torch Dataset" in said and "cnntrain.data.examples.Source" in said

@@ -168,7 +168,7 @@ class Wrong(Source):
 def test_labels_out_of_range_are_rejected(cnntrain) -> None:
     Path("mine/data").mkdir(parents=True)
     Path("mine/wrong.py").write_text(OWN)
-    Path("mine/data/wrong.yaml").write_text("defaults: [_base, _self_]\n_target_: wrong.Wrong\n")
+    Path("mine/data/wrong.yaml").write_text("_target_: wrong.Wrong\n")
     said = cnntrain.refused("--config-dir", "mine", "data=wrong", "model=mlp", "threads=1")
     assert "13 of 40 train labels are out of range, 0 to 1: 2 (row 2)" in said
 

@@ -227,10 +227,10 @@ def write_networks(folder: Path) -> None:
     (folder / "experiment").mkdir()
     (folder / "golden_networks.py").write_text(STOPPING_NETWORK)
     (folder / "model" / "stopping.yaml").write_text(
-        "defaults: [_base, _self_]\n_target_: golden_networks.Stopping\nwidth: 8\n"
+        "_target_: golden_networks.Stopping\nwidth: 8\n"
     )
     (folder / "model" / "layers.yaml").write_text(
-        "defaults: [_base, _self_]\n_target_: cnntrain.models.sequential.parser.Sequential\nlayers:\n"
+        "_target_: cnntrain.models.sequential.parser.Sequential\nlayers:\n"
         "  - conv: {out: 8, kernel: 3, padding: same, bias: false}\n  - batch_norm\n  - relu\n"
         "  - max_pool: 2\n"
         "  - residual: {layers: [{conv: {out: 8, kernel: 3, padding: same}}, relu]}\n"
