@@ -154,12 +154,12 @@ class DataSettings:
 class ModelSettings:
     """Keys of every network; the others in `model` are arguments of the network."""
 
-    pretrained: Any
-    norm: str | None
-    activation: str | None
-    init: str
-    freeze: Any
-    unfreeze: Annotated[int | None, Within(2)]
+    pretrained: Any = None
+    norm: str | None = None
+    activation: str | None = None
+    init: str = "default"
+    freeze: Any = None
+    unfreeze: Annotated[int | None, Within(2)] = None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ SLIPS = {
     "ema_decay=1.5": r"ema_decay: must be a number >= 0 and <= 0.999999 or null, got 1\.5",
     "epochs": r"an override is written KEY=VALUE",
     "augment=[flip,crob]": r"augment: no such option 'crob'; did you mean 'crop'\?",
-    "model=lenet5,mlp": r"model: several values; -m",
+    "model=lenet5,mlp": r"model=lenet5,mlp: several values; -m",
     "data.root=my photos]": r"data\.root=my photos\].*\n.*quotes",
     "model.layers[0].x=3": r"model\.layers\[0\]\.x=3.*model\.layers=\[",
     "lr=0.1": r"lr: no such key; did you mean 'optimizer\.lr'\?",
