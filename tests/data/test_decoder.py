@@ -35,8 +35,8 @@ EVERY_ID = tuple(range(256))
     st.integers(1, 128),
     st.sampled_from(["letterbox", "short_side", "stretch"]),
 )
-def test_the_matrix_maps_the_corners_to_the_placement(width, height, canvas_height, canvas_width, resize):
-    placement = resize_geometry(width, height, (canvas_height, canvas_width), resize)
+def test_the_matrix_maps_the_corners_to_the_placement(width, height, target_height, target_width, resize):
+    placement = resize_geometry(width, height, (target_height, target_width), resize)
     matrix = placement.matrix()
     left, top, right, bottom = placement.box
     corners = torch.tensor([[left - 0.5, top - 0.5], [right - 0.5, bottom - 0.5]], dtype=torch.float64)
@@ -49,13 +49,13 @@ def test_the_matrix_maps_the_corners_to_the_placement(width, height, canvas_heig
     ]
     assert moved == pytest.approx([side - 0.5 for side in expected], abs=1e-6)
     if resize == "short_side":
-        assert (placement.width, placement.height) == (canvas_width, canvas_height)
+        assert (placement.width, placement.height) == (target_width, target_height)
         assert float(matrix[0, 0]) == pytest.approx(float(matrix[1, 1]))
         middle = torch.tensor([[(width - 1) / 2, (height - 1) / 2]], dtype=torch.float64)
-        center = [(canvas_width - 1) / 2, (canvas_height - 1) / 2]
+        center = [(target_width - 1) / 2, (target_height - 1) / 2]
         assert transform_points(middle, matrix).flatten().tolist() == pytest.approx(center, abs=1e-6)
     if resize == "letterbox":
-        assert canvas_width in (placement.width,) or canvas_height in (placement.height,)
+        assert target_width in (placement.width,) or target_height in (placement.height,)
 
 
 @pytest.mark.parametrize("resize", ["letterbox", "short_side", "stretch"])
@@ -95,7 +95,7 @@ def test_downsampling_is_antialiased(tmp_path, save):
 def test_a_jpeg_decoded_at_a_reduced_size_has_the_same_content_and_position(
     tmp_path, monkeypatch, mode, resize, orientation
 ):
-    """Against the whole picture resized by Pillow: waves that the canvas can show."""
+    """Against the whole picture resized by Pillow: waves that the target size can represent."""
     ys, xs = np.mgrid[:731, :1003] if orientation == 1 else np.mgrid[:732, :1004]
     waves = 127 + 60 * np.sin(xs / 60 + ys / 90) + 60 * np.cos(ys / 70 - xs / 200)
     plain = Image.fromarray(np.rint(waves).astype(np.uint8)).convert(mode)

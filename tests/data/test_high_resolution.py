@@ -137,21 +137,21 @@ def test_points_are_transformed_to_the_high_resolution(tmp_path: Path, crop: str
         lines.append(",".join([f"{number}.png", *map(str, points.ravel())]))
     (tmp_path / "points.csv").write_text("\n".join(lines))
     source = KeypointCsv(root=str(tmp_path), size=[48, 60], channels=1, crop=crop, crop_margin=1.0)
-    finer = load_data(source, magnification=2.0)
-    assert finer.train.images.shape[-2:] == (96, 120) and finer.val.images.shape[-2:] == (48, 60)
-    rows = [int(name.split(".")[0]) for name in finer.train.names]
+    high = load_data(source, magnification=2.0)
+    assert high.train.images.shape[-2:] == (96, 120) and high.val.images.shape[-2:] == (48, 60)
+    rows = [int(name.split(".")[0]) for name in high.train.names]
     truth = torch.from_numpy(np.stack([source_points[row] for row in rows]))
-    assert isinstance(finer.train.source_to_image, Tensor)
+    assert isinstance(high.train.source_to_image, Tensor)
     torch.testing.assert_close(
-        transform_points(truth, finer.train.source_to_image),
-        finer.train.targets["points"].double(),
+        transform_points(truth, high.train.source_to_image),
+        high.train.targets["points"].double(),
         atol=1e-3,
         rtol=0,
     )
     flip_and_crop = {"flip": HorizontalFlip(probability=1.0), "crop": RandomResizedCrop(), "turn": Rotation()}
     pipeline = Pipeline(source.spec(), flip_and_crop)
     batches = []
-    for data in (finer, load_data(source)):
+    for data in (high, load_data(source)):
         batches.append(next(make_loader(data.train, "cpu").batches(torch.arange(3), 3)))
     for fine, coarse in (
         (f(batches[0]), f(batches[1])) for f in (pipeline.eval_transform, lambda b: pipeline(b, 0, 0))
@@ -176,11 +176,11 @@ def test_points_that_are_not_valid_stay_at_zero(tmp_path: Path) -> None:
     source_to_image = resize_geometry(90, 60, (30, 30), "letterbox", None).matrix()[None]
     points = torch.tensor([[[7.0, 11.0], [0.0, 0.0]]])
     valid = torch.tensor([[True, False]])
-    finer = use_high_resolution(
+    high = use_high_resolution(
         Examples(lazy, {"points": points, "valid": valid}, [path], source_to_image=source_to_image), 2.0
     )
-    assert finer.images.shape[-2:] == (60, 60)
-    torch.testing.assert_close(finer.targets["points"], torch.tensor([[[14.5, 22.5], [0.0, 0.0]]]))
+    assert high.images.shape[-2:] == (60, 60)
+    torch.testing.assert_close(high.targets["points"], torch.tensor([[[14.5, 22.5], [0.0, 0.0]]]))
 
 
 def test_masks_are_decoded_at_the_high_resolution(tmp_path: Path) -> None:
@@ -193,10 +193,8 @@ def test_masks_are_decoded_at_the_high_resolution(tmp_path: Path) -> None:
     source = MaskFolder(str(tmp_path), ["no", "yes"], size=32, channels=1)
     pipeline = Pipeline(source.spec(), {"crop": RandomResizedCrop(scale=[0.25, 1])})
     for cache in ("auto", "none"):
-        finer, plain = (
-            load_data(source, val_fraction=0.25, cache=cache, magnification=m) for m in (2.0, 1.0)
-        )
-        fine, coarse = (next(make_loader(d.train, "cpu").batches(torch.arange(3), 3)) for d in (finer, plain))
+        high, plain = (load_data(source, val_fraction=0.25, cache=cache, magnification=m) for m in (2.0, 1.0))
+        fine, coarse = (next(make_loader(d.train, "cpu").batches(torch.arange(3), 3)) for d in (high, plain))
         assert fine.targets["mask"].shape == (3, 64, 64)
         for f in (pipeline.eval_transform, lambda b: pipeline(b, 0, 0)):
             one, other = f(fine).targets["mask"], f(coarse).targets["mask"]
@@ -205,7 +203,7 @@ def test_masks_are_decoded_at_the_high_resolution(tmp_path: Path) -> None:
 
 
 def test_the_field_of_view_does_not_depend_on_the_resolution() -> None:
-    """A smooth picture, drawn on both canvases: the same crop of each looks the same."""
+    """A smooth picture, at both resolutions: the same crop of each is equal."""
     spec = DataSpec(1, 40, 30, mean=(0.0,), std=(1.0,))
 
     def drawn(scale: int) -> Tensor:

@@ -39,18 +39,18 @@ def source(make_folder):
 
 
 def test_cached_and_streamed_batches_are_equal_for_any_number_of_workers(source):
-    resident, streamed = load_data(source), load_data(source, cache="none")
-    assert resident.fingerprint == streamed.fingerprint
-    assert resident.spec == streamed.spec
-    order = epoch_order(1, 2, len(resident.train))
-    expected = collect(make_loader(resident.train, "cpu"), order)
+    cached, streamed = load_data(source), load_data(source, cache="none")
+    assert cached.fingerprint == streamed.fingerprint
+    assert cached.spec == streamed.spec
+    order = epoch_order(1, 2, len(cached.train))
+    expected = collect(make_loader(cached.train, "cpu"), order)
     assert [len(batch) for batch in expected] == [4, 4, 4]
     for workers in (0, 1, 2):
         loader = make_loader(streamed.train, "cpu", workers=workers)
         assert isinstance(loader, StreamingLoader)
         assert same(expected, collect(loader, order))
     assert same(expected, collect(make_loader(streamed.train, "cpu", cache="ram"), order))
-    assert same(expected, collect(make_loader(resident.train, "cpu", cache="none"), order))
+    assert same(expected, collect(make_loader(cached.train, "cpu", cache="none"), order))
 
 
 def test_a_pass_can_skip_batches_and_drop_the_last():

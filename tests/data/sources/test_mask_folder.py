@@ -48,11 +48,11 @@ def test_mask_values_are_read_unchanged(root):
 
 def test_streamed_and_cached_masks_are_equal(root):
     order = torch.tensor([1, 0])
-    resident = load_data(folder(root, size=[20, 20], resize="letterbox"))
+    cached = load_data(folder(root, size=[20, 20], resize="letterbox"))
     streamed = load_data(folder(root, size=[20, 20], resize="letterbox"), cache="none")
-    expected = next(make_loader(resident.train, "cpu").batches(order, 2))
+    expected = next(make_loader(cached.train, "cpu").batches(order, 2))
     assert (expected.targets["mask"][:, 0] == 255).all()
-    assert resident.fingerprint == streamed.fingerprint
+    assert cached.fingerprint == streamed.fingerprint
     for workers in (0, 1):
         loader = make_loader(streamed.train, "cpu", workers=workers)
         found = next(loader.batches(order, 2))

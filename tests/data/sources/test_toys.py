@@ -37,9 +37,9 @@ def test_invalid_arguments_name_their_key(source):
 
 def test_drawn_pixels_are_at_their_coordinates():
     for x, y in ((20.0, 30.0), (31.4, 17.7)):
-        canvas = _Drawing(64, (0, 0, 0))
-        canvas.polygon(_ring(48) * 6 + (x, y), (255, 255, 255))
-        weights = np.asarray(canvas.image.reduce(3), dtype=np.float64)[..., 0]
+        drawing = _Drawing(64, (0, 0, 0))
+        drawing.polygon(_ring(48) * 6 + (x, y), (255, 255, 255))
+        weights = np.asarray(drawing.image.reduce(3), dtype=np.float64)[..., 0]
         ys, xs = np.mgrid[:64, :64]
         centroid = (weights * xs).sum() / weights.sum(), (weights * ys).sum() / weights.sum()
         assert np.hypot(centroid[0] - x, centroid[1] - y) < 0.1
