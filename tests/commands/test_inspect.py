@@ -1,3 +1,5 @@
+"""`cnntrain inspect`."""
+
 import csv
 import json
 from pathlib import Path
@@ -7,7 +9,7 @@ import pytest
 from cnntrain.cli import main
 
 
-def test_one_network_is_opened_without_data(capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_of_one_network_without_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "model=lenet5", "data=fashion_mnist", "data.root=nowhere", "run_dir=one"]) == 0
     summary = json.loads(Path("one/summary.json").read_text())
     assert summary["totals"]["parameters"] == 1_256_080
@@ -26,27 +28,27 @@ def test_one_network_is_opened_without_data(capsys: pytest.CaptureFixture[str]) 
         ([], 11_172_810, 11_172_810),
     ],
 )
-def test_what_is_trained_is_counted(
+def test_trainable_parameters(
     overrides: list[str], total: int, trainable: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Keras' non-trainable parameters are what is frozen and the running statistics: 9,600 of ResNet-18."""
+    """Non-trainable parameters in Keras: the frozen ones and the 9,600 running statistics of ResNet-18."""
     from torchvision.models import resnet18
 
-    asked = ["model=resnet18", "data=digits", "log.figures=false", *overrides, "run_dir=here"]
-    assert main(["inspect", *asked]) == 0
+    arguments = ["model=resnet18", "data=digits", "log.figures=false", *overrides, "run_dir=here"]
+    assert main(["inspect", *arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
     values = [int(line.split(": ")[1].replace(",", "")) for line in lines if "arameters: " in line]
     assert values == [total, trainable, total - trainable]
     totals = json.loads(Path("here/summary.json").read_text())["totals"]
     assert (totals["parameters"], totals["trainable"]) == (total, trainable)
     if "layer1" in str(overrides):
-        torchvisions = resnet18()
-        parts = [*torchvisions.layer1.parameters(), *torchvisions.layer2.parameters()]
+        other = resnet18()
+        parts = [*other.layer1.parameters(), *other.layer2.parameters()]
         assert total - trainable == sum(p.numel() for p in parts)
 
 
 @pytest.mark.slow
-def test_several_are_compared_at_another_size() -> None:
+def test_comparison_at_another_size() -> None:
     size = ["inspect.image_size=224", "inspect.channels=3", "inspect.num_outputs=1000"]
     assert main(["inspect", "model=resnet18,resnet34", *size, "run_dir=two"]) == 0
     rows = {row["network"]: row for row in json.loads(Path("two/comparison.json").read_text())}
@@ -57,13 +59,13 @@ def test_several_are_compared_at_another_size() -> None:
     ("models", "files"),
     [("lenet5", ["layers.csv", "summary.json"]), ("lenet5,mlp", ["comparison.csv", "comparison.json"])],
 )
-def test_without_pictures(models: str, files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_figures(models: str, files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", f"model={models}", "run_dir=here", "log.figures=false"]) == 0
     assert sorted(path.name for path in Path("here").iterdir() if not path.name.startswith(".")) == files
     assert "png" not in capsys.readouterr().out
 
 
-def test_what_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_networks_that_do_not_fit_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "model=torchvision", "model.name=alexnet", "data=mnist"]) == 2
     assert "model.features" in capsys.readouterr().err
     assert main(["inspect", "inspect.image_size=0"]) == 2

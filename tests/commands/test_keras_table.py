@@ -1,7 +1,7 @@
-"""The lecture's Keras table, keras.io/api/applications: what `inspect convention=keras` counts, to the digit.
+"""`inspect.convention=keras` against the table of keras.io/api/applications.
 
-Parameters at 1000 classes, BatchNorm's running mean and variance included. Where the network is another one than
-Keras's, the difference is derived from the network itself: docs/keras_table.md says it in words.
+Parameters for 1000 classes, with the running mean and variance of BatchNorm. If the network differs from that of Keras,
+the difference is derived from the network; docs/keras_table.md explains it.
 """
 
 import json
@@ -47,7 +47,7 @@ def network(name: str) -> nn.Module:
 
 
 def biases_before_norms(model: nn.Module) -> int:
-    """Parameters that every convolution without a bias would have with one."""
+    """Number of biases if every convolution had one."""
     return sum(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is None)
 
 
@@ -58,11 +58,11 @@ def scales_of_norms(model: nn.Module) -> int:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in KERAS]
 )
-def test_the_lectures_keras_table(name: str) -> None:
-    """The same architecture, the same number. Otherwise what is different makes the difference, exactly.
+def test_parameters_equal_the_keras_table(name: str) -> None:
+    """Equal architectures have equal numbers; the other differences are derived exactly.
 
-    Keras's ResNets have a bias in every convolution, though BatchNorm follows and takes it away again; its Inception v3
-    has norms without scales (`scale=False`), for the ReLU that follows and the next layer can scale as well.
+    The ResNets of Keras have a bias in every convolution, although a BatchNorm follows; its Inception v3 has norms
+    without scales (`scale=False`).
     """
     summary = summarize_model(read_settings([f"model={name}", f"inspect.image_size={px(name)}", *SIZE]))
     difference = 0
@@ -75,18 +75,17 @@ def test_the_lectures_keras_table(name: str) -> None:
     assert summary.parameters("keras") + difference == KERAS[name]
 
 
-def test_the_command_prints_it() -> None:
-    """`cnntrain inspect` over several of them, as one types it."""
-    line = ["inspect", "model=vgg16,mobilenet_v1", "inspect.image_size=224", *SIZE, "run_dir=keras"]
-    assert main(line) == 0
+def test_inspect_compares_several_networks() -> None:
+    arguments = ["inspect", "model=vgg16,mobilenet_v1", "inspect.image_size=224", *SIZE, "run_dir=keras"]
+    assert main(arguments) == 0
     rows = {
         row["network"]: row["parameters"] for row in json.loads(Path("keras/comparison.json").read_text())
     }
     assert rows == {"vgg16": KERAS["vgg16"], "mobilenet_v1": KERAS["mobilenet_v1"]}
 
 
-def test_the_page_has_the_table() -> None:
-    """Every network with Keras's number, and ours beside it where it is another."""
+def test_the_documentation_has_the_table() -> None:
+    """The numbers of Keras and of cnntrain, and the difference."""
     rows = [line.split("|")[1:-1] for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     table = {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in rows}
     assert {name: int(cells[0].replace(",", "")) for name, cells in table.items()} == KERAS

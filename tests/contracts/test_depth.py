@@ -1,4 +1,4 @@
-"""The depth that `inspect` counts is the number in a network's name, or the one that its authors state."""
+"""The depth of a summary is the number in a network's name, or the one that its authors state."""
 
 import pytest
 import torch
@@ -22,27 +22,29 @@ MARKED = [pytest.param(name, marks=pytest.mark.slow if name in DEEP else ()) for
 
 @pytest.mark.parametrize("name", MARKED)
 def test_published_depth(name: str) -> None:
-    facts = header(name)
+    native = header(name)
     summary = summarize(
-        lambda: build(name, facts.channels, facts.outputs, facts.size), (facts.channels, *facts.size), name
+        lambda: build(name, native.channels, native.outputs, native.size),
+        (native.channels, *native.size),
+        name,
     )
     assert summary.depth == PUBLISHED[name]
     assert compare([summary])[0]["depth"] == summary.as_dict()["depth"] == summary.depth
 
 
 class Attention(nn.Module):
-    """Two dense layers, a product of activations between them, and a projection beside."""
+    """Two dense layers with a product of activations between them, and an unused branch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last, self.beside = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.first, self.last, self.unused = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x.flatten(1))
-        return {"unused": self.beside(self.beside(hidden)), "out": self.last(hidden.T @ hidden)}["out"]
+        return {"unused": self.unused(self.unused(hidden)), "out": self.last(hidden.T @ hidden)}["out"]
 
 
-def test_a_product_of_activations_is_no_layer_and_what_the_output_does_not_need_is_left_out() -> None:
+def test_depth_ignores_products_of_activations_and_unused_branches() -> None:
     assert summarize(Attention(), (4, 1, 1)).depth == 2
 
 
@@ -52,6 +54,6 @@ def test_a_separable_convolution_is_one_layer(between: tuple[nn.Module, ...], de
     assert summarize(net, (4, 8, 8)).depth == depth
 
 
-def test_a_network_without_layers() -> None:
+def test_depth_of_a_network_without_layers() -> None:
     with torch.device("meta"):
         assert summarize(nn.Flatten(), (1, 2, 2)).depth == 0

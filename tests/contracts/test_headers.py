@@ -1,4 +1,4 @@
-"""The numbers in the headers of conf/model are those that others published."""
+"""The parameter counts in the headers of conf/model are the published ones."""
 
 import pytest
 
@@ -19,6 +19,6 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_headers_state_what_was_published(name: str) -> None:
-    """The lectures' tables, and torchvision's `num_params`; test_models holds each network to its header."""
+def test_parameters_of_the_headers_are_those_published(name: str) -> None:
+    """From the lectures' tables and torchvision's `num_params`; test_models compares each network with its header."""
     assert header(name).parameters == PUBLISHED[name]

@@ -1,4 +1,4 @@
-"""The kinds of layers, in order: a network of a lecture or a paper has its listing, not only its parameter count."""
+"""Networks of lectures and papers have the layers in the published order."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CONV_BN_RELU = ["Conv2d", "BatchNorm2d", "ReLU"]
 CONV_RELU_BN = ["Conv2d", "ReLU", "BatchNorm2d"]
 CONV_TANH_POOL = ["Conv2d", "Tanh", "AvgPool2d"]
 POOL = ["MaxPool2d"]
-LISTED = {
+PUBLISHED = {
     "lenet5": [*CONV_RELU, *POOL, *CONV_RELU, *POOL, "Flatten", "Linear", "ReLU", "Linear"],
     "lenet5_1998": [*2 * CONV_TANH_POOL, "Flatten", "Linear", "Tanh", "Linear", "Tanh", "Linear"],
     "batchnorm_cnn": [
@@ -36,16 +36,16 @@ def kinds(model: nn.Module) -> list[str]:
     return [type(m).__name__ for m in model.modules() if not any(m.children())]
 
 
-@pytest.mark.parametrize("name", LISTED)
-def test_layers_in_the_order_of_the_listing(name: str) -> None:
-    facts = header(name)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_layers_have_the_published_order(name: str) -> None:
+    native = header(name)
     with torch.device("meta"):
-        model = build(name, facts.channels, facts.outputs, facts.size)
-    assert kinds(model) == LISTED[name]
+        model = build(name, native.channels, native.outputs, native.size)
+    assert kinds(model) == PUBLISHED[name]
 
 
-def test_the_paper_norms_before_it_pools() -> None:
-    """Lecture 004 pools first; the header of the file says so. The norms then see maps of 55x55 and 27x27 px."""
+def test_alexnet_normalizes_before_it_pools() -> None:
+    """As in the paper; lecture 004 pools first. The norms get maps of 55x55 and 27x27 px."""
     sizes: list[tuple[int, ...]] = []
     with torch.device("meta"):
         model = build("alexnet", 3, 1000, (227, 227)).eval()

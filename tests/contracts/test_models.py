@@ -1,4 +1,4 @@
-"""What every file of conf/model keeps to; a new one is under the contract as soon as it lies there."""
+"""Contract of every network in conf/model: shapes, gradients, state dict, freezing; new files are included."""
 
 import copy
 import importlib
@@ -66,7 +66,7 @@ def expected_shape(name: str, images: int, outputs: int, size: tuple[int, int]) 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Maps this small are slower on several."""
+    """Several threads are slower for maps this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,18 +76,18 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in NAMES]
 )
-def test_header_states_parameters_and_native_size(name: str) -> None:
-    facts = header(name)
+def test_parameters_and_output_shape_at_the_native_size(name: str) -> None:
+    native = header(name)
     with torch.device("meta"):
-        model = build(name, facts.channels, facts.outputs, facts.size)
-        outputs = model.eval()(torch.empty(2, facts.channels, *facts.size))
-    assert count(model) == facts.parameters
-    assert outputs.shape == expected_shape(name, 2, facts.outputs, facts.size)
+        model = build(name, native.channels, native.outputs, native.size)
+        outputs = model.eval()(torch.empty(2, native.channels, *native.size))
+    assert count(model) == native.parameters
+    assert outputs.shape == expected_shape(name, 2, native.outputs, native.size)
 
 
 @pytest.mark.parametrize("channels", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MARKED)
-def test_learns_at_a_small_size(name: str, channels: int) -> None:
+def test_gradients_at_a_small_size(name: str, channels: int) -> None:
     check_gradients(name, channels, (SMALLEST_PX.get(name, 8),) * 2, images=4)
 
 
@@ -97,24 +97,22 @@ def test_learns_at_a_small_size(name: str, channels: int) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long if name in COSTLY else ()) for name in NAMES]
 )
-def test_learns_at_its_native_size(name: str, channels: int) -> None:
+def test_gradients_at_the_native_size(name: str, channels: int) -> None:
     size = header(name).size
     check_gradients(name, channels, (188, 188) if name == "unet" else size, images=2)
 
 
 def check_gradients(name: str, channels: int, size: tuple[int, int], images: int) -> None:
-    """Right shape out; a finite gradient that is not zero in every parameter."""
+    """Check the output shape, and that every parameter has a finite gradient that is not zero."""
     torch.manual_seed(0)
     outputs = 3
     model = build(name, channels, outputs, size)
-    for (
-        module
-    ) in model.modules():  # a block that starts as the identity passes no gradient on until its norm opens
+    for module in model.modules():  # a block initialized as the identity has no gradient
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
             nn.init.ones_(module.weight)
-    answer = model(torch.randn(images, channels, *size))
-    assert answer.shape == expected_shape(name, images, outputs, size)
-    (answer * torch.randn_like(answer)).sum().backward()
+    output = model(torch.randn(images, channels, *size))
+    assert output.shape == expected_shape(name, images, outputs, size)
+    (output * torch.randn_like(output)).sum().backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
@@ -123,7 +121,7 @@ def check_gradients(name: str, channels: int, size: tuple[int, int], images: int
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SMALLEST_PX))
-def test_refuses_an_image_one_pixel_smaller(name: str) -> None:
+def test_images_one_pixel_smaller_are_rejected(name: str) -> None:
     size = (SMALLEST_PX[name] - 1,) * 2
     with pytest.raises((UserError, RuntimeError)), torch.device("meta"):
         build(name, 1, 3, size)(torch.empty(2, 1, *size))
@@ -131,25 +129,25 @@ def test_refuses_an_image_one_pixel_smaller(name: str) -> None:
 
 @pytest.mark.parametrize("name", MARKED)
 def test_state_dict_round_trip_and_memory_formats(name: str) -> None:
-    """Another instance with the same state answers the same, channels last too; bf16 answers are finite."""
+    """A second instance with the same state has the same output, also in channels last; bf16 outputs are finite."""
     size = (SMALLEST_PX.get(name, 8),) * 2
     torch.manual_seed(0)
     first, second = build(name, 3, 3, size).eval(), build(name, 3, 3, size).eval()
     second.load_state_dict(first.state_dict())
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
-        answer = first(images)
-        assert torch.equal(second(images), answer)
+        output = first(images)
+        assert torch.equal(second(images), output)
         last = first.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.testing.assert_close(
-            last(images.contiguous(memory_format=torch.channels_last)), answer, rtol=1e-3, atol=1e-4
+            last(images.contiguous(memory_format=torch.channels_last)), output, rtol=1e-3, atol=1e-4
         )
         with torch.autocast("cpu", torch.bfloat16):
             assert first(images).isfinite().all()
 
 
 @pytest.mark.parametrize("name", MARKED)
-def test_a_frozen_backbone_leaves_the_head(name: str) -> None:
+def test_a_frozen_backbone_leaves_the_head_trainable(name: str) -> None:
     size = (SMALLEST_PX.get(name, 8),) * 2
     with torch.device("meta"):
         model = build(name, 3, 3, size)
@@ -161,8 +159,8 @@ def test_a_frozen_backbone_leaves_the_head(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MARKED)
-def test_layers_hold_every_parameter_once_and_the_head_is_the_last(name: str) -> None:
-    """What `optimizer.layer_decay` goes by; a network that were one layer would not decay at all."""
+def test_layers_contain_every_parameter_once_and_end_with_the_head(name: str) -> None:
+    """`optimizer.layer_decay` depends on these layers."""
     size = (SMALLEST_PX.get(name, 8),) * 2
     with torch.device("meta"):
         model = build(name, 3, 3, size)
@@ -192,12 +190,12 @@ def test_other_norms(name: str, norm: str) -> None:
 
 
 def test_alexnet_in_two_groups() -> None:
-    """Lecture: 60,965,224 parameters as the paper had it on two GPUs."""
+    """Lecture: 60,965,224 parameters with two groups, as in the paper."""
     with torch.device("meta"):
         assert count(build("alexnet", 3, 1000, (227, 227), "values.groups=2")) == 60_965_224
 
 
-def test_googlenet_counts() -> None:
+def test_googlenet_parameters() -> None:
     """With biases in place of norms 6,998,552 (Szegedy et al. 2015, table 1); the naive module is wider."""
     with torch.device("meta"):
         model = build("googlenet", 3, 1000, (224, 224))
@@ -217,17 +215,17 @@ def test_googlenet_counts() -> None:
         ("xception", 54_528, 22_910_480),
     ],
 )
-def test_counts_with_running_statistics(name: str, statistics: int, keras: int) -> None:
+def test_parameters_with_running_statistics(name: str, statistics: int, keras: int) -> None:
     """The lecture's table and keras.io/api/applications count BatchNorm's running mean and variance too."""
-    facts = header(name)
+    native = header(name)
     with torch.device("meta"):
-        model = build(name, facts.channels, facts.outputs, facts.size)
+        model = build(name, native.channels, native.outputs, native.size)
     running = sum(buffer.numel() for key, buffer in model.named_buffers() if "running" in key)
     assert running == statistics
     assert count(model) + running == keras
 
 
-def test_dogs_cats_rows() -> None:
+def test_dogs_cats_parameters_by_layer() -> None:
     """The lecture's table, row by row."""
     rows = [896, 18496, 73856, 147584, 295168, 1180160, 2359808, 2359808, 16777728, 513]
     with torch.device("meta"):
