@@ -24,7 +24,9 @@ QUICK = (
 
 def build(name: str, channels: int, outputs: int, size: tuple[int, int], *overrides: str) -> nn.Module:
     common, own = OmegaConf.load(FOLDER.parent / "config.yaml").model, OmegaConf.load(FOLDER / f"{name}.yaml")
-    config = OmegaConf.create({"model": OmegaConf.merge(common, own, OmegaConf.from_dotlist(list(overrides)))})
+    config = OmegaConf.create(
+        {"model": OmegaConf.merge(common, own, OmegaConf.from_dotlist(list(overrides)))}
+    )
     node = OmegaConf.to_container(config, resolve=True)["model"]
     node.pop("defaults", None)
     common = {key: node.pop(key) for key in ("norm", "activation", "init", "freeze", "unfreeze")}

@@ -226,9 +226,7 @@ def write_networks(folder: Path) -> None:
     (folder / "model").mkdir()
     (folder / "experiment").mkdir()
     (folder / "golden_networks.py").write_text(STOPPING_NETWORK)
-    (folder / "model" / "stopping.yaml").write_text(
-        "_target_: golden_networks.Stopping\nwidth: 8\n"
-    )
+    (folder / "model" / "stopping.yaml").write_text("_target_: golden_networks.Stopping\nwidth: 8\n")
     (folder / "model" / "layers.yaml").write_text(
         "_target_: cnntrain.models.sequential.parser.Sequential\nlayers:\n"
         "  - conv: {out: 8, kernel: 3, padding: same, bias: false}\n  - batch_norm\n  - relu\n"
