@@ -55,7 +55,7 @@ def overfit(settings: "Settings") -> dict[str, Any]:
     Arguments, errors and the handling of process-wide settings are the same as for `train`.
     """
     _check_settings(settings, "overfit")
-    from cnntrain.commands.overfit import overfit as run
+    from cnntrain.checks.overfit import overfit as run
     from cnntrain.train.device import preserve_process_settings
 
     with preserve_process_settings():

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import nn
 
 from cnntrain import compose, train
+from cnntrain.checks.lint import lint
 from cnntrain.cli import main
 from cnntrain.errors import UserError
 from cnntrain.train import checkpoint
-from cnntrain.train.setup import Components, assemble, build_training_parts, notice
+from cnntrain.train.setup import Components, assemble, build_training_parts
 
 QUICK = (
     "log.figures=false",
@@ -84,7 +85,7 @@ def warnings(assembly: Components) -> list[str]:
     """Keys of lint's findings."""
     data = assembly.load()
     plan, _, _ = build_training_parts(assembly, data)
-    return [key for finding in notice(assembly, data, plan, "") for key in finding.keys]
+    return [key for finding in lint(assembly, data, plan, "") for key in finding.keys]
 
 
 def test_weights_of_imagenet_bring_their_stem_size_and_normalization(resnet: Path, photos: str) -> None:

@@ -1,4 +1,4 @@
-"""All checks in their order, and what runs them."""
+"""All checks in order, the functions that run them, and the report of `cnntrain check`."""
 
 import dataclasses
 import os
@@ -6,13 +6,16 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import Progress
 
 from cnntrain.checks import (
-    channel_order,
     derivative,
+    image_checks,
     leakage,
     learning,
     lint,
@@ -27,31 +30,51 @@ from cnntrain.checks import (
     training_loop,
     wiring,
 )
-from cnntrain.checks import image_checks as images
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.verdicts import failed
+from cnntrain.checks.context import CheckContext, failed
+from cnntrain.checks.flip import diagnose_flip, wrong_pair
+from cnntrain.config.schema import Settings
+from cnntrain.data.splits import limit_rows
 from cnntrain.errors import CnntrainError, UserError, suggest
+from cnntrain.plots.checks import draw_curves, draw_symmetry
+from cnntrain.plots.curves import save, survive_drawing
 from cnntrain.randomness import fork_generators
+from cnntrain.report.console import console, log_to_console
+from cnntrain.report.run_logger import statistics
+from cnntrain.report.table import print_findings
 from cnntrain.train.device import full_float32
+from cnntrain.train.optim import make_optimizer
+from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
+from cnntrain.train.setup import (
+    Components,
+    assemble,
+    build_source,
+    build_training_parts,
+    try_learning_rates,
+)
+from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.types import Finding
+
+CHECKPOINT_BUDGET_S = 60.0
+IMAGES_IN_FIGURE = 12
+MAX_FLIP_EXAMPLES = 20_000  # more would not make the mean shape more precise
 
 Check = Callable[[CheckContext], Finding]
 
-# By topic, cheap ones first. A name on the command line may be a check's or a topic's.
+# By topic, cheap checks first. The command line accepts names of checks and of topics.
 CHECKS: dict[str, dict[str, Check]] = {
     "config": {"config": lint.config_agrees},
     "data": {
-        "normalized inputs": images.normalized_inputs,
-        "layout": images.layout,
-        "channel order": channel_order.channel_order,
-        "blank images": images.blank_images,
-        "validation": images.validation_is_plain,
+        "normalized inputs": image_checks.normalized_inputs,
+        "layout": image_checks.layout,
+        "channel order": image_checks.channel_order,
+        "blank images": image_checks.blank_images,
+        "validation": image_checks.validation_is_constant,
         "leakage": leakage.leakage,
         "classes": targets.classes,
         "points": targets.points,
         "masks": targets.masks,
         "flip": targets.flip,
-        "augmentation": images.augmentation,
+        "augmentation": image_checks.augmentation,
     },
     "start": {
         "initial loss": start.initial_loss,
@@ -94,77 +117,225 @@ CHECKS: dict[str, dict[str, Check]] = {
 }
 
 
-def names() -> list[str]:
-    """Of all checks, as they are typed: with dashes."""
-    return [typed(name) for topic in CHECKS.values() for name in topic]
+def check_names() -> list[str]:
+    """Return the names of all checks as they are typed."""
+    return [cli_name(name) for topic in CHECKS.values() for name in topic]
 
 
-def typed(name: str) -> str:
+def cli_name(name: str) -> str:
+    """Return the name of a check as it is typed: with dashes."""
     return name.replace(" ", "-")
 
 
-def choose(words: Sequence[str]) -> dict[str, Check]:
-    """The checks of these names and topics, all of them for no word; in the order in which they run.
+def select_checks(words: Sequence[str]) -> dict[str, Check]:
+    """Return the checks with these names or topics, in the order in which they run; without words, all checks.
 
     Raises:
-        UserError: a word is neither.
+        UserError: a word is neither a check nor a topic.
     """
-    known = [*CHECKS, *names(), "all"]
+    valid = [*CHECKS, *check_names(), "all"]
     for word in words:
-        if word not in known:
+        if word not in valid:
             raise UserError(
-                f"check: no check {word!r}{suggest(word, known)}; there are {', '.join(names())}, and the topics "
-                f"{', '.join(CHECKS)}"
+                f"check: unknown check {word!r}{suggest(word, valid)}; the checks are {', '.join(check_names())}, and "
+                f"the topics {', '.join(CHECKS)}"
             )
     everything = not words or "all" in words
     return {
         name: check
         for topic, checks in CHECKS.items()
         for name, check in checks.items()
-        if everything or topic in words or typed(name) in words
+        if everything or topic in words or cli_name(name) in words
     }
 
 
 def run_checks(
-    bench: CheckContext, chosen: dict[str, Check], tell: Callable[[Finding, float], None]
+    context: CheckContext, selected: dict[str, Check], on_finding: Callable[[Finding, float], None]
 ) -> list[Finding]:
-    """The findings of all checks, each told with its seconds as it comes; nothing of the caller's changes."""
+    """Run checks and return their findings. Random states and the gradient mode of the caller are preserved.
+
+    Args:
+        on_finding: called with each finding and the duration of its check in seconds.
+    """
     findings: list[Finding] = []
-    for name, check in chosen.items():
-        bench.stop.check()
+    for name, check in selected.items():
+        context.stop.check()
         started = time.perf_counter()
-        # Trainings compute as the run would; other checks compare numbers, which TensorFloat-32 rounds to ten bits.
-        exact = nullcontext() if name in CHECKS["learning"] else full_float32()
-        with untouched(bench.compute.device), exact:
-            bench.reseed(name)
-            finding = dataclasses.replace(_judge(check, bench), name=name)
+        # Trainings compute as in the run. The other checks compare numbers, for which TensorFloat-32 is too coarse.
+        precision = nullcontext() if name in CHECKS["learning"] else full_float32()
+        with preserve_random_state(context.compute.device), precision:
+            context.reseed(name)
+            finding = dataclasses.replace(_run_check(check, context), name=name)
         findings.append(finding)
-        tell(finding, time.perf_counter() - started)
+        on_finding(finding, time.perf_counter() - started)
     return findings
 
 
-def _judge(check: Check, bench: CheckContext) -> Finding:
-    """What the check finds; where the network or the loss raise, that is what was found, and the others go on."""
+def _run_check(check: Check, context: CheckContext) -> Finding:
+    """Run one check. An exception raised by user code becomes a FAIL, so that the other checks still run."""
     try:
-        return check(bench)
+        return check(context)
     except CnntrainError:
         raise
-    except Exception as error:  # code of the user's own may raise anything
+    except Exception as error:  # user code may raise anything
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        said = (str(error).splitlines() or [""])[0]
-        cause = "the network, the loss or the data raise an error here"
-        remedy = "see the other findings; HYDRA_FULL_ERROR=1 shows where"
-        return failed(f"{type(error).__name__}: {said}", cause, remedy, "model", "task")
+        message = (str(error).splitlines() or [""])[0]
+        cause = "the network, the loss or the data raised an exception during this check"
+        remedy = "look at the other findings; set HYDRA_FULL_ERROR=1 to see the traceback"
+        return failed(f"{type(error).__name__}: {message}", cause, remedy, "model", "task")
 
 
 @contextmanager
-def untouched(device: torch.device) -> Iterator[None]:
-    """Generators of torch (on the CPU and `device`), numpy and Python and the mode of gradients stay as they were."""
-    python, array = random.getstate(), np.random.get_state()
+def preserve_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the random states of torch (CPU and `device`), NumPy and Python, and the gradient mode."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     with fork_generators(device), torch.enable_grad():
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(array)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def check(settings: Settings, words: Sequence[str] = (), command_line: str = "") -> dict[str, Any]:
+    """Run checks on a configuration; return the content of check.json and `run_dir`.
+
+    The content is `verdict`, `line`, and `findings` with their seconds.
+
+    Args:
+        words: names of checks and topics; empty for all.
+
+    Raises:
+        UserError: the components cannot be built, or the data cannot be read.
+    """
+    log_to_console()
+    deadline = time.monotonic() + settings.check.budget_s
+    components = assemble(settings)
+    with stop_flag() as stop:
+        context = build_context(components, deadline, stop, command_line)
+        with open_run_dir(_path(settings.run_dir), f"check-{settings.label}") as run_folder:
+            return _run_and_report(context, words, run_folder, command_line, settings.log.figures)
+
+
+def check_checkpoint(
+    components: Components, run_dir: str | None, words: Sequence[str] = (), command_line: str = ""
+) -> dict[str, Any]:
+    """Like `check`, for components with the weights of a checkpoint."""
+    log_to_console()
+    deadline = time.monotonic() + CHECKPOINT_BUDGET_S
+    with stop_flag() as stop:
+        context = build_context(components, deadline, stop, command_line, trained=True)
+        with open_run_dir(_path(run_dir), "check-checkpoint") as run_folder:
+            return _run_and_report(context, words, run_folder, command_line, figures=True)
+
+
+def build_context(
+    components: Components, deadline: float, stop: StopFlag, command_line: str = "", trained: bool = False
+) -> CheckContext:
+    """Read the data and return the context of the checks."""
+    data = components.load()
+    plan, _, _ = build_training_parts(components, data)
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    return CheckContext(
+        spec=components.spec,
+        task=components.task,
+        pipeline=components.pipeline,
+        compute=components.compute,
+        model=components.model,
+        make_optimizer=lambda model: make_optimizer(components.settings, model, components.compute),
+        run_range_test=lambda plan, deadline: try_learning_rates(components, data, plan, stop, deadline),
+        loaders={name: components.loader(split) for name, split in splits.items() if split},
+        plan=plan,
+        config=dataclasses.asdict(components.settings),
+        trained=trained,
+        deadline=deadline,
+        stop=stop,
+        config_warnings=lint.lint(components, data, plan, command_line),
+    )
+
+
+def _path(run_dir: str | None) -> Path | None:
+    return Path(run_dir) if run_dir else None
+
+
+def _run_and_report(
+    context: CheckContext, words: Sequence[str], run_folder: RunDir, command_line: str, figures: bool
+) -> dict[str, Any]:
+    selected = select_checks(words)
+    seconds: dict[str, float] = {}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("checks", total=len(selected))
+
+        def on_finding(finding: Finding, duration_s: float) -> None:
+            seconds[finding.name] = round(duration_s, 2)
+            progress.update(bar, advance=1, description=f"checked {finding.name}")
+
+        findings = run_checks(context, selected, on_finding)
+    report = summarize(findings)
+    for row in report["findings"]:
+        row["seconds"] = seconds[row["name"]]
+    run_folder.write_json("run.json", provenance(command_line))
+    run_folder.write_json("check.json", report)
+    if figures:
+        batch = context.eval_batch(count=IMAGES_IN_FIGURE)
+        names = [context.loaders["train"].examples.names[int(i)] for i in batch.index]
+        with survive_drawing("the figures"):
+            figure = context.task.draw(batch.images, None, batch.truth, names, *statistics(context.spec))
+            save(figure, run_folder.figures / "images.png")
+            if context.curves:
+                save(draw_curves(context.curves), run_folder.figures / "check.png")
+    print_findings(findings)
+    counts = [f"{sum(f.verdict == v for f in findings)} {v}" for v in ("PASS", "WARN", "FAIL", "SKIP")]
+    print(f"{report['verdict']}: {', '.join(counts)} in {sum(seconds.values()):.0f} s")
+    print(f"run folder: {run_folder.path}")
+    return {**report, "run_dir": str(run_folder.path)}
+
+
+def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
+    """Check the flip pairs of a dataset; return the content of check.json and `run_dir`.
+
+    Raises:
+        UserError: the dataset has no keypoints, or cannot be read.
+    """
+    log_to_console()
+    source, data_settings = build_source(settings)
+    spec = source.spec()
+    if not spec.keypoints:
+        raise UserError(
+            "check flip: this dataset has no keypoints; choose one that has, for example data=toy_faces"
+        )
+    train = source.load()["train"]
+    limit = min(data_settings.limit or MAX_FLIP_EXAMPLES, MAX_FLIP_EXAMPLES)
+    rows = limit_rows(len(train), limit, data_settings.split_seed, "train")
+    points, valid = (train.targets[name] for name in ("points", "valid"))
+    if rows is not None:
+        points, valid = points[rows], valid[rows]
+    findings, symmetry = diagnose_flip(points, valid, spec)
+    data = settings.choices["data"]
+    report = {"check": "flip", "data": data, "examples": len(points), **summarize(findings)}
+    pairs = [
+        (i, partner) for i, partner in enumerate(spec.flip_pairs or ()) if i < partner < len(spec.keypoints)
+    ]
+    report["pairs"] = [[spec.keypoints[i], spec.keypoints[partner]] for i, partner in pairs]
+    with open_run_dir(_path(settings.run_dir), f"check-flip-{data}") as run_folder:
+        run_folder.write_json("run.json", provenance(command_line))
+        run_folder.write_json("check.json", report)
+        if symmetry is not None and settings.log.figures:
+            title = f"{report['verdict']}: mean of {len(points):,} shapes of {data}, and its mirror image"
+            save(
+                draw_symmetry(symmetry, spec, wrong_pair(symmetry) or (), title),
+                run_folder.figures / "flip.png",
+            )
+    print_findings(findings)
+    print(f"{report['verdict']}: {report['line']}")
+    print(f"run folder: {run_folder.path}")
+    return {**report, "run_dir": str(run_folder.path)}
+
+
+def summarize(findings: list[Finding]) -> dict[str, Any]:
+    """Return the worst verdict, the evidence of the last finding with it, and all findings."""
+    verdicts = {finding.verdict for finding in findings}
+    worst = next((verdict for verdict in ("FAIL", "WARN") if verdict in verdicts), "PASS")
+    line = next((f.evidence for f in reversed(findings) if worst in ("PASS", f.verdict)), "")
+    return {"verdict": worst, "line": line, "findings": [finding.as_dict() for finding in findings]}

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.overfit import calibrate_norms
-from cnntrain.checks.practice import few, generator, trainable
-from cnntrain.checks.verdicts import failed, passed, skipped, some
+from cnntrain.checks.context import CheckContext, failed, join_names, passed, skipped
+from cnntrain.checks.overfit_trial import calibrate_norms
+from cnntrain.checks.short_training import image_count, seeded_generator, trainable_parameters
 from cnntrain.tasks.task import Task
 from cnntrain.types import Finding
 
@@ -21,22 +20,22 @@ AGREES = 1e-3  # relative error
 JITTER = 1e-2  # off the places where a ReLU or a maximum has no derivative
 
 
-def derivative(bench: CheckContext) -> Finding:
+def derivative(context: CheckContext) -> Finding:
     """The slope of the loss along the gradient, by differences, is the one that the gradient says."""
-    batch = bench.plain(count=few(bench, 4, 2))
+    batch = context.eval_batch(count=image_count(context, 4, 2))
     try:
-        slopes = _prepare(bench, batch.images, batch.truth)
+        slopes = _prepare(context, batch.images, batch.truth)
         if not slopes.names:
             return skipped("no parameter has a gradient; see gradients")
         error = slopes.error(slopes.names)
         evidence = f"slope along the gradient by differences and by autograd differ by {error:.1g} in float64"
         if error <= AGREES:
             return passed(evidence)
-        wrong = [n for n in slopes.names if bench.seconds_left > 0 and slopes.error([n]) > AGREES]
+        wrong = [n for n in slopes.names if context.seconds_left > 0 and slopes.error([n]) > AGREES]
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as problem:
         return skipped(f"the network does not run in float64 on the CPU: {str(problem).splitlines()[0][:80]}")
     behind = slopes.names[slopes.names.index(wrong[-1]) + 1 :] if wrong else []
-    where = f": wrong for {some(wrong)}" if wrong else ""
+    where = f": wrong for {join_names(wrong)}" if wrong else ""
     where += f", right from {behind[0]} on" if behind else ""
     cause = f"the gradient is not the loss's{where}; an autograd.Function with a wrong backward, or .data"
     remedy = "test it by torch.autograd.gradcheck (a straight-through estimator differs on purpose)"
@@ -93,18 +92,18 @@ class _Slopes:
         return (losses[0] - losses[1]) / (2 * stride)
 
 
-def _prepare(bench: CheckContext, images: Tensor, truth: dict[str, Tensor]) -> _Slopes:
-    model, draws = bench.model(), generator(3)
+def _prepare(context: CheckContext, images: Tensor, truth: dict[str, Tensor]) -> _Slopes:
+    model, draws = context.copy_model(), seeded_generator(3)
     with torch.no_grad():  # biases of exactly zero put ReLUs where they have no derivative
-        for parameter in trainable(model).values():
+        for parameter in trainable_parameters(model).values():
             size = float(parameter.square().mean().sqrt()) or 1.0
             parameter += JITTER * size * torch.randn(parameter.shape, generator=draws).to(parameter)
-    if not bench.trained:
-        calibrate_norms(model, bench.plain(count=few(bench, 16)).images)
+    if not context.trained:
+        calibrate_norms(model, context.eval_batch(count=image_count(context, 16)).images)
     model = model.cpu().double()
-    parameters = trainable(model)
+    parameters = trainable_parameters(model)
     truth = {name: target.cpu() for name, target in truth.items()}
-    slopes = _Slopes(model, bench.task, images.cpu().double(), truth, parameters, {})
+    slopes = _Slopes(model, context.task, images.cpu().double(), truth, parameters, {})
     loss = slopes.loss()
     if loss.requires_grad:
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -1,229 +1,288 @@
-"""Are the images what the network should see? Normalized, laid out rightly, none blank, validation left alone."""
+"""Checks of the images: normalization, memory layout, channel order, blank images, validation, augmentation."""
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor, nn
 
 from cnntrain.augment.color import normalize
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
+from cnntrain.checks.context import CheckContext, failed, join_names, passed, skipped, warned
+from cnntrain.checks.short_training import image_count
 from cnntrain.train.hooks import attached
 from cnntrain.types import Finding
 
-NORMAL_MEAN, NORMAL_STD = 0.75, (0.4, 2.0)  # what a channel's mean and deviation may be; beyond: WARN
-ABSURD_MEAN, ABSURD_STD = 1.5, (0.2, 2.2)  # beyond: FAIL
-SMOOTHER = 0.7  # part of the roughness that a right order of the axes leaves
-LOOKED_AT = 1024  # images of a split that are looked at for blank ones
-BLANK = 0.5  # standard deviation of the pixels of a blank image, in gray levels of 255
+WARN_MEAN, WARN_STD = 0.75, (0.4, 2.0)  # absolute mean and standard deviation of a channel; outside: WARN
+FAIL_MEAN, FAIL_STD = 1.5, (0.2, 2.2)  # outside: FAIL
+SMOOTHER = 0.7  # ratio of roughness below which another axis order is considered the right one
+BLANK_SAMPLE = 1024  # images per split
+BLANK_STD = 0.5  # standard deviation over the pixels, in gray levels of 255
+BLANK_SHARE, DUPLICATE_SHARE = 0.5, 0.1  # of a split: FAIL, WARN
+AUGMENTED_IMAGES = 128
+CHANNEL_ORDER_IMAGES = 256
+SWAPPED_KL_RATIO = 0.8  # KL divergence with swapped channels, relative to that of the images as they are
+MAX_KL = (
+    0.25  # nats; images that are farther from the training statistics in either order are of another kind
+)
+RGB_CHANNELS = 3
+PREVIEW = "weaken it; `cnntrain preview` shows its effect"
+BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def normalized_inputs(bench: CheckContext) -> Finding:
-    """What reaches the first layer with weights has about mean 0 and deviation 1 in every channel."""
-    batch = bench.plain()
-    seen = first_input(bench.model(), batch.images)
-    if seen is None or not seen.is_floating_point():
-        return skipped("no layer with weights takes the images as they are")
-    channels = (
-        seen.float().movedim(1, -1).reshape(-1, seen.shape[1])
-        if seen.ndim == 4
-        else seen.float().reshape(-1, 1)
-    )
-    changing = batch.images.float().movedim(1, -1).reshape(-1, batch.images.shape[1]).std(0) > 1e-6
-    if seen.ndim == 4 and len(changing) == channels.shape[1]:
-        channels = channels[:, changing.to(channels.device)]
+def normalized_inputs(context: CheckContext) -> Finding:
+    """Check that each channel has about mean 0 and standard deviation 1 at the first layer with weights."""
+    batch = context.eval_batch()
+    inputs = first_input(context.copy_model(), batch.images)
+    if inputs is None or not inputs.is_floating_point():
+        return skipped("no layer with weights gets floating-point images")
+    if inputs.ndim == 4:
+        channels = inputs.float().movedim(1, -1).reshape(-1, inputs.shape[1])
+    else:
+        channels = inputs.float().reshape(-1, 1)
+    varies = batch.images.float().movedim(1, -1).reshape(-1, batch.images.shape[1]).std(0) > 1e-6
+    if inputs.ndim == 4 and len(varies) == channels.shape[1]:
+        channels = channels[:, varies.to(channels.device)]
     if channels.shape[1] == 0:
         return skipped("every channel is constant; see blank images")
     mean, low, high = _mean_and_stds(channels)
-    bordered = _dark_borders(batch.images, bench)
-    if not _is_normal(mean, low, high) and seen.shape == batch.images.shape and bool(bordered.any()):
-        # Mean and standard deviation are those of the images, without letterbox borders.
-        pixels = seen.float().movedim(1, -1)[~bordered]
-        pixels = pixels[:, changing.to(pixels.device)] if len(changing) == pixels.shape[1] else pixels
+    borders = _black_borders(batch.images, context)
+    if not _is_normal(mean, low, high) and inputs.shape == batch.images.shape and bool(borders.any()):
+        # The dataset statistics exclude letterbox borders.
+        pixels = inputs.float().movedim(1, -1)[~borders]
+        pixels = pixels[:, varies.to(pixels.device)] if len(varies) == pixels.shape[1] else pixels
         inner = _mean_and_stds(pixels) if len(pixels) > 1 else (mean, low, high)
         mean, low, high = inner if _is_normal(*inner) else (mean, low, high)
     evidence = f"mean {mean:.2f}, standard deviation {low:.2f} to {high:.2f} at the first layer with weights"
     if _is_normal(mean, low, high):
         return passed(evidence)
     if high > 20:
-        cause = "pixels from 0 to 255 reach the network: nothing divides them by 255 and normalizes them"
-    elif high > NORMAL_STD[1]:
-        cause = "they are normalized twice, once by the pipeline and once more in the data or the model"
+        cause = "the pixels are in the range 0 to 255: nothing scales and normalizes them"
+    elif high > WARN_STD[1]:
+        cause = "the images are normalized twice: by the pipeline, and again in the dataset or the model"
     elif float(channels.min()) >= 0 and float(channels.max()) <= 1:
-        cause = "they are on the scale from 0 to 1 and not normalized"
+        cause = "the images are in the range 0 to 1, but not normalized"
     else:
-        cause = "mean and standard deviation are those of other images, or something scales them once more"
-    remedy = "let the pipeline alone normalize: uint8 from the data, true mean and std in its spec, none in the model"
-    absurd = abs(mean) > ABSURD_MEAN or low < ABSURD_STD[0] or high > ABSURD_STD[1]
+        cause = "mean and std belong to other images, or the images are scaled again"
+    remedy = (
+        "leave normalization to the pipeline: uint8 images from the dataset, their mean and std in its spec, no "
+        "normalization in the model"
+    )
+    absurd = abs(mean) > FAIL_MEAN or low < FAIL_STD[0] or high > FAIL_STD[1]
     return (failed if absurd else warned)(evidence, cause, remedy, "data", "model")
 
 
 def _mean_and_stds(channels: Tensor) -> tuple[float, float, float]:
-    """Of (N, C): the mean that is farthest from 0, the smallest and the largest standard deviation of a channel."""
+    """Return the channel mean farthest from 0, and the smallest and largest channel standard deviation of (N, C)."""
     means, stds = channels.mean(0), channels.std(0)
     return float(means[means.abs().argmax()]), float(stds.min()), float(stds.max())
 
 
 def _is_normal(mean: float, low: float, high: float) -> bool:
-    return abs(mean) <= NORMAL_MEAN and low >= NORMAL_STD[0] and high <= NORMAL_STD[1]
+    return abs(mean) <= WARN_MEAN and low >= WARN_STD[0] and high <= WARN_STD[1]
 
 
-def _dark_borders(images: Tensor, bench: CheckContext) -> Tensor:
-    """(N, H, W) bool: rows and columns at the edges of normalized images (N, C, H, W) that are all black."""
+def _black_borders(images: Tensor, context: CheckContext) -> Tensor:
+    """Return a mask (N, H, W) of the black rows and columns at the edges of normalized images (N, C, H, W)."""
     zero = torch.zeros(1, images.shape[1], 1, 1, device=images.device)
-    dark = (images - normalize(zero, bench.pipeline.mean, bench.pipeline.std)).abs().amax(1) < 1e-3
-    border = torch.zeros_like(dark)
+    black = (images - normalize(zero, context.pipeline.mean, context.pipeline.std)).abs().amax(1) < 1e-3
+    border = torch.zeros_like(black)
     for dim in (1, 2):
-        line = dark.all(3 - dim).int()
+        line = black.all(3 - dim).int()
         edge = line.cumprod(1) | line.flip(1).cumprod(1).flip(1)
         border |= edge.bool().unsqueeze(3 - dim)
     return border
 
 
-class _SeenError(Exception):
-    """Ends a forward pass: what was wanted has come by."""
+class _StopForwardError(Exception):
+    """Ends a forward pass early."""
 
 
 def first_input(model: nn.Module, images: Tensor) -> Tensor | None:
-    """What the first layer with weights of its own is given for `images`; None where none is called."""
+    """Return the input of the first layer with its own parameters; None if no such layer is called."""
     caught: list[Tensor] = []
 
-    def look(module: nn.Module, arguments: tuple[object, ...]) -> None:
+    def catch(module: nn.Module, arguments: tuple[object, ...]) -> None:
         if arguments and isinstance(arguments[0], Tensor):
             caught.append(arguments[0].detach())
-            raise _SeenError
+            raise _StopForwardError
 
     hooks = [
-        module.register_forward_pre_hook(look)
+        module.register_forward_pre_hook(catch)
         for module in model.modules()
         if next(module.parameters(recurse=False), None) is not None
     ]
-    with attached(hooks), torch.no_grad(), contextlib.suppress(_SeenError):
+    with attached(hooks), torch.no_grad(), contextlib.suppress(_StopForwardError):
         model(images)
     return caught[0] if caught else None
 
 
-def layout(bench: CheckContext) -> Finding:
-    """Neighbors look alike: no other order of the axes makes the images much smoother."""
-    images = bench.stored(count=64).images.float()
+def layout(context: CheckContext) -> Finding:
+    """Check that no other axis order makes the images much smoother."""
+    images = context.stored_batch(count=64).images.float()
     if (images.std(dim=(2, 3)) > 0).sum() < 1:
         return skipped("the images are blank")
-    count, channels, height, width = images.shape
+    n, c, h, w = images.shape
     others: dict[str, Tensor] = {}
-    if channels > 1:
-        others["height, width and channels were reshaped where a permute belongs"] = images.reshape(
-            count, height, width, channels
+    if c > 1:
+        others["(height, width, channels) was reshaped instead of permuted"] = images.reshape(
+            n, h, w, c
         ).movedim(-1, 1)
-        others["channels, height and width were reshaped where a permute belongs"] = images.movedim(
-            1, -1
-        ).reshape(count, channels, height, width)
-    if height != width:
-        others["rows and columns were reshaped where a transpose belongs"] = images.reshape(
-            count, channels, width, height
-        ).mT
+        others["(channels, height, width) was reshaped instead of permuted"] = images.movedim(1, -1).reshape(
+            n, c, h, w
+        )
+    if h != w:
+        others["rows and columns were reshaped instead of transposed"] = images.reshape(n, c, w, h).mT
     if not others:
-        return skipped("square images of one channel have no other order to compare with")
+        return skipped("square images with one channel have no other axis order to compare with")
     own = roughness(images)
     cause, other = min(((cause, roughness(each)) for cause, each in others.items()), key=lambda pair: pair[1])
-    evidence = (
-        f"neighbors differ by {own:.2f} of the images' deviation; {other:.2f} in another order of the axes"
-    )
+    evidence = f"difference of neighboring pixels: {own:.2f} standard deviations, {other:.2f} with another axis order"
     if other < SMOOTHER * own:
-        return failed(
-            evidence, cause, "permute the axes to (channels, height, width) where the data are read", "data"
-        )
+        remedy = "permute the axes to (channels, height, width) where the dataset reads the images"
+        return failed(evidence, cause, remedy, "data")
     return passed(evidence)
 
 
 def roughness(images: Tensor) -> float:
-    """Mean difference of neighboring pixels of (N, C, H, W), beside the deviation of all of them."""
+    """Return the mean absolute difference of neighboring pixels of (N, C, H, W), in standard deviations."""
     down, right = images.diff(dim=2).abs().mean(), images.diff(dim=3).abs().mean()
     return float((down + right) / 2 / images.std().clamp(min=1e-6))
 
 
-def blank_images(bench: CheckContext) -> Finding:
-    """Images show something, and not the same again and again."""
-    notes: list[str] = []
+def channel_order(context: CheckContext) -> Finding:
+    """Check that pretrained BatchNorms match the images better as they are than with red and blue swapped."""
+    if not context.trained and not any(hasattr(m, "pretrained_from") for m in context.model.modules()):
+        return skipped("the weights are not pretrained, so the channel order does not matter")
+    if context.spec.channels != RGB_CHANNELS:
+        return skipped(f"the images have {context.spec.channels} channels")
+    count = image_count(context, CHANNEL_ORDER_IMAGES)
+    # Compare with the images that the running statistics come from.
+    batch = context.augmented_batch(count) if context.trained else context.eval_batch(count=count)
+    model = context.copy_model()
+    original, swapped = activation_kl(model, batch.images), activation_kl(model, batch.images.flip(1))
+    if not original:
+        return skipped("no layer has running statistics")
+    deepest = range(len(original) - max(len(original) // 3, 1), len(original))
+    ratio = math.exp(math.fsum(math.log(swapped[i] / original[i]) for i in deepest) / len(deepest))
+    evidence = (
+        f"KL divergence of the activations from the running statistics: {ratio:.2f} times as large with red and blue "
+        "swapped"
+    )
+    if ratio >= SWAPPED_KL_RATIO or math.fsum(swapped[i] for i in deepest) / len(deepest) > MAX_KL:
+        return passed(evidence)
+    cause = "the images are BGR, but the weights were trained on RGB images, or the other way round"
+    remedy = "read the images as RGB (OpenCV reads BGR: reverse with image[..., ::-1])"
+    return warned(evidence, cause, remedy, "data", "model.pretrained")
+
+
+@torch.no_grad()
+def activation_kl(model: nn.Module, images: Tensor) -> list[float]:
+    """Return, for each BatchNorm in execution order, how far its input is from its running statistics, in nats.
+
+    This is the KL divergence of two normal distributions (batch from running statistics), averaged over the channels.
+
+    Args:
+        model: in eval mode.
+        images: (N, C, H, W), normalized.
+    """
+    divergences: list[float] = []
+
+    def measure(norm: BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        if norm.running_mean is None or norm.running_var is None:
+            return
+        dims = [0, *range(2, inputs[0].ndim)]
+        mean, variance = inputs[0].double().mean(dims), inputs[0].double().var(dims, correction=0)
+        running_var = norm.running_var.double() + norm.eps
+        ratio = (variance + norm.eps) / running_var
+        kl = 0.5 * (ratio - 1 - ratio.log() + (mean - norm.running_mean).square() / running_var)
+        divergences.append(max(float(kl.mean()), 1e-9))
+
+    hooks = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(m, BatchNorm)]
+    with attached(hooks):
+        model(images)
+    return divergences
+
+
+def blank_images(context: CheckContext) -> Finding:
+    """Check that images are not blank, and not all the same."""
+    counts: list[str] = []
     worst = 0.0
-    names: list[str] = []
-    for split, loader in bench.loaders.items():
-        batch = bench.stored(split, LOOKED_AT)
+    blank_names: list[str] = []
+    for split, loader in context.loaders.items():
+        batch = context.stored_batch(split, BLANK_SAMPLE)
         flat = batch.images.flatten(1).float()
-        blank = flat.std(1) < BLANK
+        blank = flat.std(1) < BLANK_STD
         distinct = len(torch.unique(flat, dim=0)) / len(flat)
-        notes.append(f"{split} {int(blank.sum())} of {len(flat)} blank, {100 * distinct:.0f} % distinct")
+        counts.append(f"{split} {int(blank.sum())} of {len(flat)} blank, {100 * distinct:.0f} % distinct")
         worst = max(worst, float(blank.float().mean()), 1 - distinct if len(flat) > 1 else 0.0)
-        names += [loader.examples.names[int(i)] for i in batch.index[blank.cpu()]]
-    evidence = "; ".join(notes)
-    if worst > 0.5:
-        shown = f" ({some(names)})" if names else ""
+        blank_names += [loader.examples.names[int(i)] for i in batch.index[blank.cpu()]]
+    evidence = "; ".join(counts)
+    if worst > BLANK_SHARE:
+        shown = f" ({join_names(blank_names)})" if blank_names else ""
         return failed(
-            evidence, f"most images are blank or the same{shown}", "look at how they are read", "data"
+            evidence, f"most images are blank or identical{shown}", "check how they are read", "data"
         )
-    if names or worst > 0.1:
-        shown = f"blank: {some(names)}" if names else "many images come more than once"
-        return warned(evidence, shown, "look at these files, and leave out what shows nothing", "data")
+    if blank_names or worst > DUPLICATE_SHARE:
+        cause = f"blank: {join_names(blank_names)}" if blank_names else "many images are duplicates"
+        return warned(evidence, cause, "look at these files, and remove useless ones", "data")
     return passed(evidence)
 
 
-def validation_is_plain(bench: CheckContext) -> Finding:
-    """Validation images are the same whenever they are looked at, and only normalized."""
-    loader = bench.loaders["val"]
+def validation_is_constant(context: CheckContext) -> Finding:
+    """Check that validation images are the same each time they are read."""
+    loader = context.loaders["val"]
     rows = torch.linspace(0, len(loader) - 1, min(64, len(loader))).round().long().unique()
     first = next(loader.batches(rows, len(rows)))
-    again = next(loader.batches(rows, len(rows)))
-    backwards = next(loader.batches(rows.flip(0), len(rows)))
-    if not (torch.equal(first.images, again.images) and torch.equal(first.images, backwards.images.flip(0))):
-        evidence = f"{len(rows)} validation images differ from one look to the next"
-        cause = "the data set changes its images at random: validation is augmented too"
-        return failed(
-            evidence, cause, "augment by augment=, which leaves validation alone", "data", "augment"
-        )
-    plain, twice = bench.pipeline.eval_transform(first), bench.pipeline.eval_transform(again)
-    if not torch.equal(plain.images, twice.images):
+    second = next(loader.batches(rows, len(rows)))
+    reverse = next(loader.batches(rows.flip(0), len(rows)))
+    if not (torch.equal(first.images, second.images) and torch.equal(first.images, reverse.images.flip(0))):
+        evidence = f"{len(rows)} validation images differ each time they are read"
+        cause = "the dataset changes its images at random, so validation is augmented too"
+        remedy = "augment with augment=, which does not affect validation"
+        return failed(evidence, cause, remedy, "data", "augment")
+    if not torch.equal(
+        context.pipeline.eval_transform(first).images, context.pipeline.eval_transform(second).images
+    ):
+        evidence = "normalized validation images differ each time they are processed"
         cause = "the pipeline changes validation images at random"
-        return failed(
-            "plain images differ from one look to the next", cause, "report this as a bug", "augment"
-        )
-    return passed(f"{len(rows)} images: the same bits twice, and in another order")
+        return failed(evidence, cause, "report this as a bug", "augment")
+    return passed(f"{len(rows)} images are identical when read twice, and in reverse order")
 
 
-def augmentation(bench: CheckContext) -> Finding:
-    """Augmented images still show what their targets say."""
-    pipeline = bench.pipeline
+def augmentation(context: CheckContext) -> Finding:
+    """Check that augmented images still show what their targets describe."""
+    pipeline = context.pipeline
     if not pipeline.augmentations:
-        return skipped("augment=none")
+        return skipped("no augmentation (augment=none)")
     if pipeline.per_sample:
-        return skipped(f"{some(list(pipeline.per_sample))} are applied where workers decode")
-    if pipeline.can_flip and not bench.spec.hflip_ok:
-        mirroring = [key for key, item in pipeline.augmentations.items() if getattr(item, "can_flip", False)]
-        return warned(
-            f"augment.{mirroring[0]} mirrors the images", "mirrored digits or letters mean something else",
-            f"take it out: '~augment.{mirroring[0]}', or choose another augment=", f"augment.{mirroring[0]}", "data",
-        )  # fmt: skip
-    batch = bench.augmented(128)
-    limit = 0.02 * float(bench.plain(count=128).images.float().std())
+        return skipped(f"{join_names(list(pipeline.per_sample))} runs in the workers that decode the images")
+    if pipeline.can_flip and not context.spec.hflip_ok:
+        flips = [key for key, item in pipeline.augmentations.items() if getattr(item, "can_flip", False)]
+        key = f"augment.{flips[0]}"
+        cause = "flipped digits or letters have another meaning"
+        remedy = f"remove it with '~{key}', or choose another augment="
+        return warned(f"{key} flips the images", cause, remedy, key, "data")
+    batch = context.augmented_batch(AUGMENTED_IMAGES)
+    original = context.stored_batch(count=AUGMENTED_IMAGES)
+    limit = 0.02 * float(context.eval_batch(count=AUGMENTED_IMAGES).images.float().std())
     blank = float((batch.images.float().flatten(1).std(1) < limit).float().mean())
-    parts = [f"{100 * blank:.0f} % of 128 augmented images are blank"]
+    parts = [f"{100 * blank:.0f} % of {AUGMENTED_IMAGES} augmented images are blank"]
     kept = 1.0
     if "valid" in batch.targets:
-        before = float(bench.stored(count=128).targets["valid"].float().mean())
+        before = float(original.targets["valid"].float().mean())
         kept = float(batch.targets["valid"].float().mean()) / max(before, 1e-9)
-        parts.append(f"{100 * kept:.0f} % of the points stay valid")
+        parts.append(f"{100 * kept:.0f} % of the valid keypoints stay inside the image")
     if "mask" in batch.targets:
         after, before = (
             float((each.targets["mask"] != pipeline.spec.mask_fill).float().mean())
-            for each in (batch, bench.stored(count=128))
+            for each in (batch, original)
         )
         kept = after / before if before else 1.0
-        parts.append(f"{100 * kept:.0f} % of the labeled pixels stay")
+        parts.append(f"{100 * kept:.0f} % of the labeled pixels stay inside the image")
     evidence = ", ".join(parts)
     keys = tuple(f"augment.{key}" for key in pipeline.augmentations)
     if blank > 0.05:
-        return failed(
-            evidence, "an augmentation wipes images out", "weaken it; `cnntrain preview` shows it", *keys
-        )
+        return failed(evidence, "an augmentation erases whole images", PREVIEW, *keys)
     if kept < 0.5:
-        cause = "an augmentation moves half of what is to be learned off the canvas"
-        return warned(evidence, cause, "weaken it; `cnntrain preview` shows it", *keys)
+        return warned(evidence, "an augmentation moves half of the targets out of the image", PREVIEW, *keys)
     return passed(evidence)

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.verdicts import failed, passed, some, warned
+from cnntrain.checks.context import CheckContext, failed, join_names, passed, warned
 from cnntrain.data.parallel import thread_map
 from cnntrain.types import Finding
 
@@ -24,19 +23,19 @@ CANDIDATES = 32  # nearest by their hashes, of each image, whose pixels are comp
 AT_ONCE_BYTES = 1 << 23  # of images that are compared together
 
 
-def leakage(bench: CheckContext) -> Finding:
+def leakage(context: CheckContext) -> Finding:
     """No image of val or test stands in train, neither the same bits nor nearly (other size of file, other quality).
 
     Near duplicates, mirrored ones too, are found by a difference hash (64 signs between neighbors of the image at
     9x8) of which at most 4 differ, and confirmed by the correlation of their pixels and of their edges.
     """
-    train, looked = _images(bench, "train")
+    train, looked = _images(context, "train")
     exact_of, train_hashes = _index(exact_hashes(train)), difference_hashes(train)
     notes, verdict, pairs = [], "PASS", []
     for split in ("val", "test"):
-        if split not in bench.loaders:
+        if split not in context.loaders:
             continue
-        images, rows = _images(bench, split)
+        images, rows = _images(context, split)
         same: list[tuple[int, int]] = []
         for i, value in enumerate(exact_hashes(images)):
             twins = [k for k in exact_of.get(int(value), []) if torch.equal(images[i], train[k])]
@@ -48,7 +47,7 @@ def leakage(bench: CheckContext) -> Finding:
         found = near_duplicates(images[rest], train, train_hashes)
         alike = [(int(rest[i]), k) for i, k in found.items()]
         notes.append(f"{split}: {len(same)} of {len(images)} in train, {len(alike)} more nearly")
-        names, trained = bench.loaders[split].examples.names, bench.loaders["train"].examples.names
+        names, trained = context.loaders[split].examples.names, context.loaders["train"].examples.names
         pairs += [f"{names[int(rows[i])]} = {trained[int(looked[k])]}" for i, k in [*same, *alike]]
         if len(same) > EXACT_SHARE * len(images):
             verdict = "FAIL"
@@ -57,7 +56,7 @@ def leakage(bench: CheckContext) -> Finding:
     evidence = "; ".join(notes)
     if verdict == "PASS":
         return passed(evidence)
-    cause = f"what judges the network has been learned: {some(pairs, 2)}"
+    cause = f"what judges the network has been learned: {join_names(pairs, 2)}"
     remedy = "take the copies out of one split; `group` keeps what belongs together on one side"
     return (failed if verdict == "FAIL" else warned)(evidence, cause, remedy, "data")
 
@@ -127,16 +126,16 @@ def near_hashes(hashes: np.ndarray, train_hashes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros((0, 2), np.int64), *thread_map(look, range(0, len(hashes), 16))])
 
 
-def _images(bench: CheckContext, split: str) -> tuple[Tensor, Tensor]:
+def _images(context: CheckContext, split: str) -> tuple[Tensor, Tensor]:
     """uint8 (M, C, H, W) on the CPU and their rows: all that are held in memory, some of those on disk."""
-    loader = bench.loaders[split]
+    loader = context.loaders[split]
     images = loader.examples.images
-    if isinstance(images, Tensor) and tuple(images.shape[-2:]) == bench.spec.image_size:
+    if isinstance(images, Tensor) and tuple(images.shape[-2:]) == context.spec.image_size:
         return images.cpu(), torch.arange(len(images))
     most = len(loader) if isinstance(images, Tensor) else MOST_READ
     rows = torch.linspace(0, len(loader) - 1, min(most, len(loader))).round().long()
     # Those that random crops are cut from are on a finer canvas than the others.
-    parts = [bench.pipeline.resize(batch).images for batch in loader.batches(rows, AT_ONCE)]
+    parts = [context.pipeline.resize(batch).images for batch in loader.batches(rows, AT_ONCE)]
     return torch.cat(
         [part.round().to(torch.uint8).cpu() if part.is_floating_point() else part.cpu() for part in parts]
     ), rows

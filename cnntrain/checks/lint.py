@@ -1,193 +1,200 @@
-"""What the groups of a config have to say to one another: keys that quarrel, and keys that do nothing."""
+"""Find settings that contradict each other, and settings that have no effect."""
 
+import dataclasses
 import shlex
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator
 
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.verdicts import passed, warned
+from torch import nn
+
+from cnntrain.checks.context import CheckContext, passed, warned
+from cnntrain.data.examples import LazyImages
+from cnntrain.data.load import Data
 from cnntrain.models.pretrained import Preprocessing
+from cnntrain.train.setup import Components
 from cnntrain.train.state import TrainingPlan
 from cnntrain.types import DataSpec, Finding
 
-FAR = 0.05  # from the mean or standard deviation that weights learned from, on the 0-1 scale
-SMALL = 4  # times smaller than the images that weights learned from
-SGD_PER_256 = (
-    1e-3,
-    1.0,
-)  # learning rates per 256 images a step that recipes use with SGD (Goyal et al. 2017: 0.1)
-HEAD_ALONE = (
-    10  # times larger rates are usual where the last layer alone is trained (He et al. 2020, MoCo: SGD, 30)
+STATISTICS_TOLERANCE = (
+    0.05  # difference of mean or standard deviation from the pretrained weights', on the 0-1 scale
 )
-ADAM_AT_256 = (1e-6, 2e-2)  # and with Adam and AdamW, where they grow with the root of the batch
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What lint judges by.
-
-    Attributes:
-        config: the whole config as plain values.
-        typed: keys that were typed on the command line.
-        images: training images.
-        has_batch_norm: of the network, in training mode.
-        own_val: the data set has a val split of its own.
-        streams: images are decoded as they are needed.
-        learned: how images for the pretrained weights were prepared, where that is known.
-    """
-
-    config: Mapping[str, Any]
-    typed: Collection[str]
-    plan: TrainingPlan
-    spec: DataSpec
-    images: int
-    has_batch_norm: bool
-    own_val: bool
-    streams: bool
-    device: str
-    learned: Preprocessing | None = None
+SIZE_RATIO = 4  # ratio of the image size of the pretrained weights to the image size of the data
+SGD_LR_PER_256 = (1e-3, 1.0)  # usual learning rates per 256 images per step (Goyal et al. 2017: 0.1)
+ADAM_LR_AT_256 = (1e-6, 2e-2)  # for Adam and AdamW, where they grow with the square root of the batch size
+HEAD_ONLY_FACTOR = 10  # training only the last layer tolerates higher rates (He et al. 2020, MoCo: SGD, 30)
 
 
 def typed_keys(command_line: str) -> set[str]:
-    """Keys of the overrides in a command as it was typed."""
+    """Return the keys of the overrides in a command line."""
     words = shlex.split(command_line) if command_line else []
     return {word.split("=")[0].lstrip("+~") for word in words if "=" in word and not word.startswith("-")}
 
 
-def lint(facts: Facts) -> list[Finding]:
-    """A WARN for everything that is noticed."""
-    return [*_without_effect(facts), *_quarrels(facts)]
+def lint(components: Components, data: Data, plan: TrainingPlan, command_line: str) -> list[Finding]:
+    """Return a WARN for each contradiction, and for each setting on the command line that has no effect."""
+    return [
+        *_without_effect(components, data, plan, typed_keys(command_line)),
+        *_contradictions(components, data, plan),
+    ]
 
 
-def config_agrees(bench: CheckContext) -> Finding:
-    """No two keys of the config quarrel, and none that was typed is without effect."""
-    if not bench.notes:
-        return passed("no keys quarrel, and none that was typed is without effect")
-    evidence = "; ".join(note.evidence for note in bench.notes)
-    keys = dict.fromkeys(key for note in bench.notes for key in note.keys)
-    first = bench.notes[0]
-    return warned(evidence, first.cause, first.remedy, *keys)
+def config_agrees(context: CheckContext) -> Finding:
+    """Check that no settings contradict each other, and that every setting on the command line has an effect."""
+    warnings = context.config_warnings
+    if not warnings:
+        return passed("no contradictions, and every setting on the command line has an effect")
+    evidence = "; ".join(warning.evidence for warning in warnings)
+    keys = dict.fromkeys(key for warning in warnings for key in warning.keys)
+    return warned(evidence, warnings[0].cause, warnings[0].remedy, *keys)
 
 
-def _without_effect(facts: Facts) -> Iterator[Finding]:
-    config, task, data = facts.config, facts.config["task"], facts.config["data"]
-    head, loss = task.get("head"), task.get("loss")
-    geometry = [key for key in config["augment"] if key != "border"]
+def _without_effect(
+    components: Components, data: Data, plan: TrainingPlan, typed: Collection[str]
+) -> Iterator[Finding]:
+    settings = components.settings
+    head, loss = settings.task.get("head"), settings.task.get("loss")
+    no_geometry = not [key for key in settings.augment if key != "border"]
     no_wing = head != "regression" or loss not in ("auto", "wing")
-    held, memory = not facts.streams, "images that are held in memory"
-    folds, own = data.get("folds"), "the data set's own val split"
-    epochs, patience = _epochs(facts.plan), config["early_stopping"]
-    cycles = config["schedule"].get("_target_", "").endswith(".OneCycle")
-    # Key: whether it is idle, beside what, and the key that decides.
-    idle: dict[str, tuple[bool, str, str]] = {
+    lazy = isinstance(data.train.images, LazyImages) or bool(components.pipeline.per_sample)
+    cached, in_memory = not lazy, "images that are cached in memory"
+    folds, own_split = settings.data.get("folds"), "a dataset that has its own val split"
+    epochs, patience = -(-plan.total_steps // plan.steps_per_epoch), settings.early_stopping
+    one_cycle = str(settings.schedule.get("_target_", "")).endswith(".OneCycle")
+    # Key: whether it has no effect, the setting that is the reason, and the key to change.
+    unused: dict[str, tuple[bool, str, str]] = {
         "task.smooth_l1_beta": (loss != "smooth_l1", f"task.loss={loss}", "task.loss"),
         "task.wing_width": (no_wing, f"task.loss={loss}", "task.loss"),
         "task.wing_curvature": (no_wing, f"task.loss={loss}", "task.loss"),
         "task.heatmap_sigma": (head != "heatmap", f"task.head={head}", "task.head"),
         "data.val_fraction": (
-            folds is not None or facts.own_val, own if facts.own_val else f"data.folds={folds}", "data.folds",
+            folds is not None or data.own_val,
+            own_split if data.own_val else f"data.folds={folds}",
+            "data.folds",
         ),
-        "data.split_seed": (facts.own_val and not data.get("limit"), own, "data"),
-        "data.workers": (held, memory, "data.cache"),
-        "data.timeout_s": (held, memory, "data.cache"),
-        "epochs": (config["steps"] is not None, f"steps={config['steps']}", "steps"),
-        "augment.border": (not geometry, "augment=none", "augment"),
-        "deterministic": (facts.device == "cpu", "device=cpu, which always is", "device"),
+        "data.split_seed": (data.own_val and not settings.data.get("limit"), own_split, "data"),
+        "data.workers": (cached, in_memory, "data.cache"),
+        "data.timeout_s": (cached, in_memory, "data.cache"),
+        "epochs": (settings.steps is not None, f"steps={settings.steps}", "steps"),
+        "augment.border": (no_geometry, "augment=none", "augment"),
+        "deterministic": (
+            components.compute.device.type == "cpu",
+            "device=cpu, which is always deterministic",
+            "device",
+        ),
         "optimizer.decay_norms_and_biases": (
-            not config["optimizer"].get("weight_decay"), "optimizer.weight_decay=0", "optimizer.weight_decay",
+            not settings.optimizer.get("weight_decay"),
+            "optimizer.weight_decay=0",
+            "optimizer.weight_decay",
         ),
         "optimizer.momentum": (
-            cycles and bool(config["optimizer"].get("momentum")),
-            "schedule=one_cycle, which moves it between 0.95 and 0.85", "schedule",
+            one_cycle and bool(settings.optimizer.get("momentum")),
+            "schedule=one_cycle, which cycles the momentum between 0.95 and 0.85",
+            "schedule",
         ),
         "early_stopping": (patience is not None and patience >= epochs, f"{epochs} epochs", "epochs"),
-    }  # fmt: skip
-    for key, (applies, beside, other) in idle.items():
-        if key in facts.typed and applies:
-            remedy = f"change {other}, or leave {key} out"
-            yield _warn(f"{key} has no effect with {beside}", f"{other} decides", remedy, key, other)
+    }
+    for key, (no_effect, reason, other) in unused.items():
+        if key in typed and no_effect:
+            remedy = f"change {other}, or remove {key}"
+            yield _warning(
+                f"{key} has no effect with {reason}", f"{other} takes precedence", remedy, key, other
+            )
 
 
-def _quarrels(facts: Facts) -> Iterator[Finding]:
-    config, plan = facts.config, facts.plan
-    batch = plan.batch_size * plan.accumulate
-    if facts.has_batch_norm and plan.batch_size == 1:
-        yield _warn(
-            "batch_size=1 with BatchNorm", "one image has no statistics: the norms see only themselves",
-            "take batch_size=8 or more (accumulate= does not help), or model.norm=group", "batch_size", "model.norm",
-        )  # fmt: skip
-    if plan.batch_size > facts.images:
-        yield _warn(
-            f"batch_size={plan.batch_size} is more than the {facts.images} training images",
-            "an epoch is one step", "take a smaller batch_size", "batch_size", "data",
-        )  # fmt: skip
+def _contradictions(components: Components, data: Data, plan: TrainingPlan) -> Iterator[Finding]:
+    settings, images = components.settings, len(data.train)
+    norms = [m for m in components.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    has_batch_norm = any(norm.weight is None or norm.weight.requires_grad for norm in norms)
+    if has_batch_norm and plan.batch_size == 1:
+        yield _warning(
+            "batch_size=1 with BatchNorm",
+            "batch statistics of a single image are not meaningful",
+            "set batch_size=8 or more (accumulate does not help), or model.norm=group",
+            "batch_size",
+            "model.norm",
+        )
+    if plan.batch_size > images:
+        yield _warning(
+            f"batch_size={plan.batch_size} is larger than the {images} training images",
+            "each epoch has a single step",
+            "set a smaller batch_size",
+            "batch_size",
+            "data",
+        )
     if plan.accumulate > plan.batches_per_epoch:
-        yield _warn(
-            f"accumulate={plan.accumulate} is more than the {plan.batches_per_epoch} batches of an epoch",
-            "an epoch is one step, over fewer batches than asked for", "take a smaller accumulate or batch_size",
-            "accumulate", "batch_size",
-        )  # fmt: skip
-    decay = config["ema_decay"]
+        yield _warning(
+            f"accumulate={plan.accumulate} is larger than the {plan.batches_per_epoch} batches of an epoch",
+            "each epoch has a single step, over fewer batches than configured",
+            "set a smaller accumulate or batch_size",
+            "accumulate",
+            "batch_size",
+        )
+    decay = settings.ema_decay
     if decay and plan.total_steps < 1 / (1 - decay):
-        yield _warn(
-            f"ema_decay={decay} averages over {1 / (1 - decay):,.0f} steps, the training has {plan.total_steps:,}",
-            "the average warms up and never gets that slow",
-            f"take ema_decay={1 - 10 / max(plan.total_steps, 20):.3g} or so, or more epochs", "ema_decay", "epochs",
-        )  # fmt: skip
-    yield from _learning_rate(config, batch)
-    if facts.learned is not None:
-        yield from _preprocessing(
-            f"model.pretrained={config['model'].get('pretrained')}", facts.learned, facts.spec
+        yield _warning(
+            f"ema_decay={decay} averages over {1 / (1 - decay):,.0f} steps; the training has {plan.total_steps:,}",
+            "the moving average is still warming up when the training ends",
+            f"set ema_decay={1 - 10 / max(plan.total_steps, 20):.3g} or similar, or more epochs",
+            "ema_decay",
+            "epochs",
+        )
+    yield from _learning_rate(components, plan.batch_size * plan.accumulate)
+    if components.learned is not None:
+        name = f"model.pretrained={settings.model.get('pretrained')}"
+        yield from _preprocessing(name, components.learned, components.spec)
+
+
+def _preprocessing(weights: str, pretraining: Preprocessing, spec: DataSpec) -> Iterator[Finding]:
+    """Compare the images with those that the weights were pretrained on."""
+    mean, std = pretraining.statistics(spec.channels)
+    pairs = zip((*mean, *std), (*(spec.mean or mean), *(spec.std or std)), strict=True)
+    if any(abs(a - b) > STATISTICS_TOLERANCE for a, b in pairs):
+        shown, wanted_mean, wanted_std = (
+            ",".join(f"{value:.3f}" for value in values) for values in (spec.mean or (), mean, std)
+        )
+        yield _warning(
+            f"{weights} was trained with another mean or standard deviation; here the mean is {shown}",
+            "the first layer gets inputs on another scale than in pretraining",
+            f"set data.mean=[{wanted_mean}] data.std=[{wanted_std}]",
+            "model.pretrained",
+            "data.mean",
+        )
+    side, pretraining_side = max(spec.image_size), max(pretraining.size or (0,))
+    if side * SIZE_RATIO < pretraining_side:
+        yield _warning(
+            f"{weights} was trained on images of {pretraining_side} px; these have {side} px",
+            "in most layers the feature maps shrink to one or two pixels",
+            f"set data.size={pretraining_side} if the images are that large; for a ResNet also model.stem=small, "
+            "which reinitializes the first convolution",
+            "model.pretrained",
+            "data.size",
+            "model.stem",
         )
 
 
-def _preprocessing(weights: str, learned: Preprocessing, spec: DataSpec) -> Iterator[Finding]:
-    """Other images than the pretrained weights learned from."""
-    then = learned.statistics(spec.channels)
-    pairs = zip((*then[0], *then[1]), (*(spec.mean or then[0]), *(spec.std or then[1])), strict=True)
-    if any(abs(a - b) > FAR for a, b in pairs):
-        shown, *wanted = (",".join(f"{value:.3f}" for value in values) for values in (spec.mean or (), *then))
-        yield _warn(
-            f"{weights} learned from images of another mean or deviation; here the mean is {shown}",
-            "the first layer sees other numbers than it learned from",
-            f"set data.mean=[{wanted[0]}] data.std=[{wanted[1]}]", "model.pretrained", "data.mean",
-        )  # fmt: skip
-    side, learned_side = max(spec.image_size), max(learned.size or (0,))
-    if side * SMALL < learned_side:
-        yield _warn(
-            f"{weights} learned from images of {learned_side} px; these have {side} px",
-            "few of its layers see more than a pixel or two of them",
-            f"set data.size={learned_side} where the images are that large; for a ResNet also model.stem=small, which "
-            "starts its first convolution anew", "model.pretrained", "data.size", "model.stem",
-        )  # fmt: skip
-
-
-def _learning_rate(config: Mapping[str, Any], batch: int) -> Iterator[Finding]:
-    node = config["optimizer"]
+def _learning_rate(components: Components, batch_size: int) -> Iterator[Finding]:
+    """Compare the learning rate with those in published recipes."""
+    node, model = components.settings.optimizer, components.settings.model
     name, lr = str(node.get("_target_", "")).rsplit(".", 1)[-1], node.get("lr")
     if not isinstance(lr, int | float) or lr == 0:
         return
     if name == "SGD":
-        low, high = (bound * batch / 256 for bound in SGD_PER_256)
+        low, high = (bound * batch_size / 256 for bound in SGD_LR_PER_256)
     elif name in ("Adam", "AdamW"):
-        low, high = (bound * (batch / 256) ** 0.5 for bound in ADAM_AT_256)
+        low, high = (bound * (batch_size / 256) ** 0.5 for bound in ADAM_LR_AT_256)
     else:
         return
-    if config["model"].get("freeze") == "backbone" and not config["model"].get("unfreeze"):
-        high *= HEAD_ALONE
+    if model.get("freeze") == "backbone" and not model.get("unfreeze"):
+        high *= HEAD_ONLY_FACTOR
     if not low <= lr <= high:
-        side = "high" if lr > high else "low"
-        yield _warn(
-            f"optimizer.lr={lr:g} with {batch} images a step",
-            f"recipes with {name} use {low:.2g} to {high:.2g} there: this is {side}", "try `cnntrain lr-find`",
-            "optimizer.lr", "batch_size",
-        )  # fmt: skip
+        yield _warning(
+            f"optimizer.lr={lr:g} with {batch_size} images per step",
+            f"the learning rate is too {'high' if lr > high else 'low'}: recipes with {name} use {low:.2g} to "
+            f"{high:.2g} for this batch size",
+            "run `cnntrain lr-find`",
+            "optimizer.lr",
+            "batch_size",
+        )
 
 
-def _epochs(plan: TrainingPlan) -> int:
-    return -(-plan.total_steps // plan.steps_per_epoch)
-
-
-def _warn(evidence: str, cause: str, remedy: str, *keys: str) -> Finding:
-    return Finding("config", "WARN", evidence, cause, remedy, keys)
+def _warning(evidence: str, cause: str, remedy: str, *keys: str) -> Finding:
+    return dataclasses.replace(warned(evidence, cause, remedy, *keys), name="config")

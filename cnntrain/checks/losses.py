@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.practice import few, generator
-from cnntrain.checks.verdicts import failed, passed, skipped
+from cnntrain.checks.context import CheckContext, failed, passed, skipped
+from cnntrain.checks.short_training import image_count, seeded_generator
 from cnntrain.types import Finding
 
 IMAGES = 16
@@ -18,14 +17,17 @@ LEFT = 0.3  # share of the way from knowing nothing to the lowest loss that may 
 TASK = "task"
 
 
-def loss_scale(bench: CheckContext) -> Finding:
+def loss_scale(context: CheckContext) -> Finding:
     """The mean loss of a batch stays the same when every example comes twice."""
-    batch = bench.plain(count=few(bench, IMAGES))
+    batch = context.eval_batch(count=image_count(context, IMAGES))
     with torch.no_grad():
-        outputs = bench.outputs(bench.model(), batch.images)
+        outputs = context.outputs(context.copy_model(), batch.images)
         twice = {name: torch.cat((target, target)) for name, target in batch.truth.items()}
-        once, doubled = _mean(bench, outputs, batch.truth), _mean(bench, torch.cat((outputs, outputs)), twice)
-        single = _mean(bench, outputs[:1], {name: target[:1] for name, target in batch.truth.items()})
+        once, doubled = (
+            _mean(context, outputs, batch.truth),
+            _mean(context, torch.cat((outputs, outputs)), twice),
+        )
+        single = _mean(context, outputs[:1], {name: target[:1] for name, target in batch.truth.items()})
     evidence = (
         f"loss {once:.4g} of {len(batch)} examples, {doubled:.4g} with each twice ({single:.4g} of one alone)"
     )
@@ -40,12 +42,12 @@ def loss_scale(bench: CheckContext) -> Finding:
     )
 
 
-def loss_sees_labels(bench: CheckContext) -> Finding:
+def loss_sees_labels(context: CheckContext) -> Finding:
     """For the same outputs another target gives another loss."""
-    batch = bench.plain(count=few(bench, 4 * IMAGES))
+    batch = context.eval_batch(count=image_count(context, 4 * IMAGES))
     with torch.no_grad():
-        like = bench.outputs(bench.model(), batch.images)
-        outputs = torch.randn(like.shape, generator=generator(2)).to(like.device)
+        like = context.outputs(context.copy_model(), batch.images)
+        outputs = torch.randn(like.shape, generator=seeded_generator(2)).to(like.device)
         for shift in range(1, len(batch)):
             others = {name: target.roll(shift, 0) for name, target in batch.truth.items()}
             pairs = [(batch.truth[name], target) for name, target in others.items()]
@@ -57,7 +59,7 @@ def loss_sees_labels(bench: CheckContext) -> Finding:
                 break
         else:
             return skipped("all examples have the same target")
-        own, wrong = (torch.stack(bench.task.losses(outputs, each)) for each in (batch.truth, others))
+        own, wrong = (torch.stack(context.task.losses(outputs, each)) for each in (batch.truth, others))
     differ = (own != wrong).any(0).cpu()[changed]
     evidence = f"{int(differ.sum())} of {len(differ)} losses change with the target"
     if differ.any():
@@ -66,14 +68,14 @@ def loss_sees_labels(bench: CheckContext) -> Finding:
     return failed(evidence, cause, "pass the targets to the loss", TASK)
 
 
-def loss_sign(bench: CheckContext) -> Finding:
+def loss_sign(context: CheckContext) -> Finding:
     """Moving bare outputs down the gradient of the loss makes them right, and ends near the lowest loss.
 
     Neither network nor images take part: whatever goes wrong here is the loss's.
     """
-    batch, task = bench.plain(count=few(bench, IMAGES)), bench.task
+    batch, task = context.eval_batch(count=image_count(context, IMAGES)), context.task
     with torch.no_grad():
-        free = torch.zeros_like(bench.outputs(bench.model(), batch.images))
+        free = torch.zeros_like(context.outputs(context.copy_model(), batch.images))
     keep = max(min(len(batch), LARGEST // free[0].numel()), 1)
     free, truth = free[:keep].clone(), {name: target[:keep] for name, target in batch.truth.items()}
     before = float(task.mistake_score(free, truth).clamp(min=0).mean())
@@ -110,6 +112,6 @@ def loss_sign(bench: CheckContext) -> Finding:
     return passed(evidence)
 
 
-def _mean(bench: CheckContext, outputs: Tensor, truth: dict[str, Tensor]) -> float:
-    total, count = bench.task.loss(outputs, truth)
+def _mean(context: CheckContext, outputs: Tensor, truth: dict[str, Tensor]) -> float:
+    total, count = context.task.loss(outputs, truth)
     return float(total / count.clamp(min=1e-12))

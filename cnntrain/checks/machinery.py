@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.overfit import FP16_SCALE
-from cnntrain.checks.practice import calibrated, distance, practice
-from cnntrain.checks.verdicts import failed, passed, skipped, some
+from cnntrain.checks.context import CheckContext, failed, join_names, passed, skipped
+from cnntrain.checks.overfit_trial import FP16_SCALE
+from cnntrain.checks.short_training import calibrated_copy, relative_distance, train_steps
 from cnntrain.data.loader import StreamingLoader
 from cnntrain.train import checkpoint
 from cnntrain.types import Finding
@@ -30,23 +29,23 @@ PRECISION = {"bf16": 0.2, "fp16": 0.05}
 SAME_ON_CPU, SAME_ON_GPU = 1e-3, 2e-2  # TensorFloat-32 has ten bits of mantissa
 
 
-def reload(bench: CheckContext) -> Finding:
+def reload(context: CheckContext) -> Finding:
     """Saved, and loaded by a fresh process, the network gives the same answers."""
-    if bench.seconds_left < START_S:
+    if context.seconds_left < START_S:
         return skipped(BUDGET)
-    model = bench.model()
-    if not bench.trained:  # what is a function of the seed alone would come back even if it were not saved
-        practice(bench, model, bench.make_optimizer(model), 2)
-    images = bench.plain(count=IMAGES).images
+    model = context.copy_model()
+    if not context.trained:  # what is a function of the seed alone would come back even if it were not saved
+        train_steps(context, model, context.make_optimizer(model), 2)
+    images = context.eval_batch(count=IMAGES).images
     with torch.no_grad():
-        mine = bench.outputs(model, images)
-        if not torch.equal(mine, bench.outputs(model, images)):
+        mine = context.outputs(model, images)
+        if not torch.equal(mine, context.outputs(model, images)):
             return skipped(RANDOM)
     with tempfile.TemporaryDirectory() as folder:
         saved, shown, answered = (Path(folder) / name for name in ("model.pt", "images.pt", "answers.pt"))
-        config = {**bench.config, "threads": torch.get_num_threads(), "device": str(bench.compute.device)}
-        config["precision"] = bench.compute.precision
-        spec = dataclasses.asdict(bench.spec)
+        config = {**context.config, "threads": torch.get_num_threads(), "device": str(context.compute.device)}
+        config["precision"] = context.compute.precision
+        spec = dataclasses.asdict(context.spec)
         checkpoint.save({"state": {"model": model.state_dict()}, "config": config, "spec": spec}, saved)
         torch.save(images.cpu(), shown)
         command = [
@@ -79,29 +78,31 @@ def reload(bench: CheckContext) -> Finding:
         "training changes something that is not saved: a tensor or number that is no parameter and no buffer"
     )
     remedy = "register it: nn.Parameter, or self.register_buffer(name, tensor)"
-    return _same(bench, mine, theirs, "answers of a fresh process", cause, remedy)
+    return _same(context, mine, theirs, "answers of a fresh process", cause, remedy)
 
 
-def repeat(bench: CheckContext) -> Finding:
+def repeat(context: CheckContext) -> Finding:
     """Two short trainings from the same seed end with the same weights."""
-    if bench.seconds_left <= 0:
+    if context.seconds_left <= 0:
         return skipped(BUDGET)
     ends = []
     for _ in range(2):
-        model = bench.model()
-        practice(bench, model, bench.make_optimizer(model), STEPS)
+        model = context.copy_model()
+        train_steps(context, model, context.make_optimizer(model), STEPS)
         ends.append(torch.cat([value.detach().flatten().double() for value in model.state_dict().values()]))
     cause = "something is drawn from a generator that is not set before each step: numpy's, Python's or one of its own"
     remedy = "draw with torch's global generator, or from a seed of your own"
-    return _same(bench, ends[0], ends[1], f"weights after {STEPS} steps, twice from one seed", cause, remedy)
+    return _same(
+        context, ends[0], ends[1], f"weights after {STEPS} steps, twice from one seed", cause, remedy
+    )
 
 
-def _same(bench: CheckContext, one: Tensor, other: Tensor, what: str, cause: str, remedy: str) -> Finding:
+def _same(context: CheckContext, one: Tensor, other: Tensor, what: str, cause: str, remedy: str) -> Finding:
     """Bit for bit, where the device repeats its sums."""
     if one.shape == other.shape and torch.equal(one, other):
         return passed(f"{what}: the same bits")
-    apart = distance(one, other) if one.shape == other.shape else float("inf")
-    exact = bench.compute.device.type == "cpu" or bool(bench.config["deterministic"])
+    apart = relative_distance(one, other) if one.shape == other.shape else float("inf")
+    exact = context.compute.device.type == "cpu" or bool(context.config["deterministic"])
     if not exact and apart <= SAME_ON_GPU:
         return passed(
             f"{what}: {apart:.1g} apart, as sums in another order are (deterministic=true gives the same bits)"
@@ -109,19 +110,19 @@ def _same(bench: CheckContext, one: Tensor, other: Tensor, what: str, cause: str
     return failed(f"{what}: {apart:.2g} apart", cause, remedy, "model")
 
 
-def workers(bench: CheckContext) -> Finding:
+def workers(context: CheckContext) -> Finding:
     """The same batches are read by the main process and by two workers."""
-    loader, pipeline = bench.loaders["train"], bench.pipeline
+    loader, pipeline = context.loaders["train"], context.pipeline
     if not isinstance(loader, StreamingLoader) and not pipeline.per_sample:
         return skipped("images are in memory: workers have nothing to do")
-    if bench.seconds_left <= 0:
+    if context.seconds_left <= 0:
         return skipped(BUDGET)
-    transform = pipeline.sample_transform(bench.plan.seed, 0)
+    transform = pipeline.sample_transform(context.plan.seed, 0)
     rows = torch.linspace(0, len(loader) - 1, min(BATCHES * BATCH, len(loader))).round().long()
     read = []
     for count in (0, 2):
         stream = StreamingLoader(
-            loader.examples, bench.compute.device, count, bench.config["data"]["timeout_s"]
+            loader.examples, context.compute.device, count, context.config["data"]["timeout_s"]
         )
         try:
             read.append(list(stream.batches(rows, BATCH, transform=transform)))
@@ -137,22 +138,26 @@ def workers(bench: CheckContext) -> Finding:
     cause = "what is read depends on who reads it: something draws at random from a generator of the process"
     remedy = "draw from (seed, epoch, position), as cnntrain's augmentations do"
     return failed(
-        f"{some(sorted(apart))} differ between data.workers=0 and 2", cause, remedy, "data.workers", "augment"
+        f"{join_names(sorted(apart))} differ between data.workers=0 and 2",
+        cause,
+        remedy,
+        "data.workers",
+        "augment",
     )
 
 
-def precision(bench: CheckContext) -> Finding:
+def precision(context: CheckContext) -> Finding:
     """Answers and gradients in the chosen precision are near those in fp32."""
-    chosen = bench.compute.precision
+    chosen = context.compute.precision
     if chosen == "fp32":
         return skipped("fp32 is the precision")
-    if bench.seconds_left <= 0:
+    if context.seconds_left <= 0:
         return skipped(BUDGET)
-    batch = bench.plain(count=MANY_IMAGES)
-    exact = dataclasses.replace(bench, compute=dataclasses.replace(bench.compute, precision="fp32"))
+    batch = context.eval_batch(count=MANY_IMAGES)
+    exact = dataclasses.replace(context, compute=dataclasses.replace(context.compute, precision="fp32"))
     found = []
-    for each in (exact, bench):
-        model = calibrated(exact, batch.images)
+    for each in (exact, context):
+        model = calibrated_copy(exact, batch.images)
         outputs = each.outputs(model, batch.images)
         loss = each.loss(model, batch) * FP16_SCALE
         if not loss.requires_grad:
@@ -160,7 +165,7 @@ def precision(bench: CheckContext) -> Finding:
         loss.backward()
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         found.append((outputs.detach(), torch.cat(gradients)))
-    apart = distance(found[0][0], found[1][0])
+    apart = relative_distance(found[0][0], found[1][0])
     turned = 1 - float(nn.functional.cosine_similarity(found[0][1].double(), found[1][1].double(), dim=0))
     evidence = f"answers in {chosen} are {apart:.2g} from those in fp32, gradients {turned:.1g} (1 - cosine)"
     if apart <= PRECISION[chosen] and turned <= PRECISION[chosen]:
@@ -171,21 +176,21 @@ def precision(bench: CheckContext) -> Finding:
     )
 
 
-def memory_layout(bench: CheckContext) -> Finding:
+def memory_layout(context: CheckContext) -> Finding:
     """channels_last changes where numbers lie, and no answer."""
-    if bench.seconds_left <= 0:
+    if context.seconds_left <= 0:
         return skipped(BUDGET)
-    images = bench.plain(count=IMAGES).images
-    model = calibrated(bench, images)
+    images = context.eval_batch(count=IMAGES).images
+    model = calibrated_copy(context, images)
     with torch.no_grad():
-        if distance(model(images), model(images)) > SAME_ON_CPU:
+        if relative_distance(model(images), model(images)) > SAME_ON_CPU:
             return skipped(RANDOM)
     answers = []
     for layout in (torch.contiguous_format, torch.channels_last):
         with torch.no_grad():
             answers.append(model.to(memory_format=layout)(images.contiguous(memory_format=layout)).float())
-    apart = distance(*answers)
-    limit = SAME_ON_GPU if bench.compute.device.type == "cuda" else SAME_ON_CPU
+    apart = relative_distance(*answers)
+    limit = SAME_ON_GPU if context.compute.device.type == "cuda" else SAME_ON_CPU
     evidence = f"answers with and without channels_last are {apart:.1g} apart"
     if apart <= limit:
         return passed(f"{evidence} ({limit:g} is allowed)")

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.practice import distance
-from cnntrain.checks.verdicts import failed, passed, some, warned
+from cnntrain.checks.context import CheckContext, failed, join_names, passed, warned
+from cnntrain.checks.short_training import relative_distance
 from cnntrain.checks.watch import watch_modes
 from cnntrain.types import Finding
 
@@ -16,16 +15,16 @@ HASTY = 0.99  # momentum of BatchNorm
 MATTERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 
 
-def modes(bench: CheckContext) -> Finding:
+def modes(context: CheckContext) -> Finding:
     """train() and eval() reach every layer; evaluation is not random and learns nothing."""
-    images = bench.plain(count=IMAGES).images
-    model = bench.model()
-    frozen = bool(bench.config["model"].get("freeze"))
+    images = context.eval_batch(count=IMAGES).images
+    model = context.copy_model()
+    frozen = bool(context.config["model"].get("freeze"))
     return (
         _settings(model)
         or _switching(model, images, frozen)
-        or _evaluation(bench, model, images)
-        or _training(bench, model, images)
+        or _evaluation(context, model, images)
+        or _training(context, model, images)
     )
 
 
@@ -45,7 +44,7 @@ def _settings(model: nn.Module) -> Finding | None:
         cause = "BatchNorm's running statistics are those of the last batch alone"
     else:
         return None
-    evidence = f"momentum {norms[(still or hasty)[0]]:g} in {some(still or hasty)}"
+    evidence = f"momentum {norms[(still or hasty)[0]]:g} in {join_names(still or hasty)}"
     remedy = "torch's momentum is the share of the new batch, 0.1 by default (Keras's 0.99 is 0.01 here)"
     return failed(evidence, cause, remedy, "model")
 
@@ -71,7 +70,7 @@ def _switching(model: nn.Module, images: Tensor, frozen: bool) -> Finding | None
         kept += [n for n, m in matter.items() if not m.training and n not in kept and not _frozen_norm(m)]
     if kept:
         evidence = f"after model.train() {len(kept)} of {len(matter)} layers are not in training mode"
-        cause = f"evaluation mode in training: {some(kept)}"
+        cause = f"evaluation mode in training: {join_names(kept)}"
         return failed(evidence, cause, "look for eval() in train() or forward()", "model")
     model.eval()
     kept = [n for n, m in model.named_modules() if m.training]
@@ -81,7 +80,7 @@ def _switching(model: nn.Module, images: Tensor, frozen: bool) -> Finding | None
     model.eval()
     if kept:
         evidence = f"after model.eval() {len(kept)} layers are in training mode"
-        cause = f"training mode in evaluation: {some([name or 'the network itself' for name in kept])}"
+        cause = f"training mode in evaluation: {join_names([name or 'the network itself' for name in kept])}"
         return failed(evidence, cause, "look for train() in eval() or forward()", "model")
     return None
 
@@ -92,18 +91,18 @@ def _frozen_norm(module: nn.Module) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
-def _evaluation(bench: CheckContext, model: nn.Module, images: Tensor) -> Finding | None:
+def _evaluation(context: CheckContext, model: nn.Module, images: Tensor) -> Finding | None:
     """Whether two evaluations of the same images agree, and leave the model as it was."""
     model.eval()
     before = {name: value.clone() for name, value in (*model.named_buffers(), *model.named_parameters())}
-    bench.reseed("modes", 1)
+    context.reseed("modes", 1)
     first, calls = watch_modes(model, images)
-    bench.reseed("modes", 2)
+    context.reseed("modes", 2)
     with torch.no_grad():
-        apart = distance(first, model(images).float())
+        apart = relative_distance(first, model(images).float())
     if apart > SAME:
         drops = [name or "the network itself" for name, _ in calls.dropouts]
-        source = f"dropout is at work in {some(drops)}" if drops else "something is drawn at random"
+        source = f"dropout is at work in {join_names(drops)}" if drops else "something is drawn at random"
         evidence = f"two evaluations of the same images differ by {apart:.2g}"
         remedy = "use nn.Dropout, or F.dropout(x, p, self.training); make no layers in forward()"
         return failed(evidence, f"evaluation is random: {source}", remedy, "model")
@@ -111,25 +110,27 @@ def _evaluation(bench: CheckContext, model: nn.Module, images: Tensor) -> Findin
     changed = [name for name, value in before.items() if not torch.equal(value, now[name])]
     if changed:
         cause = "something learns in evaluation"
-        return failed(f"an evaluation changes {some(changed)}", cause, "pass training=self.training", "model")
+        return failed(
+            f"an evaluation changes {join_names(changed)}", cause, "pass training=self.training", "model"
+        )
     if calls.batch_norms:
-        evidence = f"batch statistics in evaluation: {some(calls.batch_norms)}"
+        evidence = f"batch statistics in evaluation: {join_names(calls.batch_norms)}"
         cause = "an answer depends on the other images of its batch"
         return failed(evidence, cause, "set track_running_stats=True, training=self.training", "model")
     return None
 
 
-def _training(bench: CheckContext, model: nn.Module, images: Tensor) -> Finding:
+def _training(context: CheckContext, model: nn.Module, images: Tensor) -> Finding:
     """Whether training computes what evaluation does, but for dropout and batch statistics."""
     with torch.no_grad():
         answer = model.eval()(images).float()
     model.train()
-    bench.reseed("modes", 3)
+    context.reseed("modes", 3)
     outputs, calls = watch_modes(model, images)
     model.eval()
     if finding := _dropouts(calls.dropouts):
         return finding
-    apart = distance(answer, outputs)
+    apart = relative_distance(answer, outputs)
     reasons = [f"{len(calls.dropouts)} dropouts"] if calls.dropouts else []
     reasons += [f"{len(calls.batch_norms)} batch statistics"] if calls.batch_norms else []
     reasons += ["random draws"] if calls.drew and not calls.dropouts else []

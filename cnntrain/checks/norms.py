@@ -6,11 +6,9 @@ import math
 import torch
 from torch import nn
 
-from cnntrain.checks.context import CheckContext
+from cnntrain.checks.context import CheckContext, failed, join_names, passed, skipped
 from cnntrain.checks.modes import HASTY
-from cnntrain.checks.practice import practice
-from cnntrain.checks.short_training import ShortTraining, batch_of
-from cnntrain.checks.verdicts import failed, passed, skipped, some
+from cnntrain.checks.short_training import ShortTraining, train_steps
 from cnntrain.types import Finding
 
 SETTLING_BATCHES = 8
@@ -23,23 +21,23 @@ NO_NORM = "no layer keeps running statistics"
 Norm = nn.modules.batchnorm._NormBase
 
 
-def batch_norm_gap(bench: CheckContext) -> Finding:
+def batch_norm_gap(context: CheckContext) -> Finding:
     """Running statistics follow the training, and with them the loss on the same images is that of the training."""
-    training = bench.found.get("short training")
-    model = bench.model() if training is None else training.model
+    training = context.cache.get("short training")
+    model = context.copy_model() if training is None else training.model
     norms = {n: m for n, m in model.named_modules() if isinstance(m, Norm) and m.track_running_stats}
-    if not norms and training is None and not bench.trained:
+    if not norms and training is None and not context.trained:
         return skipped(NO_NORM)
-    if bench.trained:
-        return _gap_of_trained(bench)
+    if context.trained:
+        return _gap_of_trained(context)
     if training is None:
-        practice(bench, model, bench.make_optimizer(model), 2)
-    return _statistics_move(bench, norms) or _gap(bench, training, len(norms))
+        train_steps(context, model, context.make_optimizer(model), 2)
+    return _statistics_move(context, norms) or _gap(context, training, len(norms))
 
 
-def _statistics_move(bench: CheckContext, norms: dict[str, Norm]) -> Finding | None:
+def _statistics_move(context: CheckContext, norms: dict[str, Norm]) -> Finding | None:
     """None where they do, and are no single batch's."""
-    begun = dict(bench.network.named_modules())
+    begun = dict(context.model.named_modules())
     remedy = "torch's momentum is the share of the new batch, 0.1 by default (Keras's 0.99 is 0.01 here)"
     still, hasty = [], []
     for name, norm in norms.items():
@@ -55,14 +53,14 @@ def _statistics_move(bench: CheckContext, norms: dict[str, Norm]) -> Finding | N
             hasty.append(name)
     if still:
         cause = "running statistics never move (momentum 0, or evaluation mode in training): evaluation uses others"
-        return failed(f"after training steps as they were: {some(still)}", cause, remedy, "model")
+        return failed(f"after training steps as they were: {join_names(still)}", cause, remedy, "model")
     if hasty:
         cause = "running statistics are those of the last batch alone"
-        return failed(f"momentum {norms[hasty[0]].momentum:g} in {some(hasty)}", cause, remedy, "model")
+        return failed(f"momentum {norms[hasty[0]].momentum:g} in {join_names(hasty)}", cause, remedy, "model")
     return None
 
 
-def _gap(bench: CheckContext, training: ShortTraining | None, count: int) -> Finding:
+def _gap(context: CheckContext, training: ShortTraining | None, count: int) -> Finding:
     """The loss on a few batches in training mode without dropout, and in evaluation mode with settled statistics."""
     moves = f"the running statistics of {count} norms move"
     if training is None:
@@ -76,8 +74,8 @@ def _gap(bench: CheckContext, training: ShortTraining | None, count: int) -> Fin
     if len(rows) < 2 * training.batch_size:
         return passed(f"{moves}; too few images to measure the gap on")
     chunks = rows[: len(rows) - len(rows) % training.batch_size].split(training.batch_size)
-    batches = [batch_of(bench, chunk) for chunk in chunks]
-    in_training, in_evaluation = _losses(bench, model, batches)
+    batches = [context.train_examples(chunk) for chunk in chunks]
+    in_training, in_evaluation = _losses(context, model, batches)
     if not count and abs(in_training - in_evaluation) < SAME * abs(in_evaluation):
         return skipped(NO_NORM)  # nor one of the user's own
     prior = training.priors["train"]
@@ -87,13 +85,13 @@ def _gap(bench: CheckContext, training: ShortTraining | None, count: int) -> Fin
     return _judge_gap(in_training, in_evaluation, prior, evidence)
 
 
-def _gap_of_trained(bench: CheckContext) -> Finding:
+def _gap_of_trained(context: CheckContext) -> Finding:
     """As it is: the statistics of the checkpoint."""
-    batch = bench.plain("train", max(bench.plan.batch_size, 32))
-    model = bench.model()
-    in_training, in_evaluation = _losses(bench, model, [batch], settle=False)
+    batch = context.eval_batch("train", max(context.plan.batch_size, 32))
+    model = context.copy_model()
+    in_training, in_evaluation = _losses(context, model, [batch], settle=False)
     with torch.no_grad():
-        uninformed = bench.task.uninformed_loss(batch.targets, bench.outputs(model, batch.images))
+        uninformed = context.task.uninformed_loss(batch.targets, context.outputs(model, batch.images))
     evidence = f"loss on the same images {in_training:.3g} with their statistics, {in_evaluation:.3g} with the running"
     if in_training > LEARNED * uninformed:
         return skipped(f"too little learned to tell; {evidence}")
@@ -114,7 +112,9 @@ def _judge_gap(in_training: float, in_evaluation: float, ignorant: float, eviden
 
 
 @torch.no_grad()
-def _losses(bench: CheckContext, model: nn.Module, batches: list, settle: bool = True) -> tuple[float, float]:
+def _losses(
+    context: CheckContext, model: nn.Module, batches: list, settle: bool = True
+) -> tuple[float, float]:
     """Mean loss in training mode without dropout, then in evaluation mode."""
     found = []
     for training in (True, False):
@@ -126,7 +126,7 @@ def _losses(bench: CheckContext, model: nn.Module, batches: list, settle: bool =
                 module.momentum = 0.0  # evaluation comes after, and is to meet them as they were
         total = count = 0.0
         for batch in batches:
-            sums, counts = bench.task.loss(bench.outputs(model, batch.images), batch.targets, plain=True)
+            sums, counts = context.task.loss(context.outputs(model, batch.images), batch.targets, plain=True)
             total, count = total + float(sums), count + float(counts)
         found.append(total / count if count else math.nan)
     model.eval()

@@ -6,9 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.practice import distance, few, generator
-from cnntrain.checks.verdicts import failed, passed, skipped, warned
+from cnntrain.checks.context import CheckContext, failed, passed, skipped, warned
+from cnntrain.checks.short_training import image_count, relative_distance, seeded_generator
 from cnntrain.tasks.classification import Classification
 from cnntrain.tasks.keypoints import Keypoints
 from cnntrain.tasks.segmentation import Segmentation
@@ -19,9 +18,26 @@ SAME = 1e-3  # relative difference that batch sizes may make: other kernels, low
 HARDLY_CHANCE = 16  # outputs of one sign
 # Nodes of the graph that leave numbers as they are.
 TRANSPARENT = (
-    "View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Permute", "Transpose", "TBackward", "ToCopy", "Clone",
-    "Alias", "Slice", "Select", "Expand", "AsStrided", "Narrow", "Upsample", "Cat", "Contiguous",
-)  # fmt: skip
+    "View",
+    "UnsafeView",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Permute",
+    "Transpose",
+    "TBackward",
+    "ToCopy",
+    "Clone",
+    "Alias",
+    "Slice",
+    "Select",
+    "Expand",
+    "AsStrided",
+    "Narrow",
+    "Upsample",
+    "Cat",
+    "Contiguous",
+)
 POSITIVE = {"Relu": "ReLU", "Softplus": "softplus", "Gelu": "GELU", "Silu": "SiLU", "Threshold": "threshold"}
 SQUASHED = {"Sigmoid": "sigmoid", "Softmax": "softmax", "Hardsigmoid": "hard sigmoid"}
 BOUNDED = {"Tanh": "tanh"}
@@ -29,12 +45,12 @@ CLAMPED = {"Hardtanh": "clamp", "Clamp": "clamp"}
 LOGS = {"LogSoftmax": "log-softmax", "LogSigmoid": "log-sigmoid"}
 
 
-def examples_apart(bench: CheckContext) -> Finding:
+def examples_apart(context: CheckContext) -> Finding:
     """In eval mode the answer and the loss of an image depend on no other image of the batch."""
-    batch = bench.plain(count=FEW)
+    batch = context.eval_batch(count=FEW)
     if len(batch) < 2:
         return skipped("needs two images")
-    model, images = bench.model(), batch.images.clone().requires_grad_()
+    model, images = context.copy_model(), batch.images.clone().requires_grad_()
     outputs, alone = model(images).float(), None
     # Batch norm refuses to take the statistics of one image.
     with torch.no_grad(), contextlib.suppress(ValueError):
@@ -44,9 +60,9 @@ def examples_apart(bench: CheckContext) -> Finding:
         shapes += "" if alone is None else f", one gives {tuple(alone.shape)}"
         cause = "a squeeze() or reshape takes the batch's axis for another"
         return failed(shapes, cause, "name the axes: flatten(1), squeeze(dim)", "model")
-    weights = torch.randn(outputs.shape[1:], generator=generator(0)).to(outputs.device)
+    weights = torch.randn(outputs.shape[1:], generator=seeded_generator(0)).to(outputs.device)
     leak = _leak((outputs[0] * weights).sum(), images)
-    apart = math.inf if alone is None else distance(outputs[:1], alone)
+    apart = math.inf if alone is None else relative_distance(outputs[:1], alone)
     evidence = (
         f"gradient of an answer with respect to other images {leak:.2g} of that to its own; "
         f"alone in a batch it differs by {apart:.2g}"
@@ -56,7 +72,7 @@ def examples_apart(bench: CheckContext) -> Finding:
         cause += "or batch statistics in evaluation"
         return failed(evidence, cause, "let no operation but BatchNorm in training run over dim 0", "model")
     free = outputs.detach().clone().requires_grad_()
-    leak = _leak(bench.task.losses(free, batch.truth)[0][0], free)
+    leak = _leak(context.task.losses(free, batch.truth)[0][0], free)
     if leak > 0:
         evidence = f"gradient of a loss with respect to other answers {leak:.2g} of that to its own"
         cause = "the task's losses() mixes the examples"
@@ -76,14 +92,14 @@ def _leak(value: Tensor, inputs: Tensor) -> float:
 
 
 @torch.no_grad()
-def batch_order(bench: CheckContext) -> Finding:
+def batch_order(context: CheckContext) -> Finding:
     """In eval mode another order of the batch gives the same answers in that order."""
-    images = bench.plain(count=2 * FEW).images
+    images = context.eval_batch(count=2 * FEW).images
     if len(images) < 2:
         return skipped("needs two images")
-    order = torch.randperm(len(images), generator=generator(1)).to(images.device)
-    model = bench.model()
-    apart = distance(model(images)[order], model(images[order]))
+    order = torch.randperm(len(images), generator=seeded_generator(1)).to(images.device)
+    model = context.copy_model()
+    apart = relative_distance(model(images)[order], model(images[order]))
     evidence = f"answers for {len(images)} images in another order differ by {apart:.2g} of their size"
     if apart <= SAME:
         return passed(evidence)
@@ -91,17 +107,17 @@ def batch_order(bench: CheckContext) -> Finding:
     return failed(evidence, cause, "see examples apart and modes", "model")
 
 
-def output_layer(bench: CheckContext) -> Finding:
+def output_layer(context: CheckContext) -> Finding:
     """The network gives bare numbers; the loss itself turns them into probabilities or coordinates."""
-    task = bench.task
+    task = context.task
     logits = isinstance(task, (Classification, Segmentation)) or (
         isinstance(task, Keypoints) and task.head == "heatmap" and task.loss_name == "auto"
     )
     points = isinstance(task, Keypoints) and task.head == "regression"
     if not logits and not points:
         return skipped("this task says nothing of what its outputs may be")
-    images = bench.plain(count=few(bench, 64)).images
-    outputs = bench.model()(images).float()
+    images = context.eval_batch(count=image_count(context, 64)).images
+    outputs = context.copy_model()(images).float()
     last, outputs = last_operation(outputs), outputs.detach()
     evidence = f"outputs from {float(outputs.min()):.3g} to {float(outputs.max()):.3g}"
     evidence += f", last operation {last}" if last else ""

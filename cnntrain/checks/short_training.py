@@ -1,16 +1,16 @@
-"""A short training, watched: does what it learns carry over to images that it has not seen?
+"""Short trainings of copies of the model, and whether what they learn generalizes to other images.
 
-Two yardsticks. The loss of the best answer that does not look at the image (how often each class occurs, the mean
-shape, how often each class occurs at each place): a network that is shown blank images can't learn anything better.
-And the loss that the network's own answers have with the targets of other images: it is the same where they know
-nothing of the image (a permutation test, as in Ojala and Garriga, Permutation Tests for Studying Classifier
-Performance, JMLR 2010, but with the answers permuted, and so without a training on permuted labels).
+Two reference losses. The first is the loss of the best predictor that ignores the image (class frequencies, the mean
+shape, class frequencies per region of a mask). The second is the loss of the model's own outputs against the targets
+of other images: it equals the loss against their own targets if the outputs carry no information about the image.
+This is a permutation test (Ojala and Garriga, Permutation Tests for Studying Classifier Performance, JMLR 2010), except
+that outputs are compared with permuted targets instead of training on permuted targets.
 """
 
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,211 +18,320 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cnntrain.checks.context import CheckContext
-from cnntrain.checks.overfit import backward, calibrate_norms
+from cnntrain.checks.overfit_trial import backward, calibrate_norms
 from cnntrain.randomness import epoch_order
 from cnntrain.tasks.task import Targets, Task
 from cnntrain.types import Batch
 
-IMAGES, IMAGES_PER_CLASS = 256, 16  # trained on, at least
-IMAGES_OF_MAPS = 64  # where every pixel is an answer
-BATCH, SMALL_BATCH = 32, 8  # images a step, at most and at least: many small steps learn more in a second
-STEP_S = 0.5  # a step should not take longer
-JUDGED, FEWEST_JUDGED = 256, 48  # images of each split at a look
-LOOK_S, LOOKING = 1.5, 0.25  # what a look should take, and the share of the time that all may
+MAX_STEP_IMAGES = 16  # batch size of `train_steps`
+STABLE_ADAM_LR = 1e-3  # for `trained_copy`
+FULL_COUNT_PIXELS = 64 * 64  # largest images that `image_count` does not reduce the number of
+
+MIN_IMAGES, MIN_IMAGES_PER_CLASS = 256, 16  # of a short training
+MIN_IMAGES_WITH_MASKS = 64
+MAX_BATCH, MIN_BATCH = 32, 8  # smaller batches learn more per second
+MAX_STEP_S = 0.5
+MAX_EVAL_IMAGES, MIN_EVAL_IMAGES = 256, 48  # of each split at each evaluation
+EVALUATION_S, EVALUATION_SHARE = 1.5, 0.25  # target duration of one evaluation; their share of the time
 WARMUP_STEPS = 10
 PERMUTATIONS = 8
-PLACES = 8  # cells a side in which the best constant map may differ
+PRIOR_CELLS = 8  # cells per side of the grid in which a constant prediction of masks may vary
+
+
+def image_count(context: CheckContext, most: int, least: int = 8) -> int:
+    """Return how many images to compute on: `most` for images of up to 64 px, fewer for larger ones."""
+    height, width = context.pipeline.output_size
+    return min(most, max(most * FULL_COUNT_PIXELS // (height * width), least))
+
+
+def calibrated_copy(context: CheckContext, images: Tensor) -> nn.Module:
+    """Return a copy of the model in eval mode whose BatchNorms have the statistics of `images`.
+
+    The initial running statistics (mean 0, variance 1) would not show how the model starts, because its first training
+    step uses batch statistics. Trained weights keep their statistics.
+    """
+    model = context.copy_model()
+    if not context.trained:
+        calibrate_norms(model, images)
+    return model
+
+
+def train_steps(
+    context: CheckContext,
+    model: nn.Module,
+    optimizer: Optimizer,
+    steps: int,
+    on_gradients: Callable[[], None] | None = None,
+) -> list[float]:
+    """Train `model` for a few steps on augmented batches like the run would, and set it to eval mode.
+
+    Stops if the loss is not finite or has no gradient.
+
+    Args:
+        on_gradients: called after each backward pass, before the optimizer step.
+
+    Returns:
+        The loss before each step.
+    """
+    count = min(MAX_STEP_IMAGES, context.plan.batch_size if context.plan.batch_size > 1 else MAX_STEP_IMAGES)
+    sample, losses = context.augmented_batch(count * steps), []
+    batches = max(len(sample) // count, 1)
+    model.train()
+    for step in range(steps):
+        start = step % batches * count
+        context.reseed("practice", step)
+        optimizer.zero_grad(set_to_none=True)
+        loss = context.loss(model, sample.take(slice(start, start + count)))
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]) or not loss.requires_grad:
+            break
+        backward(loss, model, context.compute)
+        if on_gradients is not None:
+            on_gradients()
+        optimizer.step()
+    model.eval()
+    return losses
+
+
+def trained_copy(context: CheckContext, images: Tensor, steps: int) -> nn.Module:
+    """Return a calibrated copy after a few steps of Adam, whatever the configured learning rate is.
+
+    Layers that start at zero (a head, the last norm of a residual block) do not hide the layers before them any more.
+    """
+    model = context.copy_model()
+    train_steps(
+        context, model, torch.optim.Adam(trainable_parameters(model).values(), lr=STABLE_ADAM_LR), steps
+    )
+    if not context.trained:
+        calibrate_norms(model, images)
+    return model
+
+
+def relative_spread(outputs: Tensor) -> float:
+    """Return the standard deviation over the examples of outputs (N, ...), relative to their root mean square."""
+    flat = outputs.detach().float().flatten(1)
+    size = float(flat.square().mean().sqrt())
+    return float(flat.std(dim=0, correction=0).square().mean().sqrt()) / size if size > 0 else 0.0
+
+
+def relative_distance(reference: Tensor, other: Tensor) -> float:
+    """Return the L2 distance of two tensors of the same shape, relative to the norm of the first."""
+    reference, other = reference.detach().cpu().double(), other.detach().cpu().double()
+    return float((reference - other).norm() / reference.norm().clamp(min=1e-12))
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def seeded_generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @dataclass(frozen=True)
 class ImageInformation:
-    """What answers know of a split's images; losses are means of the plain loss over the examples.
+    """How much a model's outputs depend on the images of a split; means of the evaluation loss over examples.
 
     Attributes:
-        loss: with their own targets; carried: how much larger it is with targets of other images.
-        error: standard error of `carried`.
+        loss: loss against the examples' own targets.
+        gain: by how much the loss is larger against the targets of other images.
+        error: standard error of `gain`.
     """
 
     loss: float
-    carried: float
+    gain: float
     error: float
 
     @property
-    def surely(self) -> float:
-        """`carried` in standard errors."""
-        return self.carried / max(self.error, 1e-12)
+    def z_score(self) -> float:
+        """`gain` in standard errors."""
+        return self.gain / max(self.error, 1e-12)
 
 
 @dataclass
 class ShortTraining:
-    """A training under way.
+    """A short training in progress.
 
     Attributes:
-        model: as it is after the last step.
-        rows: the training examples that it sees; `judged`: what a look is at, by split.
-        priors: loss of the best answer that does not look at the image, fitted on train, by split.
-        looks: by split, what was known after each of `steps`, in eval mode with norms calibrated.
+        model: the model after the last step.
+        rows: training examples that it is trained on.
+        eval_batches: the examples of each evaluation, by split.
+        priors: loss of the best predictor that ignores the image, fitted on train, by split.
+        steps: the number of steps at each evaluation.
+        history: the result of each evaluation, by split; in eval mode with calibrated norms.
     """
 
     model: nn.Module
     rows: Tensor
     batch_size: int
     learning_rate: float
-    judged: Mapping[str, Batch]
+    eval_batches: Mapping[str, Batch]
     priors: Mapping[str, float] = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
-    looks: dict[str, list[ImageInformation]] = field(default_factory=lambda: {"train": [], "val": []})
+    history: dict[str, list[ImageInformation]] = field(default_factory=lambda: {"train": [], "val": []})
 
     @property
-    def passes(self) -> float:
+    def epochs(self) -> float:
+        """Passes over the training examples so far."""
         return self.steps[-1] * self.batch_size / len(self.rows)
 
 
 def without_decay(optimizer: Optimizer) -> Optimizer:
-    """Whether the decay is too strong is asked by itself."""
+    """Set the weight decay to 0, which has a check of its own, and return the optimizer."""
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
     return optimizer
 
 
-def step_seconds(bench: CheckContext) -> float:
-    """What a training step on 8 images takes, on a copy."""
-    if "step seconds" not in bench.found:
-        model = bench.model().train()
-        optimizer, batch = bench.make_optimizer(model), bench.plain("train", SMALL_BATCH)
-        for _ in range(2):  # the first one warms up
+def step_seconds(context: CheckContext) -> float:
+    """Return the duration of a training step on 8 images, measured on a copy."""
+    if "step seconds" not in context.cache:
+        model = context.copy_model().train()
+        optimizer, batch = context.make_optimizer(model), context.eval_batch("train", MIN_BATCH)
+        for _ in range(2):  # the first one is a warm-up
             started = time.perf_counter()
-            _step(bench, model, optimizer, batch, 0)
-            bench.found["step seconds"] = time.perf_counter() - started
-    return bench.found["step seconds"]
+            _step(context, model, optimizer, batch, 0)
+            context.cache["step seconds"] = time.perf_counter() - started
+    return context.cache["step seconds"]
 
 
-def train_briefly(bench: CheckContext, learning_rate: float, seconds: float) -> Iterator[ShortTraining]:
-    """Train a copy on some plain training images, and give word after each look, until `seconds` are over.
+def train_briefly(context: CheckContext, learning_rate: float, seconds: float) -> Iterator[ShortTraining]:
+    """Train a copy on some training images for `seconds`, and yield the training after each evaluation.
 
-    With the configured optimizer, without weight decay, at a constant learning rate after a short warm-up.
+    Uses the configured optimizer without weight decay, a constant learning rate after a short warm-up, and images
+    without augmentation.
     """
-    ends_at, a_step = time.monotonic() + seconds, step_seconds(bench)
-    count = len(bench.loaders["train"])
-    shape = output_shape(bench)
-    images = max(IMAGES, IMAGES_PER_CLASS * len(bench.spec.classes)) if len(shape) < 3 else IMAGES_OF_MAPS
-    rows = _spread(torch.arange(count), images)
-    size = max(SMALL_BATCH, min(BATCH, int(SMALL_BATCH * STEP_S / a_step)))
-    size = min(size, bench.plan.batch_size if bench.plan.batch_size > 1 else size, len(rows))
-    judged = max(FEWEST_JUDGED, min(JUDGED, int(LOOK_S * SMALL_BATCH / a_step)))
-    model = bench.model()
-    optimizer = without_decay(bench.make_optimizer(model))
-    largest = max(group["peak_lr"] for group in optimizer.param_groups)
+    ends_at, one_step_s = time.monotonic() + seconds, step_seconds(context)
+    count = len(context.loaders["train"])
+    shape = output_shape(context)
+    images = (
+        max(MIN_IMAGES, MIN_IMAGES_PER_CLASS * len(context.spec.classes))
+        if len(shape) < 3
+        else MIN_IMAGES_WITH_MASKS
+    )
+    rows = _evenly_spaced(torch.arange(count), images)
+    size = max(MIN_BATCH, min(MAX_BATCH, int(MIN_BATCH * MAX_STEP_S / one_step_s)))
+    size = min(size, context.plan.batch_size if context.plan.batch_size > 1 else size, len(rows))
+    eval_count = max(MIN_EVAL_IMAGES, min(MAX_EVAL_IMAGES, int(EVALUATION_S * MIN_BATCH / one_step_s)))
+    model = context.copy_model()
+    optimizer = without_decay(context.make_optimizer(model))
+    peak_lr = max(group["peak_lr"] for group in optimizer.param_groups)
     for group in optimizer.param_groups:
-        group["share"] = group["peak_lr"] / largest if largest else 1.0
-    shown = {"train": batch_of(bench, _spread(rows, judged)), "val": bench.plain("val", judged)}
-    training = ShortTraining(model, rows, size, learning_rate, shown)
-    training.priors = prior_losses(bench, shape, shown)
+        group["share"] = group["peak_lr"] / peak_lr if peak_lr else 1.0
+    eval_batches = {
+        "train": context.train_examples(_evenly_spaced(rows, eval_count)),
+        "val": context.eval_batch("val", eval_count),
+    }
+    training = ShortTraining(model, rows, size, learning_rate, eval_batches)
+    training.priors = prior_losses(context, shape, eval_batches)
     step = epoch = 0
-    look_s, looked_at = 0.0, time.monotonic()
+    evaluation_s, evaluated_at = 0.0, time.monotonic()
     while True:
-        order = rows[epoch_order(bench.plan.seed, epoch, len(rows))]
-        for chunk in order[: len(order) - len(order) % size].split(size):
-            bench.stop.check()
+        order = rows[epoch_order(context.plan.seed, epoch, len(rows))]
+        for batch_rows in order[: len(order) - len(order) % size].split(size):
+            context.stop.check()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["share"] * min((step + 1) / WARMUP_STEPS, 1)
-            loss = _step(bench, model.train(), optimizer, batch_of(bench, chunk), step)
+            loss = _step(context, model.train(), optimizer, context.train_examples(batch_rows), step)
             step, now = step + 1, time.monotonic()
-            late = now > ends_at or not math.isfinite(loss)
-            if late or (step >= WARMUP_STEPS and now - looked_at >= look_s * (1 / LOOKING - 1)):
+            last = now > ends_at or not math.isfinite(loss)
+            due = now - evaluated_at >= evaluation_s * (1 / EVALUATION_SHARE - 1)
+            if last or (step >= WARMUP_STEPS and due):
                 training.steps.append(step)
-                for split, known in look(bench, model, shown).items():
-                    training.looks[split].append(known)
+                for split, information in evaluate(context, model, eval_batches).items():
+                    training.history[split].append(information)
                 yield training
-                look_s, looked_at = time.monotonic() - now, time.monotonic()
-            if late:
+                evaluation_s, evaluated_at = time.monotonic() - now, time.monotonic()
+            if last:
                 return
         epoch += 1
 
 
-def _spread(rows: Tensor, count: int) -> Tensor:
+def _evenly_spaced(rows: Tensor, count: int) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
 
 
-def batch_of(bench: CheckContext, rows: Tensor) -> Batch:
-    """Training examples, plain, in the compute's memory layout."""
-    batch = bench.pipeline.eval_transform(next(bench.loaders["train"].batches(rows, len(rows))))
-    batch.images = batch.images.contiguous(memory_format=bench.compute.memory_format)
-    return batch
-
-
-def _step(bench: CheckContext, model: nn.Module, optimizer: Optimizer, batch: Batch, step: int) -> float:
-    bench.reseed("short training", step)
-    loss_sum, count = bench.task.loss(bench.outputs(model, batch.images), batch.targets, plain=True)
+def _step(context: CheckContext, model: nn.Module, optimizer: Optimizer, batch: Batch, step: int) -> float:
+    """Train on one batch with the evaluation loss (no label smoothing, no class weights); return the loss."""
+    context.reseed("short training", step)
+    loss_sum, count = context.task.loss(context.outputs(model, batch.images), batch.targets, plain=True)
     loss = loss_sum / count.clamp(min=1e-12)
     optimizer.zero_grad(set_to_none=True)
     if loss.requires_grad:
-        backward(loss, model, bench.compute)
+        backward(loss, model, context.compute)
     optimizer.step()
     return loss.item()
 
 
 @torch.no_grad()
-def look(bench: CheckContext, model: nn.Module, shown: Mapping[str, Batch]) -> dict[str, ImageInformation]:
-    """What the network knows, by split. Norms are calibrated, on a copy: whether its own work is asked elsewhere."""
+def evaluate(
+    context: CheckContext, model: nn.Module, batches: Mapping[str, Batch]
+) -> dict[str, ImageInformation]:
+    """Return the image information of a model by split, measured on a copy with calibrated norms.
+
+    `batch norm gap` checks the model's own running statistics.
+    """
     model = copy.deepcopy(model)
-    calibrate_norms(model, shown["train"].images[:64])
-    found = {}
-    for split, batch in shown.items():
-        outputs = torch.cat([bench.outputs(model, images) for images in batch.images.split(32)])
-        found[split] = knowledge(bench.task, outputs, batch.targets)
-    return found
+    calibrate_norms(model, batches["train"].images[:64])
+    results = {}
+    for split, batch in batches.items():
+        outputs = torch.cat([context.outputs(model, images) for images in batch.images.split(32)])
+        results[split] = image_information(context.task, outputs, batch.targets)
+    return results
 
 
-def knowledge(task: Task, outputs: Tensor, targets: Targets) -> ImageInformation:
-    """What the answers (N, ...) know of their images, by permuting the targets."""
-    own, others = _each(task, outputs, targets), []
-    generator = torch.Generator().manual_seed(0)
+def image_information(task: Task, outputs: Tensor, targets: Targets) -> ImageInformation:
+    """Compare the loss of outputs (N, ...) against their own targets with that against permuted targets."""
+    own, permuted = _example_losses(task, outputs, targets), []
+    generator = seeded_generator(0)
     for _ in range(PERMUTATIONS):
         order = torch.randperm(len(own), generator=generator).to(own.device)
-        others.append(_each(task, outputs, {name: target[order] for name, target in targets.items()}))
-    gain = torch.stack(others).nanmean(0) - own
-    known = gain.isfinite()
-    own, gain = own[known].double(), gain[known].double()
+        shuffled = {name: target[order] for name, target in targets.items()}
+        permuted.append(_example_losses(task, outputs, shuffled))
+    gain = torch.stack(permuted).nanmean(0) - own
+    finite = gain.isfinite()
+    own, gain = own[finite].double(), gain[finite].double()
     if len(own) < 2:
         return ImageInformation(math.nan, math.nan, math.nan)
     return ImageInformation(float(own.mean()), float(gain.mean()), float(gain.std()) / len(gain) ** 0.5)
 
 
-def _each(task: Task, outputs: Tensor, targets: Targets) -> Tensor:
-    """(N,) mean loss of each example; NaN where nothing counts."""
+def _example_losses(task: Task, outputs: Tensor, targets: Targets) -> Tensor:
+    """Return the mean loss of each example, (N,); NaN for examples without a target."""
     sums, counts = task.losses(outputs, targets, plain=True)
     return sums / torch.where(counts > 0, counts, math.nan)
 
 
-def output_shape(bench: CheckContext) -> torch.Size:
-    """Of the answer for one image."""
+def output_shape(context: CheckContext) -> torch.Size:
+    """Return the shape of the output for one image."""
     with torch.no_grad():
-        return bench.outputs(bench.model(), bench.plain("train", SMALL_BATCH).images[:1]).shape[1:]
+        images = context.eval_batch("train", MIN_BATCH).images[:1]
+        return context.outputs(context.copy_model(), images).shape[1:]
 
 
-def prior_losses(bench: CheckContext, shape: torch.Size, shown: Mapping[str, Batch]) -> dict[str, float]:
-    """Mean loss of the best answer that does not look at the image, fitted to the targets of train, by split.
+def prior_losses(context: CheckContext, shape: torch.Size, batches: Mapping[str, Batch]) -> dict[str, float]:
+    """Return the mean loss of the best constant output by split, fitted to the targets of train.
 
-    A constant, learned by itself; for maps one that differs from place to place, coarsely.
+    For maps (K, H, W) the output may vary over a coarse grid.
     """
     maps = len(shape) == 3
-    cells = (shape[0], min(shape[1], PLACES), min(shape[2], PLACES)) if maps else shape
-    answer = torch.zeros(1, *cells, device=shown["train"].images.device, requires_grad=True)
+    cells = (shape[0], min(shape[1], PRIOR_CELLS), min(shape[2], PRIOR_CELLS)) if maps else shape
+    constant = torch.zeros(1, *cells, device=batches["train"].images.device, requires_grad=True)
 
     def loss(batch: Batch, most: int) -> Tensor:
-        full = nn.functional.interpolate(answer, shape[1:], mode="bilinear") if maps else answer
+        full = nn.functional.interpolate(constant, shape[1:], mode="bilinear") if maps else constant
         targets = {name: target[:most] for name, target in batch.targets.items()}
-        return _each(bench.task, full.expand(min(len(batch), most), *shape), targets).nanmean()
+        outputs = full.expand(min(len(batch), most), *shape)
+        return _example_losses(context.task, outputs, targets).nanmean()
 
-    optimizer = torch.optim.LBFGS([answer], max_iter=20, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([constant], max_iter=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = loss(shown["train"], FEWEST_JUDGED if maps else JUDGED)
+        value = loss(batches["train"], MIN_EVAL_IMAGES if maps else MAX_EVAL_IMAGES)
         value.backward()
         return value
 
     optimizer.step(closure)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
-        return {split: float(loss(batch, JUDGED)) for split, batch in shown.items()}
+        return {split: float(loss(batch, MAX_EVAL_IMAGES)) for split, batch in batches.items()}

@@ -5,9 +5,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.practice import calibrated, difference, few, generator, practiced
-from cnntrain.checks.verdicts import failed, passed, skipped, some, warned
+from cnntrain.checks.context import CheckContext, failed, join_names, passed, skipped, warned
+from cnntrain.checks.short_training import (
+    calibrated_copy,
+    image_count,
+    relative_spread,
+    seeded_generator,
+    trained_copy,
+)
 from cnntrain.checks.watch import Weighted, alive_units, signal, signals
 from cnntrain.types import Finding
 
@@ -30,22 +35,22 @@ INIT = "model.init"
 ALL_ZERO = "all weights start at zero: no unit differs from another"
 
 
-def initial_loss(bench: CheckContext) -> Finding:
+def initial_loss(context: CheckContext) -> Finding:
     """The first loss is near that of an answer that knows nothing.
 
     The band: a network at random need not answer nothing, but outputs drawn at random with a standard deviation of 3
     already cost more than any usual initialization does.
     """
-    if bench.trained:
+    if context.trained:
         return skipped(TRAINED)
-    batch = bench.plain(count=few(bench, 2 * IMAGES))
+    batch = context.eval_batch(count=image_count(context, 2 * IMAGES))
     with torch.no_grad():
-        model = calibrated(bench, batch.images)
-        outputs = bench.outputs(model, batch.images)
-        loss = _mean(bench, outputs, batch.truth)
-        uninformed = bench.task.uninformed_loss(batch.truth, outputs)
-        noise = torch.randn(outputs.shape, generator=generator(0)).to(outputs.device)
-        high, absurd = (_mean(bench, size * noise, batch.truth) for size in (SOUND_SIZE, ABSURD_SIZE))
+        model = calibrated_copy(context, batch.images)
+        outputs = context.outputs(model, batch.images)
+        loss = _mean(context, outputs, batch.truth)
+        uninformed = context.task.uninformed_loss(batch.truth, outputs)
+        noise = torch.randn(outputs.shape, generator=seeded_generator(0)).to(outputs.device)
+        high, absurd = (_mean(context, size * noise, batch.truth) for size in (SOUND_SIZE, ABSURD_SIZE))
     evidence = f"loss {loss:.4g}; knowing nothing costs {uninformed:.4g}, outputs at random up to {high:.4g}"
     if not math.isfinite(loss):
         cause = f"the loss is {loss} before any step: a division by zero, or weights far too large"
@@ -58,28 +63,28 @@ def initial_loss(bench: CheckContext) -> Finding:
     return (failed if loss > absurd else warned)(evidence, cause, remedy, INIT, "model")
 
 
-def _mean(bench: CheckContext, outputs: Tensor, truth: dict[str, Tensor]) -> float:
-    total, count = bench.task.loss(outputs, truth)
+def _mean(context: CheckContext, outputs: Tensor, truth: dict[str, Tensor]) -> float:
+    total, count = context.task.loss(outputs, truth)
     return float(total / count.clamp(min=1e-12))
 
 
-def answers_differ(bench: CheckContext) -> Finding:
+def answers_differ(context: CheckContext) -> Finding:
     """Other images get other answers; where all start alike (a head of zeros), after a few steps."""
-    if bench.trained:
+    if context.trained:
         return skipped(TRAINED)
-    images = bench.plain(count=few(bench, IMAGES)).images
-    if difference(images) < 1e-6:
+    images = context.eval_batch(count=image_count(context, IMAGES)).images
+    if relative_spread(images) < 1e-6:
         return skipped("all images are the same")
     with torch.no_grad():
-        share, after = difference(calibrated(bench, images)(images)), ""
+        share, after = relative_spread(calibrated_copy(context, images)(images)), ""
     if share <= WEAK:
-        model = practiced(bench, images, STEPS)
+        model = trained_copy(context, images, STEPS)
         with torch.no_grad():
-            share, after = max(share, difference(model(images))), f" (after {STEPS} steps)"
+            share, after = max(share, relative_spread(model(images))), f" (after {STEPS} steps)"
     evidence = f"answers differ by {share:.2g} of their size over {len(images)} images{after}"
     if share > WEAK:
         return passed(evidence)
-    weights = [module.weight for module in bench.network.modules() if isinstance(module, Weighted)]
+    weights = [module.weight for module in context.model.modules() if isinstance(module, Weighted)]
     if weights and not any(weight.any() for weight in weights):
         cause, remedy = ALL_ZERO, "draw them at random: model.init=he"
     elif share > SAME:
@@ -91,19 +96,19 @@ def answers_differ(bench: CheckContext) -> Finding:
     return (failed if share <= SAME else warned)(evidence, cause, remedy, "model", INIT)
 
 
-def activations(bench: CheckContext) -> Finding:
+def activations(context: CheckContext) -> Finding:
     """How much a layer's output differs from image to image neither fades nor explodes with depth."""
-    if bench.trained:
+    if context.trained:
         return skipped(TRAINED)
-    images = bench.plain(count=few(bench, IMAGES)).images
-    found = signals(calibrated(bench, images), images)
+    images = context.eval_batch(count=image_count(context, IMAGES)).images
+    found = signals(calibrated_copy(context, images), images)
     if found and min(found.values()) == 0:  # behind a branch that starts at nothing
-        found = signals(practiced(bench, images, STEPS), images)
+        found = signals(trained_copy(context, images, STEPS), images)
     if not found:
         evidence = "no layer has a weight other than zero"
         return failed(evidence, ALL_ZERO, "draw them at random: model.init=he", INIT)
     names, values = list(found), list(found.values())
-    bench.curves["signal by depth"] = {
+    context.curves["signal by depth"] = {
         "standard deviation between images": ([float(i + 1) for i in range(len(values))], values)
     }
     shown, arrives = signal(images), max(values[-2:])  # a last layer may be small on purpose
@@ -139,12 +144,12 @@ def _steepest(names: list[str], values: list[float], sign: int) -> str:
     return names[max(candidates, key=lambda i: sign * (logs[i + 1] - logs[i]))]
 
 
-def dead_units(bench: CheckContext) -> Finding:
+def dead_units(context: CheckContext) -> Finding:
     """Most units of every rectifier give more than zero for some image."""
-    if bench.trained:
+    if context.trained:
         return skipped(TRAINED)
-    images = bench.plain(count=few(bench, 2 * IMAGES)).images
-    alive = alive_units(calibrated(bench, images), images)
+    images = context.eval_batch(count=image_count(context, 2 * IMAGES)).images
+    alive = alive_units(calibrated_copy(context, images), images)
     if not alive:
         return skipped("no rectifier is called")
     shares = {name: 1 - float(units.float().mean()) for name, units in alive.items()}
@@ -158,18 +163,18 @@ def dead_units(bench: CheckContext) -> Finding:
     if not found:
         return passed(evidence)
     verdict = failed if max(shares[name] for name in found) >= ABSURDLY_DEAD else warned
-    cause = f"dead ReLUs in {some(found)}: what reaches them is below zero for every image"
+    cause = f"dead ReLUs in {join_names(found)}: what reaches them is below zero for every image"
     return verdict(evidence, cause, "look at the biases and weights of the layers before them", INIT, "model")
 
 
-def pixels_seen(bench: CheckContext) -> Finding:
+def pixels_seen(context: CheckContext) -> Finding:
     """The answer hangs on most of the image, and on more than a few numbers of it."""
-    if bench.trained:
+    if context.trained:
         return skipped(TRAINED)
-    images = bench.plain(count=few(bench, IMAGES)).images
-    look = _look(calibrated(bench, images), images)
+    images = context.eval_batch(count=image_count(context, IMAGES)).images
+    look = _look(calibrated_copy(context, images), images)
     if look is None or look[0] < SEEN_IN_ALL[1] or look[1] < SEEN_IN_ONE[1]:
-        again = _look(practiced(bench, images, STEPS), images)
+        again = _look(trained_copy(context, images, STEPS), images)
         look = again if look is None or again is None else (*map(max, look[:2], again[:2]), *again[2:])
     remedy = "look for what overwrites, crops or pools away the image"
     if look is None:
@@ -197,7 +202,7 @@ def _look(model: nn.Module, images: Tensor) -> tuple[float, float, int, int, boo
     outputs = model(images).float()
     if not outputs.requires_grad:
         return None
-    draws, fields = generator(0), []
+    draws, fields = seeded_generator(0), []
     for number in range(PROJECTIONS):
         weights = torch.randn(outputs.shape, generator=draws).to(outputs.device)
         keep = number < PROJECTIONS - 1

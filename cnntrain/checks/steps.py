@@ -5,10 +5,9 @@ import time
 
 import torch
 
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.overfit import backward
+from cnntrain.checks.context import CheckContext, failed, passed, skipped, warned
+from cnntrain.checks.overfit_trial import backward
 from cnntrain.checks.short_training import step_seconds
-from cnntrain.checks.verdicts import failed, passed, skipped, warned
 from cnntrain.train.lr_finder import LEAST_FALL, RangeTest
 from cnntrain.types import Finding
 
@@ -24,17 +23,17 @@ NO_GRADIENT = "the loss has no gradient"
 LR, DECAY = "optimizer.lr", "optimizer.weight_decay"
 
 
-def learning_rate(bench: CheckContext) -> Finding:
+def learning_rate(context: CheckContext) -> Finding:
     """The configured rate against what a range test finds."""
-    if bench.trained:
+    if context.trained:
         return skipped("the weights are trained already")
-    rate = configured_rate(bench)
-    test = range_of(bench)
+    rate = configured_rate(context)
+    test = range_of(context)
     if test is None or not test.complete:
         return skipped(
             "the budget (check.budget_s) does not suffice for a range test, or the loss has no gradient"
         )
-    bench.curves["range test: loss over learning rate"] = {
+    context.curves["range test: loss over learning rate"] = {
         "mini-batch": (test.rates, test.losses),
         "smoothed": (test.rates, test.smoothed),
     }
@@ -43,21 +42,21 @@ def learning_rate(bench: CheckContext) -> Finding:
         f"{LR} is {rate:.3g}; from {test.start:.3g} the loss falls by {max(test.fall, 0):.0%} and diverges at "
         f"{f'{diverged:.2g}' if diverged else f'no rate up to {test.rates[-1]:.2g}'}"
     )
-    if (size := bench.found["range batch"]) < _batch_of_run(bench):
+    if (size := context.cache["range batch"]) < _batch_of_run(context):
         evidence += f" (with batches of {size}, as the budget is short: see `cnntrain lr-find`)"
-    if diverged and rate >= _limit(bench, diverged):
-        again = _measure(bench, bench.plan.seed + 1)  # one noisy curve is not enough to say the worst
-        if again and again.diverged_at and rate >= _limit(bench, again.diverged_at):
+    if diverged and rate >= _limit(context, diverged):
+        again = _measure(context, context.plan.seed + 1)  # one noisy curve is not enough to say the worst
+        if again and again.diverged_at and rate >= _limit(context, again.diverged_at):
             cause = (
                 f"the learning rate is too high: {rate / diverged:.3g} times that at which the loss diverges"
             )
             return failed(evidence, cause, f"try {LR}={diverged / 10:.1g}, or a longer warm-up", LR)
     if suggestion is None or test.first_way is None:
         return skipped(f"{evidence}: less than {LEAST_FALL:.0%} at any rate, which tells nothing")
-    way = rate * bench.plan.total_steps
-    if way < test.first_way and bench.plan.total_steps >= SHORTEST:
+    way = rate * context.plan.total_steps
+    if way < test.first_way and context.plan.total_steps >= SHORTEST:
         cause = (
-            f"the learning rate is too low: all {bench.plan.total_steps:,} steps together go {way:.2g} far "
+            f"the learning rate is too low: all {context.plan.total_steps:,} steps together go {way:.2g} far "
             f"(steps times rate), and the loss begins to fall after {test.first_way:.2g}"
         )
         return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR, "epochs")
@@ -70,76 +69,81 @@ def learning_rate(bench: CheckContext) -> Finding:
     return passed(f"{evidence} (a tenth: {suggestion:.2g}; falls most steeply at {test.steepest:.2g})")
 
 
-def _limit(bench: CheckContext, diverged: float) -> float:
+def _limit(context: CheckContext, diverged: float) -> float:
     """The highest rate that may pass; a smaller batch than the run's bears less (Goyal et al. 2017)."""
-    return TOO_HIGH * diverged * max(_batch_of_run(bench) / bench.found["range batch"], 1)
+    return TOO_HIGH * diverged * max(_batch_of_run(context) / context.cache["range batch"], 1)
 
 
-def _batch_of_run(bench: CheckContext) -> int:
+def _batch_of_run(context: CheckContext) -> int:
     """Images of one optimizer step."""
-    return min(bench.plan.batch_size * bench.plan.accumulate, len(bench.loaders["train"]))
+    return min(context.plan.batch_size * context.plan.accumulate, len(context.loaders["train"]))
 
 
-def configured_rate(bench: CheckContext) -> float:
+def configured_rate(context: CheckContext) -> float:
     """The peak of the schedule."""
-    return max(group["peak_lr"] for group in bench.make_optimizer(bench.model()).param_groups)
+    return max(group["peak_lr"] for group in context.make_optimizer(context.copy_model()).param_groups)
 
 
-def usable_rate(bench: CheckContext) -> float:
+def usable_rate(context: CheckContext) -> float:
     """The configured rate where a range test finds it good, else the suggested one: each fault has its own check."""
-    rate, test = configured_rate(bench), range_of(bench)
+    rate, test = configured_rate(context), range_of(context)
     if test is None or test.suggestion is None:
         return rate or 1e-3
     fits = test.suggestion / 30 <= rate <= test.suggestion * 5
     return rate if fits else test.suggestion
 
 
-def range_of(bench: CheckContext) -> RangeTest | None:
-    """The range test of this bench, done once; None where there is no time for it."""
-    if "range test" not in bench.found:
-        bench.found["range test"] = _measure(bench, bench.plan.seed)
-    return bench.found["range test"]
+def range_of(context: CheckContext) -> RangeTest | None:
+    """The range test of this context, done once; None where there is no time for it."""
+    if "range test" not in context.cache:
+        context.cache["range test"] = _measure(context, context.plan.seed)
+    return context.cache["range test"]
 
 
-def _measure(bench: CheckContext, seed: int) -> RangeTest | None:
+def _measure(context: CheckContext, seed: int) -> RangeTest | None:
     """The range test of `cnntrain lr-find`; with a smaller batch where the time does not suffice for the run's."""
-    if not bench.loss(bench.model(), bench.plain("train", 2)).requires_grad:
+    if not context.loss(context.copy_model(), context.eval_batch("train", 2)).requires_grad:
         return None
-    seconds, count = RANGE_SHARE * bench.seconds_left, len(bench.loaders["train"])
-    steps = bench.config["lr_find"]["steps"]
-    affordable = int(8 * seconds / (steps * step_seconds(bench)))  # images a step
-    plan = dataclasses.replace(bench.plan, seed=seed)
-    size = min(_batch_of_run(bench), affordable)
-    if size < _batch_of_run(bench):
+    seconds, count = RANGE_SHARE * context.seconds_left, len(context.loaders["train"])
+    steps = context.config["lr_find"]["steps"]
+    affordable = int(8 * seconds / (steps * step_seconds(context)))  # images a step
+    plan = dataclasses.replace(context.plan, seed=seed)
+    size = min(_batch_of_run(context), affordable)
+    if size < _batch_of_run(context):
         size = min(size, plan.batch_size)
         if size < min(SMALLEST_BATCH, plan.batch_size):
             return None
         plan = dataclasses.replace(
-            plan, batch_size=size, accumulate=1, drop_last=True, limit_batches=None,
-            batches_per_epoch=count // size, steps_per_epoch=count // size,
-        )  # fmt: skip
-    bench.found["range batch"] = size
-    return bench.try_learning_rates(plan, time.monotonic() + 2 * seconds)
+            plan,
+            batch_size=size,
+            accumulate=1,
+            drop_last=True,
+            limit_batches=None,
+            batches_per_epoch=count // size,
+            steps_per_epoch=count // size,
+        )
+    context.cache["range batch"] = size
+    return context.run_range_test(plan, time.monotonic() + 2 * seconds)
 
 
-def weight_decay(bench: CheckContext) -> Finding:
+def weight_decay(context: CheckContext) -> Finding:
     """The pull of the decay towards zero against that of the loss, or how fast it shrinks the weights by itself."""
-    model = bench.model().train()
-    optimizer = bench.make_optimizer(model)
+    model = context.copy_model().train()
+    optimizer = context.make_optimizer(model)
     groups = [group for group in optimizer.param_groups if group.get("weight_decay")]
     if not groups:
         return passed("no weight decay")
-    if bench.trained:
+    if context.trained:
         return skipped("the weights are trained already")
     strongest = max(groups, key=lambda group: group["weight_decay"])
     decay, rate = float(strongest["weight_decay"]), float(strongest["peak_lr"])
     if isinstance(optimizer, torch.optim.AdamW) or strongest.get("decoupled_weight_decay"):
-        return _decoupled(decay, rate, bench.plan.total_steps)
-    batch = bench.plain("train", 32)
-    bench.reseed("weight decay")
-    loss = bench.loss(model, batch)
+        return _decoupled(decay, rate, context.plan.total_steps)
+    batch = context.eval_batch("train", 32)
+    context.reseed("weight decay")
+    loss = context.loss(model, batch)
     if loss.requires_grad:
-        backward(loss, model, bench.compute)
+        backward(loss, model, context.compute)
     decayed = [p for group in groups for p in group["params"] if p.grad is not None]
     if not decayed:
         return skipped(NO_GRADIENT)

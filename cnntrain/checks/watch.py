@@ -16,9 +16,16 @@ from cnntrain.train.hooks import attached
 
 RECTIFIERS = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu, functional.relu6)
 DROPOUTS = (
-    functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
-    functional.feature_alpha_dropout, torch.dropout, torch.dropout_, dropout,
-)  # fmt: skip
+    functional.dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+    torch.dropout,
+    torch.dropout_,
+    dropout,
+)
 Weighted = nn.Linear | nn.modules.conv._ConvNd
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.practice import practice, trainable
-from cnntrain.checks.verdicts import failed, passed, some, warned
+from cnntrain.checks.context import CheckContext, failed, join_names, passed, warned
+from cnntrain.checks.short_training import train_steps, trainable_parameters
 from cnntrain.checks.watch import Weighted, gradient_cut, never_called
 from cnntrain.types import Finding
 
@@ -23,9 +22,9 @@ MODE_MATTERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 LAYERS = (Weighted, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding, nn.RNNBase)
 
 
-def registered(bench: CheckContext) -> Finding:
+def registered(context: CheckContext) -> Finding:
     """No layer hides in a plain list, tuple or dict, which `parameters()` does not look into."""
-    model = bench.network
+    model = context.model
     known = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
     hidden: dict[str, bool] = {}  # where -> whether it could learn
     for name, module in model.named_modules():
@@ -48,9 +47,13 @@ def registered(bench: CheckContext) -> Finding:
     evidence = f"{len(hidden)} modules or parameters that model.parameters() does not know"
     remedy = "use nn.ModuleList, nn.ModuleDict or nn.Parameter, or assign them to attributes of their own"
     if learners:
-        cause = f"not registered: {some(learners)}; they stay as they are, on the CPU, and are not saved"
+        cause = (
+            f"not registered: {join_names(learners)}; they stay as they are, on the CPU, and are not saved"
+        )
         return failed(evidence, cause, remedy, "model")
-    return warned(evidence, f"not registered, and frozen: {some(list(hidden))}; on purpose?", remedy, "model")
+    return warned(
+        evidence, f"not registered, and frozen: {join_names(list(hidden))}; on purpose?", remedy, "model"
+    )
 
 
 def _inside(value: Any, path: str, depth: int) -> Iterator[tuple[str, nn.Module | Tensor]]:
@@ -65,40 +68,42 @@ def _inside(value: Any, path: str, depth: int) -> Iterator[tuple[str, nn.Module 
             yield from _inside(part, f"{path}[{number}]", depth - 1)
 
 
-def shared_weights(bench: CheckContext) -> Finding:
+def shared_weights(context: CheckContext) -> Finding:
     """Every parameter has one name."""
     names: dict[int, list[str]] = {}
-    for name, parameter in bench.network.named_parameters(remove_duplicate=False):
+    for name, parameter in context.model.named_parameters(remove_duplicate=False):
         if parameter.numel() and parameter.device.type != "meta":
             names.setdefault(parameter.data_ptr(), []).append(name)
     groups = [" = ".join(group[:3]) for group in names.values() if len(group) > 1]
     if not groups:
         return passed(f"{len(names)} parameter tensors, each under one name")
-    cause = f"several layers are the same one: {some(groups, 3)}; on purpose? [layer] * n repeats one layer"
+    cause = (
+        f"several layers are the same one: {join_names(groups, 3)}; on purpose? [layer] * n repeats one layer"
+    )
     evidence = f"{len(groups)} parameter tensors have several names"
     return warned(evidence, cause, "make a new layer for each place, unless they shall share", "model")
 
 
-def frozen(bench: CheckContext) -> Finding:
+def frozen(context: CheckContext) -> Finding:
     """Nothing is frozen that the config does not freeze."""
-    parameters = dict(bench.network.named_parameters())
+    parameters = dict(context.model.named_parameters())
     still = [name for name, parameter in parameters.items() if not parameter.requires_grad]
-    freeze = bench.config["model"].get("freeze")
+    freeze = context.config["model"].get("freeze")
     evidence = f"{len(still)} of {len(parameters)} parameter tensors are frozen"
     if not still:
         return passed(evidence)
     if freeze:
-        learned = bench.trained or bench.config["model"].get("pretrained")
-        if learned or any(hasattr(module, "pretrained_from") for module in bench.network.modules()):
+        learned = context.trained or context.config["model"].get("pretrained")
+        if learned or any(hasattr(module, "pretrained_from") for module in context.model.modules()):
             return passed(f"{evidence} (model.freeze={freeze})")
         cause = f"model.freeze={freeze} freezes random weights: nothing was learned that is worth keeping"
         remedy = "set model.pretrained, or model.freeze=null"
         return warned(evidence, cause, remedy, "model.freeze", "model.pretrained")
-    cause = f"frozen, they can't learn: {some(still)}"
+    cause = f"frozen, they can't learn: {join_names(still)}"
     remedy = "give them requires_grad=True, or set model.freeze"
     layers = {
         f"{name}.{parameter}".lstrip(".")
-        for name, module in bench.network.named_modules()
+        for name, module in context.model.named_modules()
         if isinstance(module, LAYERS)
         for parameter, _ in module.named_parameters(recurse=False)
     }
@@ -106,12 +111,12 @@ def frozen(bench: CheckContext) -> Finding:
     return (failed if layers & set(still) else warned)(evidence, cause, remedy, "model.freeze")
 
 
-def optimizer(bench: CheckContext) -> Finding:
+def optimizer(context: CheckContext) -> Finding:
     """The optimizer has every trainable parameter once, nothing else, and a learning rate for it."""
-    model = bench.model()
-    built = bench.make_optimizer(model)
+    model = context.copy_model()
+    built = context.make_optimizer(model)
     given = [id(p) for group in built.param_groups for p in group["params"]]
-    wanted = trainable(model)
+    wanted = trainable_parameters(model)
     missing = [name for name, parameter in wanted.items() if id(parameter) not in given]
     twice = [name for name, parameter in wanted.items() if given.count(id(parameter)) > 1]
     foreign = len(set(given) - {id(p) for p in model.parameters()})
@@ -123,44 +128,49 @@ def optimizer(bench: CheckContext) -> Finding:
     )
     remedy = "give it all of model.parameters() that have requires_grad"
     if missing:
-        cause = f"the optimizer does not know {some(missing)}: they never change"
+        cause = f"the optimizer does not know {join_names(missing)}: they never change"
     elif twice:
-        cause = f"the optimizer has {some(twice)} more than once"
+        cause = f"the optimizer has {join_names(twice)} more than once"
     elif foreign:
         cause = f"the optimizer has {foreign} tensors that are not the network's"
     elif still:
-        cause, remedy = f"the learning rate of {some(still)} is 0: no step changes them", "set optimizer.lr"
+        cause, remedy = (
+            f"the learning rate of {join_names(still)} is 0: no step changes them",
+            "set optimizer.lr",
+        )
     else:
         return passed(evidence)
     return failed(evidence, cause, remedy, "optimizer")
 
 
-def gradients(bench: CheckContext) -> Finding:
+def gradients(context: CheckContext) -> Finding:
     """Within a few real steps every parameter gets a gradient other than zero, and changes."""
-    model = bench.model()
-    built, parameters = bench.make_optimizer(model), trainable(model)
+    model = context.copy_model()
+    built, parameters = context.make_optimizer(model), trainable_parameters(model)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     largest: dict[str, float | None] = dict.fromkeys(parameters)  # None: no gradient at all
 
-    def look(step: int) -> None:
+    def look() -> None:
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 largest[name] = max(largest[name] or 0.0, float(parameter.grad.abs().max()))
 
-    losses = practice(bench, model, built, STEPS, look)
+    losses = train_steps(context, model, built, STEPS, look)
     absent = [name for name, size in largest.items() if size is None]
     zero = [name for name, size in largest.items() if size == 0]
     count = len(parameters) - len(absent) - len(zero)
     evidence = f"{count} of {len(parameters)} parameter tensors got a gradient in {len(losses)} steps"
     if absent:
         remedy = "look for detach(), .data, no_grad, .item(), or a layer that forward() never calls"
-        return failed(evidence, _why_absent(bench, absent, model), remedy, "model")
+        return failed(evidence, _why_absent(context, absent, model), remedy, "model")
     if not all(map(math.isfinite, losses)):
         evidence = f"losses {', '.join(f'{loss:.3g}' for loss in losses)}"
         cause = "the loss is no longer finite"
         return failed(evidence, cause, "lower optimizer.lr; see initial loss", "optimizer.lr")
     if zero:
-        cause = f"the gradient of {some(zero)} is exactly zero: dead ReLUs or weights of zero lie behind"
+        cause = (
+            f"the gradient of {join_names(zero)} is exactly zero: dead ReLUs or weights of zero lie behind"
+        )
         return failed(evidence, cause, "see dead units; look at the initialization", "model", "model.init")
     rates = _rates(built)
     still = [
@@ -171,9 +181,7 @@ def gradients(bench: CheckContext) -> Finding:
     ]
     if still:
         evidence += f"; {len(still)} did not change"
-        cause = (
-            f"the optimizer's steps leave {some(still)} as they are: not in it, or a learning rate of nothing"
-        )
+        cause = f"the optimizer's steps leave {join_names(still)} as they are: not in it, or a learning rate of nothing"
         return failed(evidence, cause, "see optimizer; raise optimizer.lr", "optimizer", "optimizer.lr")
     return passed(f"{evidence}, and all changed")
 
@@ -188,12 +196,12 @@ def _should_move(parameter: Tensor, rate: float, gradient: float) -> bool:
     return rate == 0 or rate * gradient > NOTICED * float(parameter.detach().abs().max())
 
 
-def _why_absent(bench: CheckContext, absent: list[str], model: nn.Module) -> str:
+def _why_absent(context: CheckContext, absent: list[str], model: nn.Module) -> str:
     """Names the first parameters without a gradient, and where the graph is cut or what is never run."""
-    images = bench.plain(count=2).images
+    images = context.eval_batch(count=2).images
     idle = never_called(model, images)
     lone = [name for name in absent if name.rpartition(".")[0] in idle]
     if len(lone) == len(absent):
-        return f"forward() never calls {some(sorted({name.rpartition('.')[0] for name in lone}))}"
+        return f"forward() never calls {join_names(sorted({name.rpartition('.')[0] for name in lone}))}"
     where = gradient_cut(model, images)
-    return f"no gradient reaches {some(absent)}: {where or 'something detaches them from the loss'}"
+    return f"no gradient reaches {join_names(absent)}: {where or 'something detaches them from the loss'}"

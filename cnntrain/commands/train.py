@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from cnntrain.checks.lint import lint
 from cnntrain.commands.evaluate import evaluate_checkpoint
 from cnntrain.config.command_text import chosen_options, without_passwords
 from cnntrain.config.compose import read_command_settings, read_settings, suggest_setting
@@ -39,7 +40,7 @@ from cnntrain.train.resume import (
 )
 from cnntrain.train.run import prepare, train_to_the_end
 from cnntrain.train.run_dir import RunDir, lock_run_dir, needs_lock, open_run_dir, provenance
-from cnntrain.train.setup import assemble, notice
+from cnntrain.train.setup import assemble
 from cnntrain.train.signals import stop_flag
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _train_in(
         settings, batch_size=plan.batch_size, optimizer=assembly.settings.optimizer,
         model=assembly.settings.model, data=assembly.settings.data,
     )  # fmt: skip
-    for finding in notice(assembly, data, plan, command_line):
+    for finding in lint(assembly, data, plan, command_line):
         log.warning("config: %s: %s; %s", finding.evidence, finding.cause, finding.remedy)
     best = None
     if saved and source:
@@ -267,7 +268,7 @@ def _check_first(settings: Settings, command_line: str) -> None:
     Raises:
         CheckFailedError: one of them failed.
     """
-    from cnntrain.commands.check import check
+    from cnntrain.checks.check_run import check
 
     folder = str(Path(settings.run_dir) / "check") if settings.run_dir else None
     report = check(dataclasses.replace(settings, run_dir=folder), (), command_line)

@@ -13,10 +13,9 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.checks.lint import Facts, lint, typed_keys
 from cnntrain.config.instantiate import build, resolve
 from cnntrain.config.schema import DataSettings, ModelSettings, Node, Settings, parse, split_common
-from cnntrain.data.examples import Examples, LazyImages, Source
+from cnntrain.data.examples import Examples, Source
 from cnntrain.data.load import Data, align_labels, load_data
 from cnntrain.data.loader import Loader, make_loader
 from cnntrain.errors import UserError
@@ -36,7 +35,7 @@ from cnntrain.train.schedule import Schedule
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.train.state import TrainingPlan
 from cnntrain.train.step_timer import StepTimer, make_step_timer
-from cnntrain.types import DataSpec, Finding
+from cnntrain.types import DataSpec
 
 log = logging.getLogger("cnntrain")
 
@@ -495,16 +494,3 @@ def try_learning_rates(
 def with_rate(settings: Settings, rate: float) -> Settings:
     """The settings with this learning rate."""
     return dataclasses.replace(settings, optimizer={**settings.optimizer, "lr": rate})
-
-
-def notice(assembly: Components, data: Data, plan: TrainingPlan, command_line: str) -> list[Finding]:
-    """What lint says about the config, now that the data have been read."""
-    norms = [m for m in assembly.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    return lint(
-        Facts(
-            dataclasses.asdict(assembly.settings), typed_keys(command_line), plan, assembly.spec, len(data.train),
-            any(norm.weight is None or norm.weight.requires_grad for norm in norms), data.own_val,
-            isinstance(data.train.images, LazyImages) or bool(assembly.pipeline.per_sample),
-            assembly.compute.device.type, assembly.learned,
-        )
-    )  # fmt: skip

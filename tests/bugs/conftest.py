@@ -1,4 +1,4 @@
-"""A bench for checks from overrides as on the command line, and what chosen checks find on it."""
+"""Fixtures that build the context of checks from overrides, and run checks by name."""
 
 import time
 from collections.abc import Callable
@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from cnntrain import compose
-from cnntrain.checks.check_run import choose, run_checks
+from cnntrain.checks.check_run import build_context, run_checks, select_checks
 from cnntrain.checks.context import CheckContext
-from cnntrain.commands.check import build_context
 from cnntrain.train.setup import assemble
 from cnntrain.train.signals import StopFlag
 from cnntrain.types import Finding
@@ -18,8 +17,8 @@ PLANTED = Path(__file__).parent / "planted"
 
 
 @pytest.fixture(scope="session")
-def bench_of() -> Callable[..., CheckContext]:
-    """`bench_of("model=mlp", ...)`: the parts of that run, laid out for checks; `planted/` is its config folder."""
+def context_of() -> Callable[..., CheckContext]:
+    """`context_of("model=mlp", ...)`: the context of that run; `planted/` is its config folder."""
 
     def make(*overrides: str) -> CheckContext:
         settings = compose("threads=1", "log.figures=false", *overrides, config_dir=PLANTED)
@@ -29,10 +28,12 @@ def bench_of() -> Callable[..., CheckContext]:
 
 
 @pytest.fixture(scope="session")
-def judge() -> Callable[..., dict[str, Finding]]:
-    """`judge(bench, "start", "loss-sign")`: the findings of checks and topics, by name."""
+def findings_of() -> Callable[..., dict[str, Finding]]:
+    """`findings_of(context, "start", "loss-sign")`: the findings of checks and topics, by name."""
 
-    def run(bench: CheckContext, *words: str) -> dict[str, Finding]:
-        return {finding.name: finding for finding in run_checks(bench, choose(words), lambda *_: None)}
+    def run(context: CheckContext, *words: str) -> dict[str, Finding]:
+        return {
+            finding.name: finding for finding in run_checks(context, select_checks(words), lambda *_: None)
+        }
 
     return run

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cnntrain import compose
-from cnntrain.commands.check import check
+from cnntrain.checks.check_run import check
 from cnntrain.errors import CnntrainError
 from tests.bugs import test_check_data as data
 from tests.bugs import test_check_learning as learning

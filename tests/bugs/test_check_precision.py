@@ -31,6 +31,6 @@ PAIRS = [
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("overrides", PAIRS, ids=" ".join)
-def test_sound_set_ups_pass(overrides: tuple[str, ...], seed: int, bench_of, judge) -> None:
-    found = judge(bench_of(*overrides, f"seed={seed}"), "start", "wiring")
+def test_sound_set_ups_pass(overrides: tuple[str, ...], seed: int, context_of, findings_of) -> None:
+    found = findings_of(context_of(*overrides, f"seed={seed}"), "start", "wiring")
     assert {f.name: f"{f.cause} {f.evidence}" for f in found.values() if f.verdict in ("WARN", "FAIL")} == {}

@@ -8,9 +8,8 @@ import torch
 
 from cnntrain import compose
 from cnntrain.checks import check_run as run
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.verdicts import passed
-from cnntrain.commands.check import build_context
+from cnntrain.checks.check_run import build_context
+from cnntrain.checks.context import CheckContext, passed
 from cnntrain.randomness import fork_generators
 from cnntrain.train.setup import assemble
 from cnntrain.train.signals import StopFlag
@@ -18,7 +17,7 @@ from cnntrain.types import Finding
 
 
 @pytest.fixture
-def bench() -> CheckContext:
+def context() -> CheckContext:
     settings = compose("threads=1", "model=mlp", "data.limit=60")
     return build_context(assemble(settings), time.monotonic() + 60, StopFlag())
 
@@ -36,23 +35,23 @@ def tensor_float32() -> Iterator[None]:
 
 @pytest.mark.parametrize(("name", "exact"), [("batch order", True), ("loop", True), ("learning rate", False)])
 def test_numbers_are_compared_in_full_precision_and_trainings_are_not_slowed(
-    name: str, exact: bool, bench: CheckContext, tensor_float32: None
+    name: str, exact: bool, context: CheckContext, tensor_float32: None
 ) -> None:
     seen: list[tuple[str, bool]] = []
 
-    def look(bench: CheckContext) -> Finding:
+    def look(context: CheckContext) -> Finding:
         seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
         raise ValueError("the settings come back whatever a check raises")
 
-    (finding,) = run.run_checks(bench, {name: look}, lambda *_: None)
+    (finding,) = run.run_checks(context, {name: look}, lambda *_: None)
     assert finding.verdict == "FAIL"
     assert seen == [("highest", False) if exact else ("high", True)]
     assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
 
 
-def test_generators_come_back(bench: CheckContext) -> None:
+def test_generators_come_back(context: CheckContext) -> None:
     state = torch.get_rng_state()
-    run.run_checks(bench, {"loss": lambda _: passed(str(torch.rand(3)))}, lambda *_: None)
+    run.run_checks(context, {"loss": lambda _: passed(str(torch.rand(3)))}, lambda *_: None)
     assert torch.equal(state, torch.get_rng_state())
 
 

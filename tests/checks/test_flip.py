@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cnntrain.checks.flip import compare, judge_flip, judge_map, judge_names, side_and_part
+from cnntrain.checks.flip import diagnose_flip, diagnose_map, diagnose_names, measure_symmetry, side_and_part
 from cnntrain.cli import main
 from cnntrain.data.sources.keypoint_base import CAT9, COCO17, IBUG68, KeypointSet
 from cnntrain.data.sources.toy_faces import ToyFaces
@@ -104,22 +104,22 @@ def case(request: pytest.FixtureRequest) -> tuple[KeypointSet, Shapes]:
     return scheme, make()
 
 
-def test_a_right_map_passes(case: tuple[KeypointSet, Shapes]) -> None:
+def test_correct_pairs_pass(case: tuple[KeypointSet, Shapes]) -> None:
     scheme, shapes = case
-    findings, symmetry = judge_flip(*shapes, spec_of(scheme, right_map(scheme)))
+    findings, symmetry = diagnose_flip(*shapes, spec_of(scheme, right_map(scheme)))
     assert set(verdicts(findings).values()) == {"PASS"}, findings
-    assert symmetry is not None and symmetry.relabeled < symmetry.kept / 2
+    assert symmetry is not None and symmetry.swapped < symmetry.unswapped / 2
 
 
 @pytest.mark.parametrize("most", [40, pytest.param(10**6, marks=pytest.mark.long)])
-def test_every_exchange_that_pairs_up_is_told_from_the_shapes_alone(
+def test_every_exchange_is_detected_from_the_shapes_alone(
     case: tuple[KeypointSet, Shapes], most: int
 ) -> None:
-    """Names say nothing here, and the map undoes itself: only the geometry can tell."""
+    """Names contain no side and the permutation is its own inverse, so only the geometry shows the error."""
     scheme, shapes = case
     right = right_map(scheme)
     # The distance is a sum over the points, so that what it changes by is known for every map from one table.
-    symmetry = compare(*shapes, right)
+    symmetry = measure_symmetry(*shapes, right)
     sure = symmetry.change >= 2 * symmetry.error
     upper = torch.ones_like(sure).triu(1).bool()
     assert sure[upper].all(), "the data can't tell some exchange"
@@ -130,7 +130,7 @@ def test_every_exchange_that_pairs_up_is_told_from_the_shapes_alone(
     assert len(involutions) > len(right)
     step = max(1, len(involutions) // most)
     for wrong in involutions[::step]:
-        findings, _ = judge_flip(*shapes, spec_of(scheme, wrong, named=False))
+        findings, _ = diagnose_flip(*shapes, spec_of(scheme, wrong, named=False))
         told = next(finding for finding in findings if finding.name == "mirror pairs")
         changed = {f"part_{k}" for k in range(len(right)) if wrong[k] != right[k]}
         assert told.verdict == "FAIL", (wrong, told)
@@ -140,24 +140,24 @@ def test_every_exchange_that_pairs_up_is_told_from_the_shapes_alone(
         )
 
 
-def test_every_exchange_is_worse_than_the_right_map(case: tuple[KeypointSet, Shapes]) -> None:
+def test_every_exchange_increases_the_distance(case: tuple[KeypointSet, Shapes]) -> None:
     """All of them: the mean shape's own distances, and for those that break the map the map's finding."""
     scheme, shapes = case
     right = right_map(scheme)
-    symmetry = compare(*shapes, right)
+    symmetry = measure_symmetry(*shapes, right)
     cost = torch.cdist(symmetry.shape, symmetry.mirrored).square()  # (K, K): a point, another's mirror image
     rows = torch.arange(len(right))
     best = cost[rows, torch.tensor(right)].sum()
     for wrong in wrong_pairings(right).values():
         assert cost[rows, torch.tensor(wrong)].sum() > best
         undoes_itself = all(wrong[wrong[k]] == k for k in range(len(right)))
-        assert judge_map(scheme.names, wrong).verdict == ("PASS" if undoes_itself else "FAIL")
+        assert diagnose_map(scheme.names, wrong).verdict == ("PASS" if undoes_itself else "FAIL")
 
 
-def test_identity_and_shifted_lists_are_told(case: tuple[KeypointSet, Shapes]) -> None:
+def test_identity_and_shifted_lists_fail(case: tuple[KeypointSet, Shapes]) -> None:
     scheme, shapes = case
     right = right_map(scheme)
-    found = verdicts(judge_flip(*shapes, spec_of(scheme, tuple(range(len(right)))))[0])
+    found = verdicts(diagnose_flip(*shapes, spec_of(scheme, tuple(range(len(right)))))[0])
     assert found == {
         "mirror map": "PASS",
         "mirror names": "FAIL",
@@ -165,17 +165,22 @@ def test_identity_and_shifted_lists_are_told(case: tuple[KeypointSet, Shapes]) -
         "mirror pairs": "FAIL",
     }
     shifted = (*right[1:], right[0])
-    assert judge_map(scheme.names, shifted).verdict == "FAIL"
-    assert verdicts(judge_flip(*shapes, spec_of(scheme, shifted, named=False))[0])["mirror pairs"] == "FAIL"
-
-
-def test_broken_lists_name_the_point() -> None:
-    names = ("left_eye", "right_eye", "nose")
-    assert "has 2 entries, there are 3" in judge_map(names, (1, 0)).evidence
-    assert "right_eye" in judge_map(names, (1, 7, 2)).evidence
-    assert "left_eye becomes right_eye, but right_eye becomes nose" in judge_map(names, (1, 2, 0)).evidence
+    assert diagnose_map(scheme.names, shifted).verdict == "FAIL"
     assert (
-        judge_flip(torch.zeros(3, 3, 2), torch.ones(3, 3), DataSpec(1, 9, 9, keypoints=names))[0][0].verdict
+        verdicts(diagnose_flip(*shapes, spec_of(scheme, shifted, named=False))[0])["mirror pairs"] == "FAIL"
+    )
+
+
+def test_invalid_lists_name_the_keypoint() -> None:
+    names = ("left_eye", "right_eye", "nose")
+    assert diagnose_map(names, (1, 0)).verdict == "FAIL"
+    assert "right_eye" in diagnose_map(names, (1, 7, 2)).evidence
+    one_way = diagnose_map(names, (1, 2, 0))
+    assert one_way.verdict == "FAIL" and all(name in one_way.evidence for name in names)
+    assert (
+        diagnose_flip(torch.zeros(3, 3, 2), torch.ones(3, 3), DataSpec(1, 9, 9, keypoints=names))[0][
+            0
+        ].verdict
         == "FAIL"
     )
 
@@ -186,26 +191,28 @@ def test_names() -> None:
     assert side_and_part("LEFT_EYE") == ("left", "eye") and side_and_part("lefteye") == ("left", "eye")
     assert side_and_part("nose") == (None, "nose")
     names = ("left_eye", "right_eye", "left_ear", "right_ear", "nose")
-    assert judge_names(names, (1, 0, 3, 2, 4)).verdict == "PASS"
-    assert "left_eye trades with right_ear" in judge_names(names, (3, 2, 1, 0, 4)).evidence
-    assert "left_eye stays" in judge_names(names, (0, 1, 3, 2, 4)).evidence
-    assert judge_names(("a", "b"), (1, 0)).verdict == "SKIP"
+    assert diagnose_names(names, (1, 0, 3, 2, 4)).verdict == "PASS"
+    crossed = diagnose_names(names, (3, 2, 1, 0, 4))
+    assert crossed.verdict == "FAIL" and all(name in crossed.evidence for name in names[:4])
+    unpaired = diagnose_names(names, (0, 1, 3, 2, 4))
+    assert unpaired.verdict == "FAIL" and "left_eye" in unpaired.evidence and "ear" not in unpaired.evidence
+    assert diagnose_names(("a", "b"), (1, 0)).verdict == "SKIP"
 
 
-def test_points_upon_one_another_can_not_be_told_and_are_named() -> None:
-    """Closed lips: the data say nothing about the upper one's partner, and the check says so."""
+def test_coinciding_keypoints_are_a_warning() -> None:
+    """Closed lips: the data cannot show the partner of the upper one."""
     shape = torch.tensor([[-10.0, 0], [10, 0], [-5, 20], [5, 20], [-5, 20], [5, 20]])
     noise = torch.randn(40, 6, 2, generator=torch.Generator().manual_seed(2))
     names = ("left_eye", "right_eye", "left_lip_1", "right_lip_1", "left_lip_2", "right_lip_2")
     spec = DataSpec(1, 9, 9, keypoints=names, flip_pairs=(1, 0, 3, 2, 5, 4))
-    findings, _ = judge_flip(shape + noise, torch.ones(40, 6, dtype=torch.bool), spec)
+    findings, _ = diagnose_flip(shape + noise, torch.ones(40, 6, dtype=torch.bool), spec)
     told = findings[-1]
     assert (
         told.verdict == "WARN" and "left_lip_1 and left_lip_2" in told.evidence and "eye" not in told.evidence
     )
 
 
-def test_the_command_passes_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_reports_pairs() -> None:
     data = ["data=toy_faces", "data.train_count=60", "data.test_count=1"]
     assert main(["check", "flip", *data, "run_dir=out"]) == 0
     report = json.loads(Path("out/check.json").read_text())
@@ -215,10 +222,9 @@ def test_the_command_passes_and_fails(capsys: pytest.CaptureFixture[str]) -> Non
         and ["right_eye", "left_eye"] in report["pairs"]
     )
     assert Path("out/figures/flip.png").stat().st_size > 5000
-    assert "PASS: better than" in capsys.readouterr().out
 
 
-def test_the_command_names_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_command_names_wrong_pairs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGB", (64, 64)).save("cat.png")
@@ -245,7 +251,7 @@ def test_the_command_names_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp
         == 1
     )
     said = capsys.readouterr().out
-    assert "right_ear_1 trades with left_ear_1" in said and "FAIL" in said
+    assert all(word in said for word in ("right_ear_1", "left_ear_1", "FAIL"))
     assert json.loads(Path("o/check.json").read_text())["verdict"] == "FAIL"
 
 

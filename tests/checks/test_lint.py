@@ -4,9 +4,9 @@ import shlex
 
 import pytest
 
-from cnntrain.checks.lint import typed_keys
+from cnntrain.checks.lint import lint, typed_keys
 from cnntrain.config.compose import read_settings
-from cnntrain.train.setup import assemble, build_training_parts, notice
+from cnntrain.train.setup import assemble, build_training_parts
 from cnntrain.types import Finding
 
 FEW = "data=toy_faces data.train_count=80 data.test_count=2 data.size=32"
@@ -17,7 +17,7 @@ def notes(line: str) -> list[Finding]:
     assembly = assemble(read_settings([*shlex.split(line), "threads=1", "device=cpu"]))
     data = assembly.load()
     plan, _, _ = build_training_parts(assembly, data)
-    return notice(assembly, data, plan, f"cnntrain {line}")
+    return lint(assembly, data, plan, f"cnntrain {line}")
 
 
 QUARRELS = {

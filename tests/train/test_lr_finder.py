@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain import compose
+from cnntrain.checks.check_run import build_context
 from cnntrain.checks.context import CheckContext
 from cnntrain.checks.steps import RANGE_SHARE, learning_rate
-from cnntrain.commands.check import build_context
 from cnntrain.commands.lr_find import lr_find
 from cnntrain.errors import UserError
 from cnntrain.train.device import Compute
@@ -170,7 +170,7 @@ def test_each_layer_keeps_its_share_of_the_rate() -> None:
     assert try_learning_rates(assembly, data, plan, StopFlag()).losses[1:] != alike.losses[1:]
 
 
-def bench_of(*overrides: str, budget_s: float = 600.0) -> CheckContext:
+def context_of(*overrides: str, budget_s: float = 600.0) -> CheckContext:
     settings = compose("threads=1", "log.figures=false", *overrides)
     return build_context(assemble(settings), time.monotonic() + budget_s, StopFlag())
 
@@ -184,9 +184,9 @@ def bench_of(*overrides: str, budget_s: float = 600.0) -> CheckContext:
     ],
 )
 def test_check_and_lr_find_say_the_same_of_one_set_up(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    bench = bench_of(*overrides)
-    finding = learning_rate(bench)
-    found = bench.found["range test"]
+    context = context_of(*overrides)
+    finding = learning_rate(context)
+    found = context.cache["range test"]
     report = lr_find(compose("threads=1", "log.figures=false", f"run_dir={tmp_path}", *overrides))
     assert (found.rates, found.losses) == (report["rates"], report["losses"])
     assert (found.suggestion, found.diverged_at) == (report["suggestion"], report["diverged_at"])
@@ -195,8 +195,8 @@ def test_check_and_lr_find_say_the_same_of_one_set_up(overrides: tuple[str, ...]
 
 def test_a_range_test_with_smaller_batches_says_so() -> None:
     """Where the budget does not suffice for the run's batches, the answer may differ from `lr-find`'s."""
-    bench = bench_of("model=mlp", "lr_find.steps=40")
-    seconds = RANGE_SHARE * bench.seconds_left
-    bench.found["step seconds"] = 8 * seconds / (40 * 16.5)  # enough for 16 images a step
-    finding = learning_rate(bench)
-    assert bench.found["range batch"] == 16 and "batches of 16" in finding.evidence
+    context = context_of("model=mlp", "lr_find.steps=40")
+    seconds = RANGE_SHARE * context.seconds_left
+    context.cache["step seconds"] = 8 * seconds / (40 * 16.5)  # enough for 16 images a step
+    finding = learning_rate(context)
+    assert context.cache["range batch"] == 16 and "batches of 16" in finding.evidence
