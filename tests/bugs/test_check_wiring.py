@@ -74,7 +74,7 @@ BROKEN = {
     "divided twice": (task("MeanOfMean"), "loss scale", "FAIL", "twice"),
     "flipped sign": (["model=sound", "task=flipped_sign"], "loss sign", "FAIL", "sign"),
     "softmax in the loss": (task("SoftmaxInLoss"), "loss sign", "FAIL", "softmax"),
-    "no derivative": (task("NotDifferentiable"), "loss sign", "FAIL", "differentiable"),
+    "no derivative": (task("NotDifferentiable"), "loss sign", "FAIL", "argmax"),
     "off by one in the loss": (task("OffByOneInLoss"), "loss sign", "FAIL", "metric"),
     "label never seen": (["model=sound", "task=blind_to_label"], "loss sees labels", "FAIL", "target"),
     "wrong backward": (planted("WrongBackward"), "derivative", "FAIL",
@@ -184,7 +184,7 @@ def validation_in_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 DOUBLES = {
     "gradients not reset": (without_zeroing, "zero_grad"),
-    "accumulation without division": (dividing_wrongly, "accumulation"),
+    "accumulation without division": (dividing_wrongly, "batches"),
     "evaluation mode in training": (evaluation_mode, "training mode"),
     "schedule one step early": (wrong_schedule, "learning rate"),
     "no clipping": (no_clipping, "clip"),
