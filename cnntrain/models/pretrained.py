@@ -44,7 +44,7 @@ def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedWeights:
     """Weights that a library publishes for an architecture.
 
     Attributes:
@@ -113,22 +113,22 @@ class Published:
             return None
 
 
-def published_for(model: Mapping[str, Any]) -> Published | None:
+def published_for(model: Mapping[str, Any]) -> PublishedWeights | None:
     """Return the published weights for the network of a config node; None if there are none."""
     target = str(model.get("_target_")).removeprefix("cnntrain.models.")
     name, backbone = str(model.get("name")), model.get("backbone", "resnet18")
     if target == model.get("_target_"):  # a user-defined network
         return None
     if target == "resnet.ResNet":
-        return Published("torchvision", f"resnet{model.get('depth')}")
+        return PublishedWeights("torchvision", f"resnet{model.get('depth')}")
     if target == "torchvision.classifier":
-        return Published("torchvision", name)
+        return PublishedWeights("torchvision", name)
     if target == "torchvision.Segmenter":
-        return Published("torchvision", name, "network")
+        return PublishedWeights("torchvision", name, "network")
     if target == "timm.classifier":
-        return Published("timm", name)
+        return PublishedWeights("timm", name)
     if target == "fcn.FCN" and isinstance(backbone, str) and not backbone.startswith("cifar_resnet"):
-        return Published("torchvision", backbone, "backbone")
+        return PublishedWeights("torchvision", backbone, "backbone")
     return None
 
 
@@ -146,7 +146,7 @@ class Weights:
     """
 
     name: str
-    published: Published | None
+    published: PublishedWeights | None
     state: Mapping[str, Tensor] | None
     preprocessing: Preprocessing | None
     outputs: tuple[str, ...] | None = None
@@ -222,7 +222,7 @@ def _find_file(path: Path) -> Path:
 def _read_file(
     name: str,
     path: Path,
-    published: Published | None,
+    published: PublishedWeights | None,
     check_run: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Weights:
     """Read weights from a file: a state dict, a checkpoint that contains one, or a cnntrain checkpoint."""
@@ -247,7 +247,7 @@ def _read_file(
     return Weights(name, published, state, published.preprocessing("DEFAULT") if published else None)
 
 
-def _from_run(name: str, saved: Mapping[str, Any], published: Published | None) -> Weights:
+def _from_run(name: str, saved: Mapping[str, Any], published: PublishedWeights | None) -> Weights:
     """Return the weights of an earlier run: the EMA weights if it has them, as used in validation.
 
     Args:

@@ -1,6 +1,6 @@
-"""The files of conf/model: what their headers say, and how small an image each network takes.
+"""The files of conf/model: the numbers in their headers, and the smallest image that each network accepts.
 
-A file's header states its parameters and its native size: `N parameters at its native CxHxW and K classes`.
+A file's header states its parameters and its native size: `N parameters for CxHxW images and K classes`.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import NamedTuple
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 MASKS = ("fcn", "torchvision_segmentation", "unet", "unet_small")
-# Their smaller sisters are built of the same parts, in a fraction of the time.
+# Smaller networks of the same families are tested in a fraction of the time.
 COSTLY = (
     "densenet161",
     "densenet169",
@@ -22,7 +22,7 @@ COSTLY = (
     "vgg19",
     "wide_resnet50",
 )
-# Smallest image (square, px) that a network takes, where 8 is too small.
+# Smallest square image that a network accepts, in pixels, if 8 is too small.
 SMALLEST_PX = {
     "keypoint_cnn": 16,
     "alexnet": 67,
@@ -50,10 +50,8 @@ class Header(NamedTuple):
 
 @cache
 def header(name: str) -> Header:
-    text = (FOLDER / f"{name}.yaml").read_text().split("defaults")[0]
-    found = re.search(
-        r"([\d,]+) parameters at its native (\d+)x(\d+)x(\d+) and (\d+) (?:classes|output)", text
-    )
+    text = (FOLDER / f"{name}.yaml").read_text()
+    found = re.search(r"([\d,]+) parameters for (\d+)x(\d+)x(\d+) images and (\d+) (?:classes|output)", text)
     assert found, f"{name}.yaml does not state its parameters and native size"
     parameters, channels, height, width, outputs = (int(group.replace(",", "")) for group in found.groups())
     return Header(parameters, channels, (height, width), outputs)
