@@ -16,10 +16,12 @@ from pathlib import Path
 from cnntrain.errors import UserError
 from cnntrain.io import safe_files as files
 
-MOST_FILES = 50_000  # tracked files to compare with the index
-MOST_BYTES = 2**28  # total size of the files to hash
-LARGEST_REFS_BYTES = 2**26
-_OBJECT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+MAX_FILES = 50_000  # tracked files to compare with the index
+MAX_BYTES = 2**28  # total size of the files to hash
+MAX_LINK_BYTES = 4096  # of files that contain one path or hash
+MAX_REFS_BYTES = 2**26
+SUBMODULE = 0o160000  # file type in the index
+_HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _REF = re.compile(r"refs/[A-Za-z0-9][\w.+@/-]*")
 
 
@@ -56,71 +58,87 @@ def _git_folder(root: Path) -> Path | None:
         return path
     if not files.is_regular(path):
         return None
-    said = files.read_text(path, largest=4096)
-    return (root / said.removeprefix("gitdir:").strip()) if said.startswith("gitdir:") else None
+    text = files.read_text(path, largest=MAX_LINK_BYTES)
+    return (root / text.removeprefix("gitdir:").strip()) if text.startswith("gitdir:") else None
 
 
 def _head(git: Path) -> str | None:
-    said = files.read_text(git / "HEAD", largest=4096).strip()
-    if _OBJECT.fullmatch(said):
-        return said
-    ref = said.removeprefix("ref:").strip()
+    """Return the hash of the checked-out commit; None before the first commit."""
+    head = files.read_text(git / "HEAD", largest=MAX_LINK_BYTES).strip()
+    if _HASH.fullmatch(head):  # a detached HEAD
+        return head
+    ref = head.removeprefix("ref:").strip()
     if not _REF.fullmatch(ref) or ".." in ref:
         return None
     common = git
     if files.is_regular(git / "commondir"):
-        common = git / files.read_text(git / "commondir", largest=4096).strip()
-    for place in (git, common):
-        if files.is_regular(place / ref, place):
-            said = files.read_text(place / ref, place, largest=4096).strip()
-            return said if _OBJECT.fullmatch(said) else None
+        common = git / files.read_text(git / "commondir", largest=MAX_LINK_BYTES).strip()
+    for folder in (git, common):
+        if files.is_regular(folder / ref, folder):
+            name = files.read_text(folder / ref, folder, largest=MAX_LINK_BYTES).strip()
+            return name if _HASH.fullmatch(name) else None
     if files.is_regular(common / "packed-refs"):
-        for line in files.read_text(common / "packed-refs", largest=LARGEST_REFS_BYTES).splitlines():
-            name, _, known = line.partition(" ")
-            if known == ref and _OBJECT.fullmatch(name):
+        for line in files.read_text(common / "packed-refs", largest=MAX_REFS_BYTES).splitlines():
+            name, _, packed_ref = line.partition(" ")
+            if packed_ref == ref and _HASH.fullmatch(name):
                 return name
     return None
 
 
 def _is_dirty(root: Path, index: Path, hash_bytes: int) -> bool | None:
     """Return True if a file in the index is missing, unmerged, has another size, or a new time and other content."""
-    left = MOST_BYTES
+    bytes_left = MAX_BYTES
     try:
-        for path, mode, size, mtime, name, merged in _entries(
-            files.read_bytes(index, largest=MOST_BYTES), hash_bytes
-        ):
-            if not merged:
+        for entry in _entries(files.read_bytes(index, largest=MAX_BYTES), hash_bytes):
+            if not entry.merged:
                 return True
-            place = os.path.join(os.fsencode(root), path)
+            path = os.path.join(os.fsencode(root), entry.path)
             try:
-                now = os.lstat(place)
+                found = os.lstat(path)
             except FileNotFoundError:
                 return True
-            if stat.S_IFMT(mode) == 0o160000:  # a submodule
+            if stat.S_IFMT(entry.mode) == SUBMODULE:
                 continue
-            if stat.S_IFMT(now.st_mode) != stat.S_IFMT(mode) or now.st_size & 0xFFFFFFFF != size:
+            if (
+                stat.S_IFMT(found.st_mode) != stat.S_IFMT(entry.mode)
+                or found.st_size & 0xFFFFFFFF != entry.size
+            ):
                 return True
-            if (int(now.st_mtime), now.st_mtime_ns % 10**9) == mtime or not stat.S_ISREG(mode):
+            if (int(found.st_mtime), found.st_mtime_ns % 10**9) == entry.mtime or not stat.S_ISREG(
+                entry.mode
+            ):
                 continue
-            left -= size
-            if left < 0:
+            bytes_left -= entry.size
+            if bytes_left < 0:
                 return None
-            if _blob(Path(os.fsdecode(place)), len(name)) != name:
+            if _blob_hash(Path(os.fsdecode(path)), len(entry.hash)) != entry.hash:
                 return True
     except (OSError, UserError, ValueError, struct.error, IndexError):
         return None
     return False
 
 
-def _blob(path: Path, length: int) -> bytes:
+def _blob_hash(path: Path, hash_bytes: int) -> bytes:
     """Return git's object hash for the file's content."""
-    content = files.read_bytes(path, largest=MOST_BYTES)
-    kind = hashlib.sha1 if length == 20 else hashlib.sha256
-    return kind(b"blob %d\0" % len(content) + content, usedforsecurity=False).digest()
+    content = files.read_bytes(path, largest=MAX_BYTES)
+    algorithm = hashlib.sha1 if hash_bytes == 20 else hashlib.sha256
+    return algorithm(b"blob %d\0" % len(content) + content, usedforsecurity=False).digest()
 
 
-def _entries(index: bytes, hash_bytes: int) -> Iterator[tuple[bytes, int, int, tuple[int, int], bytes, bool]]:
-    """Yield path, mode, size, (seconds, nanoseconds), object hash, and whether it is merged, of each file in an index.
+@dataclass(frozen=True)
+class _Entry:
+    """A file in git's index; `mtime` is (seconds, nanoseconds)."""
+
+    path: bytes
+    mode: int
+    size: int
+    mtime: tuple[int, int]
+    hash: bytes
+    merged: bool
+
+
+def _entries(index: bytes, hash_bytes: int) -> Iterator[_Entry]:
+    """Yield the files in an index, without those that git was told to ignore.
 
     Args:
         index: the index file's content.
@@ -130,46 +148,40 @@ def _entries(index: bytes, hash_bytes: int) -> Iterator[tuple[bytes, int, int, t
         ValueError, struct.error, IndexError: not an index, an unknown version, or too many files.
     """
     magic, version, count = struct.unpack_from(">4sII", index)
-    if magic != b"DIRC" or version not in (2, 3, 4) or count > MOST_FILES:
+    if magic != b"DIRC" or version not in (2, 3, 4) or count > MAX_FILES:
         raise ValueError("not an index, or an index with too many files")
-    place, before = 12, b""
+    offset, path = 12, b""
     for _ in range(count):
-        start = place
-        fields = struct.unpack_from(f">10I{hash_bytes}sH", index, place)
-        mtime, mode, size, name, flags = fields[2:4], fields[6], fields[9], fields[10], fields[11]
-        place += 42 + hash_bytes + (2 if version >= 3 and flags & 0x4000 else 0)
-        assumed = flags & 0x8000  # --assume-unchanged
-        if version >= 3 and flags & 0x4000:
-            assumed |= struct.unpack_from(">H", index, place - 2)[0] & 0x4000  # --skip-worktree
-        kept = 0
+        start = offset
+        fields = struct.unpack_from(f">10I{hash_bytes}sH", index, offset)
+        flags = fields[11]
+        extended = version >= 3 and flags & 0x4000
+        offset += 42 + hash_bytes + (2 if extended else 0)
+        ignored = flags & 0x8000  # --assume-unchanged
+        if extended:
+            ignored |= struct.unpack_from(">H", index, offset - 2)[0] & 0x4000  # --skip-worktree
+        prefix = b""
         if version == 4:  # the path is prefix-compressed against the previous one
-            strip, place = _varint(index, place)
-            kept = len(before) - strip
-            if kept < 0:
+            strip, offset = _read_varint(index, offset)
+            if strip > len(path):
                 raise ValueError("invalid prefix length of a compressed path")
-        end = index.index(b"\0", place)
-        path = before[:kept] + index[place:end]
-        place = end + 1 if version == 4 else start + (end - start + 8) // 8 * 8
-        before = path
+            prefix = path[: len(path) - strip]
+        end = index.index(b"\0", offset)
+        path = prefix + index[offset:end]
+        offset = end + 1 if version == 4 else start + (end - start + 8) // 8 * 8
         if b".." in path.split(b"/") or path.startswith(b"/"):
             raise ValueError("a path outside the folder")
-        if not assumed:
-            yield (
-                path,
-                mode,
-                size,
-                (mtime[0], mtime[1]),
-                name,
-                not flags & 0x3000,
-            )  # stages above 0 are unmerged
+        if not ignored:
+            merged = not flags & 0x3000  # stages above 0 are unmerged
+            yield _Entry(path, fields[6], fields[9], (fields[2], fields[3]), fields[10], merged)
 
 
-def _varint(index: bytes, place: int) -> tuple[int, int]:
+def _read_varint(index: bytes, offset: int) -> tuple[int, int]:
     """Decode git's variable-length integer; return it and the offset after it."""
-    byte = index[place]
+    byte = index[offset]
     value = byte & 0x7F
     while byte & 0x80:
-        place += 1
-        byte = index[place]
+        offset += 1
+        byte = index[offset]
         value = ((value + 1) << 7) | (byte & 0x7F)
-    return value, place + 1
+    return value, offset + 1

@@ -1,4 +1,4 @@
-"""The commit of the working folder, without running git: what its config names is never executed."""
+"""Reading the commit of a working directory without running git or anything named in its config."""
 
 import os
 import shutil
@@ -30,8 +30,8 @@ def repository(own_folder: Path, request: pytest.FixtureRequest) -> Path:
     (root / "a.py").write_text("print(1)\n")
     (root / "below" / "b.py").write_text("print(2)\n")
     (root / "below" / "bé.py").write_text("")
-    (root / "below" / ("x" * 150)).write_text("long")  # a length of two bytes where an index shortens paths
-    for length in range(1, 10):  # and of every padding
+    (root / "below" / ("x" * 150)).write_text("long")  # its length takes two bytes in an index of version 4
+    for length in range(1, 10):  # all paddings of an index of version 2
         (root / ("c" * length)).touch()
     (root / "link").symlink_to("a.py")
     os.chdir(root)
@@ -44,7 +44,7 @@ def repository(own_folder: Path, request: pytest.FixtureRequest) -> Path:
 @needs_git
 @pytest.mark.parametrize("version", ["2", "4"])
 @pytest.mark.parametrize("how", ["branch", "packed", "detached", "worktree", "below"])
-def test_the_commit_is_gits_own(repository: Path, how: str, version: str) -> None:
+def test_the_commit_is_that_of_git_rev_parse(repository: Path, how: str, version: str) -> None:
     git("update-index", "--index-version", version)
     folder = repository
     match how:
@@ -63,7 +63,7 @@ def test_the_commit_is_gits_own(repository: Path, how: str, version: str) -> Non
 
 @needs_git
 @pytest.mark.parametrize("repository", ["sha1", "sha256"], indirect=True)
-def test_a_changed_tracked_file_is_noticed(repository: Path) -> None:
+def test_a_changed_tracked_file_makes_the_commit_dirty(repository: Path) -> None:
     file, name = Path("below/b.py"), git("rev-parse", "HEAD")
     before, later = file.stat(), time.time() + 5
     assert find_commit(repository) == Commit(name, False)
@@ -86,9 +86,7 @@ def test_a_changed_tracked_file_is_noticed(repository: Path) -> None:
 @needs_git
 @pytest.mark.parametrize("version", ["2", "4"])
 @pytest.mark.parametrize("flag", ["--assume-unchanged", "--skip-worktree"])
-def test_files_that_git_was_told_not_to_look_at_do_not_count(
-    repository: Path, flag: str, version: str
-) -> None:
+def test_files_marked_as_unchanged_are_ignored(repository: Path, flag: str, version: str) -> None:
     name = git("rev-parse", "HEAD")
     git("update-index", "--index-version", version)
     git("update-index", flag, "below/b.py")
@@ -99,7 +97,7 @@ def test_files_that_git_was_told_not_to_look_at_do_not_count(
 
 
 @needs_git
-def test_a_submodule_does_not_count(repository: Path) -> None:
+def test_submodules_are_ignored(repository: Path) -> None:
     name = git("rev-parse", "HEAD")
     git("update-index", "--add", "--cacheinfo", f"160000,{name},module")
     Path("module").mkdir()
@@ -107,7 +105,7 @@ def test_a_submodule_does_not_count(repository: Path) -> None:
 
 
 @needs_git
-def test_a_merge_under_way_is_a_change(repository: Path) -> None:
+def test_an_unfinished_merge_is_dirty(repository: Path) -> None:
     for branch, text in (("one", "1"), ("two", "2")):
         git("checkout", "-q", "-b", branch, "main")
         Path("a.py").write_text(text)
@@ -119,7 +117,7 @@ def test_a_merge_under_way_is_a_change(repository: Path) -> None:
 
 @needs_git
 @pytest.mark.parametrize("path", [b"../../b.py", b"/elow/b.py", b"below/../b"])
-def test_an_index_leads_out_of_no_folder(repository: Path, path: bytes) -> None:
+def test_paths_outside_the_repository_are_rejected(repository: Path, path: bytes) -> None:
     index = Path(".git/index").read_bytes()
     assert index.count(b"below/b.py") == 1
     Path(".git/index").write_bytes(index.replace(b"below/b.py", path))
@@ -127,7 +125,7 @@ def test_an_index_leads_out_of_no_folder(repository: Path, path: bytes) -> None:
 
 
 @needs_git
-def test_of_too_much_content_nothing_is_said(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dirty_is_unknown_beyond_the_size_limit(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("large", "larger"):
         Path(name).write_bytes(bytes(60_000))
     git("add", ".")
@@ -136,16 +134,14 @@ def test_of_too_much_content_nothing_is_said(repository: Path, monkeypatch: pyte
     for name in ("large", "larger"):
         os.utime(name, (0, 0))
     assert find_commit(repository) == Commit(commit, False)
-    monkeypatch.setattr(git_module, "MOST_BYTES", 119_999)
+    monkeypatch.setattr(git_module, "MAX_BYTES", 119_999)
     assert find_commit(repository) == Commit(commit, None)
-    monkeypatch.setattr(git_module, "MOST_BYTES", 120_000)
+    monkeypatch.setattr(git_module, "MAX_BYTES", 120_000)
     assert find_commit(repository) == Commit(commit, False)
 
 
 @needs_git
-def test_nothing_that_a_repository_names_is_executed(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_program_is_started(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch = f"touch {repository / 'touched'}"
     Path(".gitattributes").write_text("* filter=evil diff=evil\n")
     for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.process", "diff.evil.textconv", "core.pager",
@@ -172,7 +168,7 @@ def head(text: str) -> None:
     Path(".git/HEAD").write_text(text)
 
 
-def test_files_that_only_look_like_gits_say_nothing(own_folder: Path) -> None:
+def test_invalid_git_files_give_no_commit(own_folder: Path) -> None:
     Path("secret").write_text("hunter2")
     for text in ("ref: ../secret", "ref: refs/../../secret", "hunter2", "", "ref: refs/heads/none", "\0"):
         head(text)
