@@ -21,7 +21,7 @@ from cnntrain.config.schema import EvaluateSettings, PredictSettings, Settings, 
 from cnntrain.data.examples import Source
 from cnntrain.data.fingerprint import same_data
 from cnntrain.errors import DivergedError, UserError
-from cnntrain.io.safe_files import exists, is_folder, replacing_text, run_folder_of
+from cnntrain.io.safe_files import exists, is_folder, open_atomic_text, run_folder_of
 from cnntrain.plots.curves import save, sign, survive_drawing
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.table import print_rows
@@ -91,7 +91,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
         figures = {**meter.compute(), **meter.details()}
         metrics = {f"{settings.split}/{name}": value for name, value in figures.items()}
         rows.sort(key=_hardest_first)
-        with replacing_text(run_folder.path / "examples.csv", sync=False) as file:
+        with open_atomic_text(run_folder.path / "examples.csv", sync=False) as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

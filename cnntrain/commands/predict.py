@@ -41,7 +41,7 @@ from cnntrain.data.loader import Loader, make_loader
 from cnntrain.data.resize import expand_box
 from cnntrain.data.scan import scan_files
 from cnntrain.errors import UserError
-from cnntrain.io.safe_files import replacing_text
+from cnntrain.io.safe_files import open_atomic_text
 from cnntrain.plots.curves import save, survive_drawing
 from cnntrain.report.console import log_to_console
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
@@ -267,7 +267,7 @@ def _write(
 
 
 def write_rows(rows: list[Row], target: Path) -> None:
-    with replacing_text(target, sync=False) as file:
+    with open_atomic_text(target, sync=False) as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:

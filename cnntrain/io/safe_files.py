@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from cnntrain.errors import UserError
 
-LARGEST_TEXT_BYTES = 8 * 2**20  # parsing can take up to 100 times the file's size in memory
+MAX_TEXT_BYTES = 8 * 2**20  # parsing can take up to 100 times the file's size in memory
 _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _HINT = "links inside a run folder are not followed; put the file itself there, or choose another run folder"
 
@@ -49,30 +49,30 @@ def open_read(path: Path, root: Path | None = None) -> IO[bytes]:
         UserError: `path` is a link or not a regular file.
         OSError: the file is missing or cannot be read.
     """
-    return _named(path, _open(path, root, os.O_RDONLY), "rb")
+    return _with_name(path, _open(path, root, os.O_RDONLY), "rb")
 
 
-def read_bytes(path: Path, root: Path | None = None, largest: int = LARGEST_TEXT_BYTES) -> bytes:
-    """Return the content of a regular file of at most `largest` bytes.
+def read_bytes(path: Path, root: Path | None = None, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """Return the content of a regular file of at most `max_bytes` bytes.
 
     Raises:
         UserError: `path` is a link, not a regular file, or too large.
         OSError: the file is missing or cannot be read.
     """
     with open_read(path, root) as file:
-        if os.fstat(file.fileno()).st_size > largest:
-            raise UserError(f"{path}: the file is larger than the limit of {largest:,} bytes")
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise UserError(f"{path}: the file is larger than the limit of {max_bytes:,} bytes")
         return file.read()
 
 
-def read_text(path: Path, root: Path | None = None, largest: int = LARGEST_TEXT_BYTES) -> str:
+def read_text(path: Path, root: Path | None = None, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Return the content of a regular UTF-8 text file.
 
     Raises:
         UserError: see `read_bytes`; or the file is not valid UTF-8.
         OSError: the file is missing or cannot be read.
     """
-    content = read_bytes(path, root, largest)
+    content = read_bytes(path, root, max_bytes)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -101,7 +101,9 @@ def read_json(path: Path, remedy: str, root: Path | None = None) -> dict[str, An
     return content
 
 
-def write_whole(path: Path, content: bytes | memoryview, root: Path | None = None, sync: bool = True) -> None:
+def write_atomic(
+    path: Path, content: bytes | memoryview, root: Path | None = None, sync: bool = True
+) -> None:
     """Replace a file atomically: write a temporary file, sync it to disk, then rename it to `path`.
 
     Args:
@@ -111,21 +113,21 @@ def write_whole(path: Path, content: bytes | memoryview, root: Path | None = Non
         UserError: a parent folder is a link.
         OSError: the file cannot be written; the temporary file is removed.
     """
-    with replacing(path, root, sync) as file:
+    with open_atomic(path, root, sync) as file:
         file.write(content)
 
 
 def write_text(path: Path, text: str, root: Path | None = None, sync: bool = True) -> None:
-    """Write text with `write_whole`, encoded in UTF-8; bytes that are not valid UTF-8 (in file names) are escaped."""
-    write_whole(path, text.encode("utf-8", "backslashreplace"), root, sync)
+    """Write text with `write_atomic`, encoded in UTF-8; bytes that are not valid UTF-8 (in file names) are escaped."""
+    write_atomic(path, text.encode("utf-8", "backslashreplace"), root, sync)
 
 
 @contextlib.contextmanager
-def replacing(path: Path, root: Path | None = None, sync: bool = True) -> Iterator[IO[bytes]]:
+def open_atomic(path: Path, root: Path | None = None, sync: bool = True) -> Iterator[IO[bytes]]:
     """Yield a temporary binary file that replaces `path` when the block ends without an error.
 
     Args:
-        sync: see `write_whole`.
+        sync: see `write_atomic`.
 
     Raises:
         UserError: a parent folder is a link.
@@ -154,9 +156,9 @@ def replacing(path: Path, root: Path | None = None, sync: bool = True) -> Iterat
 
 
 @contextlib.contextmanager
-def replacing_text(path: Path, root: Path | None = None, sync: bool = True) -> Iterator[IO[str]]:
-    """Variant of `replacing` for UTF-8 text; line endings are not translated, as the csv module requires."""
-    with replacing(path, root, sync) as file:
+def open_atomic_text(path: Path, root: Path | None = None, sync: bool = True) -> Iterator[IO[str]]:
+    """Variant of `open_atomic` for UTF-8 text; line endings are not translated, as the csv module requires."""
+    with open_atomic(path, root, sync) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", errors="backslashreplace")
         yield text
         text.detach()  # flushes; `file` stays open
@@ -173,7 +175,7 @@ def open_append(path: Path, root: Path | None = None) -> IO[bytes]:
     if os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)
         raise UserError(f"{path}: is a hard link to a file that has another name too; {_HINT}")
-    return _named(path, descriptor, "ab")
+    return _with_name(path, descriptor, "ab")
 
 
 def open_append_text(path: Path, root: Path | None = None) -> io.TextIOWrapper:
@@ -190,7 +192,7 @@ def open_new(path: Path, root: Path | None = None) -> IO[bytes]:
         UserError: a parent folder is a link.
         OSError: the file cannot be created.
     """
-    return _named(path, _open(path, root, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
+    return _with_name(path, _open(path, root, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
 
 
 def open_lock(path: Path, root: Path | None = None) -> IO[bytes]:
@@ -213,7 +215,7 @@ def make_folder(path: Path, root: Path | None = None) -> None:
     with _parent(path, root, make=True) as (folder, name):
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, dir_fd=folder)
-        os.close(_enter(folder, name, path))
+        os.close(_open_folder(folder, name, path))
 
 
 def remove(path: Path, root: Path | None = None) -> None:
@@ -234,23 +236,23 @@ def _parent(path: Path, root: Path | None, make: bool = False) -> Iterator[tuple
     *folders, name = path.relative_to(root).parts
     if ".." in folders or name == "..":
         raise UserError(f"{path}: lies outside {root}")
-    here = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        reached = root
+        folder = root
         for each in folders:
-            reached = reached / each
+            folder = folder / each
             if make:
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(each, dir_fd=here)
-            inner = _enter(here, each, reached)
-            os.close(here)
-            here = inner
-        yield here, name
+                    os.mkdir(each, dir_fd=descriptor)
+            inner = _open_folder(descriptor, each, folder)
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor, name
     finally:
-        os.close(here)
+        os.close(descriptor)
 
 
-def _enter(folder: int, name: str, path: Path) -> int:
+def _open_folder(folder: int, name: str, path: Path) -> int:
     """Open the folder `name` inside `folder`; return its descriptor."""
     try:
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
@@ -273,22 +275,22 @@ def _open(path: Path, root: Path | None, flags: int) -> int:
         except OSError as error:
             mode = _mode(folder, name)
             if mode and not stat.S_ISREG(mode):
-                raise _irregular(path, mode) from error
+                raise _not_regular(path, mode) from error
             error.filename = str(path)
             raise
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISREG(mode):
             return descriptor
         os.close(descriptor)
-        raise _irregular(path, mode)
+        raise _not_regular(path, mode)
 
 
-def _named(path: Path, descriptor: int, mode: str) -> IO[bytes]:
+def _with_name(path: Path, descriptor: int, mode: str) -> IO[bytes]:
     """Return a file object for an open descriptor, with `name` set."""
     return open(path, mode, opener=lambda *_: descriptor)
 
 
-def _irregular(path: Path, mode: int) -> UserError:
+def _not_regular(path: Path, mode: int) -> UserError:
     if stat.S_ISLNK(mode):
         return UserError(f"{path}: is a link; {_HINT}")
     kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "not a regular file"

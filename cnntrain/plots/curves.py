@@ -237,7 +237,7 @@ def save(figure: Figure, path: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     if root != path.parent:
         files.make_folder(path.parent, root)
-    files.write_whole(path, content, root, sync=False)
+    files.write_atomic(path, content, root, sync=False)
 
 
 def png(figure: Figure) -> bytes:

@@ -100,7 +100,7 @@ def read_run(folder: Path) -> RunRecord:
 def _read_config(path: Path) -> dict[str, Any]:
     """Return the settings in a run's config.yaml as a flat mapping."""
     try:
-        text = files.read_text(path, largest=LARGEST_BYTES)
+        text = files.read_text(path, max_bytes=LARGEST_BYTES)
         check_yaml_text(path, text)
         settings = yaml.load(text, LOADER)
     except FileNotFoundError as error:
@@ -203,7 +203,7 @@ def comparison_rows(groups: Sequence[Group], metric: str, monitor: tuple[str, st
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows to a CSV file with the union of their columns."""
-    with files.replacing_text(path, sync=False) as file:
+    with files.open_atomic_text(path, sync=False) as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)

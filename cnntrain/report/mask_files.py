@@ -60,7 +60,7 @@ def write_mask(
         target.parent.mkdir(parents=True, exist_ok=True)
     else:
         files.make_folder(target.parent, root)
-    files.write_whole(target, content.getbuffer(), root, sync=False)
+    files.write_atomic(target, content.getbuffer(), root, sync=False)
     return ids
 
 

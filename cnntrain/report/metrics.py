@@ -58,7 +58,7 @@ class MetricsFile:
     def _rewrite(self) -> None:
         """Write all rows to a temporary file and replace the old one, so that readers never see a partial table."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing_text(self.path, sync=False) as file:
+        with files.open_atomic_text(self.path, sync=False) as file:
             writer = csv.writer(file)
             if self._columns:
                 writer.writerow(self._columns)

@@ -80,7 +80,7 @@ def report(
         for name, summary in zip(names, networks, strict=True):
             content = io.BytesIO()
             draw_bars(summary, depth or None, convention).savefig(content, dpi=130, format="png")
-            files.write_whole(folder / f"{name}.png", content.getbuffer(), sync=False)
+            files.write_atomic(folder / f"{name}.png", content.getbuffer(), sync=False)
             written.append(folder / f"{name}.png")
     return written
 
@@ -290,7 +290,7 @@ def _csv_value(value: object) -> object:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> Path:
-    with files.replacing_text(path, sync=False) as file:
+    with files.open_atomic_text(path, sync=False) as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)

@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from cnntrain.config.command_text import mask_passwords
 from cnntrain.errors import UserError
-from cnntrain.io.safe_files import open_lock, read_bytes, read_json, write_text, write_whole
+from cnntrain.io.safe_files import open_lock, read_bytes, read_json, write_atomic, write_text
 from cnntrain.sweep.plan import SweepPlan
 from cnntrain.sweep.study import Study
 
@@ -131,7 +131,7 @@ class _Lock:
 def _drop_torn_line(path: Path) -> None:
     """Cut off what a kill in the middle of a write left: Optuna would take the next line for its end."""
     with contextlib.suppress(FileNotFoundError):
-        content = read_bytes(path, largest=2**40)
+        content = read_bytes(path, max_bytes=2**40)
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
-            write_whole(path, content[:whole])
+            write_atomic(path, content[:whole])

@@ -61,7 +61,7 @@ def write(serialized: memoryview, path: Path) -> None:
             root.mkdir(exist_ok=True)
         else:
             files.make_folder(path.parent, root)  # fails if the run folder was deleted
-        files.write_whole(path, serialized, root)
+        files.write_atomic(path, serialized, root)
     except OSError as error:
         intact = "; the previous one is intact" if path.is_file() else ""
         raise MachineError(f"{path}: can't write the checkpoint: {error.strerror}{intact}") from error

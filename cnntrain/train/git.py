@@ -58,13 +58,13 @@ def _git_folder(root: Path) -> Path | None:
         return path
     if not files.is_regular(path):
         return None
-    text = files.read_text(path, largest=MAX_LINK_BYTES)
+    text = files.read_text(path, max_bytes=MAX_LINK_BYTES)
     return (root / text.removeprefix("gitdir:").strip()) if text.startswith("gitdir:") else None
 
 
 def _head(git: Path) -> str | None:
     """Return the hash of the checked-out commit; None before the first commit."""
-    head = files.read_text(git / "HEAD", largest=MAX_LINK_BYTES).strip()
+    head = files.read_text(git / "HEAD", max_bytes=MAX_LINK_BYTES).strip()
     if _HASH.fullmatch(head):  # a detached HEAD
         return head
     ref = head.removeprefix("ref:").strip()
@@ -72,13 +72,13 @@ def _head(git: Path) -> str | None:
         return None
     common = git
     if files.is_regular(git / "commondir"):
-        common = git / files.read_text(git / "commondir", largest=MAX_LINK_BYTES).strip()
+        common = git / files.read_text(git / "commondir", max_bytes=MAX_LINK_BYTES).strip()
     for folder in (git, common):
         if files.is_regular(folder / ref, folder):
-            name = files.read_text(folder / ref, folder, largest=MAX_LINK_BYTES).strip()
+            name = files.read_text(folder / ref, folder, max_bytes=MAX_LINK_BYTES).strip()
             return name if _HASH.fullmatch(name) else None
     if files.is_regular(common / "packed-refs"):
-        for line in files.read_text(common / "packed-refs", largest=MAX_REFS_BYTES).splitlines():
+        for line in files.read_text(common / "packed-refs", max_bytes=MAX_REFS_BYTES).splitlines():
             name, _, packed_ref = line.partition(" ")
             if packed_ref == ref and _HASH.fullmatch(name):
                 return name
@@ -89,7 +89,7 @@ def _is_dirty(root: Path, index: Path, hash_bytes: int) -> bool | None:
     """Return True if a file in the index is missing, unmerged, has another size, or a new time and other content."""
     bytes_left = MAX_BYTES
     try:
-        for entry in _entries(files.read_bytes(index, largest=MAX_BYTES), hash_bytes):
+        for entry in _entries(files.read_bytes(index, max_bytes=MAX_BYTES), hash_bytes):
             if not entry.merged:
                 return True
             path = os.path.join(os.fsencode(root), entry.path)
@@ -120,7 +120,7 @@ def _is_dirty(root: Path, index: Path, hash_bytes: int) -> bool | None:
 
 def _blob_hash(path: Path, hash_bytes: int) -> bytes:
     """Return git's object hash for the file's content."""
-    content = files.read_bytes(path, largest=MAX_BYTES)
+    content = files.read_bytes(path, max_bytes=MAX_BYTES)
     algorithm = hashlib.sha1 if hash_bytes == 20 else hashlib.sha256
     return algorithm(b"blob %d\0" % len(content) + content, usedforsecurity=False).digest()
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from cnntrain import errors
 from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, StoppedError
-from cnntrain.io.safe_files import write_whole
+from cnntrain.io.safe_files import write_atomic
 from cnntrain.io.streams import output_to
 from cnntrain.memory import keep_freed_memory
 from cnntrain.train.distributed import RankInfo
@@ -148,7 +148,7 @@ def in_rank(home: WorkerContext, work: Callable[[], Any]) -> Any:
 
 def leave_failure(folder: Path, kind: str, message: str, code: int) -> None:
     with contextlib.suppress(OSError):
-        write_whole(folder / FAILURE, json.dumps({"kind": kind, "message": message, "code": code}).encode())
+        write_atomic(folder / FAILURE, json.dumps({"kind": kind, "message": message, "code": code}).encode())
 
 
 def _failure(folder: Path) -> CnntrainError | None:

@@ -18,7 +18,7 @@ from cnntrain.io import safe_files as files
 from cnntrain.train.git import find_commit
 
 log = logging.getLogger("cnntrain")
-TEMPORARY_NAME = re.compile(r"\..+\.[0-9]+\.tmp")  # as named by `safe_files.replacing`
+TEMPORARY_NAME = re.compile(r"\..+\.[0-9]+\.tmp")  # as named by `safe_files.open_atomic`
 
 
 class RunDir:
@@ -39,7 +39,7 @@ class RunDir:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         target = self.path / name
-        files.write_whole(target, (json.dumps(content, indent=2, allow_nan=True) + "\n").encode())
+        files.write_atomic(target, (json.dumps(content, indent=2, allow_nan=True) + "\n").encode())
         return target
 
 

@@ -1,4 +1,4 @@
-"""Files of a run folder: regular ones, whole, and never through a link."""
+"""Files of a run folder: regular files only, written atomically, never through a link."""
 
 import os
 import stat
@@ -16,7 +16,7 @@ OPENERS: list[Callable[[Path], object]] = [*READERS, files.open_append, files.op
 
 @pytest.fixture
 def outside(own_folder: Path) -> Path:
-    """A file beside the run folder `run`."""
+    """A file outside the run folder `run`."""
     (own_folder / "run").mkdir()
     (own_folder / "outside").write_text("mine")
     return own_folder / "outside"
@@ -43,7 +43,7 @@ def test_only_regular_files_are_opened(opener: Callable[[Path], object], kind: s
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "dangling", "fifo", "temporary"])
-def test_writing_replaces_what_was_there(kind: str, outside: Path) -> None:
+def test_writing_replaces_links_and_special_files(kind: str, outside: Path) -> None:
     path = Path("run/file")
     match kind:
         case "link":
@@ -56,57 +56,57 @@ def test_writing_replaces_what_was_there(kind: str, outside: Path) -> None:
             os.mkfifo(path)
         case "temporary":
             Path(f"run/.file.{os.getpid()}.tmp").symlink_to(outside)
-    files.write_whole(path, b"new")
+    files.write_atomic(path, b"new")
     assert stat.S_ISREG(path.lstat().st_mode) and path.read_bytes() == b"new"
     assert outside.read_text() == "mine" and not outside.with_name("nothing").exists()
     assert [each.name for each in Path("run").iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_content_and_name_reach_the_disk_in_order(sync: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name on the disk before its content would be an empty file after a power failure."""
-    path, done, (fsync, replace) = Path("file"), [], (os.fsync, os.replace)
+def test_content_is_synced_before_the_file_is_renamed(sync: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the file could be empty after a power failure."""
+    path, calls, (fsync, replace) = Path("file"), [], (os.fsync, os.replace)
 
-    def note_fsync(descriptor: int) -> None:
-        about = os.fstat(descriptor)
-        done.append("folder" if stat.S_ISDIR(about.st_mode) else f"{about.st_size} bytes")
+    def record_fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        calls.append("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes")
         fsync(descriptor)
 
-    def note_replace(*arguments: str, **folders: int) -> None:
-        done.append("replace")
+    def record_replace(*arguments: str, **folders: int) -> None:
+        calls.append("replace")
         replace(*arguments, **folders)
 
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(os, "replace", note_replace)
-    files.write_whole(path, b"new", sync=sync)
-    assert done == (["3 bytes", "replace", "folder"] if sync else ["replace"])
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    files.write_atomic(path, b"new", sync=sync)
+    assert calls == (["3 bytes", "replace", "folder"] if sync else ["replace"])
     assert path.read_bytes() == b"new"
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_temporary(outside: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(outside: Path) -> None:
     path = Path("run/file")
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="half"), files.replacing(path) as file:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="half"), files.open_atomic(path) as file:  # noqa: PT012
         file.write(b"half")
         raise RuntimeError("half")
     assert path.read_text() == "old" and len(list(Path("run").iterdir())) == 1
     Path("run/folder").mkdir()
     with pytest.raises(IsADirectoryError) as caught:
-        files.write_whole(Path("run/folder"), b"new")
+        files.write_atomic(Path("run/folder"), b"new")
     assert caught.value.filename == "run/folder" and len(list(Path("run").iterdir())) == 2
 
 
-def test_text_is_written_with_its_own_line_ends() -> None:
-    with files.replacing_text(Path("file")) as file:
+def test_line_endings_are_not_translated() -> None:
+    with files.open_atomic_text(Path("file")) as file:
         file.write("é\udcff\r\n")
     assert Path("file").read_bytes() == "é\\udcff\r\n".encode()
 
 
 @pytest.mark.parametrize("call", [
-    lambda path, root: files.write_whole(path, b"new", root),
+    lambda path, root: files.write_atomic(path, b"new", root),
     files.open_read, files.open_append, files.open_new, files.open_lock, files.make_folder, files.remove,
 ])  # fmt: skip
-def test_a_linked_folder_on_the_way_is_refused(call: Callable[[Path, Path], object]) -> None:
+def test_linked_folders_are_not_followed(call: Callable[[Path, Path], object]) -> None:
     Path("elsewhere").mkdir()
     Path("elsewhere/file").write_text("mine")
     Path("run").mkdir()
@@ -120,7 +120,7 @@ def test_a_linked_folder_on_the_way_is_refused(call: Callable[[Path, Path], obje
 
 
 @pytest.mark.parametrize("path", ["run/../outside", "run/figures/../../outside", "run/figures/.."])
-def test_no_path_leads_out_of_the_root(path: str, outside: Path) -> None:
+def test_paths_outside_the_root_are_rejected(path: str, outside: Path) -> None:
     Path("run/figures").mkdir()
     for call in (files.open_read, files.open_append, files.remove):
         with pytest.raises(UserError, match="lies outside"):
@@ -128,17 +128,17 @@ def test_no_path_leads_out_of_the_root(path: str, outside: Path) -> None:
     assert outside.read_text() == "mine"
 
 
-def test_the_root_may_be_reached_through_a_link() -> None:
+def test_links_above_the_root_are_followed() -> None:
     Path("disk").mkdir()
     Path("outputs").symlink_to("disk")
     root = Path("outputs/run")
     files.make_folder(root / "figures", Path("outputs"))
-    files.write_whole(root / "figures/a.png", b"png", root)
+    files.write_atomic(root / "figures/a.png", b"png", root)
     assert Path("disk/run/figures/a.png").read_bytes() == b"png"
     assert files.is_regular(root / "figures/a.png", root) and files.is_folder(root / "figures", root)
 
 
-def test_a_file_with_a_second_name_is_not_appended_to(outside: Path) -> None:
+def test_hard_links_are_not_appended_to(outside: Path) -> None:
     Path("run/log.txt").hardlink_to(outside)
     with pytest.raises(UserError):
         files.open_append(Path("run/log.txt"))
@@ -149,8 +149,8 @@ def test_a_file_with_a_second_name_is_not_appended_to(outside: Path) -> None:
     assert outside.read_text() == "mine" and Path("run/other.txt").read_bytes() == b"ab"
 
 
-def test_files_know_their_names() -> None:
-    """A process that is started while its parent prints to a log looks for it by its name."""
+def test_opened_files_have_their_name() -> None:
+    """A child process finds the log of its parent by this name."""
     with files.open_append_text(Path("log.txt")) as log:
         print("é", file=log)
         assert log.name == "log.txt" and Path("log.txt").read_text("utf-8") == "é\n"
@@ -162,23 +162,23 @@ def test_a_lock_file_keeps_its_content() -> None:
     assert Path(".lock").read_text() == "kept"
 
 
-def test_size_and_encoding_are_checked() -> None:
+def test_size_and_encoding_are_validated() -> None:
     Path("file").write_bytes(b"ab\n\xff")
     with pytest.raises(UserError, match=r"file:2:"):
         files.read_text(Path("file"))
     with pytest.raises(UserError):
-        files.read_bytes(Path("file"), largest=3)
-    assert files.read_bytes(Path("file"), largest=4) == b"ab\n\xff"
+        files.read_bytes(Path("file"), max_bytes=3)
+    assert files.read_bytes(Path("file"), max_bytes=4) == b"ab\n\xff"
     with pytest.raises(FileNotFoundError):
         files.read_text(Path("missing"))
 
 
-def test_no_descriptor_is_left_open() -> None:
+def test_no_file_descriptors_leak() -> None:
     Path("run").mkdir()
     Path("run/link").symlink_to("nothing")
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
-        files.write_whole(Path("run/a/b").parent.with_name("c"), b"")
+        files.write_atomic(Path("run/a/b").parent.with_name("c"), b"")
         files.make_folder(Path("run/a/b"), Path("run"))
         for call in (files.open_read, files.open_append, files.make_folder):
             with pytest.raises(UserError):
