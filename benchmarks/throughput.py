@@ -98,7 +98,7 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
         max(1, steps // MAX_GROUP["cpu"][0]) * MAX_GROUP["cpu"][0]
     )  # every window has its share of what is augmented at once
     pairs: list[Pair] = []
-    before, read = read_cpu_times(), RunLogger.reading
+    before, read = read_cpu_times(), RunLogger.log_step
 
     def read_and_time(
         journal: RunLogger, step: int, epoch: int, batch: int, values: dict[str, float]
@@ -117,7 +117,7 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
     with (
         tempfile.TemporaryDirectory() as folder,
         suppress(EnoughError),
-        patch.object(RunLogger, "reading", read_and_time),
+        patch.object(RunLogger, "log_step", read_and_time),
     ):
         train(compose(*common, f"log.every_steps={steps}", f"run_dir={folder}/run"), test=False)
     return pairs

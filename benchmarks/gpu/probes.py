@@ -229,47 +229,48 @@ def _differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def group(args: argparse.Namespace) -> None:
-    """What training on several GPUs needs, as far as a group of one process can show it."""
+    """What training on several GPUs needs, as far as a world of one rank can show it."""
     import torch.distributed as dist
     from torch import nn
 
-    from cnntrain.train.combine import accompany, combine, synchronize_norms
-    from cnntrain.train.distributed import RankInfo
-    from cnntrain.train.group import joined
-    from cnntrain.train.nonfinite import NonFiniteGuard
+    from cnntrain.train.distributed import RankInfo, check_replicas_equal, replica_tensors, synchronize_norms
+    from cnntrain.train.process_group import join_process_group
 
     cuda, device = is_cuda(args), torch.device(args.device)
-    place = RankInfo(0, 1, 0, 1, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    info = RankInfo(0, 1, 0, 1, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     found: dict[str, Any] = {}
-    with joined(place, cuda) as ranks:
+    with join_process_group(info, cuda) as world:
         found["backend"] = str(dist.get_backend_config())
         training = Training(
             ["data=digits", "model=batchnorm_cnn", "limit_batches=4", "log.tensorboard=false"], args.device
         )
         spec, pipeline, state = training.assembly.spec, training.assembly.pipeline, training.state
         ones = torch.ones(3, 4, device=device)
-        ranks.add([ones, torch.arange(5.0, device=device)])
-        found["add"] = bool((ones == 1).all())
-        found["gather"] = ranks.gather({"a": torch.ones(2)})[0]["a"].tolist()
-        found["tell"] = ranks.tell("word")
-        ranks.copy_weights(state.model)
+        world.all_reduce_([ones, torch.arange(5.0, device=device)])
+        found["all_reduce"] = bool((ones == 1).all())
+        found["all_gather"] = world.all_gather({"a": torch.ones(2)})[0]["a"].tolist()
+        found["broadcast"] = world.broadcast("word")
+        world.broadcast_(list(replica_tensors(state).values()))
         if cuda:
             state.model = synchronize_norms(state.model)
             found["sync_norms"] = sum(
                 isinstance(module, nn.SyncBatchNorm) for module in state.model.modules()
             )
-        model = state.model.train()
+        replica = world.replicate(state.model.train())
         for precision in ("fp32", "bf16"):
             images = torch.randn(8, spec.channels, *pipeline.output_size, device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                outputs = model(images.contiguous(memory_format=torch.channels_last)).float()
-            outputs.square().mean().backward()
+            for sync in (False, True):
+                with (
+                    world.gradient_sync(replica, sync),
+                    torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+                ):
+                    outputs = replica(images.contiguous(memory_format=torch.channels_last)).float()
+                    outputs.square().mean().backward()
+            world.sync_step(state.model, torch.ones(2, device=device), torch.zeros((), device=device))
+            world.stop.check()
             found[precision] = bool(outputs.isfinite().all())
-        finite = NonFiniteGuard(device, False, lambda batch: RuntimeError(batch))
-        combine(state, torch.ones(2, device=device), True, finite, ranks)
-        if cuda:  # a process whose share of the batch is empty
-            accompany(model, torch.zeros(0, spec.channels, *pipeline.output_size, device=device))
-            found["without_images"] = True
+        found["replicas_equal"] = check_replicas_equal(state, world)
+        world.check_stop(world.stop)
         training.close()
     result(ok=all(value is not False for value in found.values()), **found)
 
@@ -280,7 +281,7 @@ def rank(args: argparse.Namespace) -> None:
 
     from cnntrain import cli
     from cnntrain.commands import train
-    from cnntrain.train import device, group
+    from cnntrain.train import device, process_group
 
     if is_cuda(args):
         begin = dist.init_process_group
@@ -289,8 +290,8 @@ def rank(args: argparse.Namespace) -> None:
             begin("gloo", **more)
 
         dist.init_process_group = with_gloo
-        train.check_processes = lambda *_: None
-        device.own_gpu = group.own_gpu = lambda rank: torch.device("cuda", 0)
+        train.check_launch = lambda *_: None
+        device.own_gpu = process_group.own_gpu = lambda rank: torch.device("cuda", 0)
     sys.exit(cli.main(json.loads(args.words)))
 
 

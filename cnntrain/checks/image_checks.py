@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cnntrain.augment.color import normalize
 from cnntrain.checks.context import CheckContext, failed, join_names, passed, skipped, warned
 from cnntrain.checks.short_training import image_count
-from cnntrain.train.hooks import attached
+from cnntrain.train.nonfinite import attached
 from cnntrain.types import Finding
 
 WARN_MEAN, WARN_STD = 0.75, (0.4, 2.0)  # absolute mean and standard deviation of a channel; outside: WARN

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from cnntrain.models.norm_act import dropout
-from cnntrain.train.hooks import attached
+from cnntrain.train.nonfinite import attached
 
 RECTIFIERS = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu, functional.relu6)
 DROPOUTS = (

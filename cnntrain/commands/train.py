@@ -26,8 +26,15 @@ from cnntrain.report.console import log_to_console, silence_log
 from cnntrain.report.expectations import judge_expectations, parse_expectation
 from cnntrain.report.table import print_findings, print_run_summary
 from cnntrain.sweep.search_space import swept_by_config
-from cnntrain.train.distributed import ALONE, RankInfo, World, rank_from_env
-from cnntrain.train.processes import check_processes, uses_gpus
+from cnntrain.train.distributed import (
+    SINGLE,
+    RankInfo,
+    World,
+    check_launch,
+    rank_from_env,
+    replica_tensors,
+    uses_gpus,
+)
 from cnntrain.train.resume import (
     changed_settings,
     copy_best_checkpoint,
@@ -103,16 +110,16 @@ def train(
         ElsewhereError: another process failed, and has said why.
     """
     log_to_console()
-    if place := rank_from_env():
-        check_processes(settings, place)
-        with _joined(place, settings) as ranks:
-            return _train(settings, command_line, test, watch, ranks)
+    if info := rank_from_env():
+        check_launch(settings, info)
+        with _joined(info, settings) as world:
+            return _train(settings, command_line, test, watch, world)
     if settings.launch.devices == 1:
-        return _train(settings, command_line, test, watch, ALONE)
-    check_processes(settings, None)
-    from cnntrain.train.launch import launch  # what a single process does without
+        return _train(settings, command_line, test, watch, SINGLE)
+    check_launch(settings, None)
+    from cnntrain.train.launch import launch  # slow to import
 
-    return launch(_one_of_several, settings.launch.devices, settings, command_line, test, watch=watch)
+    return launch(_launched, settings.launch.devices, settings, command_line, test, watch=watch)
 
 
 def _more(saved: Mapping[str, Any], settings: Settings) -> str:
@@ -123,28 +130,26 @@ def _more(saved: Mapping[str, Any], settings: Settings) -> str:
     return "steps" if settings.steps else "epochs"
 
 
-def _one_of_several(
-    home: "WorkerContext", settings: Settings, command_line: str, test: bool
-) -> dict[str, Any]:
-    """A process that `train` started."""
-    from cnntrain.train.launch import in_rank
+def _launched(context: "WorkerContext", settings: Settings, command_line: str, test: bool) -> dict[str, Any]:
+    """Train as one of the ranks that `train` launched."""
+    from cnntrain.train.launch import run_rank
 
     def work() -> dict[str, Any]:
         log_to_console()
-        with _joined(home.place(), settings, launched=True, end=home.end) as ranks:
-            return _train(settings, command_line, test, home.watch if home.rows else None, ranks)
+        with _joined(context.rank_info(), settings, launched=True, end=context.end) as world:
+            return _train(settings, command_line, test, context.watch if context.rows else None, world)
 
-    return in_rank(home, work)
+    return run_rank(context, work)
 
 
 @contextlib.contextmanager
-def _joined(place: RankInfo, settings: Settings, **more: Any) -> Iterator[World]:
-    from cnntrain.train.group import joined
+def _joined(info: RankInfo, settings: Settings, **more: Any) -> Iterator[World]:
+    from cnntrain.train.process_group import join_process_group
 
-    if place.rank:
+    if info.rank:
         silence_log()
-    with joined(place, uses_gpus(settings.device), **more) as ranks:
-        yield ranks
+    with join_process_group(info, uses_gpus(settings.device), settings.launch.timeout_s, **more) as world:
+        yield world
 
 
 def _train(
@@ -152,17 +157,17 @@ def _train(
     command_line: str,
     test: bool,
     watch: Callable[[dict[str, float]], None] | None,
-    ranks: World,
+    world: World,
 ) -> dict[str, Any]:
     """One process's training: the only one's, or its part of several's."""
     folder = find_run_dir(settings)
     with contextlib.ExitStack() as held:
         # Before anything is read: a process that is at work there may write a newer state at any time.
-        locked = ranks.leads and folder is not None and needs_lock(folder)
+        locked = world.is_main and folder is not None and needs_lock(folder)
         if locked and folder:
             held.enter_context(lock_run_dir(folder))
-        ranks.wait()
-        return _train_in(folder, locked, settings, command_line, test, watch, ranks)
+        world.barrier()
+        return _train_in(folder, locked, settings, command_line, test, watch, world)
 
 
 def _train_in(
@@ -172,7 +177,7 @@ def _train_in(
     command_line: str,
     test: bool,
     watch: Callable[[dict[str, float]], None] | None,
-    ranks: World,
+    world: World,
 ) -> dict[str, Any]:
     """`_train` with the folder named, and locked if it holds a run already."""
     source, saved = load_resume_checkpoint(settings) or (None, None)
@@ -185,15 +190,15 @@ def _train_in(
         return done
     for name, wanted in (settings.expect or {}).items():
         parse_expectation(name, wanted)
-    found = ranks.gather(saved["state"]["progress"]["step"] if saved else None)
+    found = world.all_gather(saved["state"]["progress"]["step"] if saved else None)
     if len(set(found)) > 1:
         raise UserError(
             f"resume: not all processes see the same checkpoint (steps {found}); use a shared folder"
         )
-    if settings.check.first and saved is None and ranks.leads:
+    if settings.check.first and saved is None and world.is_main:
         _check_first(settings, command_line)
-    chosen = keep_resolved_values(settings, saved, ranks) if saved else settings
-    assembly = assemble(chosen, ranks=ranks, resumes=saved is not None)
+    chosen = keep_resolved_values(settings, saved, world) if saved else settings
+    assembly = assemble(chosen, world=world, resumes=saved is not None)
     # The checkpoint's config says what was asked for, and beside it what `auto` came to.
     asked = {"precision": settings.precision, "threads": settings.threads}
     assembly.settings = dataclasses.replace(assembly.settings, **asked)
@@ -210,18 +215,18 @@ def _train_in(
     best = None
     if saved and source:
         best = resume(state, saved, source, assembly, data)
-        state.progress.best = ranks.tell(state.progress.best)  # not all may see the best checkpoint
+        state.progress.best = world.broadcast(state.progress.best)  # not all may see the best checkpoint
         if not state.progress.best and not state.progress.batch and state.progress.step >= plan.total_steps:
             raise UserError(
                 f"resume: the best epoch's weights are no longer beside {source}, and nothing is left to train; "
                 "give a larger epochs=, by which a best epoch is found anew"
             )
-    ranks.copy_weights(state.model)
+    world.broadcast_(list(replica_tensors(state).values()))
     with (
-        _run_folder(folder, settings.label, ranks, locked) as run,
-        stop_flag(ranks.stop if ranks.count > 1 else None) as stop,
+        _run_folder(folder, settings.label, world, locked) as run,
+        stop_flag(world.stop if world.size > 1 else None) as stop,
     ):  # all that can be refused has been
-        if not ranks.leads:
+        if not world.is_main:
             train_to_the_end(run, assembly, data, plan, state, {}, stop, None)
             return {}
         if saved is None and run.last.exists():
@@ -252,13 +257,13 @@ def _train_in(
 
 
 @contextlib.contextmanager
-def _run_folder(folder: Path | None, label: str, ranks: World, locked: bool) -> Iterator[RunDir]:
+def _run_folder(folder: Path | None, label: str, world: World, locked: bool) -> Iterator[RunDir]:
     """The run's folder, which the leader holds; the others only know its name."""
-    if not ranks.leads:
-        yield RunDir(Path(ranks.tell(None)))
+    if not world.is_main:
+        yield RunDir(Path(world.broadcast(None)))
         return
     with open_run_dir(folder, label, trains=True, locked=locked) as run:
-        ranks.tell(str(run.path))
+        world.broadcast(str(run.path))
         yield run
 
 

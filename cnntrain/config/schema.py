@@ -57,6 +57,7 @@ class CheckpointSettings:
 @dataclass(frozen=True)
 class LaunchSettings:
     devices: Annotated[int, Within(1, 1024)]
+    timeout_s: Annotated[float, Within(1)]
 
 
 @dataclass(frozen=True)

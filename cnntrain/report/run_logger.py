@@ -91,13 +91,13 @@ class RunLogger:
             self.events.hparams(hparams, tags)
             self.events.text("config", config)
 
-    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
+    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
         self.bar.log_step(step, epoch, values)
         if self.events:
             self.events.scalars({f"steps/{name}": value for name, value in values.items()}, step)
         self._draw_batch()
 
-    def batch_seen(self, step: int, batch: Batch) -> None:
+    def log_batch(self, step: int, batch: Batch) -> None:
         """Keep the batch to draw it at the next logged step: importing matplotlib would delay the first step."""
         self.first_batch = (step, batch) if self.draws_figures else None
 
@@ -126,14 +126,14 @@ class RunLogger:
             figure = batch_grid(batch.images[shown], captions, mean, std, title)
         self.figure("first_batch", figure, step)
 
-    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
+    def log_epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
         self.metrics.append(row)
         self.bar.log_epoch(int(row["epoch"]) - 1, row, improved)
         if self.events:
             tags = {name: value for name, value in row.items() if name not in ("epoch", "step")}
             self.events.scalars(tags, step)
 
-    def saved(self, row: dict[str, float]) -> None:
+    def log_checkpoint(self, row: dict[str, float]) -> None:
         if self.on_epoch:
             with self.bar.paused():
                 self.on_epoch(row)

@@ -108,7 +108,7 @@ def checkpoint_metadata(components: "Components", data: "Data", run: Mapping[str
             "device": compute.device.type,
             "precision": compute.precision,
             "threads": torch.get_num_threads(),
-            "processes": compute.ranks.count,
+            "processes": compute.world.size,
         },
         "spec": dataclasses.asdict(data.spec),
         "fingerprint": data.fingerprint,

@@ -17,12 +17,13 @@ import torch
 import torch._decomp.decompositions
 import torch._refs.nn.functional
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from cnntrain.errors import MachineError, UserError
 from cnntrain.models.pooling import make_pooling_deterministic
 from cnntrain.randomness import hash_seed, seed_generators
-from cnntrain.train.distributed import ALONE, World
+from cnntrain.train.distributed import SINGLE, World
 
 log = logging.getLogger("cnntrain")
 
@@ -40,7 +41,7 @@ class Compute:
     device: torch.device
     precision: str
     channels_last: bool
-    ranks: World = ALONE
+    world: World = SINGLE
     compile: str = "off"
 
     @property
@@ -77,7 +78,7 @@ def choose_compute(
     device: str,
     precision: str,
     channels_last: bool,
-    ranks: World = ALONE,
+    world: World = SINGLE,
     compile: str = "off",
 ) -> Compute:
     """Resolve `auto` values; with several ranks each gets its own GPU.
@@ -90,11 +91,11 @@ def choose_compute(
         precision = _fast_precision(chosen)
     if precision == "fp16" and chosen.type != "cuda":
         raise UserError(f"precision: fp16 needs a CUDA device, this is {chosen}; use bf16, fp32 or auto")
-    if ranks.count > 1 and chosen.type == "cuda":
-        chosen = own_gpu(ranks.local_rank)
+    if world.size > 1 and chosen.type == "cuda":
+        chosen = own_gpu(world.local_rank)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)  # default device for streams, cuBLAS and libraries
-    return Compute(chosen, precision, channels_last, ranks, compile)
+    return Compute(chosen, precision, channels_last, world, compile)
 
 
 def missing_for_compiling(device: torch.device) -> str | None:
@@ -158,7 +159,7 @@ def skip_dynamo_import() -> None:
     """
     if "torch._dynamo" in sys.modules:
         return
-    owners = (Optimizer, torch._refs, torch._refs.nn.functional, torch._decomp.decompositions)
+    owners = (Optimizer, DistributedDataParallel, torch._refs, torch._refs.nn.functional, torch._decomp.decompositions)
     for function in (value for owner in owners for value in vars(owner).values()):
         while isinstance(function, FunctionType):
             variables = function.__code__.co_freevars
@@ -188,7 +189,7 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prepare_torch(threads: int | None, deterministic: bool, ranks: World = ALONE) -> None:
+def prepare_torch(threads: int | None, deterministic: bool, world: World = SINGLE) -> None:
     """Set process-wide options: CPU threads, determinism, TF32, and flushing of subnormal numbers on CPUs.
 
     CUDA computes fp32 products in TF32 unless `deterministic` is set. With `deterministic`, an operation without a
@@ -205,8 +206,8 @@ def prepare_torch(threads: int | None, deterministic: bool, ranks: World = ALONE
     warnings.filterwarnings("ignore", "The value of the smallest subnormal")
     if deterministic:  # must be set before the first kernel (cuBLAS documentation, section 2.1.4)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if threads is None and ranks.count > 1:
-        threads = max(1, count_cores() // ranks.local_count)
+    if threads is None and world.size > 1:
+        threads = max(1, count_cores() // world.local_size)
     if threads is not None:
         torch.set_num_threads(threads)
     _use_deterministic_algorithms(deterministic, warn_only=deterministic)

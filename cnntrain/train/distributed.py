@@ -1,187 +1,329 @@
-"""The processes that train together, as one of them sees it; and where it reads that there are others.
+"""Data-parallel training in several processes ("ranks"): what one rank sees of the others.
 
-Nothing here imports torch.distributed: a training in one process has `ALONE`, for which everything is the identity.
-`cnntrain.train.group` holds the several.
+`SINGLE` is a world of one process, in which every operation is the identity. `cnntrain.train.process_group` has the
+world of several ranks, which uses torch.distributed and DistributedDataParallel (DDP).
 """
 
+from __future__ import annotations
+
+import contextlib
+import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.share import BatchShard
 from cnntrain.errors import UserError
+from cnntrain.models.modify import keep_in_eval, stays_in_eval
 from cnntrain.tasks.meter import Meter
 from cnntrain.train.signals import StopFlag
+
+if TYPE_CHECKING:
+    from cnntrain.config.schema import Settings
+    from cnntrain.train.state import TrainState
+
+log = logging.getLogger("cnntrain")
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Which of how many processes this one is, in all and on its machine; where they meet."""
+    """The number of this process, in all and on its machine, and the address at which the processes meet."""
 
     rank: int
-    count: int
+    world_size: int
     local_rank: int
-    local_count: int
+    local_world_size: int
     address: str = "127.0.0.1"
     port: int = 0
-    own_gpu: bool = False  # Slurm gave each task a GPU, the only one that it sees
+    has_own_gpu: bool = False  # Slurm gave each task one GPU, and the task sees no other
 
 
 def rank_from_env(environment: Mapping[str, str] = os.environ) -> RankInfo | None:
-    """Where torchrun or Slurm's `srun` put this process; None when it is alone.
+    """Read the rank that torchrun or Slurm's `srun` gave to this process; None for a single process.
 
     Raises:
-        UserError: the environment says half of it.
+        UserError: a variable is missing or is not an integer.
     """
-    if _whole_number(environment, "WORLD_SIZE", 1) > 1:
-        return _find_torchrun(environment)
-    # In a batch script Slurm speaks of the tasks that there may be; only a step of srun's has them running.
+    read = _EnvironmentReader(environment)
+    if (world_size := read("WORLD_SIZE", 1)) > 1:
+        return RankInfo(
+            read("RANK"), world_size, read("LOCAL_RANK"), read("LOCAL_WORLD_SIZE", world_size),
+            read.text("MASTER_ADDR"), read("MASTER_PORT"),
+        )  # fmt: skip
+    # In a batch script, SLURM_NTASKS is the number of tasks that srun may start; the script itself is not one of them.
     in_step = "SLURM_STEP_ID" in environment or "SLURM_SRUN_COMM_HOST" in environment
     name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment or not in_step else "SLURM_NTASKS"
-    tasks = _whole_number(environment, name, 1)
-    return _find_slurm(environment, tasks) if tasks > 1 else None
-
-
-def _whole_number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """Read an integer from an environment variable.
-
-    Raises:
-        UserError: the value is not an integer.
-    """
-    text = environment.get(name, "" if default is None else str(default))
-    if not re.fullmatch(r"\s*[0-9]{1,18}\s*", text):
-        raise UserError(
-            f"launch: the environment variable {name} must be a whole number, got {text!r}; unset it, or launch "
-            "with torchrun, srun or launch.devices=N"
-        )
-    return int(text)
-
-
-def _find_torchrun(environment: Mapping[str, str]) -> RankInfo:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in names if name not in environment]:
-        raise UserError(
-            f"launch: WORLD_SIZE={environment['WORLD_SIZE']}, but {', '.join(missing)} is not set; start with "
-            "torchrun, srun or launch.devices=N, or unset WORLD_SIZE"
-        )
-    count = _whole_number(environment, "WORLD_SIZE")
-    return RankInfo(
-        _whole_number(environment, "RANK"), count, _whole_number(environment, "LOCAL_RANK"),
-        _whole_number(environment, "LOCAL_WORLD_SIZE", count), environment["MASTER_ADDR"],
-        _whole_number(environment, "MASTER_PORT"),
-    )  # fmt: skip
-
-
-def _find_slurm(environment: Mapping[str, str], count: int) -> RankInfo:
-    if missing := [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in environment]:
-        raise UserError(f"launch: Slurm started {count} tasks, but {', '.join(missing)} is not set; use srun")
+    if (world_size := read(name, 1)) == 1:
+        return None
+    # As `4(x2),3`: of the first node. On nodes with other numbers of tasks, the CPU threads are divided less evenly.
     per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", ""))
-    # As `4(x2),3`: of the first node. Nodes with other numbers of tasks only share their cores out less well.
-    local_count = int(match[0]) if (match := re.match(r"\d+", per_node)) else count
+    local_size = min(world_size, int(match[0]) if (match := re.match(r"\d+", per_node)) else world_size)
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
-    job = _whole_number(environment, "SLURM_JOB_ID", 0)
+    first = "127.0.0.1" if local_size == world_size else first_node(nodes)
     bound = "SLURM_GPUS_PER_TASK" in environment or environment.get("SLURM_GPU_BIND", "none") != "none"
     return RankInfo(
-        _whole_number(environment, "SLURM_PROCID"), count, _whole_number(environment, "SLURM_LOCALID"),
-        min(local_count, count),
-        environment.get("MASTER_ADDR", "127.0.0.1" if local_count >= count else first_node(nodes)),
-        _whole_number(environment, "MASTER_PORT", 15000 + job % 20000), own_gpu=bound,
+        read("SLURM_PROCID"), world_size, read("SLURM_LOCALID"), local_size, environment.get("MASTER_ADDR", first),
+        read("MASTER_PORT", 15000 + read("SLURM_JOB_ID", 0) % 20000), has_own_gpu=bound,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _EnvironmentReader:
+    environment: Mapping[str, str]
+
+    def __call__(self, name: str, default: int | None = None) -> int:
+        text = self.text(name) if default is None else self.environment.get(name, str(default))
+        if not re.fullmatch(r"\s*[0-9]{1,18}\s*", text):
+            raise UserError(
+                f"launch: the environment variable {name} must be a whole number, got {text!r}; unset it, or launch "
+                "with torchrun, srun or launch.devices=N"
+            )
+        return int(text)
+
+    def text(self, name: str) -> str:
+        if name not in self.environment:
+            raise UserError(
+                f"launch: the environment has a number of processes, but {name} is not set; start with torchrun, srun "
+                "or launch.devices=N, or unset WORLD_SIZE"
+            )
+        return self.environment[name]
 
 
 def first_node(nodes: str) -> str:
-    """The first host of a list in Slurm's short form: `gpu[03-05,7],cpu1` gives `gpu03`."""
+    """Return the first host of a list in Slurm's short form: `gpu[03-05,7],cpu1` gives `gpu03`."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
     return "127.0.0.1" if match is None else match[1] + (match[2] or "")
 
 
-@dataclass(eq=False)  # which other ones are is no question
+def uses_gpus(device: str) -> bool:
+    """Return True if the setting `device` selects CUDA on this machine."""
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+
+
+def check_launch(settings: Settings, info: RankInfo | None) -> None:
+    """Refuse settings with which several processes cannot train.
+
+    Args:
+        info: this process if torchrun or srun started it; None if `launch.devices` processes will be started.
+
+    Raises:
+        UserError: names the key and a valid value.
+    """
+    count, local_count = (info.world_size, info.local_world_size) if info else (settings.launch.devices,) * 2
+    gpus = torch.cuda.device_count()
+    if info and settings.launch.devices not in (1, count):
+        raise UserError(
+            f"launch.devices: {settings.launch.devices}, but torchrun or srun started {count} processes; leave it out"
+        )
+    if settings.batch_size == "auto":
+        raise UserError(
+            f"batch_size: auto needs a single process; give the total number of images for {count}"
+        )
+    if settings.batch_size < count:
+        raise UserError(
+            f"launch.devices: {count} processes cannot share a batch of {settings.batch_size}; raise batch_size"
+        )
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"device: {count} processes use one GPU each; device=cuda or device=cpu, not {settings.device}"
+        )
+    if settings.device == "auto" and torch.backends.mps.is_available():
+        raise UserError("device: several processes cannot share Apple's GPU; launch.devices=1 or device=cpu")
+    if uses_gpus(settings.device) and local_count > gpus and not (info and info.has_own_gpu and gpus == 1):
+        raise UserError(
+            f"launch.devices: {local_count} processes, but {gpus} GPUs; use {gpus} or fewer, or device=cpu"
+        )
+
+
+@dataclass(eq=False)
 class World:
-    """The processes of this training: here one, which is the whole.
+    """The processes of a training run; this base class is a single process.
 
     Attributes:
-        rank, count: which of how many; rank 0 leads: it alone writes, prints and saves.
-        local_rank, local_count: the same on this machine.
-        stop: the flag that stops all of them at the same step.
+        rank, size: number of this process, and number of processes; rank 0 alone logs and writes the run folder.
+        local_rank, local_size: the same on this machine.
+        stop: the flag that stops all ranks at the same step.
     """
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
     local_rank: int = 0
-    local_count: int = 1
+    local_size: int = 1
     stop: StopFlag = field(default_factory=StopFlag)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     @property
     def seed(self) -> tuple[int, ...]:
-        """What makes this process's own draws (dropout) differ from the first one's."""
+        """Parts of the seed for random draws that must differ between ranks (dropout)."""
         return (self.rank,) if self.rank else ()
 
-    def share(self, pipeline: Pipeline | None = None) -> BatchShard:
-        """This process's part of every batch, with what `pipeline` mixes into it; see `BatchShard`."""
-        leader = self.count > 1 and pipeline is not None and pipeline.mixes_labels
-        return BatchShard(self.rank, self.count, leader)
+    def shard(self, pipeline: Pipeline | None = None) -> BatchShard:
+        """Return this rank's part of every batch, with the predecessor if `pipeline` mixes neighboring images."""
+        mixes = self.size > 1 and pipeline is not None and pipeline.mixes_labels
+        return BatchShard(self.rank, self.size, with_predecessor=mixes)
 
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes its sum over the processes, in place; one message, and no host sync."""
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """Return the module to call in training: DDP around `model` if there are several ranks."""
+        return model
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's `value`, by rank; plain types and CPU tensors."""
+    def gradient_sync(self, model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:
+        """Sum gradients over ranks in the backward pass inside this context if `enabled`, else only accumulate them.
+
+        Args:
+            model: what `replicate` returned.
+        """
+        return contextlib.nullcontext()
+
+    def sync_step(self, model: nn.Module, sums: Tensor, poison: Tensor) -> None:
+        """Sum `sums` and `poison` over ranks, average BatchNorm's running statistics, and exchange stop requests."""
+
+    def check_stop(self, stop: StopFlag) -> None:
+        """Raise StoppedError, in all ranks at the same call, if a signal asked any rank to stop."""
+        stop.check()
+
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over ranks, in one message; no host sync."""
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every rank's `value`, ordered by rank; plain types and CPU tensors."""
         return [value]
 
-    def tell(self, value: Any) -> Any:
-        """The leader's `value`."""
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` (plain types), however long rank 0 takes to provide it."""
         return value
 
-    def copy_weights(self, model: nn.Module) -> None:
-        """Parameters and buffers become the leader's."""
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by rank 0's, in place."""
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def barrier(self) -> None:
+        """Wait until all ranks are here, however long that takes."""
 
-    def accuse(self, found: bool) -> None:
-        """Called with an error in hand that one of the processes caused: those that did not find its cause
-        (`found`) leave the word to one that did."""
-
-
-ALONE = World()
+    def defer_to_failed_rank(self, found: bool) -> None:
+        """Call before raising an error caused by some rank. Ranks that did not find the cause defer to one that did."""
 
 
-def states_of(meter: Meter, ranks: World) -> list[dict[str, Tensor]]:
-    """What each process's meter holds, by rank."""
+SINGLE = World()
+
+
+def gather_states(meter: Meter, world: World) -> list[dict[str, Tensor]]:
+    """Return the state of each rank's meter, ordered by rank."""
     state = meter.state()
-    if ranks.count == 1:
-        return [state]
-    return ranks.gather({name: value.cpu() for name, value in state.items()})
+    return (
+        [state] if world.size == 1 else world.all_gather({name: value.cpu() for name, value in state.items()})
+    )
 
 
-def merge(meter: Meter, empty: Meter, ranks: World) -> Meter:
-    """The meters of all processes as one, the same in each of them; `empty` takes what they hold."""
-    if ranks.count == 1:
+def merge_meters(meter: Meter, empty: Meter, world: World) -> Meter:
+    """Return one meter with the sums of all ranks, equal in each of them; `empty` receives the sums."""
+    if world.size == 1:
         return meter
-    for state in states_of(meter, ranks):
+    for state in gather_states(meter, world):
         empty.merge(state)
     return empty
 
 
 def pack_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The meters' states of all processes as one: that of a single process is as it is."""
+    """Combine the meter states of all ranks into one dict; a single rank's state keeps its names."""
     if len(states) == 1:
         return dict(states[0])
     return {f"{rank}/{name}": value for rank, state in enumerate(states) for name, value in state.items()}
 
 
-def unpack_state(packed: Mapping[str, Tensor], ranks: World) -> dict[str, Tensor]:
-    """This process's part of what `pack_states` made of as many."""
-    if ranks.count == 1:
+def unpack_state(packed: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Return this rank's part of the result of `pack_states`."""
+    if world.size == 1:
         return dict(packed)
-    mine = f"{ranks.rank}/"
-    return {name.removeprefix(mine): value for name, value in packed.items() if name.startswith(mine)}
+    prefix = f"{world.rank}/"
+    return {name.removeprefix(prefix): value for name, value in packed.items() if name.startswith(prefix)}
+
+
+def check_replicas_equal(state: TrainState, world: World) -> bool:
+    """Compare weights, moving average and optimizer state between ranks; if they differ, warn and use rank 0's.
+
+    DDP gives all ranks equal gradients, so a difference means that devices of different types rounded an update
+    differently, or that memory is faulty. A checkpoint has rank 0's values, so a resumed run would use them too.
+    """
+    if world.size == 1:
+        return True
+    tensors = replica_tensors(state)
+    values = [torch.view_as_real(t) if t.is_complex() else t.detach() for t in tensors.values()]
+    # The sum of the values' bits as integers is exact, whatever the order of the addition.
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [int(value.view(integers[value.element_size()]).sum(dtype=torch.int64)) for value in values]
+    checksums = world.all_gather(sums)
+    different = [name for name, *each in zip(tensors, *checksums, strict=True) if len(set(each)) > 1]
+    if different:
+        log.warning(
+            "the ranks differ in %d of %d tensors after this epoch (first: %s); continuing with the values of rank 0",
+            len(different), len(tensors), different[0],
+        )  # fmt: skip
+        world.broadcast_(list(tensors.values()))
+    return not different
+
+
+def replica_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Return all tensors of a training state that must be equal in all ranks: weights, moving average, moments."""
+    found: dict[str, Any] = dict(state.model.state_dict())
+    if state.ema:
+        found |= {f"ema: {name}": value for name, value in state.ema.model.state_dict().items()}
+    for number, values in enumerate(state.optimizer.state.values()):
+        found |= {f"optimizer: {name} of parameter {number}": value for name, value in values.items()}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Return running means and variances that a training step changes differently in each rank.
+
+    Their mean over ranks is used in validation and saved in checkpoints. It is taken at every step, so that a resumed
+    run has the bits of an unbroken one. SyncBatchNorm's are equal in all ranks already.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    own = [norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm)]
+    return [value for norm in own for value in (norm.running_mean, norm.running_var) if value is not None]
+
+
+def synchronize_norms(model: nn.Module) -> nn.Module:
+    """Replace BatchNorm by SyncBatchNorm; parameters, buffers, their names and frozen layers are preserved.
+
+    PyTorch's layers become PyTorch's SyncBatchNorm. timm's layers, which include an activation, become timm's
+    SyncBatchNorm. Other subclasses of BatchNorm may compute more than a norm, so they are not replaced: each rank
+    normalizes with its own images, and a warning names these layers.
+    """
+    kept: dict[str, str] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, nn.SyncBatchNorm):
+            continue
+        convert = _converter(module)
+        if convert is None:
+            kept[name] = type(module).__name__
+            continue
+        new = convert(module)
+        if stays_in_eval(module):
+            keep_in_eval(new)
+        if not name:
+            return new
+        model.set_submodule(name, new)
+    if kept:
+        log.warning(
+            "BatchNorm is not synchronized in %d layers of class %s (first: %s); each process uses its own images",
+            len(kept), ", ".join(sorted(set(kept.values()))), next(iter(kept)),
+        )  # fmt: skip
+    return model
+
+
+def _converter(norm: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
+    """Return a function that converts `norm` to an equivalent SyncBatchNorm; None if there is none."""
+    if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return nn.SyncBatchNorm.convert_sync_batchnorm
+    layers = sys.modules.get("timm.layers")  # loaded if the network is from timm
+    return layers.convert_sync_batchnorm if layers and type(norm) is layers.BatchNormAct2d else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cnntrain.data.loader import Loader
 from cnntrain.tasks.task import Meter
 from cnntrain.train.device import Compute
-from cnntrain.train.distributed import merge
+from cnntrain.train.distributed import merge_meters
 from cnntrain.train.signals import StopFlag
 from cnntrain.types import Batch
 
@@ -51,7 +51,7 @@ def evaluate(
     meter = task.meter()
     count = len(loader) if limit_batches is None else min(len(loader), limit_batches * batch_size)
     order = torch.linspace(0, len(loader) - 1, count, dtype=torch.float64).round().long()
-    for batch in loader.batches(order, batch_size, share=compute.ranks.share()):
+    for batch in loader.batches(order, batch_size, share=compute.world.shard()):
         if stop is not None:
             stop.check()
         if not len(batch):
@@ -63,4 +63,4 @@ def evaluate(
         if on_batch is not None:
             on_batch(batch, outputs)
     model.train(was_training)
-    return merge(meter, task.meter(), compute.ranks)
+    return merge_meters(meter, task.meter(), compute.world)

@@ -1,8 +1,7 @@
-"""Starting several processes on this machine that train together, and telling how they ended.
+"""Start several ranks on this machine with torch's elastic launcher, and report how they ended.
 
-Torch's elastic launcher starts them, passes signals on, and ends all when one ends badly. What they have in common is
-here: the store through which they meet (on the loopback, which nobody outside reaches), and a folder in which the one
-that fails first leaves word.
+Torch's launcher starts the processes, forwards signals to them, and ends all if one fails. This module adds the store
+through which the ranks meet, on the loopback interface, and a file with the error of the rank that failed first.
 """
 
 import contextlib
@@ -30,22 +29,22 @@ from cnntrain.io.safe_files import write_atomic
 from cnntrain.io.streams import output_to
 from cnntrain.memory import keep_freed_memory
 from cnntrain.train.distributed import RankInfo
-from cnntrain.train.watch import lost
+from cnntrain.train.watchdog import describe_lost
 
 FAILURE = "failure.json"
 Row = dict[str, float]
-Watcher = Callable[[Row], None]
+SHUTDOWN = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What a process needs to know of the one that started it.
+    """What a launched rank needs to know about its launcher.
 
     Attributes:
-        port: of the store, on the loopback.
-        folder: where a failure is left.
-        log: the file that what is printed goes to; None for the console.
-        rows: takes each epoch's row, and gives None or the error that ends the training; None where nobody watches.
+        port: of the store, on the loopback interface.
+        folder: for the error of the rank that fails first.
+        log: file for standard output and error; None for the console.
+        rows: receives each epoch's metrics and answers None or the error that ends training; None without `watch`.
     """
 
     port: int
@@ -53,56 +52,62 @@ class WorkerContext:
     log: Path | None
     rows: "Connection[Any, Any] | None"
 
-    def place(self) -> RankInfo:
-        """Of this process, which the launcher has numbered."""
-        numbers = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
-        return RankInfo(*numbers, address="127.0.0.1", port=self.port)
+    def rank_info(self) -> RankInfo:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return RankInfo(*(int(os.environ[name]) for name in names), address="127.0.0.1", port=self.port)
+
+    def report(self, kind: type[BaseException], message: str, code: int) -> None:
+        """Leave this rank's error to the launcher."""
+        with contextlib.suppress(OSError):
+            error = {"kind": kind.__name__, "message": message, "code": code}
+            write_atomic(self.folder / FAILURE, json.dumps(error).encode())
 
     def end(self, code: int, message: str | None) -> None:
-        """End this process at once, from any of its threads; the message is left for the one that started it."""
+        """End this rank immediately, from any of its threads."""
         if message is not None:
-            leave_failure(self.folder, MachineError.__name__, message, code)
+            self.report(MachineError, message, code)
         os._exit(code)
 
     def watch(self, row: Row) -> None:
-        """Show a row to whoever watches, in the process that started this one."""
+        """Pass an epoch's metrics to the launcher's `watch`; raise what it raises."""
         if self.rows is not None:
             self.rows.send(row)
             if (error := self.rows.recv()) is not None:
                 raise error
 
 
-def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Watcher | None = None) -> Any:
-    """Call `entry(home, *arguments)` in `count` new processes; what the first of them returns.
+def launch(
+    entry: Callable[..., Any], count: int, *arguments: Any, watch: Callable[[Row], None] | None = None
+) -> Any:
+    """Call `entry(context, *arguments)` in `count` new processes and return rank 0's result.
 
     Args:
-        entry: a function at the top of a module, which the processes import.
-        watch: called here with each row that the first process gives to `home.watch`; what it raises is raised there.
+        entry: a function at the top level of a module.
+        watch: called in this process with each row that rank 0 gives to `context.watch`.
 
     Raises:
-        CnntrainError: that of the process that failed first.
-        MachineError: one was killed.
-        StoppedError: a signal came; the state has been saved.
+        CnntrainError: that of the rank that failed first.
+        MachineError: a rank was killed.
+        StoppedError: a signal was received; the state has been saved.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # we tell what happened ourselves
-    known = {field.name for field in dataclasses.fields(LaunchConfig)}
-    # Torch would keep a second store, for the processes to share, at an address that others reach too.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # this module reports errors
+    # Torch would open a second store, at an address that other machines can reach.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns about find_unused_parameters
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", *(["SIGUSR1"] if "SLURM_JOB_ID" in os.environ else []))
     # A signal that is ignored here (SIGHUP under nohup) stays ignored.
-    caught = ",".join(n for n in names if signal.getsignal(getattr(signal, n)) is not signal.SIG_IGN)
-    options: dict[str, Any] = {"signals_to_handle": caught} if "signals_to_handle" in known else {}
+    handled = ",".join(n for n in names if signal.getsignal(getattr(signal, n)) is not signal.SIG_IGN)
+    fields = {field.name for field in dataclasses.fields(LaunchConfig)}
+    options: dict[str, Any] = {"signals_to_handle": handled} if "signals_to_handle" in fields else {}
     with (
         tempfile.TemporaryDirectory(prefix="cnntrain-") as name,
         _store(count) as port,
-        _watched(watch) as rows,
-        _handlers_kept(),
+        _answering(watch) as rows,
+        _restored_handlers(names),
     ):
         folder = Path(name)
         config = LaunchConfig(
@@ -111,23 +116,21 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Watche
             local_addr="127.0.0.1", logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
             **options,
         )  # fmt: skip
-        home = WorkerContext(port, folder, _redirected(), rows)
         try:
-            return elastic_launch(config, entry)(home, *arguments)[0]
+            return elastic_launch(config, entry)(WorkerContext(port, folder, _log_file(), rows), *arguments)[
+                0
+            ]
         except SignalException as error:
-            raise _failure(folder) or StoppedError(
-                error.sigval, f"stopped by {error.sigval.name} before its state could be saved"
-            ) from None
+            raise _reported(folder) or _stopped(error.sigval) from None
         except ChildFailedError as error:
-            rank, first = error.get_first_failure()
-            raise _failure(folder) or _killed(rank, count, first.exitcode) from None
+            rank, failure = error.get_first_failure()
+            raise _explain_exit(rank, count, failure.exitcode, _reported(folder)) from None
 
 
-def in_rank(home: WorkerContext, work: Callable[[], Any]) -> Any:
-    """What `work` returns; or the end of this process, with its exit code, once the failure has been left."""
+def run_rank(context: WorkerContext, work: Callable[[], Any]) -> Any:
+    """Return what `work` returns; if it fails, report the error to the launcher and end this process."""
     keep_freed_memory()
-    os.setpgrp()  # Ctrl-C goes to the process that started this one, which passes it on: once, not twice
-    with _console(home.log):
+    with output_to(context.log) if context.log else contextlib.nullcontext():
         try:
             return work()
         except ElsewhereError as error:
@@ -135,46 +138,51 @@ def in_rank(home: WorkerContext, work: Callable[[], Any]) -> Any:
         except CnntrainError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 traceback.print_exc()
-            leave_failure(home.folder, type(error).__name__, str(error), code := error.exit_code)
+            context.report(type(error), str(error), code := error.exit_code)
         except KeyboardInterrupt:
             code = 128 + signal.SIGINT
-        except Exception as error:  # a network of the user's own may raise anything: it is shown, and all end
+        except Exception as error:  # user code may raise anything
             traceback.print_exc()
-            leave_failure(home.folder, type(error).__name__, str(error), code := 1)
+            context.report(type(error), str(error), code := 1)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # torch's threads may be stuck in a transfer
+    os._exit(code)  # torch's threads may be stuck in a collective
 
 
-def leave_failure(folder: Path, kind: str, message: str, code: int) -> None:
-    with contextlib.suppress(OSError):
-        write_atomic(folder / FAILURE, json.dumps({"kind": kind, "message": message, "code": code}).encode())
-
-
-def _failure(folder: Path) -> CnntrainError | None:
-    """What the process that failed first left; None when it had no time to."""
+def _reported(folder: Path) -> CnntrainError | None:
+    """Return the error of the rank that failed first; None if it reported none."""
     if not (folder / FAILURE).exists():
         return None
-    said = json.loads((folder / FAILURE).read_text())
-    kind = getattr(errors, said["kind"], None)
+    failure = json.loads((folder / FAILURE).read_text())
+    kind = getattr(errors, failure["kind"], None)
     if kind is StoppedError:
-        return StoppedError(said["code"] - 128, said["message"])
+        return StoppedError(failure["code"] - 128, failure["message"])
     if isinstance(kind, type) and issubclass(kind, CnntrainError):
-        return kind(said["message"])
-    return ElsewhereError(said["code"])  # its traceback has been shown
+        return kind(failure["message"])
+    return ElsewhereError(failure["code"])  # its traceback has been printed
 
 
-def _killed(rank: int, count: int, code: int) -> CnntrainError:
-    if code in (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP):
-        return StoppedError(-code, f"stopped by {signal.Signals(-code).name} before its state could be saved")
-    if code < 0:
-        return MachineError(lost(rank, count).replace("killed", f"killed by {signal.Signals(-code).name}"))
-    return MachineError(lost(rank, count)) if code == MachineError.exit_code else ElsewhereError(code)
+def _explain_exit(rank: int, count: int, code: int, reported: CnntrainError | None) -> CnntrainError:
+    if code < 0 and code not in SHUTDOWN:  # the others report only that they lost a rank
+        return MachineError(
+            describe_lost(rank, count, f"killed by {signal.Signals(-code).name} (out of memory?)")
+        )
+    if reported:
+        return reported
+    if code in SHUTDOWN:
+        return _stopped(signal.Signals(-code))
+    return (
+        MachineError(describe_lost(rank, count)) if code == MachineError.exit_code else ElsewhereError(code)
+    )
+
+
+def _stopped(number: signal.Signals) -> StoppedError:
+    return StoppedError(number, f"stopped by {number.name} before its state could be saved")
 
 
 @contextlib.contextmanager
 def _store(count: int) -> Iterator[int]:
-    """The port of a store on the loopback, kept by this process."""
+    """Hold a store on the loopback interface; yield its port."""
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     with socket.socket() as listener:
@@ -190,8 +198,8 @@ def _store(count: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _watched(watch: Watcher | None) -> Iterator["Connection[Any, Any] | None"]:
-    """One end of a pipe, on the other end of which a thread answers rows by `watch`."""
+def _answering(watch: Callable[[Row], None] | None) -> Iterator["Connection[Any, Any] | None"]:
+    """Yield one end of a pipe; a thread calls `watch` with each row from it and sends the error back, or None."""
     if watch is None:
         yield None
         return
@@ -204,10 +212,8 @@ def _watched(watch: Watcher | None) -> Iterator["Connection[Any, Any] | None"]:
                     answer: object = watch(row)
                 except CnntrainError as error:
                     answer = error
-                except Exception as error:  # whoever waits for the answer must get one
-                    answer = MachineError(
-                        f"what watches the training failed: {type(error).__name__}: {error}"
-                    )
+                except Exception as error:  # rank 0 waits for an answer
+                    answer = MachineError(f"the callback `watch` failed: {type(error).__name__}: {error}")
                 here.send(answer)
 
     thread = Thread(target=answer_rows, daemon=True)
@@ -222,9 +228,8 @@ def _watched(watch: Watcher | None) -> Iterator["Connection[Any, Any] | None"]:
 
 
 @contextlib.contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """The signal handlers that were there before are there after; torch's launcher leaves its own behind."""
-    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+def _restored_handlers(names: tuple[str, ...]) -> Iterator[None]:
+    """Restore this process's signal handlers, which torch's launcher replaces."""
     before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
     try:
         yield
@@ -234,18 +239,9 @@ def _handlers_kept() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _redirected() -> Path | None:
-    """The file that standard output was sent to by a sweep, which the new processes know nothing of."""
+def _log_file() -> Path | None:
+    """Return the file to which a sweep redirected this process's output; new processes do not inherit that."""
     name = getattr(sys.stdout, "name", None)
     if sys.stdout is sys.__stdout__ or not isinstance(name, str) or not Path(name).is_file():
         return None
     return Path(name).absolute()
-
-
-@contextlib.contextmanager
-def _console(log: Path | None) -> Iterator[None]:
-    if log is None:
-        yield
-        return
-    with output_to(log):
-        yield

@@ -1,8 +1,8 @@
-"""The training loop, in plain sight: read it from top to bottom."""
+"""The training loop."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -16,14 +16,19 @@ from cnntrain.errors import StoppedError
 from cnntrain.models.modify import unfreeze
 from cnntrain.randomness import epoch_order
 from cnntrain.tasks.task import Meter, Task
-from cnntrain.train.combine import accompany, align, combine, has_synchronized_norms
 from cnntrain.train.device import Compute, seed_step
-from cnntrain.train.distributed import merge, pack_states, states_of, unpack_state
+from cnntrain.train.distributed import (
+    check_replicas_equal,
+    gather_states,
+    merge_meters,
+    pack_states,
+    unpack_state,
+)
 from cnntrain.train.evaluate import evaluate, predict_batch
-from cnntrain.train.nonfinite import NonFiniteGuard, diverged, diverged_in_validation, step_unless
+from cnntrain.train.nonfinite import NonFiniteGuard, explain_divergence, explain_validation, step_unless
 from cnntrain.train.optim import set_learning_rate
 from cnntrain.train.signals import StopFlag
-from cnntrain.train.state import TrainingPlan, TrainState
+from cnntrain.train.state import Progress, TrainingPlan, TrainState
 from cnntrain.types import Batch
 
 
@@ -42,52 +47,62 @@ class Trainer:
     training: Loader
     validation: Loader | None = None
 
+    def train_batches(self, progress: Progress) -> Iterator[tuple[Batch, int]]:
+        """Yield the remaining augmented batches of an epoch, each with its number of images in all ranks."""
+        plan, shard = self.plan, self.compute.world.shard(self.pipeline)
+        order = epoch_order(plan.seed, progress.epoch, len(self.training))
+        batches = self.training.batches(
+            order, plan.batch_size, progress.batch, plan.drop_last,
+            transform=self.pipeline.sample_transform(plan.seed, progress.epoch), share=shard,
+        )  # fmt: skip
+        augmented = self.pipeline.augment_batches(batches, plan.seed, progress.epoch, self.training.is_cached)
+        for number, batch in enumerate(augmented, progress.batch):
+            rest = len(order) - number * plan.batch_size
+            yield (
+                shard.drop_predecessor(batch),
+                len(batch) if shard.count == 1 else min(plan.batch_size, rest),
+            )
+
 
 class Logger(Protocol):
-    """Where a training's story goes: bars, TensorBoard, CSV."""
+    """Receives the metrics of a training run: progress bar, TensorBoard, CSV."""
 
-    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
-    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
-    def saved(self, row: dict[str, float]) -> None: ...
-    def batch_seen(self, step: int, batch: Batch) -> None: ...
+    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
+    def log_epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
+    def log_checkpoint(self, row: dict[str, float]) -> None: ...
+    def log_batch(self, step: int, batch: Batch) -> None: ...
 
 
 class NullLogger:
-    """A journal that keeps nothing."""
+    """A logger that does nothing."""
 
-    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
-    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
-    def saved(self, row: dict[str, float]) -> None: ...
-    def batch_seen(self, step: int, batch: Batch) -> None: ...
+    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
+    def log_epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
+    def log_checkpoint(self, row: dict[str, float]) -> None: ...
+    def log_batch(self, step: int, batch: Batch) -> None: ...
 
 
-class _Timed:
-    """Wrapper of a journal that measures its time (`seconds`), so that drawing does not count as training time."""
+class _TimedLogger(NullLogger):
+    """Measures the time of a logger, `seconds`, because drawing figures does not count as training time."""
 
-    def __init__(self, journal: Logger) -> None:
-        self.journal, self.seconds = journal, 0.0
+    def __init__(self, logger: Logger) -> None:
+        self.logger, self.seconds = logger, 0.0
 
-    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
+    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
         started = time.perf_counter()
-        self.journal.reading(step, epoch, batch, values)
+        self.logger.log_step(step, epoch, batch, values)
         self.seconds += time.perf_counter() - started
 
-    def epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
-        self.journal.epoch(step, row, improved)
-
-    def saved(self, row: dict[str, float]) -> None:
-        self.journal.saved(row)
-
-    def batch_seen(self, step: int, batch: Batch) -> None:
+    def log_batch(self, step: int, batch: Batch) -> None:
         started = time.perf_counter()
-        self.journal.batch_seen(step, batch)
+        self.logger.log_batch(step, batch)
         self.seconds += time.perf_counter() - started
 
 
 def fit(
-    trainer: Trainer, state: TrainState, journal: Logger, save: Callable[..., None], stop: StopFlag
+    trainer: Trainer, state: TrainState, logger: Logger, save: Callable[..., None], stop: StopFlag
 ) -> None:
-    """Train from where `state` stands to the end of the plan.
+    """Train from the position of `state` to the end of the plan.
 
     `save("last")` and `save("last", "best")` write checkpoints, never after a non-finite loss. An epoch is logged
     before it is saved. After a kill between the two, the resumed run writes the row again, so no row is missing.
@@ -97,168 +112,165 @@ def fit(
 
     Raises:
         DivergedError: a loss or a gradient is no longer finite.
-        StoppedError: a signal came; the state has been saved.
+        StoppedError: a signal was received; the state has been saved.
     """
-    task, pipeline, compute, plan = trainer.task, trainer.pipeline, trainer.compute, trainer.plan
-    progress, ranks, timed = state.progress, compute.ranks, _Timed(journal)
-    explain = partial(diverged, state, trainer.training, pipeline, task, compute, plan)
-    finite = NonFiniteGuard(compute.device, state.scaler is not None, explain)
-    # Stopped after the last step, an epoch is still to be judged.
+    task, compute, plan, progress = trainer.task, trainer.compute, trainer.plan, state.progress
+    world, timed = compute.world, _TimedLogger(logger)
+    guard = NonFiniteGuard(
+        compute.device, state.scaler is not None, partial(explain_divergence, trainer, state)
+    )
+    world.replicate(state.model)  # before the clock starts
+    # A run interrupted after its last step still has to validate that epoch.
     while not progress.finished and (progress.step < plan.total_steps or progress.batch):
+        world.barrier()  # rank 0 has logged and saved the epoch before
         started, seconds_before, images_before = time.perf_counter(), progress.wall_s, progress.images
         timed.seconds = 0.0
         meter = task.meter()
         if progress.batch and state.meter:
-            meter.load_state(unpack_state(state.meter, ranks), compute.device)
+            meter.load_state(unpack_state(state.meter, world), compute.device)
 
-        def keep(meter: Meter = meter, started: float = started, before: float = seconds_before) -> None:
-            finite.check()
-            state.meter = pack_states(states_of(meter, ranks))
-            progress.wall_s = before + time.perf_counter() - started - timed.seconds
+        def elapsed(started: float = started) -> float:
+            return time.perf_counter() - started - timed.seconds
+
+        def save_position(meter: Meter = meter, before: float = seconds_before) -> None:
+            guard.raise_if_bad()
+            state.meter = pack_states(gather_states(meter, world))
+            progress.wall_s = before + elapsed()
             save("last")
-            ranks.wait()  # for the one that writes
+            world.barrier()  # rank 0 writes
 
         try:
-            train_epoch(trainer, state, meter, timed, finite, stop, keep)
-            finite.check()
-            align(state.model, ranks)
-            train_metrics = merge(meter, task.meter(), ranks).compute()
-            train_seconds = time.perf_counter() - started - timed.seconds
-            val_metrics = {}
-            if trainer.validation is not None:
-                val_meter = evaluate(
-                    trainer, state.eval_model, trainer.validation, plan.batch_size, plan.limit_batches, stop
-                )
-                if not val_meter.loss_is_finite():
-                    raise diverged_in_validation(state, trainer.validation, pipeline, compute, plan)
-                val_metrics = val_meter.compute()
+            train_epoch(trainer, state, meter, timed, guard, stop, save_position)
+            guard.raise_if_bad()
+            check_replicas_equal(state, world)
+            train_metrics = merge_meters(meter, task.meter(), world).compute()
+            images_per_s = (progress.images - images_before) / elapsed()
+            val_metrics = _validate(trainer, state, stop)
         except StoppedError:
-            keep()
+            save_position()
             raise
 
         row = {"epoch": float(progress.epoch + 1), "step": float(progress.step)}
-        # Mixed labels have no right answer to count.
-        row |= {f"train/{k}": v for k, v in train_metrics.items() if k == "loss" or not pipeline.mixes_labels}
+        # Mixed labels have no correct answer to count.
+        shown = ("loss",) if trainer.pipeline.mixes_labels else tuple(train_metrics)
+        row |= {f"train/{name}": train_metrics[name] for name in shown}
         row |= {f"val/{name}": value for name, value in val_metrics.items()}
-        row["lr"] = state.optimizer.param_groups[0]["lr"]
-        row["images_per_s"] = (progress.images - images_before) / train_seconds
+        row |= {"lr": state.optimizer.param_groups[0]["lr"], "images_per_s": images_per_s}
         improved = is_better(row, progress.best, task.monitor)
         if improved:
             progress.best = row
         if progress.batch < plan.batches_per_epoch:  # `steps` ended the training within this epoch
-            state.meter = pack_states(states_of(meter, ranks))
+            state.meter = pack_states(gather_states(meter, world))
         else:
             state.schedule.observe(row.get("val/loss", row["train/loss"]))
             progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
             progress.epoch, progress.batch, state.meter = progress.epoch + 1, 0, {}
-        patience_over = plan.early_stopping is not None and progress.epochs_since_best >= plan.early_stopping
-        progress.finished = progress.step >= plan.total_steps or patience_over
-        progress.wall_s = seconds_before + time.perf_counter() - started - timed.seconds
-        journal.epoch(progress.step, row, improved)
+        out_of_patience = (
+            plan.early_stopping is not None and progress.epochs_since_best >= plan.early_stopping
+        )
+        progress.finished = progress.step >= plan.total_steps or out_of_patience
+        progress.wall_s = seconds_before + elapsed()
+        logger.log_epoch(progress.step, row, improved)
         save("last", *(["best"] if improved else []))
-        journal.saved(row)
+        logger.log_checkpoint(row)
+
+
+def _validate(trainer: Trainer, state: TrainState, stop: StopFlag) -> dict[str, float]:
+    """Return the validation metrics; {} without a validation split.
+
+    Raises:
+        DivergedError: the validation loss is not finite.
+    """
+    if trainer.validation is None:
+        return {}
+    plan = trainer.plan
+    meter = evaluate(trainer, state.eval_model, trainer.validation, plan.batch_size, plan.limit_batches, stop)
+    if not meter.loss_is_finite():
+        raise explain_validation(trainer, state)
+    return meter.compute()
 
 
 def train_epoch(
     trainer: Trainer,
     state: TrainState,
     meter: Meter,
-    journal: Logger,
-    finite: NonFiniteGuard,
+    logger: Logger,
+    guard: NonFiniteGuard,
     stop: StopFlag,
-    keep: Callable[[], None] = lambda: None,
+    save_position: Callable[[], None] = lambda: None,
 ) -> None:
-    """The rest of one epoch. Nothing in it waits for the device except a reading every so many steps."""
-    pipeline, compute, plan, training = trainer.pipeline, trainer.compute, trainer.plan, trainer.training
-    progress, model, optimizer = state.progress, state.model, state.optimizer
-    order = epoch_order(plan.seed, progress.epoch, len(training))
+    """Train to the end of the epoch. The host waits for the device only to log, every `log.every_steps` steps."""
+    compute, plan, world = trainer.compute, trainer.plan, trainer.compute.world
+    progress, model = state.progress, state.model
     if plan.unfreeze_epoch is not None and progress.epoch + 1 >= plan.unfreeze_epoch:
-        unfreeze(model)  # again in each epoch: a resumed run has a model that was just frozen
+        unfreeze(model)  # in every epoch: the model of a resumed run starts frozen
     model.train()
-    recent = torch.zeros(2, device=compute.device)  # loss sum and count since the last reading
-    sums: Tensor | None = None  # loss and count of this step's batches so far
-    ranks = compute.ranks
-    share, had_images = ranks.share(pipeline), False
-    since, images_since = time.perf_counter(), 0
-    stored = training.batches(
-        order,
-        plan.batch_size,
-        progress.batch,
-        plan.drop_last,
-        transform=pipeline.sample_transform(plan.seed, progress.epoch),
-        share=share,
-    )
-    for batch in pipeline.augment_batches(stored, plan.seed, progress.epoch, training.is_cached):
-        if progress.batch % plan.accumulate == 0:  # between them there are gradients, which are not saved
+    replica = world.replicate(model)
+    recent = torch.zeros(2, device=compute.device)  # loss sum and count since the last log entry
+    sums: Tensor | None = None  # loss sum and count of this step's batches so far
+    logged_at, images_since = time.perf_counter(), 0
+    for batch, num_images in trainer.train_batches(progress):
+        if progress.batch % plan.accumulate == 0:  # within a step there are gradients, which are not saved
             stop.check()
         if progress.batch >= plan.batches_per_epoch or progress.step >= plan.total_steps:
             break
-        learning_rate = set_learning_rate(optimizer, state.schedule, progress.step)
-        if len(batch):
-            batch = share.trim(batch)
-            if progress.step == 0 and progress.batch == 0:
-                journal.batch_seen(0, batch)
-            seed_step(plan.seed, "step", progress.epoch, progress.batch, *ranks.seed)
+        learning_rate = set_learning_rate(state.optimizer, state.schedule, progress.step)
+        if progress.step == 0 and progress.batch == 0:
+            logger.log_batch(0, batch)
+        seed_step(plan.seed, "step", progress.epoch, progress.batch, *world.seed)
+        ends_epoch = progress.batch + 1 >= plan.batches_per_epoch
+        ends_step = ends_epoch or (progress.batch + 1) % plan.accumulate == 0
 
-            outputs, loss_sum, count = train_step(trainer, state, batch)
-            with torch.no_grad():
-                meter.update(outputs, batch.truth, loss_sum, count)
-                own = torch.stack((loss_sum, count)).float()
-                sums = own if sums is None else sums + own
-                finite.note(loss_sum)
-            had_images = True
-        elif has_synchronized_norms(model):  # a short last batch did not go round
-            with compute.autocast():
-                nothing = torch.zeros(
-                    0, training.examples.images.shape[1], *pipeline.output_size, device=compute.device
-                )
-                accompany(model, nothing)
-        # What all processes saw of the batch together.
-        rest = len(training) - progress.batch * plan.batch_size
-        images_seen = len(batch) if ranks.count == 1 else min(plan.batch_size, rest)
+        with world.gradient_sync(replica, ends_step):
+            outputs, loss_sum, count = train_step(trainer, state, batch, replica)
+        with torch.no_grad():
+            meter.update(outputs, batch.truth, loss_sum, count)
+            own = torch.stack((loss_sum, count)).float()
+            sums = own if sums is None else sums + own
+            guard.record(loss_sum)
         progress.batch += 1
-        progress.images += images_seen
-        images_since += images_seen
-        if progress.batch % plan.accumulate and progress.batch < plan.batches_per_epoch:
+        progress.images += num_images
+        images_since += num_images
+        if not ends_step:
             continue
 
-        reads = (progress.step + 1) % plan.log_every_steps == 0 or progress.batch >= plan.batches_per_epoch
-        if sums is None:
-            sums = torch.zeros(2, device=compute.device)
-        if ranks.count > 1:
-            combine(state, sums, had_images, finite, ranks)
-        norm = apply_gradients(state, plan, sums[1], finite)
+        world.sync_step(model, sums, guard.poison)
+        norm = apply_gradients(state, plan, sums[1], guard)
         recent += sums
-        sums, had_images = None, False
+        sums = None
         progress.step += 1
         if state.ema:
             state.ema.update(model, progress.step)
 
-        if reads:
-            finite.check()
-            loss, counted, grad_norm = torch.cat((recent, norm.reshape(1).to(recent))).tolist()
-            elapsed = time.perf_counter() - since
-            reading = {
-                "loss": loss / max(counted, 1e-12),
+        if progress.step % plan.log_every_steps == 0 or ends_epoch:
+            guard.raise_if_bad()
+            loss, terms, grad_norm = torch.cat((recent, norm.reshape(1).to(recent))).tolist()
+            values = {
+                "loss": loss / max(terms, 1e-12),
                 "lr": learning_rate,
-                "images_per_s": images_since / max(elapsed, 1e-9),
+                "images_per_s": images_since / max(time.perf_counter() - logged_at, 1e-9),
                 "grad_norm": grad_norm,
             }
-            journal.reading(progress.step, progress.epoch, progress.batch, reading)
+            logger.log_step(progress.step, progress.epoch, progress.batch, values)
             recent.zero_()
-            since, images_since = time.perf_counter(), 0
+            logged_at, images_since = time.perf_counter(), 0
         saves = plan.save_every_steps is not None and progress.step % plan.save_every_steps == 0
-        if saves and progress.batch < plan.batches_per_epoch:
-            keep()
+        if saves and not ends_epoch:
+            save_position()
 
 
-def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def train_step(
+    trainer: Trainer, state: TrainState, batch: Batch, replica: nn.Module | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Forward and backward pass of one augmented batch; its gradients are added to those of the model.
+
+    Args:
+        replica: DDP around the model, if there are several ranks.
 
     Returns:
         Outputs (N, ...) float32, the sum of the loss, and the number of terms in that sum; all detached.
     """
-    outputs = predict_batch(state.model, batch.images, trainer.compute)
+    outputs = predict_batch(replica or state.model, batch.images, trainer.compute)
     loss_sum, count = trainer.task.loss(outputs, batch.truth)
     # With accumulation or several ranks the divisor is known only at the optimizer step: see apply_gradients.
     divisor = trainer.plan.batch_size if trainer.plan.sums_losses else count.clamp(min=1e-12)
@@ -267,23 +279,24 @@ def train_step(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[Tenso
     return outputs.detach(), loss_sum.detach(), count
 
 
-def apply_gradients(
-    state: TrainState, plan: TrainingPlan, group_count: Tensor, finite: NonFiniteGuard
-) -> Tensor:
-    """One optimizer step, or none where something is not finite; the gradient norm before clipping."""
+def apply_gradients(state: TrainState, plan: TrainingPlan, count: Tensor, guard: NonFiniteGuard) -> Tensor:
+    """Do one optimizer step, or skip it if a value is not finite; return the gradient norm before clipping.
+
+    Args:
+        count: number of terms in the loss of this step, over all of its batches and all ranks.
+    """
     optimizer, scaler = state.optimizer, state.scaler
     if scaler:
         scaler.unscale_(optimizer)
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if plan.sums_losses and gradients:
-        scale = plan.batch_size / group_count.clamp(min=1e-12)
+        scale = plan.batch_size / count.clamp(min=1e-12)
         torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]
-    norm = nn.utils.get_total_norm(gradients).to(group_count.device)
+    norm = nn.utils.get_total_norm(gradients).to(count.device)
     if plan.clip_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(
-            [p for g in optimizer.param_groups for p in g["params"]], plan.clip_grad_norm, norm
-        )
-    step_unless(finite.skip(norm, state.progress.batch - 1), optimizer)
+        nn.utils.clip_grads_with_norm_(parameters, plan.clip_grad_norm, norm)
+    step_unless(guard.should_skip(norm, state.progress.batch - 1), optimizer)
     if scaler:
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -291,7 +304,7 @@ def apply_gradients(
 
 
 def is_better(row: dict[str, float], best: dict[str, float], monitor: tuple[str, str]) -> bool:
-    """Whether this epoch beats the best so far, on validation where there is one."""
+    """Return True if this epoch is better than the best so far, on validation data if there are any."""
     name, direction = monitor
     key = f"val/{name}" if f"val/{name}" in row else f"train/{name}"
     if key not in row:

@@ -153,7 +153,7 @@ class _Readings(NullLogger):
         self.ends_at = ends_at
         self.test = RangeTest([], [])
 
-    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
+    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
         self.test.rates.append(values["lr"])
         self.test.losses.append(values["loss"])
         if len(self.test.rates) > QUIET_STEPS and self.test.diverged_at:

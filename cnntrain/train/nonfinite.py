@@ -1,30 +1,33 @@
-"""Divergence: noted on the device without waiting for it, and traced to a layer by replaying the batch."""
+"""Detect a non-finite loss or gradient on the device without a host sync, and find its layer by replaying the batch."""
+
+from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.loader import Loader
 from cnntrain.errors import DivergedError
 from cnntrain.randomness import epoch_order
-from cnntrain.tasks.task import Task
-from cnntrain.train.device import Compute, seed_step
-from cnntrain.train.hooks import attached, uncompiled
+from cnntrain.train.device import seed_step
 from cnntrain.train.optim import set_learning_rate
-from cnntrain.train.state import TrainingPlan, TrainState
+from cnntrain.train.state import TrainState
 from cnntrain.types import Batch
 
-MOST_SKIPPED = 20  # fp16 steps in a row that may be skipped while the scale is looked for
+if TYPE_CHECKING:
+    from cnntrain.train.loop import Trainer
+
+MAX_SKIPPED_STEPS = 20  # in a row, with fp16, until the scale of the loss is small enough
 SHOWN_EXAMPLES = 5
-NOT_AGAIN = {  # by whether it is the CPU
-    True: "not found again: something is drawn or counted outside of torch's generators and the checkpoint",
-    False: "not found again, for sums on this device vary (deterministic=true)",
+NOT_REPRODUCED = {  # by whether the device is a CPU
+    True: "not reproduced: some randomness or state is outside of torch's generators and the checkpoint",
+    False: "not reproduced: sums on this device vary between calls (deterministic=true)",
 }
 REMEDY = (
     "try a lower optimizer.lr, clip_grad_norm=1, or a longer warm-up; `cnntrain overfit` finds wiring faults"
@@ -32,15 +35,15 @@ REMEDY = (
 
 
 class NonFiniteGuard:
-    """Whether a training is still finite, as tensors on its device: noting something never waits.
+    """Records whether losses and gradients are finite, in tensors on the device: recording never waits for the device.
 
     After a non-finite loss or gradient, every later update is skipped. The weights stay as they were before that batch
     until the host reads the flag and replays the step.
 
     Args:
-        scaled: gradients are scaled (fp16): a step whose gradients overflow is skipped, and counts only after 20 in
-            a row.
-        explain: finds out what happened at a batch.
+        scaled: gradients are scaled (fp16). A step whose gradients overflow is skipped, and only
+            `MAX_SKIPPED_STEPS` of them in a row are an error.
+        explain: returns the error for a step, given the index of its last batch in the epoch.
 
     Attributes:
         poison: scalar; 0 while all values were finite, then NaN. (Zero times infinity is NaN, so adding zero times a
@@ -52,13 +55,13 @@ class NonFiniteGuard:
         self.poison = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._bad_steps = torch.zeros((), device=device)  # number of consecutive bad steps
-        self._last_batches: list[int] = []  # of the steps since the last check
+        self._last_batches: list[int] = []  # of the steps since the last `raise_if_bad`
 
-    def note(self, value: Tensor) -> None:
+    def record(self, value: Tensor) -> None:
         """Record whether `value`, a scalar on the device, is finite."""
         self.poison.add_(value, alpha=0)
 
-    def skip(self, norm: Tensor, batch: int) -> Tensor:
+    def should_skip(self, norm: Tensor, batch: int) -> Tensor:
         """Return 1.0 if the update of a step with this gradient `norm` must be skipped, else 0.0.
 
         Args:
@@ -67,19 +70,19 @@ class NonFiniteGuard:
         overflows = ~norm.isfinite() if self.scaled else None
         if overflows is not None:
             self.skipped = torch.where(overflows, self.skipped + 1, 0)
-            self.note(torch.where(self.skipped < MOST_SKIPPED, 0.0, torch.inf))
+            self.record(torch.where(self.skipped < MAX_SKIPPED_STEPS, 0.0, torch.inf))
         else:
-            self.note(norm)
+            self.record(norm)
         bad = torch.ne(self.poison, self.poison, out=torch.empty_like(self.poison))
         self._bad_steps += bad
         self._last_batches.append(batch)
         return bad if overflows is None else torch.maximum(bad, overflows.float())
 
-    def check(self) -> None:
-        """Waits for the device.
+    def raise_if_bad(self) -> None:
+        """Wait for the device, and raise if a step since the last call was not finite.
 
         Raises:
-            DivergedError: a step since the last check had a non-finite loss or gradient.
+            DivergedError: a loss or a gradient was not finite.
         """
         if bad_steps := int(self._bad_steps):
             raise self.explain(self._last_batches[-bad_steps])
@@ -88,14 +91,12 @@ class NonFiniteGuard:
 
 @torch.no_grad()
 def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
-    """`optimizer.step()`, which changes no weight where the device's `skip` is 1."""
-    if getattr(
-        optimizer, "_step_supports_amp_scaling", False
-    ):  # torch's fused kernels ask the flag themselves
+    """Call `optimizer.step()`, but change no weight if the device's `skip` is 1."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused kernels read `found_inf`
         first = not optimizer.state
         optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
-        if first:  # SGD's momentum is whatever the memory held, when its first step is skipped
+        if first:  # if the first step is skipped, SGD's momentum is uninitialized memory
             for state in optimizer.state.values():
                 if isinstance(momentum := state.get("momentum_buffer"), Tensor):
                     momentum.copy_(torch.where(skip > 0, 0.0, momentum))
@@ -110,49 +111,40 @@ def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
         parameter.copy_(torch.where(skip > 0, old, parameter))
 
 
-def diverged(
-    state: TrainState,
-    training: Loader,
-    pipeline: Pipeline,
-    task: Task,
-    compute: Compute,
-    plan: TrainingPlan,
-    first_bad: int,
-) -> DivergedError:
-    """Replay the step that ends with batch `first_bad` and describe what was not finite.
+def explain_divergence(trainer: Trainer, state: TrainState, last_batch: int) -> DivergedError:
+    """Replay the step that ends with batch `last_batch` of the epoch, and describe the first non-finite value.
 
-    The weights must be those before the step.
-
-    Each process replays its own share, and the one that finds the cause says it.
+    The weights must be those before the step. Each rank replays its own part, and the one that finds the value reports
+    it.
     """
-    epoch, start = state.progress.epoch, first_bad - first_bad % plan.accumulate
-    seen, ended = state.progress.batch, state.progress.batch >= plan.batches_per_epoch
-    begun = state.progress.step - (-(-seen // plan.accumulate) if ended else seen // plan.accumulate)
-    step = begun + first_bad // plan.accumulate
-    learning_rate = set_learning_rate(state.optimizer, state.schedule, step)
-    order = epoch_order(plan.seed, epoch, len(training))
-    transform = pipeline.sample_transform(plan.seed, epoch)
-    share = compute.ranks.share(pipeline)
-    batches = training.batches(
-        order, plan.batch_size, start, plan.drop_last, transform=transform, share=share
+    plan, compute, world = trainer.plan, trainer.compute, trainer.compute.world
+    progress, start = state.progress, last_batch - last_batch % plan.accumulate
+    epoch, seen = progress.epoch, progress.batch
+    steps_of_epoch = (
+        -(-seen // plan.accumulate) if seen >= plan.batches_per_epoch else seen // plan.accumulate
     )
+    step = progress.step - steps_of_epoch + last_batch // plan.accumulate
+    learning_rate = set_learning_rate(state.optimizer, state.schedule, step)
+    shard = world.shard(trainer.pipeline)
+    batches = trainer.training.batches(
+        epoch_order(plan.seed, epoch, len(trainer.training)), plan.batch_size, start, plan.drop_last,
+        transform=trainer.pipeline.sample_transform(plan.seed, epoch), share=shard,
+    )  # fmt: skip
     state.optimizer.zero_grad(set_to_none=True)
     loss, where, rows = float("nan"), None, torch.zeros(0, dtype=torch.int64)
-    for number, batch in zip(range(start, first_bad + 1), batches, strict=False):
-        if not len(batch):
-            continue
-        seen = share.trim(pipeline(batch, plan.seed, epoch))
-        seed_step(plan.seed, "step", epoch, number, *compute.ranks.seed)
-        loss, where = _replay(state, seen, task, compute)
-        rows = seen.index
+    for number, batch in zip(range(start, last_batch + 1), batches, strict=False):
+        augmented = shard.drop_predecessor(trainer.pipeline(batch, plan.seed, epoch))
+        seed_step(plan.seed, "step", epoch, number, *world.seed)
+        loss, where = _replay(trainer, state, augmented)
+        rows = augmented.index
         if where is not None:
             break
-    compute.ranks.accuse(where is not None)
+    world.defer_to_failed_rank(where is not None)
     what = "the gradient is not finite" if torch.tensor(loss).isfinite() else f"the loss is {loss}"
     return DivergedError(
         f"{what} at step {step + 1} (epoch {epoch + 1}, learning rate {learning_rate:.3g})\n{REMEDY}\n"
-        f"first not finite: {where or NOT_AGAIN[compute.device.type == 'cpu']}\n"
-        f"examples of that batch: {_few_names(training, rows)}"
+        f"first not finite: {where or NOT_REPRODUCED[compute.device.type == 'cpu']}\n"
+        f"examples of that batch: {_few_names(trainer.training, rows)}"
     )
 
 
@@ -163,18 +155,19 @@ def _few_names(loader: Loader, rows: Tensor) -> str:
     return ", ".join(names) + more
 
 
-def _replay(state: TrainState, batch: Batch, task: Task, compute: Compute) -> tuple[float, str | None]:
-    """The loss of a batch as the training meets it, and what was the first not to be finite."""
+def _replay(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[float, str | None]:
+    """Return the loss of a batch and the name of its first non-finite value, if there is one."""
+    compute = trainer.compute
     if not batch.images.isfinite().all():
         return float("nan"), "the images"
     model = state.model.train()
     with watch_layers(model) as found:
         with compute.autocast():
             outputs = model(batch.images.contiguous(memory_format=compute.memory_format))
-        loss_sum, count = task.loss(outputs.float(), batch.truth)
+        loss_sum, count = trainer.task.loss(outputs.float(), batch.truth)
         loss = loss_sum / count.clamp(min=1e-12)
         if not found and not loss.isfinite():
-            found.append("the loss itself, of finite outputs")
+            found.append("the loss (the outputs are finite)")
         (state.scaler.scale(loss) if state.scaler else loss).backward()
     for name, parameter in reversed(list(model.named_parameters())):
         if not found and parameter.grad is not None and not parameter.grad.isfinite().all():
@@ -188,7 +181,7 @@ def _replay(state: TrainState, batch: Batch, task: Task, compute: Compute) -> tu
 
 @contextlib.contextmanager
 def watch_layers(model: nn.Module) -> Iterator[list[str]]:
-    """Fills a list with the layers whose activation, then those whose gradient is not finite, as they turn up."""
+    """Fill a list with the layers whose activation or gradient is not finite, in order of computation."""
     found: list[str] = []
 
     def gradient(layer: str, value: Tensor) -> None:
@@ -212,27 +205,47 @@ def watch_layers(model: nn.Module) -> Iterator[list[str]]:
         yield found
 
 
+@contextlib.contextmanager
+def attached(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove `hooks`, which are registered already, at the end of the context."""
+    hooks = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Call the model without its compiled code inside the context, so that hooks run."""
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled
+
+
 @torch.no_grad()
-def diverged_in_validation(
-    state: TrainState, loader: Loader, pipeline: Pipeline, compute: Compute, plan: TrainingPlan
-) -> DivergedError:
-    """Which validation batch, and which layer, first gave what is not finite after the epoch under way."""
+def explain_validation(trainer: Trainer, state: TrainState) -> DivergedError:
+    """Find the first validation batch and layer with a non-finite value after the current epoch."""
     model, progress = state.eval_model.eval(), state.progress
-    where, names = "the loss itself, of finite outputs", "all"
-    found: list[str] = []
-    for batch in loader.batches(torch.arange(len(loader)), plan.batch_size, share=compute.ranks.share()):
+    loader, compute = trainer.validation, trainer.compute
+    assert loader is not None
+    where, names = "", "all"
+    order = torch.arange(len(loader))
+    for batch in loader.batches(order, trainer.plan.batch_size, share=compute.world.shard()):
         if not len(batch):
             continue
-        seen = pipeline.eval_transform(batch)
+        images = trainer.pipeline.eval_transform(batch).images
         with watch_layers(model) as layers, compute.autocast():
-            model(seen.images.contiguous(memory_format=compute.memory_format))
-        if found := layers:
-            where = found[0]
-            names = _few_names(loader, batch.index)
+            model(images.contiguous(memory_format=compute.memory_format))
+        if layers:
+            where, names = layers[0], _few_names(loader, batch.index)
             break
-    compute.ranks.accuse(bool(found))
+    compute.world.defer_to_failed_rank(bool(where))
     return DivergedError(
         f"the validation loss is not finite after step {progress.step} (epoch {progress.epoch + 1}, learning rate "
         f"{state.optimizer.param_groups[0]['lr']:.3g})\n{REMEDY}\n"
-        f"first not finite: {where}\nexamples of that batch: {names}"
+        f"first not finite: {where or 'the loss (the outputs are finite)'}\nexamples of that batch: {names}"
     )

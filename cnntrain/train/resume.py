@@ -191,7 +191,7 @@ def is_finished(content: Mapping[str, Any], settings: Settings) -> bool:
     return progress["finished"] and (complete or stopped_early)
 
 
-def keep_resolved_values(settings: Settings, content: Mapping[str, Any], ranks: World) -> Settings:
+def keep_resolved_values(settings: Settings, content: Mapping[str, Any], world: World) -> Settings:
     """Replace `auto` and null by the checkpoint's resolved values: precision, threads, batch size, learning rate.
 
     Precision and threads depend on the machine. They are kept only for the same type of device and the same number of
@@ -199,12 +199,12 @@ def keep_resolved_values(settings: Settings, content: Mapping[str, Any], ranks: 
     """
     resolved, saved = content.get("resolved", {}), content["config"]
     kept: dict[str, Any] = {}
-    device = choose_compute(settings.device, "fp32", settings.channels_last, ranks).device.type
-    if (resolved.get("device"), resolved.get("processes")) == (device, ranks.count):
+    device = choose_compute(settings.device, "fp32", settings.channels_last, world).device.type
+    if (resolved.get("device"), resolved.get("processes")) == (device, world.size):
         if settings.precision == "auto" and "precision" in resolved:
             kept["precision"] = resolved["precision"]
         threads = resolved.get("threads")
-        if settings.threads is None and threads in range(1, 1 + count_cores() // ranks.local_count):
+        if settings.threads is None and threads in range(1, 1 + count_cores() // world.local_size):
             kept["threads"] = threads
     if settings.batch_size == "auto":
         kept["batch_size"] = saved["batch_size"]
@@ -294,7 +294,7 @@ def _reject_mismatches(
         ]
         raise UserError("\n  ".join(lines))
     progress = content["state"]["progress"]
-    before, now = content.get("resolved", {}).get("processes", 1), components.compute.ranks.count
+    before, now = content.get("resolved", {}).get("processes", 1), components.compute.world.size
     if progress["batch"] and before != now:
         raise UserError(
             f"resume: {source} was saved in the middle of epoch {progress['epoch'] + 1} with launch.devices={before}; "

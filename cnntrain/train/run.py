@@ -20,7 +20,7 @@ from cnntrain.tasks.meter import HardestExamples
 from cnntrain.tasks.task import Task
 from cnntrain.train import checkpoint
 from cnntrain.train.checkpoint import CheckpointWriter, checkpoint_metadata, load_weights
-from cnntrain.train.combine import synchronize_norms
+from cnntrain.train.distributed import synchronize_norms
 from cnntrain.train.evaluate import evaluate
 from cnntrain.train.loop import NullLogger, Trainer, fit
 from cnntrain.train.optim import learning_rate_at
@@ -39,7 +39,7 @@ def prepare(assembly: Components, data: Data) -> tuple[TrainingPlan, TrainState]
     """How long to train, and the training at its start."""
     settings, compute = assembly.settings, assembly.compute
     plan, optimizer, schedule = build_training_parts(assembly, data)
-    if compute.ranks.count > 1 and compute.device.type == "cuda":
+    if compute.world.size > 1 and compute.device.type == "cuda":
         assembly.model = synchronize_norms(assembly.model)
     compute.place(assembly.model)
     state = TrainState(
@@ -75,13 +75,13 @@ def train_to_the_end(
         MachineError: a worker died.
     """
     settings, compute, task = assembly.settings, assembly.compute, assembly.task
-    metadata, ranks = checkpoint_metadata(assembly, data, identity), assembly.compute.ranks
+    metadata, world = checkpoint_metadata(assembly, data, identity), assembly.compute.world
 
     training = assembly.loader(data.train, augmented=True)
     validation = assembly.loader(data.val) if data.val else None
     with (
-        CheckpointWriter(run, state, metadata, settings.checkpoint.keep, ranks.leads) as writer,
-        _journal(run, assembly, plan, state, watch) if ranks.leads else contextlib.nullcontext() as journal,
+        CheckpointWriter(run, state, metadata, settings.checkpoint.keep, world.is_main) as writer,
+        _journal(run, assembly, plan, state, watch) if world.is_main else contextlib.nullcontext() as journal,
     ):
         hparams = flatten_settings(
             {
@@ -115,10 +115,10 @@ def train_to_the_end(
             log.info("%s", said)
         best = state.eval_model
         writer.flush()
-        if ranks.leads:
+        if world.is_main:
             kept = checkpoint.load(run.best)["state"]
             load_weights(best, kept["ema"] or kept["model"])
-        ranks.copy_weights(best)
+        world.broadcast_(list(best.state_dict().values()))
         judged = validation or training
         meter, worst = _judge(best, assembly, judged, plan, stop)
         test = {}
@@ -176,14 +176,14 @@ def _journal(
 
 def _judge(model: nn.Module, assembly: Components, loader: Loader, plan: TrainingPlan, stop: StopFlag):
     """Metrics over a split, and which of its examples are answered worst."""
-    worst, ranks = HardestExamples(MISTAKES_SHOWN), assembly.compute.ranks
+    worst, world = HardestExamples(MISTAKES_SHOWN), assembly.compute.world
 
     def look(batch: Batch, outputs: Tensor) -> None:
         worst.update(assembly.task.mistake_score(outputs, batch.truth), batch.index)
 
     meter = evaluate(assembly, model, loader, plan.batch_size, plan.limit_batches, stop, look)
-    for rank, (scores, rows) in enumerate(ranks.gather(worst.state()) if ranks.count > 1 else ()):
-        if rank != ranks.rank and len(scores):
+    for rank, (scores, rows) in enumerate(world.all_gather(worst.state()) if world.size > 1 else ()):
+        if rank != world.rank and len(scores):
             worst.update(scores, rows)
     return meter, worst
 

@@ -28,7 +28,7 @@ from cnntrain.tasks.task import Task
 from cnntrain.train.batch_size import choose_batch_size
 from cnntrain.train.checkpoint import validate_checkpoint
 from cnntrain.train.device import Compute, choose_compute, prepare_torch, seed_step
-from cnntrain.train.distributed import ALONE, World
+from cnntrain.train.distributed import SINGLE, World
 from cnntrain.train.lr_finder import RangeTest, range_test, settle
 from cnntrain.train.optim import check_optimizer, make_optimizer
 from cnntrain.train.schedule import Schedule
@@ -96,21 +96,21 @@ class Components:
 
 
 def assemble(
-    settings: Settings, known: DataSpec | None = None, ranks: World = ALONE, resumes: bool = False
+    settings: Settings, known: DataSpec | None = None, world: World = SINGLE, resumes: bool = False
 ) -> Components:
     """Build everything that needs no data, and run the network on shapes alone.
 
     Args:
         known: facts that hold whatever the data say now (a checkpoint's: classes, mean and std).
-        ranks: the processes that train together.
+        world: the ranks that train together.
         resumes: the weights will come from a checkpoint, so pretrained weights are not loaded.
 
     Raises:
         UserError: a part can't be built, or the network does not fit its input; nothing has been read yet.
     """
-    prepare_torch(settings.threads, settings.deterministic, ranks)
+    prepare_torch(settings.threads, settings.deterministic, world)
     compute = choose_compute(
-        settings.device, settings.precision, settings.channels_last, ranks, settings.compile
+        settings.device, settings.precision, settings.channels_last, world, settings.compile
     )
     weights = None if known or resumes else pretrained_weights(settings)
     settings = follow_weights(settings, weights)
@@ -388,21 +388,24 @@ def build_training_parts(assembly: Components, data: Data) -> tuple[TrainingPlan
     Raises:
         UserError: no learning rate can be found.
     """
-    settings, count, ranks = assembly.settings, len(data.train), assembly.compute.ranks
+    settings, count, world = assembly.settings, len(data.train), assembly.compute.world
     if rate_is_sought := settings.optimizer.get("lr") == "auto":
         settings = assembly.settings = with_rate(settings, 1.0)  # stands in until it is found
     batch_size = settings.fixed_batch_size or find_batch_size(assembly, data)
     settings = assembly.settings = dataclasses.replace(settings, batch_size=batch_size)
     has_norm = has_batch_norm(assembly.model)
-    drop_last = has_norm and count > batch_size and leaves_one_image(count % batch_size, assembly.compute)
-    if drop_last:
+    rest, needed = count % batch_size, smallest_batch(has_norm, assembly.compute)
+    if count < world.size:
+        raise UserError(f"launch.devices: {count} training images are too few for {world.size} processes")
+    if drop_last := count > batch_size and 0 < rest < needed:
         log.info(
-            "the last batch of each epoch would leave BatchNorm a single image, which it can't use: left out"
-        )
-    if has_norm and ranks.count > 1 and assembly.compute.device.type != "cuda":
+            "the last batch of each epoch is left out: it has %d images, and %s at least %d", rest,
+            "BatchNorm needs" if has_norm else f"{world.size} processes need", needed,
+        )  # fmt: skip
+    if has_norm and world.size > 1 and assembly.compute.device.type != "cuda":
         log.info(
-            "BatchNorm on CPUs uses each process's own share of a batch (%d images), not all of it; GPUs synchronize",
-            batch_size // ranks.count,
+            "BatchNorm is not synchronized on CPUs: it normalizes each process's part of a batch (%d images) by itself",
+            batch_size // world.size,
         )
     batches = count // batch_size if drop_last else -(-count // batch_size)
     if settings.limit_batches is not None:
@@ -427,7 +430,7 @@ def build_training_parts(assembly: Components, data: Data) -> tuple[TrainingPlan
         limit_batches=settings.limit_batches,
         drop_last=drop_last,
         unfreeze_epoch=settings.model.get("unfreeze"),
-        processes=ranks.count,
+        processes=world.size,
     )
     if plan.unfreeze_epoch and (plan.unfreeze_epoch - 1) * steps_per_epoch >= plan.total_steps:
         log.warning("model.unfreeze=%d: the training ends before that epoch", plan.unfreeze_epoch)
@@ -435,8 +438,8 @@ def build_training_parts(assembly: Components, data: Data) -> tuple[TrainingPlan
     if rate_is_sought:
         # The leader alone tries them, as one process would.
         with stop_flag() as stop:
-            rate = settle(try_learning_rates(assembly, data, plan, stop)) if ranks.leads else None
-        settings = assembly.settings = with_rate(settings, ranks.tell(rate))
+            rate = settle(try_learning_rates(assembly, data, plan, stop)) if world.is_main else None
+        settings = assembly.settings = with_rate(settings, world.broadcast(rate))
     return plan, make_optimizer(settings, assembly.model, assembly.compute), schedule
 
 
@@ -444,10 +447,11 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-def leaves_one_image(rest: int, compute: Compute) -> bool:
-    """Whether a last batch of `rest` images leaves one to a BatchNorm by itself; GPUs' BatchNorms see all of them."""
-    count = 1 if compute.device.type == "cuda" else compute.ranks.count
-    return 0 < rest < 2 * count
+def smallest_batch(has_norm: bool, compute: Compute) -> int:
+    """Return the number of images that a batch needs so that each rank gets one, and each BatchNorm two."""
+    size = compute.world.size
+    shares = 1 if compute.device.type == "cuda" else size  # SyncBatchNorm uses the images of all ranks
+    return max(size, 2 * shares if has_norm else 1)
 
 
 def find_batch_size(assembly: Components, data: Data) -> int:
@@ -480,7 +484,7 @@ def try_learning_rates(
         ends_at: deadline in `time.monotonic()` seconds.
     """
     chosen, loader = assembly.settings.lr_find, assembly.loader(data.train, augmented=True)
-    compute = dataclasses.replace(assembly.compute, ranks=ALONE)
+    compute = dataclasses.replace(assembly.compute, world=SINGLE)
     plan = dataclasses.replace(plan, processes=1)
     try:
         return range_test(

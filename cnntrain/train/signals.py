@@ -1,4 +1,4 @@
-"""Signal handling: SIGINT, SIGTERM and SIGHUP set a flag that the loop reads after every batch.
+"""Signal handling: SIGINT, SIGTERM and SIGHUP set a flag that the loop reads after every step.
 
 A second SIGINT terminates the process immediately. SIGHUP is sent when a terminal or an ssh session closes. Under
 Slurm, SIGUSR1 sets the flag too; `sbatch --signal=USR1@60` sends it one minute before the time limit. A signal that was
@@ -12,37 +12,72 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+from torch import Tensor
+
 from cnntrain.errors import StoppedError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass
 class StopFlag:
-    """`number` of the signal that asked to stop, or None."""
+    """A request to stop.
+
+    Attributes:
+        number: of the signal that this process received, or None.
+        second_interrupt_kills: whether a second SIGINT terminates the process immediately.
+    """
 
     number: int | None = None
+    second_interrupt_kills: bool = True
 
     def check(self) -> None:
-        """Raises StoppedError when a signal has come."""
+        """Raise StoppedError if a signal was received."""
         if self.number is not None:
             raise StoppedError(self.number, f"stopped by {signal.Signals(self.number).name}")
 
 
+@dataclass
+class AgreedStop(StopFlag):
+    """A request to stop that all ranks of a training obey at the same step.
+
+    Attributes:
+        agreed: number of the signal after which all ranks stop, or None.
+    """
+
+    agreed: int | None = None
+
+    @property
+    def requests(self) -> list[float]:
+        """For each of `STOP_SIGNALS`, 1 if this rank received it; the sum over ranks is for `agree`."""
+        return [float(number == self.number) for number in STOP_SIGNALS]
+
+    def agree(self, requests: Tensor) -> None:
+        """Take note of the `requests` (4,) of all ranks."""
+        received = [number for number, count in zip(STOP_SIGNALS, requests.tolist(), strict=True) if count]
+        if self.agreed is None and received:
+            self.agreed = received[0]
+
+    def check(self) -> None:
+        if self.agreed is not None:
+            raise StoppedError(self.agreed, f"stopped by {signal.Signals(self.agreed).name}")
+
+
 @contextlib.contextmanager
 def stop_flag(flag: StopFlag | None = None) -> Iterator[StopFlag]:
-    """A flag (a new one unless given) that signals set while the block runs; the handlers before are restored after."""
+    """Let signals set `flag` (a new one by default) inside the context, then restore the previous handlers."""
     flag = StopFlag() if flag is None else flag
 
     def handle(number: int, frame: FrameType | None) -> None:
         flag.number = number
-        if signal.SIGINT in before:
+        if signal.SIGINT in before and flag.second_interrupt_kills:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next Ctrl-C terminates immediately
 
     before = {}
-    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in (*asking, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])):
+    for number in STOP_SIGNALS if "SLURM_JOB_ID" in os.environ else STOP_SIGNALS[:-1]:
         if signal.getsignal(number) is signal.SIG_IGN:
             continue
-        with contextlib.suppress(ValueError):  # not in the main thread: whoever owns it handles signals
+        with contextlib.suppress(ValueError):  # not in the main thread: the embedding program handles signals
             before[number] = signal.signal(number, handle)
     try:
         yield flag

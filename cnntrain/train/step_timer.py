@@ -222,8 +222,8 @@ class _Stamps(NullLogger):
         self.journal = journal
         self.seconds: list[float] = []
 
-    def reading(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
-        self.journal.reading(step, epoch, batch, values)
+    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
+        self.journal.log_step(step, epoch, batch, values)
         self.seconds.append(time.perf_counter())
 
 

@@ -118,7 +118,7 @@ RUN = {  # the functions, and how often a run calls each of them
     "cnntrain.train.loop:evaluate": 3,  # after an epoch's last step
     "cnntrain.train.checkpoint:CheckpointWriter.save": 9,
     "cnntrain.report.metrics:MetricsFile.append": 3,
-    "cnntrain.report.run_logger:RunLogger.saved": 3,
+    "cnntrain.report.run_logger:RunLogger.log_checkpoint": 3,
     "cnntrain.train.run:_judge": 2,
     "cnntrain.train.run_dir:RunDir.write_json": 2,
 }

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from cnntrain.train import checkpoint
+from cnntrain.train.watchdog import SILENCE_S
 
 pytestmark = pytest.mark.slow
 LONG = pytest.mark.long  # each of these starts and stops several processes
@@ -105,7 +105,7 @@ def test_the_same_losses_and_metrics_as_one_process(cnntrain, processes: int) ->
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=LONG)])
 def test_103_validation_images_are_counted_once_each(cnntrain, make_images, processes: int) -> None:
     """In batches of 5: the last one has 3 images, for 4 processes."""
-    make_images(splits=("train",), count=8)
+    make_images(splits=("train",), count=10)
     make_images(splits=("val",), count=52)
     next(Path("images/val/light").iterdir()).unlink()
     data = (
@@ -187,11 +187,14 @@ def test_nobody_outside_can_reach_it(cnntrain, started) -> None:
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=LONG)], ids=lambda n: n.name
 )
 @pytest.mark.parametrize(
-    "who", [pytest.param("launcher", marks=LONG), pytest.param("first", marks=LONG), "second"]
+    "who", [pytest.param("launcher", marks=LONG), pytest.param("first", marks=LONG), "second", "terminal"]
 )
 def test_a_signal_to_any_stops_all_at_the_same_step(cnntrain, started, number: int, who: str) -> None:
     process, ranks = started
-    os.kill({"launcher": process.pid, "first": ranks[0], "second": ranks[1]}[who], number)
+    if who == "terminal":  # Ctrl-C reaches all of them
+        os.killpg(process.pid, number)
+    else:
+        os.kill({"launcher": process.pid, "first": ranks[0], "second": ranks[1]}[who], number)
     said = cnntrain.end(process, 128 + number, timeout_s=30).stderr
     assert said.count(f"stopped by {signal.Signals(number).name} at step") == 1 and "error: " not in said
     assert gone(ranks)
@@ -199,34 +202,51 @@ def test_a_signal_to_any_stops_all_at_the_same_step(cnntrain, started, number: i
     assert f"at step {progress['step']};" in said
 
 
-@LONG
-def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(cnntrain, wait_for) -> None:
-    settings = (*TWO, "schedule=constant", "augment=crop", "checkpoint.every_steps=4")  # 6 steps an epoch
-    process, last = (
-        cnntrain.start(*settings, "epochs=1000000", "run_dir=run"),
-        Path("run/checkpoints/last.pt"),
-    )
-    Path("cut/checkpoints").mkdir(parents=True)
+def test_ranks_that_were_suspended_together_go_on(cnntrain, wait_for) -> None:
+    """Ctrl-Z for longer than any time limit, then `fg`."""
+    process = cnntrain.start(*ENDLESS, "launch.timeout_s=5")
+    wait_for(lambda: Path("run/metrics.csv").exists() and len(rows("run")) > 1, process)
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(SILENCE_S + 5)
+    before = len(rows("run"))
+    os.killpg(process.pid, signal.SIGCONT)
+    wait_for(lambda: len(rows("run")) > before + 3, process)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    cnntrain.end(process, 143, timeout_s=60)
 
-    def in_the_middle() -> bool:
-        if not last.exists():
-            return False
-        shutil.copy(last, "cut/checkpoints/last.pt")
-        return bool(checkpoint.load(Path("cut/checkpoints/last.pt"))["state"]["progress"]["batch"])
 
-    wait_for(in_the_middle, process)
-    process.kill()
-    epoch = checkpoint.load(Path("cut/checkpoints/last.pt"))["state"]["progress"]["epoch"]
-    settings = (*settings, f"epochs={epoch + 2}", "run_dir=cut", "resume=auto")
-    for count in (1, 4):
-        said = cnntrain(*settings, f"launch.devices={count}", code=2).stderr
-        assert f"in the middle of epoch {epoch + 1}" in said and "launch.devices=2" in said
-    cnntrain(*settings)
-    cnntrain(*settings, "run_dir=unbroken")
-    broken, unbroken = ({**rows(each)[-1]} for each in ("cut", "unbroken"))
-    assert broken == unbroken
-    for name, value in weights("unbroken").items():
-        assert torch.equal(weights("cut")[name], value), name
+@pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=LONG)])
+@pytest.mark.parametrize("model", ["mlp", "batchnorm_cnn"])
+def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(
+    cnntrain, model: str, count: int
+) -> None:
+    settings = (*TWO[1:-1], f"model={model}", f"launch.devices={count}", "schedule=constant", "augment=[crop,mixup]",
+                "ema_decay=0.9", "accumulate=2")  # fmt: skip
+    cnntrain(*settings, "epochs=3", "run_dir=unbroken")
+    cnntrain(*settings, "steps=5", "run_dir=run")  # of 3 an epoch
+    assert checkpoint.load(Path("run/checkpoints/last.pt"))["state"]["progress"]["batch"] == 4
+    for other in {1, 2, 4} - {count}:
+        said = cnntrain(
+            *settings, f"launch.devices={other}", "epochs=3", "run_dir=run", "resume=auto", code=2
+        ).stderr
+        assert f"launch.devices={count}" in said
+    cnntrain(*settings, "epochs=3", "run_dir=run", "resume=auto")
+    assert rows("run")[0] == rows("unbroken")[0] and rows("run")[-1] == rows("unbroken")[-1]
+    states = [checkpoint.load(Path(run) / "checkpoints/last.pt")["state"] for run in ("run", "unbroken")]
+    for part in ("model", "ema"):
+        assert all(torch.equal(states[0][part][name], value) for name, value in states[1][part].items())
+
+
+def test_a_last_batch_with_fewer_images_than_ranks_is_left_out(cnntrain) -> None:
+    """180 training images in batches of 179: one image is left."""
+    said = cnntrain(
+        *QUIET, "data.limit=200", "batch_size=179", "launch.devices=2", "epochs=2", "run_dir=run"
+    ).stderr
+    assert "the last batch of each epoch is left out" in said
+    assert [row["step"] for row in rows("run")] == [1, 2]
+    said = cnntrain(*QUIET, "data.limit=200", "data.val_fraction=0.995", "launch.devices=2", code=2).stderr
+    assert "launch.devices" in said
 
 
 @LONG

@@ -14,7 +14,7 @@ import torch
 from cnntrain.augment.geometry import HorizontalFlip, Shift
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.config.compose import read_settings
-from cnntrain.train.distributed import pack_states, states_of, unpack_state
+from cnntrain.train.distributed import gather_states, pack_states, unpack_state
 from cnntrain.train.evaluate import evaluate
 from cnntrain.train.loop import NullLogger, Trainer, train_epoch
 from cnntrain.train.nonfinite import NonFiniteGuard
@@ -80,11 +80,11 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
         training, validation = assembly.loader(data.train, augmented=True), assembly.loader(data.val)
         finite = NonFiniteGuard(assembly.compute.device, state.scaler is not None, AssertionError)
         trainer = Trainer(assembly.task, assembly.pipeline, assembly.compute, plan, training)
-        meter, ranks = assembly.task.meter(), assembly.compute.ranks
+        meter, world = assembly.task.meter(), assembly.compute.world
         train_epoch(trainer, state, meter, NullLogger(), finite, StopFlag())
         if resumed:
-            saved = {name: value.cpu() for name, value in pack_states(states_of(meter, ranks)).items()}
-            saved = unpack_state(saved, ranks)
+            saved = {name: value.cpu() for name, value in pack_states(gather_states(meter, world)).items()}
+            saved = unpack_state(saved, world)
             meter.load_state(saved, assembly.compute.device)
             assert all(cuda.holds(value) for value in meter.state().values())
             state.progress.batch = 0

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from cnntrain import compose, train
 from cnntrain.errors import DivergedError
 from cnntrain.train import checkpoint, loop
-from cnntrain.train.nonfinite import MOST_SKIPPED, SHOWN_EXAMPLES, NonFiniteGuard, step_unless, watch_layers
+from cnntrain.train.nonfinite import (
+    MAX_SKIPPED_STEPS,
+    SHOWN_EXAMPLES,
+    NonFiniteGuard,
+    step_unless,
+    watch_layers,
+)
 
 QUICK = (
     "model=mlp",
@@ -47,28 +53,28 @@ def test_a_skipped_update_changes_no_weight_and_the_next_one_works(name: str, fu
 def test_the_flag_stays_and_waits_for_nothing() -> None:
     meta = NonFiniteGuard(torch.device("meta"), False, explain)
     norm = torch.zeros((), device="meta")
-    meta.note(norm)
-    assert meta.skip(norm, 3).device.type == "meta"
+    meta.record(norm)
+    assert meta.should_skip(norm, 3).device.type == "meta"
     finite = NonFiniteGuard(torch.device("cpu"), False, explain)
     skipped = []
     for batch, norm in enumerate((1.0, float("inf"), 1.0, float("nan"))):
-        skipped.append(float(finite.skip(torch.tensor(norm), batch)))
+        skipped.append(float(finite.should_skip(torch.tensor(norm), batch)))
     assert skipped == [0, 1, 1, 1]
     with pytest.raises(DivergedError, match=r"^1$"):
-        finite.check()
+        finite.raise_if_bad()
 
 
 def test_with_scaled_gradients_only_twenty_skipped_steps_in_a_row_count() -> None:
     finite, overflow = NonFiniteGuard(torch.device("cpu"), True, explain), torch.tensor(float("inf"))
-    for batch in range(MOST_SKIPPED - 1):
-        assert finite.skip(overflow, batch) == 1
-    assert finite.skip(torch.tensor(1.0), 19) == 0
-    finite.check()
-    for batch in range(MOST_SKIPPED):
-        finite.skip(overflow, batch)
-    assert finite.skip(torch.tensor(1.0), 20) == 1, "sticky"
-    with pytest.raises(DivergedError, match=rf"^{MOST_SKIPPED - 1}$"):
-        finite.check()
+    for batch in range(MAX_SKIPPED_STEPS - 1):
+        assert finite.should_skip(overflow, batch) == 1
+    assert finite.should_skip(torch.tensor(1.0), 19) == 0
+    finite.raise_if_bad()
+    for batch in range(MAX_SKIPPED_STEPS):
+        finite.should_skip(overflow, batch)
+    assert finite.should_skip(torch.tensor(1.0), 20) == 1, "sticky"
+    with pytest.raises(DivergedError, match=rf"^{MAX_SKIPPED_STEPS - 1}$"):
+        finite.raise_if_bad()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -76,15 +82,15 @@ def test_with_scaled_gradients_only_twenty_skipped_steps_in_a_row_count() -> Non
 def test_a_loss_that_is_not_finite_is_found_at_the_end_of_its_step(value: float, scaled: bool) -> None:
     finite, good = NonFiniteGuard(torch.device("cpu"), scaled, explain), torch.tensor(1.0)
     for batch in (1, 3):
-        finite.note(torch.tensor(3e38))
-        assert finite.skip(good, batch) == 0
-    finite.check()
-    finite.note(good)
-    finite.note(torch.tensor(value))
-    assert finite.skip(good, 5) == 1
-    assert finite.skip(good, 7) == 1
+        finite.record(torch.tensor(3e38))
+        assert finite.should_skip(good, batch) == 0
+    finite.raise_if_bad()
+    finite.record(good)
+    finite.record(torch.tensor(value))
+    assert finite.should_skip(good, 5) == 1
+    assert finite.should_skip(good, 7) == 1
     with pytest.raises(DivergedError, match=r"^5$"):
-        finite.check()
+        finite.raise_if_bad()
 
 
 def test_the_advice_comes_before_a_few_of_the_examples(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ INSTANTS = {
     "before the row": (MetricsFile, "append", 2),
     "between row and checkpoint": (CheckpointWriter, "save", 9),
     "between last.pt and best.pt": (checkpoint, "write", 10),
-    "after the checkpoint": (RunLogger, "saved", 2),
+    "after the checkpoint": (RunLogger, "log_checkpoint", 2),
     "between the last step's checkpoint and its row": (MetricsFile, "append", 3),
     "before the results": (RunDir, "write_json", 2),
 }
@@ -232,16 +232,18 @@ def groups(run: str) -> list[dict[str, Any]]:
 
 def stop_at_end(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Stop the training once, after `step`, before the epoch that it ends is validated."""
-    original = loop.align
+    original = loop.check_replicas_equal
 
     def stopping(*arguments: Any) -> None:
-        monkeypatch.setattr(loop, "align", original)
+        monkeypatch.setattr(loop, "check_replicas_equal", original)
         if progress["step"] == step:
             raise StoppedError(15, "stopped")
 
     progress = {"step": step}
     calls = itertools.count(1)
-    monkeypatch.setattr(loop, "align", lambda *a: stopping(*a) if next(calls) == step // 9 else original(*a))
+    monkeypatch.setattr(
+        loop, "check_replicas_equal", lambda *a: stopping(*a) if next(calls) == step // 9 else original(*a)
+    )
 
 
 def spoil(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
