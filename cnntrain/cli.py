@@ -211,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"WORLD_SIZE", "SLURM_PROCID"} & os.environ.keys():  # DDP warns about find_unused_parameters
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     code = _run(arguments)
