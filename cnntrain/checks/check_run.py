@@ -43,14 +43,9 @@ from cnntrain.report.run_logger import statistics
 from cnntrain.report.table import print_findings
 from cnntrain.train.device import full_float32
 from cnntrain.train.optim import make_optimizer
+from cnntrain.train.parts import build_source
 from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
-from cnntrain.train.setup import (
-    Components,
-    assemble,
-    build_source,
-    build_training_parts,
-    try_learning_rates,
-)
+from cnntrain.train.setup import Components, assemble, build_training_parts, try_learning_rates
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.types import Finding
 

@@ -19,16 +19,16 @@ from cnntrain.summary.layer_table import ModelSummary, summarize
 from cnntrain.summary.preflight import preflight
 from cnntrain.summary.view import report
 from cnntrain.sweep.search_space import expand_grid
-from cnntrain.train.run_dir import open_run_dir
-from cnntrain.train.setup import (
+from cnntrain.train.parts import (
     build_pipeline,
     build_source,
     build_task,
-    follow_weights,
+    find_pretrained_weights,
     make_model,
-    pretrained_weights,
     size_remedy,
 )
+from cnntrain.train.run_dir import open_run_dir
+from cnntrain.train.setup import follow_weights
 
 log = logging.getLogger("cnntrain")
 
@@ -58,7 +58,7 @@ def summarize_model(settings: Settings) -> ModelSummary:
         UserError: the network cannot be built, or does not fit its input; names the layer.
     """
     options = settings.inspect
-    settings = follow_weights(settings, pretrained_weights(settings))
+    settings = follow_weights(settings, find_pretrained_weights(settings))
     source, _ = build_source(settings)
     spec = source.spec()
     pipeline = build_pipeline(settings, spec)

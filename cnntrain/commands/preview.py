@@ -30,8 +30,8 @@ from cnntrain.randomness import epoch_order
 from cnntrain.report.console import log_to_console
 from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.train.device import prepare_torch
+from cnntrain.train.parts import build_pipeline, build_source, with_configured_statistics
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.setup import build_pipeline, build_source, with_chosen_statistics
 from cnntrain.types import Batch
 
 log = logging.getLogger("cnntrain")
@@ -60,7 +60,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
         source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit, "none",
         chosen.scan, pipeline.magnification, chosen.bits,
     )  # fmt: skip
-    data.spec = with_chosen_statistics(data.spec, chosen)
+    data.spec = with_configured_statistics(data.spec, chosen)
     pipeline = build_pipeline(settings, data.spec)
     if pipeline.mixes_labels:
         log.info("preview: images are mixed with one another here; in a training with others of their batch")

@@ -18,8 +18,8 @@ from cnntrain.data.fingerprint import read_fingerprint
 from cnntrain.errors import UserError
 from cnntrain.report.expectations import NEUTRAL
 from cnntrain.sweep.search_space import SearchDimension, add_swept_keys, grid, read_space
+from cnntrain.train.parts import build_pipeline, build_source, build_task
 from cnntrain.train.resume import flatten_settings
-from cnntrain.train.setup import build_pipeline, build_source, build_task
 
 T = TypeVar("T")
 DRAWN_TRIALS = 20  # where the sampler draws and `sweep.trials` says nothing

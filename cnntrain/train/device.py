@@ -159,7 +159,13 @@ def skip_dynamo_import() -> None:
     """
     if "torch._dynamo" in sys.modules:
         return
-    owners = (Optimizer, DistributedDataParallel, torch._refs, torch._refs.nn.functional, torch._decomp.decompositions)
+    owners = (
+        Optimizer,
+        DistributedDataParallel,
+        torch._refs,
+        torch._refs.nn.functional,
+        torch._decomp.decompositions,
+    )
     for function in (value for owner in owners for value in vars(owner).values()):
         while isinstance(function, FunctionType):
             variables = function.__code__.co_freevars

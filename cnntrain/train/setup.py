@@ -1,36 +1,38 @@
 """From settings to the parts of a run: device, data, task, augmentation, model. Shared by the commands."""
 
 import dataclasses
-import inspect
 import logging
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
 
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.config.instantiate import build, resolve
-from cnntrain.config.schema import DataSettings, ModelSettings, Node, Settings, parse, split_common
+from cnntrain.config.schema import DataSettings, Settings
 from cnntrain.data.examples import Examples, Source
 from cnntrain.data.load import Data, align_labels, load_data
 from cnntrain.data.loader import Loader, make_loader
 from cnntrain.errors import UserError
-from cnntrain.models.modify import apply_model_settings, count_trainable, is_pretrained, materialize
-from cnntrain.models.pretrained import Preprocessing, Weights, find_weights
-from cnntrain.summary.design_warnings import SMALL_FIELD
-from cnntrain.summary.preflight import output_size, preflight
-from cnntrain.summary.trace import as_meta
+from cnntrain.models.modify import count_trainable, is_pretrained
+from cnntrain.models.pretrained import Preprocessing, Weights
 from cnntrain.tasks.task import Task
 from cnntrain.train.batch_size import choose_batch_size
-from cnntrain.train.checkpoint import validate_checkpoint
-from cnntrain.train.device import Compute, choose_compute, prepare_torch, seed_step
+from cnntrain.train.device import Compute, choose_compute, prepare_torch
 from cnntrain.train.distributed import SINGLE, World
 from cnntrain.train.lr_finder import RangeTest, range_test, settle
 from cnntrain.train.optim import check_optimizer, make_optimizer
+from cnntrain.train.parts import (
+    build_model,
+    build_pipeline,
+    build_schedule,
+    build_source,
+    build_task,
+    find_pretrained_weights,
+    split_data,
+    with_configured_statistics,
+)
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.train.state import TrainingPlan
@@ -112,20 +114,20 @@ def assemble(
     compute = choose_compute(
         settings.device, settings.precision, settings.channels_last, world, settings.compile
     )
-    weights = None if known or resumes else pretrained_weights(settings)
+    weights = None if known or resumes else find_pretrained_weights(settings)
     settings = follow_weights(settings, weights)
     source, _ = build_source(settings)
     facts = known or source.spec()
     settings = follow_statistics(settings, weights, facts.channels)
     _, data_settings = split_data(settings)
-    spec = known or with_chosen_statistics(facts, data_settings)
+    spec = known or with_configured_statistics(facts, data_settings)
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
     if pipeline.can_flip and not spec.hflip_ok:
         log.warning(
             "augment: a mirrored image of these data means something else (digits, text); take the flip out"
         )
-    model = build_model(settings, spec, task, pipeline.output_size, weights, advise=known is None)
+    model = build_model(settings, spec, task, pipeline.output_size, weights, show_warnings=known is None)
     if not known:
         check_optimization(settings, compute)
         log_frozen_layers(settings, model, resumes)
@@ -143,31 +145,6 @@ def check_optimization(settings: Settings, compute: Compute) -> None:
     """
     check_optimizer(settings, compute)
     build_schedule(settings, total_steps=1, steps_per_epoch=1)
-
-
-def build_schedule(settings: Settings, total_steps: int, steps_per_epoch: int) -> Schedule:
-    """Build the configured learning rate schedule."""
-    return build(
-        settings.schedule, "schedule", "schedule", settings.trusted_packages,
-        total_steps=total_steps, steps_per_epoch=steps_per_epoch,
-    )  # fmt: skip
-
-
-def pretrained_weights(settings: Settings) -> Weights | None:
-    """Return the weights that `model.pretrained` names; None if it is unset or the network loads them itself.
-
-    Raises:
-        UserError: the weights do not exist.
-    """
-    node, common = split_common(settings.model, ModelSettings)
-    pretrained = parse(ModelSettings, common, "model.").pretrained
-    return None if _loads_itself(settings, node) else find_weights(node, pretrained, validate_checkpoint)
-
-
-def _loads_itself(settings: Settings, node: Node) -> bool:
-    """Return True if the constructor of a user's network has the parameter `pretrained`."""
-    factory = resolve(node, "model", "model", settings.trusted_packages, pretrained=True)
-    return "pretrained" in getattr(factory, "keywords", {})
 
 
 def follow_weights(settings: Settings, weights: Weights | None) -> Settings:
@@ -221,162 +198,6 @@ def log_frozen_layers(settings: Settings, model: nn.Module, resumes: bool) -> No
         "model.freeze=%s without model.pretrained: %s of %s parameters are trainable, the others keep random weights; "
         "set model.pretrained (DEFAULT, a file, or a run folder), or set model.freeze=null",
         freeze, f"{trained:,}", f"{total:,}",
-    )  # fmt: skip
-
-
-def build_source(settings: Settings) -> tuple[Source, DataSettings]:
-    """Build the data source without reading any data, and the settings common to all data sources.
-
-    Raises:
-        UserError: `data` does not name a data source, or a key is invalid.
-    """
-    node, common = split_data(settings)
-    factory = resolve(node, "data", "data", settings.trusted_packages)
-    target = factory.func if isinstance(factory, partial) else factory
-    if inspect.isclass(target) and not _is_source(target):
-        raise _no_source(node["_target_"], target)
-    source = build(node, "data", "data", settings.trusted_packages)
-    if not _is_source(source):
-        raise _no_source(node["_target_"], type(source))
-    return source, common
-
-
-def split_data(settings: Settings) -> tuple[Node, DataSettings]:
-    """Split `data` into the source's own arguments and the common settings; drop `size` if null (source's default)."""
-    node, common = split_common(settings.data, DataSettings)
-    node = {key: value for key, value in node.items() if (key, value) != ("size", None)}
-    return node, parse(DataSettings, common, "data.")
-
-
-def _is_source(candidate: object) -> bool:
-    return all(callable(getattr(candidate, name, None)) for name in ("spec", "load"))
-
-
-def _no_source(path: str, found: type) -> UserError:
-    kind = "a torch Dataset" if issubclass(found, Dataset) else f"not a data source ({found.__name__})"
-    return UserError(
-        f"data._target_: {path} is {kind}; it must be a cnntrain.data.examples.Source: a class with spec(), which "
-        'returns a DataSpec, and load(), which returns {"train": Examples(images, {"label": labels}, names)} with '
-        'uint8 images (N, C, H, W); the README has an example under "Your own network, data, augmentation"'
-    )
-
-
-def with_chosen_statistics(spec: DataSpec, chosen: DataSettings) -> DataSpec:
-    """The facts with the mean and standard deviation that the config gives, if it gives any."""
-    if chosen.mean is None and chosen.std is None:
-        return spec
-    for key, values in (("mean", chosen.mean), ("std", chosen.std)):
-        good = values is not None and len(values) == spec.channels and all(0 <= v <= 1 for v in values)
-        if not good or (key == "std" and 0 in (values or ())):
-            raise UserError(
-                f"data.{key}: must be {spec.channels} numbers from 0 to 1, one per channel, got {values!r}"
-            )
-    return spec.with_statistics(tuple(chosen.mean or ()), tuple(chosen.std or ()))
-
-
-def build_task(settings: Settings, spec: DataSpec, pipeline: Pipeline) -> Task:
-    """The task, for images of the size that leaves the pipeline."""
-    height, width = pipeline.output_size
-    seen = dataclasses.replace(spec, height=height, width=width)
-    return build(settings.task, "task", "task", settings.trusted_packages, spec=seen)
-
-
-def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
-    """The configured augmentations, for images as `spec` has them."""
-    nodes = dict(settings.augment)
-    border = nodes.pop("border", "zero")
-    built = {
-        name: build(node, "augment", f"augment.{name}", settings.trusted_packages)
-        for name, node in nodes.items()
-    }
-    return Pipeline(spec, built, border=border)
-
-
-def make_model(
-    settings: Settings,
-    channels: int,
-    num_outputs: int,
-    image_size: tuple[int, int],
-    weights: Weights | None = None,
-    outputs: tuple[str, ...] = (),
-) -> nn.Module:
-    """Build the configured network for images of `channels` x `image_size`; uses torch's global random generator.
-
-    Args:
-        weights: pretrained weights to load.
-        outputs: names of the classes or keypoints.
-
-    Raises:
-        UserError: the network cannot be built, or the result is not an `nn.Module`.
-    """
-    node, common = split_common(settings.model, ModelSettings)
-    model_settings = parse(ModelSettings, common, "model.")
-    pretrained = model_settings.pretrained
-    facts = {
-        "in_channels": channels,
-        "num_outputs": num_outputs,
-        "num_classes": num_outputs,
-        "image_size": image_size,
-        # For networks that load pretrained weights themselves; false overrides a default of true.
-        **({} if pretrained is None else {"pretrained": pretrained or None}),
-    }
-    model = build(node, "model", "model", settings.trusted_packages, **facts)
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"model._target_: {node['_target_']} returns a {type(model).__name__}, not a torch.nn.Module; give the "
-            "class of a network, or a function that returns a network"
-        )
-    if pretrained and weights is None and _loads_itself(settings, node):
-        model.pretrained_from = str(pretrained)  # type: ignore[assignment]
-    materialize(model, channels, image_size)
-    return apply_model_settings(
-        model, model_settings, weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size
-    )
-
-
-def build_model(
-    settings: Settings,
-    spec: DataSpec,
-    task: Task,
-    image_size: tuple[int, int],
-    weights: Weights | None = None,
-    advise: bool = True,
-) -> nn.Module:
-    """Build the network and check its shapes without data.
-
-    Its initial weights depend only on the seed, except for layers loaded from the pretrained `weights`.
-
-    Args:
-        advise: warn about probable design mistakes; False for a network that is already trained.
-
-    Raises:
-        UserError: a layer does not fit its input, or the outputs are not what the task needs.
-    """
-    seed_step(settings.seed, "weights")
-    outputs = spec.classes or spec.keypoints
-    model = make_model(settings, spec.channels, task.num_outputs, image_size, weights, outputs)
-    findings = preflight(
-        model, spec.channels, image_size, task.output_shape(), batch_size=min(settings.fixed_batch_size or 32, 32),
-        classification=bool(spec.classes) and not spec.keypoints, name=settings.model.get("name"),
-    )  # fmt: skip
-    for finding in findings:
-        if finding.verdict == "FAIL":
-            raise UserError(
-                f"{finding.evidence}\n{size_remedy(finding.remedy, 'data.size', 'size' in settings.data)}"
-            )
-        # `inspect` reports the receptive field.
-        if advise and finding.verdict == "WARN" and finding.name != SMALL_FIELD:
-            log.warning("%s: %s", finding.evidence, finding.remedy)
-    if spec.per_pixel and task.output_shape() is not None:
-        shapes = as_meta(model).eval()
-        task.settle(lambda size: output_size(shapes, spec.channels, size), [image_size, spec.image_size])
-    return model
-
-
-def size_remedy(remedy: str, key: str, there: bool) -> str:
-    """Pre-flight's advice with the key that sets the image size here, or without it where there is none."""
-    return re.sub(r"set data\.size=(\d+)", rf"set {key}=\1", remedy) if there else re.sub(
-        r"set data\.size=\d+(, | or )?", "", remedy
     )  # fmt: skip
 
 

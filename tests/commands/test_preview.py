@@ -12,7 +12,7 @@ from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
 from cnntrain.plots.previews import sides_of
 from cnntrain.randomness import epoch_order
-from cnntrain.train.setup import build_pipeline, build_source
+from cnntrain.train.parts import build_pipeline, build_source
 from cnntrain.types import DataSpec
 
 SMALL = ["preview.images=2", "preview.epochs=2", "threads=1", "run_dir=out"]

@@ -1,0 +1,214 @@
+"""Build single parts of a run from settings: data source, task, augmentation pipeline, network, schedule.
+
+Nothing here reads data.
+"""
+
+import dataclasses
+import inspect
+import logging
+import re
+from functools import partial
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from cnntrain.augment.pipeline import Pipeline
+from cnntrain.config.instantiate import build, resolve
+from cnntrain.config.schema import DataSettings, ModelSettings, Node, Settings, parse, split_common
+from cnntrain.data.examples import Source
+from cnntrain.errors import UserError
+from cnntrain.models.modify import apply_model_settings, materialize
+from cnntrain.models.pretrained import Weights, find_weights
+from cnntrain.summary.design_warnings import SMALL_FIELD
+from cnntrain.summary.preflight import output_size, preflight
+from cnntrain.summary.trace import as_meta
+from cnntrain.tasks.task import Task
+from cnntrain.train.checkpoint import validate_checkpoint
+from cnntrain.train.device import seed_step
+from cnntrain.train.schedule import Schedule
+from cnntrain.types import DataSpec
+
+log = logging.getLogger("cnntrain")
+
+
+def build_source(settings: Settings) -> tuple[Source, DataSettings]:
+    """Build the data source without reading any data; return it with the settings common to all data sources.
+
+    Raises:
+        UserError: `data` does not name a data source, or a key is invalid.
+    """
+    node, common = split_data(settings)
+    factory = resolve(node, "data", "data", settings.trusted_packages)
+    target = factory.func if isinstance(factory, partial) else factory
+    if inspect.isclass(target) and not _is_source(target):
+        raise _not_a_source(node["_target_"], target)
+    source = build(node, "data", "data", settings.trusted_packages)
+    if not _is_source(source):
+        raise _not_a_source(node["_target_"], type(source))
+    return source, common
+
+
+def split_data(settings: Settings) -> tuple[Node, DataSettings]:
+    """Split `data` into the source's own arguments and the common settings; drop `size` if null (source's default)."""
+    node, common = split_common(settings.data, DataSettings)
+    node = {key: value for key, value in node.items() if (key, value) != ("size", None)}
+    return node, parse(DataSettings, common, "data.")
+
+
+def _is_source(candidate: object) -> bool:
+    return all(callable(getattr(candidate, name, None)) for name in ("spec", "load"))
+
+
+def _not_a_source(path: str, cls: type) -> UserError:
+    kind = "a torch Dataset" if issubclass(cls, Dataset) else f"not a data source ({cls.__name__})"
+    return UserError(
+        f"data._target_: {path} is {kind}; it must be a cnntrain.data.examples.Source: a class with spec(), which "
+        'returns a DataSpec, and load(), which returns {"train": Examples(images, {"label": labels}, names)} with '
+        'uint8 images (N, C, H, W); the README has an example under "Your own network, data, augmentation"'
+    )
+
+
+def with_configured_statistics(spec: DataSpec, chosen: DataSettings) -> DataSpec:
+    """Return the spec with `data.mean` and `data.std`, if they are set."""
+    if chosen.mean is None and chosen.std is None:
+        return spec
+    for key, values in (("mean", chosen.mean), ("std", chosen.std)):
+        valid = values is not None and len(values) == spec.channels and all(0 <= v <= 1 for v in values)
+        if not valid or (key == "std" and 0 in (values or ())):
+            raise UserError(
+                f"data.{key}: must be {spec.channels} numbers from 0 to 1, one per channel, got {values!r}"
+            )
+    return spec.with_statistics(tuple(chosen.mean or ()), tuple(chosen.std or ()))
+
+
+def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
+    """Build the configured augmentations for images described by `spec`."""
+    nodes = dict(settings.augment)
+    border = nodes.pop("border", "zero")
+    augmentations = {
+        name: build(node, "augment", f"augment.{name}", settings.trusted_packages)
+        for name, node in nodes.items()
+    }
+    return Pipeline(spec, augmentations, border=border)
+
+
+def build_task(settings: Settings, spec: DataSpec, pipeline: Pipeline) -> Task:
+    """Build the task for images of the pipeline's output size."""
+    height, width = pipeline.output_size
+    spec = dataclasses.replace(spec, height=height, width=width)
+    return build(settings.task, "task", "task", settings.trusted_packages, spec=spec)
+
+
+def build_schedule(settings: Settings, total_steps: int, steps_per_epoch: int) -> Schedule:
+    """Build the configured learning rate schedule."""
+    facts = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+    return build(settings.schedule, "schedule", "schedule", settings.trusted_packages, **facts)
+
+
+def find_pretrained_weights(settings: Settings) -> Weights | None:
+    """Find the weights that `model.pretrained` names; None if it is unset or the network loads them itself.
+
+    Raises:
+        UserError: the weights do not exist.
+    """
+    node, common = split_common(settings.model, ModelSettings)
+    pretrained = parse(ModelSettings, common, "model.").pretrained
+    return None if _loads_pretrained(settings, node) else find_weights(node, pretrained, validate_checkpoint)
+
+
+def _loads_pretrained(settings: Settings, node: Node) -> bool:
+    """Return True if the constructor of a user's network has the parameter `pretrained`."""
+    factory = resolve(node, "model", "model", settings.trusted_packages, pretrained=True)
+    return "pretrained" in getattr(factory, "keywords", {})
+
+
+def make_model(
+    settings: Settings,
+    channels: int,
+    num_outputs: int,
+    image_size: tuple[int, int],
+    weights: Weights | None = None,
+    outputs: tuple[str, ...] = (),
+) -> nn.Module:
+    """Build the configured network for images of `channels` x `image_size`; uses torch's global random generator.
+
+    Args:
+        weights: pretrained weights to load.
+        outputs: names of the classes or keypoints.
+
+    Raises:
+        UserError: the network cannot be built, or the result is not an `nn.Module`.
+    """
+    node, common = split_common(settings.model, ModelSettings)
+    model_settings = parse(ModelSettings, common, "model.")
+    pretrained = model_settings.pretrained
+    facts = {
+        "in_channels": channels,
+        "num_outputs": num_outputs,
+        "num_classes": num_outputs,
+        "image_size": image_size,
+        # For networks that load pretrained weights themselves; false overrides a default of true.
+        **({} if pretrained is None else {"pretrained": pretrained or None}),
+    }
+    model = build(node, "model", "model", settings.trusted_packages, **facts)
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model._target_: {node['_target_']} returns a {type(model).__name__}, not a torch.nn.Module; give the "
+            "class of a network, or a function that returns a network"
+        )
+    if pretrained and weights is None and _loads_pretrained(settings, node):
+        model.pretrained_from = str(pretrained)  # type: ignore[assignment]
+    materialize(model, channels, image_size)
+    return apply_model_settings(
+        model, model_settings, weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size
+    )
+
+
+def build_model(
+    settings: Settings,
+    spec: DataSpec,
+    task: Task,
+    image_size: tuple[int, int],
+    weights: Weights | None = None,
+    show_warnings: bool = True,
+) -> nn.Module:
+    """Build the network and check its shapes without data.
+
+    Its initial weights depend only on the seed, except for layers loaded from the pretrained `weights`.
+
+    Args:
+        show_warnings: log probable design mistakes; False for a network that is already trained.
+
+    Raises:
+        UserError: a layer does not fit its input, or the outputs are not what the task needs.
+    """
+    seed_step(settings.seed, "weights")
+    outputs = spec.classes or spec.keypoints
+    model = make_model(settings, spec.channels, task.num_outputs, image_size, weights, outputs)
+    findings = preflight(
+        model,
+        spec.channels,
+        image_size,
+        task.output_shape(),
+        batch_size=min(settings.fixed_batch_size or 32, 32),
+        classification=bool(spec.classes) and not spec.keypoints,
+        name=settings.model.get("name"),
+    )
+    for finding in findings:
+        if finding.verdict == "FAIL":
+            remedy = size_remedy(finding.remedy, "data.size", "size" in settings.data)
+            raise UserError(f"{finding.evidence}\n{remedy}")
+        # `inspect` reports the receptive field.
+        if show_warnings and finding.verdict == "WARN" and finding.name != SMALL_FIELD:
+            log.warning("%s: %s", finding.evidence, finding.remedy)
+    if spec.per_pixel and task.output_shape() is not None:
+        meta_model = as_meta(model).eval()
+        task.settle(lambda size: output_size(meta_model, spec.channels, size), [image_size, spec.image_size])
+    return model
+
+
+def size_remedy(remedy: str, key: str, exists: bool) -> str:
+    """Replace `data.size` in a remedy of the shape check by the key of the image size, or remove it if none exists."""
+    if exists:
+        return re.sub(r"set data\.size=(\d+)", rf"set {key}=\1", remedy)
+    return re.sub(r"set data\.size=\d+(, | or )?", "", remedy)
