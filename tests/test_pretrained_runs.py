@@ -368,7 +368,7 @@ def test_a_network_that_loads_its_weights_by_itself_is_left_to_it(tmp_path: Path
     assert given() is True
     assert given("model.pretrained=somewhere.pt", FREEZE) == "somewhere.pt"
     assert given("model.pretrained=false") is None
-    with pytest.raises(UserError, match=r"model\.init=he would throw"):
+    with pytest.raises(UserError, match=r"model\.init=he\b"):
         given("model.pretrained=somewhere.pt", "model.init=he")
     with pytest.raises(UserError, match=r"model\._target_: selfmade\.nothing returns a int"):
         assemble(compose("model=none", "data=digits", config_dir=tmp_path / "conf"))
