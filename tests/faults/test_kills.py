@@ -1,4 +1,4 @@
-"""Killed at any instant, and several at once: nothing is lost, nobody gets in another's way."""
+"""Killed processes and concurrent processes: no state is lost, and runs do not overwrite each other."""
 
 import csv
 import json
@@ -17,8 +17,8 @@ import torch
 from tests.runs import assert_same_run
 
 STEPS = 12
-# AdamW over 5.6 million weights: a state of 64 MiB, which takes a while to write.
-PADDED = ("model=mlp", "model.values.width=75000", f"steps={STEPS}", "batch_size=16", "checkpoint.every_steps=1",
+# AdamW with 5.6 million weights: a checkpoint of 64 MiB, so that writing it takes a measurable time.
+LARGE = ("model=mlp", "model.values.width=75000", f"steps={STEPS}", "batch_size=16", "checkpoint.every_steps=1",
           "data.limit=120", "threads=1", "log.figures=false", "log.tensorboard=false")  # fmt: skip
 
 
@@ -40,36 +40,36 @@ def assert_same_bits(run: str, other: str) -> None:
 @pytest.mark.parametrize(
     "kills", [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)]
 )
-def test_killed_at_random_instants_a_run_ends_with_the_same_bits(cnntrain, kills: int) -> None:
+def test_a_run_killed_at_random_times_ends_with_the_same_bits(cnntrain, kills: int) -> None:
     started = time.monotonic()
-    cnntrain(*PADDED, "run_dir=whole")
+    cnntrain(*LARGE, "run_dir=whole")
     whole_s = time.monotonic() - started
     assert Path("whole/checkpoints/last.pt").stat().st_size > 64 * 2**20
-    draw = random.Random(kills)
+    rng = random.Random(kills)
     last, resumed = Path("run/checkpoints/last.pt"), 0
     for _ in range(kills):
         if last.exists() and torch.load(last, weights_only=True)["state"]["progress"]["finished"]:
-            last.unlink()  # finished before its kill came: begin again
-        process = cnntrain.start(*PADDED, "run_dir=run", "resume=auto")
+            last.unlink()  # finished before the kill: start again
+        process = cnntrain.start(*LARGE, "run_dir=run", "resume=auto")
         try:
-            # Most of a run's time is its start, where there is nothing to break: aim at the rest.
-            process.wait(whole_s * draw.uniform(0.6, 1.05))
+            # Startup takes most of the time and writes nothing: kill after it.
+            process.wait(whole_s * rng.uniform(0.6, 1.05))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-        _, said = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), said
-        resumed += "resume: state from" in said
-    done = cnntrain(*PADDED, "run_dir=run", "resume=auto")
+        _, stderr = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), stderr
+        resumed += "resume: state from" in stderr
+    done = cnntrain(*LARGE, "run_dir=run", "resume=auto")
     assert_same_bits("run", "whole")
     assert sorted(p.name for p in last.parent.iterdir()) == ["best.pt", "last.pt"], (
-        "temporaries of dead runs are removed"
+        "temporary files of killed processes are removed"
     )
     print(f"{kills} kills, {resumed} resumed; {done.stderr.splitlines()[0]}")
 
 
 @dataclass(frozen=True)
 class Kill:
-    """The instant of a SIGKILL: the `call`-th call of a function of the program, see kill_runner.py."""
+    """The time of a SIGKILL: the `call`-th call of a function of the program; see kill_runner.py."""
 
     at: str
     call: int
@@ -78,7 +78,7 @@ class Kill:
 
 
 class Runner:
-    """Runs the command in forks of one process, so that each begins at once."""
+    """Run the command in forks of one process, which start without importing torch again."""
 
     def __init__(self) -> None:
         command = [sys.executable, str(Path(__file__).with_name("kill_runner.py"))]
@@ -99,23 +99,23 @@ def runner() -> Iterator[Runner]:
     runner.process.communicate()
 
 
-# Six steps an epoch; every second one is saved. Functions are named where they are called.
+# Six steps per epoch; every second one is saved. Functions are named by the module that calls them.
 SMALL = ("model=mlp", "model.values.width=8", "data.limit=200", "batch_size=32", "epochs=3", "ema_decay=0.9",
          "checkpoint.every_steps=2", "checkpoint.keep=2", "threads=1", "device=cpu", "precision=fp32",
          "log.tensorboard=false")  # fmt: skip
 MODES = {
     "plain": (*SMALL, "log.figures=false"),
-    "pictures": SMALL,
+    "figures": SMALL,
     "ranks": (*SMALL, "log.figures=false", "launch.devices=2"),
     "sweep": (*SMALL, "log.figures=false", "epochs=2", "-m", "optimizer.lr=0.001,0.01"),
-    "sweep of workers": (*SMALL, "log.figures=false", "-m", "optimizer.lr=0.001,0.01", "sweep.jobs=2"),
+    "parallel sweep": (*SMALL, "log.figures=false", "-m", "optimizer.lr=0.001,0.01", "sweep.jobs=2"),
 }
-RUN = {  # the functions, and how often a run calls each of them
-    "cnntrain.io.safe_files:os.replace": 22,  # of every file that is written whole
-    "cnntrain.io.safe_files:os.fsync": 30,  # when it is written and not yet in place
+RUN = {  # function: number of calls in a run
+    "cnntrain.io.safe_files:os.replace": 22,  # of every file that is written atomically
+    "cnntrain.io.safe_files:os.fsync": 30,  # between writing and renaming
     "cnntrain.train.checkpoint:write": 16,
     "cnntrain.train.loop:set_learning_rate": 18,
-    "cnntrain.train.loop:evaluate": 3,  # after an epoch's last step
+    "cnntrain.train.loop:evaluate": 3,  # after the last step of an epoch
     "cnntrain.train.checkpoint:CheckpointWriter.save": 9,
     "cnntrain.report.metrics:MetricsFile.append": 3,
     "cnntrain.report.run_logger:RunLogger.log_checkpoint": 3,
@@ -131,24 +131,24 @@ RESUMING = {
 }
 OF_MODE = {
     "plain": RUN | RESUMING,
-    "pictures": {"cnntrain.report.run_logger:save": 5},
+    "figures": {"cnntrain.report.run_logger:save": 5},
     "ranks": RUN | RESUMING,
     "sweep": RUN
     | RESUMING
     | {"cnntrain.sweep.study:Study.record": 2, "cnntrain.sweep.sweep_run:make_report": 1},
-    "sweep of workers": {name: RUN[name] for name in RUN if "files" not in name},
+    "parallel sweep": {name: RUN[name] for name in RUN if "files" not in name},
 }
 
 
 def finish(runner: Runner, mode: str, folder: str, *kills: Kill) -> int:
-    """Run to the end, after a kill at each of the instants that are reached; how many were."""
-    asked, killed = (*MODES[mode], f"run_dir={folder}", "resume=auto"), 0
+    """Run with each of the kills, then to the end; return the number of kills whose call was reached."""
+    words, killed = (*MODES[mode], f"run_dir={folder}", "resume=auto"), 0
     for kill in kills:
-        code = runner(*asked, kill=kill)
-        # A rank that is killed ends the others, with exit code 4.
+        code = runner(*words, kill=kill)
+        # The other ranks end with exit code 4 if a rank is killed.
         assert code in (0, 4 if mode == "ranks" else -signal.SIGKILL), Path("log.txt").read_text()
         killed += code != 0
-    assert runner(*asked) == 0, Path("log.txt").read_text()
+    assert runner(*words) == 0, Path("log.txt").read_text()
     return killed
 
 
@@ -158,8 +158,8 @@ def assert_same(mode: str, folder: str, whole: str = "whole") -> None:
     assert len(runs) == (2 if "sweep" in mode else 1)
     for run in runs:
         assert_same_run(Path(whole, run), Path(folder, run), names)
-        left = {path.name for path in Path(folder, run).rglob("*") if path.is_file()}
-        assert left == {path.name for path in Path(whole, run).rglob("*") if path.is_file()}
+        names_left = {path.name for path in Path(folder, run).rglob("*") if path.is_file()}
+        assert names_left == {path.name for path in Path(whole, run).rglob("*") if path.is_file()}
     if "sweep" in mode:
         assert ranking(folder) == ranking(whole)
 
@@ -174,7 +174,7 @@ def ranking(folder: str) -> list[dict[str, str]]:
 
 
 SAMPLE = {
-    "in a checkpoint's write": (
+    "while writing a checkpoint": (
         "plain",
         (Kill("cnntrain.io.safe_files:os.replace", 5), Kill("cnntrain.io.safe_files:os.fsync", 9)),
     ),
@@ -192,18 +192,18 @@ SAMPLE = {
             Kill("cnntrain.commands.train:resume", 1, "after"),
         ),
     ),
-    "in the pictures": ("pictures", (Kill("cnntrain.report.run_logger:save", 3),)),
+    "while drawing figures": ("figures", (Kill("cnntrain.report.run_logger:save", 3),)),
     "in a sweep": (
         "sweep",
         (Kill("cnntrain.report.metrics:MetricsFile.append", 3), Kill("cnntrain.sweep.study:Study.record", 1)),
     ),
-    "of two ranks": ("ranks", (Kill("cnntrain.report.metrics:MetricsFile.append", 2, whom="process"),)),
+    "with two ranks": ("ranks", (Kill("cnntrain.report.metrics:MetricsFile.append", 2, whom="process"),)),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
-def test_killed_at_a_chosen_instant_it_ends_as_if_unbroken(name: str, runner: Runner) -> None:
+def test_a_run_killed_at_a_chosen_call_ends_like_an_unbroken_run(name: str, runner: Runner) -> None:
     mode, kills = SAMPLE[name]
     finish(runner, mode, "whole")
     assert finish(runner, mode, "broken", *kills) == len(kills)
@@ -213,27 +213,27 @@ def test_killed_at_a_chosen_instant_it_ends_as_if_unbroken(name: str, runner: Ru
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("mode", "kills"),
-    [("plain", 60), ("pictures", 10), ("sweep", 15), ("ranks", 10), ("sweep of workers", 5)],
+    [("plain", 60), ("figures", 10), ("sweep", 15), ("ranks", 10), ("parallel sweep", 5)],
 )
-def test_a_hundred_kills_at_drawn_instants(mode: str, kills: int, runner: Runner) -> None:
-    """One to three kills a run, some of them while it resumes."""
-    draw, done, runs = random.Random(kills), 0, 0
+def test_a_hundred_kills_at_random_calls(mode: str, kills: int, runner: Runner) -> None:
+    """One to three kills per run, some of them while it resumes."""
+    rng, done, runs = random.Random(kills), 0, 0
     finish(runner, mode, "whole")
     while done < kills:
-        asked = []
-        for _ in range(min(draw.randint(1, 3), kills - done)):
-            at, most = draw.choice(list(OF_MODE[mode].items()))
+        planned = []
+        for _ in range(min(rng.randint(1, 3), kills - done)):
+            at, most = rng.choice(list(OF_MODE[mode].items()))
             whom = "process" if mode == "ranks" else "group"
-            asked.append(Kill(at, draw.randint(1, most), draw.choice(("before", "after")), whom))
+            planned.append(Kill(at, rng.randint(1, most), rng.choice(("before", "after")), whom))
         runs += 1
-        killed = finish(runner, mode, f"run{runs}", *asked)
+        killed = finish(runner, mode, f"run{runs}", *planned)
         done += killed
         assert_same(mode, f"run{runs}")
     print(f"{mode}: {done} kills of {runs} runs")
 
 
 @pytest.mark.slow
-def test_the_second_process_in_a_folder_is_refused_and_a_dead_ones_lock_is_free(cnntrain, wait_for) -> None:
+def test_a_second_process_is_rejected_until_the_first_is_dead(cnntrain, wait_for) -> None:
     endless = (*cnntrain.quick, "epochs=1000000", "run_dir=run", "resume=auto")
     first = cnntrain.start(*endless)
     wait_for(Path("run/checkpoints/last.pt").exists, first)
@@ -248,7 +248,7 @@ def test_the_second_process_in_a_folder_is_refused_and_a_dead_ones_lock_is_free(
 
 
 @pytest.mark.slow
-def test_four_runs_started_at_once_have_a_folder_each(cnntrain) -> None:
+def test_runs_started_at_the_same_time_have_separate_folders(cnntrain) -> None:
     runs = [cnntrain.start(*cnntrain.quick, "epochs=1") for _ in range(4)]
     for run in runs:
         cnntrain.end(run, 0)

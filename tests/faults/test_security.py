@@ -1,4 +1,4 @@
-"""Nobody gets in: what a config may name, what a YAML file may cost, what listens."""
+"""Security: targets in configs, resource limits of YAML files, and network access."""
 
 import os
 import subprocess
@@ -30,13 +30,13 @@ NAMED = {
 
 
 @pytest.mark.parametrize("what", NAMED)
-def test_a_target_must_suit_its_slot(cnntrain, what: str) -> None:
+def test_targets_of_another_kind_are_rejected(cnntrain, what: str) -> None:
     override, expected = NAMED[what]
     Path("evil.py").write_text(TOUCH)
     assert expected in cnntrain.refused("threads=1", override) and not Path("touched").exists()
 
 
-def test_trust_is_given_on_the_command_line_alone(cnntrain) -> None:
+def test_packages_are_trusted_only_on_the_command_line(cnntrain) -> None:
     Path("evil.py").write_text(TOUCH)
     Path("own/experiment").mkdir(parents=True)
     Path("own/experiment/given.yaml").write_text(
@@ -65,7 +65,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("what", FILES)
-def test_a_bad_yaml_file_is_told_with_its_line_in_seconds(cnntrain, what: str) -> None:
+def test_an_invalid_yaml_file_is_rejected_within_seconds(cnntrain, what: str) -> None:
     content, expected = FILES[what]
     Path("own/model").mkdir(parents=True)
     Path("own/model/bad.yaml").write_text(content, errors="surrogateescape")
@@ -74,7 +74,7 @@ def test_a_bad_yaml_file_is_told_with_its_line_in_seconds(cnntrain, what: str) -
     assert expected in said and time.monotonic() - started < 30
 
 
-def test_a_pipe_in_a_config_folder_is_refused(cnntrain) -> None:
+def test_special_files_in_a_config_folder_are_rejected(cnntrain) -> None:
     Path("own/model").mkdir(parents=True)
     os.mkfifo("own/model/bad.yaml")
     assert "bad.yaml: is no regular file" in cnntrain.refused("--config-dir", "own", "model=bad")
@@ -86,7 +86,7 @@ def test_a_pipe_in_a_config_folder_is_refused(cnntrain) -> None:
 
 
 def listeners(pid: int) -> list[str]:
-    """Internet sockets of the process's network namespace, whatever their state."""
+    """Return the internet sockets in the process's network namespace, in any state."""
     found = []
     for table in ("tcp", "tcp6", "udp", "udp6"):
         path = Path(f"/proc/{pid}/net/{table}")
@@ -94,12 +94,12 @@ def listeners(pid: int) -> list[str]:
     return found
 
 
-def test_a_run_needs_no_network_and_listens_to_nobody(cnntrain, make_images, inside_namespace) -> None:
-    """In a network namespace that has not even a loopback: any socket that is opened shows in its tables."""
-    alone = inside_namespace("true", "--net")
+def test_a_run_opens_no_sockets(cnntrain, make_images, inside_namespace) -> None:
+    """The run has its own network namespace without loopback, whose tables list every open socket."""
+    isolated = inside_namespace("true", "--net")
     run = cnntrain.start(
         "model=mlp", "threads=1", "data=image_folder", f"data.root={make_images(count=30)}", "data.size=8",
-        "data.cache=none", "data.workers=2", "epochs=3", "run_dir=run", around=alone,
+        "data.cache=none", "data.workers=2", "epochs=3", "run_dir=run", around=isolated,
     )  # fmt: skip
     seen, looked = [], 0
     while run.poll() is None:
@@ -110,5 +110,5 @@ def test_a_run_needs_no_network_and_listens_to_nobody(cnntrain, make_images, ins
         time.sleep(0.02)
     cnntrain.end(run, 0)
     assert seen == [] and looked > 20
-    own = subprocess.run([*alone, "cat", "/proc/net/tcp"], capture_output=True, text=True, check=True)
-    assert len(own.stdout.splitlines()) == 1, "the namespace is not empty: the test proves nothing"
+    own = subprocess.run([*isolated, "cat", "/proc/net/tcp"], capture_output=True, text=True, check=True)
+    assert len(own.stdout.splitlines()) == 1, "the namespace is not empty"
