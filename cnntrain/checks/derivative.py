@@ -1,4 +1,4 @@
-"""Are backward passes those of the forward passes? The gradient against differences of the loss, in float64."""
+"""Compare gradients computed by autograd with finite differences of the loss, in float64."""
 
 import math
 from collections.abc import Sequence
@@ -15,36 +15,39 @@ from cnntrain.checks.short_training import image_count, seeded_generator, traina
 from cnntrain.tasks.task import Task
 from cnntrain.types import Finding
 
-CHANGES = (1e-6, 1e-8, 1e-4, 1e-3)  # of the loss, by which strides are chosen
-AGREES = 1e-3  # relative error
-JITTER = 1e-2  # off the places where a ReLU or a maximum has no derivative
+LOSS_CHANGES = (1e-6, 1e-8, 1e-4, 1e-3)  # relative changes of the loss that determine the step size
+TOLERANCE = 1e-3  # relative error
+JITTER = 1e-2  # moves parameters away from points where a ReLU or a maximum is not differentiable
 
 
 def derivative(context: CheckContext) -> Finding:
-    """The slope of the loss along the gradient, by differences, is the one that the gradient says."""
+    """Check that the derivative of the loss along its gradient equals the finite difference."""
     batch = context.eval_batch(count=image_count(context, 4, 2))
     try:
-        slopes = _prepare(context, batch.images, batch.truth)
-        if not slopes.names:
+        test = _prepare(context, batch.images, batch.truth)
+        if not test.names:
             return skipped("no parameter has a gradient; see gradients")
-        error = slopes.error(slopes.names)
-        evidence = f"slope along the gradient by differences and by autograd differ by {error:.1g} in float64"
-        if error <= AGREES:
+        error = test.error(test.names)
+        evidence = f"relative difference between autograd and finite differences in float64: {error:.1g}"
+        if error <= TOLERANCE:
             return passed(evidence)
-        wrong = [n for n in slopes.names if context.seconds_left > 0 and slopes.error([n]) > AGREES]
+        wrong = [n for n in test.names if context.seconds_left > 0 and test.error([n]) > TOLERANCE]
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as problem:
-        return skipped(f"the network does not run in float64 on the CPU: {str(problem).splitlines()[0][:80]}")
-    behind = slopes.names[slopes.names.index(wrong[-1]) + 1 :] if wrong else []
-    where = f": wrong for {join_names(wrong)}" if wrong else ""
-    where += f", right from {behind[0]} on" if behind else ""
-    cause = f"the gradient is not the loss's{where}; an autograd.Function with a wrong backward, or .data"
-    remedy = "test it by torch.autograd.gradcheck (a straight-through estimator differs on purpose)"
+        message = str(problem).splitlines()[0][:80]
+        return skipped(f"the network does not run in float64 on the CPU: {message}")
+    correct_after = test.names[test.names.index(wrong[-1]) + 1 :] if wrong else []
+    where = f" of {join_names(wrong)}" if wrong else ""
+    where += f" (correct from {correct_after[0]} on)" if correct_after else ""
+    cause = f"the gradient{where} is wrong: an autograd.Function with a wrong backward(), or .data"
+    remedy = (
+        "test the function with torch.autograd.gradcheck (a straight-through estimator differs on purpose)"
+    )
     return failed(evidence, cause, remedy, "model", "task")
 
 
 @dataclass
-class _Slopes:
-    """A network in float64, with the gradient of its loss by name, as far as it is not zero."""
+class _GradientTest:
+    """A model in float64, and the non-zero gradients of its loss by parameter name."""
 
     model: nn.Module
     task: Task
@@ -64,58 +67,59 @@ class _Slopes:
             return total / count.clamp(min=1e-12)
 
     def error(self, names: Sequence[str]) -> float:
-        """Relative error of the slope when these parameters move, each by one share of its size; the least of all."""
+        """Return the smallest relative error over several step sizes.
+
+        All parameters in `names` move along their gradients, in proportion to their norms.
+        """
         moves = {
-            n: g * (self.parameters[n].detach().norm() / g.norm())
-            for n, g in self.gradients.items()
-            if n in names
+            name: gradient * (self.parameters[name].detach().norm() / gradient.norm())
+            for name, gradient in self.gradients.items()
+            if name in names
         }
         expected = sum(float((self.gradients[name] * move).sum()) for name, move in moves.items())
         smallest = math.inf
         size = max(abs(float(self.loss().detach())), 1e-9)
-        for change in CHANGES:
-            found = abs(self._slope(moves, change * size / expected) / expected - 1)
-            smallest = min(smallest, found) if math.isfinite(found) else smallest
-            if smallest <= AGREES:
+        for change in LOSS_CHANGES:
+            error = abs(self._finite_difference(moves, change * size / expected) / expected - 1)
+            smallest = min(smallest, error) if math.isfinite(error) else smallest
+            if smallest <= TOLERANCE:
                 break
         return smallest
 
     @torch.no_grad()
-    def _slope(self, moves: dict[str, Tensor], stride: float) -> float:
-        """(loss(w + stride * move) - loss(w - stride * move)) / (2 * stride); the weights are put back."""
-        kept, losses = {name: self.parameters[name].clone() for name in moves}, []
+    def _finite_difference(self, moves: dict[str, Tensor], step: float) -> float:
+        """Return (loss(w + step * move) - loss(w - step * move)) / (2 * step); the weights are restored."""
+        original, losses = {name: self.parameters[name].clone() for name in moves}, []
         for sign in (1, -1, 0):
             for name, move in moves.items():
-                self.parameters[name].copy_(kept[name] + sign * stride * move)
+                self.parameters[name].copy_(original[name] + sign * step * move)
             if sign:
                 losses.append(float(self.loss()))
-        return (losses[0] - losses[1]) / (2 * stride)
+        return (losses[0] - losses[1]) / (2 * step)
 
 
-def _prepare(context: CheckContext, images: Tensor, truth: dict[str, Tensor]) -> _Slopes:
-    model, draws = context.copy_model(), seeded_generator(3)
-    with torch.no_grad():  # biases of exactly zero put ReLUs where they have no derivative
+def _prepare(context: CheckContext, images: Tensor, truth: dict[str, Tensor]) -> _GradientTest:
+    model, generator = context.copy_model(), seeded_generator(3)
+    with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             size = float(parameter.square().mean().sqrt()) or 1.0
-            parameter += JITTER * size * torch.randn(parameter.shape, generator=draws).to(parameter)
+            parameter += JITTER * size * torch.randn(parameter.shape, generator=generator).to(parameter)
     if not context.trained:
         calibrate_norms(model, context.eval_batch(count=image_count(context, 16)).images)
     model = model.cpu().double()
     parameters = trainable_parameters(model)
     truth = {name: target.cpu() for name, target in truth.items()}
-    slopes = _Slopes(model, context.task, images.cpu().double(), truth, parameters, {})
-    loss = slopes.loss()
+    test = _GradientTest(model, context.task, images.cpu().double(), truth, parameters, {})
+    loss = test.loss()
     if loss.requires_grad:
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        pairs = zip(parameters, found, strict=True)
-        slopes.gradients = {
-            name: gradient for name, gradient in pairs if gradient is not None and gradient.any()
-        }
-    return slopes
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        pairs = zip(parameters, gradients, strict=True)
+        test.gradients = {name: g for name, g in pairs if g is not None and g.any()}
+    return test
 
 
 class _KeepDouble(TorchFunctionMode):
-    """`.float()` leaves float64 as it is: losses and networks cast, and would round the differences away."""
+    """Makes `.float()` a no-op on float64, because rounding in losses or models would hide the differences."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Does the machine do the same twice: reloaded, repeated, with workers, in another precision and memory layout?"""
+"""Check that results are reproducible: reloading, repetition, workers, precision and memory format."""
 
 import dataclasses
 import os
@@ -17,184 +17,191 @@ from cnntrain.data.loader import StreamingLoader
 from cnntrain.train import checkpoint
 from cnntrain.types import Finding
 
-BUDGET = "the budget (check.budget_s) is used up"
+OUT_OF_BUDGET = "the time budget (check.budget_s) is used up"
 RANDOM = "two evaluations of the same images differ; see modes"
 IMAGES = 8
-MANY_IMAGES = 32  # norms that are calibrated on fewer divide by next to nothing
+CALIBRATION_IMAGES = 32  # with fewer, the variance in some norms may be close to zero
 STEPS = 3
-BATCHES, BATCH = 3, 8  # read by workers
-START_S, FRESH_S = 5, 120  # seconds that a fresh process takes to begin, and may take at most
-# How far two answers may be apart, beside their size.
-PRECISION = {"bf16": 0.2, "fp16": 0.05}
-SAME_ON_CPU, SAME_ON_GPU = 1e-3, 2e-2  # TensorFloat-32 has ten bits of mantissa
+WORKER_BATCHES, WORKER_BATCH_SIZE = 3, 8
+MIN_RELOAD_S, RELOAD_TIMEOUT_S = 5, 120
+PRECISION_TOLERANCE = {"bf16": 0.2, "fp16": 0.05}  # relative difference of outputs
+CPU_TOLERANCE, GPU_TOLERANCE = 1e-3, 2e-2  # TensorFloat-32 has 10 bits of mantissa
 
 
 def reload(context: CheckContext) -> Finding:
-    """Saved, and loaded by a fresh process, the network gives the same answers."""
-    if context.seconds_left < START_S:
-        return skipped(BUDGET)
+    """Check that a new process gets the same outputs after loading the saved weights."""
+    if context.seconds_left < MIN_RELOAD_S:
+        return skipped(OUT_OF_BUDGET)
     model = context.copy_model()
-    if not context.trained:  # what is a function of the seed alone would come back even if it were not saved
+    if not context.trained:  # initial weights could also be restored from the seed
         train_steps(context, model, context.make_optimizer(model), 2)
     images = context.eval_batch(count=IMAGES).images
     with torch.no_grad():
-        mine = context.outputs(model, images)
-        if not torch.equal(mine, context.outputs(model, images)):
+        expected = context.outputs(model, images)
+        if not torch.equal(expected, context.outputs(model, images)):
             return skipped(RANDOM)
     with tempfile.TemporaryDirectory() as folder:
-        saved, shown, answered = (Path(folder) / name for name in ("model.pt", "images.pt", "answers.pt"))
+        names = ("model.pt", "images.pt", "outputs.pt")
+        model_path, images_path, outputs_path = (Path(folder) / name for name in names)
         config = {**context.config, "threads": torch.get_num_threads(), "device": str(context.compute.device)}
         config["precision"] = context.compute.precision
-        spec = dataclasses.asdict(context.spec)
-        checkpoint.save({"state": {"model": model.state_dict()}, "config": config, "spec": spec}, saved)
-        torch.save(images.cpu(), shown)
+        content = {
+            "state": {"model": model.state_dict()},
+            "config": config,
+            "spec": dataclasses.asdict(context.spec),
+        }
+        checkpoint.save(content, model_path)
+        torch.save(images.cpu(), images_path)
         command = [
             sys.executable,
             "-m",
             "cnntrain.checks.reload_worker",
-            str(saved),
-            str(shown),
-            str(answered),
+            model_path,
+            images_path,
+            outputs_path,
         ]
-        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         try:
             done = subprocess.run(
                 command,
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=FRESH_S,
-                env={**os.environ, **paths},
+                timeout=RELOAD_TIMEOUT_S,
+                env=environment,
             )
         except subprocess.TimeoutExpired:
-            return skipped(f"a fresh process gave no answer in {FRESH_S} s")
+            return skipped(f"a new process did not finish in {RELOAD_TIMEOUT_S} s")
         if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            cause = "a fresh process can't load what was saved"
-            remedy = "let state_dict() hold all that training changes, and nothing else"
-            return failed(f"it says: {said}", cause, remedy, "model")
-        theirs = torch.load(answered, weights_only=True).to(mine.device)
-    cause = (
-        "training changes something that is not saved: a tensor or number that is no parameter and no buffer"
-    )
+            message = (done.stderr.strip().splitlines() or ["(no message)"])[-1]
+            cause = "a new process cannot load the saved weights"
+            remedy = "let state_dict() contain everything that training changes, and nothing else"
+            return failed(f"error of the new process: {message}", cause, remedy, "model")
+        outputs = torch.load(outputs_path, weights_only=True).to(expected.device)
+    cause = "training changes something that is not saved: a tensor or number that is neither parameter nor buffer"
     remedy = "register it: nn.Parameter, or self.register_buffer(name, tensor)"
-    return _same(context, mine, theirs, "answers of a fresh process", cause, remedy)
+    return _check_equal(context, expected, outputs, "outputs of a new process", cause, remedy)
 
 
 def repeat(context: CheckContext) -> Finding:
-    """Two short trainings from the same seed end with the same weights."""
+    """Check that two short trainings with the same seed give the same weights."""
     if context.seconds_left <= 0:
-        return skipped(BUDGET)
-    ends = []
+        return skipped(OUT_OF_BUDGET)
+    states = []
     for _ in range(2):
         model = context.copy_model()
         train_steps(context, model, context.make_optimizer(model), STEPS)
-        ends.append(torch.cat([value.detach().flatten().double() for value in model.state_dict().values()]))
-    cause = "something is drawn from a generator that is not set before each step: numpy's, Python's or one of its own"
-    remedy = "draw with torch's global generator, or from a seed of your own"
-    return _same(
-        context, ends[0], ends[1], f"weights after {STEPS} steps, twice from one seed", cause, remedy
+        states.append(torch.cat([value.detach().flatten().double() for value in model.state_dict().values()]))
+    cause = (
+        "random numbers come from a generator (NumPy's, Python's, ...) that is not seeded before each step"
     )
+    remedy = "use torch's global generator, or your own seeded generator"
+    what = f"weights after {STEPS} steps, twice with the same seed"
+    return _check_equal(context, states[0], states[1], what, cause, remedy)
 
 
-def _same(context: CheckContext, one: Tensor, other: Tensor, what: str, cause: str, remedy: str) -> Finding:
-    """Bit for bit, where the device repeats its sums."""
-    if one.shape == other.shape and torch.equal(one, other):
-        return passed(f"{what}: the same bits")
-    apart = relative_distance(one, other) if one.shape == other.shape else float("inf")
-    exact = context.compute.device.type == "cpu" or bool(context.config["deterministic"])
-    if not exact and apart <= SAME_ON_GPU:
-        return passed(
-            f"{what}: {apart:.1g} apart, as sums in another order are (deterministic=true gives the same bits)"
-        )
-    return failed(f"{what}: {apart:.2g} apart", cause, remedy, "model")
+def _check_equal(
+    context: CheckContext, expected: Tensor, actual: Tensor, what: str, cause: str, remedy: str
+) -> Finding:
+    """Check that tensors are bit-identical; allow rounding errors on devices with nondeterministic sums."""
+    if expected.shape == actual.shape and torch.equal(expected, actual):
+        return passed(f"{what}: bit-identical")
+    distance = relative_distance(expected, actual) if expected.shape == actual.shape else float("inf")
+    deterministic = context.compute.device.type == "cpu" or bool(context.config["deterministic"])
+    evidence = f"{what}: relative difference"
+    if not deterministic and distance <= GPU_TOLERANCE:
+        note = "sums in another order; deterministic=true gives identical bits"
+        return passed(f"{evidence} {distance:.1g} ({note})")
+    return failed(f"{evidence} {distance:.2g}", cause, remedy, "model")
 
 
 def workers(context: CheckContext) -> Finding:
-    """The same batches are read by the main process and by two workers."""
+    """Check that the main process and two workers read the same batches."""
     loader, pipeline = context.loaders["train"], context.pipeline
     if not isinstance(loader, StreamingLoader) and not pipeline.per_sample:
-        return skipped("images are in memory: workers have nothing to do")
+        return skipped("the images are cached in memory, so there are no workers")
     if context.seconds_left <= 0:
-        return skipped(BUDGET)
+        return skipped(OUT_OF_BUDGET)
     transform = pipeline.sample_transform(context.plan.seed, 0)
-    rows = torch.linspace(0, len(loader) - 1, min(BATCHES * BATCH, len(loader))).round().long()
-    read = []
-    for count in (0, 2):
-        stream = StreamingLoader(
-            loader.examples, context.compute.device, count, context.config["data"]["timeout_s"]
-        )
+    count = min(WORKER_BATCHES * WORKER_BATCH_SIZE, len(loader))
+    rows = torch.linspace(0, len(loader) - 1, count).round().long()
+    timeout_s = context.config["data"]["timeout_s"]
+    batches = []
+    for worker_count in (0, 2):
+        stream = StreamingLoader(loader.examples, context.compute.device, worker_count, timeout_s)
         try:
-            read.append(list(stream.batches(rows, BATCH, transform=transform)))
+            batches.append(list(stream.batches(rows, WORKER_BATCH_SIZE, transform=transform)))
         finally:
             stream.close()
-    apart = set()
-    for one, other in zip(*read, strict=True):
+    different = set()
+    for one, other in zip(*batches, strict=True):
         pairs = {"images": (one.images, other.images)}
         pairs |= {name: (target, other.targets[name]) for name, target in one.targets.items()}
-        apart |= {name for name, (mine, theirs) in pairs.items() if not torch.equal(mine, theirs)}
-    if not apart:
-        return passed(f"{len(rows)} examples read with data.workers=0 and 2: the same bits")
-    cause = "what is read depends on who reads it: something draws at random from a generator of the process"
-    remedy = "draw from (seed, epoch, position), as cnntrain's augmentations do"
-    return failed(
-        f"{join_names(sorted(apart))} differ between data.workers=0 and 2",
-        cause,
-        remedy,
-        "data.workers",
-        "augment",
+        different |= {name for name, (a, b) in pairs.items() if not torch.equal(a, b)}
+    if not different:
+        return passed(f"{len(rows)} examples read with data.workers=0 and 2: identical")
+    evidence = f"{join_names(sorted(different))} differ between data.workers=0 and 2"
+    cause = (
+        "the data depend on the process that reads them: a transform uses the random generator of its process"
     )
+    remedy = "derive random numbers from (seed, epoch, position), as cnntrain's augmentations do"
+    return failed(evidence, cause, remedy, "data.workers", "augment")
 
 
 def precision(context: CheckContext) -> Finding:
-    """Answers and gradients in the chosen precision are near those in fp32."""
+    """Check that outputs and gradients in the chosen precision are close to those in fp32."""
     chosen = context.compute.precision
     if chosen == "fp32":
-        return skipped("fp32 is the precision")
+        return skipped("precision=fp32")
     if context.seconds_left <= 0:
-        return skipped(BUDGET)
-    batch = context.eval_batch(count=MANY_IMAGES)
-    exact = dataclasses.replace(context, compute=dataclasses.replace(context.compute, precision="fp32"))
-    found = []
-    for each in (exact, context):
-        model = calibrated_copy(exact, batch.images)
+        return skipped(OUT_OF_BUDGET)
+    batch = context.eval_batch(count=CALIBRATION_IMAGES)
+    fp32 = dataclasses.replace(context, compute=dataclasses.replace(context.compute, precision="fp32"))
+    results = []
+    for each in (fp32, context):
+        model = calibrated_copy(fp32, batch.images)
         outputs = each.outputs(model, batch.images)
         loss = each.loss(model, batch) * FP16_SCALE
         if not loss.requires_grad:
             return skipped("the loss has no gradient")
         loss.backward()
         gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        found.append((outputs.detach(), torch.cat(gradients)))
-    apart = relative_distance(found[0][0], found[1][0])
-    turned = 1 - float(nn.functional.cosine_similarity(found[0][1].double(), found[1][1].double(), dim=0))
-    evidence = f"answers in {chosen} are {apart:.2g} from those in fp32, gradients {turned:.1g} (1 - cosine)"
-    if apart <= PRECISION[chosen] and turned <= PRECISION[chosen]:
-        return passed(f"{evidence} ({PRECISION[chosen]:g} is allowed)")
-    cause = f"{chosen} does not suffice: values too large for it, or small differences of large numbers"
-    return failed(
-        evidence, cause, "set precision=fp32, or bring the activations to a usual size", "precision"
+        results.append((outputs.detach(), torch.cat(gradients)))
+    (outputs_fp32, gradients_fp32), (outputs, gradients) = results
+    distance = relative_distance(outputs_fp32, outputs)
+    angle = 1 - float(nn.functional.cosine_similarity(gradients_fp32.double(), gradients.double(), dim=0))
+    limit = PRECISION_TOLERANCE[chosen]
+    evidence = (
+        f"{chosen} compared with fp32: relative difference of the outputs {distance:.2g}, of the gradients {angle:.1g} "
+        "(1 - cosine)"
     )
+    if distance <= limit and angle <= limit:
+        return passed(f"{evidence}; tolerance {limit:g}")
+    cause = (
+        f"{chosen} is not precise enough: values that are too large, or small differences of large numbers"
+    )
+    remedy = "set precision=fp32, or reduce the size of the activations"
+    return failed(evidence, cause, remedy, "precision")
 
 
 def memory_layout(context: CheckContext) -> Finding:
-    """channels_last changes where numbers lie, and no answer."""
+    """Check that channels_last does not change the outputs."""
     if context.seconds_left <= 0:
-        return skipped(BUDGET)
+        return skipped(OUT_OF_BUDGET)
     images = context.eval_batch(count=IMAGES).images
     model = calibrated_copy(context, images)
     with torch.no_grad():
-        if relative_distance(model(images), model(images)) > SAME_ON_CPU:
+        if relative_distance(model(images), model(images)) > CPU_TOLERANCE:
             return skipped(RANDOM)
-    answers = []
-    for layout in (torch.contiguous_format, torch.channels_last):
+    outputs = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
         with torch.no_grad():
-            answers.append(model.to(memory_format=layout)(images.contiguous(memory_format=layout)).float())
-    apart = relative_distance(*answers)
-    limit = SAME_ON_GPU if context.compute.device.type == "cuda" else SAME_ON_CPU
-    evidence = f"answers with and without channels_last are {apart:.1g} apart"
-    if apart <= limit:
-        return passed(f"{evidence} ({limit:g} is allowed)")
-    cause = (
-        "the network reads numbers in the order in which they lie in memory: as_strided, storage, data_ptr"
-    )
-    return failed(evidence, cause, "use reshape and flatten; or set channels_last=false", "channels_last")
+            model = model.to(memory_format=memory_format)
+            outputs.append(model(images.contiguous(memory_format=memory_format)).float())
+    distance = relative_distance(*outputs)
+    limit = GPU_TOLERANCE if context.compute.device.type == "cuda" else CPU_TOLERANCE
+    evidence = f"relative difference of the outputs with and without channels_last: {distance:.1g}"
+    if distance <= limit:
+        return passed(f"{evidence}; tolerance {limit:g}")
+    cause = "the network depends on the memory format: as_strided, storage or data_ptr"
+    return failed(evidence, cause, "use reshape and flatten, or set channels_last=false", "channels_last")

@@ -1,4 +1,4 @@
-"""Are the optimizer's steps of a sensible size: the learning rate, and the weight decay beside it?"""
+"""Checks of the optimizer's step size: learning rate and weight decay."""
 
 import dataclasses
 import time
@@ -11,130 +11,125 @@ from cnntrain.checks.short_training import step_seconds
 from cnntrain.train.lr_finder import LEAST_FALL, RangeTest
 from cnntrain.types import Finding
 
-RANGE_SHARE = 0.25  # of the seconds left
-SMALLEST_BATCH = 8
-TOO_HIGH = 2.0  # times the rate of divergence
-TOO_LOW = 50.0  # times below that at which the loss begins to fall
-SHORTEST = 100  # steps of a training that is meant to come to something
-STRONG_PULL, ABSURD_PULL = 1.0, 3.0  # of weight decay, beside the loss's gradient
-STRONG_DECAY, ABSURD_DECAY = 0.5, 1.0  # decoupled
-NOTICED = 0.9  # of their size, to which decay alone may shrink weights before its strength matters
-NO_GRADIENT = "the loss has no gradient"
+RANGE_SHARE = 0.25  # of the remaining time budget
+MIN_BATCH = 8
+TOO_HIGH = 2.0  # relative to the rate at which the loss diverges
+TOO_LOW = 50.0  # ratio of the rate at which the loss begins to fall to the configured one
+MIN_TOTAL_STEPS = 100  # of a training that is expected to learn something
+WARN_PULL, FAIL_PULL = 1.0, 3.0  # gradient of weight decay, relative to that of the loss
+WARN_DECOUPLED, FAIL_DECOUPLED = 0.5, 1.0  # decoupled weight decay
+MAX_REMAINING = 0.9  # of the weights, if nothing but weight decay acted; above, its value does not matter
+DEFAULT_LR = 1e-3
 LR, DECAY = "optimizer.lr", "optimizer.weight_decay"
 
 
 def learning_rate(context: CheckContext) -> Finding:
-    """The configured rate against what a range test finds."""
+    """Compare the configured learning rate with the result of a range test."""
     if context.trained:
-        return skipped("the weights are trained already")
+        return skipped("the weights are already trained")
     rate = configured_rate(context)
-    test = range_of(context)
+    test = range_test(context)
     if test is None or not test.complete:
         return skipped(
-            "the budget (check.budget_s) does not suffice for a range test, or the loss has no gradient"
+            "the time budget (check.budget_s) is too small for a range test, or the loss has no gradient"
         )
     context.curves["range test: loss over learning rate"] = {
         "mini-batch": (test.rates, test.losses),
         "smoothed": (test.rates, test.smoothed),
     }
     diverged, suggestion = test.diverged_at, test.suggestion
+    limit = f"diverges at {diverged:.2g}" if diverged else f"does not diverge up to {test.rates[-1]:.2g}"
     evidence = (
-        f"{LR} is {rate:.3g}; from {test.start:.3g} the loss falls by {max(test.fall, 0):.0%} and diverges at "
-        f"{f'{diverged:.2g}' if diverged else f'no rate up to {test.rates[-1]:.2g}'}"
+        f"{LR} is {rate:.3g}; from {test.start:.3g} the loss falls by {max(test.fall, 0):.0%} and {limit}"
     )
-    if (size := context.cache["range batch"]) < _batch_of_run(context):
-        evidence += f" (with batches of {size}, as the budget is short: see `cnntrain lr-find`)"
-    if diverged and rate >= _limit(context, diverged):
-        again = _measure(context, context.plan.seed + 1)  # one noisy curve is not enough to say the worst
-        if again and again.diverged_at and rate >= _limit(context, again.diverged_at):
-            cause = (
-                f"the learning rate is too high: {rate / diverged:.3g} times that at which the loss diverges"
-            )
+    if (size := context.cache["range batch"]) < _run_batch(context):
+        evidence += f" (measured with batches of {size} because of the time budget; see `cnntrain lr-find`)"
+    if diverged and rate >= _highest_rate(context, diverged):
+        # Curves are noisy: repeat the test with another seed before reporting a FAIL.
+        again = _run_range_test(context, context.plan.seed + 1)
+        if again and again.diverged_at and rate >= _highest_rate(context, again.diverged_at):
+            cause = f"the learning rate is too high: {rate / diverged:.3g} times the rate at which the loss diverges"
             return failed(evidence, cause, f"try {LR}={diverged / 10:.1g}, or a longer warm-up", LR)
     if suggestion is None or test.first_way is None:
-        return skipped(f"{evidence}: less than {LEAST_FALL:.0%} at any rate, which tells nothing")
-    way = rate * context.plan.total_steps
-    if way < test.first_way and context.plan.total_steps >= SHORTEST:
+        return skipped(f"undecided: the loss falls by less than {LEAST_FALL:.0%} at any rate; {evidence}")
+    distance = rate * context.plan.total_steps
+    if distance < test.first_way and context.plan.total_steps >= MIN_TOTAL_STEPS:
         cause = (
-            f"the learning rate is too low: all {context.plan.total_steps:,} steps together go {way:.2g} far "
-            f"(steps times rate), and the loss begins to fall after {test.first_way:.2g}"
+            f"the learning rate is too low: the sum of the learning rates of all {context.plan.total_steps:,} steps is "
+            f"{distance:.2g}, but the loss begins to fall at a sum of {test.first_way:.2g}"
         )
         return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR, "epochs")
     if test.begins_at is not None and rate * TOO_LOW <= test.begins_at:
         cause = (
-            f"the learning rate is too low: the loss begins to fall at {test.begins_at:.2g}, "
+            f"the learning rate is too low: the loss begins to fall at {test.begins_at:.2g}, which is "
             f"{test.begins_at / rate:.3g} times as high"
         )
         return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR)
-    return passed(f"{evidence} (a tenth: {suggestion:.2g}; falls most steeply at {test.steepest:.2g})")
+    return passed(f"{evidence} (suggested {suggestion:.2g}; steepest at {test.steepest:.2g})")
 
 
-def _limit(context: CheckContext, diverged: float) -> float:
-    """The highest rate that may pass; a smaller batch than the run's bears less (Goyal et al. 2017)."""
-    return TOO_HIGH * diverged * max(_batch_of_run(context) / context.cache["range batch"], 1)
+def _highest_rate(context: CheckContext, diverged: float) -> float:
+    """Return the highest acceptable rate; larger batches tolerate higher rates (Goyal et al. 2017)."""
+    return TOO_HIGH * diverged * max(_run_batch(context) / context.cache["range batch"], 1)
 
 
-def _batch_of_run(context: CheckContext) -> int:
-    """Images of one optimizer step."""
+def _run_batch(context: CheckContext) -> int:
+    """Return the number of images per optimizer step of the run."""
     return min(context.plan.batch_size * context.plan.accumulate, len(context.loaders["train"]))
 
 
 def configured_rate(context: CheckContext) -> float:
-    """The peak of the schedule."""
+    """Return the peak learning rate of the schedule."""
     return max(group["peak_lr"] for group in context.make_optimizer(context.copy_model()).param_groups)
 
 
 def usable_rate(context: CheckContext) -> float:
-    """The configured rate where a range test finds it good, else the suggested one: each fault has its own check."""
-    rate, test = configured_rate(context), range_of(context)
+    """Return the configured learning rate if the range test agrees with it, else the suggested one.
+
+    A bad learning rate has a check of its own and must not affect others.
+    """
+    rate, test = configured_rate(context), range_test(context)
     if test is None or test.suggestion is None:
-        return rate or 1e-3
-    fits = test.suggestion / 30 <= rate <= test.suggestion * 5
-    return rate if fits else test.suggestion
+        return rate or DEFAULT_LR
+    return rate if test.suggestion / 30 <= rate <= test.suggestion * 5 else test.suggestion
 
 
-def range_of(context: CheckContext) -> RangeTest | None:
-    """The range test of this context, done once; None where there is no time for it."""
+def range_test(context: CheckContext) -> RangeTest | None:
+    """Return the range test, which runs once per context; None if there is not enough time."""
     if "range test" not in context.cache:
-        context.cache["range test"] = _measure(context, context.plan.seed)
+        context.cache["range test"] = _run_range_test(context, context.plan.seed)
     return context.cache["range test"]
 
 
-def _measure(context: CheckContext, seed: int) -> RangeTest | None:
-    """The range test of `cnntrain lr-find`; with a smaller batch where the time does not suffice for the run's."""
+def _run_range_test(context: CheckContext, seed: int) -> RangeTest | None:
+    """Run the range test of `cnntrain lr-find`, with smaller batches if the time budget requires it."""
     if not context.loss(context.copy_model(), context.eval_batch("train", 2)).requires_grad:
         return None
     seconds, count = RANGE_SHARE * context.seconds_left, len(context.loaders["train"])
     steps = context.config["lr_find"]["steps"]
-    affordable = int(8 * seconds / (steps * step_seconds(context)))  # images a step
+    affordable = int(8 * seconds / (steps * step_seconds(context)))  # images per step
     plan = dataclasses.replace(context.plan, seed=seed)
-    size = min(_batch_of_run(context), affordable)
-    if size < _batch_of_run(context):
+    size = min(_run_batch(context), affordable)
+    if size < _run_batch(context):
         size = min(size, plan.batch_size)
-        if size < min(SMALLEST_BATCH, plan.batch_size):
+        if size < min(MIN_BATCH, plan.batch_size):
             return None
-        plan = dataclasses.replace(
-            plan,
-            batch_size=size,
-            accumulate=1,
-            drop_last=True,
-            limit_batches=None,
-            batches_per_epoch=count // size,
-            steps_per_epoch=count // size,
-        )
+        batches = count // size
+        plan = dataclasses.replace(plan, batch_size=size, accumulate=1, drop_last=True, limit_batches=None)
+        plan = dataclasses.replace(plan, batches_per_epoch=batches, steps_per_epoch=batches)
     context.cache["range batch"] = size
     return context.run_range_test(plan, time.monotonic() + 2 * seconds)
 
 
 def weight_decay(context: CheckContext) -> Finding:
-    """The pull of the decay towards zero against that of the loss, or how fast it shrinks the weights by itself."""
+    """Compare the gradient of weight decay with that of the loss; for decoupled decay, check its value."""
     model = context.copy_model().train()
     optimizer = context.make_optimizer(model)
     groups = [group for group in optimizer.param_groups if group.get("weight_decay")]
     if not groups:
         return passed("no weight decay")
     if context.trained:
-        return skipped("the weights are trained already")
+        return skipped("the weights are already trained")
     strongest = max(groups, key=lambda group: group["weight_decay"])
     decay, rate = float(strongest["weight_decay"]), float(strongest["peak_lr"])
     if isinstance(optimizer, torch.optim.AdamW) or strongest.get("decoupled_weight_decay"):
@@ -146,27 +141,26 @@ def weight_decay(context: CheckContext) -> Finding:
         backward(loss, model, context.compute)
     decayed = [p for group in groups for p in group["params"] if p.grad is not None]
     if not decayed:
-        return skipped(NO_GRADIENT)
+        return skipped("the loss has no gradient")
     gradient = torch.stack([p.grad.norm() for p in decayed if p.grad is not None]).norm()
-    pull = decay * float(torch.stack([p.detach().norm() for p in decayed]).norm() / gradient.clamp(min=1e-12))
-    evidence = (
-        f"{DECAY} is {decay:.3g}: it pulls at the weights {pull:.2g} times as strongly as the loss does"
-    )
-    if not pull >= STRONG_PULL:
+    weights = torch.stack([p.detach().norm() for p in decayed]).norm()
+    pull = decay * float(weights / gradient.clamp(min=1e-12))
+    evidence = f"{DECAY} is {decay:.3g}: its gradient is {pull:.2g} times as large as that of the loss"
+    if not pull >= WARN_PULL:
         return passed(evidence)
-    cause = "weight decay is stronger than what there is to learn: the weights go to zero"
-    remedy = f"1e-5 to 1e-3 are usual for a decay that is added to the gradient; set {DECAY}=5e-4"
-    return (failed if pull >= ABSURD_PULL else warned)(evidence, cause, remedy, DECAY)
+    cause = "weight decay dominates the gradient of the loss, so the weights shrink towards zero"
+    remedy = f"set {DECAY}=5e-4; 1e-5 to 1e-3 are usual for weight decay that is added to the gradient"
+    return (failed if pull >= FAIL_PULL else warned)(evidence, cause, remedy, DECAY)
 
 
 def _decoupled(decay: float, rate: float, steps: int) -> Finding:
-    """Decay that shrinks weights by itself, lr * weight_decay a step (Loshchilov and Hutter 2019)."""
-    left = max(1 - rate * decay, 0.0) ** steps
+    """Check decoupled decay, which multiplies weights by 1 - lr * weight_decay (Loshchilov and Hutter 2019)."""
+    remaining = max(1 - rate * decay, 0.0) ** steps
     evidence = (
-        f"{DECAY} is {decay:.3g}: by itself it leaves {left:.2g} of each weight after {steps:,} steps at "
-        f"{LR}={rate:.3g}"
+        f"{DECAY} is {decay:.3g}: alone it would reduce each weight to {remaining:.2g} of its value in {steps:,} steps "
+        f"at {LR}={rate:.3g}"
     )
-    if decay < STRONG_DECAY or left > NOTICED:
+    if decay < WARN_DECOUPLED or remaining > MAX_REMAINING:
         return passed(evidence)
-    cause = f"the weight decay is far above what is usual (0.01 to 0.1): it holds every weight below {1 / decay:.2g}"
-    return (failed if decay >= ABSURD_DECAY else warned)(evidence, cause, f"set {DECAY}=0.05", DECAY, LR)
+    cause = f"weight decay is far above the usual 0.01 to 0.1: it keeps every weight below {1 / decay:.2g}"
+    return (failed if decay >= FAIL_DECOUPLED else warned)(evidence, cause, f"set {DECAY}=0.05", DECAY, LR)

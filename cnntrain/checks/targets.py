@@ -1,4 +1,4 @@
-"""Are the targets what they should be? Every class seen, points where points can be, partners that fit."""
+"""Checks of the targets: labels, keypoints, masks and flip pairs."""
 
 import torch
 
@@ -6,97 +6,85 @@ from cnntrain.checks.context import CheckContext, failed, join_names, passed, sk
 from cnntrain.checks.flip import MIN_EXAMPLES, diagnose_flip, measure_symmetry
 from cnntrain.types import Finding
 
-IMBALANCE = 50.0  # times as many examples of the commonest class as of the rarest
-TINY = 0.03  # share of the canvas that points may not all lie within
-MOST_SHAPES = 20_000
+MAX_IMBALANCE = 50.0  # ratio of the most frequent class to the rarest
+MIN_EXTENT = 0.03  # extent of all keypoints, relative to the image
+MAX_FLIP_EXAMPLES = 20_000
+MASKS = 512
+KEYPOINT_PREVIEW = "look at them with `cnntrain preview`"
+MASK_REMEDY = "check data.ignore_index and the masks"
 
 
 def classes(context: CheckContext) -> Finding:
-    """Labels are in range, and training has examples of every class."""
+    """Check that labels are valid, and that every class has training examples."""
     names = context.spec.classes
     if context.spec.keypoints or "label" not in context.loaders["train"].examples.targets:
-        return skipped("these data have no label per image")
+        return skipped("this dataset has no class labels")
     for split, loader in context.loaders.items():
         labels = loader.examples.targets["label"]
-        wrong = (labels < 0) | (labels >= len(names))
-        if wrong.any():
-            evidence = f"{split}: {int(wrong.sum())} labels outside 0 to {len(names) - 1}"
-            which = join_names([loader.examples.names[int(i)] for i in wrong.nonzero().flatten()[:20]])
-            return failed(
-                evidence,
-                f"labels are counted from another number, or of other data: {which}",
-                "let them count the classes from 0",
-                "data",
-            )
+        invalid = (labels < 0) | (labels >= len(names))
+        if invalid.any():
+            evidence = f"{split}: {int(invalid.sum())} labels outside 0 to {len(names) - 1}"
+            rows = invalid.nonzero().flatten()[:20]
+            shown = join_names([loader.examples.names[int(i)] for i in rows])
+            cause = f"labels do not start at 0, or belong to other data: {shown}"
+            return failed(evidence, cause, "number the classes from 0", "data")
     counts = torch.bincount(context.loaders["train"].examples.targets["label"], minlength=len(names))
-    evidence = f"{len(names)} classes, {int(counts.min())} to {int(counts.max())} training examples each"
+    evidence = f"{len(names)} classes with {int(counts.min())} to {int(counts.max())} training examples each"
     if (counts == 0).any():
         missing = join_names([names[int(i)] for i in (counts == 0).nonzero().flatten()])
-        limited = context.config["data"].get("limit") is not None
-        return (warned if limited else failed)(
-            evidence,
-            f"training never sees {missing}" + (": data.limit leaves few examples" if limited else ""),
-            "give it examples, or take the class out",
-            "data",
-            *(["data.limit"] if limited else []),
+        cause, remedy = f"no training examples of {missing}", "add examples, or remove the class"
+        if context.config["data"].get("limit") is not None:
+            return warned(evidence, f"{cause}: data.limit leaves few examples", remedy, "data", "data.limit")
+        return failed(evidence, cause, remedy, "data")
+    if counts.max() > MAX_IMBALANCE * counts.min():
+        cause = (
+            f"{names[int(counts.argmin())]} is rare: a model that never predicts it is almost always right"
         )
-    if counts.max() > IMBALANCE * counts.min():
-        cause = f"{names[int(counts.argmin())]} is rare: always answering something else is nearly right"
-        return warned(
-            evidence,
-            cause,
-            "try task.class_weights=balanced, and look at the confusion matrix",
-            "task.class_weights",
-        )
+        remedy = "try task.class_weights=balanced, and look at the confusion matrix"
+        return warned(evidence, cause, remedy, "task.class_weights")
     return passed(evidence)
 
 
 def points(context: CheckContext) -> Finding:
-    """Points lie on the canvas, spread over it, as (x, y) in pixels."""
+    """Check that keypoints are (x, y) in pixels, inside the image, and not all in one place."""
     if not context.spec.keypoints:
-        return skipped("these data have no keypoints")
+        return skipped("this dataset has no keypoints")
     examples = context.loaders["train"].examples
-    where, valid = examples.targets["points"].float(), examples.targets["valid"].bool()
+    coordinates, valid = examples.targets["points"].float(), examples.targets["valid"].bool()
     if not valid.any():
-        return failed(
-            "no point of any training example is valid",
-            "they are unlabeled, or all lie outside their images (other units than pixels?)",
-            "look at them: cnntrain preview",
-            "data",
-        )
+        cause = "all keypoints are unlabeled, or outside their images (are they in pixels?)"
+        return failed("no keypoint of any training example is valid", cause, KEYPOINT_PREVIEW, "data")
     height, width = context.spec.image_size
-    seen = where[valid]
-    low, high = seen.quantile(0.01, dim=0), seen.quantile(0.99, dim=0)
+    valid_points = coordinates[valid]
+    low, high = valid_points.quantile(0.01, dim=0), valid_points.quantile(0.99, dim=0)
     share = float(valid.float().mean())
     evidence = (
-        f"{100 * share:.0f} % valid; x from {low[0]:.0f} to {high[0]:.0f} of {width}, y from {low[1]:.0f} to "
-        f"{high[1]:.0f} of {height} px"
+        f"{100 * share:.0f} % of the keypoints are valid; x from {low[0]:.0f} to {high[0]:.0f} of {width} px, y from "
+        f"{low[1]:.0f} to {high[1]:.0f} of {height} px"
     )
-    if float((high - low).max()) < TINY * max(height, width):
-        cause = "all points lie in one spot: they are not in pixels (from 0 to 1, or from -1 to 1: normalized already)"
-        return failed(evidence, cause, "give them in pixels of the image; the task scales them", "data")
-    mirror = context.spec.flip_pairs
-    if mirror is not None and len(where) >= MIN_EXAMPLES and len(mirror) == len(context.spec.keypoints):
-        upright, lying = (measure_symmetry(each, valid, mirror).swapped for each in (where, where.flip(-1)))
-        evidence += f"; mirrored shapes fit to {upright:.2f}, with x and y exchanged to {lying:.2f}"
-        if lying < 0.5 * upright:
-            return failed(
-                evidence,
-                "the points are (y, x): the shapes are symmetric about a level line",
-                "exchange the two columns",
-                "data",
-            )
+    if float((high - low).max()) < MIN_EXTENT * max(height, width):
+        cause = "all keypoints are in one place: they are not in pixels, but normalized (0 to 1, or -1 to 1)"
+        return failed(evidence, cause, "give them in pixels of the image; the task normalizes them", "data")
+    pairs = context.spec.flip_pairs
+    if pairs is not None and len(coordinates) >= MIN_EXAMPLES and len(pairs) == len(context.spec.keypoints):
+        xy, yx = (
+            measure_symmetry(each, valid, pairs).swapped for each in (coordinates, coordinates.flip(-1))
+        )
+        evidence += f"; distance from the mirrored shape {xy:.2f}, with x and y exchanged {yx:.2f}"
+        if yx < 0.5 * xy:
+            cause = "the keypoints are (y, x): the shapes are symmetric about a horizontal axis"
+            return failed(evidence, cause, "exchange the two columns", "data")
     if share < 0.5:
-        cause = "most points are unlabeled or lie outside their images"
-        return warned(evidence, cause, "look at them: cnntrain preview", "data")
+        cause = "most keypoints are unlabeled or outside their images"
+        return warned(evidence, cause, KEYPOINT_PREVIEW, "data")
     return passed(evidence)
 
 
 def masks(context: CheckContext) -> Finding:
-    """Masks have ids that are classes, and training has pixels of every class."""
-    batch = context.stored_batch(count=512)
+    """Check that masks contain valid class ids, and that every class occurs in training."""
+    batch = context.stored_batch(count=MASKS)
     if "mask" not in batch.targets:
-        return skipped("these data have no masks")
+        return skipped("this dataset has no masks")
     names, ignore = context.spec.classes, context.spec.ignore_index
     counts = torch.bincount(batch.targets["mask"].flatten().long().cpu(), minlength=256)
     total = int(counts.sum())
@@ -108,40 +96,32 @@ def masks(context: CheckContext) -> Finding:
         f"{len(names)} classes in {len(batch)} masks, {100 * unlabeled / total:.0f} % of the pixels unlabeled"
     )
     if unknown:
-        return failed(
-            evidence,
-            f"ids {join_names([str(i) for i in unknown])} are no classes",
-            "name them in data.classes, or map them to data.ignore_index",
-            "data.classes",
-        )
+        cause = f"the masks contain ids that are not classes: {join_names([str(i) for i in unknown])}"
+        remedy = "add them to data.classes, or map them to data.ignore_index"
+        return failed(evidence, cause, remedy, "data.classes")
     if total == unlabeled:
-        return failed(
-            evidence, "no pixel is labeled", "look at data.ignore_index and the masks", "data.ignore_index"
-        )
+        return failed(evidence, "no pixel is labeled", MASK_REMEDY, "data.ignore_index")
     missing = [names[i] for i in range(len(names)) if counts[i] == 0]
     if missing:
         return warned(
-            evidence,
-            f"no pixel of {join_names(missing)}",
-            "look whether these classes are there at all",
-            "data",
+            evidence, f"no pixel of {join_names(missing)}", "check whether these classes occur at all", "data"
         )
     if unlabeled > 0.9 * total:
-        return warned(
-            evidence, "hardly anything is labeled", "look at data.ignore_index and the masks", "data"
-        )
+        return warned(evidence, "hardly any pixel is labeled", MASK_REMEDY, "data")
     return passed(evidence)
 
 
 def flip(context: CheckContext) -> Finding:
-    """The declared mirror partners fit the shapes; `cnntrain check flip` tells more and draws it."""
+    """Check the flip pairs; `cnntrain check flip` reports all findings and draws a figure."""
     spec = context.spec
     if not spec.keypoints:
-        return skipped("these data have no keypoints")
+        return skipped("this dataset has no keypoints")
     if spec.flip_pairs is None and not context.pipeline.can_flip:
-        return skipped("no partners are declared, and nothing mirrors")
+        return skipped("no flip pairs are declared, and no augmentation flips images")
     targets = context.loaders["train"].examples.targets
-    findings, _ = diagnose_flip(targets["points"][:MOST_SHAPES], targets["valid"][:MOST_SHAPES], spec)
+    findings, _ = diagnose_flip(
+        targets["points"][:MAX_FLIP_EXAMPLES], targets["valid"][:MAX_FLIP_EXAMPLES], spec
+    )
     for verdict in ("FAIL", "WARN"):
         for finding in findings:
             if finding.verdict == verdict:

@@ -1,4 +1,4 @@
-"""Watching a forward pass: rectifiers, signals, what is drawn at random, and where the gradient is cut."""
+"""Observe a forward pass: dead ReLUs, signal strength, mode-dependent operations, and where the graph is cut."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from cnntrain.models.norm_act import dropout
 from cnntrain.train.nonfinite import attached
 
-RECTIFIERS = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu, functional.relu6)
+RELUS = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu, functional.relu6)
 DROPOUTS = (
     functional.dropout,
     functional.dropout1d,
@@ -30,8 +30,8 @@ Weighted = nn.Linear | nn.modules.conv._ConvNd
 
 
 @contextmanager
-def naming(model: nn.Module) -> Iterator[list[str]]:
-    """A stack whose last entry is the name of the module that runs."""
+def module_stack(model: nn.Module) -> Iterator[list[str]]:
+    """Yield a stack whose last entry is the name of the running module."""
     stack, hooks = [""], []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
@@ -41,23 +41,23 @@ def naming(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _drop_last(stack: list[str]) -> None:
-    stack.pop()  # a hook that returned it would replace the output
+    stack.pop()  # returns nothing, because a hook's return value would replace the output
 
 
-class _RectifierWatch(TorchFunctionMode):
-    """Notes for every rectifier call which of its units give more than zero anywhere."""
+class _ReluObserver(TorchFunctionMode):
+    """Records for every ReLU call which of its units are positive anywhere."""
 
     def __init__(self, current_layer: Callable[[], str]) -> None:
         super().__init__()
         self.current_layer = current_layer
-        self.alive: dict[tuple[str, int], Tensor] = {}  # (layer, which call in it): (units,) bool
+        self.alive: dict[tuple[str, int], Tensor] = {}  # (layer, number of the call): (units,) bool
         self.calls: dict[str, int] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in RECTIFIERS:
+        if func in RELUS:
             name = self.current_layer()
             self.calls[name] = self.calls.get(name, 0) + 1
             units = 1 if result.ndim in (2, 4) else result.ndim - 1  # (N,C,H,W) and (N,F), else (..., F)
@@ -67,26 +67,26 @@ class _RectifierWatch(TorchFunctionMode):
 
 @torch.no_grad()
 def alive_units(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """For each rectifier, by its layer's name, which of its units (channels) give more than zero for any image.
+    """Return, for each ReLU by layer name, which of its units (channels) are positive for any image.
 
     Args:
-        images: (N, C, H, W) normalized.
+        images: (N, C, H, W), normalized.
     """
-    with naming(model) as stack, _RectifierWatch(lambda: stack[-1]) as watch:
+    with module_stack(model) as stack, _ReluObserver(lambda: stack[-1]) as observer:
         model(images)
     return {
-        f"{name or 'the network itself'}{f' (rectifier {call})' if watch.calls[name] > 1 else ''}": alive
-        for (name, call), alive in watch.alive.items()
+        f"{name or 'the network itself'}{f' (ReLU {call})' if observer.calls[name] > 1 else ''}": alive
+        for (name, call), alive in observer.alive.items()
     }
 
 
 def dead_rectifiers(model: nn.Module, images: Tensor) -> list[str]:
-    """Names of the layers whose rectifier gives zero at every place of every image."""
+    """Return the names of layers whose ReLU is zero everywhere for all images."""
     return [name for name, alive in alive_units(model, images).items() if not alive.any()]
 
 
 def signal(values: Tensor) -> float:
-    """Standard deviation over the images (N, ...), the root mean square over all else."""
+    """Return the standard deviation over the examples of (N, ...), as root mean square over all other dimensions."""
     values = values.float()
     largest = float(values.abs().max())
     if largest == 0 or not math.isfinite(largest):
@@ -96,31 +96,34 @@ def signal(values: Tensor) -> float:
 
 @torch.no_grad()
 def signals(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """How much the output of each convolution and dense layer differs from image to image, in running order.
+    """Return the `signal` of the output of each convolution and dense layer, in execution order.
 
-    Layers whose weights are all zero (a residual branch or a head that starts at nothing) are left out.
+    Layers with zero weights (a residual branch or a head that starts at zero) are left out.
     """
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
 
-    def look(name: str, output: object) -> None:
+    def measure(name: str, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim > 1:
-            found[name] = signal(output)
+            results[name] = signal(output)
 
     hooks = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: look(name, output))
+        module.register_forward_hook(lambda _m, _i, output, name=name: measure(name, output))
         for name, module in model.named_modules()
         if isinstance(module, Weighted) and module.weight.any()
     ]
     with attached(hooks):
         model(images)
-    return found
+    return results
 
 
 @dataclass
-class Calls:
-    """What a forward pass did that depends on the mode.
+class ModeCalls:
+    """Mode-dependent operations of a forward pass.
 
-    dropouts: those at work, as (layer, probability). batch_norms: layers that used the statistics of the batch.
+    Attributes:
+        dropouts: active dropouts as (layer, probability).
+        batch_norms: layers that used batch statistics.
+        drew: whether random numbers were drawn.
     """
 
     dropouts: list[tuple[str, float]] = field(default_factory=list)
@@ -128,8 +131,8 @@ class Calls:
     drew: bool = False
 
 
-class _ModeWatch(TorchFunctionMode):
-    def __init__(self, calls: Calls, current_layer: Callable[[], str]) -> None:
+class _ModeObserver(TorchFunctionMode):
+    def __init__(self, calls: ModeCalls, current_layer: Callable[[], str]) -> None:
         super().__init__()
         self.calls, self.current_layer = calls, current_layer
 
@@ -156,10 +159,10 @@ def _arguments(func: Any) -> Sequence[str]:
 
 
 @torch.no_grad()
-def watch_modes(model: nn.Module, images: Tensor) -> tuple[Tensor, Calls]:
-    """The outputs, and what in the pass depends on the mode: dropouts, batch statistics, random draws."""
-    calls, before = Calls(), _random_state(images)
-    with naming(model) as stack, _ModeWatch(calls, lambda: stack[-1]):
+def watch_modes(model: nn.Module, images: Tensor) -> tuple[Tensor, ModeCalls]:
+    """Return the outputs, and the mode-dependent operations: dropouts, batch statistics, random draws."""
+    calls, before = ModeCalls(), _random_state(images)
+    with module_stack(model) as stack, _ModeObserver(calls, lambda: stack[-1]):
         outputs = model(images)
     calls.drew = not torch.equal(before, _random_state(images))
     return outputs.float(), calls
@@ -173,31 +176,31 @@ def _random_state(images: Tensor) -> Tensor:
 
 
 def gradient_cut(model: nn.Module, images: Tensor) -> str:
-    """Where the graph from the image to the output breaks, in words; empty where no module shows it."""
-    ran: list[tuple[str, bool, bool]] = []  # (layer, its input has a gradient, its output has)
+    """Describe where the graph from the image to the output is cut; '' if no module shows it."""
+    layers: list[tuple[str, bool, bool]] = []  # (name, input requires grad, output requires grad)
 
-    def look(name: str, inputs: Any, output: Any) -> None:
-        takes = [
+    def record(name: str, inputs: Any, output: Any) -> None:
+        input_grads = [
             part.requires_grad for part in inputs if isinstance(part, Tensor) and part.is_floating_point()
         ]
-        ran.append((name, any(takes) or not takes, getattr(output, "requires_grad", True)))
+        layers.append((name, any(input_grads) or not input_grads, getattr(output, "requires_grad", True)))
 
     leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
-    hooks = [m.register_forward_hook(lambda _m, i, o, name=n: look(name, i, o)) for n, m in leaves]
+    hooks = [m.register_forward_hook(lambda _m, i, o, name=n: record(name, i, o)) for n, m in leaves]
     with attached(hooks), torch.enable_grad():
         model(images.detach().requires_grad_())
-    before = ""
-    for name, takes, gives in ran:
-        if not takes:
-            return f"the graph is cut between {before or 'the image'} and {name}"
-        if not gives:
+    previous = ""
+    for name, input_grad, output_grad in layers:
+        if not input_grad:
+            return f"the graph is cut between {previous or 'the image'} and {name}"
+        if not output_grad:
             return f"the graph is cut inside {name}"
-        before = name
+        previous = name
     return ""
 
 
 def never_called(model: nn.Module, images: Tensor) -> list[str]:
-    """Names of the modules with parameters of their own that a forward pass does not run."""
+    """Return the names of modules with their own parameters that a forward pass does not call."""
     called: set[str] = set()
     own = [(n, m) for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     hooks = [m.register_forward_pre_hook(lambda *_, name=n: called.add(name)) for n, m in own]

@@ -21,7 +21,7 @@ BROKEN = {
     "ignores the image, pixels": (["model=ignores_image"], "pixels seen", "FAIL", "image"),
     "too small weights": (planted("Deep", "+model.std=0.01"), "activations", "FAIL", "layers."),
     "too large weights": (planted("Deep", "+model.std=0.6"), "activations", "FAIL", "layers."),
-    "dead ReLUs by bias": (["model=dead_relus"], "dead units", "FAIL", "rectifier 2"),
+    "dead ReLUs by bias": (["model=dead_relus"], "dead units", "FAIL", "ReLU 2"),
     "image averaged away": (planted("PooledAway"), "pixels seen", "FAIL", "mean"),
     "image pooled to four": (planted("PooledToFour"), "pixels seen", "FAIL", "4"),
     "brightest pixel alone": (planted("BrightestPixel"), "pixels seen", "FAIL", "image"),
