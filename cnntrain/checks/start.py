@@ -53,7 +53,9 @@ def initial_loss(context: CheckContext) -> Finding:
         uninformed = context.task.uninformed_loss(batch.truth, outputs)
         noise = torch.randn(outputs.shape, generator=seeded_generator(0)).to(outputs.device)
         high, absurd = (float(context.mean_loss(std * noise, batch.truth)) for std in (WARN_STD, FAIL_STD))
-    evidence = f"initial loss {loss:.4g}; a prediction that ignores the image: {uninformed:.4g}, random outputs: {high:.4g}"
+    evidence = (
+        f"initial loss {loss:.4g}; ignoring the image costs {uninformed:.4g}, random outputs cost {high:.4g}"
+    )
     if not math.isfinite(loss):
         cause = (
             f"the loss is {loss} before the first step: a division by zero, or weights that are far too large"
