@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import cnntrain
 from cnntrain.cli import main
-from cnntrain.plots.curves import survive_drawing
+from cnntrain.plots.figure import log_plot_errors, new_figure, style
 from cnntrain.train.device import prepare_torch, preserve_process_settings
 
 QUICK = ["data.limit=60", "steps=1", "log.figures=false", "log.tensorboard=false"]
@@ -98,14 +98,12 @@ def test_a_picture_never_ends_a_run(
     assert Path("run/results.json").is_file()
     assert not list(Path("run").glob("figures/*.png"))
     assert "latex was not found" in caplog.text
-    with pytest.raises(cnntrain.errors.StoppedError), survive_drawing("x"):
+    with pytest.raises(cnntrain.errors.StoppedError), log_plot_errors("x"):
         raise cnntrain.errors.StoppedError(2, "stopped")
 
 
 def test_a_users_matplotlibrc_does_not_change_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib
-
-    from cnntrain.plots.images import new_figure, style
 
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 17)

@@ -35,8 +35,8 @@ from cnntrain.checks.flip import diagnose_flip, wrong_pair
 from cnntrain.config.schema import Settings
 from cnntrain.data.splits import limit_rows
 from cnntrain.errors import CnntrainError, UserError, suggest
-from cnntrain.plots.checks import draw_curves, draw_symmetry
-from cnntrain.plots.curves import save, survive_drawing
+from cnntrain.plots.checks import plot_check_curves, plot_flip_symmetry
+from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.randomness import fork_generators
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.run_logger import statistics
@@ -275,11 +275,11 @@ def _run_and_report(
     if figures:
         batch = context.eval_batch(count=IMAGES_IN_FIGURE)
         names = [context.loaders["train"].examples.names[int(i)] for i in batch.index]
-        with survive_drawing("the figures"):
+        with log_plot_errors("the figures"):
             figure = context.task.draw(batch.images, None, batch.truth, names, *statistics(context.spec))
-            save(figure, run_folder.figures / "images.png")
+            save_figure(figure, run_folder.figures / "images.png")
             if context.curves:
-                save(draw_curves(context.curves), run_folder.figures / "check.png")
+                save_figure(plot_check_curves(context.curves), run_folder.figures / "check.png")
     print_findings(findings)
     counts = [f"{sum(f.verdict == v for f in findings)} {v}" for v in ("PASS", "WARN", "FAIL", "SKIP")]
     print(f"{report['verdict']}: {', '.join(counts)} in {sum(seconds.values()):.0f} s")
@@ -318,8 +318,8 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
         run_folder.write_json("check.json", report)
         if symmetry is not None and settings.log.figures:
             title = f"{report['verdict']}: mean of {len(points):,} shapes of {data}, and its mirror image"
-            save(
-                draw_symmetry(symmetry, spec, wrong_pair(symmetry) or (), title),
+            save_figure(
+                plot_flip_symmetry(symmetry, spec, wrong_pair(symmetry) or (), title),
                 run_folder.figures / "flip.png",
             )
     print_findings(findings)

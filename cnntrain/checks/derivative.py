@@ -63,7 +63,7 @@ class _GradientTest:
     def loss(self) -> Tensor:
         torch.manual_seed(0)
         with _KeepDouble():
-            total, count = self.task.loss(self.model(self.images), self.truth, plain=True)
+            total, count = self.task.loss(self.model(self.images), self.truth, training=False)
             return total / count.clamp(min=1e-12)
 
     def error(self, names: Sequence[str]) -> float:

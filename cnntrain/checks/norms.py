@@ -131,7 +131,7 @@ def _losses(
         total = count = 0.0
         for batch in batches:
             outputs = context.outputs(model, batch.images)
-            loss_sum, terms = context.task.loss(outputs, batch.targets, plain=True)
+            loss_sum, terms = context.task.loss(outputs, batch.targets, training=False)
             total, count = total + float(loss_sum), count + float(terms)
         losses.append(total / count if count else math.nan)
     model.eval()

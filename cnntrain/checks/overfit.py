@@ -19,7 +19,8 @@ from cnntrain.checks.overfit_trial import (
 from cnntrain.config.schema import Settings
 from cnntrain.data.load import Data
 from cnntrain.data.loader import Loader
-from cnntrain.plots.curves import learning, save, survive_drawing
+from cnntrain.plots.curves import plot_overfit_curve
+from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.report.console import log_to_console
 from cnntrain.report.table import print_findings
 from cnntrain.train.evaluate import predict_batch
@@ -87,9 +88,9 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
         run_folder.write_json("overfit.json", report)
         if settings.log.figures:
             title = f"{report['verdict']}: {example}"
-            with survive_drawing("the loss"):
-                figure = learning(result.losses, result.floor, result.uninformed, title)
-                save(figure, run_folder.figures / "overfit.png")
+            with log_plot_errors("the loss"):
+                figure = plot_overfit_curve(result.losses, result.floor, result.uninformed, title)
+                save_figure(figure, run_folder.figures / "overfit.png")
     print_findings([finding for finding in findings if finding.verdict != "PASS"])
     print(f"{report['verdict']}: {report['line']}")
     print(f"run folder: {run_folder.path}")
@@ -134,7 +135,7 @@ def measure(components: Components, batch: Batch) -> dict[str, float]:
     """Return the task's metrics on the examples that were learned."""
     outputs = predict_batch(components.model, batch.images, components.compute)
     meter = components.task.meter()
-    meter.update(outputs, batch.truth, *components.task.loss(outputs, batch.truth, plain=True))
+    meter.update(outputs, batch.truth, *components.task.loss(outputs, batch.truth, training=False))
     return {name: value for name, value in meter.compute().items() if name != "loss"}
 
 

@@ -133,7 +133,7 @@ class OverfitTrial:
         """Train `model`, in eval mode with calibrated norms, on the batch until its loss is near the floor."""
         task, batch = self.task, self.batch
         uninformed = task.uninformed_loss(batch.targets, model(batch.images).detach())
-        result = OverfitResult(task.min_loss(plain=True), uninformed, task.learned_loss(uninformed))
+        result = OverfitResult(task.min_loss(training=False), uninformed, task.learned_loss(uninformed))
         result.learning_rate = max(float(group["lr"]) for group in optimizer.param_groups)
         result.pixel_deviation = float(batch.images.float().std(dim=(1, 2, 3)).min())
         result.frozen = [
@@ -145,7 +145,7 @@ class OverfitTrial:
             self.stop.check()
             optimizer.zero_grad(set_to_none=True)
             outputs = predict_batch(model, batch.images, self.compute)
-            loss_sum, count = task.loss(outputs, batch.targets, plain=True)
+            loss_sum, count = task.loss(outputs, batch.targets, training=False)
             loss = loss_sum / count
             result.losses.append(loss.item())
             if not math.isfinite(result.losses[-1]):
@@ -184,8 +184,8 @@ class OverfitTrial:
             total = both.sum(dim=1)
             result.probabilities = bool((both >= 0).all() and ((total - 1).abs() < 1e-3).all())
         own, others = ({k: v[:1] for k, v in each.targets.items()} for each in (batch, other))
-        own_loss = [float(part) for part in task.loss(own_output, own, plain=True)]
-        other_loss = [float(part) for part in task.loss(own_output, others, plain=True)]
+        own_loss = [float(part) for part in task.loss(own_output, own, training=False)]
+        other_loss = [float(part) for part in task.loss(own_output, others, training=False)]
         same_target = all(torch.equal(value, others[name]) for name, value in own.items())
         result.label_matters = same_target or own_loss != other_loss
         # A layer that died after the example was learned was not needed.

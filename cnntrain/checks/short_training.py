@@ -254,7 +254,7 @@ def _evenly_spaced(rows: Tensor, count: int) -> Tensor:
 def _step(context: CheckContext, model: nn.Module, optimizer: Optimizer, batch: Batch, step: int) -> float:
     """Train on one batch with the evaluation loss (no label smoothing, no class weights); return the loss."""
     context.reseed("short training", step)
-    loss_sum, count = context.task.loss(context.outputs(model, batch.images), batch.targets, plain=True)
+    loss_sum, count = context.task.loss(context.outputs(model, batch.images), batch.targets, training=False)
     loss = loss_sum / count.clamp(min=1e-12)
     optimizer.zero_grad(set_to_none=True)
     if loss.requires_grad:
@@ -298,7 +298,7 @@ def image_information(task: Task, outputs: Tensor, targets: Targets) -> ImageInf
 
 def _example_losses(task: Task, outputs: Tensor, targets: Targets) -> Tensor:
     """Return the mean loss of each example, (N,); NaN for examples without a target."""
-    sums, counts = task.losses(outputs, targets, plain=True)
+    sums, counts = task.losses(outputs, targets, training=False)
     return sums / torch.where(counts > 0, counts, math.nan)
 
 

@@ -101,11 +101,11 @@ def _batches(context: CheckContext, count: int) -> list[Batch]:
 
 
 def _loss(
-    context: CheckContext, model: nn.Module, batch: Batch, evaluation: bool = False
+    context: CheckContext, model: nn.Module, batch: Batch, training: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Return the loss sum and the number of its terms, in float32."""
     images = batch.images.contiguous(memory_format=context.compute.memory_format)
-    return context.task.loss(model(images).float(), batch.truth, plain=evaluation)
+    return context.task.loss(model(images).float(), batch.truth, training)
 
 
 def _learning_rate(context: CheckContext, batch: Batch) -> float | None:
@@ -191,7 +191,7 @@ def _validation_losses(context: CheckContext, model: nn.Module) -> tuple[float, 
     order = torch.cat(rows)
     with torch.no_grad():
         batch = context.pipeline.eval_transform(next(loader.batches(order, len(order))))
-        total, count = _loss(context, reference, batch, evaluation=True)
+        total, count = _loss(context, reference, batch, training=False)
     return float(total / count), meter.compute()["loss"]
 
 

@@ -22,7 +22,7 @@ from cnntrain.data.examples import Source
 from cnntrain.data.fingerprint import same_data
 from cnntrain.errors import DivergedError, UserError
 from cnntrain.io.safe_files import exists, is_folder, open_atomic_text, run_folder_of
-from cnntrain.plots.curves import save, sign, survive_drawing
+from cnntrain.plots.figure import label_split, log_plot_errors, save_figure
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.table import print_rows
 from cnntrain.summary.trace import needs_data
@@ -71,7 +71,9 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     rows: list[dict[str, Any]] = []
 
     def look(batch: Batch, outputs: Tensor) -> None:
-        for index, row in zip(batch.index.tolist(), assembly.task.rows(outputs, batch.truth), strict=True):
+        for index, row in zip(
+            batch.index.tolist(), assembly.task.per_example(outputs, batch.truth), strict=True
+        ):
             rows.append({"name": examples.names[index], **row})
 
     folder = (
@@ -96,9 +98,9 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        with survive_drawing("the figures"):
+        with log_plot_errors("the figures"):
             for name, figure in assembly.task.figures(meter).items():
-                save(sign(figure, NAMES[settings.split]), run_folder.figures / f"{name}.png")
+                save_figure(label_split(figure, NAMES[settings.split]), run_folder.figures / f"{name}.png")
         run_folder.write_json("run.json", provenance(command_line))
         run_folder.write_json("results.json", metrics)
     print_rows([{"metric": name, "value": value} for name, value in metrics.items()], console=console)

@@ -14,8 +14,8 @@ from cnntrain.config.compose import read_settings
 from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
-from cnntrain.plots.curves import save, survive_drawing
-from cnntrain.plots.range_picture import draw_range_test
+from cnntrain.plots.curves import plot_lr_range_test
+from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.report.console import log_to_console
 from cnntrain.train.lr_finder import RangeTest
 from cnntrain.train.run_dir import open_run_dir, provenance
@@ -54,11 +54,11 @@ def lr_find(settings: Settings, command_line: str = "") -> dict[str, Any]:
                 names = {"a tenth of divergence": test.suggestion, "steepest descent": test.steepest,
                          "divergence": test.diverged_at}  # fmt: skip
                 marks = {name: rate for name, rate in names.items() if rate}
-                with survive_drawing("the range test"):
-                    figure = draw_range_test(
+                with log_plot_errors("the range test"):
+                    figure = plot_lr_range_test(
                         test.rates, test.losses, test.smoothed, marks, f"Range test: {settings.label}"
                     )
-                    save(figure, run_folder.figures / "lr_find.png")
+                    save_figure(figure, run_folder.figures / "lr_find.png")
     for line in tell(test, configured):
         print(line)
     print(f"run folder: {run_folder.path}")

@@ -42,7 +42,7 @@ from cnntrain.data.resize import expand_box
 from cnntrain.data.scan import scan_files
 from cnntrain.errors import UserError
 from cnntrain.io.safe_files import open_atomic_text
-from cnntrain.plots.curves import save, survive_drawing
+from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.report.console import log_to_console
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
 from cnntrain.tasks.segmentation import Segmentation
@@ -229,7 +229,7 @@ def _write(
         )
         truth = {"source_to_image": matrices}
         start, own = len(rows), names[len(rows) : len(rows) + len(batch)]
-        answers = predictor.task.answers(outputs, truth)
+        answers = predictor.task.predictions(outputs, truth)
         rows += [{"image_name": name, **answer} for name, answer in zip(own, answers, strict=True)]
         chances = predictor.task.probabilities(outputs)
         if chances is not None:
@@ -249,13 +249,13 @@ def _write(
                     mask, matrices[i], sizes[i], predictor.pipeline.spec.mask_fill, target, folder.path
                 )
                 if isinstance(predictor.task, Segmentation):
-                    shares = predictor.task.shares(on_image)
+                    shares = predictor.task.class_fractions(on_image)
                     rows[start + i] |= {f"share/{name}": share for name, share in shares.items()}
         wanted = len(batch) if draw is None else max(0, min(len(batch), draw - start))
         for first in range(0, wanted, IMAGES_PER_PAGE):
             part = slice(first, min(first + IMAGES_PER_PAGE, wanted))
             page += 1
-            with survive_drawing(f"page {page} of the predictions"):
+            with log_plot_errors(f"page {page} of the predictions"):
                 figure = predictor.task.draw(
                     batch.images[part],
                     outputs[part],
@@ -264,7 +264,7 @@ def _write(
                     mean,
                     std,
                 )
-                save(figure, folder.figures / f"predictions-{page:03}.png")
+                save_figure(figure, folder.figures / f"predictions-{page:03}.png")
     return rows
 
 

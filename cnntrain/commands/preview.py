@@ -24,7 +24,7 @@ from cnntrain.config.schema import Settings
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
 from cnntrain.errors import UserError
-from cnntrain.plots.curves import save
+from cnntrain.plots.figure import save_figure
 from cnntrain.plots.previews import draw_batches, draw_flip
 from cnntrain.randomness import epoch_order
 from cnntrain.report.console import log_to_console
@@ -96,7 +96,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
         with TensorBoardWriter(run_folder.path) as events:
             for name, figure in pictures.items():
                 written.append(run_folder.figures / f"{name}.png")
-                save(figure, written[-1])
+                save_figure(figure, written[-1])
                 if settings.log.tensorboard:
                     events.figure(f"preview/{name}", figure, 0)
     for path in written:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cnntrain.plots.images import BAD, COLORS, INK, SOFT, new_figure, shorten, style
+from cnntrain.plots.figure import BAD, COLORS, INK, SOFT, new_figure, shorten, style
 from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
-def draw_curves(curves: Mapping[str, Lines]) -> Figure:
+def plot_check_curves(curves: Mapping[str, Lines]) -> Figure:
     """Draw a panel per title and a line per label. Axes are logarithmic if values span over two orders of magnitude.
 
     Args:
@@ -52,7 +52,9 @@ def _wide_range(values: Sequence[float]) -> bool:
     return bool(finite) and min(finite) > 0 and max(finite) > 100 * min(finite)
 
 
-def draw_symmetry(symmetry: Symmetry, spec: DataSpec, wrong_points: Collection[int], title: str) -> Figure:
+def plot_flip_symmetry(
+    symmetry: Symmetry, spec: DataSpec, wrong_points: Collection[int], title: str
+) -> Figure:
     """Draw a mean shape (rings) and its mirror image (dots), with lines between keypoints of the same name.
 
     The left panel keeps the names of the mirror image, the right panel swaps them by `spec.flip_pairs`.

@@ -1,154 +1,107 @@
-"""Figures of a run: curves, batches, filters. Plain data in, a matplotlib Figure out; what a task draws is
-its own."""
+"""Curves over training: metrics over epochs, learning rate, loss over steps, and the learning-rate range test."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
-from cnntrain.io import safe_files as files
-from cnntrain.plots.images import (
-    BAD,
-    COLORS,
-    GOOD,
-    INK,
-    SOFT,
-    bars,
-    confusion_matrix,
-    image_grid,
-    new_figure,
-    shorten,
-    style,
-    survive_drawing,
-    unnormalize,
-)
+from cnntrain.plots.figure import COLORS, SOFT, new_figure, shorten, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "BAD",
-    "GOOD",
-    "INK",
-    "bars",
-    "batch_grid",
-    "confusion_matrix",
-    "curves",
-    "filters",
-    "image_grid",
-    "learning",
-    "png",
-    "save",
-    "sign",
-    "survive_drawing",
-    "unnormalize",
-]
+Row = Mapping[str, object]  # of metrics.csv: numbers or their text; missing values are allowed
 
-# Not curves of learning: counters and rates of the machine.
-_NOT_PLOTTED = ("epoch", "step", "images_per_s", "wall_s", "seconds")
-_RATES_DRAWN = 2000  # points of the learning rate's line
+NOT_PLOTTED = ("epoch", "step", "images_per_s", "wall_s", "seconds")  # counters and rates, not metrics
+MAX_LR_POINTS = 2000
 
 
-def curves(
-    rows: Sequence[Mapping[str, object]],
+def plot_training_curves(
+    rows: Sequence[Row],
     monitor: tuple[str, str] | None = None,
-    rate_at: Callable[[int], float] | None = None,
+    lr_at: Callable[[int], float] | None = None,
 ) -> Figure:
-    """Training and validation over the epochs: one panel per metric (`train/x` with `val/x`), one for the
-    rate.
+    """Plot training and validation metrics over epochs, one panel per metric, and the learning rate.
 
     Args:
-        rows: as in metrics.csv: `epoch`, `train/...`, `val/...`, `lr`; numbers or their text; gaps are
-            allowed.
-        monitor: metric and direction that chose the best epoch, which is then marked.
-        rate_at: the learning rate of a step (counted from 0); without it, only that at the end of each epoch is
-            drawn.
+        rows: rows of metrics.csv: `epoch`, `train/...`, `val/...`, `lr`.
+        monitor: metric and direction ('max' or 'min') that selected the best epoch, which is marked.
+        lr_at: learning rate at a step (from 0); None plots only the values at the end of each epoch.
     """
-    epochs = [_number(row.get("epoch", i + 1)) for i, row in enumerate(rows)]
-    metrics: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        if key.rsplit("/", 1)[-1] not in _NOT_PLOTTED and any(
-            math.isfinite(_number(r.get(key))) for r in rows
-        ):
-            metrics.setdefault(key.split("/", 1)[-1], []).append(key)
-    names = sorted(metrics, key=lambda name: (name != "loss", name == "lr"))
-    columns = 2 if len(names) == 4 else min(3, max(len(names), 1))
-    lines = -(-max(len(names), 1) // columns)
+    epochs = [_to_float(row.get("epoch", i + 1)) for i, row in enumerate(rows)]
+    columns_of: dict[str, list[str]] = {}  # metric -> columns of metrics.csv
+    for column in dict.fromkeys(column for row in rows for column in row):
+        has_values = any(math.isfinite(_to_float(row.get(column))) for row in rows)
+        if has_values and column.rsplit("/", 1)[-1] not in NOT_PLOTTED:
+            columns_of.setdefault(column.split("/", 1)[-1], []).append(column)
+    metrics = sorted(columns_of, key=lambda name: (name != "loss", name == "lr"))
+    num_columns = 2 if len(metrics) == 4 else min(3, max(len(metrics), 1))
+    num_rows = -(-max(len(metrics), 1) // num_columns)
+    best = _best_epoch(rows, epochs, monitor)
     with style():
-        figure = new_figure(3.7 * columns, 2.8 * lines)
-        axes = figure.subplots(lines, columns, squeeze=False).ravel()
-        for ax in axes[len(names) :]:
+        figure = new_figure(3.7 * num_columns, 2.8 * num_rows)
+        axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
+        for ax in axes[len(metrics) :]:
             ax.axis("off")
-        best = _best_epoch(rows, epochs, monitor)
-        for ax, name in zip(axes, names, strict=False):
-            for key in metrics[name]:
-                values = [_number(row.get(key)) for row in rows]
-                part = key.split("/", 1)[0] if "/" in key else ""
-                color = {"train": COLORS[5], "val": COLORS[1]}.get(part, COLORS[0])
-                marker = "o" if len(rows) <= 20 else None
-                if key == "lr" and rate_at is not None:
-                    ax.plot(*rates_by_step(rows, rate_at), color=color)
-                    continue
-                ax.plot(epochs, values, color=color, marker=marker, markersize=3.5, label=part or None)
-            _finish_panel(ax, name, [_number(row.get(key)) for key in metrics[name] for row in rows])
-            if best is not None and name != "lr":
+        for ax, metric in zip(axes, metrics, strict=False):
+            panel = {key: [_to_float(row.get(key)) for row in rows] for key in columns_of[metric]}
+            for column, values in panel.items():
+                split = column.split("/", 1)[0] if "/" in column else ""
+                color = {"train": COLORS[5], "val": COLORS[1]}.get(split, COLORS[0])
+                if column == "lr" and lr_at is not None:
+                    ax.plot(*learning_rate_by_step(rows, lr_at), color=color)
+                else:
+                    marker = "o" if len(rows) <= 20 else None
+                    ax.plot(epochs, values, color=color, marker=marker, markersize=3.5, label=split or None)
+            _finish_panel(ax, metric, [value for values in panel.values() for value in values])
+            if best is not None and metric != "lr":
                 ax.axvline(best, color=SOFT, linewidth=0.9, linestyle=":")
-                if monitor is not None and name == monitor[0]:
-                    ax.annotate(
-                        f"best: epoch {best:.0f}",
-                        (best, 0.02),
-                        xycoords=("data", "axes fraction"),
-                        xytext=(-4 if best > sum(epochs) / len(epochs) else 4, 0),
-                        textcoords="offset points",
-                        fontsize=8,
-                        color=SOFT,
-                        ha="right" if best > sum(epochs) / len(epochs) else "left",
-                    )
+                if monitor is not None and metric == monitor[0]:
+                    _annotate_best(ax, best, on_left=best > sum(epochs) / len(epochs))
     return figure
 
 
-def rates_by_step(
-    rows: Sequence[Mapping[str, object]], rate_at: Callable[[int], float]
+def learning_rate_by_step(
+    rows: Sequence[Row], lr_at: Callable[[int], float]
 ) -> tuple[list[float], list[float]]:
-    """The learning rate over the epochs, step by step: (epochs, fractions included; learning rates).
+    """Return (fractional epochs, learning rates) of the steps of a run.
 
-    An epoch of another schedule than `rate_at`, as after a resume with more epochs, is drawn as a straight line to the
-    rate at its end, which its row holds.
+    An epoch that followed another schedule than `lr_at` (as before resuming with more epochs) gives a straight line to
+    the rate at its end, which its row contains.
     """
     epochs, rates = [], []
-    before, done = 0, 0.0  # steps and epochs
-    per_epoch = max(_RATES_DRAWN // max(len(rows), 1), 2)
+    start_step, start_epoch = 0, 0.0
+    points_per_epoch = max(MAX_LR_POINTS // max(len(rows), 1), 2)
     for row in rows:
-        step, epoch, last = (_number(row.get(key)) for key in ("step", "epoch", "lr"))
-        if not (math.isfinite(last) and before < step < math.inf and epoch > done):
+        end_step, end_epoch, end_rate = (_to_float(row.get(key)) for key in ("step", "epoch", "lr"))
+        if not (math.isfinite(end_rate) and start_step < end_step < math.inf and end_epoch > start_epoch):
             continue
-        steps = [int(s) for s in np.linspace(before, step - 1, min(int(step) - before, per_epoch)).round()]
-        found = [rate_at(s) for s in steps]
-        if not math.isclose(found[-1], last, rel_tol=1e-6, abs_tol=1e-15):
-            steps, found = (steps, [last] * len(steps)) if min(found) == max(found) else (steps[-1:], [last])
-        epochs += [done + (s + 1 - before) / (step - before) * (epoch - done) for s in steps]
+        count = min(int(end_step) - start_step, points_per_epoch)
+        steps = [int(step) for step in np.linspace(start_step, end_step - 1, count).round()]
+        found = [lr_at(step) for step in steps]
+        if not math.isclose(found[-1], end_rate, rel_tol=1e-6, abs_tol=1e-15):
+            is_constant = min(found) == max(found)
+            steps, found = (steps, [end_rate] * len(steps)) if is_constant else (steps[-1:], [end_rate])
+        fractions = [(step + 1 - start_step) / (end_step - start_step) for step in steps]
+        epochs += [start_epoch + fraction * (end_epoch - start_epoch) for fraction in fractions]
         rates += found
-        before, done = int(step), epoch
+        start_step, start_epoch = int(end_step), end_epoch
     return epochs, rates
 
 
-def _finish_panel(ax: Axes, name: str, values: Sequence[float]) -> None:
-    """Title, axes and legend of one metric; a loss or rate that spans decades gets a logarithmic axis."""
+def _finish_panel(ax: Axes, metric: str, values: Sequence[float]) -> None:
+    """Set title, axes and legend; a loss that spans more than a factor of 30 gets a logarithmic axis."""
     from matplotlib.ticker import MaxNLocator
 
-    ax.set_title("learning rate" if name == "lr" else name)
-    ax.set_xlabel("epoch")
+    ax.set(title="learning rate" if metric == "lr" else metric, xlabel="epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    known = [value for value in values if math.isfinite(value)]
-    if name == "loss" and known and min(known) > 0 and max(known) > 30 * min(known):
+    if metric == "loss" and _spans(values, 30):
         ax.set_yscale("log")
-    elif name == "lr":
+    elif metric == "lr":
         ax.set_ylim(bottom=0)
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     ax.grid(True)
@@ -156,39 +109,46 @@ def _finish_panel(ax: Axes, name: str, values: Sequence[float]) -> None:
         ax.legend(loc="best")
 
 
+def _annotate_best(ax: Axes, epoch: float, on_left: bool) -> None:
+    ax.annotate(
+        f"best: epoch {epoch:.0f}",
+        (epoch, 0.02),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4 if on_left else 4, 0),
+        textcoords="offset points",
+        ha="right" if on_left else "left",
+        fontsize=8,
+        color=SOFT,
+    )
+
+
 def _best_epoch(
-    rows: Sequence[Mapping[str, object]], epochs: Sequence[float], monitor: tuple[str, str] | None
+    rows: Sequence[Row], epochs: Sequence[float], monitor: tuple[str, str] | None
 ) -> float | None:
+    """Return the epoch with the best validation metric (training metric if there is none)."""
     if monitor is None:
         return None
-    for key in (f"val/{monitor[0]}", f"train/{monitor[0]}"):
-        values = [(_number(row.get(key)), epoch) for row, epoch in zip(rows, epochs, strict=True)]
+    metric, direction = monitor
+    for column in (f"val/{metric}", f"train/{metric}"):
+        values = [(_to_float(row.get(column)), epoch) for row, epoch in zip(rows, epochs, strict=True)]
         values = [pair for pair in values if math.isfinite(pair[0])]
         if values:
-            pick = max if monitor[1] == "max" else min
-            return pick(values, key=lambda pair: pair[0])[1]
+            return (max if direction == "max" else min)(values, key=lambda pair: pair[0])[1]
     return None
 
 
-def learning(losses: Sequence[float], lowest: float, uninformed: float, title: str) -> Figure:
-    """A loss, step by step, between what knowing nothing gives and its floor: the picture of `overfit`."""
+def plot_overfit_curve(losses: Sequence[float], min_loss: float, uninformed: float, title: str) -> Figure:
+    """Plot the loss over steps between the loss of constant outputs (`uninformed`) and its minimum."""
     with style():
         figure = new_figure(6.2, 3.4)
         ax = figure.subplots()
-        ax.axhline(
-            uninformed,
-            color=COLORS[1],
-            linestyle="--",
-            linewidth=1.1,
-            label=f"knows nothing {uninformed:.3f}",
-        )
-        if lowest > 0:
-            ax.axhline(
-                lowest, color=COLORS[2], linestyle="--", linewidth=1.1, label=f"lowest there is {lowest:.3f}"
-            )
-        ax.plot(range(len(losses)), losses, color=COLORS[0], label="loss")  # after so many steps
-        known = [value for value in losses if math.isfinite(value)]
-        if known and max(known) > 30 * max(min(known), 1e-12):
+        limits = [("constant outputs", uninformed, COLORS[1]), ("minimum", min_loss, COLORS[2])]
+        for name, value, color in limits:
+            if value > 0:
+                ax.axhline(value, color=color, linestyle="--", linewidth=1.1, label=f"{name} {value:.3f}")
+        ax.plot(range(len(losses)), losses, color=COLORS[0], label="loss")
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        if finite and max(finite) > 30 * max(min(finite), 1e-12):
             ax.set_yscale("log")
         ax.set(title=shorten(title, 120), xlabel="step", ylabel="loss")
         ax.grid(True)
@@ -196,62 +156,45 @@ def learning(losses: Sequence[float], lowest: float, uninformed: float, title: s
     return figure
 
 
-def batch_grid(
-    images: Tensor, captions: Sequence[str], mean: Sequence[float], std: Sequence[float], title: str = ""
+def plot_lr_range_test(
+    rates: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    marks: Mapping[str, float],
+    title: str,
 ) -> Figure:
-    """A batch as the network sees it: (N, C, H, W) normalized floats, shown on the 0-1 scale."""
-    return image_grid(unnormalize(images, mean, std), captions, title=title)
+    """Plot the loss of each mini-batch and the smoothed loss over the learning rate, with vertical lines at `marks`.
 
-
-def sign(figure: Figure, split: str) -> Figure:
-    """The same figure, which says below on the right what data it shows."""
-    figure.supxlabel(f"{split} data", x=0.99, ha="right", fontsize=7, color=SOFT)
+    The loss axis ends above the initial smoothed loss: larger values are divergence.
+    """
+    finite = [loss for loss in smoothed if math.isfinite(loss)]
+    with style():
+        figure = new_figure(6.2, 3.6)
+        ax = figure.subplots()
+        ax.plot(rates, losses, color=COLORS[5], linewidth=0.9, label="mini-batch")
+        ax.plot(rates, smoothed, color=COLORS[0], label="smoothed")
+        for i, (name, rate) in enumerate(marks.items()):
+            color, label = COLORS[1 + i % 4], f"{name} {rate:.2g}"
+            ax.axvline(rate, color=color, linestyle="--", linewidth=1.1, label=label)
+        ax.set_xscale("log")
+        if finite:
+            low, start = min(finite), finite[0]
+            span = max(start - low, 0.1 * abs(start), 1e-6)
+            ax.set_ylim(low - 0.3 * span, start + 0.7 * span)
+        ax.set(title=title, xlabel="learning rate", ylabel="loss")
+        ax.grid(True)
+        ax.legend()
     return figure
 
 
-def filters(weight: Tensor, title: str = "First layer's filters", limit: int = 64) -> Figure:
-    """Kernels of a first convolution, each on its own scale around zero (gray).
-
-    Args:
-        weight: (out, in, kH, kW); three input channels show as color, others as gray, averaged.
-        limit: show at most so many.
-    """
-    kernels = weight.detach().float().cpu()[:limit]
-    if kernels.shape[1] != 3:
-        kernels = kernels.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    peak = kernels.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
-    pictures = (0.5 + 0.5 * kernels / peak).permute(0, 2, 3, 1).numpy()
-    if len(weight) > limit:
-        title += f" ({limit} of {len(weight)})"
-    return image_grid(np.asarray(pictures), title=title, columns=min(8, len(kernels)), cell=0.62)
+def _spans(values: Sequence[float], factor: float) -> bool:
+    """Return whether all finite values are positive and span more than `factor`."""
+    finite = [value for value in values if math.isfinite(value)]
+    return bool(finite) and min(finite) > 0 and max(finite) > factor * min(finite)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all.
-
-    Raises:
-        UserError: `figures` is a link.
-        OSError: it can't be written.
-    """
-    root, content = files.run_folder_of(path), png(figure)
-    root.mkdir(parents=True, exist_ok=True)
-    if root != path.parent:
-        files.make_folder(path.parent, root)
-    files.write_atomic(path, content, root, sync=False)
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as PNG bytes."""
-    import io
-
-    buffer = io.BytesIO()
-    with style():
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _number(value: object) -> float:
-    """A cell of metrics.csv as a number; NaN for an empty one."""
+def _to_float(value: object) -> float:
+    """Return a value of metrics.csv as a number; NaN if it is missing."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from cnntrain.plots.images import COLORS, new_figure, style
+from cnntrain.plots.figure import COLORS, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnntrain.plots.images import COLORS, image_grid, shorten, style, unnormalize
-from cnntrain.plots.overlays import class_colors, paint_mask
+from cnntrain.plots.figure import COLORS, shorten, style
+from cnntrain.plots.images import class_colors, color_mask, plot_images, unnormalize
 from cnntrain.types import Batch, DataSpec
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def draw_batches(batches: Sequence[Batch], names: Sequence[str], spec: DataSpec)
         ]
     if "mix" in batches[-1].targets:
         captions = [text for i in range(len(names)) for text in _mixtures(batches, i, spec)]
-    return image_grid(
+    return plot_images(
         pictures.reshape(-1, *pictures.shape[2:]), captions, columns=columns, cell=_cell(pictures)
     )
 
@@ -75,7 +75,7 @@ def _with_points(
         )
 
     cell = 2.5 if len(spec.keypoints) <= MAX_NAMES else 2.1
-    figure = image_grid(pictures, captions, columns=columns, overlay=overlay, cell=cell)
+    figure = plot_images(pictures, captions, columns=columns, overlay=overlay, cell=cell)
     return _with_sides(figure, spec)
 
 
@@ -93,7 +93,7 @@ def draw_flip(original: Batch, flipped: Batch, names: Sequence[str], spec: DataS
     captions = [text for name in names for text in (name, "flipped and relabeled")]
     columns = 2 if len(spec.keypoints) > MAX_NAMES else 2 * len(names)
     cell = 6.0 if len(spec.keypoints) > MAX_NAMES else 3.4
-    return _with_sides(image_grid(pictures, captions, columns=columns, overlay=overlay, cell=cell), spec)
+    return _with_sides(plot_images(pictures, captions, columns=columns, overlay=overlay, cell=cell), spec)
 
 
 def _draw_named(
@@ -163,9 +163,9 @@ def _with_masks(
     masks = np.where(masks == spec.ignore_index, 255, masks)  # the ignored id may be a class id
     rows, texts = [], []
     for i, (images, own) in enumerate(zip(pictures, masks, strict=True)):
-        rows += [*images, *(paint_mask(image, mask, known) for image, mask in zip(images, own, strict=True))]
+        rows += [*images, *(color_mask(image, mask, known) for image, mask in zip(images, own, strict=True))]
         texts += [*captions[i * columns : (i + 1) * columns], *[""] * columns]
-    figure = image_grid(np.stack(rows), texts, columns=columns, cell=_cell(pictures))
+    figure = plot_images(np.stack(rows), texts, columns=columns, cell=_cell(pictures))
     colors = class_colors(known)
     shown = [int(i) for i in np.unique(masks) if i < known][:24]
     return _legend(figure, [(shorten(spec.classes[i], 40), colors[i]) for i in shown], "s")

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from cnntrain.errors import CnntrainError
-from cnntrain.plots.curves import batch_grid, curves, filters, save, sign, survive_drawing
+from cnntrain.plots.curves import plot_training_curves
+from cnntrain.plots.figure import label_split, log_plot_errors, save_figure
+from cnntrain.plots.images import plot_batch, plot_filters
 from cnntrain.report.metrics import MetricsFile
 from cnntrain.report.progress import ProgressBar
 from cnntrain.report.tensorboard import TensorBoardWriter
@@ -109,7 +111,7 @@ class RunLogger:
             self._draw(step, batch)
 
     def _draw(self, step: int, batch: Batch) -> None:
-        with survive_drawing("the first batch"):
+        with log_plot_errors("the first batch"):
             self._draw_images(step, batch)
 
     def _draw_images(self, step: int, batch: Batch) -> None:
@@ -123,7 +125,7 @@ class RunLogger:
             labels = targets["label"].tolist() if "label" in targets else []
             captions = [self.spec.classes[i] for i in labels] if self.spec.classes else names
             title = "first batch, as the network sees it"
-            figure = batch_grid(batch.images[shown], captions, mean, std, title)
+            figure = plot_batch(batch.images[shown], captions, mean, std, title)
         self.figure("first_batch", figure, step)
 
     def log_epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
@@ -164,22 +166,26 @@ class RunLogger:
             self.events.scalars({**chosen, **test}, step)
         if not self.draws_figures:
             return
-        with survive_drawing("the curves"):
-            self.figure("curves", curves(self.metrics.rows, self.task.monitor, self.learning_rate_at), step)
-        with survive_drawing("the task's figures"):
+        with log_plot_errors("the curves"):
+            self.figure(
+                "curves",
+                plot_training_curves(self.metrics.rows, self.task.monitor, self.learning_rate_at),
+                step,
+            )
+        with log_plot_errors("the task's figures"):
             for name, figure in self.task.figures(meter).items():
-                self.figure(name, sign(figure, split), step)
-        with survive_drawing("the mistakes"):
+                self.figure(name, label_split(figure, split), step)
+        with log_plot_errors("the mistakes"):
             if mistakes is not None:
-                self.figure("mistakes", sign(mistakes, split), step)
+                self.figure("mistakes", label_split(mistakes, split), step)
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        with survive_drawing("the filters of the first layer"):
+        with log_plot_errors("the filters of the first layer"):
             if first is not None:
-                self.figure("filters", filters(first.weight), step)
+                self.figure("filters", plot_filters(first.weight), step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         try:
-            save(figure, self.folder / "figures" / f"{name}.png")
+            save_figure(figure, self.folder / "figures" / f"{name}.png")
         except OSError as error:
             if not self._warned:
                 self._warned = True

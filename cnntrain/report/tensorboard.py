@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnntrain.io import safe_files
-from cnntrain.plots.curves import png
+from cnntrain.plots.figure import to_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ class TensorBoardWriter:
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
         """Write a matplotlib figure as an image."""
-        data = png(figure)
+        data = to_png(figure)
         width, height = struct.unpack(">II", data[16:24])  # from the PNG header
         image = {"width": width, "height": height, "colorspace": 3, "encoded_image_string": data}
         self._write(step, {"tag": tag, "image": image})

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cnntrain.io.safe_files import write_text
-from cnntrain.plots.curves import save
+from cnntrain.plots.figure import save_figure
 from cnntrain.plots.learning_curves import learning_curves
-from cnntrain.plots.sweep import Point, marginal_effect, parallel_coordinates
+from cnntrain.plots.sweep import Point, plot_marginal_effect, plot_parallel_coordinates
 from cnntrain.report.compare import find_runs, read_run, write_csv
 from cnntrain.report.table import markdown, value_text
 from cnntrain.sweep.plan import SweepPlan, repeats_text, short
@@ -188,7 +188,7 @@ def draw(answer: SweepReport, folder: Path) -> list[str]:
     drawn: list[str] = []
 
     def keep(name: str, figure: Any) -> None:
-        save(figure, folder / "figures" / f"{name}.png")
+        save_figure(figure, folder / "figures" / f"{name}.png")
         drawn.append(f"figures/{name}.png")
 
     if plan.monitor:
@@ -202,10 +202,10 @@ def draw(answer: SweepReport, folder: Path) -> list[str]:
             keep("curves", learning_curves(groups, plan.monitor[0]))
         axes: list[SearchDimension] = [a for a in plan.axes if len({s[a.key] for s, _ in points}) > 1]
         if len(points) > 1 and axes:
-            keep("parallel", parallel_coordinates(points, axes, answer.metric, plan.monitor[1]))
+            keep("parallel", plot_parallel_coordinates(points, axes, answer.metric, plan.monitor[1]))
             for axis in axes:
                 name = axis.key.replace("/", "_")
-                keep(f"effect-{name}", marginal_effect(points, axis, answer.metric, plan.monitor[1]))
+                keep(f"effect-{name}", plot_marginal_effect(points, axis, answer.metric, plan.monitor[1]))
     return drawn
 
 

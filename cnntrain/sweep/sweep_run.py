@@ -17,7 +17,7 @@ from cnntrain.config.command_text import MASK, command_text, typed, without_pass
 from cnntrain.config.invocation import Invocation
 from cnntrain.errors import CnntrainError, MachineError, StoppedError, UserError
 from cnntrain.io.safe_files import read_json
-from cnntrain.plots.curves import survive_drawing
+from cnntrain.plots.figure import log_plot_errors
 from cnntrain.report.console import console, log_to_console
 from cnntrain.report.table import print_rows
 from cnntrain.report.tensorboard import TensorBoardWriter
@@ -75,7 +75,7 @@ def run_sweep(invocation: Invocation, job: SweepTarget) -> int:
             answer = make_report(plan, study)
             again = _judge_winner(answer, job, folder.path, over)
         if plan.base.log.figures:
-            with survive_drawing("the sweep's figures"):
+            with log_plot_errors("the sweep's figures"):
                 answer.pictures = draw(answer, folder.path)
         write_report(answer, folder.path, invocation.line, again)
     _print(answer, study, folder.path, again)

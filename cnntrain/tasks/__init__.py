@@ -1,1 +1,1 @@
-"""Tasks: the opinions. How many outputs, which loss, which metrics, and how to draw an answer."""
+"""Tasks: outputs, loss, metrics and plots of classification, segmentation and keypoint localization."""

@@ -1,4 +1,4 @@
-"""Class weights, as a user writes them and as a loss needs them."""
+"""Class weights of a loss: given by the user, or balanced by the class counts of the training data."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,44 +6,77 @@ import torch
 from torch import Tensor
 
 from cnntrain.errors import UserError, suggest
-from cnntrain.tasks.arguments import number
+from cnntrain.tasks.task import check_number
 
-ClassWeights = Sequence[float] | Mapping[str, float] | str | None
+ClassWeightsSetting = Sequence[float] | Mapping[str, float] | str | None
 
 
-def parse_class_weights(value: ClassWeights, classes: Sequence[str]) -> Tensor | None:
-    """(C,) float32 weights, or None for equal ones and for 'balanced' (which waits for the counts).
+class ClassWeights:
+    """Weights of C classes, cached on the device of the loss.
+
+    Args:
+        setting: one number per class, {class: weight} (1 for classes not named), 'balanced', or None for equal weights.
+        classes: names of the classes.
+
+    Attributes:
+        balanced: whether the weights depend on the training data (`set_counts`).
+        values: weights (C,) float32; None if all are equal, or not known yet.
 
     Raises:
-        UserError: wrong length, an unknown class, a number that is negative or not finite.
+        UserError: wrong length, an unknown class, or a number that is negative or not finite.
     """
-    if value is None or value == "balanced":
+
+    def __init__(self, setting: ClassWeightsSetting, classes: Sequence[str]) -> None:
+        self.balanced = setting == "balanced"
+        self.values = None if self.balanced else parse_class_weights(setting, classes)
+
+    def set_counts(self, counts: Tensor) -> None:
+        """Balance the weights by the class counts (C,) of the training data."""
+        self.values = balanced_weights(counts)
+
+    def on(self, device: torch.device) -> Tensor | None:
+        """Return the weights (C,) float32 on `device`; None if all are equal."""
+        if self.balanced and self.values is None:
+            raise RuntimeError(
+                "class_weights='balanced' needs prepare(training targets) before the first loss"
+            )
+        if self.values is not None and self.values.device != device:
+            self.values = self.values.to(device)
+        return self.values
+
+
+def parse_class_weights(setting: ClassWeightsSetting, classes: Sequence[str]) -> Tensor | None:
+    """Return weights (C,) float32 from the user's setting, or None for equal weights.
+
+    Raises:
+        UserError: wrong length, an unknown class, or a number that is negative or not finite.
+    """
+    if setting is None:
         return None
-    if isinstance(value, str):
-        raise UserError(
-            f"task.class_weights: {value!r} is neither a list nor 'balanced'{suggest(value, ['balanced'])}"
-        )
-    if isinstance(value, Mapping):
-        value = {str(name): weight for name, weight in value.items()}  # YAML reads 0 as a number
-        for name in value:
+    if isinstance(setting, str):
+        hint = suggest(setting, ["balanced"])
+        raise UserError(f"task.class_weights: {setting!r} is neither a list nor 'balanced'{hint}")
+    if isinstance(setting, Mapping):
+        setting = {str(name): weight for name, weight in setting.items()}  # YAML reads 0 as a number
+        for name in setting:
             if name not in classes:
-                raise UserError(f"task.class_weights: {name!r} is no class{suggest(name, list(classes))}")
-        value = [value.get(name, 1.0) for name in classes]
-    if len(value) != len(classes):
+                raise UserError(f"task.class_weights: {name!r} is not a class{suggest(name, list(classes))}")
+        setting = [setting.get(name, 1.0) for name in classes]
+    if len(setting) != len(classes):
         raise UserError(
-            f"task.class_weights: {len(value)} weights for {len(classes)} classes ({', '.join(classes[:6])}"
-            f"{', ...' if len(classes) > 6 else ''}); give one for each, in this order"
+            f"task.class_weights: {len(setting)} weights for {len(classes)} classes ({', '.join(classes[:6])}"
+            f"{', ...' if len(classes) > 6 else ''}); give one weight per class, in this order"
         )
-    weights = torch.tensor([number("task.class_weights", weight, 0.0) for weight in value])
+    weights = torch.tensor([check_number("task.class_weights", weight, 0.0) for weight in setting])
     if not float(weights.sum()):
-        raise UserError("task.class_weights: all weights are 0; nothing would count")
+        raise UserError("task.class_weights: all weights are 0; at least one must be positive")
     return weights
 
 
 def balanced_weights(counts: Tensor) -> Tensor:
-    """(C,) float32: total / (C * count), so that each class weighs the same in all; 0 for a class never seen.
+    """Return (C,) float32: total / (C * count), so that all classes have the same total weight; 0 for absent classes.
 
-    As scikit-learn's `class_weight='balanced'` (King and Zeng 2001).
+    The same as scikit-learn's `class_weight='balanced'` (King and Zeng 2001).
     """
     counts = counts.double()
     weights = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))

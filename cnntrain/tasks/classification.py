@@ -1,4 +1,4 @@
-"""One class per image: cross-entropy, top-1 and top-5, and the confusion matrix."""
+"""Classification of images: cross-entropy, top-1 and top-5 accuracy, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -10,127 +10,113 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnntrain.errors import UserError
-from cnntrain.plots import images as drawing
-from cnntrain.plots.ranking import average_precision, roc_auc
-from cnntrain.tasks.arguments import number
-from cnntrain.tasks.class_weights import ClassWeights, balanced_weights, parse_class_weights
+from cnntrain.plots.charts import plot_confusion_matrix, plot_ranking_curves
+from cnntrain.plots.figure import BAD, GOOD, INK
+from cnntrain.plots.images import plot_images, unnormalize
+from cnntrain.tasks.class_weights import ClassWeights, ClassWeightsSetting
 from cnntrain.tasks.meter import Meter, count_pairs, ratio
-from cnntrain.tasks.task import Targets, Task
+from cnntrain.tasks.task import Targets, Task, check_number
 from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_WAITING = 1 << 15  # logits
-MOST_PAIRED = 2000  # classes: of more, every pair of two would take gigabytes
+MAX_PENDING = 1 << 15  # logits that wait to be counted together
+MAX_MATRIX_CLASSES = 2000  # with more classes, a confusion matrix would need gigabytes
+TOP5_MIN_CLASSES = 6
 
 
 class Classification(Task):
-    """Cross-entropy over C classes; with two classes, one logit (binary cross-entropy) and ranking metrics.
+    """One class per image: cross-entropy over C classes, or binary cross-entropy with one logit for two classes.
 
-    Targets: `label` (N,) int64. Mixed images (mixup, cutmix) have besides `label_b` (N,) and `mix` (N,), the
-    share of `label`; the loss is then mix * loss(label) + (1 - mix) * loss(label_b), and accuracy isn't
-    reported.
+    Targets: `label` (N,) int64. Mixed images (mixup, cutmix) also have `label_b` (N,) and `mix` (N,), the weight of
+    `label`: loss = mix * loss(label) + (1 - mix) * loss(label_b). Accuracy is not reported for them.
 
     Args:
-        spec: facts of the data; `classes` are the classes.
-        label_smoothing: in [0, 1): share of the target spread evenly over all classes (Szegedy et al. 2016).
-        class_weights: one number per class, or {class: weight} (1 for those not named), or 'balanced':
-            inverse to the class's count in the training data. Both sum and count of the loss carry the
-            weights, as torch's do.
-        binary: 'auto' gives one logit when there are two classes; false keeps two outputs.
+        spec: metadata of the dataset, with its `classes`.
+        label_smoothing: in [0, 1): fraction of the target distributed evenly over all classes (Szegedy et al. 2016).
+        class_weights: one number per class, {class: weight} (1 for classes not named), or 'balanced': inversely
+            proportional to the class counts of the training data. Sum and count of the loss are both weighted, as in
+            `torch.nn.CrossEntropyLoss`.
+        binary: 'auto' uses one logit for two classes; False uses two outputs.
 
     Raises:
-        UserError: the data has no classes, or an argument is out of range.
+        UserError: the dataset has no classes, or an argument is out of range.
     """
 
     def __init__(
         self,
         spec: DataSpec,
         label_smoothing: float = 0.0,
-        class_weights: ClassWeights = None,
+        class_weights: ClassWeightsSetting = None,
         binary: str | bool = "auto",
     ) -> None:
         super().__init__(spec)
-        classes = len(spec.classes)
-        if classes < 2:
+        self.num_classes = len(spec.classes)
+        if self.num_classes < 2:
             raise UserError(
-                f"task: classification needs 2 classes or more, the data has {classes}; see data.root"
+                f"task: classification needs 2 classes or more, the data has {self.num_classes}; see data.root"
             )
         if binary not in ("auto", True, False):
             raise UserError(f"task.binary: must be auto, true or false, got {binary!r}")
-        if binary is True and classes != 2:
+        if binary is True and self.num_classes != 2:
             raise UserError(
-                f"task.binary: one logit tells 2 classes apart, the data has {classes}; set task.binary=auto"
+                f"task.binary: one logit separates 2 classes, the data has {self.num_classes}; set task.binary=auto"
             )
-        self.label_smoothing = number("task.label_smoothing", label_smoothing, 0.0, 1.0)
-        self.binary = classes == 2 if binary == "auto" else bool(binary)
-        self.num_classes = classes
-        self.num_outputs = 1 if self.binary else classes
+        self.label_smoothing = check_number("task.label_smoothing", label_smoothing, 0.0, 1.0)
+        self.class_weights = ClassWeights(class_weights, spec.classes)
+        self.binary = self.num_classes == 2 if binary == "auto" else bool(binary)
+        self.num_outputs = 1 if self.binary else self.num_classes
         self.monitor = ("top1", "max")
         self.monitor_range = (0.0, 1.0)
-        self._balanced = class_weights == "balanced"
-        self._weights = parse_class_weights(class_weights, spec.classes)
 
     def prepare(self, targets: Targets) -> None:
-        if self._balanced:
-            counts = torch.bincount(targets["label"].cpu(), minlength=self.num_classes)
-            self._weights = balanced_weights(counts)
+        if self.class_weights.balanced:
+            self.class_weights.set_counts(torch.bincount(targets["label"].cpu(), minlength=self.num_classes))
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """(N, C) float32 logits. One logit z stands for the pair (0, z): the same probabilities."""
+        """Return logits (N, C) float32. One logit z gives the pair (0, z), which has the same probabilities."""
         outputs = outputs.float()
         return torch.cat([torch.zeros_like(outputs), outputs], 1) if self.binary else outputs
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         return self.logits(outputs).softmax(1)
 
-    def losses(self, outputs: Tensor, targets: Targets, plain: bool = False) -> tuple[Tensor, Tensor]:
-        logits = self.logits(outputs)
-        weights = None if plain else self._weights_on(logits.device)
-        smoothing = 0.0 if plain else self.label_smoothing
+    def losses(self, outputs: Tensor, targets: Targets, training: bool = True) -> tuple[Tensor, Tensor]:
+        logits, label = self.logits(outputs), targets["label"]
+        weights = self.class_weights.on(logits.device) if training else None
+        smoothing = self.label_smoothing if training else 0.0
 
-        def entropy(label: Tensor) -> Tensor:
-            return F.cross_entropy(logits, label, weights, reduction="none", label_smoothing=smoothing)
+        def loss_and_count(label: Tensor) -> tuple[Tensor, Tensor]:
+            loss = F.cross_entropy(logits, label, weights, reduction="none", label_smoothing=smoothing)
+            count = torch.ones(len(label), device=logits.device) if weights is None else weights[label]
+            return loss, count
 
-        sums = entropy(targets["label"])
+        loss, count = loss_and_count(label)
         if "label_b" in targets:
-            mix = targets["mix"].to(sums.dtype)
-            sums = mix * sums + (1 - mix) * entropy(targets["label_b"])
-        return sums, self._counts(targets, weights, logits.device)
+            mix = targets["mix"].to(loss.dtype)
+            loss_b, count_b = loss_and_count(targets["label_b"])
+            loss = mix * loss + (1 - mix) * loss_b
+            if weights is not None:
+                count = mix * count + (1 - mix) * count_b
+        return loss, count
 
-    def _counts(self, targets: Targets, weights: Tensor | None, device: torch.device) -> Tensor:
-        label = targets["label"]
-        if weights is None:
-            return torch.ones(len(label), device=device)
-        if "label_b" not in targets:
-            return weights[label]
-        mix = targets["mix"].to(weights.dtype)
-        return mix * weights[label] + (1 - mix) * weights[targets["label_b"]]
+    def min_loss(self, training: bool = True) -> float:
+        """Return the entropy of the smoothed target: 0.500288 for 10 classes and smoothing 0.1.
 
-    def _weights_on(self, device: torch.device) -> Tensor | None:
-        """The class weights, moved once."""
-        if self._balanced and self._weights is None:
-            raise RuntimeError(
-                "class_weights='balanced' needs prepare(training targets) before the first loss"
-            )
-        if self._weights is not None and self._weights.device != device:
-            self._weights = self._weights.to(device)
-        return self._weights
-
-    def min_loss(self, plain: bool = False) -> float:
-        """The entropy of the smoothed target (0.500288 for 10 classes and smoothing 0.1); with class weights,
-        of the class where it is lowest."""
-        if plain or not self.label_smoothing:
+        With class weights, the minimum over the classes.
+        """
+        if not training or not self.label_smoothing:
             return 0.0
-        weights = torch.ones(self.num_classes) if self._weights is None else self._weights.cpu()
-        floors = []
+        weights = self.class_weights.values
+        weights = torch.ones(self.num_classes) if weights is None else weights.cpu()
+        minima = []
         for label in weights.nonzero().flatten():
-            share = weights.double() * self.label_smoothing / self.num_classes
-            share[label] += weights[label].double() * (1 - self.label_smoothing)
-            floor = -(torch.xlogy(share, share).sum() - torch.xlogy(share.sum(), share.sum()))
-            floors.append(float(floor / weights[label]))
-        return min(floors)
+            target = weights.double() * self.label_smoothing / self.num_classes
+            target[label] += weights[label].double() * (1 - self.label_smoothing)
+            entropy = -(torch.xlogy(target, target).sum() - torch.xlogy(target.sum(), target.sum()))
+            minima.append(float(entropy / weights[label]))
+        return min(minima)
 
     def output_shape(self) -> tuple[int, ...]:
         return (self.num_outputs,)
@@ -141,23 +127,26 @@ class Classification(Task):
     def meter(self) -> ClassificationMeter:
         return ClassificationMeter(self)
 
-    def answers(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
-        """`predicted` class and its `probability`."""
+    def predictions(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
+        """Return the `predicted` class and its `probability`."""
         probability, predicted = self.probabilities(outputs.detach()).max(1)
         pairs = zip(predicted.tolist(), probability.tolist(), strict=True)
-        return [{"predicted": self.spec.classes[p], "probability": chance} for p, chance in pairs]
+        return [{"predicted": self.spec.classes[i], "probability": p} for i, p in pairs]
 
     @torch.no_grad()
-    def rows(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
-        """`true`, `predicted` (class names), `probability` of the predicted class, `loss`."""
-        losses = self.losses(outputs, targets, plain=True)[0].tolist()
-        true = [{"true": self.spec.classes[label]} for label in targets["label"].tolist()]
-        answers = self.answers(outputs, targets)
-        return [{**t, **a, "loss": loss} for t, a, loss in zip(true, answers, losses, strict=True)]
+    def per_example(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
+        """Return `true` and `predicted` class names, `probability` of the predicted class, and `loss`."""
+        losses = self.losses(outputs, targets, training=False)[0].tolist()
+        true = [self.spec.classes[label] for label in targets["label"].tolist()]
+        predictions = self.predictions(outputs, targets)
+        return [
+            {"true": name, **row, "loss": loss}
+            for name, row, loss in zip(true, predictions, losses, strict=True)
+        ]
 
     @torch.no_grad()
     def mistake_score(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """Probability of the predicted class where it is wrong, else 0."""
+        """Return the probability of the predicted class if it is wrong, else 0."""
         probability, predicted = self.probabilities(outputs).max(1)
         return probability * (predicted != targets["label"])
 
@@ -165,12 +154,11 @@ class Classification(Task):
         values = meter.read()
         if "confusion" not in values:
             return {}
-        square = values["confusion"].view(self.num_classes, self.num_classes)
-        figures = {"confusion_matrix": drawing.confusion_matrix(square, self.spec.classes)}
+        matrix = values["confusion"].view(self.num_classes, self.num_classes)
+        figures = {"confusion_matrix": plot_confusion_matrix(matrix, self.spec.classes)}
         if "rows/score" in values:
-            figures["ranking_curves"] = drawing.ranking_curves(
-                values["rows/score"], values["rows/positive"], self.spec.classes[1]
-            )
+            scores, positive = values["rows/score"], values["rows/positive"]
+            figures["ranking_curves"] = plot_ranking_curves(scores, positive, self.spec.classes[1])
         return figures
 
     @torch.no_grad()
@@ -183,81 +171,80 @@ class Classification(Task):
         mean: Sequence[float],
         std: Sequence[float],
     ) -> Figure:
-        pictures = drawing.unnormalize(images, mean, std)
-        answers = self.answers(outputs, targets) if outputs is not None else [{}] * len(images)
-        true = (
-            [self.spec.classes[i] for i in targets["label"].tolist()]
-            if "label" in targets
-            else [None] * len(images)
-        )
-        captions, colors = [], []
-        for name, answer, label in zip(names, answers, true, strict=True):
-            text, color = str(label if label is not None else name), drawing.INK
-            if answer:
-                says = f"{answer['predicted']} {100 * float(str(answer['probability'])):.0f}%"
-                right = label is None or label == answer["predicted"]
-                text = f"{says}\n{name}" if label is None else says if right else f"{says}\ntrue: {label}"
-                color = drawing.INK if label is None else drawing.GOOD if right else drawing.BAD
-            captions.append(text)
-            colors.append(color)
-        return drawing.image_grid(pictures, captions, colors)
+        classes, count = self.spec.classes, len(images)
+        true = [classes[i] for i in targets["label"].tolist()] if "label" in targets else [None] * count
+        captions, colors = [label or name for label, name in zip(true, names, strict=True)], [INK] * count
+        if outputs is not None:
+            probability, predicted = self.probabilities(outputs).max(1)
+            for i, (p, index) in enumerate(zip(probability.tolist(), predicted.tolist(), strict=True)):
+                captions[i] = f"{classes[index]} {100 * p:.0f}%"
+                if true[i] is None:
+                    captions[i] += f"\n{names[i]}"
+                elif true[i] == classes[index]:
+                    colors[i] = GOOD
+                else:
+                    captions[i] += f"\ntrue: {true[i]}"
+                    colors[i] = BAD
+        return plot_images(unnormalize(images, mean, std), captions, colors)
 
 
 class ClassificationMeter(Meter):
-    """Loss, top1, top5 (from 6 classes on), accuracy by class and, of up to 2,000, the confusion matrix; ROC AUC and
-    average precision for one logit."""
+    """Loss, top1, top5 (from 6 classes), accuracy per class and, up to 2,000 classes, the confusion matrix.
+
+    With one logit, also ROC AUC and average precision.
+    """
 
     def __init__(self, task: Classification) -> None:
         super().__init__()
         self._task = task
-        # Logits and labels that wait to be counted, in one piece each: counting few takes as long as counting many.
-        self._room: tuple[Tensor, Tensor] | None = None
-        self._waiting = 0
+        # Logits and labels of small batches are counted together: the time per call hardly depends on their number.
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._num_pending = 0
 
     def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
         if "label_b" in targets:
-            return  # a mixed image has no right class
+            return  # a mixed image has no single correct class
         logits, label = self._task.logits(outputs), targets["label"]
-        rows = MOST_WAITING // self._task.num_classes
-        if self._waiting + len(label) > rows:
-            self._count_waiting()
-        if 2 * len(label) > rows:
+        capacity = MAX_PENDING // self._task.num_classes
+        if self._num_pending + len(label) > capacity:
+            self._count_pending()
+        if 2 * len(label) > capacity:
             self._count(logits, label)
             return
-        if self._room is None:
-            self._room = logits.new_empty(rows, self._task.num_classes), label.new_empty(rows)
-        there = slice(self._waiting, self._waiting + len(label))
-        self._room[0][there], self._room[1][there] = logits, label
-        self._waiting += len(label)
+        if self._pending is None:
+            self._pending = logits.new_empty(capacity, self._task.num_classes), label.new_empty(capacity)
+        part = slice(self._num_pending, self._num_pending + len(label))
+        self._pending[0][part], self._pending[1][part] = logits, label
+        self._num_pending += len(label)
 
     def state(self) -> dict[str, Tensor]:
-        self._count_waiting()
+        self._count_pending()
         return super().state()
 
     def load_state(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        self._waiting = 0
+        self._num_pending = 0
         super().load_state(state, device)
 
     @torch.no_grad()
-    def _count_waiting(self) -> None:
-        if self._room is not None and self._waiting:
-            logits, label = (part[: self._waiting] for part in self._room)
-            self._waiting = 0
+    def _count_pending(self) -> None:
+        if self._pending is not None and self._num_pending:
+            logits, label = (part[: self._num_pending] for part in self._pending)
+            self._num_pending = 0
             self._count(logits, label)
 
     def _count(self, logits: Tensor, label: Tensor) -> None:
-        predicted, ones, count = logits.argmax(1), torch.ones_like(label), self._task.num_classes
-        if count <= MOST_PAIRED:
-            self._add("confusion", count_pairs(label, predicted, ones, count))
+        predicted, ones, num_classes = logits.argmax(1), torch.ones_like(label), self._task.num_classes
+        if num_classes <= MAX_MATRIX_CLASSES:
+            self._add("confusion", count_pairs(label, predicted, ones, num_classes))
         else:
-            nothing = torch.zeros(count, dtype=torch.int64, device=label.device)
-            self._add("seen", nothing.index_add(0, label, ones))
-            self._add("right", nothing.index_add(0, label, (predicted == label).to(torch.int64)))
-        if self._task.num_classes >= 6:
+            zeros = torch.zeros(num_classes, dtype=torch.int64, device=label.device)
+            self._add("seen", zeros.index_add(0, label, ones))
+            self._add("right", zeros.index_add(0, label, (predicted == label).to(torch.int64)))
+        if num_classes >= TOP5_MIN_CLASSES:
             self._add("top5", (logits.topk(5, dim=1).indices == label[:, None]).sum())
         if self._task.binary:
-            self._keep("score", logits[:, 1])
-            self._keep("positive", label)
+            self._append("score", logits[:, 1])
+            self._append("positive", label)
 
     def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         right, seen = self._by_class(values)
@@ -268,26 +255,39 @@ class ClassificationMeter(Meter):
         if "top5" in values:
             metrics["top5"] = ratio(values["top5"], total)
         if "rows/score" in values:
-            scores, positive = values["rows/score"], values["rows/positive"]
-            metrics["roc_auc"] = roc_auc(scores, positive)
-            metrics["average_precision"] = average_precision(scores, positive)
+            metrics |= ranking_metrics(values["rows/score"], values["rows/positive"])
         return metrics
 
     def details(self) -> dict[str, float]:
-        """`accuracy/<class>`: share of the class's examples that were recognized (its recall)."""
+        """Return `accuracy/<class>`: the recall of each class."""
         right, seen = self._by_class(self.read())
         if right is None or seen is None:
             return {}
-        each = zip(self._task.spec.classes, right, seen, strict=True)
-        return {f"accuracy/{name}": ratio(hits, count) for name, hits, count in each}
+        rows = zip(self._task.spec.classes, right, seen, strict=True)
+        return {f"accuracy/{name}": ratio(hits, count) for name, hits, count in rows}
 
     def _by_class(self, values: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
-        """How many of each class (C,) were recognized, and how many there were; None where nothing was counted."""
+        """Return the number of correct predictions and of examples per class (C,); None if nothing was counted."""
         if "confusion" not in values:
             return values.get("right"), values.get("seen")
-        square = values["confusion"].view(self._task.num_classes, -1)
-        return square.diagonal(), square.sum(1)
+        matrix = values["confusion"].view(self._task.num_classes, -1)
+        return matrix.diagonal(), matrix.sum(1)
 
     def confusion_matrix(self) -> Tensor:
-        """(C, C) float64 counts on the CPU; row = true class, column = predicted. Of up to 2,000 classes."""
+        """Return counts (C, C) float64 on the CPU; row = true class, column = predicted. Up to 2,000 classes."""
         return self.read()["confusion"].view(self._task.num_classes, -1)
+
+
+def ranking_metrics(scores: Tensor, positive: Tensor) -> dict[str, float]:
+    """Return `roc_auc` and `average_precision` of scores (N,) with labels 0 or 1 (N,), both on the CPU.
+
+    NaN where a metric is not defined: without positives, for ROC AUC without negatives, or if a score is not finite.
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    metrics = {"roc_auc": float("nan"), "average_precision": float("nan")}
+    if bool(scores.isfinite().all()) and bool(positive.any()):
+        metrics["average_precision"] = float(average_precision_score(positive, scores))
+        if not bool(positive.all()):
+            metrics["roc_auc"] = float(roc_auc_score(positive, scores))
+    return metrics

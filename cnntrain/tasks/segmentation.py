@@ -1,4 +1,4 @@
-"""One class per pixel: cross-entropy, Dice or their sum; mean IoU from one confusion matrix."""
+"""Semantic segmentation: cross-entropy, Dice or their sum; mean IoU from one confusion matrix."""
 
 from __future__ import annotations
 
@@ -11,61 +11,58 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnntrain.errors import UserError
-from cnntrain.plots import images as drawing
-from cnntrain.plots import overlays
-from cnntrain.tasks.arguments import choice
-from cnntrain.tasks.class_weights import ClassWeights, balanced_weights, parse_class_weights
-from cnntrain.tasks.dense import center, choose_fit, dice_loss
+from cnntrain.plots.charts import plot_bars, plot_confusion_matrix
+from cnntrain.plots.images import plot_masks, unnormalize
+from cnntrain.tasks.class_weights import ClassWeights, ClassWeightsSetting
 from cnntrain.tasks.meter import Meter, count_pairs, ratio
-from cnntrain.tasks.task import Size, Targets, Task
+from cnntrain.tasks.task import Size, Targets, Task, check_choice
 from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-FURTHER = (
-    384  # pixels by which an image grows to measure the scale: strides of 3 and of powers of 2 divide it
-)
+# Pixels by which an image is enlarged to measure the scale of the output map: divisible by strides of 3 and of powers
+# of 2.
+SCALE_TEST_PX = 384
 
 
 class Segmentation(Task):
-    """A class for each pixel; pixels of the ignore id count nowhere.
+    """One class per pixel. Pixels with the ignore index are excluded from the loss and the metrics.
 
-    Targets: `mask` (N, H, W) uint8 class ids. The model gives (N, C, h, w). All losses are sums over labeled
-    pixels: cross-entropy of each, and for Dice the image's loss times its number of labeled pixels, so that
-    the mean over a data set doesn't depend on how it was cut into batches.
+    Targets: `mask` (N, H, W) uint8 class ids. Outputs: (N, C, h, w). Losses are sums over labeled pixels (the Dice loss
+    of an image is multiplied by their number), so that the mean over a dataset does not depend on the batches.
 
     Args:
-        spec: facts of the data; `classes` are the pixels' classes.
-        loss: 'cross_entropy', 'dice' or their sum 'ce_dice'.
-        class_weights: for the cross-entropy: one number per class, {class: weight}, or 'balanced' (inverse to
-            the class's pixels in the training data).
-        resize_outputs: how outputs of another size meet the mask. 'upsample' them (bilinear, corner to corner); 'crop'
-            the larger of the two about its center (networks without padding); 'auto' crops at equal scale, upsamples
-            coarser outputs that cover the image, and refuses what is neither. The scale is measured on the network (see
-            `settle`); until then 'auto' upsamples outputs of the mask's size divided by a power of 2.
+        spec: metadata of the dataset, with its `classes`.
+        loss: 'cross_entropy', 'dice', or their sum 'ce_dice'.
+        class_weights: for the cross-entropy: one number per class, {class: weight}, or 'balanced' (inversely
+            proportional to the pixels of the class in the training data).
+        resize_outputs: how outputs of another size are matched to the mask. 'upsample': bilinear, with aligned
+            corners. 'crop': crop the larger of the two about its center, for networks without padding. 'auto': crop at
+            equal scale, upsample coarser maps of the whole image, and refuse all others. The scale is measured by
+            `configure_outputs`; without it, 'auto' upsamples outputs whose size is that of the mask divided by a power
+            of 2.
 
     Raises:
-        UserError: the data has no mask classes, or an argument is wrong.
+        UserError: the dataset has no mask classes, or an argument is invalid.
     """
 
     def __init__(
         self,
         spec: DataSpec,
         loss: str = "cross_entropy",
-        class_weights: ClassWeights = None,
+        class_weights: ClassWeightsSetting = None,
         resize_outputs: str = "auto",
     ) -> None:
         super().__init__(spec)
         if len(spec.classes) < 2:
             raise UserError("task: segmentation needs data with 2 mask classes or more; try data=toy_shapes")
-        self.loss_name = choice("task.loss", loss, ("cross_entropy", "dice", "ce_dice"))
-        self.fit_name = choice("task.resize_outputs", resize_outputs, ("auto", "upsample", "crop"))
-        self._balanced = class_weights == "balanced"
-        self._weights = parse_class_weights(class_weights, spec.classes)
+        self.loss_name = check_choice("task.loss", loss, ("cross_entropy", "dice", "ce_dice"))
+        choices = ("auto", "upsample", "crop")
+        self.resize_outputs = check_choice("task.resize_outputs", resize_outputs, choices)
+        self.class_weights = ClassWeights(class_weights, spec.classes)
         self.num_classes = self.num_outputs = len(spec.classes)
-        self.ignore = spec.mask_fill
+        self.ignore_index = spec.mask_fill
         self.monitor = ("miou", "max")
         self.monitor_range = (0.0, 1.0)
 
@@ -73,91 +70,83 @@ class Segmentation(Task):
         return (self.num_outputs, None, None)
 
     def prepare(self, targets: Targets) -> None:
-        if "mask" in targets and bool((targets["mask"] == self.ignore).all()):
+        if "mask" in targets and bool((targets["mask"] == self.ignore_index).all()):
             raise UserError(
-                f"data: no pixel of the training masks is labeled: all have the id {self.ignore}, "
-                "which data.ignore_index leaves out"
+                f"data: the training masks have no labeled pixel: all pixels have the ignore index {self.ignore_index} "
+                "(data.ignore_index)"
             )
-        if self._balanced:
+        if self.class_weights.balanced:
             if "mask" not in targets:
                 raise UserError(
-                    "task.class_weights: balanced needs all masks in memory, and these are read as they are"
-                    " needed; set data.cache=ram, or give a number per class"
+                    "task.class_weights: balanced needs all masks in memory, but they are read from disk; set "
+                    "data.cache=ram, or give one number per class"
                 )
             counts = torch.bincount(targets["mask"].flatten().cpu(), minlength=256)
-            counts[self.ignore] = 0
-            self._weights = balanced_weights(counts[: self.num_classes])
+            counts[self.ignore_index] = 0
+            self.class_weights.set_counts(counts[: self.num_classes])
 
-    def fit(self, outputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs (N, C, h, w) float32 and mask (N, H, W) int64 of one size, as `resize_outputs` says."""
+    def configure_outputs(self, output_size: Callable[[Size], Size | None], sizes: Sequence[Size]) -> None:
+        output_sizes = {size: output_size(size) for size in dict.fromkeys(sizes)}
+        others = {size: out for size, out in output_sizes.items() if out is not None and out != size}
+        if not others or self.resize_outputs != "auto":
+            return
+        (height, width), before = next(iter(others.items()))
+        after = output_size((height + SCALE_TEST_PX, width + SCALE_TEST_PX))
+        if after is not None:
+            scales = {(large - small) / SCALE_TEST_PX for small, large in zip(before, after, strict=True)}
+            self.output_scale = scales.pop() if len(scales) == 1 else None
+        for size, out in others.items():
+            self._choose_resizing(out, size)
+
+    def match_sizes(self, outputs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outputs (N, C, h, w) float32 and mask (N, H, W) int64 at the same size, see `resize_outputs`."""
         outputs, mask = outputs.float(), mask.long()
-        given, wanted = tuple(outputs.shape[-2:]), tuple(mask.shape[-2:])
-        if given == wanted:
+        output_size, mask_size = tuple(outputs.shape[-2:]), tuple(mask.shape[-2:])
+        if output_size == mask_size:
             return outputs, mask
-        if self._way(given, wanted) == "upsample":
-            return F.interpolate(outputs, wanted, mode="bilinear", align_corners=True), mask
-        height, width = min(given[0], wanted[0]), min(given[1], wanted[1])
-        return center(outputs, height, width), center(mask, height, width)
+        if self._choose_resizing(output_size, mask_size) == "upsample":
+            return F.interpolate(outputs, mask_size, mode="bilinear", align_corners=True), mask
+        height, width = min(output_size[0], mask_size[0]), min(output_size[1], mask_size[1])
+        return center_crop(outputs, height, width), center_crop(mask, height, width)
 
-    def _way(self, given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-        """'crop' or 'upsample', for sizes (height, width) that differ.
+    def _choose_resizing(self, output_size: tuple[int, ...], mask_size: tuple[int, ...]) -> str:
+        """Return 'crop' or 'upsample' for sizes (height, width) that differ.
 
         Raises:
-            UserError: `resize_outputs` is auto, and neither suits.
+            UserError: `resize_outputs` is auto, and neither is correct.
         """
-        way = choose_fit(given, wanted, self.output_scale) if self.fit_name == "auto" else self.fit_name
-        if way is None:
-            sizes = "{}x{} px for masks of ".format(*given) + "{}x{} px".format(*wanted)
+        if self.resize_outputs != "auto":
+            return self.resize_outputs
+        resizing = choose_resizing(output_size, mask_size, self.output_scale)
+        if resizing is None:
+            sizes = "{}x{} px for masks of {}x{} px".format(*output_size, *mask_size)
             raise UserError(
                 f"task.resize_outputs=auto: the network's outputs are {sizes}, which is neither a network without "
-                "padding at the masks' own scale nor a coarser map of the whole image; set "
+                "padding at the scale of the masks nor a coarser map of the whole image; set "
                 "task.resize_outputs=upsample if the outputs cover the whole image, task.resize_outputs=crop if they "
-                "show its middle at the same scale"
+                "show its center at the same scale"
             )
-        return way
+        return resizing
 
-    def settle(self, output_size: Callable[[Size], Size | None], sizes: Sequence[Size]) -> None:
-        found = {size: output_size(size) for size in dict.fromkeys(sizes)}
-        other = {size: given for size, given in found.items() if given is not None and given != size}
-        if not other or self.fit_name != "auto":
-            return
-        (height, width), given = next(iter(other.items()))
-        larger = output_size((height + FURTHER, width + FURTHER))
-        if larger is not None:
-            growth = {(after - before) / FURTHER for before, after in zip(given, larger, strict=True)}
-            self.output_scale = growth.pop() if len(growth) == 1 else None
-        for size, given in other.items():
-            self._way(given, size)
-
-    def losses(self, outputs: Tensor, targets: Targets, plain: bool = False) -> tuple[Tensor, Tensor]:
-        logits, mask = self.fit(outputs, targets["mask"])
-        labeled = mask != self.ignore
-        weights = None if plain or self.loss_name == "dice" else self._weights_on(logits.device)
+    def losses(self, outputs: Tensor, targets: Targets, training: bool = True) -> tuple[Tensor, Tensor]:
+        logits, mask = self.match_sizes(outputs, targets["mask"])
+        labeled = mask != self.ignore_index
+        use_weights = training and self.loss_name != "dice"
+        weights = self.class_weights.on(logits.device) if use_weights else None
         label = torch.where(labeled, mask, 0)
-        share = labeled.float() if weights is None else weights[label] * labeled
-        counts = share.flatten(1).sum(1)
+        weight = labeled.float() if weights is None else weights[label] * labeled
+        counts = weight.flatten(1).sum(1)
         sums = torch.zeros_like(counts)
         if self.loss_name != "dice":
-            # (N,C,H,W) -> (N*H*W,C): the loss for flat rows has a deterministic backward pass on every
-            # device.
+            # (N, C, H, W) -> (N*H*W, C): the loss of a matrix has a deterministic backward pass on all devices.
             rows = logits.movedim(1, -1).reshape(-1, self.num_classes)
             entropy = F.cross_entropy(rows, label.flatten(), reduction="none").view(mask.shape)
-            sums = sums + (entropy * share).flatten(1).sum(1)
+            sums = sums + (entropy * weight).flatten(1).sum(1)
         if self.loss_name != "cross_entropy":
             sums = sums + counts * dice_loss(logits, label, labeled)
         return sums, counts
 
-    def _weights_on(self, device: torch.device) -> Tensor | None:
-        """The class weights, moved once."""
-        if self._balanced and self._weights is None:
-            raise RuntimeError(
-                "class_weights='balanced' needs prepare(training targets) before the first loss"
-            )
-        if self._weights is not None and self._weights.device != device:
-            self._weights = self._weights.to(device)
-        return self._weights
-
-    def min_loss(self, plain: bool = False) -> float:
+    def min_loss(self, training: bool = True) -> float:
         return 0.0
 
     def zero_outputs(self, targets: Targets) -> Tensor:
@@ -168,61 +157,64 @@ class Segmentation(Task):
         return SegmentationMeter(self)
 
     @torch.no_grad()
-    def masks(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
-        """Predicted ids (N, H, W) uint8 for images of `size` (height, width); where the outputs don't reach
-        (networks without padding) the ignore id."""
-        logits, _ = self.fit(outputs, torch.zeros(len(outputs), *size, device=outputs.device))
-        result = torch.full((len(outputs), *size), self.ignore, dtype=torch.uint8)
-        center(result, *logits.shape[-2:])[:] = logits.argmax(1).to(torch.uint8).cpu()
-        return result
+    def masks(self, outputs: Tensor, size: Size) -> Tensor:
+        """Return predicted class ids (N, H, W) uint8 on the CPU for images of `size`.
 
-    @torch.no_grad()
-    def answers(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
-        """Nothing: the answers are masks, and `shares` counts them when they lie on the image again."""
+        Pixels that the outputs do not cover (networks without padding) get the ignore index.
+        """
+        logits, _ = self.match_sizes(outputs, torch.zeros(len(outputs), *size, device=outputs.device))
+        masks = torch.full((len(outputs), *size), self.ignore_index, dtype=torch.uint8)
+        center_crop(masks, *logits.shape[-2:])[:] = logits.argmax(1).to(torch.uint8).cpu()
+        return masks
+
+    def predictions(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
+        """Return empty rows: predictions are masks, and `class_fractions` counts them at the size of the file."""
         return [{} for _ in outputs]
 
-    def shares(self, mask: np.ndarray) -> dict[str, float]:
-        """The share of an image's answered pixels that each class got, from its mask of ids (H, W) uint8."""
+    def class_fractions(self, mask: np.ndarray) -> dict[str, float]:
+        """Return the fraction of pixels predicted as each class, from a mask (H, W) uint8 of class ids."""
         counts = np.bincount(mask.ravel(), minlength=256)[: self.num_classes].astype(float)
-        if self.ignore < self.num_classes:
-            counts[self.ignore] = 0
+        if self.ignore_index < self.num_classes:
+            counts[self.ignore_index] = 0
         return dict(zip(self.spec.classes, (counts / max(counts.sum(), 1)).tolist(), strict=True))
 
     @torch.no_grad()
-    def rows(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
-        """`pixel_accuracy`, `miou` (over the classes that the image or the answer has), `loss`."""
-        sums, counts = self.losses(outputs, targets, plain=True)
+    def per_example(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
+        """Return `pixel_accuracy`, `miou` (over the classes in the image or the prediction), and `loss`."""
+        sums, counts = self.losses(outputs, targets, training=False)
         rows: list[dict[str, object]] = []
         for i in range(len(outputs)):
-            part = {"mask": targets["mask"][i : i + 1]}
-            square = self.confusion(outputs[i : i + 1], part).view(self.num_classes, -1).cpu().double()
-            iou = self.iou(square)
-            accuracy = ratio(square.trace(), square.sum())
-            mean = float(iou[~iou.isnan()].mean())
-            rows.append({"pixel_accuracy": accuracy, "miou": mean, "loss": ratio(sums[i], counts[i])})
+            target = {"mask": targets["mask"][i : i + 1]}
+            matrix = self.confusion(outputs[i : i + 1], target).view(self.num_classes, -1).cpu().double()
+            iou = self.iou(matrix)
+            accuracy = ratio(matrix.trace(), matrix.sum())
+            miou = float(iou[~iou.isnan()].mean())
+            rows.append({"pixel_accuracy": accuracy, "miou": miou, "loss": ratio(sums[i], counts[i])})
         return rows
 
     def confusion(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """Confusion counts of the labeled pixels: (C * C,) int64 on the device."""
-        logits, mask = self.fit(outputs, targets["mask"])
-        labeled, predicted = mask != self.ignore, logits.argmax(1)
+        """Return the flat confusion matrix (C * C,) int64 of the labeled pixels, on the device."""
+        logits, mask = self.match_sizes(outputs, targets["mask"])
+        labeled, predicted = mask != self.ignore_index, logits.argmax(1)
         return count_pairs(mask.flatten(), predicted.flatten(), labeled.flatten(), self.num_classes)
 
-    def iou(self, square: Tensor) -> Tensor:
-        """Intersection over union of each class (C,) from a confusion matrix (C, C); NaN for a class that
-        neither truth nor answer has, and for one that is ignored."""
-        both = square.diagonal()
-        either = square.sum(0) + square.sum(1) - both
-        iou = both / either  # 0 / 0 is NaN
-        if self.ignore < self.num_classes:
-            iou[self.ignore] = float("nan")
+    def iou(self, matrix: Tensor) -> Tensor:
+        """Return the intersection over union of each class (C,) from a confusion matrix (C, C).
+
+        NaN for classes that are neither in the masks nor predicted, and for the ignored class.
+        """
+        intersection = matrix.diagonal()
+        union = matrix.sum(0) + matrix.sum(1) - intersection
+        iou = intersection / union  # 0 / 0 is NaN
+        if self.ignore_index < self.num_classes:
+            iou[self.ignore_index] = float("nan")
         return iou
 
     @torch.no_grad()
     def mistake_score(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """Share of the image's labeled pixels that are wrong."""
-        logits, mask = self.fit(outputs, targets["mask"])
-        labeled = mask != self.ignore
+        """Return the fraction of labeled pixels that are wrong."""
+        logits, mask = self.match_sizes(outputs, targets["mask"])
+        labeled = mask != self.ignore_index
         wrong = (logits.argmax(1) != mask) & labeled
         return wrong.flatten(1).sum(1) / labeled.flatten(1).sum(1).clamp(min=1)
 
@@ -230,11 +222,11 @@ class Segmentation(Task):
         values = meter.read() if meter.state() else {}
         if "confusion" not in values:
             return {}
-        square = values["confusion"].view(self.num_classes, -1)
+        matrix = values["confusion"].view(self.num_classes, -1)
         per_class = {name.split("/", 1)[1]: value for name, value in meter.details().items()}
         return {
-            "confusion_matrix": drawing.confusion_matrix(square, self.spec.classes, "Pixels"),
-            "iou_per_class": drawing.bars(per_class, "IoU per class", "intersection over union", 1.0),
+            "confusion_matrix": plot_confusion_matrix(matrix, self.spec.classes, "Pixels"),
+            "iou_per_class": plot_bars(per_class, "IoU per class", "intersection over union", 1.0),
         }
 
     @torch.no_grad()
@@ -247,29 +239,27 @@ class Segmentation(Task):
         mean: Sequence[float],
         std: Sequence[float],
     ) -> Figure:
-        size = (images.shape[-2], images.shape[-1])
         layers: dict[str, np.ndarray] = {}
         scores = [""] * len(images)
         if "mask" in targets:
-            truth = targets["mask"].cpu().numpy().astype(np.int64)
-            layers["true"] = np.where(truth == self.ignore, 255, truth)
+            layers["true"] = targets["mask"].cpu().numpy()
         if outputs is not None:
-            predicted = self.masks(outputs, size).numpy().astype(np.int64)
-            layers["predicted"] = np.where(predicted == self.ignore, 255, predicted)
-            if "outside" in targets:  # (N, H, W) of what is no part of the image: letterbox borders
-                layers["predicted"][targets["outside"].cpu().numpy()] = 255
+            layers["predicted"] = self.masks(outputs, (images.shape[-2], images.shape[-1])).numpy()
+            if "outside" in targets:  # (N, H, W) bool: letterbox borders, not part of the image
+                layers["predicted"][targets["outside"].cpu().numpy()] = self.ignore_index
             if "mask" in targets:
                 wrong = self.mistake_score(outputs, targets).tolist()
-                scores = [f" {100 - 100 * share:.0f}%" for share in wrong]
+                scores = [f" {100 - 100 * fraction:.0f}%" for fraction in wrong]
         captions = []
         for name, score in zip(names, scores, strict=True):
             captions += [name, *(layer + (score if layer == "predicted" else "") for layer in layers)]
-        pictures = drawing.unnormalize(images, mean, std)
-        return overlays.mask_grid(pictures, captions, list(layers.values()), self.spec.classes)
+        # Masks are uint8: with 255 as the id of ignored pixels, they are not colored.
+        masks = [np.where(mask == self.ignore_index, 255, mask) for mask in layers.values()]
+        return plot_masks(unnormalize(images, mean, std), captions, masks, self.spec.classes)
 
 
 class SegmentationMeter(Meter):
-    """Loss, pixel accuracy and mean IoU, over the labeled pixels of the whole data set."""
+    """Loss, pixel accuracy and mean IoU over the labeled pixels of the dataset."""
 
     def __init__(self, task: Segmentation) -> None:
         super().__init__()
@@ -279,16 +269,65 @@ class SegmentationMeter(Meter):
         self._add("confusion", self._task.confusion(outputs, targets))
 
     def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        square = values["confusion"].view(self._task.num_classes, -1)
-        iou = self._task.iou(square)
-        known = iou[~iou.isnan()]
-        return {"miou": ratio(known.sum(), len(known)), "pixel_accuracy": ratio(square.trace(), square.sum())}
+        matrix = values["confusion"].view(self._task.num_classes, -1)
+        iou = self._task.iou(matrix)
+        defined = iou[~iou.isnan()]
+        return {
+            "miou": ratio(defined.sum(), len(defined)),
+            "pixel_accuracy": ratio(matrix.trace(), matrix.sum()),
+        }
 
     def details(self) -> dict[str, float]:
-        """`iou/<class>`."""
+        """Return `iou/<class>`."""
         iou = self._task.iou(self.confusion_matrix())
         return {f"iou/{name}": float(value) for name, value in zip(self._task.spec.classes, iou, strict=True)}
 
     def confusion_matrix(self) -> Tensor:
-        """(C, C) float64 counts of pixels on the CPU; row = true class, column = predicted."""
+        """Return pixel counts (C, C) float64 on the CPU; row = true class, column = predicted."""
         return self.read()["confusion"].view(self._task.num_classes, -1)
+
+
+def dice_loss(logits: Tensor, label: Tensor, labeled: Tensor) -> Tensor:
+    """Return 1 - soft Dice of each image (N,), averaged over the classes that it has.
+
+    The Dice of a class is 2 sum(p g) / (sum(p) + sum(g)) over labeled pixels, with probabilities p and targets g
+    (Milletari et al., V-Net, 3DV 2016, without the squares, so that a perfect prediction gives 0).
+
+    Args:
+        logits: (N, C, H, W). label: (N, H, W) int64. labeled: (N, H, W) bool, False for ignored pixels.
+    """
+    probability = logits.softmax(1) * labeled[:, None]
+    target = torch.zeros_like(probability).scatter_(1, label[:, None], labeled[:, None].to(probability.dtype))
+    overlap = (probability * target).sum((2, 3))
+    target_sum, probability_sum = target.sum((2, 3)), probability.sum((2, 3))
+    present = target_sum > 0
+    dice = torch.where(present, 2 * overlap / (probability_sum + target_sum).clamp(min=1e-12), 0.0)
+    num_present = present.sum(1)
+    return torch.where(num_present > 0, 1 - dice.sum(1) / num_present.clamp(min=1), 0.0)
+
+
+def choose_resizing(
+    output_size: tuple[int, ...], mask_size: tuple[int, ...], scale: float | None
+) -> str | None:
+    """Return 'crop' or 'upsample' for outputs and masks of different (height, width); None if neither is certain.
+
+    Args:
+        scale: output pixels per input pixel of the network; None if unknown.
+    """
+    if scale == 1:
+        return "crop"  # a network without padding: the output shows the center
+    sides = list(zip(output_size, mask_size, strict=True))
+    if scale:
+        covers_all = all(abs(out - scale * mask) <= 1 for out, mask in sides)
+    else:  # the mask size divided by one power of 2, rounded up or down
+        covers_all = any(
+            all(out in (mask // 2**power, -(-mask // 2**power)) for out, mask in sides)
+            for power in range(1, 8)
+        )
+    return "upsample" if covers_all else None
+
+
+def center_crop(tensor: Tensor, height: int, width: int) -> Tensor:
+    """Return the center (height, width) of the last two dimensions, as a view."""
+    top, left = (tensor.shape[-2] - height) // 2, (tensor.shape[-1] - width) // 2
+    return tensor[..., top : top + height, left : left + width]

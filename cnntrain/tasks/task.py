@@ -1,4 +1,4 @@
-"""What every task offers to the training step and to the commands."""
+"""Base class of tasks: outputs, loss, metrics and plots of a problem."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cnntrain.config.renamed_keys import renamed
+from cnntrain.errors import UserError, suggest
 from cnntrain.tasks.meter import Meter
 from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Meter", "Targets", "Task"]
-
 Targets = Mapping[str, Tensor]
 Size = tuple[int, int]  # (height, width) in pixels
 
 
 class Task(ABC):
-    """The opinions about a data set: which outputs, which loss, which metrics, how to draw an answer.
+    """Everything that depends on the problem: outputs, loss, metrics, and how predictions are drawn.
 
-    A task lives on the CPU and works on whatever device its inputs are on. Losses are kept as a sum and a
-    count per example, so that a mean over accumulated or short batches, or over processes, is total sum over
-    total count.
+    A task is not a module and stays on the CPU; it works on the device of its inputs. Losses are sums and counts per
+    example, so that the mean over accumulated batches, short batches or several ranks is total sum / total count.
 
     Attributes:
-        num_outputs: numbers (or channels) that the model gives.
-        monitor: the metric that chooses the best checkpoint and which end of it is best, e.g. `('top1',
-            'max')`.
-        monitor_range: the lowest and highest value that the metric can take; infinite where there is no limit.
-        output_scale: of maps, output pixels per image pixel of the network, where `settle` has measured it.
+        num_outputs: number of outputs (or output channels) of the model.
+        monitor: the metric that selects the best checkpoint and its direction, for example `('top1', 'max')`.
+        monitor_range: lowest and highest possible value of that metric.
+        output_scale: for tasks with output maps, output pixels per input pixel of the network, if measured by
+            `configure_outputs`.
     """
 
     output_scale: float | None = None
@@ -45,95 +44,100 @@ class Task(ABC):
     def __init__(self, spec: DataSpec) -> None:
         self.spec = spec
 
-    def prepare(self, targets: Targets) -> None:  # noqa: B027  (most tasks need nothing)
-        """Learn what the task needs from the training targets (class counts for balanced weights). Call
-        before the first training step; evaluation does without."""
+    def prepare(self, targets: Targets) -> None:  # noqa: B027  (optional)
+        """Read what the loss needs from the training targets, such as class counts for balanced weights.
 
-    def settle(self, output_size: Callable[[Size], Size | None], sizes: Sequence[Size]) -> None:  # noqa: B027
-        """Find out how the network's outputs meet the targets, before any data is read.
+        Called before the first training step, not for evaluation.
+        """
+
+    def configure_outputs(self, output_size: Callable[[Size], Size | None], sizes: Sequence[Size]) -> None:  # noqa: B027
+        """Determine how output maps of the network correspond to the targets, before data is read.
 
         Args:
-            output_size: tells the size of the output map for images of a size; None where there is no such map.
-            sizes: of the images that the network will see, in training and in evaluation.
+            output_size: returns the size of the output map for an image size; None if the output is not a map.
+            sizes: sizes of the images in training and evaluation.
 
         Raises:
-            UserError: they don't fit.
+            UserError: outputs and targets do not correspond.
         """
 
     def output_shape(self) -> tuple[int | None, ...] | None:
-        """The shape that a model's output for an image must have; None for a side that may have any length (maps), or
-        where the task takes anything."""
+        """Return the required output shape for one image; None for a side of any length, or if any shape is valid."""
         return None
 
     @abstractmethod
-    def losses(self, outputs: Tensor, targets: Targets, plain: bool = False) -> tuple[Tensor, Tensor]:
-        """Loss of each example as (sum, count), both (N,) float32 on the device.
+    def losses(self, outputs: Tensor, targets: Targets, training: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the loss of each example as (sum, count), both (N,) float32 on the device.
 
         Args:
-            outputs: the model's, of any float type.
-            targets: as in `Batch.targets`.
-            plain: leave out what only helps training (label smoothing, class weights): for validation.
+            outputs: outputs of the model, of any floating-point type.
+            targets: see `Batch.targets`.
+            training: False leaves out label smoothing and class weights, as in validation.
         """
 
-    def loss(self, outputs: Tensor, targets: Targets, plain: bool = False) -> tuple[Tensor, Tensor]:
-        """Loss of a batch as (sum, count), scalars on the device; the mean loss is sum / count. No host
-        sync."""
-        sums, counts = self.losses(outputs, targets, plain)
+    def loss(self, outputs: Tensor, targets: Targets, training: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the loss of a batch as (sum, count), scalars on the device, without a host sync."""
+        sums, counts = self.losses(outputs, targets, training)
         return sums.sum(), counts.sum()
 
     @abstractmethod
-    def min_loss(self, plain: bool = False) -> float:
-        """The smallest mean training loss (or plain loss, without label smoothing) that any outputs can reach."""
+    def min_loss(self, training: bool = True) -> float:
+        """Return the smallest possible mean loss; above 0 with label smoothing."""
 
     def learned_loss(self, uninformed: float) -> float:
-        """The mean plain loss at which examples count as learned by heart: a fiftieth of the way left from
-        `uninformed`, the loss of an answer that knows nothing, to the lowest."""
-        lowest = self.min_loss(plain=True)
+        """Return the mean validation loss below which examples count as memorized.
+
+        It is the minimum plus 2 % of the way to `uninformed`, the loss of constant outputs.
+        """
+        lowest = self.min_loss(training=False)
         return lowest + 0.02 * max(uninformed - lowest, 0.0)
 
     @torch.no_grad()
     def uninformed_loss(self, targets: Targets, outputs: Tensor | None = None) -> float:
-        """Mean loss of the answer that knows nothing: all outputs zero (ln C for C classes).
+        """Return the mean validation loss of all-zero outputs (ln C for C classes).
 
         Args:
-            outputs: outputs whose shape is to be used, where the task alone can't know it (heat maps).
+            outputs: outputs with the shape to use, if the task does not know it (heatmaps).
         """
         zeros = self.zero_outputs(targets) if outputs is None else torch.zeros_like(outputs)
-        loss_sum, loss_count = self.loss(zeros, targets, plain=True)
+        loss_sum, loss_count = self.loss(zeros, targets, training=False)
         return float(loss_sum / loss_count)
 
     @abstractmethod
     def zero_outputs(self, targets: Targets) -> Tensor:
-        """Zeros in the shape that a model's outputs would have for `targets`."""
+        """Return zeros in the shape of the outputs for `targets`."""
 
     @abstractmethod
     def meter(self) -> Meter:
-        """A fresh collector of this task's metrics."""
+        """Return a new meter of the metrics of this task."""
 
     @abstractmethod
-    def answers(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
-        """What the outputs say, one row per example, for people and CSV files. Needs no truth in `targets`
-        (keypoints: `source_to_image` is used where present, to answer in the source image's pixels)."""
+    def predictions(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
+        """Return the prediction for each example as a row of a table.
+
+        Does not need ground truth. Keypoints are given in pixels of the source file if `targets` has
+        `source_to_image`.
+        """
 
     def probabilities(self, outputs: Tensor) -> Tensor | None:
-        """(N, C): how likely each class is, for a task that gives an image one class; None for others."""
+        """Return class probabilities (N, C); None for tasks without one class per image."""
         return None
 
-    def masks(self, outputs: Tensor, size: tuple[int, int]) -> Tensor | None:
-        """(N, H, W) uint8 on the CPU: the answer's ids for images of `size`, for a task of pixels; None for others."""
+    def masks(self, outputs: Tensor, size: Size) -> Tensor | None:
+        """Return predicted masks (N, H, W) uint8 on the CPU for images of `size`; None for tasks without masks."""
         return None
 
     @abstractmethod
-    def rows(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
-        """Truth, answer and plain loss, one row per example: what `evaluate` writes."""
+    def per_example(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
+        """Return ground truth, prediction and validation loss of each example as a row of a table."""
 
     @abstractmethod
     def mistake_score(self, outputs: Tensor, targets: Targets) -> Tensor:
-        """(N,) on the device: how badly wrong each answer is, and how surely; 0 or less where it is right."""
+        """Return (N,) on the device: how wrong and how confident each prediction is; 0 or less if it is right."""
 
     @abstractmethod
     def figures(self, meter: Meter) -> dict[str, Figure]:
-        """Pictures of a whole pass, by name, e.g. `confusion_matrix`."""
+        """Return figures of the metrics of an epoch by name, for example `confusion_matrix`."""
 
     @abstractmethod
     def draw(
@@ -145,11 +149,39 @@ class Task(ABC):
         mean: Sequence[float],
         std: Sequence[float],
     ) -> Figure:
-        """A grid of images with what the model answered and what is true.
+        """Plot images with predictions and ground truth.
 
         Args:
-            images: (N, C, H, W) float, normalized by `mean` and `std` (0-1 scale, per channel).
-            outputs: the model's for these images; None draws the truth alone.
-            targets: as in `Batch.targets`; a truth that is absent is not drawn.
-            names: N captions: ids of the examples.
+            images: (N, C, H, W) float, normalized by `mean` and `std` (per channel, on the 0-1 scale).
+            outputs: outputs for these images; None plots the ground truth only.
+            targets: see `Batch.targets`; missing targets are not plotted.
+            names: N captions, ids of the examples.
         """
+
+
+def check_number(
+    key: str, value: object, low: float, high: float = math.inf, exclude_low: bool = False
+) -> float:
+    """Return `value` as a float if it lies in [low, high), or in (low, high) with `exclude_low`.
+
+    Raises:
+        UserError: it does not, or is not a number.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and low <= value < high and not (exclude_low and value == low):  # type: ignore[operator]
+        return float(value)  # type: ignore[arg-type]
+    above = f"above {low:g}" if exclude_low else f"{low:g} or more"
+    below = f" and below {high:g}" if math.isfinite(high) else ""
+    raise UserError(f"{key}: must be a number, {above}{below}; got {value!r}")
+
+
+def check_choice(key: str, value: object, choices: Sequence[str]) -> str:
+    """Return `value` if it is one of `choices`.
+
+    Raises:
+        UserError: it is not; the message suggests the closest one.
+    """
+    if value in choices:
+        return str(value)
+    hint = renamed(key, value) or suggest(str(value), list(choices))
+    raise UserError(f"{key}: {value!r} is not one of {', '.join(choices)}{hint}")

@@ -58,7 +58,7 @@ def evaluate(
             continue
         batch = components.pipeline.eval_transform(batch)
         outputs = predict_batch(model, batch.images, compute)
-        loss_sum, count = task.loss(outputs, batch.truth, plain=True)
+        loss_sum, count = task.loss(outputs, batch.truth, training=False)
         meter.update(outputs, batch.truth, loss_sum, count)
         if on_batch is not None:
             on_batch(batch, outputs)

@@ -14,7 +14,7 @@ from cnntrain.data.loader import Loader
 from cnntrain.data.workers import explain_worker_error
 from cnntrain.errors import DivergedError, StoppedError
 from cnntrain.io.safe_files import read_text
-from cnntrain.plots.curves import survive_drawing
+from cnntrain.plots.figure import log_plot_errors
 from cnntrain.report.run_logger import RunLogger, statistics
 from cnntrain.tasks.meter import HardestExamples
 from cnntrain.tasks.task import Task
@@ -198,7 +198,7 @@ def _draw_mistakes(model: nn.Module, assembly: Components, loader: Loader, worst
     model.eval()
     outputs = model(batch.images.contiguous(memory_format=assembly.compute.memory_format)).float()
     names = [loader.examples.names[row] for row in batch.index.tolist()]
-    with survive_drawing("the mistakes"):
+    with log_plot_errors("the mistakes"):
         return assembly.task.draw(batch.images, outputs, batch.truth, names, *statistics(assembly.spec))
 
 

@@ -31,7 +31,7 @@ REFUSED = [
     ("data", "cnntrain.data.decoder.ImageDecoder"),
     ("augment", "cnntrain.augment.color.normalize"),
     ("augment", "cnntrain.augment.pipeline.Pipeline"),
-    ("task", "cnntrain.tasks.arguments.number"),
+    ("task", "cnntrain.tasks.task.check_number"),
     ("optimizer", "torch.optim.lr_scheduler.StepLR"),
     ("optimizer", "torch.optim.swa_utils.get_ema_avg_fn"),
     ("optimizer", "cnntrain.train.optim.build_optimizer"),

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from cnntrain.plots.curves import png
+from cnntrain.plots.figure import to_png
 from cnntrain.plots.learning_curves import learning_curves
-from cnntrain.plots.sweep import marginal_effect, parallel_coordinates
+from cnntrain.plots.sweep import plot_marginal_effect, plot_parallel_coordinates
 from cnntrain.sweep.search_space import SearchDimension
 
 AXES = [
@@ -21,25 +21,25 @@ POINTS = [
 
 
 def test_a_setting_runs_through_its_own_values_and_the_best_is_on_top() -> None:
-    figure = parallel_coordinates(POINTS, AXES, "val/top1", "max")
+    figure = plot_parallel_coordinates(POINTS, AXES, "val/top1", "max")
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
     at = [[float(line.get_ydata()[i]) for i in (0, 21, 42, -1)] for line in lines]
     assert at[0] == pytest.approx([1, 1, 0, 0])  # mlp, 0.1, 32, 0.5: the worst, drawn first
     assert at[-1] == pytest.approx([0, 2 / 3, 1, 1])  # lenet5, 0.01, 64, 0.9
-    assert lines[-1].get_zorder() > lines[0].get_zorder() and len(png(figure)) > 5000
-    turned = parallel_coordinates(POINTS, AXES, "val/nme", "min")
+    assert lines[-1].get_zorder() > lines[0].get_zorder() and len(to_png(figure)) > 5000
+    turned = plot_parallel_coordinates(POINTS, AXES, "val/nme", "min")
     best = [line for line in turned.axes[0].lines if len(line.get_xdata()) > 2][-1]
     assert best.get_ydata()[-1] == 0
 
 
 def test_a_marginal_effect_is_the_mean_over_the_other_keys() -> None:
-    ax = marginal_effect(POINTS, AXES[0], "val/top1", "max").axes[0]
+    ax = plot_marginal_effect(POINTS, AXES[0], "val/top1", "max").axes[0]
     assert ax.lines[0].get_ydata() == pytest.approx([0.9, 0.6])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["lenet5", "mlp"]
-    numbers = marginal_effect(POINTS, AXES[2], "val/top1", "max").axes[0]
+    numbers = plot_marginal_effect(POINTS, AXES[2], "val/top1", "max").axes[0]
     assert [label.get_text() for label in numbers.get_xticklabels()] == ["32", "64"]
     assert numbers.lines[0].get_ydata() == pytest.approx([0.5, 0.8])
-    ranged = marginal_effect(POINTS, AXES[1], "val/top1", "max").axes[0]
+    ranged = plot_marginal_effect(POINTS, AXES[1], "val/top1", "max").axes[0]
     assert list(ranged.collections[0].get_offsets()[:, 0]) == pytest.approx([1, 2 / 3, 1 / 3])
 
 

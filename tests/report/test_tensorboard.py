@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cnntrain.plots import curves as figures
+from cnntrain.plots import curves
 from cnntrain.report import tensorboard
 from cnntrain.report.tensorboard import TensorBoardWriter
 
@@ -33,7 +33,7 @@ def test_any_float_is_accepted(tmp_path, value):
 
 
 def test_a_figure_comes_back_as_png_of_its_size(tmp_path):
-    figure = figures.curves([{"epoch": 0, "train/loss": 1.0, "val/loss": 2.0}])
+    figure = curves.plot_training_curves([{"epoch": 0, "train/loss": 1.0, "val/loss": 2.0}])
     with TensorBoardWriter(tmp_path) as events:
         events.figure("curves", figure, 3)
     image = read(tmp_path).Images("curves")[0]

@@ -27,8 +27,8 @@ def example(task: Classification, count: int = 40, seed: int = 0):
     return outputs, {"label": torch.randint(0, task.num_classes, (count,), generator=generator)}
 
 
-def mean_loss(task, outputs, targets, plain=False) -> float:
-    total, count = task.loss(outputs, targets, plain)
+def mean_loss(task, outputs, targets, training=True) -> float:
+    total, count = task.loss(outputs, targets, training)
     return float(total / count)
 
 
@@ -50,7 +50,7 @@ def test_the_mean_is_torchs_cross_entropy(smoothing, weights):
     expected = F.cross_entropy(outputs.double(), targets["label"], weight, label_smoothing=smoothing)
     assert mean_loss(task, outputs, targets) == pytest.approx(float(expected), rel=1e-6)
     plain = F.cross_entropy(outputs.double(), targets["label"])
-    assert mean_loss(task, outputs, targets, plain=True) == pytest.approx(float(plain), rel=1e-6)
+    assert mean_loss(task, outputs, targets, training=False) == pytest.approx(float(plain), rel=1e-6)
 
 
 def test_one_logit_is_torchs_binary_cross_entropy():
@@ -156,7 +156,7 @@ def test_a_meter_goes_on_from_its_state_and_keeps_its_own():
 def test_what_waits_to_be_counted_is_counted_once(classes, monkeypatch):
     task = make(classes)
     outputs, targets = example(task)
-    monkeypatch.setattr("cnntrain.tasks.classification.MOST_WAITING", 10 * classes)
+    monkeypatch.setattr("cnntrain.tasks.classification.MAX_PENDING", 10 * classes)
     cuts = [4, 8, 9, 11, 30]
     meter, now_and_then = metered(task, outputs, targets, cuts), task.meter()
     for start, stop in pairwise([0, *cuts, len(outputs)]):
@@ -237,27 +237,6 @@ def test_counting_ignores_what_does_not_count():
     assert counts.tolist() == [1, 0, 1, 1]
 
 
-def test_balanced_weights_are_scikit_learns():
-    from sklearn.utils.class_weight import compute_class_weight
-
-    label = torch.tensor([0] * 6 + [1] * 3 + [2])
-    task = make(3, class_weights="balanced")
-    with pytest.raises(RuntimeError, match="prepare"):
-        task.loss(torch.zeros(10, 3), {"label": label})
-    task.prepare({"label": label})
-    expected = compute_class_weight("balanced", classes=np.arange(3), y=label.numpy())
-    outputs = torch.randn(10, 3)
-    entropy = F.cross_entropy(outputs, label, torch.tensor(expected, dtype=torch.float32))
-    assert mean_loss(task, outputs, {"label": label}) == pytest.approx(float(entropy), rel=1e-6)
-    mean_loss(make(3, class_weights="balanced"), outputs, {"label": label}, plain=True)  # needs no counts
-
-
-def test_weights_by_name():
-    task, named = make(3, class_weights=[1, 4, 1]), make(3, class_weights={"c1": 4})
-    outputs, targets = example(task)
-    assert mean_loss(task, outputs, targets) == mean_loss(named, outputs, targets)
-
-
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
@@ -288,7 +267,7 @@ def test_too_few_classes_are_refused():
 def test_rows_say_truth_answer_and_loss(classes):
     task = make(classes, label_smoothing=0.1)
     outputs, targets = example(task, 8)
-    rows = task.rows(outputs, targets)
+    rows = task.per_example(outputs, targets)
     logits = task.logits(outputs)
     plain = F.cross_entropy(logits, targets["label"], reduction="none")
     for i, row in enumerate(rows):
@@ -345,7 +324,7 @@ def test_of_very_many_classes_pairs_are_not_counted(monkeypatch: pytest.MonkeyPa
     targets = {"label": torch.randint(0, 8, (50,), generator=generator)}  # none of the last class
     found = []
     for most in (9, 8):
-        monkeypatch.setattr(classification, "MOST_PAIRED", most)
+        monkeypatch.setattr(classification, "MAX_MATRIX_CLASSES", most)
         task = Classification(DataSpec(3, 8, 8, classes=names))
         meter = task.meter()
         for part in (slice(0, 30), slice(30, 50)):

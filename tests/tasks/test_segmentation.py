@@ -15,8 +15,7 @@ from cnntrain.augment.geometry import Crop
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.config.compose import read_settings
 from cnntrain.errors import UserError
-from cnntrain.tasks.dense import choose_fit, dice_loss, is_fraction
-from cnntrain.tasks.segmentation import Segmentation
+from cnntrain.tasks.segmentation import Segmentation, choose_resizing, dice_loss
 from cnntrain.train.setup import assemble
 from cnntrain.types import Batch, DataSpec
 
@@ -49,24 +48,24 @@ def example(task: Segmentation, count: int = 6, seed: int = 0, size=(9, 11)):
     outputs = torch.randn(count, task.num_classes, *size, generator=generator)
     mask = torch.randint(0, task.num_classes, (count, *size), generator=generator).to(torch.uint8)
     if task.spec.ignore_index is not None:
-        mask[torch.rand(count, *size, generator=generator) < 0.3] = task.ignore
+        mask[torch.rand(count, *size, generator=generator) < 0.3] = task.ignore_index
     return outputs, {"mask": mask}
 
 
-def mean_loss(task, outputs, targets, plain=False) -> float:
-    total, count = task.loss(outputs, targets, plain)
+def mean_loss(task, outputs, targets, training=True) -> float:
+    total, count = task.loss(outputs, targets, training)
     return float(total / count)
 
 
 def metered(task, outputs, targets):
     meter = task.meter()
-    meter.update(outputs, targets, *task.loss(outputs, targets, plain=True))
+    meter.update(outputs, targets, *task.loss(outputs, targets, training=False))
     return meter
 
 
 def certain(task: Segmentation, mask: torch.Tensor) -> torch.Tensor:
     """Outputs that are sure of the truth (of class 0 where it is ignored)."""
-    label = torch.where(mask == task.ignore, 0, mask.long())
+    label = torch.where(mask == task.ignore_index, 0, mask.long())
     return F.one_hot(label, task.num_classes).movedim(-1, 1).float() * 60
 
 
@@ -80,7 +79,7 @@ def test_cross_entropy_is_torchs(ignore, weights):
     expected = F.cross_entropy(outputs.double(), mask, weight, ignore_index=skipped)
     assert mean_loss(task, outputs, targets) == pytest.approx(float(expected), rel=1e-6)
     plain = F.cross_entropy(outputs.double(), mask, ignore_index=skipped)
-    assert mean_loss(task, outputs, targets, plain=True) == pytest.approx(float(plain), rel=1e-6)
+    assert mean_loss(task, outputs, targets, training=False) == pytest.approx(float(plain), rel=1e-6)
 
 
 def test_dice_is_the_definition():
@@ -228,7 +227,7 @@ def test_knowing_nothing_costs_the_logarithm_of_the_classes():
     ],
 )
 def test_sizes_tell_upsampling_from_cropping(given, wanted, expected):
-    assert is_fraction(given, wanted) is expected
+    assert (choose_resizing(given, wanted, None) == "upsample") is expected
 
 
 @pytest.mark.parametrize(
@@ -250,7 +249,7 @@ def test_sizes_tell_upsampling_from_cropping(given, wanted, expected):
     ],
 )
 def test_only_outputs_at_equal_scale_are_cropped(given, wanted, scale, expected):
-    assert choose_fit(given, wanted, scale) == expected
+    assert choose_resizing(given, wanted, scale) == expected
 
 
 LAYERS = {
@@ -295,7 +294,7 @@ def test_a_scale_of_one_axis_alone_is_none(factors):
     task = make()
     size = task.spec.image_size
     with pytest.raises(UserError, match=r"task\.resize_outputs=auto"):
-        task.settle(lambda asked: (factors[0] * asked[0], factors[1] * asked[1]), [size])
+        task.configure_outputs(lambda asked: (factors[0] * asked[0], factors[1] * asked[1]), [size])
     assert task.output_scale is None
 
 
@@ -350,8 +349,8 @@ def test_balanced_weights_count_labeled_pixels():
     mask = torch.tensor([[[0, 0, 0, 1, 255, 255]]], dtype=torch.uint8)
     task = make(classes=2, class_weights="balanced")
     task.prepare({"mask": mask})
-    assert task._weights is not None
-    assert task._weights.tolist() == pytest.approx([4 / 6, 2.0])
+    assert task.class_weights.values is not None
+    assert task.class_weights.values.tolist() == pytest.approx([4 / 6, 2.0])
     with pytest.raises(UserError, match=r"task\.class_weights.*in memory"):
         task.prepare({})  # a streamed data set reads masks as they are needed
 
@@ -359,14 +358,14 @@ def test_balanced_weights_count_labeled_pixels():
 def test_rows_answers_and_scores():
     task = make()
     outputs, targets = example(task)
-    rows = task.rows(outputs, targets)
+    rows = task.per_example(outputs, targets)
     for i, row in enumerate(rows):
         alone = {"mask": targets["mask"][i : i + 1]}
         values = metered(task, outputs[i : i + 1], alone).compute()
         assert row == pytest.approx(values, rel=1e-6)
     scores = task.mistake_score(outputs, targets)
     assert scores.tolist() == pytest.approx([1 - float(str(row["pixel_accuracy"])) for row in rows])
-    shares = task.shares(task.masks(outputs, (outputs.shape[-2], outputs.shape[-1]))[0].numpy())
+    shares = task.class_fractions(task.masks(outputs, (outputs.shape[-2], outputs.shape[-1]))[0].numpy())
     assert sum(shares.values()) == pytest.approx(1)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from cnntrain import compose, train
 from cnntrain.errors import DivergedError, MachineError, StoppedError, UserError
-from cnntrain.plots import curves as figures
+from cnntrain.plots import curves
 from cnntrain.randomness import seed_generators
 from cnntrain.report import run_logger
 from cnntrain.report.metrics import MetricsFile
@@ -92,9 +92,9 @@ def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_as_if_unbroken(
 def test_the_learning_rate_is_drawn_of_every_step_after_a_resume_too(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = {}
     monkeypatch.setattr(
-        run_logger, "curves", lambda rows, monitor, rate_at: drawn.update(rows=rows, at=rate_at)
+        run_logger, "plot_training_curves", lambda rows, monitor, lr_at: drawn.update(rows=rows, at=lr_at)
     )
-    monkeypatch.setattr(run_logger, "save", lambda figure, path: None)
+    monkeypatch.setattr(run_logger, "save_figure", lambda figure, path: None)
     rates: list[float] = []
     original = loop.set_learning_rate
     monkeypatch.setattr(loop, "set_learning_rate", lambda *a: rates.append(original(*a)) or rates[-1])
@@ -105,7 +105,7 @@ def test_the_learning_rate_is_drawn_of_every_step_after_a_resume_too(monkeypatch
     assert not drawn
     train(compose(*asked, "resume=auto"))
     assert len(rates) == 27 and max(rates) > 2 * rates[0]
-    assert figures.rates_by_step(drawn["rows"], drawn["at"])[1] == pytest.approx(rates)
+    assert curves.learning_rate_by_step(drawn["rows"], drawn["at"])[1] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("steps", [27, 20], ids=["of the last epoch", "in its middle"])

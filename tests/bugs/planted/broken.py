@@ -53,12 +53,12 @@ class SoftmaxInside(Sound):
 
 
 class FlippedSign(Classification):
-    def losses(self, outputs: Tensor, targets, plain: bool = False) -> tuple[Tensor, Tensor]:
-        sums, counts = super().losses(outputs, targets, plain)
+    def losses(self, outputs: Tensor, targets, training: bool = True) -> tuple[Tensor, Tensor]:
+        sums, counts = super().losses(outputs, targets, training)
         return -sums, counts
 
 
 class BlindToLabel(Classification):
-    def losses(self, outputs: Tensor, targets, plain: bool = False) -> tuple[Tensor, Tensor]:
+    def losses(self, outputs: Tensor, targets, training: bool = True) -> tuple[Tensor, Tensor]:
         blind = {**targets, "label": torch.zeros_like(targets["label"])}
-        return super().losses(outputs, blind, plain)
+        return super().losses(outputs, blind, training)

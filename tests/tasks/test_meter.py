@@ -1,4 +1,4 @@
-"""What a meter keeps of every example, however many there are."""
+"""Meters: rows of any number of examples, and states of other tasks."""
 
 from collections.abc import Mapping
 
@@ -8,23 +8,23 @@ from torch import Tensor
 
 from cnntrain.errors import UserError
 from cnntrain.tasks.classification import Classification
-from cnntrain.tasks.meter import LEAST_ROOM, Meter
+from cnntrain.tasks.meter import MIN_CAPACITY, Meter
 from cnntrain.types import DataSpec
 
 
-class Keeping(Meter):
+class RowMeter(Meter):
     """Keeps its outputs as they come."""
 
     def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
-        self._keep("score", outputs)
+        self._append("score", outputs)
 
     def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         return {}
 
 
-def test_rows_are_kept_in_order_beyond_any_room() -> None:
-    meter, one = Keeping(), torch.ones(())
-    batches = [torch.randn(count, 2) for count in (3, LEAST_ROOM - 1, 1, 5 * LEAST_ROOM, 0, 7)]
+def test_rows_keep_their_order_when_the_buffer_grows() -> None:
+    meter, one = RowMeter(), torch.ones(())
+    batches = [torch.randn(count, 2) for count in (3, MIN_CAPACITY - 1, 1, 5 * MIN_CAPACITY, 0, 7)]
     for number, batch in enumerate(batches):
         before = meter.state().get("rows/score")
         kept = None if before is None else before.clone()
@@ -32,7 +32,7 @@ def test_rows_are_kept_in_order_beyond_any_room() -> None:
         assert torch.equal(meter.state()["rows/score"], torch.cat(batches[: number + 1]))
         if before is not None and kept is not None:  # a state that was taken is nobody else's
             assert torch.equal(before, kept)
-    other = Keeping()
+    other = RowMeter()
     other.load_state(meter.state(), torch.device("cpu"))
     assert torch.equal(other.state()["rows/score"], torch.cat(batches))
 
@@ -47,7 +47,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_sums_of_another_training_are_refused(kind: str) -> None:
+def test_a_state_of_another_task_raises(kind: str) -> None:
     """As a checkpoint saved in the middle of an epoch may bring them: they were broadcast, or ended in a traceback."""
     task = Classification(spec=DataSpec(1, 8, 8, classes=tuple("0123456789")))
     outputs, targets = torch.zeros(2, 10), {"label": torch.zeros(2, dtype=torch.int64)}

@@ -1,4 +1,4 @@
-"""A training step must not wait for the device: on the meta device there are no values to ask for."""
+"""A training step needs no host sync: on the meta device, reading a value raises."""
 
 import pytest
 import torch
@@ -32,13 +32,13 @@ def targets(task: Task) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_loss_meter_and_scores_never_ask_for_a_value(name):
+def test_loss_meter_and_scores_need_no_host_sync(name):
     task = TASKS[name]
     known = targets(task)
     outputs = task.zero_outputs(known).requires_grad_()
     meter = task.meter()
-    for plain in (False, True):
-        loss_sum, loss_count = task.loss(outputs, known, plain)
+    for training in (True, False):
+        loss_sum, loss_count = task.loss(outputs, known, training)
         (loss_sum / loss_count).backward()
         meter.update(outputs, known, loss_sum, loss_count)
     assert task.mistake_score(outputs, known).shape == (4,)
@@ -46,6 +46,6 @@ def test_loss_meter_and_scores_never_ask_for_a_value(name):
     assert all(value.device.type == "meta" for value in meter.state().values())
 
 
-def test_the_meta_device_tells_who_waits():
+def test_a_host_sync_raises_on_the_meta_device():
     with pytest.raises(RuntimeError):
         float(torch.zeros((), device="meta"))
