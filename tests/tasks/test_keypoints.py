@@ -308,7 +308,7 @@ def test_rows_and_answers_speak_of_source_pixels():
         ("task.wing_width", {"wing_width": 0}),
         ("task.smooth_l1_beta", {"smooth_l1_beta": "x"}),
         ("task.heatmap_sigma", {"heatmap_sigma": -1}),
-        ("'left_eey' is no keypoint; did you mean 'left_eye'", {"normalize_by": ["left_eey", "nose"]}),
+        ("'left_eey' is not a keypoint; did you mean 'left_eye'", {"normalize_by": ["left_eey", "nose"]}),
         ("task.normalize_by", {"normalize_by": ["nose", "nose"]}),
         ("task.normalize_by", {"normalize_by": "boxes"}),
         ("task.normalize_by", {"normalize_by": ["nose"]}),

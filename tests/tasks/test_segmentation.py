@@ -273,7 +273,7 @@ def assembled(layers: list, *more: str):
 def test_the_scale_is_measured_on_the_network(name, size):
     made = assembled(LAYERS[name])
     outputs = made.model(torch.rand(1, 3, 64, 64))
-    fitted, mask = made.task.resize_outputs(outputs, torch.zeros(1, 64, 64, dtype=torch.uint8))
+    fitted, mask = made.task.match_sizes(outputs, torch.zeros(1, 64, 64, dtype=torch.uint8))
     assert fitted.shape[-2:] == mask.shape[-2:] == size
     if name == "half":
         expected = F.interpolate(outputs, (64, 64), mode="bilinear", align_corners=True)
@@ -308,7 +308,7 @@ def test_the_papers_network_without_padding_is_cropped():
     with torch.no_grad():
         outputs = made.model.eval()(torch.rand(1, 3, 108, 108))
     assert outputs.shape[-1] < 108
-    fitted, mask = made.task.resize_outputs(outputs, torch.arange(108 * 108).view(1, 108, 108) % 4)
+    fitted, mask = made.task.match_sizes(outputs, torch.arange(108 * 108).view(1, 108, 108) % 4)
     assert torch.equal(fitted, outputs)
     rest = (108 - outputs.shape[-1]) // 2
     assert torch.equal(
@@ -402,5 +402,5 @@ def test_drawings():
 def test_masks_without_a_labeled_pixel_are_refused() -> None:
     task = make(ignore=255)
     task.prepare({"mask": torch.tensor([[[255, 0]]], dtype=torch.uint8)})
-    with pytest.raises(UserError, match="no pixel of the training masks is labeled"):
+    with pytest.raises(UserError, match="ignore_index"):
         task.prepare({"mask": torch.full((1, 2, 2), 255, dtype=torch.uint8)})
