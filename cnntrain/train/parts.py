@@ -203,7 +203,9 @@ def build_model(
             log.warning("%s: %s", finding.evidence, finding.remedy)
     if spec.per_pixel and task.output_shape() is not None:
         meta_model = as_meta(model).eval()
-        task.configure_outputs(lambda size: output_size(meta_model, spec.channels, size), [image_size, spec.image_size])
+        task.configure_outputs(
+            lambda size: output_size(meta_model, spec.channels, size), [image_size, spec.image_size]
+        )
     return model
 
 
