@@ -1,16 +1,19 @@
-"""The command word, its options and exit codes. Torch is not imported here: help and completion answer at once."""
+"""The command line: arguments, help, shell completion and exit codes. Torch is not imported here: help is fast."""
 
+import argparse
 import ast
 import contextlib
 import dataclasses
 import importlib
 import io
 import os
+import re
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from cnntrain.config.command_text import mask_passwords
 from cnntrain.config.invocation import DEFAULT_COMMAND, Invocation
@@ -27,66 +30,92 @@ from cnntrain.errors import (
 from cnntrain.io.streams import flush_or_discard, lenient, printable
 from cnntrain.memory import keep_freed_memory
 
-SWEEPING = ("train", "overfit", "inspect")  # what takes several values
+MULTIRUN_COMMANDS = ("train", "overfit", "inspect")  # accept keys with several values
+WITHOUT_CONFIG = ("clean", "help")
+COMMANDS_FOLDER = Path(__file__).parent / "commands"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def options_parser() -> argparse.ArgumentParser:
+    """Return a parser of the options; command words and overrides are left to `parse_arguments`."""
+    parser = _Parser(
+        prog="cnntrain",
+        usage="cnntrain [COMMAND] [options] [KEY=VALUE ...]",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "-h",
+        "--help",
+        action="store_true",
+        help="print this help, that of COMMAND, or the keys of GROUP=OPTION",
+    )
+    add("-m", "--multirun", action="store_true", help="run all combinations of keys with several values")
+    add("--cfg", action="store_true", dest="print_config", help="print the composed config and exit")
+    add("--config-dir", metavar="DIR", help="folder with your own config groups and Python modules")
+    add("--version", action="store_true", help="print the version")
+    add("--completion", action="store_true", help="print a completion script for bash: eval it in ~/.bashrc")
+    add("--complete", action="store_true", help=argparse.SUPPRESS)
+    return parser
 
 
 def commands() -> dict[str, str]:
-    """Command words and their one-line meaning: the files of cnntrain/commands/ and their docstrings."""
-    folder = Path(__file__).parent / "commands"
-    words = {}
-    for path in sorted(folder.glob("[a-z]*.py")):
-        words[path.stem.replace("_", "-")] = (
-            ast.get_docstring(ast.parse(path.read_text())) or ""
-        ).splitlines()[0]
-    return words
+    """Return the command words with their one-line descriptions: the docstrings of the files in cnntrain/commands/."""
+    files = sorted(COMMANDS_FOLDER.glob("[a-z]*.py"))
+    return {path.stem.replace("_", "-"): _docstring(path).splitlines()[0] for path in files}
+
+
+def _docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
 
 
 def parse_arguments(argv: Sequence[str]) -> Invocation:
-    """Split what was typed.
+    """Parse the command line.
 
     Raises:
-        UserError: an unknown flag or command word, with the near miss.
+        UserError: an unknown option or command.
     """
-    known = commands()
+    parser = options_parser()
+    options, rest = parser.parse_known_args(list(argv))
     words: list[str] = []
     overrides: list[str] = []
-    flags: dict[str, Any] = {}
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
-        if argument in ("-h", "--help"):
-            flags["help"] = True
-        elif argument in ("-m", "--multirun"):
-            flags["multirun"] = True
-        elif argument == "--cfg":
-            flags["print_config"] = True
-        elif argument.startswith("--config-dir"):
-            value = argument.partition("=")[2] or (rest.pop(0) if rest else "")
-            flags["config_dir"] = Path(value)
-            if not value or not Path(value).is_dir():
-                raise UserError(f"--config-dir: no folder {value!r}")
-        elif argument.startswith("-") and "=" not in argument:
-            options = ["--help", "--multirun", "--cfg", "--config-dir", "--version", "-m", "-h"]
-            from cnntrain.config.compose import suggest_setting
-
-            if setting := suggest_setting(argument.lstrip("-"), rest):
-                raise UserError(f"unknown option {argument}; write settings as KEY=VALUE, as {setting}")
-            raise UserError(f"unknown option {argument}{suggest(argument, options)}")
-        elif "=" in argument or argument.startswith(("~", "+")):
-            overrides.append(argument)
-        else:
-            words.append(argument)
+    for position, argument in enumerate(rest):
+        if argument.startswith("-"):
+            raise _unknown_option(parser, argument, rest[position + 1 :])
+        is_override = "=" in argument or argument.startswith(("~", "+"))
+        (overrides if is_override else words).append(argument)
+    if options.config_dir is not None and not Path(options.config_dir).is_dir():
+        raise UserError(f"--config-dir: no folder {options.config_dir!r}")
     command = words.pop(0) if words else DEFAULT_COMMAND
-    if command in known:
-        return Invocation(command, tuple(words), tuple(overrides), argv=tuple(argv), **flags)
-    from cnntrain.config.compose import suggest_setting
+    if command not in (known := commands()):
+        raise _unknown_command(command, words, list(known))
+    return Invocation(
+        command, tuple(words), tuple(overrides), Path(options.config_dir) if options.config_dir else None,
+        options.multirun, options.help, options.print_config, tuple(argv),
+    )  # fmt: skip
 
-    if command not in known and (setting := suggest_setting(command, words)):
-        raise UserError(f"{command!r} is not a command; write settings as KEY=VALUE, as {setting}")
-    if command not in known:
-        hint = suggest(command, list(known)) or f"; there is {', '.join(known)}"
-        raise UserError(f"unknown command {command!r}{hint}")
-    return Invocation(command, tuple(words), tuple(overrides), argv=tuple(argv), **flags)
+
+def _unknown_option(parser: argparse.ArgumentParser, option: str, following: Sequence[str]) -> UserError:
+    from cnntrain.config.reference import suggest_setting
+
+    if setting := suggest_setting(option.lstrip("-").partition("=")[0], following):
+        return UserError(f"unknown option {option}; write settings as KEY=VALUE, for example {setting}")
+    known = re.findall(r"(?<!\S)--?[a-z][a-z-]*", parser.format_help())
+    return UserError(f"unknown option {option}{suggest(option, known)}")
+
+
+def _unknown_command(command: str, following: Sequence[str], known: list[str]) -> UserError:
+    from cnntrain.config.reference import suggest_setting
+
+    if setting := suggest_setting(command, following):
+        return UserError(f"{command!r} is not a command; write settings as KEY=VALUE, for example {setting}")
+    hint = suggest(command, known) or f"; the commands are {', '.join(known)}"
+    return UserError(f"unknown command {command!r}{hint}")
 
 
 def check_early(command: str, overrides: Sequence[str], config_dir: Path | None) -> None:
@@ -95,7 +124,7 @@ def check_early(command: str, overrides: Sequence[str], config_dir: Path | None)
     Raises:
         UserError: see `read_settings`.
     """
-    from cnntrain.config.compose import conf_folder
+    from cnntrain.config.schema import conf_folder
     from cnntrain.sweep.search_space import add_swept_keys
 
     if command != "train" and any(override.lstrip("+").startswith("launch.") for override in overrides):
@@ -113,7 +142,8 @@ def composed_text(command: str, overrides: Sequence[str], config_dir: Path | Non
     import yaml
 
     from cnntrain.config.command_text import without_passwords
-    from cnntrain.config.compose import compose, conf_folder, read_settings
+    from cnntrain.config.compose import compose, read_settings
+    from cnntrain.config.schema import conf_folder
     from cnntrain.sweep.search_space import expand_grid
 
     if command == "check":
@@ -130,70 +160,60 @@ def composed_text(command: str, overrides: Sequence[str], config_dir: Path | Non
 
 
 def help_text(invocation: Invocation) -> str:
-    """What there is to choose from, from the config folders and the command files."""
-    from cnntrain.config.compose import conf_folder, group_options
+    """Return the help of a command, or the reference of the options that the overrides choose."""
+    from cnntrain.config.reference import describe, group_options
+    from cnntrain.config.schema import conf_folder
 
-    word = invocation.command
-    source = Path(__file__).parent / "commands" / f"{word.replace('-', '_')}.py"
-    lines = [ast.get_docstring(ast.parse(source.read_text())) or "", ""]
-    primary = conf_folder() / f"{word}.yaml"
-    if word == DEFAULT_COMMAND:
-        lines = [
-            "cnntrain trains convolutional networks from YAML, and tells whether to trust the result.",
-            "",
-        ]
-        lines += [
-            "usage: cnntrain [COMMAND] [-m] [--config-dir DIR] [--cfg] [KEY=VALUE ...]",
-            "",
-            "commands:",
-        ]
-        lines += [f"  {name:<12} {meaning}" for name, meaning in commands().items()]
-        lines += [
-            "",
-            "`train` may be left out; `cnntrain COMMAND --help` says more about one. -m sweeps over listed",
-            "values, --cfg prints the composed config, --config-dir adds config groups of your own.",
-            "",
-        ]
-    if primary.exists():
-        lines += ["keys:", *_indent(primary.read_text())]
+    options = group_options(invocation.config_dir)
+    if chosen := [each for each in invocation.overrides if each.partition("=")[0] in options]:
+        return "\n\n".join(describe(each, invocation.config_dir) for each in chosen)
+    command = invocation.command
+    if command == DEFAULT_COMMAND:
+        parts = [options_parser().format_help().rstrip(), _command_table()]
     else:
-        lines.append("choices:")
-        for group, options in group_options(invocation.config_dir).items():
-            lines += _wrap(f"  {group + '=':<11}", options)
-        lines += ["", "keys (and those of each choice: cnntrain --cfg model=... prints them):"]
-        lines += _indent((conf_folder() / "config.yaml").read_text().split("\n\n", 1)[1])
-    return "\n".join(lines)
+        parts = [_docstring(COMMANDS_FOLDER / f"{command.replace('-', '_')}.py")]
+    own_config = conf_folder() / f"{command}.yaml"
+    if own_config.exists():
+        parts.append("keys:\n" + textwrap.indent(own_config.read_text("utf-8").rstrip(), "  "))
+    elif command not in WITHOUT_CONFIG:
+        groups = ["choices (`cnntrain help GROUP` describes them):"]
+        for group, names in options.items():
+            head = f"  {group + '=':<11}"
+            groups += textwrap.wrap(
+                ", ".join(names), 108, initial_indent=head, subsequent_indent=" " * len(head)
+            )
+        config = (conf_folder() / "config.yaml").read_text("utf-8").split("\n\n", 1)[1].rstrip()
+        parts += ["\n".join(groups), "keys (`cnntrain help GROUP=OPTION` prints those of an option):"]
+        parts[-1] += "\n" + textwrap.indent(config, "  ")
+    return "\n\n".join(parts)
 
 
-def _wrap(head: str, names: Sequence[str]) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(", ".join(names), 108, initial_indent=head, subsequent_indent=" " * len(head))
-
-
-def _indent(text: str) -> list[str]:
-    return ["  " + line for line in text.rstrip().splitlines()]
+def _command_table() -> str:
+    lines = [f"  {name:<12} {meaning}" for name, meaning in commands().items()]
+    notes = "`train` is the default command. `cnntrain COMMAND --help` describes a command, `cnntrain help KEY` a key."
+    return "\n".join(["commands:", *lines, "", notes])
 
 
 def complete(line: str) -> list[str]:
-    """Words that may follow what has been typed, for the shell: command words, groups, options, keys."""
+    """Return the completions of the last word of a command line: commands, groups, options and keys."""
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
-    from cnntrain.config.compose import conf_folder, hydra_session
+    from cnntrain.config.compose import hydra_session
+    from cnntrain.config.schema import conf_folder
 
     typed = line.split()[1:]
-    known = commands()
+    words = commands()
     word = "" if line.endswith(" ") or not typed else typed[-1]
     before = typed if not word else typed[:-1]
-    command = next((w for w in before if w in known), None)
+    command = next((w for w in before if w in words), None)
     primary = command if command and (conf_folder() / f"{command}.yaml").exists() else "config"
-    found = [w for w in known if command is None and w.startswith(word) and "=" not in word]
+    matches = [w for w in words if command is None and w.startswith(word) and "=" not in word]
     arguments = [w for w in before if w != command and w not in ("-m", "--multirun")]
     with hydra_session() as hydra:
         plugin = DefaultCompletionPlugin(hydra.config_loader())
-        found += plugin._query(primary, " ".join([*arguments, word]))
-    hidden = {f"{w}." for w in known if w in found}  # `overfit` the command before `overfit.` the keys
-    return [w for w in found if w not in hidden and not w.startswith(("hydra", "_")) and "=_" not in w]
+        matches += plugin._query(primary, " ".join([*arguments, word]))
+    hidden = {f"{w}." for w in words if w in matches}  # `overfit` the command before `overfit.` the keys
+    return [w for w in matches if w not in hidden and not w.startswith(("hydra", "_")) and "=_" not in w]
 
 
 COMPLETION_SCRIPT = """_cnntrain() {
@@ -213,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"WORLD_SIZE", "SLURM_PROCID"} & os.environ.keys():  # DDP warns about find_unused_parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold bytes that are no text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may contain bytes that are not text
         sys.stdout.reconfigure(errors="backslashreplace")
     code = _run(arguments)
     lost = flush_or_discard(sys.stdout)
@@ -241,7 +261,7 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as ended:
         if isinstance(
             ended.__context__, BrokenPipeError
-        ):  # rich's way when its reader has gone: `cnntrain | head -1`
+        ):  # raised by rich if the reader of the output has ended, as in `cnntrain | head -1`
             return 0
         print("error: user code raised SystemExit", file=lenient(sys.stderr))
         return 1
@@ -258,33 +278,41 @@ def _run(arguments: list[str]) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if arguments[:1] == ["--complete"]:
-        print("\n".join(complete(os.environ.get("COMP_LINE", "cnntrain "))))
-        return 0
-    if arguments[:1] == ["--completion"]:
-        print(COMPLETION_SCRIPT)
-        return 0
-    if arguments[:1] == ["--version"]:
-        from importlib.metadata import version
-
-        print(f"cnntrain {version('cnntrain')}")
+    if answer := _answer(arguments):
+        print(answer)
         return 0
     invocation = parse_arguments(arguments)
+    command, words, overrides = invocation.command, invocation.words, invocation.overrides
+    if command == "help" and not invocation.help and not overrides and (not words or words[0] in commands()):
+        command = words[0] if words else DEFAULT_COMMAND
+        invocation = dataclasses.replace(invocation, command=command, help=True)
     if invocation.help:
         print(help_text(invocation))
         return 0
-    module = invocation.command.replace("-", "_")
-    if invocation.print_config and invocation.command == "clean":
-        raise UserError("clean: has no config")
-    if invocation.multirun and invocation.command not in SWEEPING:
-        raise UserError(f"{invocation.command}: no -m; give each key one value")
-    asked = invocation.command, invocation.overrides, invocation.config_dir
-    check_early(*asked)
+    if invocation.print_config and command in WITHOUT_CONFIG:
+        raise UserError(f"{command}: has no config")
+    if invocation.multirun and command not in MULTIRUN_COMMANDS:
+        raise UserError(f"{command}: -m is not supported; give each key one value")
+    if command not in WITHOUT_CONFIG:
+        check_early(command, overrides, invocation.config_dir)
     if invocation.print_config and not invocation.multirun:
-        print(composed_text(*asked), end="")
+        print(composed_text(command, overrides, invocation.config_dir), end="")
         return 0
     keep_freed_memory()
-    return importlib.import_module(f"cnntrain.commands.{module}").run(invocation)
+    return importlib.import_module(f"cnntrain.commands.{command.replace('-', '_')}").run(invocation)
+
+
+def _answer(arguments: list[str]) -> str:
+    """Return the output of the options that run no command, or an empty string."""
+    if "--complete" in arguments:
+        return "\n".join(complete(os.environ.get("COMP_LINE", "cnntrain "))) or "\n"
+    if "--completion" in arguments:
+        return COMPLETION_SCRIPT
+    if "--version" in arguments:
+        from importlib.metadata import version
+
+        return f"cnntrain {version('cnntrain')}"
+    return ""
 
 
 if __name__ == "__main__":

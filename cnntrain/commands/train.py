@@ -16,8 +16,9 @@ import yaml
 from cnntrain.checks.lint import lint
 from cnntrain.commands.evaluate import evaluate_checkpoint
 from cnntrain.config.command_text import chosen_options, without_passwords
-from cnntrain.config.compose import read_command_settings, read_settings, suggest_setting
+from cnntrain.config.compose import read_command_settings, read_settings
 from cnntrain.config.invocation import Invocation
+from cnntrain.config.reference import suggest_setting
 from cnntrain.config.schema import EvaluateSettings, Settings
 from cnntrain.errors import CheckFailedError, UserError
 from cnntrain.io.safe_files import run_folder_of
@@ -60,7 +61,7 @@ def run(invocation: Invocation) -> int:
     if invocation.words:
         word, *following = invocation.words
         example = suggest_setting(word, following) or "model=resnet18"
-        raise UserError(f"train: {word!r} is no override; write KEY=VALUE, as {example}")
+        raise UserError(f"train: {word!r} is not an override; write KEY=VALUE, for example {example}")
     if invocation.multirun:
         if rank_from_env():
             raise UserError(

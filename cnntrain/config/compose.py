@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cnntrain.config.instantiate import trust_folder
+from cnntrain.config.reference import group_options
 from cnntrain.config.renamed_keys import renamed
 from cnntrain.config.schema import Settings, check_groups, conf_folder, parse, shortened
 from cnntrain.config.yaml_files import check_yaml_files, yaml_files
@@ -141,17 +142,6 @@ def _search_path(config_dir: Path | None) -> list[str]:
     return [f"hydra.searchpath=['file://{config_dir.resolve()}']"] if config_dir else []
 
 
-def group_options(config_dir: Path | None = None) -> dict[str, list[str]]:
-    """Return the options of each config group, read from the folders without Hydra."""
-    options: dict[str, set[str]] = {}
-    for folder in filter(None, (conf_folder(), config_dir)):
-        for group in sorted(path for path in folder.iterdir() if path.is_dir()):
-            names = {path.stem for path in group.glob("*.yaml") if not path.name.startswith("_")}
-            if names and not group.name.startswith((".", "_")):
-                options.setdefault(group.name, set()).update(names)
-    return {group: sorted(names) for group, names in options.items()}
-
-
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides with Hydra's grammar.
 
@@ -226,14 +216,6 @@ def _syntax_error(error: Exception) -> str:
         f"can't parse {text!r}\nan override is written KEY=VALUE, for example epochs=20; a value with spaces or "
         "special characters needs its own quotes inside the shell's, for example \"data.root='my photos'\""
     )
-
-
-def suggest_setting(word: str, following: Sequence[str] = ()) -> str | None:
-    """Suggest `optimizer.lr=0.1` for the words `optimizer.lr 0.1`; return None if `word` is not a config key."""
-    top = re.findall(r"^(\w+):", (conf_folder() / "config.yaml").read_text(), re.MULTILINE)
-    if word.partition(".")[0] not in {*top, *group_options()}:
-        return None
-    return f"{word}={following[0] if following else '...'}"
 
 
 def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: Path | None) -> str:

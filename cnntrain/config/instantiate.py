@@ -1,4 +1,4 @@
-"""From a config node to the object that it names: only what suits the slot, only with arguments that it takes."""
+"""Instantiate the class that a config node names: only from allowed packages, and with validated arguments."""
 
 import importlib
 import inspect
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from cnntrain.config.renamed_keys import renamed
-from cnntrain.config.schema import check_value
+from cnntrain.config.schema import check_value, shortened
 from cnntrain.errors import UserError, is_out_of_memory, suggest
 
 # For each role: the allowed packages, and the required base class (by name, because torch is imported lazily). A class
@@ -38,13 +38,19 @@ CHECKED_PACKAGES = ("cnntrain.", "torch.optim")
 
 
 def build(node: Mapping[str, Any], role: str, key: str, trusted: Sequence[str] = (), **facts: Any) -> Any:
-    """The object that `node` describes; see `resolve`."""
+    """Instantiate the class that `node` names; see `resolve`."""
     factory = resolve(node, role, key, trusted, **facts)
     try:
         return factory()
     except (
-        TypeError, ValueError, LookupError, ArithmeticError, AssertionError, AttributeError, RuntimeError,
-    ) as error:  # fmt: skip
+        TypeError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         if is_out_of_memory(error):
             raise
         raise UserError(f"{key}: {node['_target_']} refused its arguments: {error}") from error
@@ -53,25 +59,25 @@ def build(node: Mapping[str, Any], role: str, key: str, trusted: Sequence[str] =
 def resolve(
     node: Mapping[str, Any], role: str, key: str, trusted: Sequence[str] = (), **facts: Any
 ) -> Callable[..., Any]:
-    """What `node` names, with its arguments bound and checked against the signature, ready to be called.
+    """Return the class or function that `node` names, with its arguments checked and bound (a `functools.partial`).
 
     Args:
         node: `_target_` and keyword arguments.
-        role: the slot, a key of `ROLES`.
-        key: where the node stands in the config, for messages.
+        role: a key of `ROLES`.
+        key: the node's key in the config, for messages.
         trusted: additional packages of the user; any class or function in them is allowed. Taken from the command
             line, never from a checkpoint.
-        facts: arguments that are passed where the signature has them and the node leaves them out or null.
+        facts: further arguments, passed if the signature has them and `node` does not set them or sets them to null.
 
     Raises:
-        UserError: names the key at fault and what would be right.
+        UserError: the target is not allowed, or an argument is invalid.
     """
     if not isinstance(node, Mapping):
         raise UserError(
-            f"{key}: must be a mapping with _target_, the class that makes this {role}; got {node!r}"
+            f"{key}: must be a mapping with _target_, the class of this {role}; got {shortened(node)}"
         )
     if not isinstance(node.get("_target_"), str):
-        raise UserError(f"{key}._target_: missing; name the class that makes this {role}")
+        raise UserError(f"{key}._target_: missing; name the class of this {role}")
     target = _locate(node["_target_"], role, f"{key}._target_", trusted)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
     for name, value in arguments.items():
@@ -86,7 +92,7 @@ def resolve(
 
     try:
         parameters = inspect.signature(target).parameters
-    except ValueError:  # no signature to be had: leave it to the call
+    except ValueError:  # a class without a signature: its arguments are checked by the call
         return partial(target, **arguments)
     if target.__module__.startswith(CHECKED_PACKAGES):
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
@@ -106,40 +112,37 @@ def resolve(
 
 
 def _locate(path: str, role: str, key: str, trusted: Sequence[str]) -> Callable[..., Any]:
-    """The class or function at a dotted path, if the slot accepts it.
+    """Import the class or function at a dotted path if it is allowed for the role.
 
-    The check comes before the import, for importing runs code.
+    The package is checked before the import, because importing runs code.
     """
-    packages, kind = ROLES[role]
+    packages, base_name = ROLES[role]
     allowed = (*packages, *trusted)
-    shown = ", ".join(name.removesuffix(".modules") for name in allowed)
-    refused = UserError(
-        f"{key}: {path!r} is not allowed as {role}; it must be a subclass of {kind} that is defined in {shown}"
-        + (
-            ""
-            if path.startswith(("torch.", "builtins.", "os."))
-            else f"; for code of your own, add trusted_packages=[{path.split('.')[0]}] on the command line"
-        )
-    )
     public = tuple(name.removesuffix(".modules") for name in allowed)
+    message = f"{key}: {path!r} is not allowed as {role}; it must be a subclass of {base_name}, defined in "
+    message += ", ".join(public)
+    if not path.startswith(("torch.", "builtins.", "os.")):
+        message += f"; for your own code, add trusted_packages=[{path.split('.')[0]}] on the command line"
     if not _within(path, public):
-        raise refused
+        raise UserError(message)
     module_name, _, name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), name)
+        target = getattr(importlib.import_module(module_name), name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{key}: no module {error.name!r} (looked for {path!r})") from error
+        raise UserError(f"{key}: no module {error.name!r} (importing {path!r})") from error
     except AttributeError as error:
-        names = [n for n in dir(sys.modules[module_name]) if not n.startswith("_")]
+        names = [name for name in dir(sys.modules[module_name]) if not name.startswith("_")]
         raise UserError(f"{key}: {module_name} has no {name!r}{suggest(name, names)}") from error
-    home = getattr(found, "__module__", "") or ""
-    if not callable(found) or not _within(home, allowed):
-        raise refused
-    base = getattr(importlib.import_module(kind.rpartition(".")[0]), kind.rpartition(".")[2])
-    of_the_kind = inspect.isclass(found) and issubclass(found, base)
-    if not (_within(home, trusted) or of_the_kind or f"{home}.{name}" in BUILDERS.get(role, ())):
-        raise refused
-    return found
+    defined_in = getattr(target, "__module__", "") or ""
+    if not callable(target) or not _within(defined_in, allowed):
+        raise UserError(message)
+    base_module, _, base_class = base_name.rpartition(".")
+    base = getattr(importlib.import_module(base_module), base_class)
+    is_subclass = inspect.isclass(target) and issubclass(target, base)
+    is_builder = f"{defined_in}.{name}" in BUILDERS.get(role, ())
+    if not (_within(defined_in, trusted) or is_subclass or is_builder):
+        raise UserError(message)
+    return target
 
 
 def _within(module: str, packages: Sequence[str]) -> bool:
@@ -147,7 +150,7 @@ def _within(module: str, packages: Sequence[str]) -> bool:
 
 
 def trust_folder(folder: Path) -> list[str]:
-    """Put a user's own config folder on the import path; the names of the modules that it holds."""
+    """Add a folder of the user to the import path; return the names of the modules in it."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     modules = [p.stem for p in folder.glob("*.py")]

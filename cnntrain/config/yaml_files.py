@@ -1,4 +1,8 @@
-"""Config files that would take for ever to read: refused before Hydra opens them."""
+"""Reject config files that would take very long to load, before Hydra opens them.
+
+OmegaConf copies the value of each alias, so a file of a few lines can expand to billions of values. Hydra would also
+wait forever for a FIFO.
+"""
 
 import stat
 from itertools import chain
@@ -8,40 +12,40 @@ import yaml
 
 from cnntrain.errors import UserError
 
-LARGEST_BYTES = 2**20
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast, where libyaml is there
-MOST_VALUES = 100_000  # with every alias written out
-DEEPEST = 50
+MAX_BYTES = 2**20
+MAX_VALUES = 100_000  # with all aliases expanded
+MAX_DEPTH = 50
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast, if it is installed
 
 
 def yaml_files(folder: Path) -> list[Path]:
-    """The YAML files of a folder of config groups."""
+    """Return the YAML files in a folder of config groups."""
     return sorted(chain(folder.glob("*.yaml"), folder.glob("*/*.yaml"), folder.glob("*/*/*.yaml")))
 
 
 def check_yaml_files(folder: Path) -> None:
-    """Look through a folder of config groups.
+    """Check the YAML files in a folder of config groups.
 
     Raises:
-        UserError: a file is no text or none at all (a FIFO), or unfolds to too much; names file and line.
+        UserError: a file is not a text file, or expands to too many values; names file and line.
     """
     for file in yaml_files(folder):
         if not file.exists():
-            raise UserError(f"{file}: is a link to nothing, or to itself")
-        if not stat.S_ISREG(file.stat().st_mode):  # opening a FIFO would wait for ever
-            raise UserError(f"{file}: is no regular file")
-        if file.stat().st_size > LARGEST_BYTES:
-            raise UserError(f"{file}: is larger than {LARGEST_BYTES:,} bytes, which no config file is")
+            raise UserError(f"{file}: is a broken link")
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a FIFO would wait forever
+            raise UserError(f"{file}: is not a regular file")
+        if file.stat().st_size > MAX_BYTES:
+            raise UserError(f"{file}: is larger than {MAX_BYTES:,} bytes")
         try:
             check_yaml_text(file, file.read_text("utf-8"))
         except UnicodeDecodeError as error:
             line = file.read_bytes()[: error.start].count(b"\n") + 1
-            raise UserError(f"{file}:{line}: is no UTF-8 text") from error
+            raise UserError(f"{file}:{line}: is not UTF-8 text") from error
         except yaml.YAMLError as error:
             if "nesting depth" in str(error):  # libyaml's own limit, raised before the first event
                 line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-                raise UserError(f"{file}:{line}: is nested more than {DEEPEST} deep") from error
-            continue  # told with its line when the file is used
+                raise UserError(f"{file}:{line}: is nested more than {MAX_DEPTH} deep") from error
+            continue  # reported with its line when the file is used
 
 
 def check_yaml_text(file: Path, text: str) -> None:
@@ -54,19 +58,19 @@ def check_yaml_text(file: Path, text: str) -> None:
         yaml.YAMLError: the text is not valid YAML.
     """
     anchors: dict[str, int] = {}
-    open_nodes: list[tuple[str | None, int]] = []  # anchor, values so far
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, number of values so far
     for event in yaml.parse(text, Loader=LOADER):
         line, size = event.start_mark.line + 1, 1
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, 1))
-            if len(open_nodes) > DEEPEST:
-                raise UserError(f"{file}:{line}: is nested more than {DEEPEST} deep")
+            if len(open_nodes) > MAX_DEPTH:
+                raise UserError(f"{file}:{line}: is nested more than {MAX_DEPTH} deep")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, size = open_nodes.pop()
         elif isinstance(event, yaml.AliasEvent):
             if any(event.anchor == name for name, _ in open_nodes):
-                raise UserError(f"{file}:{line}: *{event.anchor} stands inside itself")
+                raise UserError(f"{file}:{line}: *{event.anchor} refers to itself")
             anchor, size = None, anchors.get(event.anchor, 1)
         elif isinstance(event, yaml.ScalarEvent):
             anchor = event.anchor
@@ -75,8 +79,8 @@ def check_yaml_text(file: Path, text: str) -> None:
         if anchor:
             anchors[anchor] = size
         if open_nodes:
-            name, so_far = open_nodes[-1]
-            size += so_far
+            name, count = open_nodes[-1]
+            size += count
             open_nodes[-1] = (name, size)
-        if size > MOST_VALUES:
-            raise UserError(f"{file}:{line}: holds more than {MOST_VALUES:,} values, its aliases written out")
+        if size > MAX_VALUES:
+            raise UserError(f"{file}:{line}: has more than {MAX_VALUES:,} values with its aliases expanded")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cnntrain.config.yaml_files import LARGEST_BYTES, LOADER, check_yaml_text
+from cnntrain.config.yaml_files import LOADER, MAX_BYTES, check_yaml_text
 from cnntrain.errors import UserError
 from cnntrain.io import safe_files as files
 from cnntrain.report.expectations import NEUTRAL
@@ -100,7 +100,7 @@ def read_run(folder: Path) -> RunRecord:
 def _read_config(path: Path) -> dict[str, Any]:
     """Return the settings in a run's config.yaml as a flat mapping."""
     try:
-        text = files.read_text(path, max_bytes=LARGEST_BYTES)
+        text = files.read_text(path, max_bytes=MAX_BYTES)
         check_yaml_text(path, text)
         settings = yaml.load(text, LOADER)
     except FileNotFoundError as error:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnntrain.config.compose import group_options, parse_overrides, read_settings
+from cnntrain.config.compose import parse_overrides, read_settings
+from cnntrain.config.reference import group_options
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from cnntrain.cli import check_early, parse_arguments
-from cnntrain.config.compose import compose, conf_folder
+from cnntrain.config.compose import compose
+from cnntrain.config.schema import conf_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "benchmarks" / "gpu" / "run.py"

@@ -64,7 +64,7 @@ def test_a_class_that_it_does_not_know_is_refused(
     shutil.move("new/train/bee", "new/train/wasp")
     shutil.move("new/test/bee", "new/test/wasp")
     assert run("new") == 2
-    assert "'wasp' not known to it" in capsys.readouterr().err
+    assert "'wasp'" in capsys.readouterr().err
 
 
 def test_a_training_is_not_written_over(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

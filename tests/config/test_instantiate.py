@@ -140,3 +140,29 @@ def test_nested_targets_and_interpolations_stay_as_they_are(monkeypatch: pytest.
     )
     assert isinstance(bound, partial)
     assert bound.keywords["layers"] == [node] and bound.keywords["values"]["a"] == "${oc.env:SECRET}"
+
+
+@pytest.mark.parametrize(
+    ("target", "role"),
+    [
+        ("torch.load", "model"),
+        ("torch.hub.load", "model"),
+        ("os.system", "model"),
+        ("builtins.eval", "optimizer"),
+        ("torch.optim.optimizer.os.system", "optimizer"),
+        ("cnntrain.models.resnet.torch.load", "model"),
+        ("cnntrain.data.examples.os.remove", "data"),
+        ("torch.nn.functional.relu", "model"),
+        ("torch.nn.Linear", "optimizer"),
+        ("torch.optim.SGD", "model"),
+    ],
+)
+def test_targets_of_another_role_are_rejected(target: str, role: str) -> None:
+    with pytest.raises(UserError, match=r"_target_"):
+        build({"_target_": target}, role, role)
+
+
+def test_unknown_arguments_are_rejected_with_a_suggestion() -> None:
+    node = {"_target_": "torch.optim.SGD", "lr": 0.1, "momentun": 0.9}
+    with pytest.raises(UserError, match=r"optimizer\.momentun: .* did you mean 'momentum'"):
+        build(node, "optimizer", "optimizer")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cnntrain.config.compose import compose, conf_folder
-from cnntrain.config.schema import DataSettings
+from cnntrain.config.compose import compose
+from cnntrain.config.schema import DataSettings, conf_folder
 from cnntrain.data.examples import Source
 
 FILES = sorted(path for path in (conf_folder() / "data").glob("*.yaml"))

@@ -361,3 +361,16 @@ def test_tasks_that_see_one_gpu_each_have_their_own(monkeypatch: pytest.MonkeyPa
             check_launch(settings, place)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert own_gpu(3) == torch.device("cuda", 3)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize("value", ["junk", "", "-2", "1e3", "9" * 40])
+def test_launcher_variables_must_be_whole_numbers(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"{name} must be a whole number"):
+        rank_from_env({name: value})
+
+
+def test_the_local_rank_must_be_a_whole_number() -> None:
+    given = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "zero", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    with pytest.raises(UserError, match="LOCAL_RANK must be a whole number"):
+        rank_from_env(given)

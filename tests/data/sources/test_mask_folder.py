@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cnntrain.cli import main
 from cnntrain.config.compose import read_settings
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
@@ -332,3 +333,9 @@ def test_ids_can_be_set_on_the_command_line(tmp_path, save, pixels):
     source, _ = build_source(read_settings(given))
     with pytest.raises(UserError, match=r"data\.ids='\{7: 0, 9: 1\}'"):
         source.load()
+
+
+def test_class_names_of_masks_are_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data=mask_folder", "data.root=."]) == 2
+    said = capsys.readouterr().err
+    assert "data.classes: missing" in said and "data.classes=[background,object]" in said

@@ -1,0 +1,113 @@
+"""Arguments, help, completion and exit codes of the command line."""
+
+from pathlib import Path
+
+import pytest
+
+from cnntrain.cli import commands, complete, main, parse_arguments
+from cnntrain.errors import UserError
+
+
+def test_commands_and_options() -> None:
+    assert parse_arguments(["overfit", "model=mlp"]).command == "overfit"
+    assert parse_arguments(["-m", "seed=1,2"]).multirun
+    with pytest.raises(UserError, match="did you mean 'overfit'"):
+        parse_arguments(["overfitt"])
+    with pytest.raises(UserError, match="--multirun"):
+        parse_arguments(["--multirn"])
+
+
+def test_a_setting_written_as_an_option_is_corrected() -> None:
+    with pytest.raises(UserError, match=r"--epochs; write settings as KEY=VALUE, for example epochs=2"):
+        parse_arguments(["--epochs", "2"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "setting"),
+    [
+        (["optimizer.lr", "0.1"], "optimizer.lr=0.1"),
+        (["optimizer.lr=0.1", "epochs", "5"], "epochs=5"),
+        (["model", "resnet18"], "model=resnet18"),
+    ],
+)
+def test_a_setting_without_equals_sign_is_corrected(arguments: list[str], setting: str) -> None:
+    with pytest.raises(UserError, match=rf"KEY=VALUE, for example {setting}"):
+        parse_arguments(arguments)
+
+
+def test_cfg_prints_the_config_and_multirun_is_for_three_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "overfit", "check", "bench", "lr-find", "preview", "inspect"):
+        assert main([command, "--cfg", "model=mlp"]) == 0
+        assert "model: mlp" in capsys.readouterr().out
+    assert main(["inspect", "--cfg", "model=mlp,lenet5"]) == 0
+    assert "model: mlp" in capsys.readouterr().out
+    assert main(["check", "--cfg", "checkpoint=x", "split=test"]) == 0
+    assert "split: test" in capsys.readouterr().out
+    assert main(["clean", "--cfg"]) == 2
+    assert main(["predict", "--cfg", "checkpoint=x", "images=y"]) == 0
+    assert "checkpoint: x" in capsys.readouterr().out and not Path("outputs").exists()
+    for command in ("check", "bench", "lr-find", "preview", "evaluate", "clean"):
+        assert main([command, "-m", "model=mlp,lenet5"]) == 2
+        assert f"{command}: -m" in capsys.readouterr().err
+
+
+def test_completion_of_commands_options_and_keys() -> None:
+    assert "overfit" in complete("cnntrain ov")
+    assert {"model=resnet18", "model=resnet34"} <= set(complete("cnntrain model=resnet"))
+    assert "optimizer.lr=" in complete("cnntrain overfit optimizer.l")
+    assert "checkpoint=" in complete("cnntrain evaluate che")
+
+
+def test_options_may_follow_overrides() -> None:
+    invocation = parse_arguments(
+        ["compare", "a", "metric=loss", "b", "-m", "--config-dir", ".", "+x=1", "~y"]
+    )
+    assert (invocation.command, invocation.words) == ("compare", ("a", "b"))
+    assert invocation.overrides == ("metric=loss", "+x=1", "~y")
+    assert invocation.multirun and invocation.config_dir == Path(".") and not invocation.help
+    assert parse_arguments(["--config-dir=."]).config_dir == Path(".")
+
+
+@pytest.mark.parametrize(
+    "argv", [["-x"], ["--"], ["-1"], ["--help=1"], ["--config-dir"], ["--config-dir", "nowhere"], ["--cf"]]
+)
+def test_invalid_options_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert argv[-1].partition("=")[0] in capsys.readouterr().err
+
+
+def test_version_and_completion_script_run_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--version"]) == 0 and main(["--completion"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("cnntrain ") and "complete -o" in printed
+
+
+@pytest.mark.parametrize("command", sorted(commands()))
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert main(["help", command]) == 0
+    assert capsys.readouterr().out == text and len(text) > 100
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--help"], ["--config-dir DIR", "lr-find", "fashion_mnist", "batch_size: 64"]),
+        (["help"], ["--config-dir DIR"]),
+        (["--help", "data=image_folder"], ["data.root: null", "data.cache: auto"]),
+        (["help", "data=image_folder"], ["data.root: null", "data.cache: auto"]),
+        (["help", "optimizer.lr"], ["optimizer=adam, adamw, torch", "1.0e-3", "0.05"]),
+        (["evaluate", "--help"], ["split: test"]),
+    ],
+)
+def test_help_texts(argv: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in parts), printed
+
+
+def test_help_for_an_unknown_key_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "lr"]) == 2 and "'optimizer.lr'" in capsys.readouterr().err
+    assert main(["help", "data.store"]) == 2 and "data.cache" in capsys.readouterr().err
+    assert main(["--help", "model=resnet81"]) == 2 and "'resnet18'" in capsys.readouterr().err

@@ -1,0 +1,19 @@
+"""Random numbers as functions of seed, epoch, position and name."""
+
+import torch
+
+from cnntrain.randomness import epoch_order, hash_seed, uniform
+
+
+def test_uniform_numbers_depend_on_position_only() -> None:
+    positions = torch.arange(1000)
+    whole = uniform(3, 1, positions, "flip", 4)
+    assert torch.equal(whole[500:], uniform(3, 1, positions[500:], "flip", 4))
+    assert torch.equal(whole[:, :2], uniform(3, 1, positions, "flip", 2))
+    assert not torch.equal(whole, uniform(3, 2, positions, "flip", 4))
+    assert not torch.equal(whole, uniform(3, 1, positions, "crop", 4))
+    assert abs(float(whole.mean()) - 0.5) < 0.02 and float(whole.min()) >= 0 and float(whole.max()) < 1
+    correlation = torch.corrcoef(whole.T)
+    assert (correlation - torch.eye(4)).abs().max() < 0.12
+    assert sorted(epoch_order(0, 0, 50).tolist()) == list(range(50))
+    assert len({hash_seed(a, b) for a in range(30) for b in range(30)}) == 900
