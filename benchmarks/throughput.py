@@ -33,7 +33,7 @@ from cnntrain.commands.train import train
 from cnntrain.config.schema import Settings
 from cnntrain.report.run_logger import RunLogger
 from cnntrain.train.measurement import BUSY_CORES, other_cores, read_cpu_times
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components
 
 MODELS = ("fmnist_cnn", "resnet18", "lenet5")
 
@@ -46,7 +46,7 @@ class BareStep:
     """The same network and optimizer without anything around them."""
 
     def __init__(self, settings: Settings, batch_size: int) -> None:
-        assembly = assemble(settings)
+        assembly = build_components(settings)
         self.compute = compute = assembly.compute
         self.model = assembly.model.to(memory_format=compute.memory_format).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)

@@ -53,6 +53,11 @@ class DataSpec:
         """Mask value of pixels outside the annotated mask; excluded from the loss and the metrics."""
         return 255 if self.ignore_index is None else self.ignore_index
 
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel that images are normalized with; 0 and 1 if the spec has none."""
+        return self.mean or (0.0,) * self.channels, self.std or (1.0,) * self.channels
+
     def with_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "DataSpec":
         return replace(self, mean=mean, std=std)
 

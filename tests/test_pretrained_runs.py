@@ -17,7 +17,7 @@ from cnntrain.checks.lint import lint
 from cnntrain.cli import main
 from cnntrain.errors import UserError
 from cnntrain.train import checkpoint
-from cnntrain.train.setup import Components, assemble, build_training_parts
+from cnntrain.train.setup import Components, build_components, build_training_parts
 
 QUICK = (
     "log.figures=false",
@@ -90,7 +90,7 @@ def warnings(assembly: Components) -> list[str]:
 
 def test_weights_of_imagenet_bring_their_stem_size_and_normalization(resnet: Path, photos: str) -> None:
     """64 px would get a new random 3x3 stem, which `freeze` froze."""
-    assembly = assemble(
+    assembly = build_components(
         compose("model=resnet18", f"model.pretrained={resnet}", FREEZE, "data=image_folder", photos)
     )
     assert assembly.spec.image_size == (224, 224)
@@ -101,7 +101,7 @@ def test_weights_of_imagenet_bring_their_stem_size_and_normalization(resnet: Pat
 
 def test_what_the_user_gives_wins(resnet: Path, photos: str) -> None:
     own = ("data.size=64", "data.mean=[0.1,0.2,0.3]", "data.std=[0.5,0.5,0.5]")
-    assembly = assemble(
+    assembly = build_components(
         compose("model=resnet18", f"model.pretrained={resnet}", "data=image_folder", photos, *own)
     )
     assert assembly.spec.image_size == (64, 64) and assembly.spec.mean == (0.1, 0.2, 0.3)
@@ -114,29 +114,29 @@ def test_images_far_smaller_than_those_of_the_weights_are_told(
     size: int, told: bool, resnet: Path, photos: str
 ) -> None:
     asked = ("model=resnet18", f"model.pretrained={resnet}", "data=image_folder", photos, "batch_size=8")
-    assert ("data.size" in warnings(assemble(compose(*asked, f"data.size={size}")))) == told
+    assert ("data.size" in warnings(build_components(compose(*asked, f"data.size={size}")))) == told
 
 
 def test_a_head_alone_may_learn_fast(resnet: Path, photos: str) -> None:
     asked = ("model=resnet18", f"model.pretrained={resnet}", "data=image_folder", photos, "batch_size=8")
     fast = (*asked, "optimizer.lr=0.02")
-    assert "optimizer.lr" in warnings(assemble(compose(*fast)))
-    assert "optimizer.lr" in warnings(assemble(compose(*fast, FREEZE, "model.unfreeze=2")))
-    assert "optimizer.lr" not in warnings(assemble(compose(*fast, FREEZE)))
+    assert "optimizer.lr" in warnings(build_components(compose(*fast)))
+    assert "optimizer.lr" in warnings(build_components(compose(*fast, FREEZE, "model.unfreeze=2")))
+    assert "optimizer.lr" not in warnings(build_components(compose(*fast, FREEZE)))
 
 
 def test_without_pretrained_weights_size_and_normalization_are_the_data_sets(photos: str) -> None:
-    assembly = assemble(compose("data=image_folder", photos))
+    assembly = build_components(compose("data=image_folder", photos))
     assert assembly.spec.image_size == (64, 64) and assembly.spec.mean is None
 
 
 def test_nothing_new_is_frozen(resnet: Path, photos: str) -> None:
     small = ("model=resnet18", "model.stem=small", f"model.pretrained={resnet}", "data=image_folder", photos)
     with pytest.raises(UserError, match=r"model\.freeze: conv1 "):
-        assemble(compose(*small, FREEZE))
+        build_components(compose(*small, FREEZE))
     with pytest.raises(UserError, match=r"model\.freeze: fc "):
-        assemble(compose(*small, "model.freeze=[layer1,fc]"))
-    model = assemble(compose(*small, "model.freeze=[layer1,layer2]")).model
+        build_components(compose(*small, "model.freeze=[layer1,fc]"))
+    model = build_components(compose(*small, "model.freeze=[layer1,layer2]")).model
     assert {"conv1.weight", "fc.weight", "layer3.0.conv1.weight"} < set(trainable(model))
     assert not [name for name in trainable(model) if name.startswith(("layer1.", "layer2."))]
 
@@ -145,11 +145,13 @@ def test_a_frozen_random_backbone_is_told_with_its_counts(
     resnet: Path, photos: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "cnntrain"):
-        assemble(compose("model=resnet18", "data=digits", FREEZE))
+        build_components(compose("model=resnet18", "data=digits", FREEZE))
     assert "5,130 of 11,172,810" in caplog.text and "model.pretrained" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, "cnntrain"):
-        assemble(compose("model=resnet18", f"model.pretrained={resnet}", FREEZE, "data=image_folder", photos))
+        build_components(
+            compose("model=resnet18", f"model.pretrained={resnet}", FREEZE, "data=image_folder", photos)
+        )
     assert "513 of 11,177,025" in caplog.text
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
@@ -160,7 +162,7 @@ def test_norms_and_initialization_that_would_throw_weights_away_are_refused(
     asked = ("model=resnet18", f"model.pretrained={resnet}", "data=image_folder", photos)
     for key, value in (("model.norm", "group"), ("model.init", "he")):
         with pytest.raises(UserError, match=key.replace(".", r"\.")):
-            assemble(compose(*asked, f"{key}={value}"))
+            build_components(compose(*asked, f"{key}={value}"))
 
 
 def test_timms_weights_bring_their_normalization_and_are_not_drawn_anew(photos: str, tmp_path: Path) -> None:
@@ -175,17 +177,17 @@ def test_timms_weights_bring_their_normalization_and_are_not_drawn_anew(photos: 
         photos,
     )
     config = timm.get_pretrained_cfg(name)
-    assembly = assemble(compose(*asked, FREEZE))
+    assembly = build_components(compose(*asked, FREEZE))
     assert assembly.spec.mean == tuple(config.mean) and assembly.spec.std == tuple(config.std)
     assert assembly.spec.image_size == config.input_size[1:]
     assert trainable(assembly.model) == ["classifier.weight", "classifier.bias"]
     for extra in ("model.init=he", "model.norm=group"):
         with pytest.raises(UserError, match=r"model\.(init|norm)"):
-            assemble(compose(*asked, extra))
+            build_components(compose(*asked, extra))
     assert "data.mean" in warnings(
-        assemble(compose(*asked, "data.mean=[0.2,0.2,0.2]", "data.std=[0.1,0.1,0.1]"))
+        build_components(compose(*asked, "data.mean=[0.2,0.2,0.2]", "data.std=[0.1,0.1,0.1]"))
     )
-    assert warnings(assemble(compose(*asked, "batch_size=8"))) == []
+    assert warnings(build_components(compose(*asked, "batch_size=8"))) == []
 
 
 def test_a_run_that_goes_on_or_is_judged_needs_no_pretrained_file(
@@ -216,7 +218,7 @@ def test_a_run_is_fine_tuned_on_other_classes(digits: Callable[..., str], photos
     run = digits(*net, "task.label_smoothing=0.1")
     asked = (*net, f"model.pretrained={run}", "model.freeze=[layers.0,layers.3,layers.4]", *QUICK)
     folder = ("data=image_folder", photos, "data.channels=1")
-    assembly = assemble(compose(*asked, *folder))
+    assembly = build_components(compose(*asked, *folder))
     assert assembly.spec.image_size == (8, 8)
     train(compose(*asked, *folder, "optimizer.weight_decay=0.1", "run_dir=fine"))
     before, after = best(run), last("fine")
@@ -230,13 +232,15 @@ def test_the_head_is_kept_for_the_same_classes_alone(
 ) -> None:
     run = digits("model=mlp")
     head = "layers.3"
-    same = assemble(compose("model=mlp", "data=digits", f"model.pretrained={run}")).model
+    same = build_components(compose("model=mlp", "data=digits", f"model.pretrained={run}")).model
     head = same.head_names[0]
     assert torch.equal(same.get_parameter(f"{head}.weight").detach(), best(run)[f"{head}.weight"])
     for i in range(10):
         shutil.copytree(tmp_path / "photos" / "train" / "cat", tmp_path / "ten" / "train" / f"class{i}")
     folder = ("data=image_folder", f"data.root={tmp_path / 'ten'}", "data.channels=1")
-    other = assemble(compose("model=mlp", f"model.pretrained={run}/checkpoints/best.pt", *folder)).model
+    other = build_components(
+        compose("model=mlp", f"model.pretrained={run}/checkpoints/best.pt", *folder)
+    ).model
     assert torch.equal(other.get_parameter("layers.1.weight").detach(), best(run)["layers.1.weight"])
     assert other.get_parameter(f"{head}.weight").shape == best(run)[f"{head}.weight"].shape
     assert not torch.equal(other.get_parameter(f"{head}.weight").detach(), best(run)[f"{head}.weight"])
@@ -244,7 +248,7 @@ def test_the_head_is_kept_for_the_same_classes_alone(
 
 def test_the_average_is_taken_where_a_run_has_one(digits: Callable[..., str]) -> None:
     run = digits("model=mlp", "ema_decay=0.9")
-    model = assemble(compose("model=mlp", "data=digits", f"model.pretrained={run}")).model
+    model = build_components(compose("model=mlp", "data=digits", f"model.pretrained={run}")).model
     average = checkpoint.load(Path(run) / "checkpoints" / "best.pt")["state"]["ema"]
     assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
 
@@ -253,17 +257,17 @@ def test_a_run_with_other_norms_is_taken_with_those(digits: Callable[..., str]) 
     net = ("model=cifar_resnet", "model.depth=8")
     run = digits(*net, "model.norm=group")
     asked = (*net, "data=digits", f"model.pretrained={run}")
-    assert assemble(compose(*asked, "model.norm=group")).model.state_dict().keys() == best(run).keys()
+    assert build_components(compose(*asked, "model.norm=group")).model.state_dict().keys() == best(run).keys()
     for norm in ("null", "instance"):
         with pytest.raises(UserError, match=r"model\.norm=group"):
-            assemble(compose(*asked, f"model.norm={norm}"))
+            build_components(compose(*asked, f"model.norm={norm}"))
 
 
 def test_a_run_with_a_small_stem_gives_a_small_stem(digits: Callable[..., str], photos: str) -> None:
-    network = assemble(compose("model=resnet18", "data=digits")).model
+    network = build_components(compose("model=resnet18", "data=digits")).model
     saved = checkpoint.load(Path(digits("model=mlp")) / "checkpoints" / "best.pt")
     saved["state"]["model"] = network.state_dict()
-    saved["config"]["model"] = dict(assemble(compose("model=resnet18", "data=digits")).settings.model)
+    saved["config"]["model"] = dict(build_components(compose("model=resnet18", "data=digits")).settings.model)
     torch.save(saved, "run.pt")
     asked = (
         "model=resnet18",
@@ -273,7 +277,7 @@ def test_a_run_with_a_small_stem_gives_a_small_stem(digits: Callable[..., str], 
         photos,
         "data.size=128",
     )
-    model = assemble(compose(*asked)).model
+    model = build_components(compose(*asked)).model
     assert model.get_parameter("conv1.weight").shape == (64, 3, 3, 3)
     assert trainable(model) == ["fc.weight", "fc.bias"]
 
@@ -298,7 +302,7 @@ def test_a_run_that_is_not_as_a_training_writes_it_is_refused(kind: str, digits:
     place[key] = value
     torch.save(saved, "run.pt")
     with pytest.raises(UserError, match=r"model\.pretrained"):
-        assemble(compose("model=mlp", "data=digits", "model.pretrained=run.pt"))
+        build_components(compose("model=mlp", "data=digits", "model.pretrained=run.pt"))
 
 
 @pytest.mark.parametrize(
@@ -321,7 +325,7 @@ def test_what_cannot_be_had_is_refused(model: str, pretrained: str, message: str
     spec = {"mean": [0.0], "std": [0.0], "height": 8, "width": 8, "classes": ["a"]}
     torch.save({"state": {"model": {}}, "spec": spec, "config": {"model": {}}}, "strange.pt")
     with pytest.raises(UserError, match=message):
-        assemble(compose(*f"model={model}".split(), "data=digits", f"model.pretrained={pretrained}"))
+        build_components(compose(*f"model={model}".split(), "data=digits", f"model.pretrained={pretrained}"))
 
 
 @pytest.mark.parametrize(
@@ -361,7 +365,7 @@ def test_a_network_that_loads_its_weights_by_itself_is_left_to_it(tmp_path: Path
     (tmp_path / "conf" / "model" / "none.yaml").write_text(yaml_text.format("nothing"))
 
     def given(*overrides: str) -> Any:
-        return assemble(
+        return build_components(
             compose("model=mine", "data=digits", *overrides, config_dir=tmp_path / "conf")
         ).model.given
 
@@ -371,7 +375,7 @@ def test_a_network_that_loads_its_weights_by_itself_is_left_to_it(tmp_path: Path
     with pytest.raises(UserError, match=r"model\.init=he\b"):
         given("model.pretrained=somewhere.pt", "model.init=he")
     with pytest.raises(UserError, match=r"model\._target_: selfmade\.nothing returns a int"):
-        assemble(compose("model=none", "data=digits", config_dir=tmp_path / "conf"))
+        build_components(compose("model=none", "data=digits", config_dir=tmp_path / "conf"))
 
 
 def test_inspect_opens_the_network_that_is_trained(
@@ -397,8 +401,8 @@ def test_a_trunk_learned_on_digits_reads_fashion(shared_data: Path, digits: Call
     fashion = ("data=fashion_mnist", f"data.root={shared_data}", "data.limit=128")
     asked = ("model=lenet5", f"model.pretrained={run}", *fashion, *QUICK)
     with pytest.raises(UserError, match=r"model\.freeze: layers\.7 "):
-        assemble(compose(*asked, FREEZE))
-    assembly = assemble(compose(*asked, frozen))
+        build_components(compose(*asked, FREEZE))
+    assembly = build_components(compose(*asked, frozen))
     new = trainable(assembly.model)
     assert new == ["layers.7.weight", "layers.7.bias", "layers.9.weight", "layers.9.bias"]
     start = {name: value.clone() for name, value in assembly.model.state_dict().items()}

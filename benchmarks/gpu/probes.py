@@ -88,12 +88,11 @@ class Training:
 
     def __init__(self, words: list[str], device: str) -> None:
         from cnntrain.config.compose import read_settings
-        from cnntrain.train.run import prepare
-        from cnntrain.train.setup import assemble
+        from cnntrain.train.setup import build_components, prepare_training
 
-        self.assembly = assembly = assemble(read_settings([*words, f"device={device}"], None))
+        self.assembly = assembly = build_components(read_settings([*words, f"device={device}"], None))
         data = assembly.load()
-        plan, self.state = prepare(assembly, data)
+        plan, self.state = prepare_training(assembly, data)
         self.plan = replace(plan, log_every_steps=10**9, total_steps=10**9)
         self.training, self.validation = (
             assembly.loader(data.train, augmented=True),

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +18,6 @@ from cnntrain.report.progress import ProgressBar
 from cnntrain.report.run_logger import RunLogger
 from cnntrain.train.device import Compute
 from cnntrain.train.measurement import TimingWindows, interleave, peak_memory_mib, reset_peak_memory
-from cnntrain.train.optim import make_optimizer
 from cnntrain.train.setup import Components
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import TrainingPlan
@@ -135,11 +133,8 @@ class ThroughputBenchmark:
         )
 
     def _step_timer(self, compute: Compute, batch_size: int) -> StepTimer:
-        components, plan = self.components, dataclasses.replace(self.plan, batch_size=batch_size)
-        return make_step_timer(
-            components.model, partial(make_optimizer, components.settings), components.task, compute, plan, self.loader,
-            components.pipeline, components.settings.ema_decay, self.logger,
-        )  # fmt: skip
+        plan = dataclasses.replace(self.plan, batch_size=batch_size)
+        return make_step_timer(self.components, plan, self.loader, compute, self.logger)
 
 
 @contextmanager

@@ -39,13 +39,12 @@ from cnntrain.plots.checks import plot_check_curves, plot_flip_symmetry
 from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.randomness import fork_generators
 from cnntrain.report.console import console, log_to_console
-from cnntrain.report.run_logger import statistics
 from cnntrain.report.table import print_findings
 from cnntrain.train.device import full_float32
 from cnntrain.train.optim import make_optimizer
 from cnntrain.train.parts import build_source
 from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
-from cnntrain.train.setup import Components, assemble, build_training_parts, try_learning_rates
+from cnntrain.train.setup import Components, build_components, build_training_parts, run_range_test
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.types import Finding
 
@@ -206,7 +205,7 @@ def check(settings: Settings, words: Sequence[str] = (), command_line: str = "")
     """
     log_to_console()
     deadline = time.monotonic() + settings.check.budget_s
-    components = assemble(settings)
+    components = build_components(settings)
     with stop_flag() as stop:
         context = build_context(components, deadline, stop, command_line)
         with open_run_dir(_path(settings.run_dir), f"check-{settings.label}") as run_folder:
@@ -239,7 +238,7 @@ def build_context(
         compute=components.compute,
         model=components.model,
         make_optimizer=lambda model: make_optimizer(components.settings, model, components.compute),
-        run_range_test=lambda plan, deadline: try_learning_rates(components, data, plan, stop, deadline),
+        run_range_test=lambda plan, deadline: run_range_test(components, data, plan, stop, deadline),
         loaders={name: components.loader(split) for name, split in splits.items() if split},
         plan=plan,
         config=dataclasses.asdict(components.settings),
@@ -276,7 +275,7 @@ def _run_and_report(
         batch = context.eval_batch(count=IMAGES_IN_FIGURE)
         names = [context.loaders["train"].examples.names[int(i)] for i in batch.index]
         with log_plot_errors("the figures"):
-            figure = context.task.draw(batch.images, None, batch.truth, names, *statistics(context.spec))
+            figure = context.task.draw(batch.images, None, batch.truth, names, *context.spec.normalization)
             save_figure(figure, run_folder.figures / "images.png")
             if context.curves:
                 save_figure(plot_check_curves(context.curves), run_folder.figures / "check.png")

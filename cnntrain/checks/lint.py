@@ -138,9 +138,9 @@ def _contradictions(components: Components, data: Data, plan: TrainingPlan) -> I
             "epochs",
         )
     yield from _learning_rate(components, plan.batch_size * plan.accumulate)
-    if components.learned is not None:
+    if components.pretraining is not None:
         name = f"model.pretrained={settings.model.get('pretrained')}"
-        yield from _preprocessing(name, components.learned, components.spec)
+        yield from _preprocessing(name, components.pretraining, components.spec)
 
 
 def _preprocessing(weights: str, pretraining: Preprocessing, spec: DataSpec) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ from cnntrain.report.table import print_findings
 from cnntrain.train.evaluate import predict_batch
 from cnntrain.train.optim import make_optimizer
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.setup import Components, assemble, build_training_parts
+from cnntrain.train.setup import Components, build_components, build_training_parts
 from cnntrain.train.signals import stop_flag
 from cnntrain.types import Batch, Finding
 
@@ -52,7 +52,7 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
     if "weight_decay" in optimizer_settings:
         optimizer_settings["weight_decay"] = 0.0
     settings = dataclasses.replace(settings, augment={}, optimizer=optimizer_settings)
-    components = assemble(settings)
+    components = build_components(settings)
     frozen = [n for n, p in components.model.named_parameters() if not p.requires_grad]
     data = components.load(augmented=False)
     if settings.optimizer.get("lr") == "auto":

@@ -14,7 +14,7 @@ from cnntrain.config.schema import Settings, parse
 from cnntrain.train import checkpoint
 from cnntrain.train.checkpoint import load_weights
 from cnntrain.train.evaluate import predict_batch
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components
 from cnntrain.types import DataSpec
 
 
@@ -23,7 +23,7 @@ def write_outputs(checkpoint_path: Path, images_path: Path, outputs_path: Path) 
     config = content["config"]
     if "pretrained" in config["model"]:
         config["model"] = {**config["model"], "pretrained": False}
-    components = assemble(parse(Settings, config), DataSpec(**content["spec"]))
+    components = build_components(parse(Settings, config), DataSpec(**content["spec"]))
     compute, model = components.compute, components.model
     load_weights(model, content["state"]["model"])
     model.eval().to(memory_format=compute.memory_format)

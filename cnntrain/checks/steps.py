@@ -8,7 +8,7 @@ import torch
 from cnntrain.checks.context import CheckContext, failed, passed, skipped, warned
 from cnntrain.checks.overfit_trial import backward
 from cnntrain.checks.short_training import step_seconds
-from cnntrain.train.lr_finder import LEAST_FALL, RangeTest
+from cnntrain.train.lr_finder import MIN_DECREASE, RangeTest
 from cnntrain.types import Finding
 
 RANGE_SHARE = 0.25  # of the remaining time budget
@@ -40,7 +40,7 @@ def learning_rate(context: CheckContext) -> Finding:
     diverged, suggestion = test.diverged_at, test.suggestion
     limit = f"diverges at {diverged:.2g}" if diverged else f"does not diverge up to {test.rates[-1]:.2g}"
     evidence = (
-        f"{LR} is {rate:.3g}; from {test.start:.3g} the loss falls by {max(test.fall, 0):.0%} and {limit}"
+        f"{LR} is {rate:.3g}; from {test.initial_loss:.3g} the loss falls by {max(test.decrease, 0):.0%} and {limit}"
     )
     if (size := context.cache["range batch"]) < _run_batch(context):
         evidence += f" (measured with batches of {size} because of the time budget; see `cnntrain lr-find`)"
@@ -50,19 +50,19 @@ def learning_rate(context: CheckContext) -> Finding:
         if again and again.diverged_at and rate >= _highest_rate(context, again.diverged_at):
             cause = f"the learning rate is too high: {rate / diverged:.3g} times the rate at which the loss diverges"
             return failed(evidence, cause, f"try {LR}={diverged / 10:.1g}, or a longer warm-up", LR)
-    if suggestion is None or test.first_way is None:
-        return skipped(f"undecided: the loss falls by less than {LEAST_FALL:.0%} at any rate; {evidence}")
+    if suggestion is None or test.rate_sum_to_decrease is None:
+        return skipped(f"undecided: the loss falls by less than {MIN_DECREASE:.0%} at any rate; {evidence}")
     distance = rate * context.plan.total_steps
-    if distance < test.first_way and context.plan.total_steps >= MIN_TOTAL_STEPS:
+    if distance < test.rate_sum_to_decrease and context.plan.total_steps >= MIN_TOTAL_STEPS:
         cause = (
             f"the learning rate is too low: the sum of the learning rates of all {context.plan.total_steps:,} steps is "
-            f"{distance:.2g}, but the loss begins to fall at a sum of {test.first_way:.2g}"
+            f"{distance:.2g}, but the loss begins to fall at a sum of {test.rate_sum_to_decrease:.2g}"
         )
         return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR, "epochs")
-    if test.begins_at is not None and rate * TOO_LOW <= test.begins_at:
+    if test.decreases_from is not None and rate * TOO_LOW <= test.decreases_from:
         cause = (
-            f"the learning rate is too low: the loss begins to fall at {test.begins_at:.2g}, which is "
-            f"{test.begins_at / rate:.3g} times as high"
+            f"the learning rate is too low: the loss begins to fall at {test.decreases_from:.2g}, which is "
+            f"{test.decreases_from / rate:.3g} times as high"
         )
         return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR)
     return passed(f"{evidence} (suggested {suggestion:.2g}; steepest at {test.steepest:.2g})")

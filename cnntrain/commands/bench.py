@@ -23,7 +23,7 @@ from cnntrain.errors import UserError
 from cnntrain.report.console import log_to_console
 from cnntrain.report.table import print_rows
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.setup import assemble, build_training_parts
+from cnntrain.train.setup import build_components, build_training_parts
 from cnntrain.train.signals import stop_flag
 
 
@@ -43,7 +43,7 @@ def bench(settings: Settings, command_line: str = "") -> dict[str, Any]:
         UserError: a setting is invalid, or the data cannot be read.
     """
     log_to_console()
-    components = assemble(settings)
+    components = build_components(settings)
     data = components.load()
     plan, _, _ = build_training_parts(components, data)
     folder = Path(settings.run_dir) if settings.run_dir else None

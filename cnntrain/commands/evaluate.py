@@ -31,7 +31,7 @@ from cnntrain.train.evaluate import evaluate
 from cnntrain.train.parts import build_pipeline, build_task, make_model
 from cnntrain.train.resume import locate_checkpoint
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.setup import Components, assemble
+from cnntrain.train.setup import Components, build_components
 from cnntrain.train.signals import stop_flag
 from cnntrain.types import Batch, DataSpec
 
@@ -134,7 +134,7 @@ def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Components:
     restored = parse(Settings, config)
     with limited_construction(len(saved["state"]["model"])):
         refuse_other_network(restored, spec, saved)
-        assembly = assemble(restored, spec)
+        assembly = build_components(restored, spec)
     if isinstance(assembly.source, Source) and settings.data.root is None:
         assembly.source.downloads = False  # a stranger's checkpoint must not start a download
     load_judged(assembly.model, saved)

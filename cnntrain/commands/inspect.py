@@ -28,7 +28,7 @@ from cnntrain.train.parts import (
     size_remedy,
 )
 from cnntrain.train.run_dir import open_run_dir
-from cnntrain.train.setup import follow_weights
+from cnntrain.train.setup import use_pretrained_size
 
 log = logging.getLogger("cnntrain")
 
@@ -58,7 +58,7 @@ def summarize_model(settings: Settings) -> ModelSummary:
         UserError: the network cannot be built, or does not fit its input; names the layer.
     """
     options = settings.inspect
-    settings = follow_weights(settings, find_pretrained_weights(settings))
+    settings = use_pretrained_size(settings, find_pretrained_weights(settings))
     source, _ = build_source(settings)
     spec = source.spec()
     pipeline = build_pipeline(settings, spec)

@@ -21,12 +21,14 @@ from cnntrain.config.invocation import Invocation
 from cnntrain.config.reference import suggest_setting
 from cnntrain.config.schema import EvaluateSettings, Settings
 from cnntrain.errors import CheckFailedError, UserError
-from cnntrain.io.safe_files import run_folder_of
+from cnntrain.io.safe_files import read_text, run_folder_of
 from cnntrain.io.streams import flush_or_discard
 from cnntrain.report.console import log_to_console, silence_log
 from cnntrain.report.expectations import judge_expectations, parse_expectation
+from cnntrain.report.run_logger import RunLogger
 from cnntrain.report.table import print_findings, print_run_summary
 from cnntrain.sweep.search_space import swept_by_config
+from cnntrain.train.checkpoint import CheckpointWriter, checkpoint_metadata
 from cnntrain.train.distributed import (
     SINGLE,
     RankInfo,
@@ -36,25 +38,29 @@ from cnntrain.train.distributed import (
     replica_tensors,
     uses_gpus,
 )
+from cnntrain.train.optim import learning_rate_at
 from cnntrain.train.resume import (
     changed_settings,
     copy_best_checkpoint,
     find_run_dir,
     finished_results,
+    flatten_settings,
     keep_resolved_values,
     load_resume_checkpoint,
     resume,
     run_identity,
 )
-from cnntrain.train.run import prepare, train_to_the_end
+from cnntrain.train.run import train_to_the_end
 from cnntrain.train.run_dir import RunDir, lock_run_dir, needs_lock, open_run_dir, provenance
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import Components, build_components, prepare_training
 from cnntrain.train.signals import stop_flag
+from cnntrain.train.state import TrainingPlan, TrainState
 
 if TYPE_CHECKING:
     from cnntrain.train.launch import WorkerContext
 
 log = logging.getLogger("cnntrain")
+NO_HPARAMS = ("run_dir", "resume", "log", "expect", "sweep")  # settings not shown in the HParams tab
 
 
 def run(invocation: Invocation) -> int:
@@ -199,14 +205,14 @@ def _train_in(
     if settings.check.first and saved is None and world.is_main:
         _check_first(settings, command_line)
     chosen = keep_resolved_values(settings, saved, world) if saved else settings
-    assembly = assemble(chosen, world=world, resumes=saved is not None)
+    assembly = build_components(chosen, world=world, resumes=saved is not None)
     # The checkpoint's config says what was asked for, and beside it what `auto` came to.
     asked = {"precision": settings.precision, "threads": settings.threads}
     assembly.settings = dataclasses.replace(assembly.settings, **asked)
     data = assembly.load()
     if not test:
         data.test = None
-    plan, state = prepare(assembly, data)
+    plan, state = prepare_training(assembly, data)
     settings = dataclasses.replace(  # which may have been `auto`, or left to pretrained weights
         settings, batch_size=plan.batch_size, optimizer=assembly.settings.optimizer,
         model=assembly.settings.model, data=assembly.settings.data,
@@ -227,22 +233,32 @@ def _train_in(
         _run_folder(folder, settings.label, world, locked) as run,
         stop_flag(world.stop if world.size > 1 else None) as stop,
     ):  # all that can be refused has been
-        if not world.is_main:
-            train_to_the_end(run, assembly, data, plan, state, {}, stop, None)
-            return {}
-        if saved is None and run.last.exists():
-            raise UserError(
-                f"run_dir: {run.path} got a run of another process meanwhile; choose another folder"
-            )
-        if best:
-            copy_best_checkpoint(best, run.best)
-        config = without_passwords(dataclasses.asdict(settings))
-        run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
-        run.write_json("run.json", {**provenance(command_line), "data": data.fingerprint})
+        if world.is_main:
+            if saved is None and run.last.exists():
+                raise UserError(
+                    f"run_dir: another process has started a run in {run.path} meanwhile; choose another folder"
+                )
+            if best:
+                copy_best_checkpoint(best, run.best)
+            config = without_passwords(dataclasses.asdict(settings))
+            run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
+            run.write_json("run.json", {**provenance(command_line), "data": data.fingerprint})
         same_folder = source is not None and run_folder_of(source).resolve() == run.path.resolve()
-        results = train_to_the_end(
-            run, assembly, data, plan, state, run_identity(saved, same_folder), stop, watch
-        )
+        metadata = checkpoint_metadata(assembly, data, run_identity(saved, same_folder))
+        with (
+            CheckpointWriter(run, state, metadata, settings.checkpoint.keep, world.is_main) as writer,
+            _run_logger(run, assembly, plan, state, on_epoch=watch)
+            if world.is_main
+            else contextlib.nullcontext() as logger,
+        ):
+            if logger:
+                hparams = {key: value for key, value in metadata["config"].items() if key not in NO_HPARAMS}
+                logger.start(
+                    flatten_settings(hparams), read_text(run.path / "config.yaml"), data.test is not None
+                )
+            results = train_to_the_end(assembly, data, plan, state, writer, logger, stop)
+        if not world.is_main:
+            return {}
         run.write_json("results.json", results)
     options = chosen_options(command_line, ("--config-dir", "trusted_packages"))
     lost = None
@@ -255,6 +271,29 @@ def _train_in(
     if lost := flush_or_discard(sys.stdout) or lost:
         log.warning("standard output: %s; the figures are in %s", lost.strerror, run.path / "results.json")
     return {**results, "run_dir": str(run.path)}
+
+
+def _run_logger(
+    run: RunDir,
+    components: Components,
+    plan: TrainingPlan,
+    state: TrainState,
+    on_epoch: Callable[[dict[str, float]], None] | None,
+) -> RunLogger:
+    settings, progress = components.settings, state.progress
+    return RunLogger(
+        run.path,
+        components.task,
+        components.spec,
+        plan.total_steps,
+        -(-plan.total_steps // plan.steps_per_epoch),
+        progress.step,
+        progress.epoch,
+        settings.log.tensorboard,
+        settings.log.figures,
+        on_epoch,
+        lambda step: learning_rate_at(state.optimizer, state.schedule, step),
+    )
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ class RunLogger:
 
     def _draw_images(self, step: int, batch: Batch) -> None:
         shown = slice(0, 32)
-        mean, std = statistics(self.spec)
+        mean, std = self.spec.normalization
         targets = {name: target[shown] for name, target in batch.targets.items()}
         names = [f"#{row}" for row in batch.index[shown].tolist()]
         if self.spec.keypoints or "mask" in targets:
@@ -192,8 +192,3 @@ class RunLogger:
                 warnings.warn(f"cannot write figures to {self.folder}: {error}", stacklevel=2)
         if self.events:
             self.events.figure(name, figure, step)
-
-
-def statistics(spec: DataSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and standard deviation used for normalization; 0 and 1 if the data have none."""
-    return spec.mean or (0.0,) * spec.channels, spec.std or (1.0,) * spec.channels

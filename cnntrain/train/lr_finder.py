@@ -1,7 +1,7 @@
-"""The learning-rate range test: how the loss answers while the rate grows from far too small to far too large.
+"""Learning rate range test: train a copy of the network while the learning rate grows, and record the loss.
 
-Source: Smith, Cyclical Learning Rates for Training Neural Networks, 2017, section 3.3, with the rate growing
-exponentially and a smoothed loss, as Gugger (How Do You Find A Good Learning Rate, 2018) made it known.
+Source: Smith, Cyclical Learning Rates for Training Neural Networks, 2017, section 3.3; with exponential growth and a
+smoothed loss as in Gugger, How Do You Find A Good Learning Rate, 2018.
 """
 
 import copy
@@ -16,32 +16,30 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from cnntrain.augment.pipeline import Pipeline
-from cnntrain.data.loader import Loader
+from cnntrain.config.schema import LrFindSettings
 from cnntrain.errors import DivergedError, UserError
 from cnntrain.randomness import fork_generators
-from cnntrain.tasks.task import Task
-from cnntrain.train.device import Compute
 from cnntrain.train.loop import NullLogger, Trainer, train_epoch
 from cnntrain.train.nonfinite import NonFiniteGuard
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.signals import StopFlag
-from cnntrain.train.state import TrainingPlan, TrainState
+from cnntrain.train.state import TrainState
 
 log = logging.getLogger("cnntrain")
 SMOOTHING = 0.8  # weight of the past in the smoothed loss
-QUIET_STEPS = 10  # at the lowest rates, where the loss only shows how much batches differ
-LOST = 0.25  # share of the loss's fall whose loss counts as divergence
-LEAST_FALL = 0.05  # of the loss, below which the test tells nothing
+BASELINE_STEPS = 10  # first steps, whose losses show only the variation between batches
+DIVERGED_SHARE = 0.25  # share of its decrease that the loss must lose again to count as diverged
+MIN_DECREASE = 0.05  # relative decrease of the loss below which the test is inconclusive
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """The loss of each mini-batch before its step, and the learning rate of that step, growing.
+    """Results of a range test.
 
     Attributes:
-        losses: NaN where not finite, which is then the last.
-        complete: whether the test came to its highest rate or to a divergence before its time was over.
+        rates: learning rate of each step, increasing.
+        losses: loss of each mini-batch before its step; NaN, always the last value, if it was not finite.
+        complete: False if the deadline ended the test before the highest rate and before divergence.
     """
 
     rates: list[float]
@@ -50,7 +48,7 @@ class RangeTest:
 
     @property
     def smoothed(self) -> list[float]:
-        """Exponential moving average with its start corrected (Kingma and Ba 2015, section 3)."""
+        """Exponential moving average of the losses with bias correction (Kingma and Ba 2015, section 3)."""
         average, result = 0.0, []
         for step, loss in enumerate(self.losses):
             average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -58,81 +56,89 @@ class RangeTest:
         return result
 
     @property
-    def start(self) -> float:
+    def initial_loss(self) -> float:
         """Mean loss at the lowest rates."""
-        return float(np.mean(self.losses[:QUIET_STEPS]))
+        return float(np.mean(self.losses[:BASELINE_STEPS]))
 
     @property
     def diverged_at(self) -> float | None:
-        """The rate at which the loss was not finite, or had lost a quarter of what it had gained, beyond noise."""
-        noise = 3 * float(np.std(self.losses[:QUIET_STEPS])) + 0.02 * abs(self.start)
-        lowest = self.start
-        for rate, loss in list(zip(self.rates, self.smoothed, strict=True))[QUIET_STEPS:]:
+        """First rate at which the loss was not finite or had lost a quarter of its decrease, beyond noise."""
+        noise = 3 * self._baseline_std + 0.02 * abs(self.initial_loss)
+        lowest = self.initial_loss
+        for rate, loss in list(zip(self.rates, self.smoothed, strict=True))[BASELINE_STEPS:]:
             lowest = min(lowest, loss)
-            if not loss <= lowest + max(noise, LOST * (self.start - lowest)):
+            if not loss <= lowest + max(noise, DIVERGED_SHARE * (self.initial_loss - lowest)):
                 return rate
         return None
 
     @property
-    def lowest_at(self) -> int:
-        """The step of the lowest smoothed loss before divergence."""
+    def lowest_step(self) -> int:
+        """Step with the lowest smoothed loss before divergence."""
         end = self.rates.index(self.diverged_at) if self.diverged_at else len(self.rates)
-        return QUIET_STEPS + int(np.argmin(self.smoothed[QUIET_STEPS:end])) if end > QUIET_STEPS else 0
+        if end <= BASELINE_STEPS:
+            return 0
+        return BASELINE_STEPS + int(np.argmin(self.smoothed[BASELINE_STEPS:end]))
 
     @property
-    def fall(self) -> float:
-        """Share of the starting loss that was gone at the lowest."""
-        return (self.start - self.smoothed[self.lowest_at]) / max(abs(self.start), 1e-12)
+    def decrease(self) -> float:
+        """Relative decrease from the initial to the lowest smoothed loss."""
+        return (self.initial_loss - self.smoothed[self.lowest_step]) / max(abs(self.initial_loss), 1e-12)
 
     @property
-    def _noticeable(self) -> float:
-        """A fall of the loss that is more than its noise between batches."""
-        return max(2 * float(np.std(self.losses[:QUIET_STEPS])), LEAST_FALL * abs(self.start))
-
-    @property
-    def _learned(self) -> bool:
-        return self.start - self.smoothed[self.lowest_at] >= self._noticeable  # False for NaN
-
-    @property
-    def begins_at(self) -> float | None:
-        """The rate at which the loss had fallen noticeably; None where it never did."""
-        threshold = self.start - self._noticeable
+    def decreases_from(self) -> float | None:
+        """First rate at which the loss had decreased noticeably; None if it never did."""
+        threshold = self.initial_loss - self._noticeable_decrease
         return next((r for r, loss in zip(self.rates, self.smoothed, strict=True) if loss < threshold), None)
 
     @property
-    def first_way(self) -> float | None:
-        """Sum of the rates of all steps until the loss had fallen noticeably: how far learning has to go to begin."""
-        way = 0.0
+    def rate_sum_to_decrease(self) -> float | None:
+        """Sum of the learning rates of all steps until the loss had decreased noticeably; None if it never did."""
+        total = 0.0
         for rate, loss in zip(self.rates, self.smoothed, strict=True):
-            if loss < self.start - self._noticeable:
-                return way
-            way += rate
+            if loss < self.initial_loss - self._noticeable_decrease:
+                return total
+            total += rate
         return None
 
     @property
     def suggestion(self) -> float | None:
-        """A tenth of the rate of divergence, or of the highest; None where nothing was learned."""
-        if not self._learned:
+        """A tenth of the rate of divergence, or of the highest rate; None if the loss did not decrease."""
+        if not self._has_learned:
             return None
         return (self.diverged_at or self.rates[-1]) / 10
 
     @property
     def steepest(self) -> float | None:
-        """The rate at which the loss falls most for a growth of the rate; None where nothing was learned.
+        """Rate at which the loss decreases most per relative growth of the rate; None if it did not decrease.
 
-        Smoothed forwards and backwards, so that it does not lag.
+        The loss is smoothed forwards and backwards to avoid a lag.
         """
-        if not self._learned:
+        if not self._has_learned:
             return None
-        end = self.lowest_at + 1
-        back = RangeTest(self.rates[:end], self.smoothed[:end][::-1]).smoothed[::-1]
-        slopes = np.gradient(back, np.log(self.rates[:end]))
-        first = QUIET_STEPS // 2
+        end = self.lowest_step + 1
+        twice_smoothed = RangeTest(self.rates[:end], self.smoothed[:end][::-1]).smoothed[::-1]
+        slopes = np.gradient(twice_smoothed, np.log(self.rates[:end]))
+        first = BASELINE_STEPS // 2
         return self.rates[first + int(np.argmin(slopes[first:]))]
 
+    @property
+    def _baseline_std(self) -> float:
+        return float(np.std(self.losses[:BASELINE_STEPS]))
 
-class _Growing(Schedule):
-    """From `lowest` to `highest` by the same factor each step; the optimizer's own rate is 1."""
+    @property
+    def _noticeable_decrease(self) -> float:
+        """Decrease of the loss that exceeds its variation between batches."""
+        return max(2 * self._baseline_std, MIN_DECREASE * abs(self.initial_loss))
+
+    @property
+    def _has_learned(self) -> bool:
+        return (
+            self.initial_loss - self.smoothed[self.lowest_step] >= self._noticeable_decrease
+        )  # False for NaN
+
+
+class _ExponentialGrowth(Schedule):
+    """Grow from `lowest` to `highest` by a constant factor per step; the peak learning rate is 1."""
 
     def __init__(self, lowest: float, highest: float, steps: int) -> None:
         super().__init__(total_steps=steps, steps_per_epoch=steps)
@@ -142,12 +148,12 @@ class _Growing(Schedule):
         return self.lowest * self.ratio ** (step / max(self.total_steps - 1, 1))
 
 
-class _Enough(Exception):
-    """The test has seen what it needs."""
+class _EndTest(Exception):
+    """Ends the range test early."""
 
 
-class _Readings(NullLogger):
-    """A journal that keeps the loss of every step, and ends the test at divergence or when time is over."""
+class _LossRecorder(NullLogger):
+    """Record the loss of every step; end the test at divergence or at the deadline."""
 
     def __init__(self, ends_at: float) -> None:
         self.ends_at = ends_at
@@ -156,71 +162,70 @@ class _Readings(NullLogger):
     def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
         self.test.rates.append(values["lr"])
         self.test.losses.append(values["loss"])
-        if len(self.test.rates) > QUIET_STEPS and self.test.diverged_at:
-            raise _Enough
+        if len(self.test.rates) > BASELINE_STEPS and self.test.diverged_at:
+            raise _EndTest
         if time.monotonic() > self.ends_at:
             self.test = replace(self.test, complete=False)
-            raise _Enough
+            raise _EndTest
 
 
 def range_test(
+    trainer: Trainer,
     model: nn.Module,
     make_optimizer: Callable[[nn.Module], Optimizer],
-    training: Loader,
-    pipeline: Pipeline,
-    task: Task,
-    compute: Compute,
-    plan: TrainingPlan,
+    limits: LrFindSettings,
     stop: StopFlag,
-    lowest: float = 1e-7,
-    highest: float = 10.0,
-    steps: int = 100,
     ends_at: float = math.inf,
 ) -> RangeTest:
-    """Train a copy of `model` for `steps` steps with the training's own step; weights, statistics and RNG stay.
+    """Run the range test on a copy of `model`; the model and the random generators are not changed.
 
     Args:
-        make_optimizer: the optimizer as configured; its learning rate does not matter, a layer's share of it does.
-        lowest, highest: learning rates between which it grows.
-        ends_at: time.monotonic() at which to stop before the end.
+        make_optimizer: builds the configured optimizer. Its learning rate is ignored, except for the ratio between
+            layers.
+        limits: lowest and highest learning rate, and the number of steps.
+        ends_at: deadline in `time.monotonic()` seconds.
     """
+    compute, steps = trainer.compute, limits.steps
     model = copy.deepcopy(model).to(memory_format=compute.memory_format)
     optimizer = make_optimizer(model)
     for group in optimizer.param_groups:
         group["peak_lr"] = group.get("lr_scale", 1.0)
     scaler = torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None
-    state = TrainState(model, optimizer, _Growing(lowest, highest, steps), scaler)
-    plan = replace(plan, total_steps=steps, log_every_steps=1, save_every_steps=None)
-    trainer = Trainer(task, pipeline, compute, plan, training)
-    journal, progress = _Readings(ends_at), state.progress
-    finite = NonFiniteGuard(compute.device, scaler is not None, lambda batch: DivergedError(""))
+    schedule = _ExponentialGrowth(limits.lowest, limits.highest, steps)
+    state = TrainState(model, optimizer, schedule, scaler)
+    plan = replace(trainer.plan, total_steps=steps, log_every_steps=1, save_every_steps=None)
+    trainer = replace(trainer, plan=plan)
+    recorder, progress = _LossRecorder(ends_at), state.progress
+    guard = NonFiniteGuard(compute.device, scaler is not None, lambda batch: DivergedError(""))
     with fork_generators(compute.device):
         try:
             while progress.step < steps:
-                train_epoch(trainer, state, task.meter(), journal, finite, stop)
+                train_epoch(trainer, state, trainer.task.meter(), recorder, guard, stop)
                 progress.epoch, progress.batch = progress.epoch + 1, 0
         except DivergedError:
-            journal.test.rates.append(optimizer.param_groups[0]["lr"])
-            journal.test.losses.append(math.nan)
-        except _Enough:
+            recorder.test.rates.append(optimizer.param_groups[0]["lr"])
+            recorder.test.losses.append(math.nan)
+        except _EndTest:
             pass
-    return journal.test
+    return recorder.test
 
 
-def settle(test: RangeTest) -> float:
-    """What `optimizer.lr=auto` comes to, in two digits; the log says why.
+def choose_learning_rate(test: RangeTest) -> float:
+    """Return the learning rate for `optimizer.lr=auto`, rounded to two digits; log the reason.
 
     Raises:
-        UserError: the loss fell at no rate.
+        UserError: the loss did not decrease at any rate.
     """
     if test.suggestion is None:
         raise UserError(
-            f"optimizer.lr=auto: the loss falls at no learning rate from {test.rates[0]:.1g} to {test.rates[-1]:.1g}; "
-            "set a number; `cnntrain overfit` and `cnntrain check` find what keeps a network from learning"
+            f"optimizer.lr=auto: the loss does not decrease at any learning rate from {test.rates[0]:.1g} to "
+            f"{test.rates[-1]:.1g}; set a number; `cnntrain overfit` and `cnntrain check` find out why a network does "
+            "not learn"
         )
     rate = float(f"{test.suggestion:.2g}")
-    reason = (
-        f"the loss diverges at {test.diverged_at:.2g}" if test.diverged_at else "the loss diverges nowhere"
-    )
-    log.info("optimizer.lr=auto: %g, a tenth of the highest that is of use: %s in a range test", rate, reason)
+    if test.diverged_at:
+        reason = f"a tenth of {test.diverged_at:.2g}, where the loss diverges"
+    else:
+        reason = f"a tenth of {test.rates[-1]:.2g}; the loss does not diverge"
+    log.info("optimizer.lr=auto: using optimizer.lr=%g (%s)", rate, reason)
     return rate

@@ -1,11 +1,11 @@
-"""From settings to the parts of a run: device, data, task, augmentation, model. Shared by the commands."""
+"""Build the components of a run from its settings, and resolve `auto` values. Shared by all commands."""
 
 import dataclasses
 import logging
 import math
 from dataclasses import dataclass
-from functools import partial
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,8 +20,9 @@ from cnntrain.models.pretrained import Preprocessing, Weights
 from cnntrain.tasks.task import Task
 from cnntrain.train.batch_size import choose_batch_size
 from cnntrain.train.device import Compute, choose_compute, prepare_torch
-from cnntrain.train.distributed import SINGLE, World
-from cnntrain.train.lr_finder import RangeTest, range_test, settle
+from cnntrain.train.distributed import SINGLE, World, synchronize_norms
+from cnntrain.train.loop import Trainer
+from cnntrain.train.lr_finder import RangeTest, choose_learning_rate, range_test
 from cnntrain.train.optim import check_optimizer, make_optimizer
 from cnntrain.train.parts import (
     build_model,
@@ -35,7 +36,7 @@ from cnntrain.train.parts import (
 )
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.signals import StopFlag, stop_flag
-from cnntrain.train.state import TrainingPlan
+from cnntrain.train.state import ModelEMA, TrainingPlan, TrainState
 from cnntrain.train.step_timer import StepTimer, make_step_timer
 from cnntrain.types import DataSpec
 
@@ -44,7 +45,14 @@ log = logging.getLogger("cnntrain")
 
 @dataclass
 class Components:
-    """The parts of a run before any data has been read."""
+    """The parts of a run.
+
+    Attributes:
+        settings: `auto` values are replaced once they are resolved.
+        data_settings: settings common to all data sources.
+        spec: mean and std are None until `load` has measured them, unless they are configured.
+        pretraining: preprocessing of the pretrained weights, if known.
+    """
 
     settings: Settings
     compute: Compute
@@ -54,7 +62,7 @@ class Components:
     task: Task
     model: nn.Module
     pipeline: Pipeline
-    learned: Preprocessing | None = None  # preprocessing of the pretrained weights
+    pretraining: Preprocessing | None = None
 
     def load(self, augmented: bool = True) -> Data:
         """Load the data and pass its statistics (mean and std) to the task and the pipeline.
@@ -80,11 +88,16 @@ class Components:
         return data
 
     def loader(self, examples: Examples, augmented: bool = False) -> Loader:
-        """Batches of a split; with `augmented`, by workers where a transform of torchvision wants single images."""
+        """Build a loader for a split.
+
+        Args:
+            augmented: apply torchvision transforms of single images, in workers.
+        """
         chosen, per_sample = self.data_settings, augmented and bool(self.pipeline.per_sample)
         if per_sample:
             log.info(
-                "augment: %s change single images, so workers read them", ", ".join(self.pipeline.per_sample)
+                "augment: %s transform single images, so workers load them",
+                ", ".join(self.pipeline.per_sample),
             )
             names = [item.name for item in self.pipeline.per_sample.values()]
             if "RandomResizedCrop" in names:
@@ -97,43 +110,44 @@ class Components:
         )
 
 
-def assemble(
-    settings: Settings, known: DataSpec | None = None, world: World = SINGLE, resumes: bool = False
+def build_components(
+    settings: Settings, spec: DataSpec | None = None, world: World = SINGLE, resumes: bool = False
 ) -> Components:
-    """Build everything that needs no data, and run the network on shapes alone.
+    """Build the parts of a run without reading data; check all settings and the shapes of the network.
 
     Args:
-        known: facts that hold whatever the data say now (a checkpoint's: classes, mean and std).
+        spec: data spec of the checkpoint from which the weights will be loaded; default: that of the data source.
         world: the ranks that train together.
-        resumes: the weights will come from a checkpoint, so pretrained weights are not loaded.
+        resumes: the weights will be loaded from a checkpoint, so pretrained weights are not.
 
     Raises:
-        UserError: a part can't be built, or the network does not fit its input; nothing has been read yet.
+        UserError: a setting is invalid, or the network does not fit its input.
     """
+    is_restored = spec is not None
     prepare_torch(settings.threads, settings.deterministic, world)
     compute = choose_compute(
         settings.device, settings.precision, settings.channels_last, world, settings.compile
     )
-    weights = None if known or resumes else find_pretrained_weights(settings)
-    settings = follow_weights(settings, weights)
+    weights = None if is_restored or resumes else find_pretrained_weights(settings)
+    settings = use_pretrained_size(settings, weights)
     source, _ = build_source(settings)
-    facts = known or source.spec()
-    settings = follow_statistics(settings, weights, facts.channels)
+    source_spec = spec or source.spec()
+    settings = use_pretrained_statistics(settings, weights, source_spec.channels)
     _, data_settings = split_data(settings)
-    spec = known or with_configured_statistics(facts, data_settings)
+    spec = spec or with_configured_statistics(source_spec, data_settings)
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
     if pipeline.can_flip and not spec.hflip_ok:
         log.warning(
             "augment: a mirrored image of these data means something else (digits, text); take the flip out"
         )
-    model = build_model(settings, spec, task, pipeline.output_size, weights, show_warnings=known is None)
-    if not known:
+    model = build_model(settings, spec, task, pipeline.output_size, weights, show_warnings=not is_restored)
+    if not is_restored:
         check_optimization(settings, compute)
         log_frozen_layers(settings, model, resumes)
-    learned = weights.preprocessing if weights else None
+    pretraining = weights.preprocessing if weights else None
     return Components(
-        settings, compute, source, data_settings, spec, task, model.to(compute.device), pipeline, learned
+        settings, compute, source, data_settings, spec, task, model.to(compute.device), pipeline, pretraining
     )
 
 
@@ -147,7 +161,7 @@ def check_optimization(settings: Settings, compute: Compute) -> None:
     build_schedule(settings, total_steps=1, steps_per_epoch=1)
 
 
-def follow_weights(settings: Settings, weights: Weights | None) -> Settings:
+def use_pretrained_size(settings: Settings, weights: Weights | None) -> Settings:
     """Set the stem and the image size to those of the pretrained weights where the settings leave them open."""
     if weights is None:
         return settings
@@ -165,7 +179,7 @@ def follow_weights(settings: Settings, weights: Weights | None) -> Settings:
     return dataclasses.replace(settings, model=model, data=data)
 
 
-def follow_statistics(settings: Settings, weights: Weights | None, channels: int) -> Settings:
+def use_pretrained_statistics(settings: Settings, weights: Weights | None, channels: int) -> Settings:
     """Set mean and std to those of the pretrained weights unless the settings give them."""
     if weights is None or (settings.data.get("mean"), settings.data.get("std")) != (None, None):
         return settings
@@ -201,21 +215,37 @@ def log_frozen_layers(settings: Settings, model: nn.Module, resumes: bool) -> No
     )  # fmt: skip
 
 
-def build_training_parts(assembly: Components, data: Data) -> tuple[TrainingPlan, Optimizer, Schedule]:
-    """How long to train, and with what: resolved from settings and the number of training images.
+def build_training_parts(components: Components, data: Data) -> tuple[TrainingPlan, Optimizer, Schedule]:
+    """Build the plan, the optimizer and the schedule for a dataset.
 
-    `batch_size=auto` and `optimizer.lr=auto` become numbers here, in `assembly.settings` too.
+    Resolves `batch_size=auto` and `optimizer.lr=auto`, in `components.settings` too.
 
     Raises:
-        UserError: no learning rate can be found.
+        UserError: there are fewer images than ranks, or no learning rate can be found.
     """
-    settings, count, world = assembly.settings, len(data.train), assembly.compute.world
-    if rate_is_sought := settings.optimizer.get("lr") == "auto":
-        settings = assembly.settings = with_rate(settings, 1.0)  # stands in until it is found
-    batch_size = settings.fixed_batch_size or find_batch_size(assembly, data)
-    settings = assembly.settings = dataclasses.replace(settings, batch_size=batch_size)
-    has_norm = has_batch_norm(assembly.model)
-    rest, needed = count % batch_size, smallest_batch(has_norm, assembly.compute)
+    settings, world = components.settings, components.compute.world
+    has_auto_lr = settings.optimizer.get("lr") == "auto"
+    if has_auto_lr:  # any number, until the range test has found one
+        settings = components.settings = with_learning_rate(settings, 1.0)
+    batch_size = settings.fixed_batch_size or search_batch_size(components, data)
+    settings = components.settings = dataclasses.replace(settings, batch_size=batch_size)
+    plan = make_plan(settings, components, len(data.train), batch_size)
+    schedule = build_schedule(settings, plan.total_steps, plan.steps_per_epoch)
+    if has_auto_lr:
+        # On rank 0 alone, so that the result does not depend on the number of ranks.
+        with stop_flag() as stop:
+            rate = None
+            if world.is_main:
+                rate = choose_learning_rate(run_range_test(components, data, plan, stop))
+        settings = components.settings = with_learning_rate(settings, world.broadcast(rate))
+    return plan, make_optimizer(settings, components.model, components.compute), schedule
+
+
+def make_plan(settings: Settings, components: Components, count: int, batch_size: int) -> TrainingPlan:
+    """Compute the number of batches and steps for `count` training images; log what differs from the settings."""
+    compute, world = components.compute, components.compute.world
+    has_norm = has_batch_norm(components.model)
+    rest, needed = count % batch_size, smallest_batch(has_norm, compute)
     if count < world.size:
         raise UserError(f"launch.devices: {count} training images are too few for {world.size} processes")
     if drop_last := count > batch_size and 0 < rest < needed:
@@ -223,7 +253,7 @@ def build_training_parts(assembly: Components, data: Data) -> tuple[TrainingPlan
             "the last batch of each epoch is left out: it has %d images, and %s at least %d", rest,
             "BatchNorm needs" if has_norm else f"{world.size} processes need", needed,
         )  # fmt: skip
-    if has_norm and world.size > 1 and assembly.compute.device.type != "cuda":
+    if has_norm and world.size > 1 and compute.device.type != "cuda":
         log.info(
             "BatchNorm is not synchronized on CPUs: it normalizes each process's part of a batch (%d images) by itself",
             batch_size // world.size,
@@ -255,13 +285,7 @@ def build_training_parts(assembly: Components, data: Data) -> tuple[TrainingPlan
     )
     if plan.unfreeze_epoch and (plan.unfreeze_epoch - 1) * steps_per_epoch >= plan.total_steps:
         log.warning("model.unfreeze=%d: the training ends before that epoch", plan.unfreeze_epoch)
-    schedule = build_schedule(settings, plan.total_steps, steps_per_epoch)
-    if rate_is_sought:
-        # The leader alone tries them, as one process would.
-        with stop_flag() as stop:
-            rate = settle(try_learning_rates(assembly, data, plan, stop)) if world.is_main else None
-        settings = assembly.settings = with_rate(settings, world.broadcast(rate))
-    return plan, make_optimizer(settings, assembly.model, assembly.compute), schedule
+    return plan
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -275,27 +299,24 @@ def smallest_batch(has_norm: bool, compute: Compute) -> int:
     return max(size, 2 * shares if has_norm else 1)
 
 
-def find_batch_size(assembly: Components, data: Data) -> int:
-    """What `batch_size=auto` comes to, by steps of copies; see `choose_batch_size`."""
-    loader = assembly.loader(data.train, augmented=True)
-    compute = dataclasses.replace(assembly.compute, compile="off")  # each size would be compiled
+def search_batch_size(components: Components, data: Data) -> int:
+    """Find the batch size for `batch_size=auto`; see `choose_batch_size`."""
+    loader = components.loader(data.train, augmented=True)
+    compute = dataclasses.replace(components.compute, compile="off")  # each batch size would be compiled
 
-    def rig(size: int) -> StepTimer:
-        plan = TrainingPlan(
-            assembly.settings.seed, size, batches_per_epoch=1, steps_per_epoch=1, total_steps=1
-        )
-        return make_step_timer(assembly.model, partial(make_optimizer, assembly.settings), assembly.task,
-                        compute, plan, loader, assembly.pipeline, assembly.settings.ema_decay)  # fmt: skip
+    def step_timer(size: int) -> StepTimer:
+        seed = components.settings.seed
+        plan = TrainingPlan(seed, size, batches_per_epoch=1, steps_per_epoch=1, total_steps=1)
+        return make_step_timer(components, plan, loader, compute)
 
-    size = choose_batch_size(
-        rig, assembly.compute.device, len(data.train), 1 + has_batch_norm(assembly.model)
-    )
+    min_size = 2 if has_batch_norm(components.model) else 1
+    size = choose_batch_size(step_timer, compute.device, len(data.train), min_size)
     loader.close()
     return size
 
 
-def try_learning_rates(
-    assembly: Components, data: Data, plan: TrainingPlan, stop: StopFlag, ends_at: float = math.inf
+def run_range_test(
+    components: Components, data: Data, plan: TrainingPlan, stop: StopFlag, ends_at: float = math.inf
 ) -> RangeTest:
     """Run the learning rate range test with the `lr_find` settings on a copy of the network.
 
@@ -304,18 +325,36 @@ def try_learning_rates(
     Args:
         ends_at: deadline in `time.monotonic()` seconds.
     """
-    chosen, loader = assembly.settings.lr_find, assembly.loader(data.train, augmented=True)
-    compute = dataclasses.replace(assembly.compute, world=SINGLE)
+    settings, loader = components.settings, components.loader(data.train, augmented=True)
+    compute = dataclasses.replace(components.compute, world=SINGLE)
     plan = dataclasses.replace(plan, processes=1)
+    trainer = Trainer(components.task, components.pipeline, compute, plan, loader)
+
+    def optimizer(model: nn.Module) -> Optimizer:
+        return make_optimizer(settings, model, compute)
+
     try:
-        return range_test(
-            assembly.model, lambda model: make_optimizer(assembly.settings, model, compute), loader, assembly.pipeline,
-            assembly.task, compute, plan, stop, chosen.lowest, chosen.highest, chosen.steps, ends_at,
-        )  # fmt: skip
+        return range_test(trainer, components.model, optimizer, settings.lr_find, stop, ends_at)
     finally:
         loader.close()
 
 
-def with_rate(settings: Settings, rate: float) -> Settings:
-    """The settings with this learning rate."""
+def with_learning_rate(settings: Settings, rate: float) -> Settings:
     return dataclasses.replace(settings, optimizer={**settings.optimizer, "lr": rate})
+
+
+def prepare_training(components: Components, data: Data) -> tuple[TrainingPlan, TrainState]:
+    """Build the plan and the initial state of a training run; move the model to its device."""
+    settings, compute = components.settings, components.compute
+    plan, optimizer, schedule = build_training_parts(components, data)
+    if compute.world.size > 1 and compute.device.type == "cuda":
+        components.model = synchronize_norms(components.model)
+    compute.place(components.model)
+    state = TrainState(
+        components.model,
+        optimizer,
+        schedule,
+        torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None,
+        ModelEMA(components.model, settings.ema_decay) if settings.ema_decay else None,
+    )
+    return plan, state

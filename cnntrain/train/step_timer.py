@@ -1,120 +1,124 @@
-"""A training that is only timed: its loop as it is, beside the bare step on a batch that lies ready."""
+"""Time the training loop and the bare training step on copies, for `cnntrain bench` and `batch_size=auto`."""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.loader import Loader
 from cnntrain.errors import DivergedError
-from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute
 from cnntrain.train.loop import Logger, NullLogger, Trainer, train_epoch, train_step
 from cnntrain.train.nonfinite import NonFiniteGuard
+from cnntrain.train.optim import make_optimizer
 from cnntrain.train.schedule import Constant
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import ModelEMA, Progress, TrainingPlan, TrainState
 from cnntrain.types import Batch
 
-ENDLESS = 2**40  # batches an epoch, so that no window meets its end
-LEAD_IN_STEPS = 2  # before a window of the loop: they fill queues and caches
+if TYPE_CHECKING:
+    from cnntrain.train.setup import Components
+
+ENDLESS = 2**40  # batches per epoch, so that no window reaches the end of an epoch
+LEAD_IN_STEPS = 2  # steps of the loop before a window, which fill queues and caches
 
 
-@dataclass
 class StepTimer:
-    """A training that is only timed: learning rate 0, epochs without end.
+    """Time windows of training steps with learning rate 0.
+
+    Args:
+        trainer: the parts of the training; the batch size, accumulation and clipping of its plan are used.
+        state: a copy of model and optimizer, which is modified.
 
     Attributes:
-        state: a copy of model and optimizer, which the windows may wear out.
-        plan: how the training would run; its batch size, accumulation and clipping count.
-        loader, pipeline, journal: the real ones.
-        window_s: how long a window should be, in seconds; one step at least.
+        window_s: target length of a window in seconds; a window has at least one step.
+        step_s: duration of a bare step in seconds, measured by `warm_up`.
     """
 
-    state: TrainState
-    task: Task
-    compute: Compute
-    plan: TrainingPlan
-    loader: Loader
-    pipeline: Pipeline
-    journal: Logger
-    window_s: float = 0.5
-    step_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        for group in self.state.optimizer.param_groups:
+    def __init__(self, trainer: Trainer, state: TrainState, logger: Logger) -> None:
+        self.state, self.logger, self.loader, self.pipeline = (
+            state,
+            logger,
+            trainer.training,
+            trainer.pipeline,
+        )
+        self.compute, self.window_s, self.step_s = trainer.compute, 0.5, 0.0
+        for group in state.optimizer.param_groups:
             group["peak_lr"] = group["lr"] = 0.0
-        drop_last = len(self.loader) >= self.plan.batch_size
-        self.training = RepeatingLoader(self.loader)
         self.plan = replace(
-            self.plan, batches_per_epoch=ENDLESS, steps_per_epoch=ENDLESS, drop_last=drop_last,
-            save_every_steps=None, limit_batches=None, unfreeze_epoch=None,
-        )  # fmt: skip
+            trainer.plan,
+            batches_per_epoch=ENDLESS,
+            steps_per_epoch=ENDLESS,
+            drop_last=len(self.loader) >= trainer.plan.batch_size,
+            save_every_steps=None,
+            limit_batches=None,
+            unfreeze_epoch=None,
+        )
+        self.trainer = replace(trainer, plan=self.plan, training=RepeatingLoader(self.loader))
         order = torch.arange(len(self.loader))
         transform = self.pipeline.sample_transform(self.plan.seed, 0)
         self.stored = next(iter(self.loader.batches(order, self.plan.batch_size, transform=transform)))
-        ready = self.pipeline(self.stored, self.plan.seed, 0)
-        self.ready = replace(ready, images=ready.images.contiguous(memory_format=self.compute.memory_format))
+        augmented = self.pipeline(self.stored, self.plan.seed, 0)
+        images = augmented.images.contiguous(memory_format=self.compute.memory_format)
+        self.augmented = replace(augmented, images=images)
 
     def warm_up(self) -> None:
-        """Two bare steps; the second one tells how many make a window."""
+        """Run two bare steps; the second one determines the number of steps per window."""
         self._bare_steps(1)
         self.step_s = self._bare_steps(1)
 
     @property
     def window(self) -> tuple[int, int]:
-        """Optimizer steps between two readings of the loss, and in a window."""
+        """Number of steps between two log entries, and number of steps per window."""
         every = min(self.plan.log_every_steps, max(1, int(self.window_s / self.step_s)))
         return every, every * max(1, round(self.window_s / (every * self.step_s)))
 
     def bare(self) -> tuple[int, float]:
-        """A window of forward, backward and optimizer step on one batch that is on the device already."""
+        """Time a window of bare steps (forward, backward, optimizer step) on one batch; return images and seconds."""
         steps = self.window[1]
         seconds = self._bare_steps(steps)
-        return steps * self.plan.accumulate * len(self.ready), seconds
+        return steps * self.plan.accumulate * len(self.augmented), seconds
 
     def loop(self) -> tuple[int, float]:
-        """A window of the training as it is."""
-        return self._loop(self.training, self.pipeline, self.journal)
+        """Time a window of the training loop; return images and seconds."""
+        return self._loop(self.trainer.training, self.pipeline, self.logger)
 
     def parts(self) -> dict[str, Callable[[], tuple[int, float]]]:
-        """TimingWindows by what each does beyond the one before it; the first is the bare step, the last the training.
+        """Return timing functions, each with one more part of the training than the one before it.
 
-        A part's cost is what it adds: what runs beside the device's work, and so costs nothing, counts as nothing.
+        The first is the bare step, the last the whole training loop. The cost of a part is the difference to the one
+        before it, so work that overlaps with the device's work costs nothing.
         """
-        untouched = cast("Pipeline", _Untouched())
-        held, silent = FixedBatch(self.ready), NullLogger()
+        identity = cast("Pipeline", _IdentityPipeline())
         parts = {
             "step": self.bare,
-            "metrics": lambda: self._loop(held, untouched, silent),
-            "logging": lambda: self._loop(held, untouched, self.journal),
-            "augment": lambda: self._loop(FixedBatch(self.stored), self.pipeline, self.journal),
+            "metrics": lambda: self._loop(FixedBatch(self.augmented), identity, NullLogger()),
+            "logging": lambda: self._loop(FixedBatch(self.augmented), identity, self.logger),
+            "augment": lambda: self._loop(FixedBatch(self.stored), self.pipeline, self.logger),
         }
         images = self.loader.examples.images
-        on_device = self.compute.device.type == "cpu" or getattr(self.loader, "images", images) is not images
-        if not on_device:
+        cached_on_gpu = getattr(self.loader, "images", images) is not images
+        if self.compute.device.type != "cpu" and not cached_on_gpu:
             parts["transfer"] = lambda: self._loop(
-                FixedBatch(self.stored, self.compute.device), self.pipeline, self.journal
+                FixedBatch(self.stored, self.compute.device), self.pipeline, self.logger
             )
         return {**parts, "data": self.loop}
 
     def _bare_steps(self, steps: int) -> float:
         state, optimizer, scaler = self.state, self.state.optimizer, self.state.scaler
-        trainer = Trainer(self.task, self.pipeline, self.compute, self.plan, self.training)
-        vars(optimizer).pop("found_inf", None)  # left there by the loop
+        vars(optimizer).pop("found_inf", None)  # set by the training loop
         state.model.train()
         started = self._now()
         for _ in range(steps):
             for _ in range(self.plan.accumulate):
-                train_step(trainer, state, self.ready)
+                train_step(self.trainer, state, self.augmented)
             if scaler:
                 scaler.step(optimizer)
                 scaler.update()
@@ -123,19 +127,18 @@ class StepTimer:
             optimizer.zero_grad(set_to_none=True)
         return self._now() - started
 
-    def _loop(self, training: Loader, pipeline: Pipeline, journal: Logger) -> tuple[int, float]:
+    def _loop(self, training: Loader, pipeline: Pipeline, logger: Logger) -> tuple[int, float]:
         every, steps = self.window
-        first = (
-            2 * every
-        )  # the step that the first reading follows; not 0, where a training shows its first batch
+        first = 2 * every  # step of the first log entry; not 0, where the training logs its first batch
         self.state.progress = Progress(step=first - min(LEAD_IN_STEPS, every))
-        stamps = _Stamps(journal)
-        finite = NonFiniteGuard(self.compute.device, self.state.scaler is not None, _diverged)
+        timestamps = _TimestampLogger(logger)
+        guard = NonFiniteGuard(self.compute.device, self.state.scaler is not None, _diverged)
         plan = replace(self.plan, log_every_steps=every, total_steps=first + steps)
-        trainer = Trainer(self.task, pipeline, self.compute, plan, training)
-        train_epoch(trainer, self.state, self.task.meter(), stamps, finite, StopFlag())
-        # A reading waits for the device. The first one ends the steps that lead in.
-        return steps * plan.accumulate * len(self.ready), stamps.seconds[-1] - stamps.seconds[0]
+        trainer = replace(self.trainer, pipeline=pipeline, plan=plan, training=training)
+        train_epoch(trainer, self.state, trainer.task.meter(), timestamps, guard, StopFlag())
+        # Each log entry is a host sync. The first one ends the lead-in.
+        seconds = timestamps.seconds[-1] - timestamps.seconds[0]
+        return steps * plan.accumulate * len(self.augmented), seconds
 
     def _now(self) -> float:
         if self.compute.device.type == "cuda":
@@ -144,31 +147,36 @@ class StepTimer:
 
 
 def make_step_timer(
-    model: nn.Module,
-    make_optimizer: Callable[[nn.Module, Compute], Optimizer],
-    task: Task,
-    compute: Compute,
+    components: Components,
     plan: TrainingPlan,
     loader: Loader,
-    pipeline: Pipeline,
-    ema_decay: float | None,
-    journal: Logger | None = None,
+    compute: Compute | None = None,
+    logger: Logger | None = None,
 ) -> StepTimer:
-    """A rig of copies: nothing that is done to it reaches `model`."""
-    model = copy.deepcopy(model)
+    """Build a step timer with copies of model and optimizer.
+
+    Args:
+        loader: loader of the training images.
+        compute: default: that of the components.
+        logger: logger of the training loop; default: none.
+    """
+    compute = compute or components.compute
+    model = copy.deepcopy(components.model)
     compute.place(model)
+    ema_decay = components.settings.ema_decay
     state = TrainState(
         model,
-        make_optimizer(model, compute),
+        make_optimizer(components.settings, model, compute),
         Constant(total_steps=1, steps_per_epoch=1),
         torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None,
         ModelEMA(model, ema_decay) if ema_decay else None,
     )
-    return StepTimer(state, task, compute, plan, loader, pipeline, journal or NullLogger())
+    trainer = Trainer(components.task, components.pipeline, compute, plan, loader)
+    return StepTimer(trainer, state, logger or NullLogger())
 
 
 class RepeatingLoader(Loader):
-    """The batches of a loader, one pass after another; never at hand, for each is to be augmented in its own window."""
+    """Repeat the batches of a loader forever; never cached, so that each batch is augmented in its own window."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -185,7 +193,7 @@ class RepeatingLoader(Loader):
 
 
 class FixedBatch(RepeatingLoader):
-    """The same batch again and again; with `device`, its images are brought there from the host each time."""
+    """Repeat one batch; with `device`, its images are copied from the host to the device each time."""
 
     def __init__(self, batch: Batch, device: torch.device | None = None) -> None:
         self.batch, self.device = batch, device
@@ -199,14 +207,13 @@ class FixedBatch(RepeatingLoader):
     def batches(self, order: Tensor, batch_size: int, *rest: Any, **more: Any) -> Iterator[Batch]:
         while True:
             images = self.batch.images
-            yield replace(
-                self.batch,
-                images=images if self.device is None else images.to(self.device, non_blocking=True),
-            )
+            if self.device is not None:
+                images = images.to(self.device, non_blocking=True)
+            yield replace(self.batch, images=images)
 
 
-class _Untouched:
-    """A pipeline for batches that have been through one."""
+class _IdentityPipeline:
+    """Stands in for the pipeline when batches are already augmented."""
 
     def augment_batches(self, batches: Iterable[Batch], *rest: object) -> Iterable[Batch]:
         return batches
@@ -215,17 +222,17 @@ class _Untouched:
         return None
 
 
-class _Stamps(NullLogger):
-    """Notes when each reading was over."""
+class _TimestampLogger(NullLogger):
+    """Record when each log entry was complete."""
 
-    def __init__(self, journal: Logger) -> None:
-        self.journal = journal
+    def __init__(self, logger: Logger) -> None:
+        self.logger = logger
         self.seconds: list[float] = []
 
     def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
-        self.journal.log_step(step, epoch, batch, values)
+        self.logger.log_step(step, epoch, batch, values)
         self.seconds.append(time.perf_counter())
 
 
 def _diverged(batch: int) -> DivergedError:
-    return DivergedError(f"the loss or a gradient was not finite while it was being timed (batch {batch})")
+    return DivergedError(f"the loss or a gradient was not finite during timing (batch {batch})")

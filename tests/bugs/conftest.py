@@ -9,7 +9,7 @@ import pytest
 from cnntrain import compose
 from cnntrain.checks.check_run import build_context, run_checks, select_checks
 from cnntrain.checks.context import CheckContext
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components
 from cnntrain.train.signals import StopFlag
 from cnntrain.types import Finding
 
@@ -22,7 +22,7 @@ def context_of() -> Callable[..., CheckContext]:
 
     def make(*overrides: str) -> CheckContext:
         settings = compose("threads=1", "log.figures=false", *overrides, config_dir=PLANTED)
-        return build_context(assemble(settings), time.monotonic() + 600, StopFlag())
+        return build_context(build_components(settings), time.monotonic() + 600, StopFlag())
 
     return make
 

@@ -26,7 +26,7 @@ from cnntrain.checks.overfit_trial import (
 from cnntrain.cli import main
 from cnntrain.tasks.classification import Classification
 from cnntrain.train.device import Compute
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components
 from cnntrain.types import Batch, DataSpec
 
 PLANTED = Path(__file__).parent / "planted"
@@ -242,7 +242,7 @@ def test_other_example_in_files_sorted_by_class(tmp_path: Path) -> None:
         "data.channels=1",
     )
     assert verdict(tmp_path, *overrides)["verdict"] == "PASS"
-    components = assemble(compose(*QUICK, *overrides))
+    components = build_components(compose(*QUICK, *overrides))
     batch, other, name = pick_examples(components, components.load(), 1)
     assert (
         batch.targets["label"].tolist() == [0] and other.targets["label"].tolist() == [1] and "dark" in name

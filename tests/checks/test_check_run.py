@@ -11,7 +11,7 @@ from cnntrain.checks import check_run as run
 from cnntrain.checks.check_run import build_context
 from cnntrain.checks.context import CheckContext, passed
 from cnntrain.randomness import fork_generators
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components
 from cnntrain.train.signals import StopFlag
 from cnntrain.types import Finding
 
@@ -19,7 +19,7 @@ from cnntrain.types import Finding
 @pytest.fixture
 def context() -> CheckContext:
     settings = compose("threads=1", "model=mlp", "data.limit=60")
-    return build_context(assemble(settings), time.monotonic() + 60, StopFlag())
+    return build_context(build_components(settings), time.monotonic() + 60, StopFlag())
 
 
 @pytest.fixture

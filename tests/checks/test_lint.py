@@ -6,7 +6,7 @@ import pytest
 
 from cnntrain.checks.lint import lint, typed_keys
 from cnntrain.config.compose import read_settings
-from cnntrain.train.setup import assemble, build_training_parts
+from cnntrain.train.setup import build_components, build_training_parts
 from cnntrain.types import Finding
 
 FEW = "data=toy_faces data.train_count=80 data.test_count=2 data.size=32"
@@ -14,7 +14,7 @@ SHAPES = "data=toy_shapes data.train_count=80 data.test_count=2 data.size=32"
 
 
 def notes(line: str) -> list[Finding]:
-    assembly = assemble(read_settings([*shlex.split(line), "threads=1", "device=cpu"]))
+    assembly = build_components(read_settings([*shlex.split(line), "threads=1", "device=cpu"]))
     data = assembly.load()
     plan, _, _ = build_training_parts(assembly, data)
     return lint(assembly, data, plan, f"cnntrain {line}")
@@ -75,6 +75,6 @@ def test_chosen_statistics_normalize() -> None:
     settings = read_settings(
         [*shlex.split(SHAPES), "data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"]
     )
-    assembly = assemble(settings)
+    assembly = build_components(settings)
     assert assembly.load().spec.mean == (0.485, 0.456, 0.406)
     assert assembly.pipeline.std == (0.229, 0.224, 0.225)

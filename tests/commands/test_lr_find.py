@@ -39,7 +39,7 @@ def test_where_nothing_is_learned_there_is_no_suggestion(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["0.1"], "is no override"), (["-m", "seed=1,2"], "no -m"), (["lr_find.highest=1e-9"], "lr_find.highest")],
+    [(["0.1"], "is not an override"), (["-m", "seed=1,2"], "no -m"), (["lr_find.highest=1e-9"], "lr_find.highest")],
 )  # fmt: skip
 def test_slips_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lr-find", *arguments]) == 2
@@ -71,7 +71,7 @@ def test_a_training_with_auto_is_one_with_the_found_rate_and_resumes_bit_for_bit
     monkeypatch.setattr(loop, "set_learning_rate", stopping)
     with pytest.raises(StoppedError):
         train(compose(*SMALL, "optimizer.lr=auto", "run_dir=broken"))
-    monkeypatch.setattr(setup, "try_learning_rates", None)  # a resumed run has no need of it
+    monkeypatch.setattr(setup, "run_range_test", None)  # a resumed run has no need of it
     train(compose(*SMALL, "optimizer.lr=auto", "run_dir=broken", "resume=auto"))
     train(compose(*SMALL, f"optimizer.lr={rate}", "run_dir=typed"))
     for other in ("broken", "typed"):

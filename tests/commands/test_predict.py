@@ -17,7 +17,7 @@ from cnntrain.data.resize import resize_geometry
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
 from cnntrain.train import checkpoint
 from cnntrain.train.checkpoint import checkpoint_metadata
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components
 from cnntrain.train.state import Progress
 
 FEW = ["data.train_count=4", "data.test_count=1", "data.size=32"]
@@ -25,7 +25,7 @@ FEW = ["data.train_count=4", "data.test_count=1", "data.size=32"]
 
 def make_checkpoint(*overrides: str, data: dict[str, Any] | None = None) -> Path:
     """A checkpoint whose weights are all 0, so that its answers are known: even odds, the canvas's center."""
-    assembly = assemble(read_settings([*overrides, "threads=1", "device=cpu"]))
+    assembly = build_components(read_settings([*overrides, "threads=1", "device=cpu"]))
     with torch.no_grad():
         for parameter in assembly.model.parameters():
             parameter.zero_()

@@ -21,7 +21,7 @@ from cnntrain.data.resize import resize_geometry, transform_points
 from cnntrain.data.sources.image_folder import ImageFolder
 from cnntrain.data.sources.keypoint_csv import KeypointCsv
 from cnntrain.data.sources.mask_folder import MaskFolder
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components
 from cnntrain.types import Batch, DataSpec
 
 SIZE = 64
@@ -233,7 +233,7 @@ def test_training_with_crops_decodes_at_high_resolution_and_evaluation_does_not(
     ]
     shapes = {}
     for augment in ("flip_crop", "random_resized_crop", "[random_resized_crop,torchvision]"):
-        assembly = assemble(read_settings([*data, f"augment={augment}"]))
+        assembly = build_components(read_settings([*data, f"augment={augment}"]))
         shapes[augment] = [assembly.load(augmented).train.images.shape[-1] for augmented in (True, False)]
     assert shapes == {
         "flip_crop": [64, 64],

@@ -25,7 +25,7 @@ from cnntrain.data.sources.image_folder import ImageFolder
 from cnntrain.data.sources.keypoint_csv import KeypointCsv
 from cnntrain.data.statistics import covered_slices
 from cnntrain.errors import UserError
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components
 
 
 @pytest.mark.parametrize("chunk_values", [1, 100, 250, 10**6])
@@ -202,7 +202,7 @@ def test_bits_are_rejected_for_images_in_memory() -> None:
     for wrong in ("8", "17", "many"):
         settings = read_settings([f"data.bits={wrong}", "model=mlp"])
         with pytest.raises(UserError, match=r"data\.bits"):
-            assemble(settings)
+            build_components(settings)
 
 
 def test_predict_uses_the_bits_of_the_training(folder: Path) -> None:

@@ -119,7 +119,7 @@ RUN = {  # function: number of calls in a run
     "cnntrain.train.checkpoint:CheckpointWriter.save": 9,
     "cnntrain.report.metrics:MetricsFile.append": 3,
     "cnntrain.report.run_logger:RunLogger.log_checkpoint": 3,
-    "cnntrain.train.run:_judge": 2,
+    "cnntrain.train.run:_evaluate": 2,
     "cnntrain.train.run_dir:RunDir.write_json": 2,
 }
 RESUMING = {

@@ -16,7 +16,7 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.config.compose import read_settings
 from cnntrain.errors import UserError
 from cnntrain.tasks.segmentation import Segmentation, choose_resizing, dice_loss
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components
 from cnntrain.types import Batch, DataSpec
 
 LOSSES = ("cross_entropy", "dice", "ce_dice")
@@ -266,7 +266,9 @@ LAYERS = {
 def assembled(layers: list, *more: str):
     given = ["data=toy_shapes", "data.size=64", "model=sequential", "threads=1", "augment=none", *more]
     settings, last = read_settings(given), {"output": {"kernel": 1}}
-    return assemble(dataclasses.replace(settings, model={**settings.model, "layers": [*layers, last]}))
+    return build_components(
+        dataclasses.replace(settings, model={**settings.model, "layers": [*layers, last]})
+    )
 
 
 @pytest.mark.parametrize(("name", "size"), [("half", (64, 64)), ("middle", (60, 60)), ("double", (64, 64))])
@@ -301,7 +303,7 @@ def test_a_scale_of_one_axis_alone_is_none(factors):
 def test_the_papers_network_without_padding_is_cropped():
     data = ["data=toy_shapes", "data.size=108", "data.train_count=4", "data.test_count=2", "augment=none"]
     model = ["model=unet", "model.padding=valid", "model.depth=2", "model.width=4", "threads=1"]
-    made = assemble(read_settings([*data, *model]))
+    made = build_components(read_settings([*data, *model]))
     assert made.task.output_scale == 1
     made.load()
     assert made.task.output_scale == 1  # the task is made anew, with what the data say

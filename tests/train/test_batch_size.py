@@ -5,7 +5,7 @@ import pytest
 from cnntrain import compose
 from cnntrain.errors import MachineError, UserError
 from cnntrain.train.batch_size import fastest, largest_that_fits, power_of_two
-from cnntrain.train.setup import assemble, build_training_parts, find_batch_size
+from cnntrain.train.setup import build_components, build_training_parts, search_batch_size
 
 
 def test_largest_batch_that_fits_is_a_power_of_two() -> None:
@@ -29,18 +29,20 @@ def test_on_a_cpu_the_batch_size_doubles_while_that_is_faster_and_fits() -> None
 
 
 def test_batch_norm_needs_two_images() -> None:
-    components = assemble(compose("model=batchnorm_cnn", "data.limit=20", "batch_size=auto", "threads=1"))
-    assert find_batch_size(components, components.load()) == 2
+    components = build_components(
+        compose("model=batchnorm_cnn", "data.limit=20", "batch_size=auto", "threads=1")
+    )
+    assert search_batch_size(components, components.load()) == 2
     tried: list[int] = []
     assert largest_that_fits(lambda size: bool(tried.append(size) or size < 5), 1, min_size=2)[0] == 2
     assert tried == [2]
 
 
 def test_auto_becomes_a_number_and_the_model_is_unchanged() -> None:
-    components = assemble(compose("data.limit=600", "batch_size=auto", "threads=1"))
+    components = build_components(compose("data.limit=600", "batch_size=auto", "threads=1"))
     data = components.load()
     before = {name: value.clone() for name, value in components.model.state_dict().items()}
-    assert find_batch_size(components, data) in (16, 32)
+    assert search_batch_size(components, data) in (16, 32)
     plan, _, _ = build_training_parts(components, data)
     assert components.settings.batch_size == plan.batch_size
     assert all(value.equal(before[name]) for name, value in components.model.state_dict().items())

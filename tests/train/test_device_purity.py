@@ -6,7 +6,6 @@ allowed. What happens at every step is not: neither a host sync nor a blocking c
 
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -18,9 +17,7 @@ from cnntrain.train.distributed import gather_states, pack_states, unpack_state
 from cnntrain.train.evaluate import evaluate
 from cnntrain.train.loop import NullLogger, Trainer, train_epoch
 from cnntrain.train.nonfinite import NonFiniteGuard
-from cnntrain.train.optim import make_optimizer
-from cnntrain.train.run import prepare
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components, prepare_training
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.step_timer import make_step_timer
 from cnntrain.transfer import constant
@@ -73,9 +70,9 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
     chosen = {word.split("=")[0] for word in words}
     more = [f"{key}={value}" for key, value in COMMON.items() if key not in chosen]
     with simulated_cuda() as cuda:
-        assembly = assemble(read_settings([*words, *more, f"limit_batches={STEPS}"], None))
+        assembly = build_components(read_settings([*words, *more, f"limit_batches={STEPS}"], None))
         data = assembly.load()
-        plan, state = prepare(assembly, data)
+        plan, state = prepare_training(assembly, data)
         plan = replace(plan, log_every_steps=10**9, total_steps=10**9)
         training, validation = assembly.loader(data.train, augmented=True), assembly.loader(data.val)
         finite = NonFiniteGuard(assembly.compute.device, state.scaler is not None, AssertionError)
@@ -130,14 +127,12 @@ def test_a_step_of_the_loop_launches_few_kernels_beside_the_bare_step(words: lis
     steps = 4
     more = ["device=cuda", "precision=fp32", "batch_size=8", "threads=1", f"limit_batches={steps}"]
     with simulated_cuda() as cuda:
-        assembly = assemble(read_settings([*words, *more, "log.tensorboard=false"], None))
+        assembly = build_components(read_settings([*words, *more, "log.tensorboard=false"], None))
         data = assembly.load()
-        plan, state = prepare(assembly, data)
+        plan, state = prepare_training(assembly, data)
         plan = replace(plan, log_every_steps=10**9, total_steps=10**9)
         training = assembly.loader(data.train, augmented=True)
-        optimizer = partial(make_optimizer, assembly.settings)
-        common = (assembly.task, assembly.compute)
-        rig = make_step_timer(assembly.model, optimizer, *common, plan, training, assembly.pipeline, None)
+        rig = make_step_timer(assembly, plan, training)
         rig._bare_steps(1)
         finite = NonFiniteGuard(assembly.compute.device, False, AssertionError)
         meter = assembly.task.meter()

@@ -16,7 +16,7 @@ from cnntrain.models.sequential.parser import Sequential
 from cnntrain.train import checkpoint, loop
 from cnntrain.train.optim import build_optimizer, layers_of, set_learning_rate
 from cnntrain.train.schedule import Constant, Cosine
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components
 
 SMALL = (
     "data.limit=300", "epochs=3", "batch_size=32", "log.figures=false", "log.tensorboard=false", "threads=1",
@@ -147,7 +147,7 @@ def test_other_groups_than_the_checkpoints_are_refused() -> None:
 
 def test_a_backbone_is_set_free_at_its_epoch() -> None:
     """Before it the head alone changes; from it on everything does, the running statistics too."""
-    model = assemble(compose(*FROZEN)).model
+    model = build_components(compose(*FROZEN)).model
     start, (last,) = model.state_dict(), model.head_names
     head = {f"{last}.weight", f"{last}.bias"}
     settings = (*FROZEN, "model.unfreeze=3", "run_dir=run")

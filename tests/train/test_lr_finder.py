@@ -1,5 +1,6 @@
 """The range test: what is known of a parabola, and that nothing of the run is touched."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from cnntrain.checks.check_run import build_context
 from cnntrain.checks.context import CheckContext
 from cnntrain.checks.steps import RANGE_SHARE, learning_rate
 from cnntrain.commands.lr_find import lr_find
+from cnntrain.config.schema import LrFindSettings
 from cnntrain.errors import UserError
 from cnntrain.train.device import Compute
-from cnntrain.train.lr_finder import QUIET_STEPS, RangeTest, range_test, settle
-from cnntrain.train.setup import assemble, build_training_parts, try_learning_rates
+from cnntrain.train.loop import Trainer
+from cnntrain.train.lr_finder import BASELINE_STEPS, RangeTest, choose_learning_rate, range_test
+from cnntrain.train.setup import build_components, build_training_parts, run_range_test
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import TrainingPlan
 from cnntrain.types import Batch
@@ -69,17 +72,21 @@ class Noise:
 
 
 def on_parabola(
-    curvature: float, momentum: float = 0.0, steps: int = 200, noise: float = 0.1, **more: Any
+    curvature: float,
+    momentum: float = 0.0,
+    steps: int = 200,
+    noise: float = 0.1,
+    lowest: float = 1e-4,
+    ends_at: float = math.inf,
 ) -> RangeTest:
     def sgd(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=123.0, momentum=momentum)
 
     world: Any = Noise(curvature, noise)
     plan = TrainingPlan(seed=0, batch_size=8, batches_per_epoch=8, steps_per_epoch=8, total_steps=80)
-    return range_test(
-        Parabola(), sgd, world, world, world, CPU, plan, StopFlag(), **{"lowest": 1e-4, "highest": 100.0, **more},
-        steps=steps,
-    )  # fmt: skip
+    trainer = Trainer(world, world, CPU, plan, world)
+    limits = LrFindSettings(lowest, 100.0, steps)
+    return range_test(trainer, Parabola(), sgd, limits, StopFlag(), ends_at)
 
 
 @pytest.mark.parametrize("curvature", [0.5, 4.0, 32.0])
@@ -87,7 +94,7 @@ def test_a_parabola_diverges_at_two_over_its_curvature(curvature: float) -> None
     test = on_parabola(curvature)
     assert test.diverged_at is not None and 1 < test.diverged_at / (2 / curvature) < 2
     assert test.suggestion == test.diverged_at / 10
-    assert test.fall > 0.9
+    assert test.decrease > 0.9
     assert test.steepest is not None and test.steepest < 2 / curvature
 
 
@@ -112,7 +119,7 @@ def test_the_smoothed_loss_has_no_bias_at_its_start() -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_test_as_divergence() -> None:
     test = on_parabola(1e30, lowest=1e-7, noise=0.0, steps=40)
-    assert not np.isfinite(test.losses[-1]) or test.losses[-1] > test.start
+    assert not np.isfinite(test.losses[-1]) or test.losses[-1] > test.initial_loss
     assert test.diverged_at is None or test.diverged_at == test.rates[-1]
     assert test.suggestion is None
 
@@ -127,34 +134,34 @@ def test_it_stops_soon_after_divergence() -> None:
     assert test.rates[-1] == test.diverged_at
 
 
-def test_nothing_learned_can_not_be_settled() -> None:
+def test_nothing_learned_can_not_be_choose_learning_rated() -> None:
     flat = RangeTest(list(np.geomspace(1e-6, 1, 40)), [1.0] * 40)
-    with pytest.raises(UserError, match="falls at no learning rate"):
-        settle(flat)
+    with pytest.raises(UserError, match=r"optimizer\.lr=auto"):
+        choose_learning_rate(flat)
 
 
-def test_a_rate_is_settled_in_two_digits() -> None:
-    losses = [2.0] * (QUIET_STEPS + 10) + [1.0] * 10 + [9.0] * 5
+def test_a_rate_is_choose_learning_rated_in_two_digits() -> None:
+    losses = [2.0] * (BASELINE_STEPS + 10) + [1.0] * 10 + [9.0] * 5
     test = RangeTest(list(np.geomspace(1e-6, 1, len(losses))), losses)
-    assert settle(test) == float(f"{test.suggestion:.2g}")
+    assert choose_learning_rate(test) == float(f"{test.suggestion:.2g}")
 
 
 def test_weights_statistics_and_generators_are_untouched(tmp_path: Path) -> None:
     settings = compose(
         "model=fmnist_cnn", "data.limit=200", "threads=1", "lr_find.steps=20", "precision=bf16"
     )
-    assembly = assemble(settings)
+    assembly = build_components(settings)
     data = assembly.load()
     plan, _, _ = build_training_parts(assembly, data)
     model = assembly.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     mode, state = model.training, torch.get_rng_state()
-    test = try_learning_rates(assembly, data, plan, StopFlag())
-    assert QUIET_STEPS < len(test.rates) <= 20
+    test = run_range_test(assembly, data, plan, StopFlag())
+    assert BASELINE_STEPS < len(test.rates) <= 20
     assert torch.equal(state, torch.get_rng_state()) and model.training == mode
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-    assert try_learning_rates(assembly, data, plan, StopFlag()).losses == test.losses
+    assert run_range_test(assembly, data, plan, StopFlag()).losses == test.losses
     assert not list(tmp_path.iterdir())
 
 
@@ -162,17 +169,17 @@ def test_each_layer_keeps_its_share_of_the_rate() -> None:
     settings = compose(
         "model=mlp", "data.limit=200", "threads=1", "lr_find.steps=20", "optimizer.layer_decay=0.5"
     )
-    assembly = assemble(settings)
+    assembly = build_components(settings)
     data = assembly.load()
     plan, _, _ = build_training_parts(assembly, data)
-    alike = try_learning_rates(assembly, data, plan, StopFlag())
+    alike = run_range_test(assembly, data, plan, StopFlag())
     assembly.settings = compose("model=mlp", "data.limit=200", "threads=1", "lr_find.steps=20")
-    assert try_learning_rates(assembly, data, plan, StopFlag()).losses[1:] != alike.losses[1:]
+    assert run_range_test(assembly, data, plan, StopFlag()).losses[1:] != alike.losses[1:]
 
 
 def context_of(*overrides: str, budget_s: float = 600.0) -> CheckContext:
     settings = compose("threads=1", "log.figures=false", *overrides)
-    return build_context(assemble(settings), time.monotonic() + budget_s, StopFlag())
+    return build_context(build_components(settings), time.monotonic() + budget_s, StopFlag())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from cnntrain.config.compose import read_settings
 from cnntrain.data.sources.digits import Digits
 from cnntrain.errors import UserError
-from cnntrain.train.setup import assemble
+from cnntrain.train.setup import build_components
 
 INVALID = [
     "optimizer.lr=-1",
@@ -44,5 +44,5 @@ def test_invalid_value_is_refused_before_data_is_read(
     monkeypatch.setattr(Digits, "load", load)
     key = overrides.split()[-1].split("=")[0]
     with pytest.raises(UserError) as error:
-        assemble(read_settings(overrides.split())).load()
+        build_components(read_settings(overrides.split())).load()
     assert key.split(".")[0] in str(error.value)

@@ -4,32 +4,18 @@ import pytest
 
 from cnntrain import compose
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.train.optim import make_optimizer
-from cnntrain.train.setup import assemble, build_training_parts
+from cnntrain.train.setup import build_components, build_training_parts
 from cnntrain.train.step_timer import StepTimer, make_step_timer
 from cnntrain.types import Batch
 
 
 def timer_for(*overrides: str) -> StepTimer:
     settings = compose("model=fmnist_cnn", "data.limit=100", "batch_size=16", "threads=1", *overrides)
-    components = assemble(settings)
+    components = build_components(settings)
     data = components.load()
     plan, _, _ = build_training_parts(components, data)
 
-    def optimizer(model, compute):
-        return make_optimizer(settings, model, compute)
-
-    loader = components.loader(data.train, augmented=True)
-    made = make_step_timer(
-        components.model,
-        optimizer,
-        components.task,
-        components.compute,
-        plan,
-        loader,
-        components.pipeline,
-        settings.ema_decay,
-    )
+    made = make_step_timer(components, plan, components.loader(data.train, augmented=True))
     made.window_s = 0.001
     return made
 
