@@ -80,9 +80,7 @@ def test_special_files_in_a_config_folder_are_rejected(cnntrain) -> None:
     assert "bad.yaml: is not a regular file" in cnntrain.refused("--config-dir", "own", "model=bad")
     Path("own/model/bad.yaml").unlink()
     Path("own/model/bad.yaml").symlink_to("bad.yaml")
-    assert "bad.yaml: is a broken link" in cnntrain.refused(
-        "--config-dir", "own", "model=bad"
-    )
+    assert "bad.yaml: is a broken link" in cnntrain.refused("--config-dir", "own", "model=bad")
 
 
 def listeners(pid: int) -> list[str]:
