@@ -21,7 +21,7 @@ from cnntrain.data.share import BatchShard
 from cnntrain.errors import MachineError, StoppedError, UserError
 from cnntrain.models.modify import freeze_layers, stays_in_eval, unfreeze
 from cnntrain.tasks.meter import Meter
-from cnntrain.train.device import own_gpu, prepare_torch
+from cnntrain.train.device import Compute, own_gpu, prepare_torch
 from cnntrain.train.distributed import (
     SINGLE,
     RankInfo,
@@ -38,6 +38,7 @@ from cnntrain.train.distributed import (
 )
 from cnntrain.train.launch import _answering
 from cnntrain.train.schedule import Constant
+from cnntrain.train.setup import assemble, build_training_parts, smallest_batch
 from cnntrain.train.state import TrainState
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
@@ -112,6 +113,24 @@ def test_meter_states_are_packed_and_unpacked() -> None:
     packed = pack_states(states)
     assert [unpack_state(packed, World(rank, 2)) for rank in range(2)] == states
     assert unpack_state(pack_states(states[:1]), SINGLE) == states[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "size", "smallest"),
+    [("mlp", "cpu", 1, 1), ("mlp", "cpu", 4, 4), ("norm", "cpu", 1, 2), ("norm", "cpu", 4, 8), ("norm", "cuda", 1, 2),
+     ("norm", "cuda", 4, 4)],
+)  # fmt: skip
+def test_each_rank_needs_an_image_and_each_batch_norm_two(
+    model: str, device: str, size: int, smallest: int
+) -> None:
+    compute = Compute(torch.device(device), "fp32", False, World(0, size))
+    assert smallest_batch(model == "norm", compute) == smallest
+
+
+def test_fewer_training_images_than_ranks_are_refused() -> None:
+    components = assemble(compose("model=mlp", "data.limit=3", "threads=1", "device=cpu"), world=World(0, 4))
+    with pytest.raises(UserError, match=r"launch\.devices"):
+        build_training_parts(components, components.load())
 
 
 class Loss(Meter):
