@@ -66,7 +66,7 @@ def bugs() -> Iterator[tuple[str, list[str], str, str]]:
     for name, overrides in learning.MISALIGNED.items():
         yield f"{name} of another image", overrides, "generalizes", learning.NOT_THEIRS
     own_norm = ["model=sound", "model._target_=planted_learning.OwnNorm"]
-    yield "a norm of one's own, wrong in evaluation", own_norm, "batch norm gap", "evaluation mode loses"
+    yield "a norm of one's own, wrong in evaluation", own_norm, "batch norm gap", "eval mode"
 
 
 def judged(*overrides: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def show(bugs_file: Path, sound_file: Path) -> None:
 
 
 def _names(row: dict[str, Any], finding: dict[str, Any]) -> bool:
-    return finding["name"] == row["wanted"] and row["words"] in f"{finding['cause']}{finding['evidence']}"
+    return finding["name"] == row["wanted"] and row["words"] in f"{finding}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 FACES = ("data=toy_faces", "data.train_count=300", "data.test_count=4", "data.size=32")
 SHAPES = ("data=toy_shapes", "data.train_count=200", "data.test_count=4", "data.size=32")
-NOT_THEIRS = "targets are not those of their images"
+NOT_THEIRS = "targets belong to other images"
 
 
 def planted(name: str, *overrides: str) -> list[str]:
