@@ -39,7 +39,8 @@ def learning_rate(context: CheckContext) -> Finding:
     }
     diverged, suggestion = test.diverged_at, test.suggestion
     limit = f"diverges at {diverged:.2g}" if diverged else f"does not diverge up to {test.rates[-1]:.2g}"
-    evidence = f"{LR} is {rate:.3g}; from {test.initial_loss:.3g} the loss falls by {max(test.decrease, 0):.0%} and {limit}"
+    fall = f"from {test.initial_loss:.3g} the loss falls by {max(test.decrease, 0):.0%}"
+    evidence = f"{LR} is {rate:.3g}; {fall} and {limit}"
     if (size := context.cache["range batch"]) < _run_batch(context):
         evidence += f" (measured with batches of {size} because of the time budget; see `cnntrain lr-find`)"
     if diverged and rate >= _highest_rate(context, diverged):
