@@ -56,7 +56,7 @@ BROKEN = {
 
 
 REFUSED = {
-    "nothing labeled": (["data=nothing_labeled", *SHAPES], "no pixel of the training masks is labeled"),
+    "nothing labeled": (["data=nothing_labeled", *SHAPES], "training masks have no labeled pixel"),
 }
 
 

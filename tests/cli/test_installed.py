@@ -95,7 +95,7 @@ def test_python_m_and_help() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "cnntrain", "overfit", "--help"], capture_output=True, text=True, check=True
     )
-    assert "one single example" in done.stdout
+    assert "one training example" in done.stdout
     text = cnntrain("--help").stdout
     assert all(word in text for word in ("resnet18", "fashion_mnist", "one_cycle", "evaluate", "optimizer"))
 

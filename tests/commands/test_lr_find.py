@@ -39,8 +39,12 @@ def test_where_nothing_is_learned_there_is_no_suggestion(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["0.1"], "is not an override"), (["-m", "seed=1,2"], "no -m"), (["lr_find.highest=1e-9"], "lr_find.highest")],
-)  # fmt: skip
+    [
+        (["0.1"], "is not an override"),
+        (["-m", "seed=1,2"], "-m is not supported"),
+        (["lr_find.highest=1e-9"], "lr_find.highest"),
+    ],
+)
 def test_slips_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lr-find", *arguments]) == 2
     assert message in capsys.readouterr().err
@@ -83,11 +87,11 @@ def test_a_training_with_auto_is_one_with_the_found_rate_and_resumes_bit_for_bit
 
 def test_overfit_takes_auto_too_and_what_learns_nothing_is_refused() -> None:
     assert overfit(compose(*SMALL, "optimizer.lr=auto"))["verdict"] == "PASS"
-    with pytest.raises(UserError, match="falls at no learning rate"):
+    with pytest.raises(UserError, match="does not decrease at any learning rate"):
         train(compose(*SMALL, "optimizer.lr=auto", "lr_find.highest=2e-5", "run_dir=refused"))
     assert not Path("refused").exists()
 
 
 def test_any_other_word_is_no_rate() -> None:
-    with pytest.raises(UserError, match=r"optimizer.lr: must be a finite number >= 0, got 'high'; `auto`"):
+    with pytest.raises(UserError, match=r"optimizer.lr: must be a number >= 0 or auto, got 'high'"):
         train(compose(*SMALL, "optimizer.lr=high"))

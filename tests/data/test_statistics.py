@@ -200,9 +200,8 @@ def test_bits_are_rejected_for_images_in_memory() -> None:
     with pytest.raises(UserError, match=r"data\.bits"):
         load_data(Digits(), bits=12)
     for wrong in ("8", "17", "many"):
-        settings = read_settings([f"data.bits={wrong}", "model=mlp"])
         with pytest.raises(UserError, match=r"data\.bits"):
-            build_components(settings)
+            build_components(read_settings([f"data.bits={wrong}", "model=mlp"]))
 
 
 def test_predict_uses_the_bits_of_the_training(folder: Path) -> None:

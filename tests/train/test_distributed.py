@@ -38,7 +38,7 @@ from cnntrain.train.distributed import (
 )
 from cnntrain.train.launch import _answering
 from cnntrain.train.schedule import Constant
-from cnntrain.train.setup import assemble, build_training_parts, smallest_batch
+from cnntrain.train.setup import build_components, build_training_parts, smallest_batch
 from cnntrain.train.state import TrainState
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
@@ -128,7 +128,9 @@ def test_each_rank_needs_an_image_and_each_batch_norm_two(
 
 
 def test_fewer_training_images_than_ranks_are_refused() -> None:
-    components = assemble(compose("model=mlp", "data.limit=3", "threads=1", "device=cpu"), world=World(0, 4))
+    components = build_components(
+        compose("model=mlp", "data.limit=3", "threads=1", "device=cpu"), world=World(0, 4)
+    )
     with pytest.raises(UserError, match=r"launch\.devices"):
         build_training_parts(components, components.load())
 
