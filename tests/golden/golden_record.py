@@ -71,6 +71,7 @@ RENAMED_KEYS: dict[str, str] = {
     "visible": "valid",
     "normalised inputs": "normalized inputs",
     "generalises": "generalizes",
+    "fall": "decrease",
 }
 
 # Names of random draws, new -> old: the keys of augmentations, and other strings that cnntrain hashes into
