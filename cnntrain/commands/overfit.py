@@ -22,8 +22,9 @@ def run(invocation: Invocation) -> int:
             f"overfit: {invocation.words[0]!r} is not an override; write KEY=VALUE, for example model=resnet18"
         )
     if invocation.multirun:
-        from cnntrain.sweep.execute_run import SweepTarget  # imports optuna
+        # Imported here because they import optuna, which a single run does not need.
         from cnntrain.sweep.sweep_run import run_sweep
+        from cnntrain.sweep.trial_workers import SweepTarget
 
         return run_sweep(invocation, SweepTarget(overfit_trial))
     settings = read_settings(invocation.overrides, invocation.config_dir)

@@ -73,8 +73,9 @@ def run(invocation: Invocation) -> int:
             raise UserError(
                 "-m: a sweep is one process; start it without torchrun or srun, with launch.devices=N"
             )
-        from cnntrain.sweep.execute_run import SweepTarget  # imports optuna, which a single run does without
+        # Imported here because they import optuna, which a single run does not need.
         from cnntrain.sweep.sweep_run import run_sweep
+        from cnntrain.sweep.trial_workers import SweepTarget
 
         return run_sweep(invocation, SweepTarget(train_trial, test_trial))
     settings = read_settings(invocation.overrides, invocation.config_dir)

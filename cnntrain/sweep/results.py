@@ -1,6 +1,11 @@
-"""How a sweep ends: the table, the winner and how sure that is, what mattered, and files that say it all again."""
+"""Results of a sweep: ranking, comparison of the winner, importance of the keys, and the files of the sweep's folder.
 
-import logging
+Repeats of a setting differ in the seed, and in cross-validation also in the split. Runs on the same split are averaged
+first; the intervals are for the mean over splits. Training sets of different splits overlap, so the variance of this
+mean is larger than for independent runs. Nadeau and Bengio 2003 (Inference for the generalization error, Machine
+Learning 52) correct for this by adding (validation examples / training examples) to the factor 1 / n.
+"""
+
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,40 +16,182 @@ from typing import Any
 from cnntrain.io.safe_files import write_text
 from cnntrain.plots.figure import save_figure
 from cnntrain.plots.learning_curves import learning_curves
-from cnntrain.plots.sweep import Point, plot_marginal_effect, plot_parallel_coordinates
+from cnntrain.plots.sweep import plot_marginal_effect, plot_parallel_coordinates
 from cnntrain.report.compare import find_runs, read_run, write_csv
 from cnntrain.report.table import markdown, value_text
-from cnntrain.sweep.plan import SweepPlan, repeats_text, short
-from cnntrain.sweep.ranking import RankedTrial, WinnerComparison, contest, rank
-from cnntrain.sweep.search_space import SearchDimension
-from cnntrain.sweep.study import Study, Trial
-from cnntrain.sweep.sweep_progress import setting_name
+from cnntrain.sweep.plan import UNLIMITED, Repeat, SweepPlan, repeats_text, round_text, setting_name
+from cnntrain.sweep.study import Study, Trial, mean_value
 
-log = logging.getLogger("cnntrain")
-FEWEST_FOR_IMPORTANCE = 4  # settings
+CONFIDENCE = 0.95
+MIN_TRIALS_FOR_IMPORTANCE = 4
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RankedTrial:
+    """A completed trial in the ranking.
+
+    Attributes:
+        mean: mean of the metric over the runs.
+        std: sample standard deviation over the runs (n - 1); None for one run.
+        low, high: 95 % confidence interval of the mean (see `confidence_interval`); None if the runs do not differ. It
+            covers the variation between repeats: initial weights, order of images, augmentation, and the split if it
+            varies. Otherwise all runs use the same validation images.
+        values: metric by repeat.
+    """
+
+    trial: Trial
+    mean: float
+    std: float | None
+    low: float | None
+    high: float | None
+    values: dict[Repeat, float]
+
+
+@dataclass(frozen=True)
+class WinnerComparison:
+    """Comparison of the winner with the runner-up.
+
+    Attributes:
+        difference: how much better the winner is, >= 0.
+        low, high: paired Student's t interval of the difference over the repeats of both; None for fewer than two. The
+            95 % confidence holds simultaneously for the winner against every other setting.
+        repeats: the repeats that both have.
+        tied_rank: rank of the first setting that is not significantly worse than the winner; None if there is none.
+        num_settings: number of settings that the winner was selected from.
+    """
+
+    difference: float
+    low: float | None
+    high: float | None
+    repeats: list[Repeat]
+    tied_rank: int | None
+    num_settings: int
+
+    @property
+    def is_significant(self) -> bool | None:
+        """Return True if the winner is significantly better than every other setting; None for a single repeat."""
+        return None if self.low is None else self.tied_rank is None
+
+
+def rank_trials(
+    trials: Sequence[Trial], mode: str, limits: Range = UNLIMITED, overlap: float = 0.0
+) -> list[RankedTrial]:
+    """Rank the trials whose runs all completed, the best first; ties in the order of their numbers.
+
+    Args:
+        mode: `max` or `min`: which values of the metric are better.
+        limits: the lowest and highest value of the metric.
+        overlap: ratio of validation to training examples if repeats use different splits, else 0.
+    """
+    ranking = []
+    for trial in trials:
+        mean = mean_value(trial)
+        completed = trial.is_finished and {o.status for o in trial.outcomes.values()} == {"done"}
+        if mean is None or not completed:
+            continue
+        values = {repeat: o.value for repeat, o in sorted(trial.outcomes.items()) if o.value is not None}
+        std = statistics.stdev(values.values()) if len(values) > 1 else None
+        low, high = (confidence_interval(_by_split(values), limits, overlap) if std else None) or (None, None)
+        ranking.append(RankedTrial(trial, mean, std, low, high, values))
+    sign = -1 if mode == "max" else 1
+    return sorted(ranking, key=lambda ranked: (sign * ranked.mean, ranked.trial.number))
+
+
+def compare_winner(
+    ranking: Sequence[RankedTrial], mode: str, limits: Range = UNLIMITED, overlap: float = 0.0
+) -> WinnerComparison:
+    """Compare the winner with all other settings, paired over the repeats that both have.
+
+    The winner is selected and compared on the same data. The intervals are therefore Bonferroni-corrected: with K
+    settings, each has an error rate of 5 % / (K - 1). The probability of declaring a wrong winner is then at most
+    2.5 %: there are at most K - 1 wrong settings, and for each the comparison with the truly best one must fail.
+
+    Args:
+        ranking: the best first; at least two.
+    """
+    winner, *others = ranking
+    sign = 1 if mode == "max" else -1
+    confidence = 1 - (1 - CONFIDENCE) / len(others)
+    max_difference = limits[1] - limits[0]
+    pairs: list[tuple[list[Repeat], Range | None]] = []
+    for other in others:
+        repeats = [repeat for repeat in winner.values if repeat in other.values]
+        differences = {repeat: sign * (winner.values[repeat] - other.values[repeat]) for repeat in repeats}
+        interval = confidence_interval(_by_split(differences), overlap=overlap, confidence=confidence)
+        if interval:
+            interval = max(interval[0], -max_difference), min(interval[1], max_difference)
+        pairs.append((repeats, interval))
+    repeats, interval = pairs[0]
+    low, high = interval or (None, None)
+    tied = (rank for rank, (_, each) in enumerate(pairs, 2) if each is None or each[0] <= 0)
+    difference = sign * (winner.mean - others[0].mean)
+    return WinnerComparison(difference, low, high, repeats, next(tied, None), len(ranking))
+
+
+def _by_split(values: Mapping[Repeat, float]) -> list[float]:
+    """Return the independent samples: the runs if there is one split; the mean of each split if there are several."""
+    splits: dict[object, list[float]] = {}
+    for repeat, value in values.items():
+        splits.setdefault(repeat.split, []).append(value)
+    return list(values.values()) if len(splits) == 1 else [statistics.fmean(each) for each in splits.values()]
+
+
+def confidence_interval(
+    values: Sequence[float], limits: Range = UNLIMITED, overlap: float = 0.0, confidence: float = CONFIDENCE
+) -> Range | None:
+    """Return the Student's t confidence interval of a mean; None for fewer than two values.
+
+    The interval of a bounded metric is computed on an unbounded scale (logit for two limits, log for one), with the
+    standard error from the delta method, so that it stays within the limits. For the mean of 3 values from a beta
+    distribution (mean 0.97, standard deviation 0.03) its coverage is 94 % (40,000 draws). The coverage of the interval
+    on the original scale, clipped at 1, is 88 %.
+
+    Args:
+        limits: lower and upper bound of the metric.
+        overlap: ratio of validation to training examples (see the module docstring).
+        confidence: confidence level.
+    """
+    from scipy.special import stdtrit
+
+    n = len(values)
+    if n < 2:
+        return None
+    mean, (low, high) = statistics.fmean(values), limits
+    error = statistics.stdev(values) * math.sqrt(1 / n + overlap)
+    half = float(stdtrit(n - 1, 0.5 + confidence / 2)) * error
+    if math.isinf(low) or half == 0 or not low < mean < high:
+        return mean - half, mean + half
+    if math.isinf(high):
+        factor = math.exp(half / (mean - low))
+        return low + (mean - low) / factor, low + (mean - low) * factor
+    share = (mean - low) / (high - low)
+    odds, factor = share / (1 - share), math.exp(half / (high - low) / (share * (1 - share)))
+    ends = odds / factor, odds * factor
+    return tuple(low + (high - low) * each / (1 + each) for each in ends)  # pyright: ignore[reportReturnType]
 
 
 @dataclass
 class SweepReport:
-    """What a sweep found.
+    """Results of a sweep.
 
     Attributes:
-        trials: all that have begun.
-        standings: those that are done, the best first; empty where runs are not ranked.
-        contest: comparison of the winner with the other trials.
+        trials: all that have started.
+        ranking: completed trials, the best first; empty if runs are not ranked.
+        comparison: the winner compared with the other trials; None for fewer than two.
         test: the winner's metrics on the test set, one row per repeat.
-        importance: share of the variance between settings that a key explains by itself; a reason where that can't
-            be told.
-        pictures: files, relative to the sweep's folder.
+        importance: share of the variance between settings that each key explains by itself; or the reason why it is
+            unknown.
+        figures: files, relative to the sweep's folder.
     """
 
     plan: SweepPlan
     trials: list[Trial]
-    standings: list[RankedTrial] = field(default_factory=list)
-    contest: WinnerComparison | None = None
+    ranking: list[RankedTrial] = field(default_factory=list)
+    comparison: WinnerComparison | None = None
     test: list[dict[str, float]] = field(default_factory=list)
-    importance: dict[str, float] | str = "not asked for"
-    pictures: list[str] = field(default_factory=list)
+    importance: dict[str, float] | str = "not computed"
+    figures: list[str] = field(default_factory=list)
 
     @property
     def metric(self) -> str:
@@ -52,186 +199,181 @@ class SweepReport:
 
 
 def make_report(plan: SweepPlan, study: Study) -> SweepReport:
-    answer = SweepReport(plan, study.trials())
+    """Rank the trials, compare the winner and compute the importance of the keys."""
+    report = SweepReport(plan, study.trials())
     if plan.monitor:
-        how = plan.monitor[1], plan.monitor_range, plan.overlap
-        answer.standings = rank(answer.trials, *how)
-        if len(answer.standings) > 1:
-            answer.contest = contest(answer.standings, *how)
-        answer.importance = importance(plan, study, len(answer.standings))
-    return answer
+        arguments = plan.monitor[1], plan.monitor_range, plan.overlap
+        report.ranking = rank_trials(report.trials, *arguments)
+        if len(report.ranking) > 1:
+            report.comparison = compare_winner(report.ranking, *arguments)
+        report.importance = _key_importance(plan, study, len(report.ranking))
+    return report
 
 
-def importance(plan: SweepPlan, study: Study, settings: int) -> dict[str, float] | str:
-    """Functional ANOVA of Hutter, Hoos and Leyton-Brown 2014: the share of the variance of the metric between settings
-    that each key explains by itself; or why there is none."""
+def _key_importance(plan: SweepPlan, study: Study, num_ranked: int) -> dict[str, float] | str:
+    """Return the share of the variance between settings that each key explains by itself, or why it is unknown.
+
+    The variance of the metric is decomposed by functional ANOVA (Hutter, Hoos and Leyton-Brown 2014).
+    """
     from optuna.importance import FanovaImportanceEvaluator
 
-    if len(plan.axes) < 2:
+    if len(plan.dimensions) < 2:
         return "needs at least two keys that vary"
-    if settings < FEWEST_FOR_IMPORTANCE:
-        return f"{settings} finished settings are too few"
+    if num_ranked < MIN_TRIALS_FOR_IMPORTANCE:
+        return f"{num_ranked} finished settings are too few"
     try:
-        found = FanovaImportanceEvaluator(seed=0).evaluate(study.study)
-    except (RuntimeError, ValueError) as error:  # e.g. the metric is the same everywhere
+        shares = FanovaImportanceEvaluator(seed=0).evaluate(study.study)
+    except (RuntimeError, ValueError) as error:  # e.g. all settings have the same metric
         return str(error).splitlines()[0]
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def run_rows(plan: SweepPlan, trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """results.csv: one row a run."""
+def ranking_rows(report: SweepReport) -> list[dict[str, Any]]:
+    """Return the rows of the table: ranked settings, the best first, then the others with their status."""
     rows = []
-    for trial in trials:
-        for repeat, outcome in sorted(trial.outcomes.items()):
-            row = {"trial": trial.number, **trial.values, **repeat.values, "status": outcome.status}
-            rows.append({**row, **outcome.figures, "time_s": outcome.time_s, "error": outcome.error})
-    return rows
-
-
-def ranking_rows(answer: SweepReport) -> list[dict[str, Any]]:
-    """The settings, the best first; then those that have no place, with why."""
-    rows = []
-    for place, standing in enumerate(answer.standings, 1):
-        row = {"place": place, **_settings(standing.trial), answer.metric: standing.mean}
-        if len(answer.plan.repeats) > 1:
-            limits = "–" if standing.low is None else f"{standing.low:.4g} to {standing.high:.4g}"
-            row |= {"std": standing.std, "95 % interval": limits, "runs": len(standing.values)}
-        rows.append({**row, **_figures(standing.trial, answer.metric), "trial": standing.trial.number})
-    placed = {standing.trial.number for standing in answer.standings}
-    for trial in (t for t in answer.trials if t.number not in placed):
+    for place, ranked in enumerate(report.ranking, 1):
+        row = {"place": place, **_rounded_values(ranked.trial), report.metric: ranked.mean}
+        if len(report.plan.repeats) > 1:
+            interval = "–" if ranked.low is None else f"{ranked.low:.4g} to {ranked.high:.4g}"
+            row |= {"std": ranked.std, "95 % interval": interval, "runs": len(ranked.values)}
+        rows.append({**row, **_mean_metrics(ranked.trial, report.metric), "trial": ranked.trial.number})
+    ranked_numbers = {ranked.trial.number for ranked in report.ranking}
+    unranked = [trial for trial in report.trials if trial.number not in ranked_numbers]
+    if unranked:
+        rows = [{**row, "status": "done"} for row in rows]
+    for trial in unranked:
         outcomes = list(trial.outcomes.values())
         status = ", ".join(dict.fromkeys(o.status for o in outcomes)) or "running"
         error = next((o.error for o in outcomes if o.error), None)
-        row = {"place": None, **_settings(trial), **_figures(trial, answer.metric), "trial": trial.number}
-        rows.append(row | {"status": status} | ({"error": error} if error else {}))
-    if any("status" in row for row in rows):
-        rows = [row if "status" in row else {**row, "status": "done"} for row in rows]
+        row = {"place": None, **_rounded_values(trial), **_mean_metrics(trial, report.metric)}
+        row |= {"trial": trial.number, "status": status}
+        rows.append(row | ({"error": error} if error else {}))
     return rows
 
 
-def _settings(trial: Trial) -> dict[str, str]:
-    return {key: short(value) for key, value in trial.values.items()}
+def _rounded_values(trial: Trial) -> dict[str, str]:
+    return {key: round_text(value) for key, value in trial.values.items()}
 
 
-def _figures(trial: Trial, metric: str) -> dict[str, Any]:
-    """Return the means over the repeats of the other metrics shown in the table."""
+def _mean_metrics(trial: Trial, metric: str) -> dict[str, Any]:
+    """Return the means over the repeats of the metrics other than `metric`, and the total time."""
     outcomes = list(trial.outcomes.values())
     row: dict[str, Any] = {}
-    for key in dict.fromkeys(key for outcome in outcomes for key in outcome.figures):
-        found = [o.figures[key] for o in outcomes if o.figures.get(key) is not None]
-        if key == metric or not found:
+    for key in dict.fromkeys(key for outcome in outcomes for key in outcome.metrics):
+        values = [o.metrics[key] for o in outcomes if o.metrics.get(key) is not None]
+        if key == metric or not values:
             continue
-        numbers = all(isinstance(value, int | float) for value in found)
-        row[key] = statistics.fmean(found) if numbers else ", ".join(dict.fromkeys(map(str, found)))
+        numeric = all(isinstance(value, int | float) for value in values)
+        row[key] = statistics.fmean(values) if numeric else ", ".join(dict.fromkeys(map(str, values)))
     return row | ({"time_s": round(sum(o.time_s for o in outcomes), 1)} if outcomes else {})
 
 
-def summary_lines(answer: SweepReport) -> list[str]:
-    """The answer in words: the winner, whether its lead is more than chance, the test set, what mattered."""
-    if not answer.standings:
-        return ["no setting came to a figure to be ranked by"] if answer.plan.monitor else []
-    best, metric = answer.standings[0], answer.metric
-    name = setting_name(best.trial.values) or "the one setting"
-    spread = "" if best.std is None else f" ± {best.std:.2g} over {repeats_text(best.values)}"
+def summary_lines(report: SweepReport) -> list[str]:
+    """Describe the winner, whether its lead is significant, its test metrics, and the importance of the keys."""
+    if not report.ranking:
+        return ["no setting completed with a metric"] if report.plan.monitor else []
+    best, metric = report.ranking[0], report.metric
+    repeats = repeats_text(best.values)
+    spread = "" if best.std is None else f" ± {best.std:.2g} over {repeats}"
+    name = setting_name(best.trial.values) or "the only setting"
     lines = [f"best: {name}: {metric} {value_text(best.mean)}{spread}"]
-    if answer.contest:
-        lines[0] += (
-            f"; this value is optimistic because it selected the best of {len(answer.standings)} settings"
+    if report.comparison:
+        count = len(report.ranking)
+        lines[0] += f"; this value is optimistic because it selected the best of {count} settings"
+        lines.append(_comparison_line(report, report.comparison))
+        if len(report.plan.repeats) == 1:
+            lines.append(
+                "one seed per setting cannot show whether the lead is significant; use sweep.seeds=3"
+            )
+    if keys := report.plan.swept_validation_keys:
+        lines.append(
+            f"settings differ in {', '.join(keys)}, so they may be validated on different images; "
+            "metrics on different images cannot be compared"
         )
-        lines.append(_contest_line(answer, answer.contest))
-    if len(answer.plan.repeats) == 1 and len(answer.standings) > 1:
-        lines.append("one seed a setting can't tell a lead from chance; sweep.seeds=3 can")
-    if keys := answer.plan.other_examples:
-        lines.append(f"settings differ in {', '.join(keys)}, so they may be validated on different images; ")
-        lines[-1] += "metrics on different images cannot be compared"
-    if answer.test:
-        keys = [key for key in answer.test[0] if key.split("/")[-1] == metric.split("/")[-1]] or list(
-            answer.test[0]
-        )
-        figure = _mean_text(answer.test, keys[0], repeats_text(best.values))
-        lines.append(f"test set, used once, for the best setting only: {figure}")
-    if isinstance(answer.importance, dict):
-        parts = ", ".join(f"{key} {100 * share:.0f} %" for key, share in answer.importance.items())
+    if report.test:
+        keys = list(report.test[0])
+        key = next((key for key in keys if key.split("/")[-1] == metric.split("/")[-1]), keys[0])
+        values = [row[key] for row in report.test]
+        spread = f" ± {statistics.stdev(values):.2g} over {repeats}" if len(values) > 1 else ""
+        mean = value_text(statistics.fmean(values))
+        lines.append(f"test set, used once, for the best setting only: {key} {mean}{spread}")
+    if isinstance(report.importance, dict):
+        parts = ", ".join(f"{key} {100 * share:.0f} %" for key, share in report.importance.items())
         lines.append(f"share of the variance between settings that a key explains by itself: {parts}")
     else:
-        lines.append(f"importance of the keys: not estimated: {answer.importance}")
+        lines.append(f"importance of the keys: not estimated: {report.importance}")
     return lines
 
 
-def _contest_line(answer: SweepReport, found: WinnerComparison) -> str:
-    second = answer.standings[1]
+def _comparison_line(report: SweepReport, comparison: WinnerComparison) -> str:
+    second = report.ranking[1]
     name = setting_name(second.trial.values)
-    line = f"runner-up: {name}: {value_text(second.mean)}, worse by {found.difference:.2g}"
-    if found.low is None or found.high is None:
+    line = f"runner-up: {name}: {value_text(second.mean)}, worse by {comparison.difference:.2g}"
+    if comparison.low is None or comparison.high is None:
         return line
     verdict = "difference larger than the spread over runs"
-    if found.rival is not None:
+    if comparison.tied_rank == 2:
         verdict = "no significant difference (within the spread over runs)"
-        if found.rival > 2:
-            third = setting_name(answer.standings[found.rival - 1].trial.values)
-            verdict = "difference larger than the spread over runs; "
-            verdict += f"no significant difference from {third} (place {found.rival})"
-    chosen = f", corrected for selecting the best of {found.settings}" if found.settings > 2 else ""
-    limits = f"95 %: {found.low:.2g} to {found.high:.2g}, paired over {repeats_text(found.repeats)}{chosen}"
-    return f"{line} ({limits}): {verdict}"
+    elif comparison.tied_rank is not None:
+        tied = setting_name(report.ranking[comparison.tied_rank - 1].trial.values)
+        verdict += f"; no significant difference from {tied} (place {comparison.tied_rank})"
+    count = comparison.num_settings
+    correction = f", corrected for selecting the best of {count}" if count > 2 else ""
+    interval = f"{comparison.low:.2g} to {comparison.high:.2g}"
+    paired = f"paired over {repeats_text(comparison.repeats)}"
+    return f"{line} (95 %: {interval}, {paired}{correction}): {verdict}"
 
 
-def _mean_text(rows: Sequence[Mapping[str, float]], key: str, repeats: str) -> str:
-    values = [row[key] for row in rows]
-    spread = f" ± {statistics.stdev(values):.2g} over {repeats}" if len(values) > 1 else ""
-    return f"{key} {value_text(statistics.fmean(values))}{spread}"
+def draw_figures(report: SweepReport, folder: Path) -> list[str]:
+    """Draw learning curves, parallel coordinates and marginal effects; return their paths in the sweep's folder."""
+    if not report.plan.monitor:
+        return []
+    metric, mode = report.plan.monitor
+    paths: list[str] = []
+
+    def add(name: str, figure: Any) -> None:
+        paths.append(f"figures/{name}.png")
+        save_figure(figure, folder / paths[-1])
+
+    names = {trial.number: setting_name(trial.values) or "all" for trial in report.trials}
+    groups: dict[str, list[Any]] = {}
+    for run in find_runs(folder) if any(folder.glob("*/metrics.csv")) else []:
+        name = names.get(int(run.name.split("-")[0]))
+        if name is not None:
+            groups.setdefault(name, []).append(read_run(run).rows)
+    if groups:
+        add("curves", learning_curves(groups, metric))
+    points = [(r.trial.values, r.mean) for r in report.ranking if math.isfinite(r.mean)]
+    keys = [d for d in report.plan.dimensions if len({values[d.key] for values, _ in points}) > 1]
+    if keys:
+        add("parallel", plot_parallel_coordinates(points, keys, report.metric, mode))
+    for key in keys:
+        name = key.key.replace("/", "_")
+        add(f"effect-{name}", plot_marginal_effect(points, key, report.metric, mode))
+    return paths
 
 
-def draw(answer: SweepReport, folder: Path) -> list[str]:
-    """The pictures, as far as there is something to draw; their names in the sweep's folder."""
-    plan, points = answer.plan, _points(answer.standings)
-    drawn: list[str] = []
-
-    def keep(name: str, figure: Any) -> None:
-        save_figure(figure, folder / "figures" / f"{name}.png")
-        drawn.append(f"figures/{name}.png")
-
-    if plan.monitor:
-        groups: dict[str, list[Any]] = {}
-        for run in _curves(folder):
-            number = int(run.name.split("-")[0])
-            trial = next((t for t in answer.trials if t.number == number), None)
-            if trial is not None:
-                groups.setdefault(setting_name(trial.values) or "all", []).append(read_run(run).rows)
-        if groups:
-            keep("curves", learning_curves(groups, plan.monitor[0]))
-        axes: list[SearchDimension] = [a for a in plan.axes if len({s[a.key] for s, _ in points}) > 1]
-        if len(points) > 1 and axes:
-            keep("parallel", plot_parallel_coordinates(points, axes, answer.metric, plan.monitor[1]))
-            for axis in axes:
-                name = axis.key.replace("/", "_")
-                keep(f"effect-{name}", plot_marginal_effect(points, axis, answer.metric, plan.monitor[1]))
-    return drawn
+def write_results_csv(folder: Path, trials: Sequence[Trial]) -> None:
+    """Write results.csv with one row per run; it is rewritten after each run."""
+    rows = [
+        {"trial": trial.number, **trial.values, **repeat.values, "status": outcome.status}
+        | {**outcome.metrics, "time_s": outcome.time_s, "error": outcome.error}
+        for trial in trials
+        for repeat, outcome in sorted(trial.outcomes.items())
+    ]
+    write_csv(folder / "results.csv", rows)
 
 
-def _curves(folder: Path) -> list[Path]:
-    return find_runs(folder) if any(folder.glob("*/metrics.csv")) else []
-
-
-def _points(standings: Sequence[RankedTrial]) -> list[Point]:
-    return [(s.trial.values, s.mean) for s in standings if math.isfinite(s.mean)]
-
-
-def write_csv_of_runs(folder: Path, plan: SweepPlan, trials: Sequence[Trial]) -> None:
-    """results.csv, one row a run; written anew after each."""
-    write_csv(folder / "results.csv", run_rows(plan, trials))
-
-
-def write_report(answer: SweepReport, folder: Path, command: str, again: str | None) -> None:
-    """results.md: the answer, the table, the pictures.
+def write_report(report: SweepReport, folder: Path, command: str, winner_command: str | None) -> None:
+    """Write results.md: summary, table and figures.
 
     Args:
-        command: the sweep's.
-        again: the command that trains the winner alone.
+        command: command line of the sweep.
+        winner_command: command line that executes a run of the best setting alone.
     """
-    parts = [f"# Sweep\n\n```\n{command}\n```", "\n".join(f"- {line}" for line in summary_lines(answer))]
-    if again:
-        parts.append(f"Command to repeat a run of the best setting:\n\n```\n{again}\n```")
-    parts.append(markdown(ranking_rows(answer)))
-    parts += [f"![{Path(name).stem}]({name})" for name in answer.pictures]
+    parts = [f"# Sweep\n\n```\n{command}\n```", "\n".join(f"- {line}" for line in summary_lines(report))]
+    if winner_command:
+        parts.append(f"Command to repeat a run of the best setting:\n\n```\n{winner_command}\n```")
+    parts.append(markdown(ranking_rows(report)))
+    parts += [f"![{Path(name).stem}]({name})" for name in report.figures]
     write_text(folder / "results.md", "\n\n".join(part for part in parts if part) + "\n", sync=False)

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchDimension:
-    """The values of one key.
+    """A key and the values that it can take.
 
     Attributes:
         key: as on the command line: `optimizer.lr`, `model`.
-        values: listed ones, as on the command line; empty for a continuous range.
-        low, high: ends of a range of numbers, both included; None where values are names or a list.
-        step: between the numbers of a range; None for a continuous one.
-        log: spread evenly over magnitudes.
-        whole: numbers are whole.
+        values: listed values, as on the command line; empty for an interval.
+        low, high: limits of a range or interval, both included; None for names and lists.
+        step: difference between the numbers of a range; None for an interval.
+        log: whether numbers are drawn on a log scale.
+        integer: whether the numbers are integers.
     """
 
     key: str
@@ -35,51 +35,50 @@ class SearchDimension:
     high: float | None = None
     step: float | None = None
     log: bool = False
-    whole: bool = False
+    integer: bool = False
 
     @property
     def first(self) -> str:
-        """One value that may stand for all, to compose a config with."""
+        """Return the first listed value or the lower limit."""
         return self.values[0] if self.values else self.text(self.low or 0.0)
 
     @property
     def size(self) -> float:
-        """How many values there are; infinite for a continuous range."""
+        """Return the number of values; infinite for an interval of real numbers."""
         if self.values:
             return len(self.values)
-        step = 1 if self.whole else self.step
+        step = 1 if self.integer else self.step
         return math.inf if step is None else ((self.high or 0) - (self.low or 0)) // step + 1
 
     def __str__(self) -> str:
-        """As on the command line."""
+        """Format as on the command line."""
         if self.values:
             return f"{self.key}={','.join(self.values)}"
-        ends = f"{self.low:g},{(self.high or 0) + self.whole:g}"
-        inner = f"int(interval({ends}))" if self.whole else f"interval({ends})"
+        ends = f"{self.low:g},{(self.high or 0) + self.integer:g}"
+        inner = f"int(interval({ends}))" if self.integer else f"interval({ends})"
         return f"{self.key}={f'tag(log, {inner})' if self.log else inner}"
 
     def text(self, number: float) -> str:
-        """A number of the range as on the command line, with all its digits."""
-        return str(round(number)) if self.whole else repr(float(number))
+        """Format a number of the range as on the command line, with all digits."""
+        return str(round(number)) if self.integer else repr(float(number))
 
 
-def grid(axes: Sequence[SearchDimension]) -> list[dict[str, str]]:
-    """Every combination of listed values, the last key turning fastest.
+def grid(dimensions: Sequence[SearchDimension]) -> list[dict[str, str]]:
+    """Return every combination of listed values; the last key varies fastest.
 
     Raises:
-        UserError: a continuous range, which a grid can't enumerate.
+        UserError: a key has an interval, which a grid cannot enumerate.
     """
-    for axis in axes:
-        if not axis.values:
-            key = axis.key
+    for dimension in dimensions:
+        if not dimension.values:
+            key = dimension.key
             raise UserError(
                 f"{key}: a grid needs listed values, as {key}=0.1,0.01 or {key}='range(0,3)'; "
                 "sweep.sampler=random or tpe draws from an interval"
             )
-    keys = [axis.key for axis in axes]
-    return [
-        dict(zip(keys, values, strict=True)) for values in itertools.product(*(axis.values for axis in axes))
-    ]
+    keys = [dimension.key for dimension in dimensions]
+    combinations = itertools.product(*(dimension.values for dimension in dimensions))
+    return [dict(zip(keys, values, strict=True)) for values in combinations]
 
 
 def read_space(
@@ -88,10 +87,10 @@ def read_space(
     """Split overrides into those with one value and the search dimensions of those with several.
 
     `a,b`, `choice(a,b)` and `glob(*)` list values; `range(0,3)` is 0, 1, 2; `interval(0.1,0.5)` is continuous, and
-    `int(interval(1,9))` contains the whole numbers from 1 to 8; `tag(log, interval(...))` is sampled on a log scale.
+    `int(interval(1,9))` contains the integers from 1 to 8; `tag(log, interval(...))` is sampled on a log scale.
 
     Raises:
-        UserError: an empty or impossible range.
+        UserError: a range is empty, or a tag or function of the grammar is not supported.
     """
     fixed, dimensions = [], []
     for override in parse_overrides(overrides):
@@ -120,28 +119,29 @@ def _dimension(override: "Override", config_dir: Path | None) -> SearchDimension
         values = list(override.sweep_string_iterator())
     if not values:
         raise UserError(f"{key}: {override.get_value_string()} contains no value")
-    if override.is_range_sweep() and len(values) > 1 and not tags:  # equal steps are not equal on a log scale
+    # `tag(log, range(...))` becomes a list, because its steps are not equal on a log scale.
+    if override.is_range_sweep() and len(values) > 1 and not tags:
         numbers = sorted(float(each) for each in values)
-        whole = isinstance(value.start, int) and isinstance(value.step, int)
+        integer = isinstance(value.start, int) and isinstance(value.step, int)
         step = numbers[1] - numbers[0]
-        return SearchDimension(key, tuple(values), numbers[0], numbers[-1], step, False, whole)
+        return SearchDimension(key, tuple(values), numbers[0], numbers[-1], step, False, integer)
     return SearchDimension(key, tuple(values))
 
 
 def _interval(key: str, value: Any) -> SearchDimension:
-    low, high, whole, log = value.start or 0, value.end or 0, isinstance(value.start, int), bool(value.tags)
-    high = high - 1 if whole else high
+    low, high, integer, log = value.start or 0, value.end or 0, isinstance(value.start, int), bool(value.tags)
+    high = high - 1 if integer else high
     if low >= high or (log and low <= 0):
-        needed = "above 0 and " if log else ""
-        raise UserError(f"{key}: interval({low},{high}) needs a lower end {needed}below the upper end")
-    return SearchDimension(key, (), low, high, None, log, whole)
+        condition = "above 0 and " if log else ""
+        raise UserError(f"{key}: interval({low},{high}) needs a lower end {condition}below the upper end")
+    return SearchDimension(key, (), low, high, None, log, integer)
 
 
 def expand_grid(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
     """Return every combination of the listed values: `a=1,2 b=range(0,3)` gives six lists of overrides.
 
     Raises:
-        UserError: a continuous range, which a grid cannot enumerate.
+        UserError: a key has an interval, which a grid cannot enumerate.
     """
     fixed, dimensions = read_space(overrides, config_dir)
     return [[*fixed, *(f"{key}={value}" for key, value in values.items())] for values in grid(dimensions)]
@@ -156,5 +156,5 @@ def add_swept_keys(overrides: Sequence[str], config_dir: Path | None = None) -> 
 
 def swept_by_config(settings: Settings, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the keys of `sweep.over` that the overrides do not set."""
-    typed = {override.get_key_element() for override in parse_overrides(overrides)}
-    return {key: values for key, values in settings.sweep.over.items() if key not in typed}
+    given = {override.get_key_element() for override in parse_overrides(overrides)}
+    return {key: values for key, values in settings.sweep.over.items() if key not in given}

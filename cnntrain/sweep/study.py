@@ -1,4 +1,4 @@
-"""The memory of a sweep: Optuna's storage, through its ask and tell. What ends is written down before anything else."""
+"""The trials of a sweep in Optuna's storage. Every outcome is stored before anything else happens."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from cnntrain.randomness import hash_seed
 from cnntrain.sweep.plan import Repeat, SweepPlan
 from cnntrain.sweep.search_space import SearchDimension
 
-READY_S = 30.0  # how long another machine may take to lay out the trials
+ENQUEUE_TIMEOUT_S = 30.0  # time in which the machine that created the study has to enqueue the trials
 
 
 @dataclass(frozen=True)
@@ -23,37 +23,41 @@ class Outcome:
 
     Attributes:
         status: done, pruned, diverged, failed (it raised), killed (its process died) or stopped (by a signal).
-        value: the metric that trials are ranked by; None where it has none.
-        figures: results worth a column, by name.
-        error: its first line, where it went wrong.
-        time_s: seconds that it took.
+        value: the metric that trials are ranked by; None if the run has none.
+        metrics: results shown in tables, by name.
+        error: first line of the error message.
+        time_s: duration in seconds.
     """
 
     status: str
     value: float | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     time_s: float = 0.0
 
 
 @dataclass
 class Trial:
-    """A setting and its finished runs by repeat. `state` is `running` until all runs have finished."""
+    """A setting and its finished runs by repeat.
+
+    Attributes:
+        is_finished: whether all of its runs have finished.
+    """
 
     number: int
     values: dict[str, str]
     outcomes: dict[Repeat, Outcome]
-    state: str = "running"
+    is_finished: bool = False
 
 
 class Study:
-    """The trials of a sweep: those to come, those under way, those that ended.
+    """The trials of a sweep: waiting, running and finished.
 
     Args:
-        plan: what to lay out, where nothing is stored yet.
-        storage: where it is kept.
-        name: of the study in the storage.
-        owner: marks the trials that this sweep's folder holds, where several share a storage.
+        plan: the trials to enqueue if the storage is empty.
+        name: name of the study in the storage.
+        owner: id of the sweep; marks its running trials if several sweeps share a storage.
+        epochs: epochs of each run, for the pruner; None: unknown.
     """
 
     def __init__(
@@ -68,133 +72,150 @@ class Study:
         except DuplicatedStudyError:
             self.study = optuna.load_study(**arguments)
         if plan.sweep.storage is None or self.study.user_attrs.get("laid out by") == owner:
-            self._lay_out()
+            self._enqueue_trials()
         else:
-            self._await_layout()
-        self._open: dict[int, optuna.Trial] = {}
-        # In a storage of its own all are; a kill may have come before the name.
-        mine = (owner, None) if plan.sweep.storage is None else (owner,)
-        self._unfinished = [t for t in self._trials(TrialState.RUNNING) if t.user_attrs.get("owner") in mine]
+            self._wait_until_enqueued()
+        self._running: dict[int, optuna.Trial] = {}
+        # In a storage that is not shared, trials without an owner belong to this sweep too: it may have been killed
+        # before it stored the owner.
+        owners = (owner, None) if plan.sweep.storage is None else (owner,)
+        running = self._frozen_trials(TrialState.RUNNING)
+        self._interrupted = [trial for trial in running if trial.user_attrs.get("owner") in owners]
 
-    def _lay_out(self) -> None:
-        """Put every trial to come into the storage: each is then taken once, by whichever process comes first."""
+    def _enqueue_trials(self) -> None:
+        """Store all trials as waiting, so that machines that share the storage take each one once."""
         settings = self.plan.grid()
-        for number in range(len(self._trials()), self.plan.trials):
+        for number in range(len(self._frozen_trials()), self.plan.num_trials):
             values = settings[number] if settings is not None else {}
-            self.study.enqueue_trial({a.key: _stored(a, values[a.key]) for a in self.plan.axes if values})
+            self.study.enqueue_trial(
+                {d.key: _to_stored(d, values[d.key]) for d in self.plan.dimensions if values}
+            )
         self.study.set_user_attr("ready", True)
 
-    def _await_layout(self) -> None:
-        """Let the machine that came first lay out the trials."""
-        deadline = time.monotonic() + READY_S
+    def _wait_until_enqueued(self) -> None:
+        """Wait until the machine that created the study has enqueued the trials."""
+        deadline = time.monotonic() + ENQUEUE_TIMEOUT_S
         while not self.study.user_attrs.get("ready") and time.monotonic() < deadline:
             time.sleep(0.2)
 
-    def ask(self) -> Trial | None:
-        """The next trial: first those that were under way when the sweep broke off; None when all have been taken.
+    def next_trial(self) -> Trial | None:
+        """Return the next trial, interrupted ones first; None if no trial is waiting.
 
-        A setting that a sampler draws again is not trained again: its earlier result is told once more, and another is
-        drawn instead, at most as often as there are trials.
+        A setting that the sampler draws again is not trained again. Its earlier value is stored again, and another
+        setting is drawn. The number of additional draws is limited to the number of trials.
         """
         while True:
-            if self._unfinished:
-                frozen = self._unfinished.pop(0)
+            if self._interrupted:
+                frozen = self._interrupted.pop(0)
                 study_id = self.storage.get_study_id_from_name(self.study.study_name)
-                number = self.storage.get_trial_id_from_study_id_trial_number(study_id, frozen.number)
-                asked = optuna.Trial(self.study, number)
-            elif waiting := self._trials(TrialState.WAITING):
+                trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, frozen.number)
+                trial = optuna.Trial(self.study, trial_id)
+            elif waiting := self._frozen_trials(TrialState.WAITING):
                 self.study.sampler = _sampler(self.plan, waiting[0].number)
-                asked = self.study.ask()
-                asked.set_user_attr("owner", self.owner)
+                trial = self.study.ask()
+                trial.set_user_attr("owner", self.owner)
             else:
                 return None
-            values = {axis.key: _suggest(asked, axis) for axis in self.plan.axes}
-            twin = next(
-                (t for t in self._trials() if t.number < asked.number and self._values(t) == values), None
-            )
-            if twin is None:
-                self._open[asked.number] = asked
-                return self._trial(self._trials()[asked.number])
-            asked.set_user_attr("same as", twin.number)
-            known = twin.value if twin.state == TrialState.COMPLETE else None
-            self.study.tell(asked, known, TrialState.FAIL if known is None else None)
-            wanted = min(self.plan.trials, math.prod(axis.size for axis in self.plan.axes))
-            if self.repeats <= self.plan.trials and len(self._trials()) - self.repeats < wanted:
+            values = {dimension.key: _suggest(trial, dimension) for dimension in self.plan.dimensions}
+            earlier = (t for t in self._frozen_trials() if t.number < trial.number)
+            original = next((t for t in earlier if self._values(t) == values), None)
+            if original is None:
+                self._running[trial.number] = trial
+                return self._to_trial(self._frozen_trials()[trial.number])
+            trial.set_user_attr("same as", original.number)
+            value = original.value if original.state == TrialState.COMPLETE else None
+            self.study.tell(trial, value, TrialState.FAIL if value is None else None)
+            duplicates = self.num_duplicates
+            wanted = min(self.plan.num_trials, math.prod(d.size for d in self.plan.dimensions))
+            if duplicates <= self.plan.num_trials and len(self._frozen_trials()) - duplicates < wanted:
                 self.study.enqueue_trial({})
 
-    def report(self, number: int, epoch: int, value: float) -> bool:
-        """Note a trial's metric after an epoch (from 1); whether to give the trial up."""
-        asked = self._open[number]
-        if epoch not in self._trials()[number].intermediate_values:
-            asked.report(value, epoch)
-        return asked.should_prune()
+    def should_prune(self, number: int, epoch: int, value: float) -> bool:
+        """Store a trial's metric after an epoch (from 1) and return True if the trial should be pruned."""
+        trial = self._running[number]
+        if epoch not in self._frozen_trials()[number].intermediate_values:
+            trial.report(value, epoch)
+        return trial.should_prune()
 
     def record(self, number: int, repeat: Repeat, outcome: Outcome) -> None:
-        """Note how a run ended; it is never run again."""
-        self._open[number].set_user_attr(f"run {repeat}", asdict(outcome))
+        """Store the outcome of a run, which is then never executed again."""
+        self._running[number].set_user_attr(f"run {repeat}", _outcome_to_json(outcome))
 
     def finish(self, number: int) -> None:
-        """Tell what a trial came to, from its runs: their mean, the worst there is if one diverged."""
-        asked, trial = self._open.pop(number), self._trial(self._trials()[number])
-        ended = {outcome.status for outcome in trial.outcomes.values()}
+        """Store the value of a trial: the mean over its runs, or the worst possible value if a run diverged."""
+        frozen, trial = self._running.pop(number), self._to_trial(self._frozen_trials()[number])
+        statuses = {outcome.status for outcome in trial.outcomes.values()}
         value = mean_value(trial)
-        if "pruned" in ended:
-            self.study.tell(asked, state=TrialState.PRUNED)
-        elif "diverged" in ended and self.plan.monitor:
-            self.study.tell(asked, -math.inf if self.plan.monitor[1] == "max" else math.inf)
-        elif ended == {"done"} and value is not None:
-            self.study.tell(asked, value)
+        if "pruned" in statuses:
+            self.study.tell(frozen, state=TrialState.PRUNED)
+        elif "diverged" in statuses and self.plan.monitor:
+            self.study.tell(frozen, -math.inf if self.plan.monitor[1] == "max" else math.inf)
+        elif statuses == {"done"} and value is not None:
+            self.study.tell(frozen, value)
         else:
-            self.study.tell(asked, state=TrialState.FAIL)
+            self.study.tell(frozen, state=TrialState.FAIL)
 
     def trials(self) -> list[Trial]:
-        """All that have begun, by number; without repeats of a setting."""
-        begun = [t for t in self._trials() if t.state != TrialState.WAITING]
-        return [self._trial(t) for t in begun if "same as" not in t.user_attrs]
+        """Return the running and finished trials by number, without duplicates."""
+        started = [t for t in self._frozen_trials() if t.state != TrialState.WAITING]
+        return [self._to_trial(t) for t in started if "same as" not in t.user_attrs]
 
     @property
-    def waiting(self) -> int:
-        """Trials that nobody has begun."""
-        return len(self._trials(TrialState.WAITING))
+    def num_waiting(self) -> int:
+        """Number of trials that have not started."""
+        return len(self._frozen_trials(TrialState.WAITING))
 
     @property
-    def repeats(self) -> int:
-        """Settings that were drawn again and not trained again."""
-        return sum("same as" in t.user_attrs for t in self._trials())
+    def num_duplicates(self) -> int:
+        """Number of times that the sampler drew a setting again."""
+        return sum("same as" in t.user_attrs for t in self._frozen_trials())
 
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+    def _frozen_trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _values(self, frozen: FrozenTrial) -> dict[str, str]:
-        return {a.key: _shown(a, frozen.params[a.key]) for a in self.plan.axes if a.key in frozen.params}
+        return {
+            d.key: _from_stored(d, frozen.params[d.key])
+            for d in self.plan.dimensions
+            if d.key in frozen.params
+        }
 
-    def _trial(self, frozen: FrozenTrial) -> Trial:
+    def _to_trial(self, frozen: FrozenTrial) -> Trial:
         outcomes = {
-            Repeat.parse(key.removeprefix("run ")): Outcome(**value)
+            Repeat.parse(key.removeprefix("run ")): _outcome_from_json(value)
             for key, value in frozen.user_attrs.items()
             if key.startswith("run ")
         }
-        state = "ended" if frozen.state.is_finished() else "running"
-        return Trial(frozen.number, self._values(frozen), outcomes, state)
+        return Trial(frozen.number, self._values(frozen), outcomes, frozen.state.is_finished())
+
+
+def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:
+    """Convert an outcome for the storage, where its metrics are called `figures`."""
+    values = asdict(outcome)
+    return {("figures" if key == "metrics" else key): value for key, value in values.items()}
+
+
+def _outcome_from_json(values: dict[str, Any]) -> Outcome:
+    return Outcome(**{("metrics" if key == "figures" else key): value for key, value in values.items()})
 
 
 def mean_value(trial: Trial) -> float | None:
-    """The mean metric of a trial's runs that are done; None where there is none."""
+    """Return the mean metric of a trial's completed runs; None if there is none."""
     values = [o.value for o in trial.outcomes.values() if o.status == "done" and o.value is not None]
     return sum(values) / len(values) if values else None
 
 
 def _sampler(plan: SweepPlan, number: int) -> optuna.samplers.BaseSampler:
-    """A sampler whose draws for a trial are a function of the sweep's seed and the trial's number."""
+    """Return a sampler whose draws for a trial are a function of the sweep's seed and the trial's number."""
     seed = hash_seed(plan.sweep.seed, "sweep", number) % 2**32
     if plan.sweep.sampler == "tpe":
-        return optuna.samplers.TPESampler(n_startup_trials=min(10, max(2, plan.trials // 3)), seed=seed)
+        return optuna.samplers.TPESampler(n_startup_trials=min(10, max(2, plan.num_trials // 3)), seed=seed)
     return optuna.samplers.RandomSampler(seed=seed)
 
 
 def _pruner(name: str, epochs: int | None) -> optuna.pruners.BasePruner:
     if name == "median":
-        # Not before a third of the training: what learns slowly at first may end best.
+        # Only after a third of the training, because a run that learns slowly at first may still become the best.
         return optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(1, (epochs or 0) // 3))
     if name == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
@@ -203,27 +224,29 @@ def _pruner(name: str, epochs: int | None) -> optuna.pruners.BasePruner:
     return optuna.pruners.NopPruner()
 
 
-def _suggest(trial: optuna.Trial, axis: SearchDimension) -> str:
-    """A value of the axis, drawn or as laid out; asked again, the same."""
-    if axis.low is None or axis.high is None:
-        return trial.suggest_categorical(axis.key, axis.values)
-    if axis.whole:
-        step = int(axis.step or 1)
-        return _shown(
-            axis, trial.suggest_int(axis.key, int(axis.low), int(axis.high), step=step, log=axis.log)
-        )
-    return _shown(axis, trial.suggest_float(axis.key, axis.low, axis.high, step=axis.step, log=axis.log))
+def _suggest(trial: optuna.Trial, dimension: SearchDimension) -> str:
+    """Return the trial's value of a dimension, drawn or enqueued; further calls return the same value."""
+    key, low, high, step, log = dimension.key, dimension.low, dimension.high, dimension.step, dimension.log
+    if low is None or high is None:
+        return trial.suggest_categorical(key, dimension.values)
+    if dimension.integer:
+        number: float = trial.suggest_int(key, int(low), int(high), step=int(step or 1), log=log)
+    else:
+        number = trial.suggest_float(key, low, high, step=step, log=log)
+    return _from_stored(dimension, number)
 
 
-def _shown(axis: SearchDimension, stored: Any) -> str:
-    """A parameter of Optuna's as on the command line."""
-    if axis.low is None:
+def _from_stored(dimension: SearchDimension, stored: Any) -> str:
+    """Format a parameter of Optuna as on the command line."""
+    if dimension.low is None:
         return str(stored)
-    if not axis.values:
-        return axis.text(stored)
-    return min(axis.values, key=lambda value: abs(float(value) - stored))
+    if not dimension.values:
+        return dimension.text(stored)
+    return min(dimension.values, key=lambda value: abs(float(value) - stored))
 
 
-def _stored(axis: SearchDimension, value: str) -> str | float:
-    """The other way round."""
-    return value if axis.low is None else int(value) if axis.whole else float(value)
+def _to_stored(dimension: SearchDimension, value: str) -> str | float:
+    """Convert a value on the command line to a parameter of Optuna."""
+    if dimension.low is None:
+        return value
+    return int(value) if dimension.integer else float(value)

@@ -1,60 +1,160 @@
-"""Where runs happen: in this process, one after the other, or in several worker processes side by side.
+"""Execute the runs of a sweep: in this process one after the other, or in several worker processes.
 
-A worker starts once and does many runs, so that importing torch is paid for once. It gets its share of the cores, or
-a GPU, to itself. When the sweep's process dies, its workers die with it, at once: the folders that they were at work
-in are free for `resume=auto`.
+A worker starts once and executes many runs, so that torch is imported once. It gets a share of the CPU cores and GPUs.
+When the sweep's process dies, its workers are killed immediately, so that `resume=auto` can lock their run folders.
 """
 
+import contextlib
+import itertools
+import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from cnntrain.errors import StoppedError
+from cnntrain.config.schema import Settings
+from cnntrain.errors import CnntrainError, DivergedError, PrunedError, StoppedError
+from cnntrain.io.safe_files import make_folder
+from cnntrain.io.streams import output_to
 from cnntrain.memory import keep_freed_memory
 from cnntrain.report.console import log_to_console
-from cnntrain.sweep.execute_run import Command, execute_run
-from cnntrain.sweep.plan import Run, cores, share_of
+from cnntrain.sweep.plan import PlannedRun, available_cores
 from cnntrain.sweep.study import Outcome
 
-Report = Callable[[Run, int, float], bool]  # run, epoch from 1, metric: whether to give the run up
+T = TypeVar("T")
+LOG_FILE = "log.txt"
+PruneCheck = Callable[[PlannedRun, int, float], bool]  # run, epoch from 1, metric -> whether to prune the run
+
+
+class Command(Protocol):
+    """A command that a sweep repeats: a function at module level, because worker processes import it by name."""
+
+    def __call__(
+        self, settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]
+    ) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class SweepTarget:
+    """What a sweep executes.
+
+    Attributes:
+        run: executes one run and returns its results.
+        test: evaluates the best checkpoint of the run with these settings on the test set; None for a command whose
+            runs are not ranked.
+    """
+
+    run: Command
+    test: Callable[[Settings, str], dict[str, float]] | None = None
+
+
+def execute_run(
+    command: Command, run: PlannedRun, monitor: str | None, should_prune: Callable[[int, float], bool]
+) -> Outcome:
+    """Execute a run and return its outcome; errors of the run become part of the outcome.
+
+    Args:
+        monitor: the validation metric that trials are ranked by.
+        should_prune: called after each epoch with its number (from 1) and the metric.
+
+    Raises:
+        StoppedError: a signal requested a stop; the state of the run is saved.
+    """
+    started, last_value = time.perf_counter(), None
+    status, results, error = "done", {}, None
+
+    def watch(row: dict[str, float]) -> None:
+        nonlocal last_value
+        last_value = row.get(f"val/{monitor}", math.nan)
+        if should_prune(int(row["epoch"]), last_value):
+            raise PrunedError(f"pruned after epoch {row['epoch']:.0f}")
+
+    threads = torch.get_num_threads()
+    with _run_log(run):
+        try:
+            results = command(run.settings(), run.command, watch)
+        except StoppedError:
+            raise
+        except CnntrainError as raised:
+            status = "diverged" if isinstance(raised, DivergedError) else "failed"
+            error = str(raised).splitlines()[0]
+            if isinstance(raised, PrunedError):
+                status, error = "pruned", None
+            print(f"error: {raised}")
+        except (Exception, SystemExit) as raised:  # user code may raise anything
+            if isinstance(raised.__context__, BrokenPipeError):
+                raise
+            lines = str(raised).splitlines() or [""]
+            status, error = "failed", f"{type(raised).__name__}: {lines[0]}"
+            traceback.print_exc()
+        finally:
+            torch.set_num_threads(threads)  # the next run starts with the same state as in a new process
+    best = results.get("best") or {}
+    value = best.get(f"val/{monitor}", last_value if status == "pruned" else None)
+    if value is not None and not math.isfinite(value):
+        value = None
+    return Outcome(status, value, _table_metrics(results), error, round(time.perf_counter() - started, 2))
+
+
+def evaluate_on_test_set(target: SweepTarget, run: PlannedRun) -> dict[str, float]:
+    """Return the test metrics of a finished run; printed output goes to the log of the run."""
+    assert target.test is not None
+    with _run_log(run):
+        return target.test(run.settings(), run.command)
+
+
+@contextlib.contextmanager
+def _run_log(run: PlannedRun) -> Iterator[None]:
+    """Redirect printed output to the log file of a run."""
+    make_folder(run.folder, run.folder.parent)
+    with output_to(run.folder / LOG_FILE):
+        yield
+
+
+def _table_metrics(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the results shown in tables: validation metrics of the best epoch, or a verdict and its cause."""
+    best = {k: v for k, v in (results.get("best") or {}).items() if k.startswith("val/") or k == "epoch"}
+    return best or {k: results[k] for k in ("verdict", "steps", "loss", "cause") if k in results}
 
 
 class InProcessRunner:
-    """Runs in this process. `start` returns when the run has ended.
+    """Execute runs in this process. `start` returns when the run has finished."""
 
-    Raises:
-        StoppedError: from `start`; a signal came during the run.
-    """
+    def __init__(self, command: Command, monitor: str | None, should_prune: PruneCheck) -> None:
+        self.command, self.monitor, self.should_prune = command, monitor, should_prune
+        self._finished: list[tuple[PlannedRun, Outcome]] = []
 
-    def __init__(self, command: Command, monitor: str | None, report: Report) -> None:
-        self.command, self.monitor, self.report = command, monitor, report
-        self._ended: list[tuple[Run, Outcome]] = []
+    @property
+    def can_start(self) -> bool:
+        return not self._finished
 
-    def start(self, run: Run) -> None:
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._finished)
+
+    def start(self, run: PlannedRun) -> None:
+        """Execute a run.
+
+        Raises:
+            StoppedError: a signal arrived during the run.
+        """
         outcome = execute_run(
-            self.command, run, self.monitor, lambda epoch, value: self.report(run, epoch, value)
+            self.command, run, self.monitor, lambda epoch, value: self.should_prune(run, epoch, value)
         )
-        self._ended.append((run, outcome))
+        self._finished.append((run, outcome))
 
-    @property
-    def free(self) -> bool:
-        return not self._ended
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._ended)
-
-    def ended(self) -> list[tuple[Run, Outcome]]:
-        ended, self._ended = self._ended, []
-        return ended
+    def collect_finished(self) -> list[tuple[PlannedRun, Outcome]]:
+        finished, self._finished = self._finished, []
+        return finished
 
     def stop(self) -> None: ...
 
@@ -64,73 +164,77 @@ class InProcessRunner:
 @dataclass
 class _Worker:
     process: BaseProcess
-    link: "Connection[Any, Any]"
-    run: Run | None = None
+    connection: "Connection[Any, Any]"
+    run: PlannedRun | None = None
 
 
 class ProcessPoolRunner:
-    """Runs in `jobs` worker processes; one that dies is replaced when the next run is due."""
+    """Execute runs in `jobs` worker processes. A worker that died is replaced when the next run starts."""
 
-    def __init__(self, command: Command, monitor: str | None, report: Report, jobs: int) -> None:
-        self.command, self.monitor, self.report, self.jobs = command, monitor, report, jobs
-        # Workers fork from a server that has imported everything and run nothing: forking a process in which
-        # torch has already computed may hang.
+    def __init__(self, command: Command, monitor: str | None, should_prune: PruneCheck, jobs: int) -> None:
+        self.command, self.monitor, self.should_prune, self.jobs = command, monitor, should_prune, jobs
+        # Workers are forked from a server process that only imports modules: forking a process in which torch has
+        # already computed may hang.
         methods = multiprocessing.get_all_start_methods()
         self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         self.context.set_forkserver_preload([command.__module__])  # pyright: ignore[reportFunctionMemberAccess]
-        self._cores, self._gpus = cores(), visible_gpus()
+        self._cores, self._gpus = available_cores(), visible_gpus()
         self._stopping = False
         self._workers: list[_Worker] = []
 
-    def _hire(self, number: int) -> _Worker:
-        here, there = self.context.Pipe()
-        shares = share_of(number, self.jobs, self._cores), share_of(number, self.jobs, self._gpus)
-        process = self.context.Process(target=_work, args=(there, self.command, self.monitor, *shares))
-        process.start()
-        there.close()  # so that its death closes the pipe
-        return _Worker(process, here)
-
     @property
-    def free(self) -> bool:
+    def can_start(self) -> bool:
         return len(self._workers) < self.jobs or any(worker.run is None for worker in self._workers)
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         return any(worker.run is not None for worker in self._workers)
 
-    def start(self, run: Run) -> None:
-        place = next((i for i, worker in enumerate(self._workers) if worker.run is None), len(self._workers))
-        if place == len(self._workers):
-            self._workers.append(self._hire(place))
+    def start(self, run: PlannedRun) -> None:
+        """Send a run to an idle worker, or to a new one."""
+        idle = (i for i, worker in enumerate(self._workers) if worker.run is None)
+        index = next(idle, len(self._workers))
+        if index == len(self._workers):
+            self._workers.append(self._start_worker(index))
         try:
-            self._workers[place].link.send(run)
-        except OSError:  # it died since its last run
-            self._workers[place].link.close()
-            self._workers[place] = self._hire(place)
-            self._workers[place].link.send(run)
-        self._workers[place].run = run
+            self._workers[index].connection.send(run)
+        except OSError:  # the worker died after its last run
+            self._workers[index].connection.close()
+            self._workers[index] = self._start_worker(index)
+            self._workers[index].connection.send(run)
+        self._workers[index].run = run
 
-    def ended(self) -> list[tuple[Run, Outcome]]:
-        """Runs that have ended since; waits a short while for one, and answers workers meanwhile."""
+    def _start_worker(self, index: int) -> _Worker:
+        parent_end, worker_end = self.context.Pipe()
+        cores, gpus = (worker_share(index, self.jobs, each) for each in (self._cores, self._gpus))
+        arguments = (worker_end, self.command, self.monitor, cores, gpus)
+        process = self.context.Process(target=_run_worker, args=arguments)
+        process.start()
+        worker_end.close()  # the pipe then closes when the worker dies
+        return _Worker(process, parent_end)
+
+    def collect_finished(self) -> list[tuple[PlannedRun, Outcome]]:
+        """Wait briefly for messages of workers, answer them, and return the runs that have finished."""
         busy = [worker for worker in self._workers if worker.run is not None]
-        ready = wait([each for w in busy for each in (w.link, w.process.sentinel)], timeout=0.25)
-        found = []
+        ready = wait([each for w in busy for each in (w.connection, w.process.sentinel)], timeout=0.25)
+        finished = []
         for worker in busy:
-            if (worker.link in ready or worker.process.sentinel in ready) and (outcome := self._hear(worker)):
-                assert worker.run is not None
-                found.append((worker.run, outcome))
+            if worker.connection not in ready and worker.process.sentinel not in ready:
+                continue
+            if outcome := self._receive(worker):
+                finished.append((worker.run, outcome))
                 worker.run = None
-        return found
+        return finished
 
-    def _hear(self, worker: _Worker) -> Outcome | None:
-        """What a worker says: an epoch's metric (it gets its answer), or how its run ended."""
+    def _receive(self, worker: _Worker) -> Outcome | None:
+        """Read a message: the outcome of the run, or the metric of an epoch, which is answered."""
         assert worker.run is not None
         try:
-            if worker.link.poll():
-                message = worker.link.recv()
+            if worker.connection.poll():
+                message = worker.connection.recv()
                 if isinstance(message, Outcome):
                     return message
-                worker.link.send(self.report(worker.run, *message))
+                worker.connection.send(self.should_prune(worker.run, *message))
                 return None
             if worker.process.is_alive():
                 return None
@@ -140,12 +244,12 @@ class ProcessPoolRunner:
         if self._stopping:
             return Outcome("stopped")
         code = worker.process.exitcode or 0
-        hint = ", often for want of memory" if code == -signal.SIGKILL else ""
-        how = f"killed by signal {-code}{hint}" if code < 0 else f"its process ended with exit code {code}"
-        return Outcome("killed", error=how)
+        hint = " (often out of memory)" if code == -signal.SIGKILL else ""
+        error = f"killed by signal {-code}{hint}" if code < 0 else f"its process ended with exit code {code}"
+        return Outcome("killed", error=error)
 
     def stop(self) -> None:
-        """Ask every run under way to save its state and end."""
+        """Request all runs to save their state and end."""
         if self._stopping:
             return
         self._stopping = True
@@ -154,49 +258,47 @@ class ProcessPoolRunner:
                 os.kill(worker.process.pid, signal.SIGTERM)
 
     def close(self) -> None:
-        """Let the workers go."""
+        """End all workers."""
         for worker in self._workers:
-            worker.link.close()
+            worker.connection.close()
         for worker in self._workers:
             worker.process.join(timeout=5)
             worker.process.kill()
 
 
-def _work(
-    link: "Connection[Any, Any]",
+def _run_worker(
+    connection: "Connection[Any, Any]",
     command: Command,
     monitor: str | None,
-    my_cores: list[int],
-    my_gpus: list[str],
+    cores: list[int],
+    gpus: list[str],
 ) -> None:
-    """A worker's life: runs as they come, until the sweep closes the pipe."""
+    """Execute runs until the sweep closes the connection: the main function of a worker process."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     keep_freed_memory()
-    for number in (
-        signal.SIGINT,
-        signal.SIGHUP,
-    ):  # a terminal sends them to all processes; the sweep decides when workers stop
+    # A terminal sends these signals to all processes, but the sweep decides when workers stop.
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if my_cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, my_cores)
-    if my_gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(my_gpus)
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     log_to_console()
 
-    def report(epoch: int, value: float) -> bool:
-        link.send((epoch, value))
-        return link.recv()
+    def should_prune(epoch: int, value: float) -> bool:
+        connection.send((epoch, value))
+        return connection.recv()
 
     while True:
         try:
-            run = link.recv()
+            run = connection.recv()
         except EOFError:
             return
         try:
-            outcome = execute_run(command, run, monitor, report)
+            outcome = execute_run(command, run, monitor, should_prune)
         except StoppedError:
             outcome = Outcome("stopped")
-        link.send(outcome)
+        connection.send(outcome)
 
 
 def _die_with_parent() -> None:
@@ -206,9 +308,18 @@ def _die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def worker_share(worker: int, jobs: int, available: Sequence[T]) -> list[T]:
+    """Return the cores or GPUs of a worker: a part of them if there are more than workers, else a single one."""
+    count = len(available)
+    if count <= jobs:
+        return [available[worker % count]] if count else []
+    ends = list(itertools.accumulate(count // jobs + (i < count % jobs) for i in range(jobs)))
+    return list(available[ends[worker - 1] if worker else 0 : ends[worker]])
+
+
 def visible_gpus() -> list[str]:
-    """CUDA devices as `CUDA_VISIBLE_DEVICES` names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name.strip()]
+    """Return the visible CUDA devices, named as in `CUDA_VISIBLE_DEVICES`."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is not None:
+        return [name for name in names.split(",") if name.strip()]
     return [str(number) for number in range(torch.cuda.device_count())]

@@ -11,9 +11,9 @@ from optuna.exceptions import StorageInternalError
 from cnntrain.cli import parse_arguments
 from cnntrain.config.invocation import Invocation
 from cnntrain.errors import MachineError, StoppedError, UserError
-from cnntrain.sweep.execute_run import SweepTarget
 from cnntrain.sweep.study import Study
 from cnntrain.sweep.sweep_run import run_sweep
+from cnntrain.sweep.trial_workers import SweepTarget
 
 QUICK = ("model=mlp", "optimizer.lr=0.01,0.02", "log.figures=false", "log.tensorboard=false")
 

@@ -20,7 +20,7 @@ def work_off(
     study: Study, value: Callable[[dict[str, str]], Outcome], at_most: int = 1000
 ) -> list[dict[str, str]]:
     tried = []
-    while len(tried) < at_most and (trial := study.ask()):
+    while len(tried) < at_most and (trial := study.next_trial()):
         tried.append(trial.values)
         study.record(trial.number, Repeat(0), value(trial.values))
         study.finish(trial.number)
@@ -37,17 +37,17 @@ def test_a_grid_comes_in_its_order_and_once(plan: Read, own_folder: Path) -> Non
     first = work_off(study, ok, 3)
     again = open_study(asked, own_folder, 1)  # another sitting
     assert first + work_off(again, ok) == asked.grid()
-    assert [t.values for t in again.trials()] == asked.grid() and again.ask() is None
-    assert all(t.outcomes[Repeat(0)] == ok(t.values) and t.state == "ended" for t in again.trials())
+    assert [t.values for t in again.trials()] == asked.grid() and again.next_trial() is None
+    assert all(t.outcomes[Repeat(0)] == ok(t.values) and t.is_finished for t in again.trials())
 
 
 def test_what_was_under_way_is_taken_up_first(plan: Read, own_folder: Path) -> None:
     asked = plan("model=mlp,lenet5", "optimizer.lr=0.1,0.2", "sweep.seeds=2")
     study = open_study(asked, own_folder, 1)
-    broken = study.ask()
+    broken = study.next_trial()
     assert broken is not None
     study.record(broken.number, Repeat(0), Outcome("done", 0.5, {"val/top1": 0.5}, time_s=1.5))
-    taken_up = open_study(asked, own_folder, 1).ask()
+    taken_up = open_study(asked, own_folder, 1).next_trial()
     assert taken_up is not None and taken_up.number == broken.number and taken_up.values == broken.values
     assert taken_up.outcomes == {Repeat(0): Outcome("done", 0.5, {"val/top1": 0.5}, time_s=1.5)}
 
@@ -75,7 +75,7 @@ def test_a_setting_drawn_again_is_not_run_again(plan: Read, own_folder: Path) ->
     asked = plan("optimizer.lr=0.1,0.2", "sweep.sampler=random", "sweep.trials=10")
     study = open_study(asked, own_folder, 1)
     assert sorted(v["optimizer.lr"] for v in work_off(study, ok)) == ["0.1", "0.2"]
-    assert study.repeats == 8 and len(study.trials()) == 2
+    assert study.num_duplicates == 8 and len(study.trials()) == 2
 
 
 def test_tpe_goes_where_it_is_good(plan: Read, own_folder: Path) -> None:
@@ -94,10 +94,10 @@ def test_tpe_goes_where_it_is_good(plan: Read, own_folder: Path) -> None:
 def test_a_hopeless_run_is_given_up(plan: Read, own_folder: Path, pruner: str) -> None:
     asked = plan("optimizer.lr=range(1,13)", f"sweep.pruner={pruner}", "epochs=9")
     study, kept = open_study(asked, own_folder, 9), {}
-    while trial := study.ask():
+    while trial := study.next_trial():
         rate = float(trial.values["optimizer.lr"])
         quality = {1: 1.0, 2: 0.9, 3: 0.8, 4: 0.85}.get(rate, 0.5 / rate)
-        epochs = next((e for e in range(1, 10) if study.report(trial.number, e, quality * e / 9)), None)
+        epochs = next((e for e in range(1, 10) if study.should_prune(trial.number, e, quality * e / 9)), None)
         kept[rate] = epochs is None
         study.record(trial.number, Repeat(0), Outcome("done" if kept[rate] else "pruned", quality))
         study.finish(trial.number)
@@ -221,7 +221,7 @@ def test_machines_that_share_a_storage_share_the_trials(plan: Read, own_folder: 
         (own_folder / name).mkdir()
         studies.append(open_study(asked, own_folder / name, 1))
     one, other = studies
-    broken = one.ask()
+    broken = one.next_trial()
     tried = [v["optimizer.lr"] for _ in range(2) for study in (other, one) for v in work_off(study, ok, 1)]
     assert broken is not None and sorted([broken.values["optimizer.lr"], *tried]) == [
         "0.1",
@@ -229,10 +229,10 @@ def test_machines_that_share_a_storage_share_the_trials(plan: Read, own_folder: 
         "0.3",
         "0.4",
     ]
-    assert other.ask() is None and len(other.trials()) == 4
-    again = open_study(asked, own_folder / "one", 1).ask()  # each takes up what was its own
+    assert other.next_trial() is None and len(other.trials()) == 4
+    again = open_study(asked, own_folder / "one", 1).next_trial()  # each takes up what was its own
     assert again is not None and again.number == broken.number
-    assert open_study(asked, own_folder / "other", 1).ask() is None
+    assert open_study(asked, own_folder / "other", 1).next_trial() is None
 
 
 def test_a_storage_that_is_not_there_is_named(plan: Read, own_folder: Path) -> None:

@@ -22,15 +22,15 @@ OUTCOMES = [
 def play(plan: SweepPlan, console: Console) -> SweepProgress:
     board = SweepProgress(plan, console)
     with board:
-        board.to_come = 2
+        board.pending = 2
         for seed, outcome in enumerate(OUTCOMES):
             values = {"model": "mlp", "optimizer.lr": f"0.{seed}1234567890"}
             run = plan.run(seed, values, Repeat(seed), Path("s"))
-            board.started(run)
-            board.epoch(run, 1, 0.5)
-            board.ended(run, outcome)
-        board.started(dataclasses.replace(run, trial=9))
-        board.epoch(dataclasses.replace(run, trial=9), 7, 0.123)
+            board.start_run(run)
+            board.update_run(run, 1, 0.5)
+            board.finish_run(run, outcome)
+        board.start_run(dataclasses.replace(run, trial=9))
+        board.update_run(dataclasses.replace(run, trial=9), 7, 0.123)
         drawn = Console(file=io.StringIO(), width=110)
         drawn.print(board._draw())
         assert isinstance(drawn.file, io.StringIO)
@@ -51,7 +51,7 @@ def test_a_log_has_a_line_a_run_and_the_error_at_once(plan: Callable[..., SweepP
 def test_the_table_tells_what_runs_what_is_best_and_what_is_left(plan: Callable[..., SweepPlan]) -> None:
     terminal = Console(file=io.StringIO(), width=110, force_terminal=True)
     drawn = play(plan("model=mlp,lenet5"), terminal).drawn  # pyright: ignore[reportAttributeAccessIssue]
-    assert "sweep of 7 runs: 1 running, 2 done, 1 killed, 1 pruned, 2 to come" in drawn
+    assert "sweep of 7 runs: 1 running, 2 done, 1 killed, 1 pruned, 2 pending" in drawn
     assert "best so far: val/top1 0.95 (model=mlp optimizer.lr=0.1123)" in drawn
     assert "0.123" in drawn and "running" in drawn and "left" in drawn
 
@@ -60,7 +60,7 @@ def test_lower_is_better_for_errors(plan: Callable[..., SweepPlan]) -> None:
     asked = plan("model=mlp,lenet5")
     board = SweepProgress(dataclasses.replace(asked, monitor=("nme", "min")), Console(file=io.StringIO()))
     for trial, value in enumerate((0.3, 0.1, 0.2)):
-        board.note(Outcome("done", value), trial, {"model": str(value)})
+        board.count(Outcome("done", value), trial, {"model": str(value)})
     assert board.best == (0.1, "model=0.1")
 
 
@@ -68,5 +68,5 @@ def test_the_best_so_far_is_a_setting_by_its_mean_and_not_a_lucky_run(plan: Call
     board = SweepProgress(plan("model=mlp,lenet5", "data.folds=3"), Console(file=io.StringIO()))
     for trial, values in enumerate([(0.5, 0.99, 0.4), (0.7, 0.7, 0.7), (0.98, 0.98)]):
         for value in values:
-            board.note(Outcome("done", value), trial, {"model": str(trial)})
+            board.count(Outcome("done", value), trial, {"model": str(trial)})
     assert board.best is not None and board.best[1] == "model=1"

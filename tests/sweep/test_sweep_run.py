@@ -112,14 +112,14 @@ def secrets(folder: str, secret: str) -> list[str]:
 
 
 def test_the_password_of_a_storage_is_written_nowhere(monkeypatch: pytest.MonkeyPatch, capfd: Said) -> None:
-    real, url = storage._storage, "postgresql://me:s3cret@host/db"
+    real, url = storage._open_storage, "postgresql://me:s3cret@host/db"
     opened: list[str | None] = []
 
     def local(folder: Path, where: str | None) -> BaseStorage:
         opened.append(where)
         return real(folder, None)
 
-    monkeypatch.setattr(storage, "_storage", local)
+    monkeypatch.setattr(storage, "_open_storage", local)
     more = ("model=mlp", "optimizer.lr=0.01,0.02", "log.tensorboard=true")
     assert sweep(*more, f"sweep.storage={url}") == 0
     assert sweep(*more, f"sweep.storage={url}", "resume=auto") == 0

@@ -11,74 +11,76 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cnntrain.sweep.plan import Repeat
-from cnntrain.sweep.ranking import contest, interval, rank
+from cnntrain.sweep.results import compare_winner, confidence_interval, rank_trials
 from cnntrain.sweep.study import Outcome, Trial
 
 
-def trial(number: int, *values: float | None, status: str = "done", state: str = "ended") -> Trial:
+def trial(number: int, *values: float | None, status: str = "done", is_finished: bool = True) -> Trial:
     outcomes = {Repeat(seed): Outcome(status, value) for seed, value in enumerate(values)}
-    return Trial(number, {"model": str(number)}, outcomes, state)
+    return Trial(number, {"model": str(number)}, outcomes, is_finished)
 
 
 def test_the_mean_over_seeds_decides() -> None:
     trials = [trial(0, 0.9, 0.5), trial(1, 0.8, 0.8), trial(2, 0.1, 0.2)]
-    assert [s.trial.number for s in rank(trials, "max")] == [1, 0, 2]
-    assert [s.trial.number for s in rank(trials, "min")] == [2, 0, 1]
+    assert [s.trial.number for s in rank_trials(trials, "max")] == [1, 0, 2]
+    assert [s.trial.number for s in rank_trials(trials, "min")] == [2, 0, 1]
 
 
 def test_what_is_not_done_has_no_place() -> None:
     trials = [
         trial(0, None, status="diverged"), trial(1, 0.5, status="pruned"), trial(2, None, status="failed"),
-        trial(3, 0.9, state="running"), trial(4, 0.1), trial(5), trial(6, None),
+        trial(3, 0.9, is_finished=False), trial(4, 0.1), trial(5), trial(6, None),
     ]  # fmt: skip
-    mixed = Trial(7, {}, {Repeat(0): Outcome("done", 0.9), Repeat(1): Outcome("killed")}, "ended")
-    assert [s.trial.number for s in rank([*trials, mixed], "max")] == [4]
+    mixed = Trial(7, {}, {Repeat(0): Outcome("done", 0.9), Repeat(1): Outcome("killed")}, True)
+    assert [s.trial.number for s in rank_trials([*trials, mixed], "max")] == [4]
 
 
 def test_students_t_from_its_table() -> None:
     """t(2) = 4.3027 and t(4) = 2.7764 at 95 %, two-sided (Student 1908; any textbook's table)."""
-    low, high = interval([1.0, 2.0, 3.0]) or (0, 0)
+    low, high = confidence_interval([1.0, 2.0, 3.0]) or (0, 0)
     assert (low + high) / 2 == pytest.approx(2) and (high - low) / 2 == pytest.approx(
         4.3027 / math.sqrt(3), 1e-4
     )
-    low, high = interval([1.0, 2.0, 3.0, 4.0, 5.0]) or (0, 0)
+    low, high = confidence_interval([1.0, 2.0, 3.0, 4.0, 5.0]) or (0, 0)
     assert (high - low) / 2 == pytest.approx(2.7764 * statistics.stdev([1, 2, 3, 4, 5]) / math.sqrt(5), 1e-4)
-    assert interval([1.0]) is None
+    assert confidence_interval([1.0]) is None
 
 
 def test_one_seed_has_no_spread() -> None:
-    first, second = rank([trial(0, 0.9), trial(1, 0.8)], "max")
+    first, second = rank_trials([trial(0, 0.9), trial(1, 0.8)], "max")
     assert first.std is None and first.low is None
-    found = contest([first, second], "max")
-    assert found.difference == pytest.approx(0.1) and found.clear is None
+    comparison = compare_winner([first, second], "max")
+    assert comparison.difference == pytest.approx(0.1) and comparison.is_significant is None
 
 
 def test_pairing_over_seeds_takes_their_luck_out() -> None:
     """Two settings that both swing with the seed, one always a little better: clear. Unpaired it would not be."""
-    first, second = rank([trial(0, 0.70, 0.80, 0.90), trial(1, 0.69, 0.79, 0.889)], "max")
-    found = contest([first, second], "max")
-    assert found.clear is True and found.low is not None and 0 < found.low < 0.0104
-    first, second = rank([trial(0, 0.70, 0.80, 0.90), trial(1, 0.89, 0.69, 0.79)], "max")
-    assert contest([first, second], "max").clear is False
+    first, second = rank_trials([trial(0, 0.70, 0.80, 0.90), trial(1, 0.69, 0.79, 0.889)], "max")
+    comparison = compare_winner([first, second], "max")
+    assert comparison.is_significant is True and comparison.low is not None and 0 < comparison.low < 0.0104
+    first, second = rank_trials([trial(0, 0.70, 0.80, 0.90), trial(1, 0.89, 0.69, 0.79)], "max")
+    assert compare_winner([first, second], "max").is_significant is False
 
 
 def test_lower_is_better_where_it_is() -> None:
-    first, second = rank([trial(0, 3.0, 3.1), trial(1, 1.0, 1.1)], "min")
-    found = contest([first, second], "min")
-    assert first.trial.number == 1 and found.difference == pytest.approx(2.0) and found.clear
+    first, second = rank_trials([trial(0, 3.0, 3.1), trial(1, 1.0, 1.1)], "min")
+    comparison = compare_winner([first, second], "min")
+    assert (
+        first.trial.number == 1 and comparison.difference == pytest.approx(2.0) and comparison.is_significant
+    )
 
 
 def test_folds_are_averaged_over_their_seeds_and_overlap() -> None:
     """Nadeau and Bengio 2003: the variance of the mean of k folds is (1 / k + 1 / (k - 1)) of the folds' variance."""
     values = {(0, 0): 0.5, (1, 0): 0.7, (0, 1): 0.8, (1, 1): 0.8, (0, 2): 0.4, (1, 2): 0.6}  # (seed, fold)
     outcomes = {Repeat(seed, fold): Outcome("done", value) for (seed, fold), value in values.items()}
-    (found,) = rank([Trial(0, {}, outcomes, "ended")], "max", overlap=1 / 2)
+    (comparison,) = rank_trials([Trial(0, {}, outcomes, True)], "max", overlap=1 / 2)
     folds = numpy.array([0.6, 0.8, 0.5])
     half = scipy.stats.t.ppf(0.975, 2) * folds.std(ddof=1) * math.sqrt(1 / 3 + 1 / 2)
-    assert found.mean == pytest.approx(folds.mean()) and found.std == pytest.approx(
+    assert comparison.mean == pytest.approx(folds.mean()) and comparison.std == pytest.approx(
         numpy.std(list(values.values()), ddof=1)
     )
-    assert (found.low, found.high) == pytest.approx((folds.mean() - half, folds.mean() + half))
+    assert (comparison.low, comparison.high) == pytest.approx((folds.mean() - half, folds.mean() + half))
 
 
 def test_the_interval_of_a_share_is_that_on_the_scale_of_its_log_odds() -> None:
@@ -86,20 +88,22 @@ def test_the_interval_of_a_share_is_that_on_the_scale_of_its_log_odds() -> None:
     mean, error = numpy.mean(values), scipy.stats.sem(values)
     half = scipy.stats.t.ppf(0.975, 2) * error / (mean * (1 - mean))
     expected = scipy.special.expit(scipy.special.logit(mean) + numpy.array([-half, half]))
-    assert interval(values, (0, 1)) == pytest.approx(tuple(expected))
-    _, high = interval(values, (0, 1)) or (0, 2)
+    assert confidence_interval(values, (0, 1)) == pytest.approx(tuple(expected))
+    _, high = confidence_interval(values, (0, 1)) or (0, 2)
     assert high < 1 < mean + scipy.stats.t.ppf(0.975, 2) * error  # where the plain one leaves [0, 1]
 
 
 def test_the_interval_of_an_error_stays_above_zero() -> None:
     values = [0.01, 0.05, 0.09]
     half = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(values) / 0.05
-    assert interval(values, (0, math.inf)) == pytest.approx((0.05 * math.exp(-half), 0.05 * math.exp(half)))
+    assert confidence_interval(values, (0, math.inf)) == pytest.approx(
+        (0.05 * math.exp(-half), 0.05 * math.exp(half))
+    )
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6))
 def test_an_interval_of_shares_stays_between_0_and_1(values: list[float]) -> None:
-    low, high = interval(values, (0, 1)) or (-1, 2)
+    low, high = confidence_interval(values, (0, 1)) or (-1, 2)
     assert (
         -1e-12 <= low <= statistics.fmean(values) + 1e-9
         and statistics.fmean(values) - 1e-9 <= high <= 1 + 1e-12
@@ -107,20 +111,25 @@ def test_an_interval_of_shares_stays_between_0_and_1(values: list[float]) -> Non
 
 
 def test_seeds_that_agree_do_not_tell_the_spread() -> None:
-    (found,) = rank([trial(0, 1.0, 1.0, 1.0)], "max", (0, 1))
-    assert found.std == 0 and found.low is None and found.high is None
+    (comparison,) = rank_trials([trial(0, 1.0, 1.0, 1.0)], "max", (0, 1))
+    assert comparison.std == 0 and comparison.low is None and comparison.high is None
 
 
 def test_differences_of_shares_stay_between_minus_1_and_1() -> None:
-    found = contest(rank([trial(0, 1.0, 0.2), trial(1, 0.1, 0.9)], "max"), "max", (0, 1))
-    assert (found.low, found.high) == (-1, 1)
+    comparison = compare_winner(rank_trials([trial(0, 1.0, 0.2), trial(1, 0.1, 0.9)], "max"), "max", (0, 1))
+    assert (comparison.low, comparison.high) == (-1, 1)
 
 
 def test_the_winner_must_lead_every_other_setting() -> None:
     """The runner-up is clearly behind; the third swings, and may be as good."""
     trials = [trial(0, 0.9, 0.91, 0.92), trial(1, 0.85, 0.86, 0.871), trial(2, 0.99, 0.6, 0.9)]
-    found = contest(rank(trials, "max"), "max", (0, 1))
-    assert found.low is not None and found.low > 0 and found.clear is False and found.rival == 3
+    comparison = compare_winner(rank_trials(trials, "max"), "max", (0, 1))
+    assert (
+        comparison.low is not None
+        and comparison.low > 0
+        and comparison.is_significant is False
+        and comparison.tied_rank == 3
+    )
 
 
 def test_choosing_the_best_of_many_equal_settings_rarely_shows_a_winner() -> None:
@@ -129,16 +138,16 @@ def test_choosing_the_best_of_many_equal_settings_rarely_shows_a_winner() -> Non
     wrong, plain, sweeps = 0, 0, 200
     for _ in range(sweeps):
         values = random.normal(0.9, 0.01, (8, 3)) + random.normal(0, 0.01, 3)
-        standings = rank([trial(number, *row) for number, row in enumerate(values.tolist())], "max")
-        wrong += contest(standings, "max").clear is True
-        plain += contest([standings[0], standings[-1]], "max").clear is True
+        ranking = rank_trials([trial(number, *row) for number, row in enumerate(values.tolist())], "max")
+        wrong += compare_winner(ranking, "max").is_significant is True
+        plain += compare_winner([ranking[0], ranking[-1]], "max").is_significant is True
     assert wrong <= 0.025 * sweeps
     assert plain > 0.1 * sweeps  # extremes of eight, compared as if there were two
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=6), st.floats(-1e3, 1e3))
 def test_an_interval_moves_with_its_values(values: list[float], shift: float) -> None:
-    low, high = interval(values) or (0, 0)
-    moved = interval([value + shift for value in values]) or (0, 0)
+    low, high = confidence_interval(values) or (0, 0)
+    moved = confidence_interval([value + shift for value in values]) or (0, 0)
     assert low <= statistics.fmean(values) + 1e-6 and high >= statistics.fmean(values) - 1e-6
     assert moved == pytest.approx((low + shift, high + shift), abs=1e-6)
