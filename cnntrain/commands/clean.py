@@ -1,6 +1,6 @@
-"""Remove what cnntrain keeps for runs to come: decoded images and what scans remember. Downloads and runs stay.
+"""Delete cached images and scan results. Downloads and run folders are kept.
 
-`cnntrain clean` tells what it removed; the next run decodes and scans again.
+`cnntrain clean` prints what it deleted; the next run decodes and scans again.
 """
 
 import shutil
@@ -9,13 +9,13 @@ from cnntrain.config.invocation import Invocation
 from cnntrain.data.files import default_root
 from cnntrain.errors import MachineError, UserError
 
-KEPT = ("decoded", "scans")
+CACHES = ("decoded", "scans")
 
 
 def run(invocation: Invocation) -> int:
     if invocation.words or invocation.overrides:
         raise UserError("clean: takes no words and no overrides")
-    for name in KEPT:
+    for name in CACHES:
         folder = default_root() / name
         files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
         size = sum(path.stat().st_size for path in files)
@@ -23,8 +23,8 @@ def run(invocation: Invocation) -> int:
             if folder.is_dir():
                 shutil.rmtree(folder)
         except OSError as error:
-            raise MachineError(f"clean: {folder} can't be removed: {error}") from error
+            raise MachineError(f"clean: {folder} cannot be deleted: {error}") from error
         print(
-            f"{folder}: {len(files)} files, {size / 2**20:.1f} MiB removed" if files else f"{folder}: nothing"
+            f"{folder}: {len(files)} files, {size / 2**20:.1f} MiB deleted" if files else f"{folder}: empty"
         )
     return 0

@@ -1,7 +1,7 @@
-"""Judge a checkpoint on a split: the same metrics as at the end of training, and one row per example, hardest first.
+"""Evaluate a checkpoint on a split: the metrics of training, and one row per example, the hardest first.
 
-`cnntrain evaluate checkpoint=RUN split=test`. Preprocessing, classes and split come from the checkpoint; the data may
-lie elsewhere (`data.root=`). Writes results.json, examples.csv and pictures.
+`cnntrain evaluate checkpoint=RUN split=test`. Preprocessing, classes and split come from the checkpoint; `data.root=`
+sets another folder of the data. Writes results.json, examples.csv and figures.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ from cnntrain.train.signals import stop_flag
 from cnntrain.types import Batch, DataSpec
 
 log = logging.getLogger("cnntrain")
-NAMES = {"train": "training", "val": "validation", "test": "test"}  # as pictures call the splits
+NAMES = {"train": "training", "val": "validation", "test": "test"}  # in figures
 
 
 def run(invocation: Invocation) -> int:
     if invocation.words:
-        raise UserError(f"evaluate: {invocation.words[0]!r} is no override; write checkpoint=PATH")
+        raise UserError(f"evaluate: {invocation.words[0]!r} is not an override; write checkpoint=PATH")
     settings = read_command_settings(
         EvaluateSettings, "evaluate", invocation.overrides, invocation.config_dir
     )
@@ -50,29 +50,31 @@ def run(invocation: Invocation) -> int:
 
 
 def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> dict[str, float]:
-    """Metrics of a checkpoint on a split, as `SPLIT/NAME`.
+    """Evaluate a checkpoint and return its metrics by name, `SPLIT/NAME`.
 
     Raises:
-        UserError: the checkpoint or the data can't be used, or there is no such split.
+        UserError: the checkpoint or the data are invalid, or the split does not exist.
         DivergedError: the loss over the split is not finite.
     """
     log_to_console()
     path = locate_checkpoint(Path(settings.checkpoint), "best.pt")
     saved = load_validated(path)
-    assembly = restore(saved, settings)
-    data = assembly.load(augmented=False)
+    components = restore(saved, settings)
+    data = components.load(augmented=False)
     if not same_data(saved["fingerprint"], data.fingerprint):
         log.warning(
-            "the data are not those of the training (%s, now %s)", saved["fingerprint"], data.fingerprint
+            "the data differ from the training data (fingerprint %s, now %s)",
+            saved["fingerprint"],
+            data.fingerprint,
         )
     examples = {"train": data.train, "val": data.val, "test": data.test}[settings.split]
     if examples is None:
-        raise UserError("split: this data set has no test set; use split=val")
+        raise UserError("split: this dataset has no test set; use split=val")
     rows: list[dict[str, Any]] = []
 
-    def look(batch: Batch, outputs: Tensor) -> None:
+    def add_rows(batch: Batch, outputs: Tensor) -> None:
         for index, row in zip(
-            batch.index.tolist(), assembly.task.per_example(outputs, batch.truth), strict=True
+            batch.index.tolist(), components.task.per_example(outputs, batch.truth), strict=True
         ):
             rows.append({"name": examples.names[index], **row})
 
@@ -82,24 +84,31 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     if not settings.run_dir and exists(folder) and not is_folder(folder, run_folder_of(path)):
         raise UserError(f"{folder}: is a link or a file; remove it, or choose another folder with run_dir=")
     with open_run_dir(folder, "evaluate") as run_folder, stop_flag() as stop:
-        batch_size = assembly.settings.fixed_batch_size or saved["config"]["batch_size"]
+        batch_size = components.settings.fixed_batch_size or saved["config"]["batch_size"]
         meter = evaluate(
-            assembly, assembly.model, assembly.loader(examples), batch_size, stop=stop, on_batch=look
+            components,
+            components.model,
+            components.loader(examples),
+            batch_size,
+            stop=stop,
+            on_batch=add_rows,
         )
         if not meter.loss_is_finite():
-            weights = [*assembly.model.named_parameters(), *assembly.model.named_buffers()]
+            weights = [*components.model.named_parameters(), *components.model.named_buffers()]
             broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
-            cause = f"{broken} holds NaN or inf" if broken else "the weights are finite: look at the images"
+            cause = (
+                f"{broken} contains NaN or inf" if broken else "the weights are finite, so check the images"
+            )
             raise DivergedError(f"evaluate: the loss over {settings.split} is not finite; {cause}")
-        figures = {**meter.compute(), **meter.details()}
-        metrics = {f"{settings.split}/{name}": value for name, value in figures.items()}
+        values = {**meter.compute(), **meter.details()}
+        metrics = {f"{settings.split}/{name}": value for name, value in values.items()}
         rows.sort(key=_hardest_first)
         with open_atomic_text(run_folder.path / "examples.csv", sync=False) as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
         with log_plot_errors("the figures"):
-            for name, figure in assembly.task.figures(meter).items():
+            for name, figure in components.task.figures(meter).items():
                 save_figure(label_split(figure, NAMES[settings.split]), run_folder.figures / f"{name}.png")
         run_folder.write_json("run.json", provenance(command_line))
         run_folder.write_json("results.json", metrics)
@@ -109,22 +118,21 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
 
 
 def _hardest_first(row: dict[str, Any]) -> tuple[bool, float]:
-    """By loss; what nothing in counts, and so has none, comes last."""
+    """Sort by decreasing loss; examples without a loss (nothing labeled) come last."""
     loss = float(row["loss"])
     return math.isnan(loss), -loss
 
 
 def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Components:
-    """The parts of a run as its checkpoint has them, weights included.
+    """Rebuild the components of a run from its checkpoint, with the weights.
 
-    What the checkpoint says about the data holds: classes, mean and std; nothing is measured anew, and pretrained
-    weights are not fetched.
+    Classes, mean and std come from the checkpoint. Nothing is measured or downloaded.
     """
     config = config_of(saved, settings)
     config["data"] = dict(config["data"])
     if settings.data.root is not None:
         if "root" not in config["data"]:
-            raise UserError("data.root: this data set comes with the program, it has no folder")
+            raise UserError("data.root: this dataset is bundled and has no folder")
         config["data"]["root"] = settings.data.root
     if settings.data.workers is not None:
         config["data"]["workers"] = settings.data.workers
@@ -134,33 +142,33 @@ def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Components:
     restored = parse(Settings, config)
     with limited_construction(len(saved["state"]["model"])):
         refuse_other_network(restored, spec, saved)
-        assembly = build_components(restored, spec)
-    if isinstance(assembly.source, Source) and settings.data.root is None:
-        assembly.source.downloads = False  # a stranger's checkpoint must not start a download
-    load_judged(assembly.model, saved)
-    assembly.model.to(memory_format=assembly.compute.memory_format)
-    return assembly
+        components = build_components(restored, spec)
+    if isinstance(components.source, Source) and settings.data.root is None:
+        components.source.downloads = False  # a checkpoint from an untrusted source must not start a download
+    load_eval_weights(components.model, saved)
+    components.model.to(memory_format=components.compute.memory_format)
+    return components
 
 
 def config_of(saved: dict[str, Any], settings: EvaluateSettings | PredictSettings) -> dict[str, Any]:
-    """The config of the checkpoint's training, with what belongs to this machine and this call put in."""
+    """Return the config of a checkpoint with the settings of this machine and this command."""
     config = {**saved["config"], "trusted_packages": settings.trusted_packages, "threads": settings.threads}
     config |= {"device": settings.device, "precision": settings.precision or config["precision"]}
     config["batch_size"] = settings.batch_size or config["batch_size"]
-    config["compile"] = "off"  # it would run a compiler
+    config["compile"] = "off"  # compiling starts an external compiler
     if "pretrained" in config["model"]:
         config["model"] = {**config["model"], "pretrained": False}
     return config
 
 
 def refuse_other_network(settings: Settings, spec: DataSpec, saved: dict[str, Any]) -> None:
-    """Refuse a config whose network does not have the checkpoint's weights.
+    """Refuse a config whose network does not have the weights of the checkpoint.
 
-    The network is built without numbers, so that a layer of any width costs neither memory nor time. One of a trusted
-    package is only built for real.
+    The network is built on the meta device, so that a layer of any width costs neither memory nor time. Networks of
+    trusted packages are not checked.
 
     Raises:
-        UserError: another network, or none that can be built.
+        UserError: the weights do not fit, or the network cannot be built.
     """
     target = settings.model.get("_target_")
     if not isinstance(target, str) or target.split(".")[0] in {
@@ -181,37 +189,41 @@ def refuse_other_network(settings: Settings, spec: DataSpec, saved: dict[str, An
     check_weights(model, weights)
 
 
-LARGEST_COUNT = 10_000  # of layers, blocks, heads and the like
+MAX_COUNT = 10_000  # of layers, blocks, heads
 
 
 def refuse_large_numbers(settings: Settings, weights: dict[str, Tensor]) -> None:
-    """Refuse a number in the network's config that is larger than any side of its weights: a depth of 10**7, which
-    its constructor would spend hours and all memory on.
+    """Refuse numbers in the network's config that exceed every dimension of its weights.
+
+    Building a network of depth 10**7 would take hours and all memory.
 
     Raises:
         UserError: names the key.
     """
-    most = max([LARGEST_COUNT, *(side for weight in weights.values() for side in weight.shape)])
+    most = max([MAX_COUNT, *(side for weight in weights.values() for side in weight.shape)])
 
-    def look(value: Any, key: str) -> None:
+    def visit(value: Any, key: str) -> None:
         if isinstance(value, dict):
             for name, inner in value.items():
-                look(inner, f"{key}.{name}")
+                visit(inner, f"{key}.{name}")
         elif isinstance(value, list | tuple):
             for index, inner in enumerate(value):
-                look(inner, f"{key}[{index}]")
+                visit(inner, f"{key}[{index}]")
         elif isinstance(value, int) and abs(value) > most:
-            raise UserError(f"checkpoint: its {key}: {value} is more than any side of its weights ({most})")
+            raise UserError(f"checkpoint: its {key}: {value} exceeds every dimension of its weights ({most})")
 
-    look(settings.model, "model")
+    visit(settings.model, "model")
 
 
 @contextlib.contextmanager
 def limited_construction(count: int) -> Iterator[None]:
-    """Stop building a network that has far more modules and parameters than the `count` tensors of its checkpoint.
+    """Abort the construction of a network with far more modules and parameters than its checkpoint has tensors.
+
+    Args:
+        count: number of tensors in the checkpoint.
 
     Raises:
-        UserError: it has.
+        UserError: the limit is exceeded.
     """
     left = 10 * count + 1000
 
@@ -233,7 +245,7 @@ def limited_construction(count: int) -> Iterator[None]:
             handle.remove()
 
 
-def load_judged(model: nn.Module, saved: dict[str, Any]) -> None:
-    """The weights that were judged: the moving average where there is one."""
+def load_eval_weights(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Load the weights that validation used: the moving average if there is one."""
     state = saved["state"]
     load_weights(model, state["ema"] or state["model"])

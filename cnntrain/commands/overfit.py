@@ -34,5 +34,5 @@ def run(invocation: Invocation) -> int:
 def overfit_trial(
     settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]
 ) -> dict[str, Any]:
-    """One run of a sweep. It has no epochs to report to `watch`."""
+    """Run one trial of a sweep; there are no epochs to pass to `watch`."""
     return overfit(settings, command_line)

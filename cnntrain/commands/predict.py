@@ -1,9 +1,9 @@
-"""Ask a checkpoint about images of your own: answers as CSV and JSON, masks as PNG, and drawn on the images.
+"""Predict on images: results as CSV and JSON, masks as PNG, and figures.
 
-`cnntrain predict checkpoint=RUN images=FILE|FOLDER`. Images of any size and mode are brought onto the canvas as in
-training; the data set itself is not needed. Points are given in pixels of the image as it is seen upright (after its
-EXIF orientation), x to the right and y down, the first pixel's center at 0. Masks have the image's own size; what the
-network did not see gets the ignore id. Writes predictions.csv, predictions.json, masks/ and figures/.
+`cnntrain predict checkpoint=RUN images=FILE|FOLDER`. Images of any size and mode are preprocessed as in training; the
+dataset is not needed. Points are in pixels of the upright image (after its EXIF orientation), x to the right, y down,
+with the center of the first pixel at 0. Masks have the size of the source image; pixels that the network did not see
+get the ignore id. Writes predictions.csv, predictions.json, masks/ and figures/.
 """
 
 import csv
@@ -25,7 +25,7 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.commands.evaluate import (
     config_of,
     limited_construction,
-    load_judged,
+    load_eval_weights,
     refuse_other_network,
 )
 from cnntrain.config.compose import read_command_settings
@@ -57,13 +57,13 @@ from cnntrain.types import Batch, DataSpec
 
 log = logging.getLogger("cnntrain")
 IMAGES_PER_PAGE = 24
-MOST_MARGIN = 10
+MAX_MARGIN = 10
 Row = dict[str, Any]
 
 
 @dataclass
 class Predictor:
-    """A trained network with what it takes to ask it: no data set."""
+    """A trained network with its preprocessing."""
 
     compute: Compute
     spec: DataSpec
@@ -72,12 +72,12 @@ class Predictor:
     model: nn.Module
     decoder: ImageDecoder
     batch_size: int
-    crops: bool  # objects were cut out of their images
-    crop_margin: float  # share of a box's longer side that was added on each side
+    crops: bool  # trained on crops of objects
+    crop_margin: float  # margin on each side of a box, relative to its longer side
 
     @torch.no_grad()
-    def answer(self, loader: Loader, stop: StopFlag) -> Iterator[tuple[Batch, Tensor]]:
-        """Every batch as the network saw it, with its outputs (N, ...) float32."""
+    def outputs(self, loader: Loader, stop: StopFlag) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield each preprocessed batch with its outputs (N, ...) float32."""
         self.model.eval()
         for batch in loader.batches(torch.arange(len(loader)), self.batch_size):
             stop.check()
@@ -89,17 +89,19 @@ class Predictor:
 
 def run(invocation: Invocation) -> int:
     if invocation.words:
-        raise UserError(f"predict: {invocation.words[0]!r} is no override; write checkpoint=PATH images=PATH")
+        raise UserError(
+            f"predict: {invocation.words[0]!r} is not an override; write checkpoint=PATH images=PATH"
+        )
     settings = read_command_settings(PredictSettings, "predict", invocation.overrides, invocation.config_dir)
     predict(settings, invocation.line)
     return 0
 
 
 def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
-    """The rows of predictions.csv, one per image.
+    """Predict and return the rows of predictions.csv, one per image.
 
     Raises:
-        UserError: the checkpoint or any of the images can't be used; nothing has been written yet.
+        UserError: the checkpoint or an image is invalid; nothing has been written.
     """
     log_to_console()
     paths, names = find_images(Path(settings.images).expanduser())
@@ -107,11 +109,11 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
     predictor = restore_predictor(load_validated(path), settings)
     boxes = None
     if settings.boxes is not None:
-        paths, names, boxes = _cut_out(Path(settings.boxes).expanduser(), paths, names, predictor)
+        paths, names, boxes = _read_objects(Path(settings.boxes).expanduser(), paths, names, predictor)
     elif predictor.crops:
         log.warning(
-            "predict: the training cut out each object (data.crop); whole images are shown now: give boxes=FILE, or "
-            "images that are cut out alike"
+            "predict: this network was trained on crops of objects (data.crop), but gets whole images; give "
+            "boxes=FILE, or images that are cropped in the same way"
         )
     examples = Examples(LazyImages(paths, predictor.decoder, boxes), {}, names)
     if fits_in_ram({"images": examples}):
@@ -123,23 +125,26 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
     with open_run_dir(folder, "predict") as run_folder, stop_flag() as stop:
         rows = _write(run_folder, predictor, loader, (paths, names), settings.draw, stop)
         write_rows(rows, run_folder.path / "predictions.csv")
-        listed = [nested(row, predictor) for row in rows]
+        listed = [nest(row, predictor) for row in rows]
         text = json.dumps({"checkpoint": str(path), "images": listed}, indent=1)
         run_folder.write_text("predictions.json", text + "\n")
         run_folder.write_json("run.json", provenance(command_line))
     loader.close()
     print(f"{len(rows)} image{'s' if len(rows) > 1 else ''}: {run_folder.path / 'predictions.csv'}")
-    for name, holds in (("masks", "one value per class id"), ("figures", "drawn on the images")):
+    for name, holds in (
+        ("masks", "pixel values are class ids"),
+        ("figures", "predictions drawn on the images"),
+    ):
         if any((run_folder.path / name).glob("*.png")):
             print(f"{name + ':':<9} {run_folder.path / name} ({holds})")
     return rows
 
 
 def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predictor:
-    """The network of a checkpoint and its preprocessing, as in training.
+    """Rebuild the network of a checkpoint and its preprocessing.
 
     Raises:
-        UserError: the parts can't be built.
+        UserError: a part cannot be built.
     """
     restored, spec = parse(Settings, config_of(saved, settings)), DataSpec(**saved["spec"])
     with limited_construction(len(saved["state"]["model"])):
@@ -152,20 +157,20 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
         model = build_model(restored, spec, task, pipeline.output_size, show_warnings=False).to(
             compute.device
         )
-    load_judged(model, saved)
+    load_eval_weights(model, saved)
     model.to(memory_format=compute.memory_format)
     data = restored.data
     crops = data.get("crop", "none") != "none"
-    # A data set without the key has images of one size: all of an image is shown then.
+    # A dataset without this key has images of one size. Letterboxing shows the whole image.
     decoder = make_decoder([spec.height, spec.width], spec.channels, data.get("resize") or "letterbox")
     bits = 16 if data.get("bits") is None else data["bits"]
     if not isinstance(bits, int | float) or bits not in range(9, 17):
-        raise UserError(f"checkpoint: its data.bits is {bits!r}, and must be from 9 to 16")
+        raise UserError(f"checkpoint: data.bits is {bits!r}, but must be from 9 to 16")
     decoder = dataclasses.replace(decoder, bits=int(bits))
     margin = 0.0 if data.get("crop_margin") is None else data["crop_margin"]
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= MOST_MARGIN:
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= MAX_MARGIN:
         raise UserError(
-            f"checkpoint: its data.crop_margin is {margin!r}, and must be a number from 0 to {MOST_MARGIN}"
+            f"checkpoint: data.crop_margin is {margin!r}, but must be a number from 0 to {MAX_MARGIN}"
         )
     margin = float(margin) if crops else 0.0
     batch_size = restored.fixed_batch_size or saved["config"]["batch_size"]
@@ -173,10 +178,10 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
 
 
 def find_images(path: Path) -> tuple[list[str], list[str]]:
-    """Paths of the images, and their names: from the folder on, or the file's own.
+    """Return the paths of the images and their names, which are relative to the folder.
 
     Raises:
-        UserError: nothing there.
+        UserError: there are no images.
     """
     if path.is_file():
         return [str(path)], [path.name]
@@ -190,38 +195,38 @@ def find_images(path: Path) -> tuple[list[str], list[str]]:
     if not paths:
         raise UserError(f"images: {path} has no images (files that end in .jpg, .png and the like)")
     if others := len(found) - len(paths):
-        log.info("predict: %d of %d files are no images by their endings, and left out", others, len(found))
+        log.info("predict: ignoring %d of %d files whose names have no image extension", others, len(found))
     return paths, [os.path.relpath(file, path) for file in paths]
 
 
-def _cut_out(
+def _read_objects(
     file: Path, paths: list[str], names: list[str], predictor: Predictor
 ) -> tuple[list[str], list[str], Tensor]:
-    """Paths, names and boxes (N, 4) of the objects that a file lists, in its order."""
+    """Return paths, names and boxes (N, 4) of the objects listed in a file, in its order."""
     found = read_boxes(file, names)
-    place = dict(zip(names, paths, strict=True))
-    canvas = (predictor.spec.height, predictor.spec.width)
-    boxes = [expand_box(box, predictor.crop_margin, canvas) for _, box in found]
+    path_of = dict(zip(names, paths, strict=True))
+    image_size = (predictor.spec.height, predictor.spec.width)
+    boxes = [expand_box(box, predictor.crop_margin, image_size) for _, box in found]
     listed = [name for name, _ in found]
     times, before = Counter(listed), Counter[str]()
     counted = []
     for name in listed:
         counted.append(f"{name}:{before[name]}" if times[name] > 1 else name)
         before[name] += 1
-    return [place[name] for name in listed], counted, torch.tensor(boxes, dtype=torch.float64)
+    return [path_of[name] for name in listed], counted, torch.tensor(boxes, dtype=torch.float64)
 
 
 def _write(
     folder: RunDir, predictor: Predictor, loader: Loader, files: tuple[list[str], list[str]],
     draw: int | None, stop: StopFlag,
 ) -> list[Row]:  # fmt: skip
-    """Rows of all images; masks and drawings are written on the way."""
+    """Predict all images, write masks and figures, and return the rows."""
     paths, names = files
     masks = mask_names(names)
     rows: list[Row] = []
     page = 0
     mean, std = predictor.pipeline.mean, predictor.pipeline.std
-    for batch, outputs in predictor.answer(loader, stop):
+    for batch, outputs in predictor.outputs(loader, stop):
         matrices = (
             torch.eye(3, dtype=torch.float64).repeat(len(batch), 1, 1)
             if batch.source_to_image is None
@@ -229,18 +234,18 @@ def _write(
         )
         truth = {"source_to_image": matrices}
         start, own = len(rows), names[len(rows) : len(rows) + len(batch)]
-        answers = predictor.task.predictions(outputs, truth)
-        rows += [{"image_name": name, **answer} for name, answer in zip(own, answers, strict=True)]
-        chances = predictor.task.probabilities(outputs)
-        if chances is not None:
-            for row, chance in zip(rows[start:], chances.tolist(), strict=True):
-                row |= {f"probability/{n}": p for n, p in zip(predictor.spec.classes, chance, strict=True)}
+        predictions = predictor.task.predictions(outputs, truth)
+        rows += [{"image_name": name, **each} for name, each in zip(own, predictions, strict=True)]
+        probabilities = predictor.task.probabilities(outputs)
+        if probabilities is not None:
+            for row, values in zip(rows[start:], probabilities.tolist(), strict=True):
+                row |= {f"probability/{n}": p for n, p in zip(predictor.spec.classes, values, strict=True)}
         ids = predictor.task.masks(outputs, (batch.images.shape[-2], batch.images.shape[-1]))
         shown: dict[str, Tensor] = {}
         if ids is not None:
-            canvas = (ids.shape[-2], ids.shape[-1])
+            image_size = (ids.shape[-2], ids.shape[-1])
             sizes = [read_size(path) for path in paths[start : start + len(batch)]]
-            outside = [outside_image(m, s, canvas) for m, s in zip(matrices, sizes, strict=True)]
+            outside = [outside_image(m, s, image_size) for m, s in zip(matrices, sizes, strict=True)]
             shown["outside"] = torch.from_numpy(np.stack(outside))
             for i, mask in enumerate(ids.numpy()):
                 rows[start + i]["mask"] = f"masks/{masks[start + i]}"
@@ -276,14 +281,14 @@ def write_rows(rows: list[Row], target: Path) -> None:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
-def nested(row: Row, predictor: Predictor) -> Row:
-    """A row for JSON: probabilities and points by name, below one key each."""
+def nest(row: Row, predictor: Predictor) -> Row:
+    """Convert a row for JSON: probabilities and points become mappings."""
     result = {key: value for key, value in row.items() if not key.startswith("probability/")}
-    chances = {
+    probabilities = {
         key.removeprefix("probability/"): p for key, p in row.items() if key.startswith("probability/")
     }
-    if chances:
-        result["probabilities"] = chances
+    if probabilities:
+        result["probabilities"] = probabilities
     if predictor.spec.keypoints:
         axes = [(name, [f"{name}_x", f"{name}_y"]) for name in predictor.spec.keypoints]
         result = {k: v for k, v in result.items() if not any(k in keys for _, keys in axes)}

@@ -1,9 +1,9 @@
-"""Look at the training images as the network would see them, plain and augmented over several epochs; trains nothing.
+"""Draw training images as the network would see them, without training.
 
-`cnntrain preview data=... augment=...` draws the same few images, plain in the first column and as the first epochs of
-a training with this seed would show them in the others: keypoints named and joined, masks laid over the images. For
-keypoints a second picture shows the flip with names, plain beside mirrored and relabeled. PNG, and TensorBoard
-images in the run folder. `preview.images=3 preview.epochs=8` draws other numbers of them. No network is built.
+`cnntrain preview data=... augment=...` draws a few images: without augmentation in the first column, and as augmented
+in the first epochs of a run with this seed in the other columns, with keypoints, skeletons and masks. For keypoints, a
+second figure shows images beside their flipped versions with keypoint names. Writes PNG files and TensorBoard images.
+`preview.images=3 preview.epochs=8` changes the numbers of images and epochs.
 """
 
 import dataclasses
@@ -40,22 +40,24 @@ FLIPPED_IMAGES = 2
 
 def run(invocation: Invocation) -> int:
     if invocation.words:
-        raise UserError(f"preview: {invocation.words[0]!r} is no override; write KEY=VALUE, as augment=flip")
+        raise UserError(
+            f"preview: {invocation.words[0]!r} is not an override; write KEY=VALUE, for example augment=flip"
+        )
     preview(read_settings(invocation.overrides, invocation.config_dir), invocation.line)
     return 0
 
 
 def preview(settings: Settings, command_line: str = "") -> list[Path]:
-    """Draw, and tell where the pictures are.
+    """Draw the figures and return their paths.
 
     Raises:
-        UserError: data or augmentation can't be built or read, or don't fit each other.
+        UserError: data or augmentation are invalid, or do not fit each other.
     """
     log_to_console()
     prepare_torch(settings.threads, settings.deterministic)
     source, chosen = build_source(settings)
-    pipeline = build_pipeline(settings, source.spec())  # what does not fit is told before any image is read
-    # Only a few images are looked at: those on disk stay there.
+    pipeline = build_pipeline(settings, source.spec())  # report misfits before reading images
+    # Only a few images are needed, so nothing is cached.
     data = load_data(
         source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit, "none",
         chosen.scan, pipeline.magnification, chosen.bits,
@@ -63,25 +65,27 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     data.spec = with_configured_statistics(data.spec, chosen)
     pipeline = build_pipeline(settings, data.spec)
     if pipeline.mixes_labels:
-        log.info("preview: images are mixed with one another here; in a training with others of their batch")
+        log.info(
+            "preview: images are mixed with each other here; in training, with other images of their batch"
+        )
     loader = make_loader(data.train, "cpu", 0, chosen.timeout_s, per_sample=True)
     count = min(settings.preview.images, len(loader))
     rows = torch.linspace(0, len(loader) - 1, count).round().long()
-    plain = pipeline.eval_transform(next(loader.batches(rows, count)))
-    moved = []
+    original = pipeline.eval_transform(next(loader.batches(rows, count)))
+    augmented = []
     for epoch, positions in enumerate(_positions(rows, len(loader), settings)):
         transform = pipeline.sample_transform(settings.seed, epoch)
         batch = next(loader.batches(rows, count, positions=positions, transform=transform))
-        moved.append(pipeline(batch, settings.seed, epoch))
+        augmented.append(pipeline(batch, settings.seed, epoch))
     names = [data.train.names[row] for row in rows.tolist()]
-    pictures = {"augmented": draw_batches([plain, *moved], names, data.spec)}
+    figures = {"augmented": draw_batches([original, *augmented], names, data.spec)}
     if data.spec.keypoints and data.spec.flip_pairs is None:
-        log.warning("preview: data.flip_pairs does not say which points trade names, so no flip is drawn")
+        log.warning("preview: data.flip_pairs is not set, so no flip is drawn")
     elif data.spec.keypoints:
-        shown = _best_seen(next(loader.batches(rows, count)), FLIPPED_IMAGES)
+        shown = _most_valid(next(loader.batches(rows, count)), FLIPPED_IMAGES)
         flip = Pipeline(data.spec, {"flip": HorizontalFlip(probability=1.0)})
         straight = Pipeline(data.spec, {}).eval_transform(shown)
-        pictures["flip"] = draw_flip(
+        figures["flip"] = draw_flip(
             straight,
             flip(shown, settings.seed, 0),
             [data.train.names[row] for row in shown.index.tolist()],
@@ -94,7 +98,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
         run_folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
         run_folder.write_json("run.json", provenance(command_line))
         with TensorBoardWriter(run_folder.path) as events:
-            for name, figure in pictures.items():
+            for name, figure in figures.items():
                 written.append(run_folder.figures / f"{name}.png")
                 save_figure(figure, written[-1])
                 if settings.log.tensorboard:
@@ -105,13 +109,13 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
 
 
 def _positions(rows: Tensor, count: int, settings: Settings) -> Iterator[Tensor]:
-    """Where a training with this seed would meet `rows` in each epoch, for draws depend on the position."""
+    """Yield the positions of `rows` in the order of each epoch; random draws depend on the position."""
     for epoch in range(settings.preview.epochs):
         yield torch.argsort(epoch_order(settings.seed, epoch, count))[rows]
 
 
-def _best_seen(batch: Batch, count: int) -> Batch:
-    """The `count` examples that show the most points."""
+def _most_valid(batch: Batch, count: int) -> Batch:
+    """Return the `count` examples with the most valid points."""
     rows = batch.targets["valid"].sum(1).argsort(descending=True, stable=True)[:count].sort().values
     return Batch(
         batch.images[rows],

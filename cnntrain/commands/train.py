@@ -1,6 +1,6 @@
-"""Train a network, choose its best epoch on validation data, and use the test set once, at the end.
+"""Train a network, select its best epoch on validation data, and use the test set once, at the end.
 
-`train` is the command word that may be left out: `cnntrain model=resnet18 data=fashion_mnist` trains.
+`train` is the default command: `cnntrain model=resnet18 data=fashion_mnist` trains.
 """
 
 import contextlib
@@ -104,18 +104,18 @@ def train(
     test: bool = True,
     watch: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
-    """Train as `settings` say, in a run folder of its own; what results.json holds, with `run_dir`.
+    """Train and return the content of results.json plus `run_dir`.
+
+    If `launch.devices` is above 1, start that many ranks. Under torchrun or srun, this process is one of the ranks, and
+    all ranks but rank 0 return {}.
 
     Args:
-        test: whether the test set is used at the end; a sweep keeps it for its winner.
-        watch: shown every epoch's row, as in metrics.csv; what it raises ends the training, its state saved.
-
-    With `launch.devices` above 1 it starts as many processes, which train together; started by torchrun or srun it is
-    one of them, and all but the first return {}.
+        test: evaluate the test set at the end; a sweep does so only for its winner.
+        watch: called with the row of metrics.csv after each epoch; an exception ends the run with its state saved.
 
     Raises:
         UserError, DivergedError, MachineError, StoppedError: see cnntrain.errors.
-        ElsewhereError: another process failed, and has said why.
+        ElsewhereError: another rank failed and reported the error.
     """
     log_to_console()
     if info := rank_from_env():
@@ -130,8 +130,8 @@ def train(
     return launch(_launched, settings.launch.devices, settings, command_line, test, watch=watch)
 
 
-def _more(saved: Mapping[str, Any], settings: Settings) -> str:
-    """The key that ended a finished training."""
+def _ending_key(saved: Mapping[str, Any], settings: Settings) -> str:
+    """Return the setting that ended a finished run."""
     patience = settings.early_stopping
     if patience is not None and saved["state"]["progress"]["epochs_since_best"] >= patience:
         return "early_stopping"
@@ -139,7 +139,7 @@ def _more(saved: Mapping[str, Any], settings: Settings) -> str:
 
 
 def _launched(context: "WorkerContext", settings: Settings, command_line: str, test: bool) -> dict[str, Any]:
-    """Train as one of the ranks that `train` launched."""
+    """Train as one of the ranks that `train` started."""
     from cnntrain.train.launch import run_rank
 
     def work() -> dict[str, Any]:
@@ -167,13 +167,13 @@ def _train(
     watch: Callable[[dict[str, float]], None] | None,
     world: World,
 ) -> dict[str, Any]:
-    """One process's training: the only one's, or its part of several's."""
+    """Train in this process, which is a single process or one of several ranks."""
     folder = find_run_dir(settings)
-    with contextlib.ExitStack() as held:
-        # Before anything is read: a process that is at work there may write a newer state at any time.
+    with contextlib.ExitStack() as stack:
+        # Lock before reading: a process that still trains in this folder may write a newer state at any time.
         locked = world.is_main and folder is not None and needs_lock(folder)
         if locked and folder:
-            held.enter_context(lock_run_dir(folder))
+            stack.enter_context(lock_run_dir(folder))
         world.barrier()
         return _train_in(folder, locked, settings, command_line, test, watch, world)
 
@@ -187,57 +187,55 @@ def _train_in(
     watch: Callable[[dict[str, float]], None] | None,
     world: World,
 ) -> dict[str, Any]:
-    """`_train` with the folder named, and locked if it holds a run already."""
+    """Train in `folder`, which is locked if it contains a run."""
     source, saved = load_resume_checkpoint(settings) or (None, None)
     if saved and folder and (done := finished_results(saved, folder, settings)):
         log.info(
             "%s: this run is finished, nothing to do; give a larger %s= to train on",
             source,
-            _more(saved, settings),
+            _ending_key(saved, settings),
         )
         return done
     for name, wanted in (settings.expect or {}).items():
         parse_expectation(name, wanted)
     found = world.all_gather(saved["state"]["progress"]["step"] if saved else None)
     if len(set(found)) > 1:
-        raise UserError(
-            f"resume: not all processes see the same checkpoint (steps {found}); use a shared folder"
-        )
+        raise UserError(f"resume: the ranks see different checkpoints (steps {found}); use a shared folder")
     if settings.check.first and saved is None and world.is_main:
         _check_first(settings, command_line)
     chosen = keep_resolved_values(settings, saved, world) if saved else settings
-    assembly = build_components(chosen, world=world, resumes=saved is not None)
-    # The checkpoint's config says what was asked for, and beside it what `auto` came to.
-    asked = {"precision": settings.precision, "threads": settings.threads}
-    assembly.settings = dataclasses.replace(assembly.settings, **asked)
-    data = assembly.load()
+    components = build_components(chosen, world=world, resumes=saved is not None)
+    # The checkpoint's config has the configured values; the resolved values of `auto` are stored beside it.
+    configured = {"precision": settings.precision, "threads": settings.threads}
+    components.settings = dataclasses.replace(components.settings, **configured)
+    data = components.load()
     if not test:
         data.test = None
-    plan, state = prepare_training(assembly, data)
-    settings = dataclasses.replace(  # which may have been `auto`, or left to pretrained weights
-        settings, batch_size=plan.batch_size, optimizer=assembly.settings.optimizer,
-        model=assembly.settings.model, data=assembly.settings.data,
+    plan, state = prepare_training(components, data)
+    settings = dataclasses.replace(  # values that were `auto` or follow from pretrained weights
+        settings, batch_size=plan.batch_size, optimizer=components.settings.optimizer,
+        model=components.settings.model, data=components.settings.data,
     )  # fmt: skip
-    for finding in lint(assembly, data, plan, command_line):
+    for finding in lint(components, data, plan, command_line):
         log.warning("config: %s: %s; %s", finding.evidence, finding.cause, finding.remedy)
     best = None
     if saved and source:
-        best = resume(state, saved, source, assembly, data)
-        state.progress.best = world.broadcast(state.progress.best)  # not all may see the best checkpoint
+        best = resume(state, saved, source, components, data)
+        state.progress.best = world.broadcast(state.progress.best)  # only rank 0 may see the best checkpoint
         if not state.progress.best and not state.progress.batch and state.progress.step >= plan.total_steps:
             raise UserError(
-                f"resume: the best epoch's weights are no longer beside {source}, and nothing is left to train; "
-                "give a larger epochs=, by which a best epoch is found anew"
+                f"resume: best.pt beside {source} is missing, and nothing is left to train; give a larger epochs= to "
+                "train on and select a best epoch again"
             )
     world.broadcast_(list(replica_tensors(state).values()))
     with (
         _run_folder(folder, settings.label, world, locked) as run,
         stop_flag(world.stop if world.size > 1 else None) as stop,
-    ):  # all that can be refused has been
+    ):  # all checks that can refuse the run are done
         if world.is_main:
             if saved is None and run.last.exists():
                 raise UserError(
-                    f"run_dir: another process has started a run in {run.path} meanwhile; choose another folder"
+                    f"run_dir: another process has started a run in {run.path}; choose another folder"
                 )
             if best:
                 copy_best_checkpoint(best, run.best)
@@ -245,10 +243,10 @@ def _train_in(
             run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
             run.write_json("run.json", {**provenance(command_line), "data": data.fingerprint})
         same_folder = source is not None and run_folder_of(source).resolve() == run.path.resolve()
-        metadata = checkpoint_metadata(assembly, data, run_identity(saved, same_folder))
+        metadata = checkpoint_metadata(components, data, run_identity(saved, same_folder))
         with (
             CheckpointWriter(run, state, metadata, settings.checkpoint.keep, world.is_main) as writer,
-            _run_logger(run, assembly, plan, state, on_epoch=watch)
+            _run_logger(run, components, plan, state, on_epoch=watch)
             if world.is_main
             else contextlib.nullcontext() as logger,
         ):
@@ -257,21 +255,26 @@ def _train_in(
                 logger.start(
                     flatten_settings(hparams), read_text(run.path / "config.yaml"), data.test is not None
                 )
-            results = train_to_the_end(assembly, data, plan, state, writer, logger, stop)
+            results = train_to_the_end(components, data, plan, state, writer, logger, stop)
         if not world.is_main:
             return {}
         run.write_json("results.json", results)
+    _print_summary(results, run.path, components.task.monitor[0], command_line)
+    return {**results, "run_dir": str(run.path)}
+
+
+def _print_summary(results: Mapping[str, Any], folder: Path, metric: str, command_line: str) -> None:
+    """Print the results; an output that cannot be written (a full disk) is a warning."""
     options = chosen_options(command_line, ("--config-dir", "trusted_packages"))
     lost = None
     try:
-        print_run_summary(results, run.path, assembly.task.monitor[0], options=options)
+        print_run_summary(results, folder, metric, options=options)
     except BrokenPipeError:
         raise
     except OSError as error:
         lost = error
     if lost := flush_or_discard(sys.stdout) or lost:
-        log.warning("standard output: %s; the figures are in %s", lost.strerror, run.path / "results.json")
-    return {**results, "run_dir": str(run.path)}
+        log.warning("standard output: %s; the results are in %s", lost.strerror, folder / "results.json")
 
 
 def _run_logger(
@@ -299,7 +302,7 @@ def _run_logger(
 
 @contextlib.contextmanager
 def _run_folder(folder: Path | None, label: str, world: World, locked: bool) -> Iterator[RunDir]:
-    """The run's folder, which the leader holds; the others only know its name."""
+    """Open the run folder in rank 0; the other ranks only get its path."""
     if not world.is_main:
         yield RunDir(Path(world.broadcast(None)))
         return
@@ -309,10 +312,10 @@ def _run_folder(folder: Path | None, label: str, world: World, locked: bool) -> 
 
 
 def _check_first(settings: Settings, command_line: str) -> None:
-    """All checks, in a folder `check` of the run's (or one of their own).
+    """Run all checks in the subfolder `check` of the run folder, or in a new folder.
 
     Raises:
-        CheckFailedError: one of them failed.
+        CheckFailedError: a check failed.
     """
     from cnntrain.checks.check_run import check
 
@@ -320,20 +323,20 @@ def _check_first(settings: Settings, command_line: str) -> None:
     report = check(dataclasses.replace(settings, run_dir=folder), (), command_line)
     if failed := [finding["name"] for finding in report["findings"] if finding["verdict"] == "FAIL"]:
         raise CheckFailedError(
-            f"check.first: {', '.join(failed)} failed (above, and in {report['run_dir']}), so the training was not "
-            "begun; mend it, or set check.first=false"
+            f"check.first: {', '.join(failed)} failed (see above, and {report['run_dir']}); training was not "
+            "started. Fix the cause, or set check.first=false"
         )
 
 
 def train_trial(
     settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]
 ) -> dict[str, Any]:
-    """One run of a sweep, which leaves the test set alone."""
+    """Train one run of a sweep, without the test set."""
     return train(settings, command_line, test=False, watch=watch)
 
 
 def test_trial(settings: Settings, command_line: str) -> dict[str, float]:
-    """The test set's metrics by the best checkpoint in the run's folder."""
+    """Return the test metrics of the best checkpoint of a run."""
     about = dataclasses.replace(
         read_command_settings(EvaluateSettings, "evaluate", ("checkpoint=best.pt",)),
         checkpoint=str(settings.run_dir), device=settings.device,

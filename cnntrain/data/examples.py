@@ -275,6 +275,8 @@ def _points(targets: dict[str, Tensor], split: str, spec: DataSpec) -> dict[str,
             f"data: the {split} points are {points.dtype} {tuple(points.shape)}; expected float32 {shape}, x and y of "
             f"the {shape[1]} keypoints in pixels of the resized image"
         )
+    if "visible" in targets:  # an earlier name; ignoring it would make all points valid
+        raise UserError(f"data: rename the target 'visible' of the {split} split to 'valid'")
     valid = targets.get("valid", torch.ones(shape[:2], dtype=torch.bool))
     if tuple(valid.shape) != shape[:2] or not ((valid == 0) | (valid == 1)).all():
         raise UserError(f"data: 'valid' of the {split} split must be bool {shape[:2]}")

@@ -158,7 +158,10 @@ class Classification(Task):
         figures = {"confusion_matrix": plot_confusion_matrix(matrix, self.spec.classes)}
         if "rows/score" in values:
             scores, positive = values["rows/score"], values["rows/positive"]
-            figures["ranking_curves"] = plot_ranking_curves(scores, positive, self.spec.classes[1])
+            finite = scores.isfinite()  # a diverged model; scikit-learn refuses NaN
+            if finite.any():
+                name = self.spec.classes[1]
+                figures["ranking_curves"] = plot_ranking_curves(scores[finite], positive[finite], name)
         return figures
 
     @torch.no_grad()

@@ -152,7 +152,7 @@ def test_bad_images_are_named_all_at_once(capsys: pytest.CaptureFixture[str]) ->
     (["checkpoint=run"], "images: missing"),
     (["images=one.png", "checkpoint=run"], "no checkpoint there"),
     (["images=one.png", "checkpoint=run", "drew=3"], "did you mean 'draw'"),
-    (["here", "images=one.png"], "is no override"),
+    (["here", "images=one.png"], "is not an override"),
 ])  # fmt: skip
 def test_slips(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()

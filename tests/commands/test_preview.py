@@ -78,4 +78,4 @@ def test_a_mirror_without_partners_is_refused_before_anything_is_written(
 
 def test_a_word_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preview", "flip"]) == 2
-    assert "is no override" in capsys.readouterr().err
+    assert "is not an override" in capsys.readouterr().err

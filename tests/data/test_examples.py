@@ -130,6 +130,11 @@ def test_a_class_without_training_images_causes_a_warning(caplog: pytest.LogCapt
         ({"points": torch.rand(6, 2, 2), "valid": torch.ones(6)}, {"keypoints": ("a", "b")}, "'valid'"),
         ({"points": torch.full((6, 2, 2), float("nan"))}, {"keypoints": ("a", "b")}, "not finite"),
         (
+            {"points": torch.rand(6, 2, 2), "visible": torch.ones(6, 2, dtype=torch.bool)},
+            {"keypoints": ("a", "b")},
+            "'visible' .* to 'valid'",
+        ),
+        (
             {"mask": torch.zeros(6, 4, 5, dtype=torch.uint8)},
             {"per_pixel": True},
             r"masks are torch.uint8 \(6, 4, 5\)",
