@@ -137,7 +137,7 @@ def test_fewer_training_images_than_ranks_are_refused() -> None:
 
 class Loss(Meter):
     def _collect(self, outputs, targets) -> None:
-        self._keep("score", outputs)
+        self._append("score", outputs)
 
     def _metrics(self, values):
         return {"scores": float(values["rows/score"].sum())}
