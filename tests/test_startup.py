@@ -9,9 +9,9 @@ import pytest
 from cnntrain import compose, train
 
 CODE = """
-import os, sys
-import cnntrain.train.loop as loop
+import importlib, os, sys
 from cnntrain.cli import main
+loop = importlib.import_module("cnntrain.train.loop")
 step = loop.apply_gradients
 def first(*arguments):
     step(*arguments)

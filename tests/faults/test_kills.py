@@ -131,7 +131,7 @@ RESUMING = {
 }
 OF_MODE = {
     "plain": RUN | RESUMING,
-    "figures": {"cnntrain.report.run_logger:save": 5},
+    "figures": {"cnntrain.report.run_logger:save_figure": 5},
     "ranks": RUN | RESUMING,
     "sweep": RUN
     | RESUMING
@@ -192,7 +192,7 @@ SAMPLE = {
             Kill("cnntrain.commands.train:resume", 1, "after"),
         ),
     ),
-    "while drawing figures": ("figures", (Kill("cnntrain.report.run_logger:save", 3),)),
+    "while drawing figures": ("figures", (Kill("cnntrain.report.run_logger:save_figure", 3),)),
     "in a sweep": (
         "sweep",
         (Kill("cnntrain.report.metrics:MetricsFile.append", 3), Kill("cnntrain.sweep.study:Study.record", 1)),
