@@ -59,9 +59,7 @@ def small_images(device: torch.device) -> dict[str, Callable[[], object]]:
     """Crop with padding, flip and color jitter of 128 images 3x32x32."""
     images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8, device=device)
     runs: dict[str, Callable[[], object]] = {
-        "cnntrain": ours(
-            images, {"crop": Crop(padding=4), "flip": HorizontalFlip(), "jitter": ColorJitter(**JITTER)}
-        )
+        "cnntrain": ours(images, {"crop": Crop(padding=4), "flip": HorizontalFlip(), "jitter": ColorJitter(**JITTER)})
     }
     from torchvision.transforms import v2
 

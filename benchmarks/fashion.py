@@ -19,9 +19,7 @@ FILES = {"train": 60_000, "t10k": 10_000}
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--root", type=Path, help="folder that has FashionMNIST/raw (default: a stand-in of its shape)"
-    )
+    parser.add_argument("--root", type=Path, help="folder that has FashionMNIST/raw (default: a stand-in of its shape)")
 
 
 @contextmanager

@@ -73,15 +73,11 @@ def peak_memory_mib(root: Path, cache: str, epochs: int, folder: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--images", type=int, default=4_000, help="of the larger set; the smaller one has a tenth"
-    )
+    parser.add_argument("--images", type=int, default=4_000, help="of the larger set; the smaller one has a tenth")
     options = parser.parse_args()
     counts = (options.images // 10, options.images)
     decoded = [count * 3 * SIDE * SIDE / 2**20 for count in counts]
-    print(
-        f"{'':<8}" + "".join(f"{size:>10,.0f} MiB" for size in decoded) + f"{'more':>14}{'of the data':>14}"
-    )
+    print(f"{'':<8}" + "".join(f"{size:>10,.0f} MiB" for size in decoded) + f"{'more':>14}{'of the data':>14}")
     with tempfile.TemporaryDirectory() as temporary:
         roots = [Path(temporary) / str(count) for count in counts]
         for root, count in zip(roots, counts, strict=True):
@@ -95,9 +91,7 @@ def main() -> None:
                 for root, epochs, folder in zip(roots, (10, 1), folders, strict=True)
             )
             share = (large - small) / (decoded[1] - decoded[0])
-            print(
-                f"{cache:<8}{small:>14,.0f}{large:>14,.0f}{large - small:>14,.0f}{share:>14.2f}", flush=True
-            )
+            print(f"{cache:<8}{small:>14,.0f}{large:>14,.0f}{large - small:>14,.0f}{share:>14.2f}", flush=True)
 
 
 if __name__ == "__main__":

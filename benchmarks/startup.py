@@ -97,9 +97,7 @@ def main() -> None:
             f"model={options.model}", "data=fashion_mnist", f"data.root={root}", f"batch_size={options.batch_size}",
         ]  # fmt: skip
         codes = {
-            "least possible": LEAST.format(
-                network=network_source(), model=options.model, batch=options.batch_size
-            ),
+            "least possible": LEAST.format(network=network_source(), model=options.model, batch=options.batch_size),
             "cnntrain": OURS.format(overrides=overrides),
         }
         for code in codes.values():

@@ -77,9 +77,7 @@ def search(fixed: list[str], folder: Path) -> None:
         name = folder / f"tpe{seed}"
         drawn = ["sweep.sampler=tpe", f"sweep.trials={DRAWN}", "sweep.pruner=median", f"sweep.seed={seed}"]
         taken = cnntrain(*common, *SEARCH_SPACE, *drawn, f"run_dir={name}", cores=2)
-        done = sorted(
-            (row for row in rows(name) if row["status"] == "done"), key=lambda row: -float(row["val/top1"])
-        )
+        done = sorted((row for row in rows(name) if row["status"] == "done"), key=lambda row: -float(row["val/top1"]))
         reached.append(seeds_of(done[0], common, folder / f"best{seed}"))
         print(f"tpe, sweep.seed={seed}: {len(rows(name))} trainings, {len(rows(name)) - len(done)} of them pruned, "
               f"{taken:.0f} s; best {reached[-1]}")  # fmt: skip
@@ -105,15 +103,11 @@ def seeds_of(row: dict[str, str], common: list[str], folder: Path) -> Chosen:
     setting = [f"{key}={row[key]}" for key in (axis.split("=")[0] for axis in SEARCH_SPACE)]
     cnntrain(*common, *setting, "seed=range(1,11)", f"run_dir={folder}", cores=2)
     values = [float(row["val/top1"]) for row in rows(folder)]
-    return Chosen(
-        " ".join(setting), float(row["val/top1"]), statistics.fmean(values), statistics.stdev(values)
-    )
+    return Chosen(" ".join(setting), float(row["val/top1"]), statistics.fmean(values), statistics.stdev(values))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["cost", "search"])
     parser.add_argument("--epochs", type=int, help="null: 20 for cost, 6 for search")
     parser.add_argument("--limit", default="null", help="images of each split")

@@ -100,9 +100,7 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
     pairs: list[Pair] = []
     before, read = read_cpu_times(), RunLogger.log_step
 
-    def read_and_time(
-        journal: RunLogger, step: int, epoch: int, batch: int, values: dict[str, float]
-    ) -> None:
+    def read_and_time(journal: RunLogger, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
         nonlocal before
         read(journal, step, epoch, batch, values)
         images, seconds = bare.window(steps)
@@ -143,9 +141,7 @@ def main() -> None:
             clean = [pair for pair in pairs if pair.clean] or pairs
             ours, theirs, ratio = (
                 median(values)
-                for values in zip(
-                    *((1 / p.training, 1 / p.bare, p.bare / p.training) for p in clean), strict=True
-                )
+                for values in zip(*((1 / p.training, 1 / p.bare, p.bare / p.training) for p in clean), strict=True)
             )
             busy = "" if any(pair.clean for pair in pairs) else "   BUSY: these figures say nothing"
             count = f"{sum(pair.clean for pair in pairs)} of {len(pairs)}"

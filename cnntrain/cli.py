@@ -179,9 +179,7 @@ def help_text(invocation: Invocation) -> str:
         groups = ["choices (`cnntrain help GROUP` describes them):"]
         for group, names in options.items():
             head = f"  {group + '=':<11}"
-            groups += textwrap.wrap(
-                ", ".join(names), 108, initial_indent=head, subsequent_indent=" " * len(head)
-            )
+            groups += textwrap.wrap(", ".join(names), 108, initial_indent=head, subsequent_indent=" " * len(head))
         config = (conf_folder() / "config.yaml").read_text("utf-8").split("\n\n", 1)[1].rstrip()
         parts += ["\n".join(groups), "keys (`cnntrain help GROUP=OPTION` prints those of an option):"]
         parts[-1] += "\n" + textwrap.indent(config, "  ")

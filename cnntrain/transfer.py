@@ -23,9 +23,7 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     return tensor.to(device, non_blocking=True)
 
 
-def constant(
-    values: Sequence[float] | float, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def constant(values: Sequence[float] | float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a cached tensor of constants, one copy per device. Never modify it in place."""
     return _constant(tuple(values) if isinstance(values, Sequence) else values, device, dtype)
 

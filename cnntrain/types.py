@@ -140,9 +140,7 @@ def flip_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) ->
         for name, partner in ((left, right), (right, left)):
             current = result[index[name]]
             if current not in (index[name], index[partner]):
-                raise UserError(
-                    f"data.flip_pairs: {name!r} has two partners, {keypoints[current]!r} and {partner!r}"
-                )
+                raise UserError(f"data.flip_pairs: {name!r} has two partners, {keypoints[current]!r} and {partner!r}")
             result[index[name]] = index[partner]
     return tuple(result)
 
@@ -162,9 +160,7 @@ def infer_flip_pairs(keypoints: tuple[str, ...]) -> tuple[int, ...] | None:
         if other in keypoints:
             pairs[name] = str(other)
         elif other is not None and certain:
-            raise UserError(
-                f"data.flip_pairs: {name!r} has no partner; add {name}: {other} or rename the point"
-            )
+            raise UserError(f"data.flip_pairs: {name!r} has no partner; add {name}: {other} or rename the point")
     return flip_permutation(keypoints, pairs) if pairs else None
 
 

@@ -46,9 +46,7 @@ def results(run: Path) -> dict[str, Any]:
     return dict(values(json.loads((run / "results.json").read_text())))
 
 
-def assert_same_run(
-    run: Path | str, other: Path | str, checkpoints: tuple[str, ...] = ("last", "best")
-) -> None:
+def assert_same_run(run: Path | str, other: Path | str, checkpoints: tuple[str, ...] = ("last", "best")) -> None:
     """Require that two finished runs agree in every value: tensors bit for bit, metrics cell by cell."""
     run, other = Path(run), Path(other)
     assert metrics(run) == metrics(other)

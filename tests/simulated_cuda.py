@@ -201,9 +201,7 @@ class _Operations(TorchDispatchMode):
         """
         if operation in INDEXING:
             if not sides[0]:
-                raise DeviceMixError(
-                    f"{operation.__name__}: a host tensor is indexed from the device at {_here()}"
-                )
+                raise DeviceMixError(f"{operation.__name__}: a host tensor is indexed from the device at {_here()}")
             if not all(self.cuda.holds(index) for index in _tensors(args[1])):
                 self.cuda.add("blocking copy of an index to the device")
             if operation is not aten.index and args[2].ndim and not self.cuda.holds(args[2]):
@@ -215,9 +213,7 @@ class _Operations(TorchDispatchMode):
             if not side and (tensor.ndim or operation in ALL_ON_ONE_SIDE)
         ]
         if strangers:
-            raise DeviceMixError(
-                f"{operation.__name__}: device tensors and host tensors {strangers} at {_here()}"
-            )
+            raise DeviceMixError(f"{operation.__name__}: device tensors and host tensors {strangers} at {_here()}")
 
 
 class _Calls(TorchFunctionMode):
@@ -249,9 +245,7 @@ class _Calls(TorchFunctionMode):
         if func is Tensor.__deepcopy__:
             return self._put(func(*args, **kwargs), self.cuda.holds(args[0]))
         if getattr(func, "__module__", "") == "cnntrain.models.norm_act" and self.cuda.holds(args[0]):
-            return torch.nn.functional.dropout(
-                *args, **kwargs
-            )  # inside, this mode is off: `device` would be the CPU
+            return torch.nn.functional.dropout(*args, **kwargs)  # inside, this mode is off: `device` would be the CPU
         device = kwargs.get("device")
         if func is Tensor.new_tensor and device is None:
             device = CUDA if self.cuda.holds(args[0]) else CPU

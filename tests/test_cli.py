@@ -59,9 +59,7 @@ def test_completion_of_commands_options_and_keys() -> None:
 
 
 def test_options_may_follow_overrides() -> None:
-    invocation = parse_arguments(
-        ["compare", "a", "metric=loss", "b", "-m", "--config-dir", ".", "+x=1", "~y"]
-    )
+    invocation = parse_arguments(["compare", "a", "metric=loss", "b", "-m", "--config-dir", ".", "+x=1", "~y"])
     assert (invocation.command, invocation.words) == ("compare", ("a", "b"))
     assert invocation.overrides == ("metric=loss", "+x=1", "~y")
     assert invocation.multirun and invocation.config_dir == Path(".") and not invocation.help

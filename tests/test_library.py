@@ -61,9 +61,7 @@ def test_train_gives_the_process_its_settings_back() -> None:
     assert process_settings() == before
 
 
-def test_an_os_error_of_a_users_code_keeps_its_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_os_error_of_a_users_code_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "my_failing_net.py").write_text(
         "import torch\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        open('lookup-table.bin')\n"
@@ -86,9 +84,7 @@ def test_a_full_disk_is_the_machines_fault_whoever_meets_it() -> None:
     assert cnntrain.errors.is_from_user_code(caught.value)
 
 
-def test_a_picture_never_ends_a_run(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_picture_never_ends_a_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("latex was not found")
 

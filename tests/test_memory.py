@@ -46,11 +46,7 @@ print(after - before, held_mib() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator is told on Linux alone")
 def test_a_step_finds_the_memory_of_the_one_before() -> None:
     plain, kept = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", CODE, how], capture_output=True, text=True, check=True
-            ).stdout
-        )
+        int(subprocess.run([sys.executable, "-c", CODE, how], capture_output=True, text=True, check=True).stdout)
         for how in ("plain", "kept")
     )
     assert 10 * kept < plain

@@ -149,16 +149,12 @@ def test_a_frozen_random_backbone_is_told_with_its_counts(
     assert "5,130 of 11,172,810" in caplog.text and "model.pretrained" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, "cnntrain"):
-        build_components(
-            compose("model=resnet18", f"model.pretrained={resnet}", FREEZE, "data=image_folder", photos)
-        )
+        build_components(compose("model=resnet18", f"model.pretrained={resnet}", FREEZE, "data=image_folder", photos))
     assert "513 of 11,177,025" in caplog.text
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_norms_and_initialization_that_would_throw_weights_away_are_refused(
-    resnet: Path, photos: str
-) -> None:
+def test_norms_and_initialization_that_would_throw_weights_away_are_refused(resnet: Path, photos: str) -> None:
     asked = ("model=resnet18", f"model.pretrained={resnet}", "data=image_folder", photos)
     for key, value in (("model.norm", "group"), ("model.init", "he")):
         with pytest.raises(UserError, match=key.replace(".", r"\.")):
@@ -190,9 +186,7 @@ def test_timms_weights_bring_their_normalization_and_are_not_drawn_anew(photos: 
     assert warnings(build_components(compose(*asked, "batch_size=8"))) == []
 
 
-def test_a_run_that_goes_on_or_is_judged_needs_no_pretrained_file(
-    resnet: Path, photos: str, tmp_path: Path
-) -> None:
+def test_a_run_that_goes_on_or_is_judged_needs_no_pretrained_file(resnet: Path, photos: str, tmp_path: Path) -> None:
     """Stem, size and normalization are in the checkpoint's config; the file may be gone."""
     file = tmp_path / "copy.pth"
     shutil.copy(resnet, file)
@@ -227,9 +221,7 @@ def test_a_run_is_fine_tuned_on_other_classes(digits: Callable[..., str], photos
     assert all(torch.equal(before[name], after[name]) for name in old)
 
 
-def test_the_head_is_kept_for_the_same_classes_alone(
-    digits: Callable[..., str], photos: str, tmp_path: Path
-) -> None:
+def test_the_head_is_kept_for_the_same_classes_alone(digits: Callable[..., str], photos: str, tmp_path: Path) -> None:
     run = digits("model=mlp")
     head = "layers.3"
     same = build_components(compose("model=mlp", "data=digits", f"model.pretrained={run}")).model
@@ -238,9 +230,7 @@ def test_the_head_is_kept_for_the_same_classes_alone(
     for i in range(10):
         shutil.copytree(tmp_path / "photos" / "train" / "cat", tmp_path / "ten" / "train" / f"class{i}")
     folder = ("data=image_folder", f"data.root={tmp_path / 'ten'}", "data.channels=1")
-    other = build_components(
-        compose("model=mlp", f"model.pretrained={run}/checkpoints/best.pt", *folder)
-    ).model
+    other = build_components(compose("model=mlp", f"model.pretrained={run}/checkpoints/best.pt", *folder)).model
     assert torch.equal(other.get_parameter("layers.1.weight").detach(), best(run)["layers.1.weight"])
     assert other.get_parameter(f"{head}.weight").shape == best(run)[f"{head}.weight"].shape
     assert not torch.equal(other.get_parameter(f"{head}.weight").detach(), best(run)[f"{head}.weight"])

@@ -29,7 +29,5 @@ def test_tables_findings_log_and_errors_are_printable(capsys: pytest.CaptureFixt
     log_to_console().warning("%s", EVIL)
     assert main(["evaluate", f"checkpoint={EVIL}"]) == 2
     written = out.getvalue() + markdown([{EVIL: EVIL}]) + "".join(capsys.readouterr())
-    assert "title" in written and not any(
-        character in written for character in "\x1b\x07\x08\x7f\x9b\u202e\r"
-    )
+    assert "title" in written and not any(character in written for character in "\x1b\x07\x08\x7f\x9b\u202e\r")
     assert not Path("title").exists()

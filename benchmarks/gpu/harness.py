@@ -34,9 +34,7 @@ class Harness:
         work: temporary folder in which all commands run.
     """
 
-    def __init__(
-        self, device: str, smoke: bool, out: str, kit: str, budget_s: float, patience: float
-    ) -> None:
+    def __init__(self, device: str, smoke: bool, out: str, kit: str, budget_s: float, patience: float) -> None:
         self.device, self.cuda, self.smoke, self.patience = device, device.startswith("cuda"), smoke, patience
         self.out, self.kit = Path(out).resolve(), Path(kit).resolve()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -126,9 +124,7 @@ class Harness:
         chosen = [] if any(str(word).startswith("device=") for word in words) else [f"device={self.device}"]
         return [sys.executable, "-m", "cnntrain", *map(str, words), *chosen]
 
-    def run(
-        self, name: str, limit_s: float, *words: object, lines: int = 6, codes: tuple[int, ...] = (0,)
-    ) -> Found:
+    def run(self, name: str, limit_s: float, *words: object, lines: int = 6, codes: tuple[int, ...] = (0,)) -> Found:
         """A command of cnntrain; good if it ends with one of `codes`. `found` has its last lines."""
         code, seconds, output = self.call(self.cnntrain(*words, f"run_dir={self.work / name}"), limit_s, name)
         found = {
@@ -216,9 +212,7 @@ def read_results(folder: Path) -> Found:
         found["test"] = {key.split("/")[1]: round(value, 5) for key, value in (results["test"] or {}).items()}
         found["best"] = {key: round(value, 5) for key, value in results["best"].items() if "/" in key}
         found["wall_s"], found["steps"] = results["wall_s"], results["steps"]
-        found |= {
-            f"test_{key}": found["test"][key] for key in ("top1", "nme", "miou") if key in found["test"]
-        }
+        found |= {f"test_{key}": found["test"][key] for key in ("top1", "nme", "miou") if key in found["test"]}
         rows = list(csv.DictReader((folder / "metrics.csv").open()))
         found["images_per_s"] = [round(float(row["images_per_s"])) for row in rows if row.get("images_per_s")]
         found["images_per_s_last"] = found["images_per_s"][-1]

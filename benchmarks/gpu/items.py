@@ -67,9 +67,7 @@ def fast(harness: Harness) -> Found:
 def keypoints(harness: Harness) -> Found:
     """Keypoints by regression."""
     few = harness.sizes("epochs=4", "epochs=1 data.train_count=64")
-    return harness.train(
-        "keypoints", 90, "data=toy_faces", "augment=[flip,rotation,jitter,random_erasing]", *few
-    )
+    return harness.train("keypoints", 90, "data=toy_faces", "augment=[flip,rotation,jitter,random_erasing]", *few)
 
 
 def heatmaps(harness: Harness) -> Found:
@@ -230,9 +228,7 @@ def resume_bits(harness: Harness) -> Found:
     command = harness.cnntrain(*words, f"run_dir={folder}", "log.figures=false")
     code, _, _ = harness.call(command, 90, "broken-first", kill_when=last.exists)
     resumed = harness.train("broken", 90, *words, "resume=auto")
-    checkpoints = [
-        str(harness.work / run / "checkpoints" / "last.pt") for run in ("unbroken", "again", "broken")
-    ]
+    checkpoints = [str(harness.work / run / "checkpoints" / "last.pt") for run in ("unbroken", "again", "broken")]
     compared = harness.probe("compare", 60, "--paths", ",".join(checkpoints))
     log = (harness.work / "broken.log").read_text().splitlines()
     parts = (unbroken, again, resumed, compared)
@@ -301,9 +297,7 @@ def across(harness: Harness) -> Found:
         found[name] = one["exit"]
         found["found"] += one.get("tail") or one["found"]
     epochs = f"epochs={2 if harness.smoke else 3}"
-    resumed = harness.run(
-        "cpu_trains", 60, epochs, "resume=auto", *[word for word in few if "epochs" not in word]
-    )
+    resumed = harness.run("cpu_trains", 60, epochs, "resume=auto", *[word for word in few if "epochs" not in word])
     found["cpu_resumed_here"] = resumed["exit"]
     found["found"] += resumed.get("tail") or []
     found["ok"] = all(value == 0 for key, value in found.items() if key not in ("ok", "found"))
@@ -411,9 +405,7 @@ def two(harness: Harness) -> Found:
         }
         env = {**harness.environment, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
         processes.append(
-            subprocess.Popen(
-                command, env=env, cwd=harness.work, stdout=log.open("w"), stderr=subprocess.STDOUT
-            )
+            subprocess.Popen(command, env=env, cwd=harness.work, stdout=log.open("w"), stderr=subprocess.STDOUT)
         )
     ends, codes = time.monotonic() + 90 * harness.patience, []
     for process in processes:

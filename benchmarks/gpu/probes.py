@@ -106,9 +106,7 @@ class Training:
 
         state, device = self.state, self.assembly.compute.device
         state.progress.batch = 0
-        finite = NonFiniteGuard(
-            device, state.scaler is not None, lambda batch: RuntimeError(f"batch {batch}")
-        )
+        finite = NonFiniteGuard(device, state.scaler is not None, lambda batch: RuntimeError(f"batch {batch}"))
         meter = self.assembly.task.meter()
         assembly = self.assembly
         trainer = Trainer(assembly.task, assembly.pipeline, assembly.compute, self.plan, self.training)
@@ -174,9 +172,7 @@ def _count_syncs(work: Callable[[], None], cuda: bool) -> Counter[str]:
     def note(message: Any, *rest: Any, **more: Any) -> None:
         if "called a synchronizing" in str(message):
             frames = [frame for frame in traceback.extract_stack() if "/cnntrain/" in frame.filename]
-            names = [
-                f"{frame.filename.split('/cnntrain/')[-1]}:{frame.lineno}" for frame in reversed(frames[-4:])
-            ]
+            names = [f"{frame.filename.split('/cnntrain/')[-1]}:{frame.lineno}" for frame in reversed(frames[-4:])]
             places[" < ".join(names)] += 1
 
     with warnings.catch_warnings(), _sync_debug_mode(cuda):
@@ -199,9 +195,7 @@ def _sync_debug_mode(cuda: bool) -> Iterator[None]:
 
 def compare(args: argparse.Namespace) -> None:
     """Whether three checkpoints hold the same bits: an unbroken run, the same again, and one that was resumed."""
-    states = [
-        torch.load(path, map_location="cpu", weights_only=True)["state"] for path in args.paths.split(",")
-    ]
+    states = [torch.load(path, map_location="cpu", weights_only=True)["state"] for path in args.paths.split(",")]
     unbroken, again, resumed = (dict(_tensors(state)) for state in states)
     repeat, broken = _differences(unbroken, again), _differences(unbroken, resumed)
     result(
@@ -252,9 +246,7 @@ def group(args: argparse.Namespace) -> None:
         world.broadcast_(list(replica_tensors(state).values()))
         if cuda:
             state.model = synchronize_norms(state.model)
-            found["sync_norms"] = sum(
-                isinstance(module, nn.SyncBatchNorm) for module in state.model.modules()
-            )
+            found["sync_norms"] = sum(isinstance(module, nn.SyncBatchNorm) for module in state.model.modules())
         replica = world.replicate(state.model.train())
         for precision in ("fp32", "bf16"):
             images = torch.randn(8, spec.channels, *pipeline.output_size, device=device)
@@ -336,9 +328,7 @@ def full_gpu(args: argparse.Namespace) -> None:
         said = (done.stdout + done.stderr).splitlines()
         bad = done.returncode not in (0, 4) or any(line.startswith("Traceback") for line in said)
         ok = ok and not bad
-        lines += [
-            f"{free_mib} MiB free: exit {done.returncode}: {line}" for line in said[-8 if bad else -1 :]
-        ]
+        lines += [f"{free_mib} MiB free: exit {done.returncode}: {line}" for line in said[-8 if bad else -1 :]]
     result(ok=ok, codes=str(codes), found=lines)
 
 
@@ -346,9 +336,7 @@ PROBES = (environment, syncs, compare, group, rank, memory, full_gpu)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("probe", choices=[probe.__name__ for probe in PROBES])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--data", default=str(Path.cwd()), help="folder with FashionMNIST/raw")

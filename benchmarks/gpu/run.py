@@ -27,20 +27,14 @@ Item = Callable[[Harness], Found]
 
 def read_arguments() -> argparse.Namespace:
     names = [item.__name__ for stage in STAGES for item in stage]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: try the items, measure nothing")
     parser.add_argument("--out", default="gpu-report", help="folder of the report")
     parser.add_argument("--kit", default=str(Path(__file__).parent), help="folder made by pack.sh")
     parser.add_argument("--budget", type=float, default=480, help="seconds in all; later items are left out")
-    parser.add_argument(
-        "--patience", type=float, default=1, help="multiplies every item's limit (busy machine)"
-    )
-    parser.add_argument(
-        "--lanes", type=int, default=0, help="untimed items side by side; 0: half the cores on a GPU"
-    )
+    parser.add_argument("--patience", type=float, default=1, help="multiplies every item's limit (busy machine)")
+    parser.add_argument("--lanes", type=int, default=0, help="untimed items side by side; 0: half the cores on a GPU")
     parser.add_argument("--only", default="", help="items to run, separated by commas")
     parser.add_argument("--skip", default="", help="items to leave out, separated by commas")
     parser.add_argument("--list", action="store_true", help="name the items")
@@ -80,8 +74,7 @@ def main() -> int:
             chosen = [
                 item
                 for item in stage
-                if (not arguments.only or item.__name__ in arguments.only)
-                and item.__name__ not in arguments.skip
+                if (not arguments.only or item.__name__ in arguments.only) and item.__name__ not in arguments.skip
             ]
             with ThreadPoolExecutor(lanes) as pool:
                 for item in chosen:

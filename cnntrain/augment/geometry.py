@@ -106,9 +106,7 @@ def check_size(size: int | Sequence[int] | None, owner: object) -> tuple[int, in
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or min(pair) < 1:
-        raise UserError(
-            f"augment: {type(owner).__name__}: size must be pixels or [height, width], got {size}"
-        )
+        raise UserError(f"augment: {type(owner).__name__}: size must be pixels or [height, width], got {size}")
     return pair[0], pair[1]
 
 

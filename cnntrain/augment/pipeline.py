@@ -54,9 +54,7 @@ class Pipeline:
         UserError: the augmentations do not fit each other or the data; the message names the keys.
     """
 
-    def __init__(
-        self, spec: DataSpec, augmentations: Mapping[str, Augmentation], border: str = "zero"
-    ) -> None:
+    def __init__(self, spec: DataSpec, augmentations: Mapping[str, Augmentation], border: str = "zero") -> None:
         self.spec = spec
         self.augmentations = dict(augmentations)
         self.border = border
@@ -193,9 +191,7 @@ class Pipeline:
         if "points" in targets:
             points, valid = targets["points"], targets["valid"]
             if self.spec.flip_pairs is not None:
-                points, valid = swap_flip_pairs(
-                    points, valid, is_flipped(matrix, *size), self.spec.flip_pairs
-                )
+                points, valid = swap_flip_pairs(points, valid, is_flipped(matrix, *size), self.spec.flip_pairs)
             targets["points"], targets["valid"] = transform_points(points, valid, matrix, output_size)
         source_to_image = matrix if batch.source_to_image is None else matrix @ batch.source_to_image
         images = sampler.images(batch.images)
@@ -234,9 +230,7 @@ class Pipeline:
             )
         mixing = [key for key, item in self._effects.items() if item.mixes_labels]
         if len(mixing) > 1:
-            raise UserError(
-                f"augment.{mixing[0]} and augment.{mixing[1]} both mix labels; choose one, or mixup_cutmix"
-            )
+            raise UserError(f"augment.{mixing[0]} and augment.{mixing[1]} both mix labels; choose one, or mixup_cutmix")
         if mixing and targets:
             raise UserError(
                 f"augment.{mixing[0]} mixes class labels and cannot mix {targets}; remove augment.{mixing[0]}"

@@ -124,9 +124,7 @@ class GridSampler:
         """(N, H, W) class ids -> (N, H', W'), `ignore_index` outside the mask."""
         # Subtract the ignore index, so that the zeros outside become the ignore index when it is added again.
         shifted = (masks.float() - ignore_index).unsqueeze(1)
-        sampled = functional.grid_sample(
-            shifted, self._grid, mode="nearest", padding_mode="zeros", align_corners=True
-        )
+        sampled = functional.grid_sample(shifted, self._grid, mode="nearest", padding_mode="zeros", align_corners=True)
         return (sampled + ignore_index).squeeze(1).to(masks.dtype)
 
 

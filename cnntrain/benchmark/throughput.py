@@ -145,8 +145,6 @@ def temporary_logger(components: Components) -> Iterator[RunLogger]:
             Path(folder), components.task, components.spec, 1, 1,
             tensorboard=components.settings.log.tensorboard, figures=False,
         )  # fmt: skip
-        logger.bar = ProgressBar(
-            1, 1, watch=(components.task.monitor[0],), console=Console(file=io.StringIO())
-        )
+        logger.bar = ProgressBar(1, 1, watch=(components.task.monitor[0],), console=Console(file=io.StringIO()))
         with logger:
             yield logger

@@ -296,9 +296,7 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     source, data_settings = build_source(settings)
     spec = source.spec()
     if not spec.keypoints:
-        raise UserError(
-            "check flip: this dataset has no keypoints; choose one that has, for example data=toy_faces"
-        )
+        raise UserError("check flip: this dataset has no keypoints; choose one that has, for example data=toy_faces")
     train = source.load()["train"]
     limit = min(data_settings.limit or MAX_FLIP_EXAMPLES, MAX_FLIP_EXAMPLES)
     rows = limit_rows(len(train), limit, data_settings.split_seed, "train")
@@ -308,9 +306,7 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     findings, symmetry = diagnose_flip(points, valid, spec)
     data = settings.choices["data"]
     report = {"check": "flip", "data": data, "examples": len(points), **summarize(findings)}
-    pairs = [
-        (i, partner) for i, partner in enumerate(spec.flip_pairs or ()) if i < partner < len(spec.keypoints)
-    ]
+    pairs = [(i, partner) for i, partner in enumerate(spec.flip_pairs or ()) if i < partner < len(spec.keypoints)]
     report["pairs"] = [[spec.keypoints[i], spec.keypoints[partner]] for i, partner in pairs]
     with open_run_dir(_path(settings.run_dir), f"check-flip-{data}") as run_folder:
         run_folder.write_json("run.json", provenance(command_line))

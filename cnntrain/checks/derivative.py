@@ -39,9 +39,7 @@ def derivative(context: CheckContext) -> Finding:
     where = f" of {join_names(wrong)}" if wrong else ""
     where += f" (correct from {correct_after[0]} on)" if correct_after else ""
     cause = f"the gradient{where} is wrong: an autograd.Function with a wrong backward(), or .data"
-    remedy = (
-        "test the function with torch.autograd.gradcheck (a straight-through estimator differs on purpose)"
-    )
+    remedy = "test the function with torch.autograd.gradcheck (a straight-through estimator differs on purpose)"
     return failed(evidence, cause, remedy, "model", "task")
 
 

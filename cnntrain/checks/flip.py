@@ -94,9 +94,7 @@ def diagnose_map(names: Sequence[str], flip_pairs: Sequence[int]) -> Finding:
         return Finding(name, "FAIL", evidence, cause, f"list {count} partners", (KEY,))
     for i, partner in enumerate(flip_pairs):
         if not 0 <= partner < count:
-            evidence = (
-                f"{names[i]} has the partner number {partner}; there are {count} keypoints, counted from 0"
-            )
+            evidence = f"{names[i]} has the partner number {partner}; there are {count} keypoints, counted from 0"
             cause = "an index is out of range"
             return Finding(name, "FAIL", evidence, cause, "declare partners by name", (KEY,))
         if flip_pairs[partner] != i:
@@ -107,9 +105,7 @@ def diagnose_map(names: Sequence[str], flip_pairs: Sequence[int]) -> Finding:
             remedy = f"pair {names[i]} with one keypoint, in both directions"
             return Finding(name, "FAIL", evidence, cause, remedy, (KEY,))
     pairs = sum(partner > i for i, partner in enumerate(flip_pairs))
-    return Finding(
-        name, "PASS", f"{pairs} pairs, {count - 2 * pairs} unpaired keypoints; applied twice, the identity"
-    )
+    return Finding(name, "PASS", f"{pairs} pairs, {count - 2 * pairs} unpaired keypoints; applied twice, the identity")
 
 
 def diagnose_names(names: Sequence[str], flip_pairs: Sequence[int]) -> Finding:
@@ -128,9 +124,7 @@ def diagnose_names(names: Sequence[str], flip_pairs: Sequence[int]) -> Finding:
     if not count:
         return Finding("mirror names", "SKIP", "no keypoint name contains left or right")
     if not wrong:
-        return Finding(
-            "mirror names", "PASS", f"{count} names contain a side, and are paired with the other side"
-        )
+        return Finding("mirror names", "PASS", f"{count} names contain a side, and are paired with the other side")
     remedy = "pair each left keypoint with the same keypoint on the right"
     return Finding("mirror names", "FAIL", join_names(wrong), "a pair or a name is wrong", remedy, (KEY,))
 
@@ -163,9 +157,7 @@ def measure_symmetry(points: Tensor, valid: Tensor, flip_pairs: Sequence[int]) -
     change = torch.zeros(count, count, dtype=torch.float64)
     error = torch.full((count, count), float("inf"), dtype=torch.float64)
     for i in range(count):
-        all_valid = (valid[:, i : i + 1] & valid & swapped_valid[:, i : i + 1] & swapped_valid).double()[
-            ..., None
-        ]
+        all_valid = (valid[:, i : i + 1] & valid & swapped_valid[:, i : i + 1] & swapped_valid).double()[..., None]
         examples = all_valid.sum(0)  # (K, 1)
         vectors, swapped_vectors = shapes[:, i : i + 1] - shapes, swapped[:, i : i + 1] - swapped  # (N, K, 2)
         v, w = ((each * all_valid).sum(0) / examples.clamp(min=1) for each in (vectors, swapped_vectors))
@@ -195,9 +187,7 @@ def diagnose_shape(flip_pairs: Sequence[int], symmetry: Symmetry) -> Finding:
     if symmetry.swapped < symmetry.unswapped:
         return Finding("mirror shape", "PASS", evidence)
     cause = "most pairs are wrong, or the shapes have no common orientation"
-    return Finding(
-        "mirror shape", "FAIL", evidence, cause, "look at the figure, and correct the pairs", (KEY,)
-    )
+    return Finding("mirror shape", "FAIL", evidence, cause, "look at the figure, and correct the pairs", (KEY,))
 
 
 def diagnose_exchanges(names: Sequence[str], flip_pairs: Sequence[int], symmetry: Symmetry) -> Finding:
@@ -213,9 +203,7 @@ def diagnose_exchanges(names: Sequence[str], flip_pairs: Sequence[int], symmetry
         pairs = {frozenset((i, flip_pairs[j])), frozenset((j, flip_pairs[i]))}
         better = ", ".join(": ".join(names[k] for k in sorted(pair)) for pair in pairs if len(pair) == 2)
         remedy = f"declare {{{better}}}" if better else f"leave {names[i]} and {names[j]} unpaired"
-        return Finding(
-            name, "FAIL", evidence, f"{names[i]} or {names[j]} has a wrong partner", remedy, (KEY,)
-        )
+        return Finding(name, "FAIL", evidence, f"{names[i]} or {names[j]} has a wrong partner", remedy, (KEY,))
     undecided = _upper(symmetry) & ~(symmetry.change.abs() >= MIN_Z_SCORE * symmetry.error)
     if undecided.any():
         shown = join_names([f"{names[i]} and {names[j]}" for i, j in undecided.nonzero().tolist()], 5)
@@ -223,9 +211,7 @@ def diagnose_exchanges(names: Sequence[str], flip_pairs: Sequence[int], symmetry
         cause = "these keypoints coincide on average, or are valid in too few examples"
         return Finding(name, "WARN", evidence, cause, "compare their pairs by eye", (KEY,))
     exchanges = len(names) * (len(names) - 1) // 2
-    return Finding(
-        name, "PASS", f"exchanging the partners of any two keypoints is worse ({exchanges:,} exchanges)"
-    )
+    return Finding(name, "PASS", f"exchanging the partners of any two keypoints is worse ({exchanges:,} exchanges)")
 
 
 def wrong_pair(symmetry: Symmetry) -> tuple[int, int] | None:
@@ -243,8 +229,4 @@ def _upper(symmetry: Symmetry) -> Tensor:
 
 
 def _describe(names: Sequence[str], flip_pairs: Sequence[int], i: int) -> str:
-    return (
-        f"{names[i]} is unpaired"
-        if flip_pairs[i] == i
-        else f"{names[i]} is paired with {names[flip_pairs[i]]}"
-    )
+    return f"{names[i]} is unpaired" if flip_pairs[i] == i else f"{names[i]} is paired with {names[flip_pairs[i]]}"

@@ -21,9 +21,7 @@ BLANK_SHARE, DUPLICATE_SHARE = 0.5, 0.1  # of a split: FAIL, WARN
 AUGMENTED_IMAGES = 128
 CHANNEL_ORDER_IMAGES = 256
 SWAPPED_KL_RATIO = 0.8  # KL divergence with swapped channels, relative to that of the images as they are
-MAX_KL = (
-    0.25  # nats; images that are farther from the training statistics in either order are of another kind
-)
+MAX_KL = 0.25  # nats; images that are farther from the training statistics in either order are of another kind
 RGB_CHANNELS = 3
 PREVIEW = "weaken it; `cnntrain preview` shows its effect"
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -124,12 +122,8 @@ def layout(context: CheckContext) -> Finding:
     n, c, h, w = images.shape
     others: dict[str, Tensor] = {}
     if c > 1:
-        others["(height, width, channels) was reshaped instead of permuted"] = images.reshape(
-            n, h, w, c
-        ).movedim(-1, 1)
-        others["(channels, height, width) was reshaped instead of permuted"] = images.movedim(1, -1).reshape(
-            n, c, h, w
-        )
+        others["(height, width, channels) was reshaped instead of permuted"] = images.reshape(n, h, w, c).movedim(-1, 1)
+        others["(channels, height, width) was reshaped instead of permuted"] = images.movedim(1, -1).reshape(n, c, h, w)
     if h != w:
         others["rows and columns were reshaped instead of transposed"] = images.reshape(n, c, w, h).mT
     if not others:
@@ -219,9 +213,7 @@ def blank_images(context: CheckContext) -> Finding:
     evidence = "; ".join(counts)
     if worst > BLANK_SHARE:
         shown = f" ({join_names(blank_names)})" if blank_names else ""
-        return failed(
-            evidence, f"most images are blank or identical{shown}", "check how they are read", "data"
-        )
+        return failed(evidence, f"most images are blank or identical{shown}", "check how they are read", "data")
     if blank_names or worst > DUPLICATE_SHARE:
         cause = f"blank: {join_names(blank_names)}" if blank_names else "many images are duplicates"
         return warned(evidence, cause, "look at these files, and remove useless ones", "data")
@@ -240,9 +232,7 @@ def validation_is_constant(context: CheckContext) -> Finding:
         cause = "the dataset changes its images at random, so validation is augmented too"
         remedy = "augment with augment=, which does not affect validation"
         return failed(evidence, cause, remedy, "data", "augment")
-    if not torch.equal(
-        context.pipeline.eval_transform(first).images, context.pipeline.eval_transform(second).images
-    ):
+    if not torch.equal(context.pipeline.eval_transform(first).images, context.pipeline.eval_transform(second).images):
         evidence = "normalized validation images differ each time they are processed"
         cause = "the pipeline changes validation images at random"
         return failed(evidence, cause, "report this as a bug", "augment")
@@ -274,8 +264,7 @@ def augmentation(context: CheckContext) -> Finding:
         parts.append(f"{100 * kept:.0f} % of the valid keypoints stay inside the image")
     if "mask" in batch.targets:
         after, before = (
-            float((each.targets["mask"] != pipeline.spec.mask_fill).float().mean())
-            for each in (batch, original)
+            float((each.targets["mask"] != pipeline.spec.mask_fill).float().mean()) for each in (batch, original)
         )
         kept = after / before if before else 1.0
         parts.append(f"{100 * kept:.0f} % of the labeled pixels stay inside the image")

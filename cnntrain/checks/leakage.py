@@ -15,9 +15,7 @@ CHUNK = 4_096
 FAIL_EXACT_SHARE = 0.01  # of a split that also occurs in train
 WARN_NEAR_SHARE = 0.02  # of near duplicates
 MIN_CORRELATION = 0.985  # of the pixels of near duplicates
-MIN_CORRELATION_FLIPPED = (
-    0.99  # of horizontally flipped ones, because symmetric objects resemble their mirror image
-)
+MIN_CORRELATION_FLIPPED = 0.99  # of horizontally flipped ones, because symmetric objects resemble their mirror image
 MIN_EDGE_CORRELATION = 0.85
 MAX_HASH_DISTANCE = 4  # differing bits, of 64
 MAX_COMPARISONS = 1_000_000_000  # of hashes, per split; about 10 s on one core
@@ -52,9 +50,7 @@ def leakage(context: CheckContext) -> Finding:
         near = {int(others[i]): k for i, k in near.items()}
         parts.append(f"{split}: {len(exact)} of {len(images)} images are in train, {len(near)} more nearly")
         names, train_names = context.loaders[split].examples.names, context.loaders["train"].examples.names
-        pairs += [
-            f"{names[int(rows[i])]} = {train_names[int(train_rows[k])]}" for i, k in (exact | near).items()
-        ]
+        pairs += [f"{names[int(rows[i])]} = {train_names[int(train_rows[k])]}" for i, k in (exact | near).items()]
         if len(exact) > FAIL_EXACT_SHARE * len(images):
             verdict = "FAIL"
         elif verdict == "PASS" and (exact or len(near) > WARN_NEAR_SHARE * len(images)):
@@ -97,10 +93,7 @@ def near_duplicates(images: Tensor, train: Tensor, train_hashes: np.ndarray) -> 
 
 def thumbnails(images: Tensor) -> Tensor:
     """Return gray 16x16 thumbnails (N, 256) with mean 0 and norm 1, whose dot products are their correlations."""
-    parts = [
-        F.adaptive_avg_pool2d(part.float().mean(1, keepdim=True), 16).flatten(1)
-        for part in images.split(CHUNK)
-    ]
+    parts = [F.adaptive_avg_pool2d(part.float().mean(1, keepdim=True), 16).flatten(1) for part in images.split(CHUNK)]
     return F.normalize(torch.cat([part - part.mean(1, keepdim=True) for part in parts]), dim=1)
 
 
@@ -115,9 +108,7 @@ def near_hashes(hashes: np.ndarray, train_hashes: np.ndarray) -> np.ndarray:
     def compare(start: int) -> np.ndarray:
         rows, columns, distances = [], [], []
         for first in range(0, len(train_hashes), HASH_COLUMNS):
-            different = (
-                hashes[start : start + HASH_ROWS, None] ^ train_hashes[None, first : first + HASH_COLUMNS]
-            )
+            different = hashes[start : start + HASH_ROWS, None] ^ train_hashes[None, first : first + HASH_COLUMNS]
             distance = np.bitwise_count(different)
             row, column = np.nonzero(distance <= MAX_HASH_DISTANCE)
             rows.append(row)

@@ -14,9 +14,7 @@ from cnntrain.train.setup import Components
 from cnntrain.train.state import TrainingPlan
 from cnntrain.types import DataSpec, Finding
 
-STATISTICS_TOLERANCE = (
-    0.05  # difference of mean or standard deviation from the pretrained weights', on the 0-1 scale
-)
+STATISTICS_TOLERANCE = 0.05  # difference of mean or standard deviation from the pretrained weights', on the 0-1 scale
 SIZE_RATIO = 4  # ratio of the image size of the pretrained weights to the image size of the data
 SGD_LR_PER_256 = (1e-3, 1.0)  # usual learning rates per 256 images per step (Goyal et al. 2017: 0.1)
 ADAM_LR_AT_256 = (1e-6, 2e-2)  # for Adam and AdamW, where they grow with the square root of the batch size
@@ -95,9 +93,7 @@ def _without_effect(
     for key, (no_effect, reason, other) in unused.items():
         if key in typed and no_effect:
             remedy = f"change {other}, or remove {key}"
-            yield _warning(
-                f"{key} has no effect with {reason}", f"{other} takes precedence", remedy, key, other
-            )
+            yield _warning(f"{key} has no effect with {reason}", f"{other} takes precedence", remedy, key, other)
 
 
 def _contradictions(components: Components, data: Data, plan: TrainingPlan) -> Iterator[Finding]:

@@ -33,13 +33,9 @@ def loss_scale(context: CheckContext) -> Finding:
     if abs(doubled - once) <= TOLERANCE * max(abs(once), 1e-6) or not math.isfinite(once):
         return passed(evidence)
     if abs(doubled) > abs(once):
-        cause = (
-            "the loss is a sum over the batch, not a mean: the effective learning rate grows with batch_size"
-        )
+        cause = "the loss is a sum over the batch, not a mean: the effective learning rate grows with batch_size"
     else:
-        cause = (
-            "the loss is divided by the batch size twice: the effective learning rate shrinks with batch_size"
-        )
+        cause = "the loss is divided by the batch size twice: the effective learning rate shrinks with batch_size"
     remedy = "let losses() return the loss of each example and the number of its terms"
     return failed(evidence, cause, remedy, "task", "batch_size")
 
@@ -87,9 +83,7 @@ def loss_sign(context: CheckContext) -> Finding:
         if not loss.requires_grad:
             cause = "the loss is not differentiable: it uses argmax, a comparison, .item() or detach()"
             evidence = "the loss has no gradient with respect to the outputs"
-            return failed(
-                evidence, cause, "compute the loss from the outputs with differentiable operations", "task"
-            )
+            return failed(evidence, cause, "compute the loss from the outputs with differentiable operations", "task")
         optimizer.param_groups[0]["lr"] = STEP_SIZE * (1 - step / (STEPS + 1)) ** 2
         optimizer.zero_grad()
         loss.backward()
@@ -107,8 +101,6 @@ def loss_sign(context: CheckContext) -> Finding:
         cause = "a lower loss does not improve the predictions: the loss and the metric use different targets"
         return failed(evidence, cause, "compare losses() with mistake_score()", "task")
     if last - floor > MAX_REMAINING * (first - floor):
-        cause = (
-            "no outputs bring the loss near its lowest value, for example because a softmax is applied twice"
-        )
+        cause = "no outputs bring the loss near its lowest value, for example because a softmax is applied twice"
         return failed(evidence, cause, "pass unnormalized outputs (logits) to the loss", "task")
     return passed(evidence)

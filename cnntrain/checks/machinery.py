@@ -92,9 +92,7 @@ def repeat(context: CheckContext) -> Finding:
         model = context.copy_model()
         train_steps(context, model, context.make_optimizer(model), STEPS)
         states.append(torch.cat([value.detach().flatten().double() for value in model.state_dict().values()]))
-    cause = (
-        "random numbers come from a generator (NumPy's, Python's, ...) that is not seeded before each step"
-    )
+    cause = "random numbers come from a generator (NumPy's, Python's, ...) that is not seeded before each step"
     remedy = "use torch's global generator, or your own seeded generator"
     what = f"weights after {STEPS} steps, twice with the same seed"
     return _check_equal(context, states[0], states[1], what, cause, remedy)
@@ -141,9 +139,7 @@ def workers(context: CheckContext) -> Finding:
     if not different:
         return passed(f"{len(rows)} examples read with data.workers=0 and 2: identical")
     evidence = f"{join_names(sorted(different))} differ between data.workers=0 and 2"
-    cause = (
-        "the data depend on the process that reads them: a transform uses the random generator of its process"
-    )
+    cause = "the data depend on the process that reads them: a transform uses the random generator of its process"
     remedy = "derive random numbers from (seed, epoch, position), as cnntrain's augmentations do"
     return failed(evidence, cause, remedy, "data.workers", "augment")
 
@@ -177,9 +173,7 @@ def precision(context: CheckContext) -> Finding:
     )
     if distance <= limit and angle <= limit:
         return passed(f"{evidence}; tolerance {limit:g}")
-    cause = (
-        f"{chosen} is not precise enough: values that are too large, or small differences of large numbers"
-    )
+    cause = f"{chosen} is not precise enough: values that are too large, or small differences of large numbers"
     remedy = "set precision=fp32, or reduce the size of the activations"
     return failed(evidence, cause, remedy, "precision")
 

@@ -13,9 +13,7 @@ TOLERANCE = 1e-4
 WARN_DROPOUT, FAIL_DROPOUT = 0.8, 0.95  # dropout probability
 MAX_MOMENTUM = 0.99  # of BatchNorm
 MODE_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
-MOMENTUM_REMEDY = (
-    "set momentum=0.1, PyTorch's default: the weight of the new batch (Keras's 0.99 is 0.01 here)"
-)
+MOMENTUM_REMEDY = "set momentum=0.1, PyTorch's default: the weight of the new batch (Keras's 0.99 is 0.01 here)"
 NETWORK = "the network itself"
 
 
@@ -79,9 +77,7 @@ def _check_switching(model: nn.Module, images: Tensor, frozen: bool) -> Finding 
     model.eval()
     if wrong:
         evidence = f"{len(wrong)} layers are in training mode after model.eval()"
-        cause = (
-            f"layers in training mode during evaluation: {join_names([name or NETWORK for name in wrong])}"
-        )
+        cause = f"layers in training mode during evaluation: {join_names([name or NETWORK for name in wrong])}"
         return failed(evidence, cause, "look for train() in eval() or forward()", "model")
     return None
 
@@ -111,9 +107,7 @@ def _check_evaluation(context: CheckContext, model: nn.Module, images: Tensor) -
     changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
     if changed:
         evidence = f"an evaluation changes {join_names(changed)}"
-        return failed(
-            evidence, "evaluation updates the state of the model", "pass training=self.training", "model"
-        )
+        return failed(evidence, "evaluation updates the state of the model", "pass training=self.training", "model")
     if calls.batch_norms:
         evidence = f"batch statistics are used in eval mode: {join_names(calls.batch_norms)}"
         cause = "an output depends on the other images of the batch"
@@ -138,8 +132,6 @@ def _check_training(context: CheckContext, model: nn.Module, images: Tensor) -> 
     shown = ", ".join(reasons) or "no operation depends on the mode"
     evidence = f"relative difference between training and eval mode: {distance:.2g} ({shown})"
     if distance > TOLERANCE and not reasons:
-        cause = (
-            "training mode computes something else, although no operation is random or uses batch statistics"
-        )
+        cause = "training mode computes something else, although no operation is random or uses batch statistics"
         return warned(evidence, cause, "look for self.training in forward()", "model")
     return passed(evidence)

@@ -13,9 +13,7 @@ from cnntrain.checks.short_training import ShortTraining, train_steps
 from cnntrain.types import Batch, Finding
 
 BATCHES = 8
-LEARNED = (
-    0.75  # loss relative to a prediction that ignores the image; above, there is nothing to lose in eval mode
-)
+LEARNED = 0.75  # loss relative to a prediction that ignores the image; above, there is nothing to lose in eval mode
 MAX_LOST = 0.5  # share of what was learned that may be lost in eval mode
 TOLERANCE = 1e-4
 NO_NORM = "no layer has running statistics"
@@ -92,9 +90,7 @@ def _gap_of_trained(context: CheckContext) -> Finding:
     train_loss, eval_loss = _losses(context, model, [batch], update=False)
     with torch.no_grad():
         uninformed = context.task.uninformed_loss(batch.targets, context.outputs(model, batch.images))
-    evidence = (
-        f"loss on the same images {train_loss:.3g} with batch statistics, {eval_loss:.3g} with running ones"
-    )
+    evidence = f"loss on the same images {train_loss:.3g} with batch statistics, {eval_loss:.3g} with running ones"
     if train_loss > LEARNED * uninformed:
         return skipped(f"undecided: too little has been learned; {evidence}")
     return _compare(train_loss, eval_loss, uninformed, evidence)

@@ -80,9 +80,7 @@ def calibrate_norms(model: nn.Module, images: Tensor) -> int:
     Returns:
         The number of norms.
     """
-    norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     model.eval()
     for norm in norms:
@@ -386,7 +384,5 @@ def diagnose_pace(
     return Finding("pace", "PASS", f"{evidence}; ten times the learning rate is not much faster")
 
 
-def _finding(
-    name: str, passed: bool, evidence: str, cause: str, remedy: str, keys: tuple[str, ...]
-) -> Finding:
+def _finding(name: str, passed: bool, evidence: str, cause: str, remedy: str, keys: tuple[str, ...]) -> Finding:
     return Finding(name, "PASS", evidence) if passed else Finding(name, "FAIL", evidence, cause, remedy, keys)

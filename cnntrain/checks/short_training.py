@@ -99,9 +99,7 @@ def trained_copy(context: CheckContext, images: Tensor, steps: int) -> nn.Module
     Layers that start at zero (a head, the last norm of a residual block) do not hide the layers before them any more.
     """
     model = context.copy_model()
-    train_steps(
-        context, model, torch.optim.Adam(trainable_parameters(model).values(), lr=STABLE_ADAM_LR), steps
-    )
+    train_steps(context, model, torch.optim.Adam(trainable_parameters(model).values(), lr=STABLE_ADAM_LR), steps)
     if not context.trained:
         calibrate_norms(model, images)
     return model
@@ -205,9 +203,7 @@ def train_briefly(context: CheckContext, learning_rate: float, seconds: float) -
     count = len(context.loaders["train"])
     shape = output_shape(context)
     images = (
-        max(MIN_IMAGES, MIN_IMAGES_PER_CLASS * len(context.spec.classes))
-        if len(shape) < 3
-        else MIN_IMAGES_WITH_MASKS
+        max(MIN_IMAGES, MIN_IMAGES_PER_CLASS * len(context.spec.classes)) if len(shape) < 3 else MIN_IMAGES_WITH_MASKS
     )
     rows = _evenly_spaced(torch.arange(count), images)
     size = max(MIN_BATCH, min(MAX_BATCH, int(MIN_BATCH * MAX_STEP_S / one_step_s)))
@@ -264,9 +260,7 @@ def _step(context: CheckContext, model: nn.Module, optimizer: Optimizer, batch: 
 
 
 @torch.no_grad()
-def evaluate(
-    context: CheckContext, model: nn.Module, batches: Mapping[str, Batch]
-) -> dict[str, ImageInformation]:
+def evaluate(context: CheckContext, model: nn.Module, batches: Mapping[str, Batch]) -> dict[str, ImageInformation]:
     """Return the image information of a model by split, measured on a copy with calibrated norms.
 
     `batch norm gap` checks the model's own running statistics.

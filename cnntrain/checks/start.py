@@ -24,9 +24,7 @@ WARN_GROWTH, FAIL_GROWTH = 30.0, 300.0  # of the signal at the output, relative 
 WARN_DECAY, FAIL_DECAY = 1e-3, 2e-4
 WARN_DEAD, FAIL_DEAD = 0.75, 0.95  # share of dead units of a layer
 FEW_UNITS = 32  # layers with fewer units count only if all are dead
-STEPS = (
-    3  # after which layers that start at zero (a head, the last norm of a block) no longer block the signal
-)
+STEPS = 3  # after which layers that start at zero (a head, the last norm of a block) no longer block the signal
 FAIL_SEEN, WARN_SEEN = (0.25, 0.05), (0.5, 0.1)  # shares of influential pixels: over all images, per image
 PROJECTIONS = 2
 MIN_INFLUENCE = 1e-8  # gradient of a pixel, relative to the largest
@@ -53,24 +51,16 @@ def initial_loss(context: CheckContext) -> Finding:
         uninformed = context.task.uninformed_loss(batch.truth, outputs)
         noise = torch.randn(outputs.shape, generator=seeded_generator(0)).to(outputs.device)
         high, absurd = (float(context.mean_loss(std * noise, batch.truth)) for std in (WARN_STD, FAIL_STD))
-    evidence = (
-        f"initial loss {loss:.4g}; ignoring the image costs {uninformed:.4g}, random outputs cost {high:.4g}"
-    )
+    evidence = f"initial loss {loss:.4g}; ignoring the image costs {uninformed:.4g}, random outputs cost {high:.4g}"
     if not math.isfinite(loss):
-        cause = (
-            f"the loss is {loss} before the first step: a division by zero, or weights that are far too large"
-        )
+        cause = f"the loss is {loss} before the first step: a division by zero, or weights that are far too large"
         return failed(evidence, cause, "check the initialization and the inputs", INIT, "model")
-    if (
-        high <= uninformed or loss <= high
-    ):  # high <= uninformed if the sign of the loss is wrong; see loss sign
+    if high <= uninformed or loss <= high:  # high <= uninformed if the sign of the loss is wrong; see loss sign
         return passed(evidence)
     std = float(outputs.std())
     size = "far too large" if loss > absurd else "too large"
     cause = f"the initial weights are {size}: the outputs have a standard deviation of {std:.3g}"
-    remedy = (
-        "initialize with smaller weights (model.init=he), above all in the last layer; check the input scale"
-    )
+    remedy = "initialize with smaller weights (model.init=he), above all in the last layer; check the input scale"
     return (failed if loss > absurd else warned)(evidence, cause, remedy, INIT, "model")
 
 

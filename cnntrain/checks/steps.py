@@ -30,9 +30,7 @@ def learning_rate(context: CheckContext) -> Finding:
     rate = configured_rate(context)
     test = range_test(context)
     if test is None or not test.complete:
-        return skipped(
-            "the time budget (check.budget_s) is too small for a range test, or the loss has no gradient"
-        )
+        return skipped("the time budget (check.budget_s) is too small for a range test, or the loss has no gradient")
     context.curves["range test: loss over learning rate"] = {
         "mini-batch": (test.rates, test.losses),
         "smoothed": (test.rates, test.smoothed),

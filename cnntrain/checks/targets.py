@@ -37,9 +37,7 @@ def classes(context: CheckContext) -> Finding:
             return warned(evidence, f"{cause}: data.limit leaves few examples", remedy, "data", "data.limit")
         return failed(evidence, cause, remedy, "data")
     if counts.max() > MAX_IMBALANCE * counts.min():
-        cause = (
-            f"{names[int(counts.argmin())]} is rare: a model that never predicts it is almost always right"
-        )
+        cause = f"{names[int(counts.argmin())]} is rare: a model that never predicts it is almost always right"
         remedy = "try task.class_weights=balanced, and look at the confusion matrix"
         return warned(evidence, cause, remedy, "task.class_weights")
     return passed(evidence)
@@ -67,9 +65,7 @@ def points(context: CheckContext) -> Finding:
         return failed(evidence, cause, "give them in pixels of the image; the task normalizes them", "data")
     pairs = context.spec.flip_pairs
     if pairs is not None and len(coordinates) >= MIN_EXAMPLES and len(pairs) == len(context.spec.keypoints):
-        xy, yx = (
-            measure_symmetry(each, valid, pairs).swapped for each in (coordinates, coordinates.flip(-1))
-        )
+        xy, yx = (measure_symmetry(each, valid, pairs).swapped for each in (coordinates, coordinates.flip(-1)))
         evidence += f"; distance from the mirrored shape {xy:.2f}, with x and y exchanged {yx:.2f}"
         if yx < 0.5 * xy:
             cause = "the keypoints are (y, x): the shapes are symmetric about a horizontal axis"
@@ -92,9 +88,7 @@ def masks(context: CheckContext) -> Finding:
     if ignore is not None:
         counts[ignore] = 0
     unknown = [i for i in counts.nonzero().flatten().tolist() if i >= len(names)]
-    evidence = (
-        f"{len(names)} classes in {len(batch)} masks, {100 * unlabeled / total:.0f} % of the pixels unlabeled"
-    )
+    evidence = f"{len(names)} classes in {len(batch)} masks, {100 * unlabeled / total:.0f} % of the pixels unlabeled"
     if unknown:
         cause = f"the masks contain ids that are not classes: {join_names([str(i) for i in unknown])}"
         remedy = "add them to data.classes, or map them to data.ignore_index"
@@ -119,9 +113,7 @@ def flip(context: CheckContext) -> Finding:
     if spec.flip_pairs is None and not context.pipeline.can_flip:
         return skipped("no flip pairs are declared, and no augmentation flips images")
     targets = context.loaders["train"].examples.targets
-    findings, _ = diagnose_flip(
-        targets["points"][:MAX_FLIP_EXAMPLES], targets["valid"][:MAX_FLIP_EXAMPLES], spec
-    )
+    findings, _ = diagnose_flip(targets["points"][:MAX_FLIP_EXAMPLES], targets["valid"][:MAX_FLIP_EXAMPLES], spec)
     for verdict in ("FAIL", "WARN"):
         for finding in findings:
             if finding.verdict == verdict:

@@ -61,9 +61,7 @@ def loop_agrees(context: CheckContext) -> Finding:
                 return skipped(f"undecided: {evidence}, but rounding alone causes {rounding:.1g}")
             cause = "the loop does not do zero_grad, forward in training mode, backward, clip and step "
             cause += (
-                "with the learning rate of the schedule"
-                if accumulate == 1
-                else "with the mean over several batches"
+                "with the learning rate of the schedule" if accumulate == 1 else "with the mean over several batches"
             )
             return failed(evidence, cause, remedy)
     before = {name: value.clone() for name, value in model.named_buffers()}
@@ -71,9 +69,7 @@ def loop_agrees(context: CheckContext) -> Finding:
     changed = [name for name, value in model.named_buffers() if not torch.equal(value, before[name])]
     evidence = f"{_describe(distances)}; difference of the validation loss: {abs(loss - expected):.1g}"
     if changed or not abs(loss - expected) <= TOLERANCE * max(abs(expected), 1e-6):
-        cause = "validation runs in training mode" + (
-            f": it changes {join_names(changed)}" if changed else ""
-        )
+        cause = "validation runs in training mode" + (f": it changes {join_names(changed)}" if changed else "")
         return failed(evidence, cause, remedy)
     return passed(evidence)
 
@@ -100,9 +96,7 @@ def _batches(context: CheckContext, count: int) -> list[Batch]:
     return [context.pipeline(batch, seed, 0) for batch in loader.batches(order, size, transform=transform)]
 
 
-def _loss(
-    context: CheckContext, model: nn.Module, batch: Batch, training: bool = True
-) -> tuple[Tensor, Tensor]:
+def _loss(context: CheckContext, model: nn.Module, batch: Batch, training: bool = True) -> tuple[Tensor, Tensor]:
     """Return the loss sum and the number of its terms, in float32."""
     images = batch.images.contiguous(memory_format=context.compute.memory_format)
     return context.task.loss(model(images).float(), batch.truth, training)
@@ -176,9 +170,7 @@ def _validation_losses(context: CheckContext, model: nn.Module) -> tuple[float, 
     """Return the loss on a few validation images, by the reference implementation and by `loop.evaluate`."""
     loader, reference = context.loaders["val"], copy.deepcopy(model).eval()
     compute, rows = dataclasses.replace(context.compute, precision="fp32"), list[Tensor]()
-    trainer = loop.Trainer(
-        context.task, context.pipeline, compute, context.plan, context.loaders["train"], loader
-    )
+    trainer = loop.Trainer(context.task, context.pipeline, compute, context.plan, context.loaders["train"], loader)
     meter = loop.evaluate(
         trainer,
         model.train(),

@@ -180,9 +180,7 @@ def gradient_cut(model: nn.Module, images: Tensor) -> str:
     layers: list[tuple[str, bool, bool]] = []  # (name, input requires grad, output requires grad)
 
     def record(name: str, inputs: Any, output: Any) -> None:
-        input_grads = [
-            part.requires_grad for part in inputs if isinstance(part, Tensor) and part.is_floating_point()
-        ]
+        input_grads = [part.requires_grad for part in inputs if isinstance(part, Tensor) and part.is_floating_point()]
         layers.append((name, any(input_grads) or not input_grads, getattr(output, "requires_grad", True)))
 
     leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]

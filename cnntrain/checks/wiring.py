@@ -13,9 +13,7 @@ from cnntrain.checks.short_training import train_steps, trainable_parameters
 from cnntrain.checks.watch import Weighted, gradient_cut, never_called
 from cnntrain.types import Finding
 
-STEPS = (
-    4  # a zero head, zero norms before it and the layers before them need one step each to pass gradients on
-)
+STEPS = 4  # a zero head, zero norms before it and the layers before them need one step each to pass gradients on
 MAX_DEPTH = 3  # of nested lists that are searched for modules
 MIN_CHANGE = 1e-6  # relative change that is visible in float32
 MODE_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
@@ -160,9 +158,7 @@ def gradients(context: CheckContext) -> Finding:
         return failed(evidence, _why_absent(context, absent, model), remedy, "model")
     if not all(map(math.isfinite, losses)):
         evidence = f"losses {', '.join(f'{loss:.3g}' for loss in losses)}"
-        return failed(
-            evidence, "the loss became non-finite", "lower optimizer.lr; see initial loss", "optimizer.lr"
-        )
+        return failed(evidence, "the loss became non-finite", "lower optimizer.lr; see initial loss", "optimizer.lr")
     if zero:
         cause = f"the gradient of {join_names(zero)} is exactly zero: dead ReLUs or zero weights follow"
         return failed(evidence, cause, "see dead units; check the initialization", "model", "model.init")
@@ -196,8 +192,6 @@ def _why_absent(context: CheckContext, absent: list[str], model: nn.Module) -> s
     uncalled = never_called(model, images)
     in_uncalled = [name for name in absent if name.rpartition(".")[0] in uncalled]
     if len(in_uncalled) == len(absent):
-        return (
-            f"forward() never calls {join_names(sorted({name.rpartition('.')[0] for name in in_uncalled}))}"
-        )
+        return f"forward() never calls {join_names(sorted({name.rpartition('.')[0] for name in in_uncalled}))}"
     where = gradient_cut(model, images) or "they are detached from the loss (detach, .data, no_grad)"
     return f"no gradient reaches {join_names(absent)}: {where}"

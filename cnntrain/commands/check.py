@@ -33,9 +33,7 @@ def run(invocation: Invocation) -> int:
         report = check_flip(read_settings(overrides, invocation.config_dir), invocation.line)
     elif any(override.startswith("checkpoint=") for override in overrides):
         settings = read_command_settings(EvaluateSettings, "evaluate", overrides, invocation.config_dir)
-        components = restore(
-            load_validated(locate_checkpoint(Path(settings.checkpoint), "best.pt")), settings
-        )
+        components = restore(load_validated(locate_checkpoint(Path(settings.checkpoint), "best.pt")), settings)
         report = check_checkpoint(components, settings.run_dir, words, invocation.line)
     else:
         report = check(read_settings(overrides, invocation.config_dir), words, invocation.line)

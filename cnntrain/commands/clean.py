@@ -24,7 +24,5 @@ def run(invocation: Invocation) -> int:
                 shutil.rmtree(folder)
         except OSError as error:
             raise MachineError(f"clean: {folder} cannot be deleted: {error}") from error
-        print(
-            f"{folder}: {len(files)} files, {size / 2**20:.1f} MiB deleted" if files else f"{folder}: empty"
-        )
+        print(f"{folder}: {len(files)} files, {size / 2**20:.1f} MiB deleted" if files else f"{folder}: empty")
     return 0

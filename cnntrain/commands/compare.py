@@ -49,13 +49,9 @@ def compare(folders: list[Path], settings: CompareSettings, command_line: str = 
     runs = [read_run(each) for each in run_folders]
     monitor = next((found for each in run_folders if (found := monitor_of(each))), ("loss", "min"))
     metric = settings.metric or monitor[0]
-    known = sorted(
-        {key.removeprefix("val/") for run in runs for row in run.rows for key in row if key[:4] == "val/"}
-    )
+    known = sorted({key.removeprefix("val/") for run in runs for row in run.rows for key in row if key[:4] == "val/"})
     if metric not in known:
-        raise UserError(
-            f"metric: no run has {metric!r}{suggest(metric, known)} (available: {', '.join(known)})"
-        )
+        raise UserError(f"metric: no run has {metric!r}{suggest(metric, known)} (available: {', '.join(known)})")
     groups = group_runs(runs, differing_keys(runs))
     rows = comparison_rows(groups, metric, monitor)
     run_dir = Path(settings.run_dir) if settings.run_dir else None

@@ -42,9 +42,7 @@ NAMES = {"train": "training", "val": "validation", "test": "test"}  # in figures
 def run(invocation: Invocation) -> int:
     if invocation.words:
         raise UserError(f"evaluate: {invocation.words[0]!r} is not an override; write checkpoint=PATH")
-    settings = read_command_settings(
-        EvaluateSettings, "evaluate", invocation.overrides, invocation.config_dir
-    )
+    settings = read_command_settings(EvaluateSettings, "evaluate", invocation.overrides, invocation.config_dir)
     evaluate_checkpoint(settings, invocation.line)
     return 0
 
@@ -73,14 +71,10 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     rows: list[dict[str, Any]] = []
 
     def add_rows(batch: Batch, outputs: Tensor) -> None:
-        for index, row in zip(
-            batch.index.tolist(), components.task.per_example(outputs, batch.truth), strict=True
-        ):
+        for index, row in zip(batch.index.tolist(), components.task.per_example(outputs, batch.truth), strict=True):
             rows.append({"name": examples.names[index], **row})
 
-    folder = (
-        Path(settings.run_dir) if settings.run_dir else run_folder_of(path) / f"evaluate-{settings.split}"
-    )
+    folder = Path(settings.run_dir) if settings.run_dir else run_folder_of(path) / f"evaluate-{settings.split}"
     if not settings.run_dir and exists(folder) and not is_folder(folder, run_folder_of(path)):
         raise UserError(f"{folder}: is a link or a file; remove it, or choose another folder with run_dir=")
     with open_run_dir(folder, "evaluate") as run_folder, stop_flag() as stop:
@@ -96,9 +90,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
         if not meter.loss_is_finite():
             weights = [*components.model.named_parameters(), *components.model.named_buffers()]
             broken = next((name for name, weight in weights if not weight.isfinite().all()), None)
-            cause = (
-                f"{broken} contains NaN or inf" if broken else "the weights are finite, so check the images"
-            )
+            cause = f"{broken} contains NaN or inf" if broken else "the weights are finite, so check the images"
             raise DivergedError(f"evaluate: the loss over {settings.split} is not finite; {cause}")
         values = {**meter.compute(), **meter.details()}
         metrics = {f"{settings.split}/{name}": value for name, value in values.items()}

@@ -43,9 +43,7 @@ def run(invocation: Invocation) -> int:
     first = settings[0]
     options, folder = first.inspect, Path(first.run_dir) if first.run_dir else None
     with open_run_dir(folder, f"inspect-{first.label}") as run_dir:
-        written = report(
-            summaries, run_dir.path, options.depth, options.convention, console, first.log.figures
-        )
+        written = report(summaries, run_dir.path, options.depth, options.convention, console, first.log.figures)
     for path in written:
         print(path)
     return 0

@@ -31,8 +31,6 @@ def run(invocation: Invocation) -> int:
     return 1 if overfit(settings, invocation.line)["verdict"] == "FAIL" else 0
 
 
-def overfit_trial(
-    settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]
-) -> dict[str, Any]:
+def overfit_trial(settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]) -> dict[str, Any]:
     """Run one trial of a sweep; there are no epochs to pass to `watch`."""
     return overfit(settings, command_line)

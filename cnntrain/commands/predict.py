@@ -89,9 +89,7 @@ class Predictor:
 
 def run(invocation: Invocation) -> int:
     if invocation.words:
-        raise UserError(
-            f"predict: {invocation.words[0]!r} is not an override; write checkpoint=PATH images=PATH"
-        )
+        raise UserError(f"predict: {invocation.words[0]!r} is not an override; write checkpoint=PATH images=PATH")
     settings = read_command_settings(PredictSettings, "predict", invocation.overrides, invocation.config_dir)
     predict(settings, invocation.line)
     return 0
@@ -154,9 +152,7 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
     pipeline = build_pipeline(restored, spec)
     task = build_task(restored, spec, pipeline)
     with limited_construction(len(saved["state"]["model"])):
-        model = build_model(restored, spec, task, pipeline.output_size, show_warnings=False).to(
-            compute.device
-        )
+        model = build_model(restored, spec, task, pipeline.output_size, show_warnings=False).to(compute.device)
     load_eval_weights(model, saved)
     model.to(memory_format=compute.memory_format)
     data = restored.data
@@ -169,9 +165,7 @@ def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predi
     decoder = dataclasses.replace(decoder, bits=int(bits))
     margin = 0.0 if data.get("crop_margin") is None else data["crop_margin"]
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= MAX_MARGIN:
-        raise UserError(
-            f"checkpoint: data.crop_margin is {margin!r}, but must be a number from 0 to {MAX_MARGIN}"
-        )
+        raise UserError(f"checkpoint: data.crop_margin is {margin!r}, but must be a number from 0 to {MAX_MARGIN}")
     margin = float(margin) if crops else 0.0
     batch_size = restored.fixed_batch_size or saved["config"]["batch_size"]
     return Predictor(compute, spec, pipeline, task, model, decoder, batch_size, crops, margin)
@@ -284,9 +278,7 @@ def write_rows(rows: list[Row], target: Path) -> None:
 def nest(row: Row, predictor: Predictor) -> Row:
     """Convert a row for JSON: probabilities and points become mappings."""
     result = {key: value for key, value in row.items() if not key.startswith("probability/")}
-    probabilities = {
-        key.removeprefix("probability/"): p for key, p in row.items() if key.startswith("probability/")
-    }
+    probabilities = {key.removeprefix("probability/"): p for key, p in row.items() if key.startswith("probability/")}
     if probabilities:
         result["probabilities"] = probabilities
     if predictor.spec.keypoints:

@@ -65,9 +65,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     data.spec = with_configured_statistics(data.spec, chosen)
     pipeline = build_pipeline(settings, data.spec)
     if pipeline.mixes_labels:
-        log.info(
-            "preview: images are mixed with each other here; in training, with other images of their batch"
-        )
+        log.info("preview: images are mixed with each other here; in training, with other images of their batch")
     loader = make_loader(data.train, "cpu", 0, chosen.timeout_s, per_sample=True)
     count = min(settings.preview.images, len(loader))
     rows = torch.linspace(0, len(loader) - 1, count).round().long()

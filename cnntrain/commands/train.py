@@ -70,9 +70,7 @@ def run(invocation: Invocation) -> int:
         raise UserError(f"train: {word!r} is not an override; write KEY=VALUE, for example {example}")
     if invocation.multirun:
         if rank_from_env():
-            raise UserError(
-                "-m: a sweep is one process; start it without torchrun or srun, with launch.devices=N"
-            )
+            raise UserError("-m: a sweep is one process; start it without torchrun or srun, with launch.devices=N")
         # Imported here because they import optuna, which a single run does not need.
         from cnntrain.sweep.sweep_run import run_sweep
         from cnntrain.sweep.trial_workers import SweepTarget
@@ -80,18 +78,14 @@ def run(invocation: Invocation) -> int:
         return run_sweep(invocation, SweepTarget(train_trial, test_trial))
     settings = read_settings(invocation.overrides, invocation.config_dir)
     if swept := swept_by_config(settings, invocation.overrides):
-        raise UserError(
-            f"sweep.over: this config sweeps over {', '.join(swept)}; add -m, or give each one value"
-        )
+        raise UserError(f"sweep.over: this config sweeps over {', '.join(swept)}; add -m, or give each one value")
     results = train(settings, invocation.line)
     findings = []
     if settings.expect and results:
         experiment = [o for o in invocation.overrides if o.startswith("experiment=")]
         own = dataclasses.asdict(read_settings(experiment, invocation.config_dir))
         changed = [
-            key
-            for key, _, _ in changed_settings(own, dataclasses.asdict(settings))
-            if key.split(".")[0] != "expect"
+            key for key, _, _ in changed_settings(own, dataclasses.asdict(settings)) if key.split(".")[0] != "expect"
         ]
         findings = judge_expectations(settings.expect, results, changed)
         print_findings(findings)
@@ -234,9 +228,7 @@ def _train_in(
     ):  # all checks that can refuse the run are done
         if world.is_main:
             if saved is None and run.last.exists():
-                raise UserError(
-                    f"run_dir: another process has started a run in {run.path}; choose another folder"
-                )
+                raise UserError(f"run_dir: another process has started a run in {run.path}; choose another folder")
             if best:
                 copy_best_checkpoint(best, run.best)
             config = without_passwords(dataclasses.asdict(settings))
@@ -252,9 +244,7 @@ def _train_in(
         ):
             if logger:
                 hparams = {key: value for key, value in metadata["config"].items() if key not in NO_HPARAMS}
-                logger.start(
-                    flatten_settings(hparams), read_text(run.path / "config.yaml"), data.test is not None
-                )
+                logger.start(flatten_settings(hparams), read_text(run.path / "config.yaml"), data.test is not None)
             results = train_to_the_end(components, data, plan, state, writer, logger, stop)
         if not world.is_main:
             return {}
@@ -328,9 +318,7 @@ def _check_first(settings: Settings, command_line: str) -> None:
         )
 
 
-def train_trial(
-    settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]
-) -> dict[str, Any]:
+def train_trial(settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]) -> dict[str, Any]:
     """Train one run of a sweep, without the test set."""
     return train(settings, command_line, test=False, watch=watch)
 

@@ -7,9 +7,7 @@ from typing import Any
 
 MASK = "***"
 # A value that Hydra's grammar parses as the same string: not a number or null, and without characters to quote.
-_PLAIN = re.compile(
-    r"(?!(?:null|true|false|nan|inf)$)(?:[A-Za-z_]|\.{0,2}/)[\w./:@%-]*", re.IGNORECASE | re.ASCII
-)
+_PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)(?:[A-Za-z_]|\.{0,2}/)[\w./:@%-]*", re.IGNORECASE | re.ASCII)
 _URL_PASSWORD = re.compile(r"(://[^:/?#@\s]*:)[^@\s]+(?=@)")
 _QUERY_PASSWORD = re.compile(r"([?&](?:ssl)?(?:password|passwd|pwd)=)[^&#\s'\"]+", re.IGNORECASE)
 

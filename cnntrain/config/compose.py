@@ -61,9 +61,7 @@ def read_settings(overrides: Sequence[str], config_dir: Path | None = None) -> S
     return dataclasses.replace(settings, trusted_packages=trusted)
 
 
-def read_command_settings(
-    cls: type[T], name: str, overrides: Sequence[str], config_dir: Path | None = None
-) -> T:
+def read_command_settings(cls: type[T], name: str, overrides: Sequence[str], config_dir: Path | None = None) -> T:
     """Compose and validate the settings of a command with its own config, conf/`name`.yaml.
 
     Raises:

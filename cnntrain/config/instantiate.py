@@ -73,9 +73,7 @@ def resolve(
         UserError: the target is not allowed, or an argument is invalid.
     """
     if not isinstance(node, Mapping):
-        raise UserError(
-            f"{key}: must be a mapping with _target_, the class of this {role}; got {shortened(node)}"
-        )
+        raise UserError(f"{key}: must be a mapping with _target_, the class of this {role}; got {shortened(node)}")
     if not isinstance(node.get("_target_"), str):
         raise UserError(f"{key}._target_: missing; name the class of this {role}")
     target = _locate(node["_target_"], role, f"{key}._target_", trusted)

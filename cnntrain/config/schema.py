@@ -93,9 +93,7 @@ class LrFindSettings:
 
     def __post_init__(self) -> None:
         if self.highest <= self.lowest:
-            raise UserError(
-                f"lr_find.highest: must be above lr_find.lowest ({self.lowest}), got {self.highest}"
-            )
+            raise UserError(f"lr_find.highest: must be above lr_find.lowest ({self.lowest}), got {self.highest}")
 
 
 @dataclass(frozen=True)
@@ -368,9 +366,7 @@ def check_value(value: Any, hint: Any, key: str, limits: Within = Within(), alte
         fixed = origin is tuple and arguments[-1] is not Ellipsis
         if fixed and len(value) != len(arguments):
             raise UserError(f"{key}: must be a list of {len(arguments)} values, got {shortened(value)}")
-        return [
-            check_value(each, arguments[i if fixed else 0], f"{key}[{i}]") for i, each in enumerate(value)
-        ]
+        return [check_value(each, arguments[i if fixed else 0], f"{key}[{i}]") for i, each in enumerate(value)]
     if origin in (dict, Mapping) and not isinstance(value, Mapping):
         raise UserError(f"{key}: must be a mapping{alternatives}, got {shortened(value)}")
     return _check_scalar(value, hint, key, limits, alternatives) if hint in (int, float, bool, str) else value
@@ -391,9 +387,7 @@ def _check_union(value: Any, options: tuple[Any, ...], key: str, limits: Within)
     for kind in kinds:
         with contextlib.suppress(UserError):
             return check_value(value, kind, key, limits)
-    names = " or ".join(
-        _TYPE_NAMES.get(kind) or _TYPE_NAMES.get(get_origin(kind), str(kind)) for kind in kinds
-    )
+    names = " or ".join(_TYPE_NAMES.get(kind) or _TYPE_NAMES.get(get_origin(kind), str(kind)) for kind in kinds)
     raise UserError(f"{key}: must be {names}{alternatives}, got {shortened(value)}")
 
 
@@ -416,9 +410,7 @@ def _check_scalar(value: Any, kind: type, key: str, limits: Within, alternatives
     elif kind is bool and isinstance(value, bool):
         converted = value
     elif kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        with contextlib.suppress(
-            OverflowError, ValueError
-        ):  # an integer above the largest float; inf and nan as int
+        with contextlib.suppress(OverflowError, ValueError):  # an integer above the largest float; inf and nan as int
             converted = int(value) if kind is int else float(value)
         finite = isinstance(value, int) or math.isfinite(value)
         in_range = (low is None or value >= low) and (high is None or value <= high)

@@ -94,9 +94,7 @@ def _decode_splits(splits: dict[str, Examples], decode: Decode) -> dict[str, Exa
             matrices = computed if matrices is None else matrices
         masks = {target: decode(lazy, bad)[0] for target, lazy in examples.lazy_targets.items()}
         targets = {**examples.targets, **masks}
-        decoded[name] = replace(
-            examples, images=images, source_to_image=matrices, targets=targets, lazy_targets={}
-        )
+        decoded[name] = replace(examples, images=images, source_to_image=matrices, targets=targets, lazy_targets={})
     if bad:
         paths = {path for lazy in lazy_images(splits) for path in lazy.paths}
         raise_if_bad({file.path: file for file in bad}.values(), len(paths), common_folder(paths))

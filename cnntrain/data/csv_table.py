@@ -179,9 +179,7 @@ def find_csv(file: str | None, root: str | None, expected: str) -> Path:
         looked = " and ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
         raise UserError(f"data.file: no file {looked}; it must be {expected}")
     if folder is None:
-        raise UserError(
-            f"data.file: missing; give {expected}, as data.file=PATH (or its folder, as data.root=PATH)"
-        )
+        raise UserError(f"data.file: missing; give {expected}, as data.file=PATH (or its folder, as data.root=PATH)")
     found = sorted(path for path in folder.glob("*.csv") if is_file(path))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"

@@ -139,9 +139,7 @@ def _is_current(path: Path, lazy: LazyImages, ctimes: np.ndarray) -> bool:
     if not path.exists() or path.stat().st_size != _size(lazy):
         return False
     cache = _map(path, lazy, "c")
-    return np.array_equal(cache.ctimes, ctimes) and np.array_equal(
-        cache.chunk_checksums, _chunk_checksums(path, lazy)
-    )
+    return np.array_equal(cache.ctimes, ctimes) and np.array_equal(cache.chunk_checksums, _chunk_checksums(path, lazy))
 
 
 def _confirm(path: Path, lazy: LazyImages, ctimes: np.ndarray) -> bool:

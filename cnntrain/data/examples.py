@@ -176,10 +176,7 @@ def check_examples(split: str, examples: Examples, spec: DataSpec) -> Examples:
         raise UserError(
             f"data: the {split} images are {kind} {tuple(images.shape)}; expected uint8 {shape}, as spec() says"
         )
-    targets = {
-        name: _as_tensor(target, f"{name!r} of the {split} split")
-        for name, target in examples.targets.items()
-    }
+    targets = {name: _as_tensor(target, f"{name!r} of the {split} split") for name, target in examples.targets.items()}
     for name, target in targets.items():
         if target.dim() == 0 or len(target) != count:
             found = len(target) if target.dim() else "a single number"
@@ -190,9 +187,7 @@ def check_examples(split: str, examples: Examples, spec: DataSpec) -> Examples:
     needed = "points" if spec.keypoints else "mask" if spec.per_pixel else "label" if spec.classes else None
     if needed is not None and needed not in all_targets:
         has = ", ".join(map(repr, all_targets)) or "none"
-        raise UserError(
-            f"data: the {split} split needs the target {needed!r} according to spec(), but has {has}"
-        )
+        raise UserError(f"data: the {split} split needs the target {needed!r} according to spec(), but has {has}")
     if "label" in targets and spec.classes:
         targets["label"] = _labels(targets["label"], split, examples.names, len(spec.classes))
     if "mask" in targets:
@@ -252,9 +247,7 @@ def _masks(mask: Tensor, split: str, spec: DataSpec) -> Tensor:
     if tuple(mask.shape[1:]) != spec.image_size or mask.is_floating_point() or mask.is_complex():
         raise UserError(f"data: the {split} masks are {mask.dtype} {tuple(mask.shape)}; {remedy}")
     if mask.numel() and not 0 <= int(mask.min()) <= int(mask.max()) <= 255:
-        raise UserError(
-            f"data: the {split} masks have values from {int(mask.min())} to {int(mask.max())}; {remedy}"
-        )
+        raise UserError(f"data: the {split} masks have values from {int(mask.min())} to {int(mask.max())}; {remedy}")
     mask = mask.to(torch.uint8)
     found = torch.bincount(mask.flatten(), minlength=256).nonzero().flatten().tolist()
     wrong = [value for value in found if value >= len(spec.classes) and value != spec.mask_fill]

@@ -27,9 +27,7 @@ class BadFile(Exception):
         self.path, self.reason = str(path), reason
 
 
-def raise_if_bad(
-    bad: Iterable[BadFile], total: int, root: str | Path | None = None, advice: str = ""
-) -> None:
+def raise_if_bad(bad: Iterable[BadFile], total: int, root: str | Path | None = None, advice: str = "") -> None:
     """Raise one `UserError` that lists the bad files; do nothing if there are none.
 
     Args:
@@ -41,16 +39,14 @@ def raise_if_bad(
     if not ordered:
         return
     lines = [
-        f"  {os.path.relpath(file.path, root) if root else file.path}: {file.reason}"
-        for file in ordered[:SHOWN_FILES]
+        f"  {os.path.relpath(file.path, root) if root else file.path}: {file.reason}" for file in ordered[:SHOWN_FILES]
     ]
     if len(ordered) > SHOWN_FILES:
         lines.append(f"  ... and {len(ordered) - SHOWN_FILES} more")
     lines += [advice] if advice else []
     where = f" under {root}" if root else ""
     raise UserError(
-        f"data: {len(ordered)} of {total} files{where} can't be used; repair or remove them:\n"
-        + "\n".join(lines)
+        f"data: {len(ordered)} of {total} files{where} can't be used; repair or remove them:\n" + "\n".join(lines)
     )
 
 

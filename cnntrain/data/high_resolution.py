@@ -85,8 +85,7 @@ def _source_to_image(lazy: LazyImages, decoder: ImageDecoder) -> Tensor | None:
         size_of = dict(zip(paths, found, strict=True))
         sizes = [size_of[path] for path in lazy.paths]
     placements = (
-        resize_geometry(*size, decoder.target_size, decoder.resize, lazy.box(row))
-        for row, size in enumerate(sizes)
+        resize_geometry(*size, decoder.target_size, decoder.resize, lazy.box(row)) for row, size in enumerate(sizes)
     )
     return torch.stack([placement.matrix() for placement in placements])
 

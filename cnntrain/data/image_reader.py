@@ -170,9 +170,7 @@ def _open(source: ByteRange) -> "Image.Image":
         RuntimeError,
     ) as error:  # the AVIF reader raises RuntimeError for corrupt files
         failure = error
-    start = _read_bytes(
-        source._replace(offset=source.offset or 0, size=min(source.size or 16, 16))
-    ).getvalue()
+    start = _read_bytes(source._replace(offset=source.offset or 0, size=min(source.size or 16, 16))).getvalue()
     if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
         try:
             from pillow_heif import HeifImageFile
@@ -185,9 +183,7 @@ def _open(source: ByteRange) -> "Image.Image":
             raise UnusableImage(f"is {name}, which is not supported; convert it to PNG or JPEG")
     if isinstance(failure, RuntimeError):
         raise failure
-    raise UnusableImage(
-        "is not an image in a supported format (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF and others)"
-    )
+    raise UnusableImage("is not an image in a supported format (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF and others)")
 
 
 def _read_bytes(source: ByteRange) -> io.BytesIO:
@@ -312,9 +308,7 @@ def to_8_bits(image: "Image.Image", bits: int = 16) -> "Image.Image":
             raise UnusableImage("has 32-bit pixels outside 0 to 65535; save it with 8 or 16 bits")
         white = 2**bits - 1
         if values.max() > white:
-            raise UnusableImage(
-                f"has values up to {int(values.max())}, but data.bits={bits} allows at most {white}"
-            )
+            raise UnusableImage(f"has values up to {int(values.max())}, but data.bits={bits} allows at most {white}")
         return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         foreground = image.convert("RGBA")

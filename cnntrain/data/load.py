@@ -139,9 +139,7 @@ def _warn_of_empty_classes(train: Examples, spec: DataSpec) -> None:
     absent = [name for name, count in zip(spec.classes, counts, strict=True) if not count]
     if absent:
         shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
-        logger.warning(
-            "data: no training images for %d of the %d classes: %s", len(absent), len(counts), shown
-        )
+        logger.warning("data: no training images for %d of the %d classes: %s", len(absent), len(counts), shown)
 
 
 def align_labels(data: Data, checkpoint_spec: DataSpec) -> None:
@@ -155,9 +153,7 @@ def align_labels(data: Data, checkpoint_spec: DataSpec) -> None:
         return
     new = [name for name in names if name not in expected]
     if new or checkpoint_spec.keypoints or checkpoint_spec.per_pixel or not checkpoint_spec.classes:
-        problem = (
-            f"it lacks {', '.join(map(repr, new[:8]))}" if new else "some are missing, or in another order"
-        )
+        problem = f"it lacks {', '.join(map(repr, new[:8]))}" if new else "some are missing, or in another order"
         raise UserError(
             f"data: the names differ from those of the checkpoint ({problem}); it has {', '.join(expected[:20])}"
         )

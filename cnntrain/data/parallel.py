@@ -59,11 +59,7 @@ def decode_into(
 
     # A user's decoder may not support a fork.
     fork = len(lazy) >= MANY_FILES and is_builtin(lazy) and sys.platform == "linux" and usable_cores() > 1
-    results = (
-        process_map(decode, len(lazy), description)
-        if fork
-        else thread_map(decode, range(len(lazy)), description)
-    )
+    results = process_map(decode, len(lazy), description) if fork else thread_map(decode, range(len(lazy)), description)
     return [problem for problem in results if problem]
 
 

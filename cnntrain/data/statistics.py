@@ -54,9 +54,7 @@ def measure_statistics(
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _chunks(
-    examples: Examples, seed: int, files: LazyImages | None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _chunks(examples: Examples, seed: int, files: LazyImages | None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield chunks of the images (or of a sample) with their coverage (N, H, W) bool; None: no padding."""
     chunk_size = max(1, CHUNK_VALUES // math.prod(examples.images.shape[1:]))
     images = examples.images

@@ -31,9 +31,7 @@ TICK_S = 1.0
 class WorkerPool:
     """Decode batches ahead of time in `workers` processes; with 0 workers, on demand in this process."""
 
-    def __init__(
-        self, examples: Examples, workers: int, timeout_s: int, pin_memory: bool, with_matrices: bool
-    ) -> None:
+    def __init__(self, examples: Examples, workers: int, timeout_s: int, pin_memory: bool, with_matrices: bool) -> None:
         self.sampler = _RequestSampler()
         self.timeout_s = timeout_s
         # DataLoader's own `timeout` is not used: it includes time in which the run is suspended (Ctrl-Z).
@@ -169,9 +167,7 @@ def explain_worker_error(error: Exception, timeout_s: int) -> MachineError | Non
             "batch_size, or set data.workers=0"
         )
     if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return MachineError(
-            "data: too many open files; raise the limit (ulimit -n 65536) or lower data.workers"
-        )
+        return MachineError("data: too many open files; raise the limit (ulimit -n 65536) or lower data.workers")
     # Batches are received through a socket, which is closed if the worker dies.
     lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
     if lost or "DataLoader worker" in text:
@@ -224,9 +220,7 @@ class _RequestDataset(Dataset[Any]):
                 raise
             return explained
 
-    def _decode(
-        self, rows: list[int], positions: list[int], transform: Transform | None
-    ) -> dict[str, Tensor]:
+    def _decode(self, rows: list[int], positions: list[int], transform: Transform | None) -> dict[str, Tensor]:
         bad: list[BadFile] = []
         batch: dict[str, Tensor] = {}
         if isinstance(self.images, LazyImages):

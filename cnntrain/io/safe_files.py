@@ -101,9 +101,7 @@ def read_json(path: Path, remedy: str, root: Path | None = None) -> dict[str, An
     return content
 
 
-def write_atomic(
-    path: Path, content: bytes | memoryview, root: Path | None = None, sync: bool = True
-) -> None:
+def write_atomic(path: Path, content: bytes | memoryview, root: Path | None = None, sync: bool = True) -> None:
     """Replace a file atomically: write a temporary file, sync it to disk, then rename it to `path`.
 
     Args:
@@ -261,9 +259,7 @@ def _open_folder(folder: int, name: str, path: Path) -> int:
         if stat.S_ISLNK(mode):
             raise UserError(f"{path}: is a link; {_HINT}") from error
         if mode and not stat.S_ISDIR(mode):
-            raise UserError(
-                f"{path}: must be a folder; remove this file, or choose another run folder"
-            ) from error
+            raise UserError(f"{path}: must be a folder; remove this file, or choose another run folder") from error
         error.filename = str(path)
         raise
 
@@ -294,9 +290,7 @@ def _not_regular(path: Path, mode: int) -> UserError:
     if stat.S_ISLNK(mode):
         return UserError(f"{path}: is a link; {_HINT}")
     kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "not a regular file"
-    return UserError(
-        f"{path}: must be a regular file, but is {kind}; remove it, or choose another run folder"
-    )
+    return UserError(f"{path}: must be a regular file, but is {kind}; remove it, or choose another run folder")
 
 
 def _mode(folder: int, name: str) -> int:

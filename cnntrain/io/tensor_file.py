@@ -52,9 +52,7 @@ def read_tensors(path: Path, root: Path | None = None) -> Any:
                         raise UserError(f"{path}: is compressed; use the file as torch.save wrote it")
                     # torch.load ignores checksums: a flipped byte would load silently.
                     if damaged := archive.testzip():
-                        raise UserError(
-                            f"{path}: damaged (checksum of {damaged!r} is wrong); use another file"
-                        )
+                        raise UserError(f"{path}: damaged (checksum of {damaged!r} is wrong); use another file")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
         check_values(content)
@@ -62,9 +60,7 @@ def read_tensors(path: Path, root: Path | None = None) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except READ_ERRORS as error:
-        raise UserError(
-            f"{path}: not a readable file of tensors ({type(error).__name__}); use another file"
-        ) from error
+        raise UserError(f"{path}: not a readable file of tensors ({type(error).__name__}); use another file") from error
 
 
 def check_values(content: Any) -> None:
@@ -132,9 +128,7 @@ def _check_leaf(value: Any) -> None:
 def _check_tensor(value: Tensor) -> None:
     dense = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
     if not dense or value.device.type != "cpu" or value.is_quantized:
-        raise TypeError(
-            f"it holds an unsupported tensor ({type(value).__name__}, {value.layout}, {value.device})"
-        )
+        raise TypeError(f"it holds an unsupported tensor ({type(value).__name__}, {value.layout}, {value.device})")
     excess = value.numel() * value.element_size() - value.untyped_storage().nbytes()
     if excess > MAX_EXPANDED_BYTES:
         raise ValueError(f"it holds a tensor {tuple(value.shape)} that is much larger than its storage")

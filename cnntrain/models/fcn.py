@@ -60,13 +60,9 @@ class FCN(nn.Module):
         network = _build_backbone(backbone, in_channels, image_size, stem)
         maps = last_map_of_each_size(network, in_channels)[-(skips + 1) :]
         if not maps:
-            raise UserError(
-                f"model.backbone: {backbone!r} has no feature map; choose a convolutional network"
-            )
+            raise UserError(f"model.backbone: {backbone!r} has no feature map; choose a convolutional network")
         try:
-            self.backbone = create_feature_extractor(
-                network, {name: str(i) for i, (name, _) in enumerate(maps)}
-            )
+            self.backbone = create_feature_extractor(network, {name: str(i) for i, (name, _) in enumerate(maps)})
         except Exception as error:  # torch.fx raises whatever the network raises
             raise UserError(f"model.backbone: torch.fx cannot trace {backbone!r}: {error}") from error
         self.score = nn.ModuleList(nn.Conv2d(channels, num_outputs, 1) for _, channels in maps)

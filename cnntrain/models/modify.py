@@ -57,9 +57,7 @@ def apply_model_settings(
         UserError: an unknown option, an option that does not apply to this network, or weights that do not fit.
     """
     if settings.unfreeze is not None and settings.freeze is None:
-        raise UserError(
-            f"model.unfreeze={settings.unfreeze}: nothing is frozen; set model.freeze=backbone too"
-        )
+        raise UserError(f"model.unfreeze={settings.unfreeze}: nothing is frozen; set model.freeze=backbone too")
     _check_pretrained_layers(model, weights, settings.norm, settings.activation)
     if settings.norm is not None:
         swap_norm(model, settings.norm)
@@ -177,9 +175,7 @@ def swap_activation(model: nn.Module, activation: str) -> None:
         )
 
 
-def _replace(
-    model: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[nn.Module], nn.Module]
-) -> int:
+def _replace(model: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[nn.Module], nn.Module]) -> int:
     """Replace the submodules of the given types and return their number."""
     count = 0
     for parent in list(model.modules()):

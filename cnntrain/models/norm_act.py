@@ -121,9 +121,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
         overridden: Any = handle_torch_function(dropout, (input,), input, p=p, training=training)
         return overridden
     threshold = round(p * _LEVELS)
-    fast = (
-        input.device.type == "cpu" and not torch.compiler.is_compiling()
-    )  # GPUs and the compiler fuse PyTorch's
+    fast = input.device.type == "cpu" and not torch.compiler.is_compiling()  # GPUs and the compiler fuse PyTorch's
     if not training or not fast or not 0 < threshold < _LEVELS:
         return functional.dropout(input, p, training)
     mask = torch.empty_like(input, requires_grad=False)

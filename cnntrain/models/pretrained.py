@@ -72,9 +72,7 @@ class PublishedWeights:
             return None
         transforms = weights[name].transforms()
         crop = getattr(transforms, "crop_size", None)
-        return Preprocessing(
-            tuple(transforms.mean), tuple(transforms.std), (crop[0], crop[-1]) if crop else None
-        )
+        return Preprocessing(tuple(transforms.mean), tuple(transforms.std), (crop[0], crop[-1]) if crop else None)
 
     def read(self, name: str, image_size: Sequence[int]) -> Mapping[str, Tensor]:
         """Return the state dict, downloaded if it is not cached.
@@ -91,9 +89,7 @@ class PublishedWeights:
             return published_weights(self.architecture, image_size)
         weights = self._weights()
         if not weights:
-            raise UserError(
-                f"model.pretrained: torchvision has no weights for {self.architecture}; give a file"
-            )
+            raise UserError(f"model.pretrained: torchvision has no weights for {self.architecture}; give a file")
         chosen = weights[name]
         try:
             return chosen.get_state_dict(progress=False, check_hash=True)
@@ -164,9 +160,7 @@ class Weights:
         """Return the ResNet stem of these weights, imagenet or small; None if they have neither."""
         if self.state is None:
             return "imagenet"
-        first = next(
-            (self.state[key] for key in ("conv1.weight", "backbone.conv1.weight") if key in self.state), None
-        )
+        first = next((self.state[key] for key in ("conv1.weight", "backbone.conv1.weight") if key in self.state), None)
         sizes = {7: "imagenet", 3: "small"}
         return sizes.get(first.shape[-1]) if first is not None and first.ndim == 4 else None
 
@@ -186,9 +180,7 @@ def find_weights(
     if pretrained is None or pretrained is False:
         return None
     if pretrained is not True and not isinstance(pretrained, str):
-        raise UserError(
-            f"model.pretrained: must be DEFAULT, a name, a file or a run folder, got {pretrained!r}"
-        )
+        raise UserError(f"model.pretrained: must be DEFAULT, a name, a file or a run folder, got {pretrained!r}")
     name = "DEFAULT" if pretrained is True else pretrained
     published = published_for(model)
     names = published.names() if published else ()
@@ -213,9 +205,7 @@ def _find_file(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     if path.is_dir():
-        raise UserError(
-            f"model.pretrained: {path.absolute()} has no checkpoints/best.pt; give a file or a run folder"
-        )
+        raise UserError(f"model.pretrained: {path.absolute()} has no checkpoints/best.pt; give a file or a run folder")
     raise UserError(f"model.pretrained: no file {path.absolute()}")
 
 
@@ -236,12 +226,9 @@ def _read_file(
             raise UserError(f"model.pretrained: {path}: not a valid training checkpoint ({error})") from error
     state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
     if not state or not all(
-        isinstance(key, str) and isinstance(value, Tensor) and not value.is_complex()
-        for key, value in state.items()
+        isinstance(key, str) and isinstance(value, Tensor) and not value.is_complex() for key, value in state.items()
     ):
-        raise UserError(
-            f"model.pretrained: {path} contains no state dict (a mapping from layer names to real tensors)"
-        )
+        raise UserError(f"model.pretrained: {path} contains no state dict (a mapping from layer names to real tensors)")
     if all(key.startswith("module.") for key in state):  # prefix of DataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return Weights(name, published, state, published.preprocessing("DEFAULT") if published else None)
@@ -267,15 +254,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file  # pyright: ignore[reportMissingImports]  (comes with timm)
     except ImportError as error:
-        raise UserError(
-            f"model.pretrained: {path.name} needs safetensors: pip install safetensors"
-        ) from error
+        raise UserError(f"model.pretrained: {path.name} needs safetensors: pip install safetensors") from error
     try:
         return load_file(path)
     except Exception as error:  # SafetensorError is a direct subclass of Exception
-        raise UserError(
-            f"{path}: not a readable tensor file ({type(error).__name__}); use another one"
-        ) from error
+        raise UserError(f"{path}: not a readable tensor file ({type(error).__name__}); use another one") from error
 
 
 def load_pretrained(
@@ -312,9 +295,7 @@ def load_pretrained(
     current = model.state_dict()
     for key, value in loaded.items():
         if 0 in value.shape and key in current and value.shape != current[key].shape:
-            raise UserError(
-                f"model.pretrained: {weights.name!r}: {key} is empty (shape {tuple(value.shape)})"
-            )
+            raise UserError(f"model.pretrained: {weights.name!r}: {key} is empty (shape {tuple(value.shape)})")
     if first is not None and (key := f"{first}.weight") in loaded and loaded[key].ndim == 4:
         loaded[key] = adapt_first_conv(loaded[key], current[key].shape[1])
     other_outputs = weights.outputs is not None and weights.outputs != outputs
@@ -325,9 +306,7 @@ def load_pretrained(
             new.append(name)
         elif any(key not in loaded or loaded[key].shape != current[key].shape for key in keys):
             new.append(name)
-            replaceable = (
-                name == first or in_head(name, heads) or _differs_in_inputs(name, keys, current, loaded)
-            )
+            replaceable = name == first or in_head(name, heads) or _differs_in_inputs(name, keys, current, loaded)
             mismatched += [] if replaceable else [name]
     if mismatched or len(new) == len(_by_layer(current)):
         architecture = weights.published.architecture if weights.published else type(model).__name__

@@ -107,9 +107,7 @@ class ResNet(nn.Module):
         self.stem = choose_stem(stem, image_size)
         block = BasicBlock if depth < 50 else Bottleneck
         small = self.stem == "small"
-        self.conv1 = nn.Conv2d(
-            in_channels, 64, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False
-        )
+        self.conv1 = nn.Conv2d(in_channels, 64, 3 if small else 7, 1 if small else 2, 1 if small else 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)

@@ -22,9 +22,7 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
     timm = _timm()
     if not timm.is_model(name):
         known = timm.list_models()
-        raise UserError(
-            f"model.name: timm has no {name!r}{suggest(str(name), known)} ({len(known)} models known)"
-        )
+        raise UserError(f"model.name: timm has no {name!r}{suggest(str(name), known)} ({len(known)} models known)")
     model = _create(name, image_size, in_chans=in_channels, num_classes=num_outputs)
     head = model.get_classifier()  # type: ignore[operator]
     if isinstance(head, nn.Linear):

@@ -61,8 +61,7 @@ def build(name: str, kind: str, in_channels: int, num_outputs: int, image_size: 
     known = models.list_models(module=module)
     if name not in known:
         raise UserError(
-            f"model.name: torchvision has no {kind} {name!r}{suggest(str(name), known)} "
-            f"(known: {', '.join(known)})"
+            f"model.name: torchvision has no {kind} {name!r}{suggest(str(name), known)} (known: {', '.join(known)})"
         )
     options: dict[str, Any] = {"num_classes": num_outputs}
     if name in ("googlenet", "inception_v3"):

@@ -47,9 +47,7 @@ class Up(nn.Module):
             x = functional.interpolate(x, scale_factor=2.0, mode=self.upsampling, align_corners=False)
         elif self.upsampling == "nearest":
             x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
-        missing = [
-            max(0, b - a) if b - a <= 1 else 0 for a, b in zip(x.shape[-2:], skip.shape[-2:], strict=True)
-        ]
+        missing = [max(0, b - a) if b - a <= 1 else 0 for a, b in zip(x.shape[-2:], skip.shape[-2:], strict=True)]
         if any(missing):  # a pool dropped the last row or column of an odd map: repeat the one before it
             x = functional.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
         return self.convs(torch.cat([_crop(skip, x.shape[-2:]), x], dim=1))

@@ -51,6 +51,4 @@ class VGG(Sequential):
         layers.append("flatten")
         layers += [{"linear": 4096}, "relu", {"dropout": dropout}] * 2
         layers.append("output")
-        super().__init__(
-            layers=layers, in_channels=in_channels, num_outputs=num_outputs, image_size=image_size
-        )
+        super().__init__(layers=layers, in_channels=in_channels, num_outputs=num_outputs, image_size=image_size)

@@ -52,9 +52,7 @@ def _wide_range(values: Sequence[float]) -> bool:
     return bool(finite) and min(finite) > 0 and max(finite) > 100 * min(finite)
 
 
-def plot_flip_symmetry(
-    symmetry: Symmetry, spec: DataSpec, wrong_points: Collection[int], title: str
-) -> Figure:
+def plot_flip_symmetry(symmetry: Symmetry, spec: DataSpec, wrong_points: Collection[int], title: str) -> Figure:
     """Draw a mean shape (rings) and its mirror image (dots), with lines between keypoints of the same name.
 
     The left panel keeps the names of the mirror image, the right panel swaps them by `spec.flip_pairs`.
@@ -75,18 +73,14 @@ def plot_flip_symmetry(
                 ax.plot(*shape[[a, b]].T, color="#d5dae0", linewidth=1.2, zorder=1)
             for k, (start, end) in enumerate(zip(shape, other, strict=True)):
                 color = BAD if k in wrong_points else COLORS[4]
-                ax.plot(
-                    [start[0], end[0]], [start[1], end[1]], color=color, linewidth=1.3, alpha=0.8, zorder=2
-                )
+                ax.plot([start[0], end[0]], [start[1], end[1]], color=color, linewidth=1.3, alpha=0.8, zorder=2)
                 if names_fit or k in wrong_points:
                     look: dict[str, Any] = {
                         "fontsize": 7.5,
                         "color": BAD if k in wrong_points else INK,
                         "zorder": 5,
                     }
-                    ax.annotate(
-                        shorten(spec.keypoints[k], 30), start, (4, 5), textcoords="offset points", **look
-                    )
+                    ax.annotate(shorten(spec.keypoints[k], 30), start, (4, 5), textcoords="offset points", **look)
             ax.scatter(
                 *shape.T,
                 s=42,
@@ -103,10 +97,6 @@ def plot_flip_symmetry(
             for spine in ax.spines.values():
                 spine.set(visible=True, color="#d5dae0")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
-        figure.suptitle(
-            title, fontsize=11, fontweight="bold", x=0.01, ha="left", color=BAD if wrong_points else INK
-        )
-        figure.supxlabel(
-            "lines connect keypoints of the same name: short lines are correct", fontsize=9, color=SOFT
-        )
+        figure.suptitle(title, fontsize=11, fontweight="bold", x=0.01, ha="left", color=BAD if wrong_points else INK)
+        figure.supxlabel("lines connect keypoints of the same name: short lines are correct", fontsize=9, color=SOFT)
     return figure

@@ -65,9 +65,7 @@ def plot_training_curves(
     return figure
 
 
-def learning_rate_by_step(
-    rows: Sequence[Row], lr_at: Callable[[int], float]
-) -> tuple[list[float], list[float]]:
+def learning_rate_by_step(rows: Sequence[Row], lr_at: Callable[[int], float]) -> tuple[list[float], list[float]]:
     """Return (fractional epochs, learning rates) of the steps of a run.
 
     An epoch that followed another schedule than `lr_at` (as before resuming with more epochs) gives a straight line to
@@ -122,9 +120,7 @@ def _annotate_best(ax: Axes, epoch: float, on_left: bool) -> None:
     )
 
 
-def _best_epoch(
-    rows: Sequence[Row], epochs: Sequence[float], monitor: tuple[str, str] | None
-) -> float | None:
+def _best_epoch(rows: Sequence[Row], epochs: Sequence[float], monitor: tuple[str, str] | None) -> float | None:
     """Return the epoch with the best validation metric (training metric if there is none)."""
     if monitor is None:
         return None

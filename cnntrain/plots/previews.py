@@ -31,9 +31,7 @@ def draw_batches(batches: Sequence[Batch], names: Sequence[str], spec: DataSpec)
         names: names of the N examples.
     """
     statistics = spec.mean or (0.0,) * spec.channels, spec.std or (1.0,) * spec.channels
-    pictures = np.stack(
-        [unnormalize(batch.images, *statistics) for batch in batches], 1
-    )  # (N, columns, H, W, 3)
+    pictures = np.stack([unnormalize(batch.images, *statistics) for batch in batches], 1)  # (N, columns, H, W, 3)
     heads = ["original", *(f"epoch {i + 1}" for i in range(len(batches) - 1))]
     captions = [name if head == "original" else head for name in names for head in heads]
     columns = len(heads)
@@ -44,14 +42,10 @@ def draw_batches(batches: Sequence[Batch], names: Sequence[str], spec: DataSpec)
         return _with_masks(pictures, captions, columns, batches, spec)
     if "label" in first and "mix" not in batches[-1].targets:
         labels = [spec.classes[i] for i in first["label"].tolist()]
-        captions = [
-            f"{labels[i // columns]}" if i % columns == 0 else text for i, text in enumerate(captions)
-        ]
+        captions = [f"{labels[i // columns]}" if i % columns == 0 else text for i, text in enumerate(captions)]
     if "mix" in batches[-1].targets:
         captions = [text for i in range(len(names)) for text in _mixtures(batches, i, spec)]
-    return plot_images(
-        pictures.reshape(-1, *pictures.shape[2:]), captions, columns=columns, cell=_cell(pictures)
-    )
+    return plot_images(pictures.reshape(-1, *pictures.shape[2:]), captions, columns=columns, cell=_cell(pictures))
 
 
 def _mixtures(batches: Sequence[Batch], row: int, spec: DataSpec) -> list[str]:
@@ -70,9 +64,7 @@ def _with_points(
     def overlay(ax: Axes, i: int) -> None:
         row, column = divmod(i, columns)
         targets = batches[column].targets
-        _draw_named(
-            ax, targets["points"][row].numpy(), targets["valid"][row].numpy(), spec, pictures.shape[1:3]
-        )
+        _draw_named(ax, targets["points"][row].numpy(), targets["valid"][row].numpy(), spec, pictures.shape[1:3])
 
     cell = 2.5 if len(spec.keypoints) <= MAX_NAMES else 2.1
     figure = plot_images(pictures, captions, columns=columns, overlay=overlay, cell=cell)
@@ -119,9 +111,7 @@ def _draw_named(
                 "fontsize": font,
                 "color": color,
             }
-            note = ax.annotate(
-                text, points[k], bbox=box, zorder=6, ha="left" if inward > 0 else "right", **style_
-            )
+            note = ax.annotate(text, points[k], bbox=box, zorder=6, ha="left" if inward > 0 else "right", **style_)
             note.set_in_layout(False)
     ax.set(xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
 
@@ -181,9 +171,7 @@ def _legend(figure: Figure, entries: Sequence[tuple[str, Any]], marker: str) -> 
 
     with style():
         look = {"linestyle": "none", "marker": marker, "markeredgecolor": "#66727f", "markeredgewidth": 0.5}
-        handles = [
-            Line2D([], [], markersize=7, label=name, markerfacecolor=color, **look) for name, color in entries
-        ]
+        handles = [Line2D([], [], markersize=7, label=name, markerfacecolor=color, **look) for name, color in entries]
         widest = max(len(name) for name, _ in entries)
         columns = max(1, min(len(entries), int(figure.get_figwidth() / (0.4 + 0.075 * widest))))
         figure.set_figheight(figure.get_figheight() + 0.24 * -(-len(entries) // columns) + 0.1)

@@ -49,9 +49,7 @@ def plot_parallel_coordinates(
     values = [value for _, value in points]
     low, high = min(values), max(values)
     worst_first = sorted(points, key=lambda point: point[1], reverse=direction == "min")
-    scales = [
-        _Scale(dimension, [setting[dimension.key] for setting, _ in points]) for dimension in dimensions
-    ]
+    scales = [_Scale(dimension, [setting[dimension.key] for setting, _ in points]) for dimension in dimensions]
     with style():
         figure = new_figure(1.9 * (len(scales) + 1) + 1.7, 4.2)
         ax = figure.subplots()
@@ -74,9 +72,7 @@ def plot_parallel_coordinates(
     return figure
 
 
-def plot_marginal_effect(
-    points: Sequence[Point], dimension: Dimension, metric: str, direction: str
-) -> Figure:
+def plot_marginal_effect(points: Sequence[Point], dimension: Dimension, metric: str, direction: str) -> Figure:
     """Plot the metric over one key: gray dots for settings, blue dots for means per value (per fifth of a range).
 
     The spread of the gray dots at a value is the effect of the other keys.
@@ -100,9 +96,7 @@ def plot_marginal_effect(
         ax.set_xticks([scale.position_at(height) for height, _ in scale.ticks()], names)
         if max(map(len, names)) * len(names) > 46:
             ax.tick_params(axis="x", labelrotation=30)
-        ax.set(
-            title=dimension.key, ylabel=f"{metric} ({'higher' if direction == 'max' else 'lower'} is better)"
-        )
+        ax.set(title=dimension.key, ylabel=f"{metric} ({'higher' if direction == 'max' else 'lower'} is better)")
         ax.margins(x=0.12)
         ax.grid(True, axis="y")
     return figure
@@ -148,10 +142,7 @@ class _Scale:
         """Return heights and labels."""
         if self.dimension.values:
             step = -(-len(self.names) // MAX_TICKS)
-            return [
-                (self.height(name), name if len(name) <= 16 else f"{name[:15]}…")
-                for name in self.names[::step]
-            ]
+            return [(self.height(name), name if len(name) <= 16 else f"{name[:15]}…") for name in self.names[::step]]
         low, high = float(self.dimension.low or 0), float(self.dimension.high or 0)
         numbers = [low + (high - low) * i / 4 for i in range(5)]
         if self.dimension.log:

@@ -69,9 +69,7 @@ def find_runs(path: Path) -> list[Path]:
     if len(found) < len(children):
         log.warning("%s: ignoring %d links to folders", path, len(children) - len(found))
     if not found:
-        raise UserError(
-            f"{path}: not a run folder (no metrics.csv), and not a sweep folder that contains runs"
-        )
+        raise UserError(f"{path}: not a run folder (no metrics.csv), and not a sweep folder that contains runs")
     return found
 
 
@@ -127,16 +125,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023
-    )
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023)
 
 
 def monitor_of(folder: Path) -> tuple[str, str] | None:
     """Return (metric, "min" or "max") that selects the best epoch of a run; None if the run has no checkpoint."""
-    path = next(
-        (p for name in ("best", "last") if files.exists(p := folder / "checkpoints" / f"{name}.pt")), None
-    )
+    path = next((p for name in ("best", "last") if files.exists(p := folder / "checkpoints" / f"{name}.pt")), None)
     if path is None:
         return None
     match load_validated(path).get("monitor"):
@@ -151,9 +145,7 @@ def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
     If the runs use different options of a config group, the group is listed and keys that follow from it are not.
     """
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    found = [
-        key for key in keys if not _is_ignored(key) and len({str(r.settings.get(key)) for r in runs}) > 1
-    ]
+    found = [key for key in keys if not _is_ignored(key) and len({str(r.settings.get(key)) for r in runs}) > 1]
     # Paths differ if the data set was moved; only a different fingerprint makes a different setting.
     if FINGERPRINT in found or any(FINGERPRINT not in run.settings for run in runs):
         found += [key for key in PATH_KEYS if len({str(run.settings.get(key)) for run in runs}) > 1]

@@ -45,9 +45,7 @@ def write_mask(
     from PIL import Image
 
     rows, columns = (
-        np.rint(
-            np.arange(side) * float(source_to_image[axis, axis]) + float(source_to_image[axis, 2])
-        ).astype(np.int64)
+        np.rint(np.arange(side) * float(source_to_image[axis, axis]) + float(source_to_image[axis, 2])).astype(np.int64)
         for axis, side in ((1, size[1]), (0, size[0]))
     )
     height, width = mask.shape
@@ -76,8 +74,7 @@ def outside_image(source_to_image: Tensor, size: tuple[int, int], image_size: tu
     for axis in (1, 0):
         side, length = size[axis], image_size[1 - axis]
         first, last = (
-            float(source_to_image[axis, axis]) * end + float(source_to_image[axis, 2])
-            for end in (-0.5, side - 0.5)
+            float(source_to_image[axis, axis]) * end + float(source_to_image[axis, 2]) for end in (-0.5, side - 0.5)
         )
         position = np.arange(length)
         inside.append((position > first - 0.5) & (position < last + 0.5))

@@ -98,9 +98,7 @@ class ProgressBar:
         self._last_line = self._now()
         names = [f"{part}/{name}" for name in ("loss", *self.watch) for part in ("train", "val")]
         width = len(str(self.epochs))
-        line = (
-            f"epoch {epoch + 1:>{width}}/{self.epochs}  {_format_values(row, names)}  {seconds_text(seconds)}"
-        )
+        line = f"epoch {epoch + 1:>{width}}/{self.epochs}  {_format_values(row, names)}  {seconds_text(seconds)}"
         line += "  *" if best else ""
         # On a terminal, long lines are wrapped between values. In a log file they are not wrapped.
         self._line(wrap_values(line, self.console.width) if self.console.is_terminal else line)

@@ -57,9 +57,7 @@ class RunLogger:
         self.metrics = MetricsFile(folder / "metrics.csv", done_epochs + 1 if done_steps else None)
         self.bar = ProgressBar(total_steps, epochs, done_steps, watch=(task.monitor[0],))
         self.events = (
-            TensorBoardWriter(folder, purge_step=done_steps + 1 if done_steps else None)
-            if tensorboard
-            else None
+            TensorBoardWriter(folder, purge_step=done_steps + 1 if done_steps else None) if tensorboard else None
         )
         self.best: float | None = None
         self._warned = False

@@ -16,9 +16,7 @@ from cnntrain.types import Finding
 _VERDICT_STYLE = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
 
 
-def rows_table(
-    rows: Sequence[Mapping[str, object]], title: str = "", columns: Sequence[str] | None = None
-) -> Table:
+def rows_table(rows: Sequence[Mapping[str, object]], title: str = "", columns: Sequence[str] | None = None) -> Table:
     """Build a table from rows; numbers are right-aligned, missing values are shown as a dash.
 
     Args:
@@ -41,9 +39,7 @@ def value_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return (
-            str(int(value)) if value == value and abs(value) < 1e9 and value == int(value) else f"{value:.4g}"
-        )
+        return str(int(value)) if value == value and abs(value) < 1e9 and value == int(value) else f"{value:.4g}"
     return printable(str(value))
 
 
@@ -66,18 +62,13 @@ def print_rows(
         console.print(rows_table(rows, "" if number else title, part))
 
 
-def _split_columns(
-    rows: Sequence[Mapping[str, object]], columns: list[str], console: Console
-) -> list[list[str]]:
+def _split_columns(rows: Sequence[Mapping[str, object]], columns: list[str], console: Console) -> list[list[str]]:
     """Split the columns into parts that fit the console's width; each part starts with the first column."""
     unlimited = console.options.update(width=10_000)
     parts = [columns[:1]]
     for name in columns[1:]:
         wider = [*parts[-1], name]
-        if (
-            len(wider) > 2
-            and console.measure(rows_table(rows, "", wider), options=unlimited).maximum > console.width
-        ):
+        if len(wider) > 2 and console.measure(rows_table(rows, "", wider), options=unlimited).maximum > console.width:
             parts.append([columns[0], name])
         else:
             parts[-1] = wider

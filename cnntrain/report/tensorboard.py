@@ -53,9 +53,7 @@ class TensorBoardWriter:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write one value per tag, for example `{"train/loss": 0.3}`; the part before "/" groups the charts."""
         if values:
-            self._write(
-                step, *({"tag": tag, "simple_value": _clamp_to_float32(each)} for tag, each in values.items())
-            )
+            self._write(step, *({"tag": tag, "simple_value": _clamp_to_float32(each)} for tag, each in values.items()))
 
     def figure(self, tag: str, figure: Figure, step: int) -> None:
         """Write a matplotlib figure as an image."""
@@ -72,9 +70,7 @@ class TensorBoardWriter:
             "string_val": [indented.encode()],
             "tensor_shape": {"dim": [{"size": 1}]},
         }
-        about = _tensorboard("plugins.text.metadata").create_summary_metadata(
-            display_name=tag, description=""
-        )
+        about = _tensorboard("plugins.text.metadata").create_summary_metadata(display_name=tag, description="")
         self._write(step, {"tag": f"{tag}/text_summary", "metadata": about, "tensor": tensor})
 
     def hparams(self, settings: Mapping[str, object], metrics: Iterable[str]) -> None:
@@ -97,15 +93,9 @@ class TensorBoardWriter:
 
     def finish(self, success: bool = True) -> None:
         """Write the status of the finished run for the HParams tab."""
-        status = _tensorboard("plugins.hparams.api_pb2").Status.Value(
-            "STATUS_SUCCESS" if success else "STATUS_FAILURE"
-        )
-        end = _tensorboard("plugins.hparams.plugin_data_pb2").SessionEndInfo(
-            status=status, end_time_secs=time.time()
-        )
-        self._write_hparams(
-            _tensorboard("plugins.hparams.metadata").SESSION_END_INFO_TAG, session_end_info=end
-        )
+        status = _tensorboard("plugins.hparams.api_pb2").Status.Value("STATUS_SUCCESS" if success else "STATUS_FAILURE")
+        end = _tensorboard("plugins.hparams.plugin_data_pb2").SessionEndInfo(status=status, end_time_secs=time.time())
+        self._write_hparams(_tensorboard("plugins.hparams.metadata").SESSION_END_INFO_TAG, session_end_info=end)
 
     def flush(self) -> None:
         """Write pending events to disk."""

@@ -165,11 +165,7 @@ def _even_kernel_same(trace: Trace) -> Finding | None:
     layers = []
     for call in trace.calls:
         geometry = module_geometry(call.module) if call.layer and call.run == 1 else None
-        if (
-            geometry
-            and geometry.same
-            and any(geometry.extent(i) % 2 == 0 for i in range(len(geometry.kernel)))
-        ):
+        if geometry and geometry.same and any(geometry.extent(i) % 2 == 0 for i in range(len(geometry.kernel))):
             layers.append(layer_name(call))
     return _warning(
         "even kernel with 'same'",

@@ -143,9 +143,7 @@ class ModelSummary:
         }
 
 
-def summarize(
-    model_or_builder: ModelOrBuilder, input_shape: Sequence[int], name: str | None = None
-) -> ModelSummary:
+def summarize(model_or_builder: ModelOrBuilder, input_shape: Sequence[int], name: str | None = None) -> ModelSummary:
     """Summarize a network for one image of `input_shape` (C, H, W), in evaluation mode, on the meta device.
 
     Multiply-adds do not include biases: ten 5x5 filters on 3x32x32 with padding 2 have 768,000.
@@ -282,9 +280,7 @@ def _ends_separable(trace: Trace, operation: Operation) -> bool:
     return pointwise and before is not None and before.is_depthwise
 
 
-def _row(
-    event: ModuleCall | Operation, counter: _ParameterCounter, size: Shape, folded: dict[int, int]
-) -> Row:
+def _row(event: ModuleCall | Operation, counter: _ParameterCounter, size: Shape, folded: dict[int, int]) -> Row:
     if isinstance(event, ModuleCall):
         operations, module = event.operations, event.module
         shape = event.output_shapes[0] if event.output_shapes else ()

@@ -128,9 +128,7 @@ def all_tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
     values = output.values() if isinstance(output, dict) else output
-    return (
-        [t for value in values for t in all_tensors(value)] if isinstance(output, (dict, list, tuple)) else []
-    )
+    return [t for value in values for t in all_tensors(value)] if isinstance(output, (dict, list, tuple)) else []
 
 
 def output_axes(call: OpCall) -> list[Axes | None]:
@@ -168,11 +166,7 @@ def multiply_adds(call: OpCall) -> int | None:
     from torch.utils.flop_counter import flop_registry  # imports triton
 
     formula = flop_registry.get(call.func._overloadpacket)
-    return (
-        formula(*args, **call.kwargs, out_val=next(iter(call.outs), None)) // 2
-        if formula is not None
-        else None
-    )
+    return formula(*args, **call.kwargs, out_val=next(iter(call.outs), None)) // 2 if formula is not None else None
 
 
 def _unknown(call: OpCall) -> Axes:
@@ -250,11 +244,7 @@ def _slice(call: OpCall) -> Axes:
     def change(axis: Axis) -> Axis:
         if axis.dim != dim % n - n:
             return axis
-        return (
-            UNKNOWN
-            if axis.kind == "merged"
-            else replace(axis, interval=window(1, step, -start)(axis.interval))
-        )
+        return UNKNOWN if axis.kind == "merged" else replace(axis, interval=window(1, step, -start)(axis.interval))
 
     return tuple(change(axis) for axis in call.axes)
 
@@ -317,9 +307,7 @@ def _pixel_unshuffle(call: OpCall) -> Axes:
 
 def _reduce(call: OpCall) -> Axes:
     n = len(call.shape)
-    given = call.argument(
-        2 if "norm" in call.name else 1, call.kwargs.get("dim")
-    )  # norms have their order first
+    given = call.argument(2 if "norm" in call.name else 1, call.kwargs.get("dim"))  # norms have their order first
     dims = [given] if isinstance(given, int) else list(given or range(n))
     removed = {d % n - n for d in dims}
     kept = len(call.out_shape) == n
@@ -336,9 +324,7 @@ def _softmax(call: OpCall) -> Axes:
 def _matrix_product(call: OpCall) -> Axes:
     """Product with a weight: the summed dimension is combined. A product of two activations is unknown."""
     left, right = [t for t in call.args if isinstance(t, Tensor)][-2:]
-    factors = [
-        (axes, t, dim) for t, dim in ((left, -1), (right, -2)) if (axes := call.axes_of(t)) is not None
-    ]
+    factors = [(axes, t, dim) for t, dim in ((left, -1), (right, -2)) if (axes := call.axes_of(t)) is not None]
     if len(factors) != 1:
         return _unknown(call)
     axes, matrix, summed = factors[0]

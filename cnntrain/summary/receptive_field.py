@@ -55,9 +55,7 @@ class ReceptiveInterval:
         intervals = [self.at(i) for i in range(length)]
         return min(low for low, _ in intervals), max(high for _, high in intervals)
 
-    def compose(
-        self, taps: Callable[[int], Iterable[int]], outputs: int = 1, inputs: int = 1
-    ) -> "ReceptiveInterval":
+    def compose(self, taps: Callable[[int], Iterable[int]], outputs: int = 1, inputs: int = 1) -> "ReceptiveInterval":
         """Return the interval of a layer whose output position o reads this map's positions `taps(o)`.
 
         `taps` repeats: taps(o + outputs) is taps(o) shifted by `inputs`. For a convolution, outputs is 1 and inputs is

@@ -161,9 +161,7 @@ class Trace(TorchDispatchMode):
         self.uncounted: list[tuple[str, str]] = []
         self._infos: dict[_Key, _TensorInfo] = {}
         self._alive: list[Tensor] = []  # keeps storages alive, so that a key identifies one tensor
-        self._buffers: dict[
-            int, tuple[Tensor, int]
-        ] = {}  # new tensors and the largest number of elements copied
+        self._buffers: dict[int, tuple[Tensor, int]] = {}  # new tensors and the largest number of elements copied
         self._runs: dict[int, int] = {}
         self._set_info(batch, _TensorInfo(image_axes(batch.dim() - 2), -1))
         for name, parameter in model.named_parameters():
@@ -218,9 +216,7 @@ class Trace(TorchDispatchMode):
                     self._set_linear_axes(inputs[0], outputs[0])
                 call.axes = self._info(outputs[0]).axes if outputs else None
                 storages = {(_key(t)[0], tuple(t.shape)) for t in inputs}
-                call.same_storage = (
-                    bool(outputs) and (_key(outputs[0])[0], tuple(outputs[0].shape)) in storages
-                )
+                call.same_storage = bool(outputs) and (_key(outputs[0])[0], tuple(outputs[0].shape)) in storages
                 return
 
     def _set_linear_axes(self, source: Tensor, output: Tensor) -> None:
@@ -272,9 +268,7 @@ class Trace(TorchDispatchMode):
         before, after = call.inputs[0].shape, call.outs[0].shape
         return len(after) == 2 < len(before) and after[0] == before[0] == self.batch_size
 
-    def _record_operation(
-        self, call: OpCall, infos: list[_TensorInfo], axes: list[Axes | None]
-    ) -> int | None:
+    def _record_operation(self, call: OpCall, infos: list[_TensorInfo], axes: list[Axes | None]) -> int | None:
         """Record an operation that depends on the image or has multiply-adds; return its index."""
         name = "flatten" if call.name in VIEWS else call.name
         producers = tuple(info.producer for info in infos if info.producer is not None)
@@ -316,8 +310,7 @@ class Trace(TorchDispatchMode):
             offsets.append(rest // stride)
             rest %= stride
         axes = tuple(
-            replace(a, interval=window(1, 1, offsets[a.dim])(a.interval)) if a.kind == "along" else a
-            for a in info.axes
+            replace(a, interval=window(1, 1, offsets[a.dim])(a.interval)) if a.kind == "along" else a for a in info.axes
         )
         self._set_info(whole, _TensorInfo(axes, info.producer))
 

@@ -152,9 +152,7 @@ class SweepPlan:
         return {
             key: value
             for key, value in flatten_settings(dataclasses.asdict(self.base)).items()
-            if key not in MAY_CHANGE
-            and key != "sweep.storage"
-            and not key.startswith(("log.", "checkpoint."))
+            if key not in MAY_CHANGE and key != "sweep.storage" and not key.startswith(("log.", "checkpoint."))
         }
 
     def fingerprints(self) -> list[str]:
@@ -279,13 +277,10 @@ def read_plan(invocation: Invocation, ranked: bool) -> SweepPlan:
     )
 
 
-def _repeats(
-    listed: Mapping[str, SearchDimension], base: Settings, cross_validate: bool
-) -> tuple[Repeat, ...]:
+def _repeats(listed: Mapping[str, SearchDimension], base: Settings, cross_validate: bool) -> tuple[Repeat, ...]:
     """Return every combination of seeds, folds and split seeds; the fold varies fastest."""
     values: dict[str, list[Any]] = {
-        key: list(dict.fromkeys(int(value) for value in dimension.values))
-        for key, dimension in listed.items()
+        key: list(dict.fromkeys(int(value) for value in dimension.values)) for key, dimension in listed.items()
     }
     values.setdefault("seed", list(range(base.seed, base.seed + base.sweep.seeds)))
     if cross_validate:

@@ -282,9 +282,7 @@ def summary_lines(report: SweepReport) -> list[str]:
         lines[0] += f"; this value is optimistic because it selected the best of {count} settings"
         lines.append(_comparison_line(report, report.comparison))
         if len(report.plan.repeats) == 1:
-            lines.append(
-                "one seed per setting cannot show whether the lead is significant; use sweep.seeds=3"
-            )
+            lines.append("one seed per setting cannot show whether the lead is significant; use sweep.seeds=3")
     if keys := report.plan.swept_validation_keys:
         lines.append(
             f"settings differ in {', '.join(keys)}, so they may be validated on different images; "

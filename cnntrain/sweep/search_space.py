@@ -81,9 +81,7 @@ def grid(dimensions: Sequence[SearchDimension]) -> list[dict[str, str]]:
     return [dict(zip(keys, values, strict=True)) for values in combinations]
 
 
-def read_space(
-    overrides: Sequence[str], config_dir: Path | None = None
-) -> tuple[list[str], list[SearchDimension]]:
+def read_space(overrides: Sequence[str], config_dir: Path | None = None) -> tuple[list[str], list[SearchDimension]]:
     """Split overrides into those with one value and the search dimensions of those with several.
 
     `a,b`, `choice(a,b)` and `glob(*)` list values; `range(0,3)` is 0, 1, 2; `interval(0.1,0.5)` is continuous, and
@@ -106,9 +104,7 @@ def _dimension(override: "Override", config_dir: Path | None) -> SearchDimension
     value: Any = override.value()
     tags = getattr(value, "tags", set())
     if unknown := tags - {"log"}:
-        raise UserError(
-            f"{key}: unknown tag {min(unknown)!r}; use log, as in {key}='tag(log, interval(1e-4,1e-1))'"
-        )
+        raise UserError(f"{key}: unknown tag {min(unknown)!r}; use log, as in {key}='tag(log, interval(1e-4,1e-1))'")
     if getattr(value, "shuffle", False):
         raise UserError(f"{key}: shuffle is not supported; sweep.sampler=random draws values in random order")
     if override.is_interval_sweep():

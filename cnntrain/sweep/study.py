@@ -60,9 +60,7 @@ class Study:
         epochs: epochs of each run, for the pruner; None: unknown.
     """
 
-    def __init__(
-        self, plan: SweepPlan, storage: BaseStorage, name: str, owner: str, epochs: int | None
-    ) -> None:
+    def __init__(self, plan: SweepPlan, storage: BaseStorage, name: str, owner: str, epochs: int | None) -> None:
         self.plan, self.storage, self.owner = plan, storage, owner
         direction = "minimize" if plan.monitor and plan.monitor[1] == "min" else "maximize"
         arguments = {"study_name": name, "storage": storage, "pruner": _pruner(plan.sweep.pruner, epochs)}
@@ -87,9 +85,7 @@ class Study:
         settings = self.plan.grid()
         for number in range(len(self._frozen_trials()), self.plan.num_trials):
             values = settings[number] if settings is not None else {}
-            self.study.enqueue_trial(
-                {d.key: _to_stored(d, values[d.key]) for d in self.plan.dimensions if values}
-            )
+            self.study.enqueue_trial({d.key: _to_stored(d, values[d.key]) for d in self.plan.dimensions if values})
         self.study.set_user_attr("ready", True)
 
     def _wait_until_enqueued(self) -> None:
@@ -174,11 +170,7 @@ class Study:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _values(self, frozen: FrozenTrial) -> dict[str, str]:
-        return {
-            d.key: _from_stored(d, frozen.params[d.key])
-            for d in self.plan.dimensions
-            if d.key in frozen.params
-        }
+        return {d.key: _from_stored(d, frozen.params[d.key]) for d in self.plan.dimensions if d.key in frozen.params}
 
     def _to_trial(self, frozen: FrozenTrial) -> Trial:
         outcomes = {

@@ -114,9 +114,7 @@ def _sweep_folder(plan: SweepPlan) -> Path | None:
     if plan.base.resume not in ("none", "auto"):
         folder = Path(plan.base.resume)
         if not (folder / SWEEP_FILE).is_file():
-            raise UserError(
-                f"resume: {folder} contains no sweep; to continue a sweep use resume=auto run_dir=FOLDER"
-            )
+            raise UserError(f"resume: {folder} contains no sweep; to continue a sweep use resume=auto run_dir=FOLDER")
         return folder
     if plan.base.resume == "auto" and not plan.base.run_dir:
         raise UserError(

@@ -37,9 +37,7 @@ class ClassWeights:
     def on(self, device: torch.device) -> Tensor | None:
         """Return the weights (C,) float32 on `device`; None if all are equal."""
         if self.balanced and self.values is None:
-            raise RuntimeError(
-                "class_weights='balanced' needs prepare(training targets) before the first loss"
-            )
+            raise RuntimeError("class_weights='balanced' needs prepare(training targets) before the first loss")
         if self.values is not None and self.values.device != device:
             self.values = self.values.to(device)
         return self.values

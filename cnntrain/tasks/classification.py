@@ -139,10 +139,7 @@ class Classification(Task):
         losses = self.losses(outputs, targets, training=False)[0].tolist()
         true = [self.spec.classes[label] for label in targets["label"].tolist()]
         predictions = self.predictions(outputs, targets)
-        return [
-            {"true": name, **row, "loss": loss}
-            for name, row, loss in zip(true, predictions, losses, strict=True)
-        ]
+        return [{"true": name, **row, "loss": loss} for name, row, loss in zip(true, predictions, losses, strict=True)]
 
     @torch.no_grad()
     def mistake_score(self, outputs: Tensor, targets: Targets) -> Tensor:

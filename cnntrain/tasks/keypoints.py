@@ -317,9 +317,7 @@ def image_to_source(points: Tensor, source_to_image: Tensor) -> Tensor:
     return moved / weight
 
 
-def source_pixels_per_image_pixel(
-    source_to_image: Tensor, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def source_pixels_per_image_pixel(source_to_image: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return (N,) on `device`: the side of an image pixel in source pixels, for `source_to_image` (N, 3, 3)."""
     a, b, c, d = source_to_image[:, :2, :2].flatten(1).unbind(1)
     return to_device((a * d - b * c).abs().rsqrt(), device, dtype)

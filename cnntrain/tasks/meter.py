@@ -40,9 +40,7 @@ class Meter(ABC):
         self._rows: dict[str, tuple[Tensor, int]] = {}  # buffer and number of rows in use
 
     @torch.no_grad()
-    def update(
-        self, outputs: Tensor, targets: Mapping[str, Tensor], loss_sum: Tensor, loss_count: Tensor
-    ) -> None:
+    def update(self, outputs: Tensor, targets: Mapping[str, Tensor], loss_sum: Tensor, loss_count: Tensor) -> None:
         """Add a batch and its (sum, count) from `Task.loss`, without a host sync."""
         dtype = torch.promote_types(loss_sum.dtype, loss_count.dtype)
         row = self._new_rows("loss", loss_sum.new_empty((1, 2), dtype=dtype))
@@ -85,9 +83,7 @@ class Meter(ABC):
         wide = wide_dtype(next(iter(state.values())).device)
         flat = torch.cat([value.reshape(-1).to(wide) for value in state.values()]).cpu().double()
         pieces = flat.split([value.numel() for value in state.values()])
-        return {
-            name: piece.view(value.shape) for (name, value), piece in zip(state.items(), pieces, strict=True)
-        }
+        return {name: piece.view(value.shape) for (name, value), piece in zip(state.items(), pieces, strict=True)}
 
     def state(self) -> dict[str, Tensor]:
         """Return everything collected so far by name, on the device, for `merge` and checkpoints."""

@@ -306,9 +306,7 @@ def dice_loss(logits: Tensor, label: Tensor, labeled: Tensor) -> Tensor:
     return torch.where(num_present > 0, 1 - dice.sum(1) / num_present.clamp(min=1), 0.0)
 
 
-def choose_resizing(
-    output_size: tuple[int, ...], mask_size: tuple[int, ...], scale: float | None
-) -> str | None:
+def choose_resizing(output_size: tuple[int, ...], mask_size: tuple[int, ...], scale: float | None) -> str | None:
     """Return 'crop' or 'upsample' for outputs and masks of different (height, width); None if neither is certain.
 
     Args:
@@ -321,8 +319,7 @@ def choose_resizing(
         covers_all = all(abs(out - scale * mask) <= 1 for out, mask in sides)
     else:  # the mask size divided by one power of 2, rounded up or down
         covers_all = any(
-            all(out in (mask // 2**power, -(-mask // 2**power)) for out, mask in sides)
-            for power in range(1, 8)
+            all(out in (mask // 2**power, -(-mask // 2**power)) for out, mask in sides) for power in range(1, 8)
         )
     return "upsample" if covers_all else None
 

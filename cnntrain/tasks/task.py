@@ -159,9 +159,7 @@ class Task(ABC):
         """
 
 
-def check_number(
-    key: str, value: object, low: float, high: float = math.inf, exclude_low: bool = False
-) -> float:
+def check_number(key: str, value: object, low: float, high: float = math.inf, exclude_low: bool = False) -> float:
     """Return `value` as a float if it lies in [low, high), or in (low, high) with `exclude_low`.
 
     Raises:

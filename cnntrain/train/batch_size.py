@@ -63,9 +63,7 @@ def largest_that_fits(fits: Callable[[int], bool], max_size: int, min_size: int 
     """
     size = min_size
     if not fits(size):
-        raise MachineError(
-            f"batch_size=auto: a step with batch_size={size} does not fit in the device's memory"
-        )
+        raise MachineError(f"batch_size=auto: a step with batch_size={size} does not fit in the device's memory")
     while size * 2 <= max_size:
         if not fits(size * 2):
             return size, f"{size * 2} does not fit in the device's memory"
@@ -104,9 +102,7 @@ def fastest(images_per_s: Callable[[int], float | None], max_size: int, min_size
     return size, f"with more, an epoch would have fewer than {MIN_STEPS_PER_EPOCH} steps"
 
 
-def _fits(
-    make_step_timer: Callable[[int], StepTimer], device: torch.device, size: int, allowed_mib: float
-) -> bool:
+def _fits(make_step_timer: Callable[[int], StepTimer], device: torch.device, size: int, allowed_mib: float) -> bool:
     reset_peak_memory(device)
     try:
         make_step_timer(size).warm_up()
@@ -119,9 +115,7 @@ def _fits(
     return peak_memory_mib(device) <= allowed_mib
 
 
-def _images_per_s(
-    make_step_timer: Callable[[int], StepTimer], device: torch.device, size: int
-) -> float | None:
+def _images_per_s(make_step_timer: Callable[[int], StepTimer], device: torch.device, size: int) -> float | None:
     """Return the speed of the fastest of a few windows; None if the steps need too much additional memory."""
     free_mib = free_host_bytes() / 2**20
     reset_peak_memory(device)

@@ -213,9 +213,7 @@ class CheckpointWriter:
         self.flush()
         return self._last_saved
 
-    def _write(
-        self, serialized: memoryview, names: tuple[str, ...], epoch: int | None, described: str
-    ) -> None:
+    def _write(self, serialized: memoryview, names: tuple[str, ...], epoch: int | None, described: str) -> None:
         """Write the files in an order that tolerates a kill between them.
 
         If last.pt was not written, the epoch is trained again. If best.pt was not written, last.pt has the weights.
@@ -290,9 +288,7 @@ def validate_checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _validate_progress(values: Mapping[str, Any]) -> Progress:
     progress = parse(Progress, values, "state.progress.")
-    counters = {
-        n: getattr(progress, n) for n in ("epoch", "batch", "step", "images", "epochs_since_best", "wall_s")
-    }
+    counters = {n: getattr(progress, n) for n in ("epoch", "batch", "step", "images", "epochs_since_best", "wall_s")}
     if progress.best:
         counters |= {f"best.{name}": progress.best.get(name, -1) for name in ("epoch", "step")}
     for name, value in progress.best.items():
@@ -323,11 +319,7 @@ def _validate_spec(spec: Mapping[str, Any]) -> None:
     count = len(spec.get("keypoints", ()))
 
     def are_keypoints(indices: Any, length: int) -> bool:
-        return (
-            _is_list(indices)
-            and len(indices) == length
-            and all(_is_integer(i, 0, count - 1) for i in indices)
-        )
+        return _is_list(indices) and len(indices) == length and all(_is_integer(i, 0, count - 1) for i in indices)
 
     pairs, skeleton, ignored = spec.get("flip_pairs"), spec.get("skeleton", ()), spec.get("ignore_index")
     good = pairs is None or are_keypoints(pairs, count)

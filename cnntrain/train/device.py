@@ -61,9 +61,7 @@ class Compute:
             make_pooling_deterministic(model)
         if self.compile != "off":
             if missing := missing_for_compiling(self.device):
-                raise MachineError(
-                    f"compile: {self.compile} needs {missing}, which was not found; use compile=off"
-                )
+                raise MachineError(f"compile: {self.compile} needs {missing}, which was not found; use compile=off")
             torch.compiler.reset()  # discard what an earlier run in this process compiled
             model.compile(mode=self.compile)
 
@@ -127,9 +125,7 @@ def _choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N, mps") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device: {name!r} does not exist ({torch.cuda.device_count()} CUDA devices); use device=auto"
-        )
+        raise UserError(f"device: {name!r} does not exist ({torch.cuda.device_count()} CUDA devices); use device=auto")
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device: {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -142,9 +138,7 @@ def _fast_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     if device.type == "cpu":
-        has = (
-            getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile")
-        )
+        has = (getattr(torch.cpu, f"_is_{feature}_supported", None) for feature in ("avx512_bf16", "amx_tile"))
         return "bf16" if any(ask is not None and ask() for ask in has) else "fp32"
     return "fp32"
 

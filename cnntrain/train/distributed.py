@@ -123,23 +123,17 @@ def check_launch(settings: Settings, info: RankInfo | None) -> None:
             f"launch.devices: {settings.launch.devices}, but torchrun or srun started {count} processes; leave it out"
         )
     if settings.batch_size == "auto":
-        raise UserError(
-            f"batch_size: auto needs a single process; give the total number of images for {count}"
-        )
+        raise UserError(f"batch_size: auto needs a single process; give the total number of images for {count}")
     if settings.batch_size < count:
         raise UserError(
             f"launch.devices: {count} processes cannot share a batch of {settings.batch_size}; raise batch_size"
         )
     if settings.device not in ("auto", "cpu", "cuda"):
-        raise UserError(
-            f"device: {count} processes use one GPU each; device=cuda or device=cpu, not {settings.device}"
-        )
+        raise UserError(f"device: {count} processes use one GPU each; device=cuda or device=cpu, not {settings.device}")
     if settings.device == "auto" and torch.backends.mps.is_available():
         raise UserError("device: several processes cannot share Apple's GPU; launch.devices=1 or device=cpu")
     if uses_gpus(settings.device) and local_count > gpus and not (info and info.has_own_gpu and gpus == 1):
-        raise UserError(
-            f"launch.devices: {local_count} processes, but {gpus} GPUs; use {gpus} or fewer, or device=cpu"
-        )
+        raise UserError(f"launch.devices: {local_count} processes, but {gpus} GPUs; use {gpus} or fewer, or device=cpu")
 
 
 @dataclass(eq=False)
@@ -218,9 +212,7 @@ SINGLE = World()
 def gather_states(meter: Meter, world: World) -> list[dict[str, Tensor]]:
     """Return the state of each rank's meter, ordered by rank."""
     state = meter.state()
-    return (
-        [state] if world.size == 1 else world.all_gather({name: value.cpu() for name, value in state.items()})
-    )
+    return [state] if world.size == 1 else world.all_gather({name: value.cpu() for name, value in state.items()})
 
 
 def merge_meters(meter: Meter, empty: Meter, world: World) -> Meter:

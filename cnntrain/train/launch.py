@@ -76,9 +76,7 @@ class WorkerContext:
                 raise error
 
 
-def launch(
-    entry: Callable[..., Any], count: int, *arguments: Any, watch: Callable[[Row], None] | None = None
-) -> Any:
+def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Callable[[Row], None] | None = None) -> Any:
     """Call `entry(context, *arguments)` in `count` new processes and return rank 0's result.
 
     Args:
@@ -117,9 +115,7 @@ def launch(
             **options,
         )  # fmt: skip
         try:
-            return elastic_launch(config, entry)(WorkerContext(port, folder, _log_file(), rows), *arguments)[
-                0
-            ]
+            return elastic_launch(config, entry)(WorkerContext(port, folder, _log_file(), rows), *arguments)[0]
         except SignalException as error:
             raise _reported(folder) or _stopped(error.sigval) from None
         except ChildFailedError as error:
@@ -164,16 +160,12 @@ def _reported(folder: Path) -> CnntrainError | None:
 
 def _explain_exit(rank: int, count: int, code: int, reported: CnntrainError | None) -> CnntrainError:
     if code < 0 and code not in SHUTDOWN:  # the others report only that they lost a rank
-        return MachineError(
-            describe_lost(rank, count, f"killed by {signal.Signals(-code).name} (out of memory?)")
-        )
+        return MachineError(describe_lost(rank, count, f"killed by {signal.Signals(-code).name} (out of memory?)"))
     if reported:
         return reported
     if code in SHUTDOWN:
         return _stopped(signal.Signals(-code))
-    return (
-        MachineError(describe_lost(rank, count)) if code == MachineError.exit_code else ElsewhereError(code)
-    )
+    return MachineError(describe_lost(rank, count)) if code == MachineError.exit_code else ElsewhereError(code)
 
 
 def _stopped(number: signal.Signals) -> StoppedError:

@@ -99,9 +99,7 @@ class _TimedLogger(NullLogger):
         self.seconds += time.perf_counter() - started
 
 
-def fit(
-    trainer: Trainer, state: TrainState, logger: Logger, save: Callable[..., None], stop: StopFlag
-) -> None:
+def fit(trainer: Trainer, state: TrainState, logger: Logger, save: Callable[..., None], stop: StopFlag) -> None:
     """Train from the position of `state` to the end of the plan.
 
     `save("last")` and `save("last", "best")` write checkpoints, never after a non-finite loss. An epoch is logged
@@ -116,9 +114,7 @@ def fit(
     """
     task, compute, plan, progress = trainer.task, trainer.compute, trainer.plan, state.progress
     world, timed = compute.world, _TimedLogger(logger)
-    guard = NonFiniteGuard(
-        compute.device, state.scaler is not None, partial(explain_divergence, trainer, state)
-    )
+    guard = NonFiniteGuard(compute.device, state.scaler is not None, partial(explain_divergence, trainer, state))
     world.replicate(state.model)  # before the clock starts
     # A run interrupted after its last step still has to validate that epoch.
     while not progress.finished and (progress.step < plan.total_steps or progress.batch):
@@ -165,9 +161,7 @@ def fit(
             state.schedule.observe(row.get("val/loss", row["train/loss"]))
             progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
             progress.epoch, progress.batch, state.meter = progress.epoch + 1, 0, {}
-        out_of_patience = (
-            plan.early_stopping is not None and progress.epochs_since_best >= plan.early_stopping
-        )
+        out_of_patience = plan.early_stopping is not None and progress.epochs_since_best >= plan.early_stopping
         progress.finished = progress.step >= plan.total_steps or out_of_patience
         progress.wall_s = seconds_before + elapsed()
         logger.log_epoch(progress.step, row, improved)

@@ -132,9 +132,7 @@ class RangeTest:
 
     @property
     def _has_learned(self) -> bool:
-        return (
-            self.initial_loss - self.smoothed[self.lowest_step] >= self._noticeable_decrease
-        )  # False for NaN
+        return self.initial_loss - self.smoothed[self.lowest_step] >= self._noticeable_decrease  # False for NaN
 
 
 class _ExponentialGrowth(Schedule):

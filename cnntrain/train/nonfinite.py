@@ -29,9 +29,7 @@ NOT_REPRODUCED = {  # by whether the device is a CPU
     True: "not reproduced: some randomness or state is outside of torch's generators and the checkpoint",
     False: "not reproduced: sums on this device vary between calls (deterministic=true)",
 }
-REMEDY = (
-    "try a lower optimizer.lr, clip_grad_norm=1, or a longer warm-up; `cnntrain overfit` finds wiring faults"
-)
+REMEDY = "try a lower optimizer.lr, clip_grad_norm=1, or a longer warm-up; `cnntrain overfit` finds wiring faults"
 
 
 class NonFiniteGuard:
@@ -120,9 +118,7 @@ def explain_divergence(trainer: Trainer, state: TrainState, last_batch: int) -> 
     plan, compute, world = trainer.plan, trainer.compute, trainer.compute.world
     progress, start = state.progress, last_batch - last_batch % plan.accumulate
     epoch, seen = progress.epoch, progress.batch
-    steps_of_epoch = (
-        -(-seen // plan.accumulate) if seen >= plan.batches_per_epoch else seen // plan.accumulate
-    )
+    steps_of_epoch = -(-seen // plan.accumulate) if seen >= plan.batches_per_epoch else seen // plan.accumulate
     step = progress.step - steps_of_epoch + last_batch // plan.accumulate
     learning_rate = set_learning_rate(state.optimizer, state.schedule, step)
     shard = world.shard(trainer.pipeline)
@@ -196,9 +192,7 @@ def watch_layers(model: nn.Module) -> Iterator[list[str]]:
                 output.register_hook(partial(gradient, layer))
 
     hooks = [
-        module.register_forward_hook(
-            partial(activation, f"{name or 'the network'} ({type(module).__name__})")
-        )
+        module.register_forward_hook(partial(activation, f"{name or 'the network'} ({type(module).__name__})"))
         for name, module in model.named_modules()
     ]
     with attached(hooks), uncompiled(model):

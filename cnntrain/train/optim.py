@@ -64,9 +64,7 @@ def _explain_refusal(node: Node) -> Iterator[None]:
         raise UserError(f"optimizer: {name} refused its arguments: {error}") from error
 
 
-def by_name(
-    params: Any, name: str, lr: float, weight_decay: float, options: Mapping[str, Any] | None
-) -> Optimizer:
+def by_name(params: Any, name: str, lr: float, weight_decay: float, options: Mapping[str, Any] | None) -> Optimizer:
     """Build any optimizer of torch.optim by its class name.
 
     Raises:
@@ -88,9 +86,7 @@ def by_name(
     }
     for option in arguments:
         if option not in accepted:
-            raise UserError(
-                f"optimizer.options.{option}: {name} takes no such argument{suggest(option, accepted)}"
-            )
+            raise UserError(f"optimizer.options.{option}: {name} takes no such argument{suggest(option, accepted)}")
     return cls(params, **arguments)
 
 
@@ -106,11 +102,7 @@ def check_single_step(factory: Callable[..., Optimizer]) -> None:
     try:
         optimizer.step()
     except (TypeError, ValueError, RuntimeError) as error:
-        why = (
-            "it recomputes the loss several times per step (closure)"
-            if "closure" in str(error)
-            else str(error)
-        )
+        why = "it recomputes the loss several times per step (closure)" if "closure" in str(error) else str(error)
         raise ValueError(f"it cannot take a step from gradients alone: {why}") from error
 
 

@@ -75,9 +75,7 @@ def with_configured_statistics(spec: DataSpec, chosen: DataSettings) -> DataSpec
     for key, values in (("mean", chosen.mean), ("std", chosen.std)):
         valid = values is not None and len(values) == spec.channels and all(0 <= v <= 1 for v in values)
         if not valid or (key == "std" and 0 in (values or ())):
-            raise UserError(
-                f"data.{key}: must be {spec.channels} numbers from 0 to 1, one per channel, got {values!r}"
-            )
+            raise UserError(f"data.{key}: must be {spec.channels} numbers from 0 to 1, one per channel, got {values!r}")
     return spec.with_statistics(tuple(chosen.mean or ()), tuple(chosen.std or ()))
 
 
@@ -86,8 +84,7 @@ def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
     nodes = dict(settings.augment)
     border = nodes.pop("border", "zero")
     augmentations = {
-        name: build(node, "augment", f"augment.{name}", settings.trusted_packages)
-        for name, node in nodes.items()
+        name: build(node, "augment", f"augment.{name}", settings.trusted_packages) for name, node in nodes.items()
     }
     return Pipeline(spec, augmentations, border=border)
 
@@ -203,9 +200,7 @@ def build_model(
             log.warning("%s: %s", finding.evidence, finding.remedy)
     if spec.per_pixel and task.output_shape() is not None:
         meta_model = as_meta(model).eval()
-        task.configure_outputs(
-            lambda size: output_size(meta_model, spec.channels, size), [image_size, spec.image_size]
-        )
+        task.configure_outputs(lambda size: output_size(meta_model, spec.channels, size), [image_size, spec.image_size])
     return model
 
 

@@ -42,9 +42,7 @@ class ProcessGroup(World):
         self._numbers = itertools.count()  # of broadcasts and barriers
         self._replica: DistributedDataParallel | None = None
         self._trainable: list[nn.Parameter] = []
-        self._requests: tuple[Tensor, torch.cuda.Event] | None = (
-            None  # of the previous step, on its way from the GPU
-        )
+        self._requests: tuple[Tensor, torch.cuda.Event] | None = None  # of the previous step, on its way from the GPU
 
     def replicate(self, model: nn.Module) -> nn.Module:
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -152,9 +150,7 @@ class ProcessGroup(World):
         """Return the exception with which this rank ends: of all ranks, the first that fails keeps its message."""
         if is_peer_loss(error):
             with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(
-                    signal.SIGTERM, signal.SIG_IGN
-                )  # torchrun would end this process before it can explain
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun would end this process before it can explain
             # A rank that fails by itself announces it before it closes its connections.
             if (code := self.watchdog.wait_for_failure(2)) is not None:
                 return ElsewhereError(code)
@@ -221,12 +217,8 @@ def join_process_group(
         ElsewhereError: another rank failed and reported the error.
     """
     if launched or info.address in ("127.0.0.1", "localhost"):
-        os.environ.setdefault(
-            "GLOO_SOCKET_IFNAME", "lo"
-        )  # ranks of one machine need not be reachable from outside
-    os.environ.setdefault(
-        "TORCH_NCCL_ENABLE_MONITORING", "0"
-    )  # it would end ranks that were suspended together
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one machine need not be reachable from outside
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")  # it would end ranks that were suspended together
     prefix = f"cnntrain/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     is_host = info.rank == 0 and not launched and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 

@@ -77,9 +77,7 @@ def locate_checkpoint(path: Path, name: str) -> Path:
         if candidate.is_file():
             files.open_read(candidate, path).close()  # raises an error if it is a link
             return candidate
-    raise UserError(
-        f"{path}: no checkpoint there; name a file such as RUN/checkpoints/{name}, or the run folder"
-    )
+    raise UserError(f"{path}: no checkpoint there; name a file such as RUN/checkpoints/{name}, or the run folder")
 
 
 def load_resume_checkpoint(settings: Settings) -> tuple[Path, dict[str, Any]] | None:
@@ -239,21 +237,15 @@ def resume(
             "optimizer.decay_norms_and_biases and a weight decay of 0 as they were"
         ) from error
     except (TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"resume: the state in {source} does not fit ({type(error).__name__}: {error})"
-        ) from error
+        raise UserError(f"resume: the state in {source} does not fit ({type(error).__name__}: {error})") from error
     best, progress = _find_best(source, state), state.progress
     if progress.best and best is None:
-        log.warning(
-            "resume: the weights of the best epoch are missing beside %s; a new best epoch is chosen", source
-        )
+        log.warning("resume: the weights of the best epoch are missing beside %s; a new best epoch is chosen", source)
         progress.best = {}
     # This command may train longer. An epoch that `steps` cut short is validated again, for its row in metrics.csv.
     progress.finished = is_finished(content, components.settings) and not progress.batch
     where = f"in epoch {progress.epoch + 1}" if progress.batch else f"after epoch {progress.epoch}"
-    log.info(
-        "resume: state from %s (%s, step %d), settings from the command line", source, where, progress.step
-    )
+    log.info("resume: state from %s (%s, step %d), settings from the command line", source, where, progress.step)
     _log_changes(changed, content, components, state)
     return best
 
@@ -278,9 +270,7 @@ def _reject_mismatches(
     if not same_data(content["fingerprint"], data.fingerprint):
         only_images = same_examples(content["fingerprint"], data.fingerprint)
         what = "the images changed, but not their names and targets" if only_images else "examples"
-        problems.append(
-            ("data", f"{what}: were {content['fingerprint']}, are {data.fingerprint} (count-hash-hash)")
-        )
+        problems.append(("data", f"{what}: were {content['fingerprint']}, are {data.fingerprint} (count-hash-hash)"))
     if problems:
         kind = {"model": "network", "data": "dataset"}.get(problems[0][0].partition(".")[0], "training")
         hidden = len(problems) - MAX_SHOWN_PROBLEMS
@@ -315,9 +305,7 @@ def _log_changes(
         ]  # `auto` resolved to another value
     for key, before, now in changed:
         if change_rule(key) == "new" and not (before == "auto" and now == resolved.get(key)):
-            log.warning(
-                "resume: %s was %s and is %s from the resumed step on", key, _short(before), _short(now)
-            )
+            log.warning("resume: %s was %s and is %s from the resumed step on", key, _short(before), _short(now))
     schedule, step = state.schedule, state.progress.step
     length = [key for key in keys if key in ("epochs", "steps")]
     shape = [key for key in keys if key == "optimizer.lr" or key.partition(".")[0] == "schedule"]

@@ -135,9 +135,7 @@ def _early_stop(state: TrainState, plan: TrainingPlan, task: Task) -> str:
         return ""
     if progress.epochs_since_best < plan.early_stopping:
         return ""
-    name = next(
-        (key for key in (f"val/{task.monitor[0]}", f"train/{task.monitor[0]}") if key in progress.best), ""
-    )
+    name = next((key for key in (f"val/{task.monitor[0]}", f"train/{task.monitor[0]}") if key in progress.best), "")
     planned = -(-plan.total_steps // plan.steps_per_epoch)
     return (
         f"early stopping: ended after epoch {progress.epoch} of {planned}; no improvement of {name or 'train/loss'} "
@@ -180,9 +178,7 @@ def _summary(state: TrainState, model: nn.Module, test: Mapping[str, float]) -> 
     progress = state.progress
     best = {name: value for name, value in progress.best.items() if not name.startswith("images_per_s")}
     parameters = sum(p.numel() for p in model.parameters())
-    statistics_count = sum(
-        b.numel() for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))
-    )
+    statistics_count = sum(b.numel() for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var")))
     return {
         "parameters": parameters,
         "parameters_keras": parameters + statistics_count,

@@ -112,9 +112,7 @@ def _try_lock(descriptor: int) -> str | None:
 
 
 @contextlib.contextmanager
-def open_run_dir(
-    path: Path | None, label: str, trains: bool = False, locked: bool = False
-) -> Iterator[RunDir]:
+def open_run_dir(path: Path | None, label: str, trains: bool = False, locked: bool = False) -> Iterator[RunDir]:
     """Create the run folder if it is missing, and lock it while the block runs.
 
     Args:

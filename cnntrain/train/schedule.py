@@ -71,9 +71,7 @@ class Step(Schedule):
         steps_per_epoch: int,
         warmup_epochs: NonNegative = 0,
     ) -> None:
-        super().__init__(
-            total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs
-        )
+        super().__init__(total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs)
         self.milestones, self.gamma = sorted(milestones), factor
 
     def factor(self, step: int) -> float:
@@ -88,9 +86,7 @@ class Cosine(Schedule):
     def __init__(
         self, *, final: Fraction, total_steps: int, steps_per_epoch: int, warmup_epochs: NonNegative = 0
     ) -> None:
-        super().__init__(
-            total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs
-        )
+        super().__init__(total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs)
         self.final = final
 
     def shape(self, progress: float) -> float:
@@ -156,9 +152,7 @@ class Plateau(Schedule):
         steps_per_epoch: int,
         warmup_epochs: NonNegative = 0,
     ) -> None:
-        super().__init__(
-            total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs
-        )
+        super().__init__(total_steps=total_steps, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs)
         self.gamma, self.patience, self.threshold, self.minimum = factor, patience, threshold, minimum
         self.scale, self.best, self.bad_epochs = 1.0, math.inf, 0
 

@@ -105,9 +105,7 @@ class Components:
                     "augment: torchvision's RandomResizedCrop crops images that are already resized to data.size and "
                     "upsamples the crop; augment=random_resized_crop crops from images at a higher resolution"
                 )
-        return make_loader(
-            examples, self.compute.device, chosen.workers, chosen.timeout_s, chosen.cache, per_sample
-        )
+        return make_loader(examples, self.compute.device, chosen.workers, chosen.timeout_s, chosen.cache, per_sample)
 
 
 def build_components(
@@ -125,9 +123,7 @@ def build_components(
     """
     is_restored = spec is not None
     prepare_torch(settings.threads, settings.deterministic, world)
-    compute = choose_compute(
-        settings.device, settings.precision, settings.channels_last, world, settings.compile
-    )
+    compute = choose_compute(settings.device, settings.precision, settings.channels_last, world, settings.compile)
     weights = None if is_restored or resumes else find_pretrained_weights(settings)
     settings = use_pretrained_size(settings, weights)
     source, _ = build_source(settings)
@@ -138,9 +134,7 @@ def build_components(
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
     if pipeline.can_flip and not spec.hflip_ok:
-        log.warning(
-            "augment: a mirrored image of these data means something else (digits, text); take the flip out"
-        )
+        log.warning("augment: a mirrored image of these data means something else (digits, text); take the flip out")
     model = build_model(settings, spec, task, pipeline.output_size, weights, show_warnings=not is_restored)
     if not is_restored:
         check_optimization(settings, compute)

@@ -151,9 +151,7 @@ class TrainState:
         if self.ema:
             self.ema.model.load_state_dict(state["ema"] or state["model"])
         self._load_optimizer(state["optimizer"], state["progress"]["step"])
-        if (
-            state["schedule"].keys() == self.schedule.state().keys()
-        ):  # otherwise a new schedule, which starts afresh
+        if state["schedule"].keys() == self.schedule.state().keys():  # otherwise a new schedule, which starts afresh
             self.schedule.load_state(state["schedule"])
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(_validate_scaler_state(state["scaler"], self.scaler.state_dict()))
@@ -225,9 +223,7 @@ def _validate_groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
         if len(keys) != len(own["params"]) or seen & set(keys) or len(set(keys)) < len(keys):
             raise ValueError("the parameters of a group do not match")
         seen |= set(keys)
-        settings = {
-            n: _validate_setting(n, theirs[n], v) for n, v in own.items() if n in theirs and n != "params"
-        }
+        settings = {n: _validate_setting(n, theirs[n], v) for n, v in own.items() if n in theirs and n != "params"}
         groups.append({**settings, "params": keys})
     return groups
 
@@ -247,9 +243,7 @@ def _validate_setting(name: str, saved: Any, own: Any) -> Any:
     return own
 
 
-def _state_template(
-    optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor
-) -> dict[str, Any] | None:
+def _state_template(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any] | None:
     """Return the optimizer's state for a small dummy parameter after one step.
 
     None for a user-defined optimizer, whose state may change from step to step.
@@ -265,9 +259,7 @@ def _state_template(
     return dict(twin.state[dummy])
 
 
-def _validate_moments(
-    values: Mapping[str, Any], template: Mapping[str, Any], parameter: Tensor
-) -> dict[str, Any]:
+def _validate_moments(values: Mapping[str, Any], template: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
     moments: dict[str, Any] = {}
     for name, expected in template.items():
         if name not in values:
@@ -278,9 +270,7 @@ def _validate_moments(
         if not isinstance(expected, Tensor):
             if isinstance(value, Tensor) and value.numel() == 1:
                 value = value.item()
-            moments[name] = (
-                _validate_setting(name, value, expected) if isinstance(expected, int | float) else expected
-            )
+            moments[name] = _validate_setting(name, value, expected) if isinstance(expected, int | float) else expected
             continue
         if isinstance(value, int | float) and not isinstance(value, bool) and not expected.ndim:
             value = torch.tensor(float(value))  # older versions of torch store `step` as a number

@@ -107,9 +107,7 @@ class Watchdog:
                 self._exchange()
         except RuntimeError:
             if not self._reconnect(time.monotonic() - now) and not self._closed.wait(LAST_WORDS_S):
-                self._exit(
-                    MachineError.exit_code, "rank 0 or the launcher has ended" if self.rank == 1 else None
-                )
+                self._exit(MachineError.exit_code, "rank 0 or the launcher has ended" if self.rank == 1 else None)
             return
         if self.failed is not None:
             self._failed_at_s = self._now_s if self._failed_at_s is None else self._failed_at_s

@@ -57,8 +57,7 @@ def test_probability_and_strength_are_independent(make_batch, kind):
     spec = DataSpec(3, 4, 5)
     plain = Pipeline(spec, {}).eval_transform(batch).images
     always, sometimes = (
-        Pipeline(spec, {"it": kind(strength=0.3, probability=p)})(batch, SEED, EPOCH).images
-        for p in (1.0, 0.4)
+        Pipeline(spec, {"it": kind(strength=0.3, probability=p)})(batch, SEED, EPOCH).images for p in (1.0, 0.4)
     )
     chosen = draw(batch, "it", kind())[:, 0] < 0.4
     assert torch.equal(sometimes[chosen], always[chosen])
@@ -111,13 +110,9 @@ def test_composed_matrices_equal_the_float64_sequence_clamped_once(make_batch):
                     image = rotate_hue_by_angle(image, float(values[key][i, 1]) - 0.5)
                 else:
                     factor = 0.1 + 1.8 * values[key][i, 1]
-                    other = {"brightness": 0.0, "contrast": gray.mean(), "saturation": gray}[
-                        key.removesuffix(" again")
-                    ]
+                    other = {"brightness": 0.0, "contrast": gray.mean(), "saturation": gray}[key.removesuffix(" again")]
                     image = factor * image + (1 - factor) * other
-            torch.testing.assert_close(
-                result.images[i].double(), image.clamp(0, 1), atol=2e-5, rtol=0, msg=str(order)
-            )
+            torch.testing.assert_close(result.images[i].double(), image.clamp(0, 1), atol=2e-5, rtol=0, msg=str(order))
 
 
 def rotate_hue_by_angle(image, turns):
@@ -180,6 +175,4 @@ def test_multiply_channels_equals_the_matrix_product(channels):
         torch.randn(4, channels, channels),
         torch.randn(4, channels, 1),
     )
-    torch.testing.assert_close(
-        multiply_channels(values, matrix, offset), torch.baddbmm(offset, matrix, values)
-    )
+    torch.testing.assert_close(multiply_channels(values, matrix, offset), torch.baddbmm(offset, matrix, values))

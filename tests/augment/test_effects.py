@@ -28,9 +28,7 @@ def many(make_batch, count=200):
 def test_erasing_fills_one_box_with_the_mean(make_batch):
     batch = many(make_batch)
     plain = Pipeline(SPEC, {}).eval_transform(batch).images
-    result = Pipeline(SPEC, {"e": RandomErasing(scale=(0.1, 0.3), ratio=(0.5, 2.0), probability=0.6)})(
-        batch, 1, 0
-    )
+    result = Pipeline(SPEC, {"e": RandomErasing(scale=(0.1, 0.3), ratio=(0.5, 2.0), probability=0.6)})(batch, 1, 0)
     changed = (result.images != plain).any(1)  # (N, H, W)
     erased = changed.any(2).any(1)
     assert 0.5 < erased.float().mean() < 0.7
@@ -118,9 +116,7 @@ def test_mixing_without_labels_raises(make_batch):
     batch = make_batch(2)
     mask = {"mask": torch.zeros(2, 12, 17, dtype=torch.uint8)}
     with pytest.raises(UserError, match="mixup and cutmix"):
-        Pipeline(DataSpec(3, 12, 17), {"m": MixUp()})(
-            Batch(batch.images, mask, batch.index, batch.position), 0, 0
-        )
+        Pipeline(DataSpec(3, 12, 17), {"m": MixUp()})(Batch(batch.images, mask, batch.index, batch.position), 0, 0)
 
 
 def test_beta_quantile():

@@ -78,9 +78,7 @@ def test_resized_crop_agrees_with_torchvision(make_batch):
         right_bottom = inverse[i] @ torch.tensor([26.5, 25.5, 1.0]).double() + 0.5
         assert (left_top > -1e-9)[:2].all()
         assert (right_bottom < 20 + 1e-9)[:2].all()
-    whole = Pipeline(
-        DataSpec(3, 20, 20), {"it": RandomResizedCrop(size=26, scale=(1, 1), ratio=(1, 1))}, "edge"
-    )
+    whole = Pipeline(DataSpec(3, 20, 20), {"it": RandomResizedCrop(size=26, scale=(1, 1), ratio=(1, 1))}, "edge")
     expected = functional.resize(batch.images.float() / 255, [26, 26], antialias=False)
     torch.testing.assert_close(whole(batch, 0, 0).images, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(whole.eval_transform(batch).images, expected, atol=1e-4, rtol=0)
@@ -102,10 +100,6 @@ def test_perspective_moves_corners_inwards_up_to_its_distortion(make_batch):
     assert matrix is not None
     for x, y, inwards in ((0, 0, (1, 1)), (16, 0, (-1, 1)), (16, 11, (-1, -1)), (0, 11, (1, -1))):
         place = matrix @ torch.tensor([x, y, 1.0], dtype=torch.float64)
-        pull = (
-            (place[:, :2] / place[:, 2:] - torch.tensor([x, y]))
-            * torch.tensor(inwards)
-            / torch.tensor([8, 5.5])
-        )
+        pull = (place[:, :2] / place[:, 2:] - torch.tensor([x, y])) * torch.tensor(inwards) / torch.tensor([8, 5.5])
         assert pull.min() > -1e-9
         assert 0.48 < pull.max() < 0.5

@@ -58,9 +58,7 @@ def part(batch: Batch, rows: slice) -> Batch:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_image_does_not_depend_on_its_batch(make_batch, name, channels):
     """Bit by bit: not on the batch's size, nor on what else is in it."""
-    chosen = {"all": list(ITEMS), "whole pixels": ["flip", "vertical_flip", "crop", "shift"]}.get(
-        name, [name]
-    )
+    chosen = {"all": list(ITEMS), "whole pixels": ["flip", "vertical_flip", "crop", "shift"]}.get(name, [name])
     spec = DataSpec(channels, 12, 17)
     pipeline = Pipeline(spec, {key: ITEMS[key] for key in chosen})
     batch = make_batch(11, channels=channels)

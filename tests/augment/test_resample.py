@@ -99,9 +99,7 @@ def test_sequences_equal_the_product_of_matrices_applied_by_scipy(make_spots, fa
     generator = torch.Generator().manual_seed(seed)
     batch = make_spots(4, seed)
     batch.images = torch.randint(0, 256, batch.images.shape, dtype=torch.uint8, generator=generator)
-    batch.targets["mask"] = torch.randint(
-        0, 5, batch.targets["mask"].shape, dtype=torch.uint8, generator=generator
-    )
+    batch.targets["mask"] = torch.randint(0, 5, batch.targets["mask"].shape, dtype=torch.uint8, generator=generator)
     moved = Pipeline(faces, items)(batch, seed, 1)
     matrices, height, width = draw_matrices(items, batch, seed, 1)
     torch.testing.assert_close(moved.source_to_image, matrices)

@@ -61,9 +61,7 @@ def test_items_run_on_a_cpu(kit: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
-def test_the_settings_of_every_command_exist(
-    smoke: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_settings_of_every_command_exist(smoke: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that is renamed must be renamed in the items too, which run on a GPU only."""
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(RUN.parent))

@@ -32,8 +32,6 @@ def findings_of() -> Callable[..., dict[str, Finding]]:
     """`findings_of(context, "start", "loss-sign")`: the findings of checks and topics, by name."""
 
     def run(context: CheckContext, *words: str) -> dict[str, Finding]:
-        return {
-            finding.name: finding for finding in run_checks(context, select_checks(words), lambda *_: None)
-        }
+        return {finding.name: finding for finding in run_checks(context, select_checks(words), lambda *_: None)}
 
     return run

@@ -75,9 +75,7 @@ def judged(*overrides: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         os.chdir(folder)
         try:
-            settings = compose(
-                "threads=1", "log.figures=false", "run_dir=run", *overrides, config_dir=PLANTED
-            )
+            settings = compose("threads=1", "log.figures=false", "run_dir=run", *overrides, config_dir=PLANTED)
             report = check(settings)
         except CnntrainError as error:
             refusal = {"name": "refused", "verdict": "FAIL", "cause": str(error), "evidence": ""}

@@ -172,19 +172,13 @@ def test_norms_are_measured_with_two_host_copies_per_step(
 
         monkeypatch.setattr(Tensor, method, counted)
     before = [copy.deepcopy(model) for _ in range(2)]
-    OverfitTrial(task, compute, batch, batch, 1).run(
-        before[0], torch.optim.SGD(before[0].parameters(), lr=0.01)
-    )
+    OverfitTrial(task, compute, batch, batch, 1).run(before[0], torch.optim.SGD(before[0].parameters(), lr=0.01))
     once = sum(copies.values())
-    OverfitTrial(task, compute, batch, batch, 4).run(
-        before[1], torch.optim.SGD(before[1].parameters(), lr=0.01)
-    )
+    OverfitTrial(task, compute, batch, batch, 4).run(before[1], torch.optim.SGD(before[1].parameters(), lr=0.01))
     assert sum(copies.values()) - 2 * once == 3 * 2
     loss = nn.functional.cross_entropy(model(images), batch.targets["label"])
     loss.backward()
-    norms = {
-        name: p.grad.norm().item() if p.grad is not None else 0.0 for name, p in model.named_parameters()
-    }
+    norms = {name: p.grad.norm().item() if p.grad is not None else 0.0 for name, p in model.named_parameters()}
     model.zero_grad()
     result = OverfitTrial(task, compute, batch, batch, 1).run(model, optimizer)
     largest = max(norms.values())
@@ -197,9 +191,7 @@ def test_abrupt_change_of_a_weight_is_recorded() -> None:
     model = TwoLayers()
     batch = Batch(torch.randn(1, 1, 2, 2), {"label": torch.tensor([1])}, torch.zeros(1), torch.zeros(1))
     task = Classification(DataSpec(1, 2, 2, ("a", "b", "c")))
-    optimizer = torch.optim.SGD(
-        [{"params": model.fc.parameters(), "lr": 0.0}, {"params": [model.scale]}], lr=1e4
-    )
+    optimizer = torch.optim.SGD([{"params": model.fc.parameters(), "lr": 0.0}, {"params": [model.scale]}], lr=1e4)
     before = model.scale.item()
     compute = Compute(torch.device("cpu"), "fp32", channels_last=False)
     result = OverfitTrial(task, compute, batch, batch, 1).run(model, optimizer)
@@ -219,9 +211,7 @@ def test_small_gradients_survive_fp16() -> None:
 
 def test_several_examples(tmp_path: Path) -> None:
     assert verdict(tmp_path, "model=sound", "overfit.examples=8")["verdict"] == "PASS"
-    many = verdict(
-        tmp_path, "model=sound", "overfit.examples=40", "overfit.steps=1", f"run_dir={tmp_path / 'many'}"
-    )
+    many = verdict(tmp_path, "model=sound", "overfit.examples=40", "overfit.steps=1", f"run_dir={tmp_path / 'many'}")
     assert many["example"].endswith("and 39 more")
 
 
@@ -244,9 +234,7 @@ def test_other_example_in_files_sorted_by_class(tmp_path: Path) -> None:
     assert verdict(tmp_path, *overrides)["verdict"] == "PASS"
     components = build_components(compose(*QUICK, *overrides))
     batch, other, name = pick_examples(components, components.load(), 1)
-    assert (
-        batch.targets["label"].tolist() == [0] and other.targets["label"].tolist() == [1] and "dark" in name
-    )
+    assert batch.targets["label"].tolist() == [0] and other.targets["label"].tolist() == [1] and "dark" in name
 
 
 OTHER_TASKS = {

@@ -55,9 +55,7 @@ def test_generators_come_back(context: CheckContext) -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(
-    ("device", "forked"), [("cpu", []), ("cuda:1", [torch.device("cuda", 1)]), ("mps", [])]
-)
+@pytest.mark.parametrize(("device", "forked"), [("cpu", []), ("cuda:1", [torch.device("cuda", 1)]), ("mps", [])])
 def test_generators_of_other_gpus_are_left_alone(
     device: str, forked: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,9 +83,7 @@ def drawn_faces(count: int = 60) -> Shapes:
         shape[i] = torch.stack([shape[i, 0] * (partner != i), shape[i, 1]])
         if partner < i:
             shape[i] = shape[partner] * torch.tensor([-1.0, 1.0])
-    return shape + 0.5 * torch.randn(count, 68, 2, generator=generator), torch.ones(
-        count, 68, dtype=torch.bool
-    )
+    return shape + 0.5 * torch.randn(count, 68, 2, generator=generator), torch.ones(count, 68, dtype=torch.bool)
 
 
 def real_faces(folder: Path) -> Shapes:
@@ -112,9 +110,7 @@ def test_correct_pairs_pass(case: tuple[KeypointSet, Shapes]) -> None:
 
 
 @pytest.mark.parametrize("most", [40, pytest.param(10**6, marks=pytest.mark.long)])
-def test_every_exchange_is_detected_from_the_shapes_alone(
-    case: tuple[KeypointSet, Shapes], most: int
-) -> None:
+def test_every_exchange_is_detected_from_the_shapes_alone(case: tuple[KeypointSet, Shapes], most: int) -> None:
     """Names contain no side and the permutation is its own inverse, so only the geometry shows the error."""
     scheme, shapes = case
     right = right_map(scheme)
@@ -124,9 +120,7 @@ def test_every_exchange_is_detected_from_the_shapes_alone(
     upper = torch.ones_like(sure).triu(1).bool()
     assert sure[upper].all(), "the data can't tell some exchange"
     pairings = wrong_pairings(right)
-    involutions = [
-        wrong for wrong in pairings.values() if all(wrong[wrong[k]] == k for k in range(len(right)))
-    ]
+    involutions = [wrong for wrong in pairings.values() if all(wrong[wrong[k]] == k for k in range(len(right)))]
     assert len(involutions) > len(right)
     step = max(1, len(involutions) // most)
     for wrong in involutions[::step]:
@@ -166,9 +160,7 @@ def test_identity_and_shifted_lists_fail(case: tuple[KeypointSet, Shapes]) -> No
     }
     shifted = (*right[1:], right[0])
     assert diagnose_map(scheme.names, shifted).verdict == "FAIL"
-    assert (
-        verdicts(diagnose_flip(*shapes, spec_of(scheme, shifted, named=False))[0])["mirror pairs"] == "FAIL"
-    )
+    assert verdicts(diagnose_flip(*shapes, spec_of(scheme, shifted, named=False))[0])["mirror pairs"] == "FAIL"
 
 
 def test_invalid_lists_name_the_keypoint() -> None:
@@ -178,9 +170,7 @@ def test_invalid_lists_name_the_keypoint() -> None:
     one_way = diagnose_map(names, (1, 2, 0))
     assert one_way.verdict == "FAIL" and all(name in one_way.evidence for name in names)
     assert (
-        diagnose_flip(torch.zeros(3, 3, 2), torch.ones(3, 3), DataSpec(1, 9, 9, keypoints=names))[0][
-            0
-        ].verdict
+        diagnose_flip(torch.zeros(3, 3, 2), torch.ones(3, 3), DataSpec(1, 9, 9, keypoints=names))[0][0].verdict
         == "FAIL"
     )
 
@@ -207,20 +197,14 @@ def test_coinciding_keypoints_are_a_warning() -> None:
     spec = DataSpec(1, 9, 9, keypoints=names, flip_pairs=(1, 0, 3, 2, 5, 4))
     findings, _ = diagnose_flip(shape + noise, torch.ones(40, 6, dtype=torch.bool), spec)
     told = findings[-1]
-    assert (
-        told.verdict == "WARN" and "left_lip_1 and left_lip_2" in told.evidence and "eye" not in told.evidence
-    )
+    assert told.verdict == "WARN" and "left_lip_1 and left_lip_2" in told.evidence and "eye" not in told.evidence
 
 
 def test_command_reports_pairs() -> None:
     data = ["data=toy_faces", "data.train_count=60", "data.test_count=1"]
     assert main(["check", "flip", *data, "run_dir=out"]) == 0
     report = json.loads(Path("out/check.json").read_text())
-    assert (
-        report["verdict"] == "PASS"
-        and report["examples"] == 60
-        and ["right_eye", "left_eye"] in report["pairs"]
-    )
+    assert report["verdict"] == "PASS" and report["examples"] == 60 and ["right_eye", "left_eye"] in report["pairs"]
     assert Path("out/figures/flip.png").stat().st_size > 5000
 
 
@@ -230,9 +214,7 @@ def test_command_names_wrong_pairs(capsys: pytest.CaptureFixture[str], tmp_path:
     Image.new("RGB", (64, 64)).save("cat.png")
     points, _ = cats(30)
     header = ",".join(f"{name}_{axis}" for name in CAT9.names for axis in "xy")
-    lines = [
-        f"cat{i}.png," + ",".join(f"{v:.2f}" for v in p.flatten().tolist()) for i, p in enumerate(points)
-    ]
+    lines = [f"cat{i}.png," + ",".join(f"{v:.2f}" for v in p.flatten().tolist()) for i, p in enumerate(points)]
     for i in range(len(lines)):
         Path(f"cat{i}.png").symlink_to("cat.png")
     Path("cats.csv").write_text("\n".join([f"image_name,{header}", *lines]))

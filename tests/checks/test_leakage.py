@@ -49,9 +49,7 @@ def test_hashes_that_differ_in_a_few_bits_are_paired_as_one_by_one() -> None:
     for _ in range(5):
         flips = np.uint64(1) << random.integers(0, 64, 70, dtype=np.uint64)
         some = np.where(random.random(70) < 0.8, some ^ flips, some)
-    expected = {
-        (i, k) for i in range(70) for k in range(500) if (int(some[i]) ^ int(train[k])).bit_count() <= 4
-    }
+    expected = {(i, k) for i in range(70) for k in range(500) if (int(some[i]) ^ int(train[k])).bit_count() <= 4}
     assert {tuple(pair) for pair in near_hashes(some, train).tolist()} == expected and len(expected) > 30
     assert len(near_hashes(some[:0], train)) == 0 and len(near_hashes(some, train[:0])) == 0
 
@@ -75,9 +73,7 @@ def test_of_many_candidates_the_nearest_are_kept(monkeypatch: pytest.MonkeyPatch
 def test_different_digits_and_clothes_are_no_duplicates(shared_data) -> None:
     digits = Digits().load()["train"].images
     assert isinstance(digits, Tensor)
-    raw = np.fromfile(
-        shared_data / "FashionMNIST/raw/train-images-idx3-ubyte", np.uint8, 784 * 3000, offset=16
-    )
+    raw = np.fromfile(shared_data / "FashionMNIST/raw/train-images-idx3-ubyte", np.uint8, 784 * 3000, offset=16)
     clothes = torch.from_numpy(raw.reshape(3000, 1, 28, 28))
     for images, split in ((digits, 1400), (clothes, 2000)):
         found = near_duplicates(images[split:], images[:split], difference_hashes(images[:split]))

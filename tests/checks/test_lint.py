@@ -72,9 +72,7 @@ def test_keys_are_read_off_the_command_as_typed() -> None:
 
 
 def test_chosen_statistics_normalize() -> None:
-    settings = read_settings(
-        [*shlex.split(SHAPES), "data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"]
-    )
+    settings = read_settings([*shlex.split(SHAPES), "data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"])
     assembly = build_components(settings)
     assert assembly.load().spec.mean == (0.485, 0.456, 0.406)
     assert assembly.pipeline.std == (0.229, 0.224, 0.225)

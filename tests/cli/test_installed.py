@@ -47,17 +47,13 @@ def test_a_run_explains_itself_and_can_be_evaluated() -> None:
     assert {name: again[name] for name in results["test"]} == pytest.approx(results["test"])
     rows = table(run / "evaluate-test" / "examples.csv")
     losses = [float(row["loss"]) for row in rows]
-    assert losses == sorted(losses, reverse=True) and sum(losses) / len(losses) == pytest.approx(
-        again["test/loss"]
-    )
+    assert losses == sorted(losses, reverse=True) and sum(losses) / len(losses) == pytest.approx(again["test/loss"])
     assert {"name", "true", "predicted", "probability"} <= set(rows[0])
 
 
 @pytest.mark.slow
 def test_a_sweep_ends_with_a_table() -> None:
-    done = cnntrain(
-        "-m", "model=lenet5,mlp", "optimizer.lr=0.1,0.01", *QUICK, "log.figures=false", "run_dir=sweep"
-    )
+    done = cnntrain("-m", "model=lenet5,mlp", "optimizer.lr=0.1,0.01", *QUICK, "log.figures=false", "run_dir=sweep")
     rows = table(Path("sweep/results.csv"))
     assert [(row["model"], row["optimizer.lr"], row["status"]) for row in rows] == [
         ("lenet5", "0.1", "done"), ("lenet5", "0.01", "done"), ("mlp", "0.1", "done"), ("mlp", "0.01", "done"),
@@ -85,9 +81,7 @@ def test_wrong_input_is_one_clear_message_and_leaves_nothing_behind() -> None:
 def test_what_can_not_be_written_is_the_machines_fault() -> None:
     assert COMMAND
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = subprocess.run([COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 4 and "Traceback" not in done.stderr
 
 

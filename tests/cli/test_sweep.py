@@ -68,9 +68,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def epochs_done(pattern: str) -> int:
-    return sum(
-        max(len(path.read_text().splitlines()) - 1, 0) for path in Path("s").glob(f"{pattern}/metrics.csv")
-    )
+    return sum(max(len(path.read_text().splitlines()) - 1, 0) for path in Path("s").glob(f"{pattern}/metrics.csv"))
 
 
 def test_jobs_side_by_side_tell_a_kill_an_error_and_a_divergence_apart() -> None:
@@ -149,9 +147,7 @@ def test_tensorboard_shows_one_row_a_run(
     with serve(Path("s"), 4) as address:
         experiment = get(address, "plugin/hparams/experiment", {"experimentName": ""})
         shown = {info["name"] for info in experiment["hparamInfos"]}
-        assert {"optimizer.lr", "choices.model", "seed"} <= shown and not any(
-            "sweep" in name for name in shown
-        )
+        assert {"optimizer.lr", "choices.model", "seed"} <= shown and not any("sweep" in name for name in shown)
         query = {
             "experimentName": "",
             "allowedStatuses": ["STATUS_SUCCESS", "STATUS_UNKNOWN", "STATUS_RUNNING", "STATUS_FAILURE"],

@@ -39,9 +39,7 @@ def test_images(server: str, get: Ask) -> None:
     tags = get(server, "plugin/images/tags")["one"]
     assert {"first_batch", "curves", "confusion_matrix", "mistakes", "filters"} <= set(tags)
     listed = get(server, "plugin/images/images?run=one&tag=confusion_matrix&sample=0")
-    with urllib.request.urlopen(
-        f"{server}/data/plugin/images/individualImage?{listed[0]['query']}"
-    ) as response:
+    with urllib.request.urlopen(f"{server}/data/plugin/images/individualImage?{listed[0]['query']}") as response:
         assert response.read(4) == b"\x89PNG"
 
 

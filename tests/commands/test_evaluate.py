@@ -38,9 +38,7 @@ def make_folder(name: str, *classes: str) -> Path:
 @pytest.fixture
 def run() -> Callable[..., int]:
     make_folder("all", "ape", "bee", "cow")
-    assert (
-        main([*QUICK, "data.root=all", "epochs=15", "batch_size=8", "optimizer.lr=0.01", "run_dir=run"]) == 0
-    )
+    assert main([*QUICK, "data.root=all", "epochs=15", "batch_size=8", "optimizer.lr=0.01", "run_dir=run"]) == 0
     return lambda root: main(["evaluate", "checkpoint=run", f"data.root={root}", "run_dir=out", "threads=1"])
 
 
@@ -57,9 +55,7 @@ def test_classes_are_numbered_by_their_names(run: Callable[..., int]) -> None:
     assert all(row["true"] == row["predicted"] for row in rows)
 
 
-def test_a_class_that_it_does_not_know_is_refused(
-    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_class_that_it_does_not_know_is_refused(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     make_folder("new", "ape", "bee", "cow")
     shutil.move("new/train/bee", "new/train/wasp")
     shutil.move("new/test/bee", "new/test/wasp")

@@ -55,9 +55,7 @@ def scales_of_norms(model: nn.Module) -> int:
     return sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in KERAS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in KERAS])
 def test_parameters_equal_the_keras_table(name: str) -> None:
     """Equal architectures have equal numbers; the other differences are derived exactly.
 
@@ -78,9 +76,7 @@ def test_parameters_equal_the_keras_table(name: str) -> None:
 def test_inspect_compares_several_networks() -> None:
     arguments = ["inspect", "model=vgg16,mobilenet_v1", "inspect.image_size=224", *SIZE, "run_dir=keras"]
     assert main(arguments) == 0
-    rows = {
-        row["network"]: row["parameters"] for row in json.loads(Path("keras/comparison.json").read_text())
-    }
+    rows = {row["network"]: row["parameters"] for row in json.loads(Path("keras/comparison.json").read_text())}
     assert rows == {"vgg16": KERAS["vgg16"], "mobilenet_v1": KERAS["mobilenet_v1"]}
 
 

@@ -22,10 +22,7 @@ def test_the_command_prints_and_writes_both_suggestions(capsys: pytest.CaptureFi
     assert main(["lr-find", *SMALL[:3], *SMALL[5:], "run_dir=found"]) == 0
     found = json.loads(Path("found/lr_find.json").read_text())
     printed = capsys.readouterr().out
-    assert (
-        f"optimizer.lr={found['suggestion']:.2g}" in printed
-        and f"optimizer.lr={found['steepest']:.2g}" in printed
-    )
+    assert f"optimizer.lr={found['suggestion']:.2g}" in printed and f"optimizer.lr={found['steepest']:.2g}" in printed
     assert found["suggestion"] == found["diverged_at"] / 10
     assert len(found["rates"]) == len(found["losses"]) == len(found["smoothed"]) <= 40
     assert found["configured"] == 1e-3
@@ -65,9 +62,7 @@ def test_a_training_with_auto_is_one_with_the_found_rate_and_resumes_bit_for_bit
     original = loop.set_learning_rate
 
     def stopping(optimizer: Any, schedule: Any, step: int) -> float:
-        if (
-            step == 12 and optimizer.param_groups[0]["peak_lr"] == rate
-        ):  # the training's, not the range test's
+        if step == 12 and optimizer.param_groups[0]["peak_lr"] == rate:  # the training's, not the range test's
             monkeypatch.setattr(loop, "set_learning_rate", original)
             raise StoppedError(15, "stopped")
         return original(optimizer, schedule, step)
@@ -79,9 +74,7 @@ def test_a_training_with_auto_is_one_with_the_found_rate_and_resumes_bit_for_bit
     train(compose(*SMALL, "optimizer.lr=auto", "run_dir=broken", "resume=auto"))
     train(compose(*SMALL, f"optimizer.lr={rate}", "run_dir=typed"))
     for other in ("broken", "typed"):
-        assert all(torch.equal(value, weights(other)[name]) for name, value in weights("whole").items()), (
-            other
-        )
+        assert all(torch.equal(value, weights(other)[name]) for name, value in weights("whole").items()), other
     assert yaml.safe_load(Path("broken/config.yaml").read_text())["optimizer"]["lr"] == rate
 
 

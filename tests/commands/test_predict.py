@@ -108,9 +108,7 @@ def test_a_mask_goes_back_where_it_came_from(resize: Any) -> None:
     write_mask(on_canvas, matrix, (20, 12), 255, Path("mask.png"))
     back = np.asarray(Image.open("mask.png"))
     assert back.shape == ids.shape
-    assert ((back == ids) | (back == 255)).all() and (back == ids).mean() > (
-        0.5 if resize == "short_side" else 0.99
-    )
+    assert ((back == ids) | (back == 255)).all() and (back == ids).mean() > (0.5 if resize == "short_side" else 0.99)
 
 
 def test_names_of_masks_stay_apart() -> None:
@@ -165,14 +163,10 @@ def test_objects_are_cut_out_by_given_boxes_as_in_training() -> None:
     make_checkpoint("data=toy_faces", *FEW, "model=mlp", data={"crop": "points", "crop_margin": 0.25})
     make_images()
     lines = ["wide.png,10,5,30,25", "wide.png,30,10,50,20", "below/tall.png,0,0,20,20"]
-    Path("boxes.csv").write_text(
-        "image_name,box_left,box_top,box_right,box_bottom\n" + "\n".join(lines) + "\n"
-    )
+    Path("boxes.csv").write_text("image_name,box_left,box_top,box_right,box_bottom\n" + "\n".join(lines) + "\n")
     rows, told = predict("images=mine", "boxes=boxes.csv")
     assert [row["image_name"] for row in rows] == ["wide.png:0", "wide.png:1", "below/tall.png"]
-    for row, center in zip(
-        rows, [(19.5, 14.5), (39.5, 14.5), (9.5, 9.5)], strict=True
-    ):  # the canvas's center
+    for row, center in zip(rows, [(19.5, 14.5), (39.5, 14.5), (9.5, 9.5)], strict=True):  # the canvas's center
         point = (float(row["left_eye_x"]), float(row["left_eye_y"]))
         assert point == pytest.approx(center, abs=1e-4)
     assert told["images"][1]["points"]["left_eye"] == pytest.approx([39.5, 14.5], abs=1e-4)
@@ -188,9 +182,7 @@ def test_every_wrong_line_of_boxes_is_named(capsys: pytest.CaptureFixture[str]) 
         "wide.png,a,1,2,3",
         "wide.png,1,2",
     ]
-    Path("boxes.csv").write_text(
-        "image_name,box_left,box_top,box_right,box_bottom\n" + "\n".join(lines) + "\n"
-    )
+    Path("boxes.csv").write_text("image_name,box_left,box_top,box_right,box_bottom\n" + "\n".join(lines) + "\n")
     assert main(["predict", "checkpoint=run", "images=mine", "boxes=boxes.csv", "run_dir=out"]) == 2
     told = capsys.readouterr().err
     for line, problem in (

@@ -33,9 +33,7 @@ def test_keypoints_and_their_flip(capsys: pytest.CaptureFixture[str]) -> None:
     assert b"preview/augmented" in events and b"preview/flip" in events
 
 
-@pytest.mark.parametrize(
-    "overrides", [["data=toy_shapes", *FEW], ["data=digits"], ["data=digits", "augment=mixup"]]
-)
+@pytest.mark.parametrize("overrides", [["data=toy_shapes", *FEW], ["data=digits"], ["data=digits", "augment=mixup"]])
 def test_masks_and_labels(overrides: list[str]) -> None:
     assert main(["preview", *overrides, *SMALL]) == 0
     assert drawn() == {"augmented.png"}
@@ -58,9 +56,7 @@ def test_the_pictures_are_those_of_the_training() -> None:
 
 
 def test_sides_follow_names_then_order() -> None:
-    spec = DataSpec(
-        1, 8, 8, keypoints=("right_eye", "left_eye", "nose", "a", "b"), flip_pairs=(1, 0, 2, 4, 3)
-    )
+    spec = DataSpec(1, 8, 8, keypoints=("right_eye", "left_eye", "nose", "a", "b"), flip_pairs=(1, 0, 2, 4, 3))
     assert sides_of(spec) == [1, -1, 0, -1, 1]
 
 

@@ -27,9 +27,7 @@ def test_early_stopping_is_said_and_stands_in_the_results(capsys: Said) -> None:
     stuck = ("optimizer=sgd", "optimizer.lr=1e-12", "early_stopping=2", "epochs=9", "run_dir=r")
     assert main([*QUICK, *stuck]) == 0
     results = json.loads(Path("r/results.json").read_text())
-    assert (
-        results["ended_by"] == "early_stopping" and results["epochs"] == 3 and results["best"]["epoch"] == 1
-    )
+    assert results["ended_by"] == "early_stopping" and results["epochs"] == 3 and results["best"]["epoch"] == 1
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("early stopping")]
     assert "epoch 3 of 9" in said and "for 2 epochs" in said and "val/top1" in said and "epoch is 1" in said
 

@@ -47,9 +47,7 @@ def both(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         Image.new("RGB", (12, 10), (90, 120, 30)).save("image.png")
         common = ("checkpoint=run", "threads=1", "device=cpu")
         evaluated = main(["evaluate", *common])
-        return evaluated, main(
-            ["predict", *common, "images=image.png", "run_dir=out"]
-        ) if predicts else evaluated
+        return evaluated, main(["predict", *common, "images=image.png", "run_dir=out"]) if predicts else evaluated
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
@@ -88,9 +86,7 @@ REFUSED: dict[str, Change] = {
     ),
     "no standard deviation": lambda s: s["spec"].update(mean=(0.5,), std=(0.0,)),
     "a network that is a number": lambda s: s["config"].update(model=5),
-    "a network that is none": lambda s: s["config"]["model"].update(
-        _target_="torch.nn.Identity", layers=None
-    ),
+    "a network that is none": lambda s: s["config"]["model"].update(_target_="torch.nn.Identity", layers=None),
     "an image that is too large": lambda s: s["spec"].update(height=2**40),
     "half of the weights": lambda s: s["state"]["model"].popitem(),
     "weights of another type": lambda s: s["state"].update(

@@ -40,13 +40,7 @@ VALUES = (
 def read_back(text: str) -> str:
     (parsed,) = parse_overrides([text])
     value = parsed.value()
-    return (
-        value.text
-        if isinstance(value, QuotedString)
-        else str(value)
-        if isinstance(value, str)
-        else repr(value)
-    )
+    return value.text if isinstance(value, QuotedString) else str(value) if isinstance(value, str) else repr(value)
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -89,9 +83,7 @@ def test_the_command_line_of_a_sweep_has_no_password(password: str) -> None:
     line = parse_arguments(argv).line
     assert password not in line and password.split("@")[-1] not in line.partition("@")[0]
     assert shlex.split(line)[-1] == "sweep.storage='postgresql://me:***@host/db'"
-    stored = without_passwords(
-        {"sweep": {"storage": f"postgresql://me:{password}@host/db", "jobs": 1}, "seed": 0}
-    )
+    stored = without_passwords({"sweep": {"storage": f"postgresql://me:{password}@host/db", "jobs": 1}, "seed": 0})
     assert stored == {"sweep": {"storage": "postgresql://me:***@host/db", "jobs": 1}, "seed": 0}
 
 

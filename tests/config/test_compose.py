@@ -109,9 +109,7 @@ def test_values_keep_their_types(value: str, expected: object) -> None:
         ("a: [1\n", r"five\.yaml:\d: not valid YAML"),
     ],
 )
-def test_malformed_config_files_are_reported_with_name_and_line(
-    tmp_path: Path, text: str, where: str
-) -> None:
+def test_malformed_config_files_are_reported_with_name_and_line(tmp_path: Path, text: str, where: str) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "five.yaml").write_text(text)
     with pytest.raises(UserError, match=where):

@@ -85,9 +85,7 @@ def test_a_package_counts_only_by_its_whole_name(role: str) -> None:
 
 
 def test_a_trusted_package_does_not_lend_its_name(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("lending.py").write_text(
-        "from cnntrain.io.tensor_file import read_tensors\n\ndef own():\n    return 5\n"
-    )
+    Path("lending.py").write_text("from cnntrain.io.tensor_file import read_tensors\n\ndef own():\n    return 5\n")
     monkeypatch.syspath_prepend(str(own_folder))
     assert build({"_target_": "lending.own"}, "model", "model", ["lending"]) == 5
     with pytest.raises(UserError, match="is not allowed as"):
@@ -113,9 +111,7 @@ def test_facts_take_the_place_of_null_and_not_of_a_value() -> None:
     assert bound.keywords == {"in_features": 2, "out_features": 3, "bias": False}
 
 
-def test_no_memory_for_a_part_is_no_fault_of_its_arguments(
-    own_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_memory_for_a_part_is_no_fault_of_its_arguments(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("greedy.py").write_text("def own(message):\n    raise RuntimeError(message)\n")
     monkeypatch.syspath_prepend(str(own_folder))
     node = {"_target_": "greedy.own", "message": "CUDA out of memory"}

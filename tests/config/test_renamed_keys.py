@@ -23,11 +23,7 @@ def test_old_keys_are_refused(old: str, capsys: pytest.CaptureFixture[str]) -> N
         (["augment=crop", "augment.crop.padding_px=2"], "augment.crop.padding"),
         (["augment=[flip,erasing]"], "augment=random_erasing"),
         (["augment=random_erasing", "augment.erasing.probability=1"], "augment.random_erasing"),
-        *(
-            ([f"{key}={old}"], f"{key}={new}")
-            for key in ("augment", "data.cache")
-            for old, new in VALUES[key].items()
-        ),
+        *(([f"{key}={old}"], f"{key}={new}") for key in ("augment", "data.cache") for old, new in VALUES[key].items()),
         (["data=toy_shapes", "model=unet_small", "task.loss=sum", "run_dir=r"], "task.loss=ce_dice"),
     ],
 )
@@ -51,10 +47,7 @@ def test_old_arguments_in_a_users_own_file_are_refused(
     file.parent.mkdir(parents=True)
     file.write_text("mine:\n  _target_: cnntrain.augment.geometry.Crop\n  padding_px: 2\n")
     assert main(["--config-dir", "conf", "augment=mine", "run_dir=r"]) == 2
-    assert (
-        "augment.mine.padding_px" in (message := capsys.readouterr().err)
-        and "augment.mine.padding" in message
-    )
+    assert "augment.mine.padding_px" in (message := capsys.readouterr().err) and "augment.mine.padding" in message
 
 
 def test_new_names_give_no_hint() -> None:

@@ -39,9 +39,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("overrides", INVALID)
-def test_invalid_arguments_exit_with_2_and_leave_no_folder(
-    overrides: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_arguments_exit_with_2_and_leave_no_folder(overrides: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*overrides.split(), "epochs=1", "log.figures=false"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and re.search(INVALID[overrides], said), said
@@ -99,9 +97,7 @@ def test_values_of_another_type_or_range_are_rejected(value: Any, hint: Any, mes
         check_value(value, hint, "key")
 
 
-@pytest.mark.parametrize(
-    "key", ["optimizer.lr", "optimizer.weight_decay", "optimizer.layer_decay", "data.workers"]
-)
+@pytest.mark.parametrize("key", ["optimizer.lr", "optimizer.weight_decay", "optimizer.layer_decay", "data.workers"])
 def test_keys_that_all_options_share_are_checked_when_the_settings_are_read(key: str) -> None:
     with pytest.raises(UserError, match=f"^{key}: must be a"):
         read_settings([f"{key}=-1"])

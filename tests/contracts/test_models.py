@@ -24,9 +24,7 @@ QUICK = (
 
 def build(name: str, channels: int, outputs: int, size: tuple[int, int], *overrides: str) -> nn.Module:
     common, own = OmegaConf.load(FOLDER.parent / "config.yaml").model, OmegaConf.load(FOLDER / f"{name}.yaml")
-    config = OmegaConf.create(
-        {"model": OmegaConf.merge(common, own, OmegaConf.from_dotlist(list(overrides)))}
-    )
+    config = OmegaConf.create({"model": OmegaConf.merge(common, own, OmegaConf.from_dotlist(list(overrides)))})
     node = OmegaConf.to_container(config, resolve=True)["model"]
     node.pop("defaults", None)
     common = {key: node.pop(key) for key in ("norm", "activation", "init", "freeze", "unfreeze")}
@@ -75,9 +73,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in NAMES]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in DEEP else ()) for n in NAMES])
 def test_parameters_and_output_shape_at_the_native_size(name: str) -> None:
     native = header(name)
     with torch.device("meta"):
@@ -93,9 +89,7 @@ def test_gradients_at_a_small_size(name: str, channels: int) -> None:
     check_gradients(name, channels, (SMALLEST_PX.get(name, 8),) * 2, images=4)
 
 
-@pytest.mark.parametrize(
-    "channels", [pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long if name in COSTLY else ()) for name in NAMES]
 )
@@ -177,9 +171,7 @@ def test_layers_contain_every_parameter_once_and_end_with_the_head(name: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "layer", "instance", "group", "none"])
-@pytest.mark.parametrize(
-    "name", ["fmnist_cnn", "resnet18", "cifar_resnet", "googlenet", "mobilenet_v1", "densenet121"]
-)
+@pytest.mark.parametrize("name", ["fmnist_cnn", "resnet18", "cifar_resnet", "googlenet", "mobilenet_v1", "densenet121"])
 def test_other_norms(name: str, norm: str) -> None:
     size = (64, 64)
     with torch.device("meta"):

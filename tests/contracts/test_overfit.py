@@ -90,9 +90,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[s
     write_cifar_files(folder, hundred=True)
     write_image_folder(folder / "images")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            torchvision.datasets.cifar, "check_integrity", lambda *_: True
-        )  # these files have other MD5 sums
+        patch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)  # these files have other MD5 sums
         yield overrides(folder)
 
 
@@ -109,9 +107,7 @@ def overrides(folder: Path) -> dict[str, list[str]]:
 
 
 def check(model: str, data: str, roots: dict[str, list[str]]) -> None:
-    result = overfit(
-        compose(f"model={model}", f"data={data}", *roots[data], "threads=1", "log.figures=false")
-    )
+    result = overfit(compose(f"model={model}", f"data={data}", *roots[data], "threads=1", "log.figures=false"))
     assert result["verdict"] == "PASS", result["line"]
     assert result["steps"] <= 100
 
@@ -138,9 +134,7 @@ def test_real_fashion_mnist(model: str, shared_data: Path) -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param(
-            n, marks=pytest.mark.long if n in COSTLY else () if n in FAST_MODELS else pytest.mark.slow
-        )
+        pytest.param(n, marks=pytest.mark.long if n in COSTLY else () if n in FAST_MODELS else pytest.mark.slow)
         for n in NAMES
         if n not in OTHER_TASKS
     ],
@@ -167,7 +161,5 @@ def test_every_network_for_masks_and_keypoints(model: str) -> None:
     """LR-ASPP needs larger images: its output has an eighth of the image size, 4x4 for 32 px."""
     data = "toy_faces" if model == "keypoint_cnn" else "toy_shapes"
     size = 128 if model == "torchvision_segmentation" else 32
-    result = overfit(
-        compose(f"data={data}", f"model={model}", f"data.size={size}", "threads=1", "log.figures=false")
-    )
+    result = overfit(compose(f"data={data}", f"model={model}", f"data.size={size}", "threads=1", "log.figures=false"))
     assert result["verdict"] == "PASS", result["line"]

@@ -29,9 +29,7 @@ def test_every_argument_is_in_the_yaml_file_with_its_default(path: Path):
     assert set(content) == set(parameters)
     if path.stem not in SAYS_MORE:
         given = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
-        if (
-            content.get("size", 0) is None
-        ):  # the class's own, which the comment tells; or that of pretrained weights
+        if content.get("size", 0) is None:  # the class's own, which the comment tells; or that of pretrained weights
             content["size"] = int(re.findall(r"^size: null .*; null: (\d+)", path.read_text(), re.M)[0])
         assert {key: content[key] for key in given} == given
 
@@ -48,9 +46,7 @@ def test_a_data_set_selects_its_task_and_augmentation_and_the_user_can_override_
     composed = compose("config", [f"data={path.stem}"])
     assert set(COMMON) <= set(composed["data"])
     content = yaml.safe_load(path.read_text())
-    task = next(
-        entry["override /task@_global_.task"] for entry in content["defaults"] if "task" in str(entry)
-    )
+    task = next(entry["override /task@_global_.task"] for entry in content["defaults"] if "task" in str(entry))
     assert composed["task"] == compose("config", [f"task={task}"])["task"]
     other = "segmentation" if task != "segmentation" else "classification"
     chosen = compose("config", [f"data={path.stem}", f"task={other}", "augment=none"])

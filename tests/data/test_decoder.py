@@ -194,9 +194,7 @@ def huge_png() -> bytes:
 
 def half_a_jpeg() -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
-        buffer, "JPEG"
-    )
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, "JPEG")
     return buffer.getvalue()[: len(buffer.getvalue()) // 2]
 
 

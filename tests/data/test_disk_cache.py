@@ -66,9 +66,7 @@ def test_cached_images_equal_decoded_images(splits: dict[str, Examples]) -> None
     assert len(list(folder().glob("*.u8"))) == 3 and len(list(folder().iterdir())) == 3
 
 
-def test_a_cached_data_set_is_not_decoded_again(
-    splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cached_data_set_is_not_decoded_again(splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch) -> None:
     first = cache_on_disk(splits)
     monkeypatch.setattr(ImageDecoder, "__call__", never)
     assert same(cache_on_disk(splits), first)
@@ -190,9 +188,7 @@ def test_bad_files_of_a_data_set_larger_than_memory_are_named(
     assert len(bad) == 1 and pixels.shape == large.shape and matrices.shape == (100_000, 3, 3)
 
 
-def test_a_full_disk_is_reported_before_decoding(
-    splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_reported_before_decoding(splits: dict[str, Examples], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -34,9 +34,7 @@ def test_the_hash_of_files_depends_on_bytes_and_sizes_only(tmp_path: Path) -> No
     assert content_hash(files(tmp_path / "b")) != first
 
 
-def test_the_hash_of_many_files_depends_on_every_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hash_of_many_files_depends_on_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cnntrain.data.fingerprint.SAMPLED_FILES", 2)
     first = content_hash(files(tmp_path))
     Image.new("RGB", (9, 8), (2, 10, 10)).save(tmp_path / "2.bmp")  # not in the sample

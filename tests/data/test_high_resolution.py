@@ -52,16 +52,12 @@ def folder(tmp_path: Path) -> Path:
     for split, count in (("train", 6), ("val", 2)):
         for label in ("a", "b"):
             for number in range(count):
-                photograph(
-                    tmp_path / split / label / f"{number}.png", 300, 280, seed=number + 10 * (label == "b")
-                )
+                photograph(tmp_path / split / label / f"{number}.png", 300, 280, seed=number + 10 * (label == "b"))
     return tmp_path
 
 
 @pytest.mark.parametrize(("area", "share"), [(0.35, 0.5), (0.5, 0.65), (0.7, 0.9), (1.0, 0.75)])
-def test_crops_are_as_sharp_as_those_of_torchvision_from_the_original(
-    folder: Path, area: float, share: float
-) -> None:
+def test_crops_are_as_sharp_as_those_of_torchvision_from_the_original(folder: Path, area: float, share: float) -> None:
     """Bilinear sampling costs most where a crop has just one pixel for each of its own."""
     from torchvision.transforms import v2
 
@@ -74,13 +70,9 @@ def test_crops_are_as_sharp_as_those_of_torchvision_from_the_original(
         data = load_data(source, magnification=factor)
         assert data.train.images.shape[-2:] == (math.ceil(SIZE * factor),) * 2
         assert data.val.images.shape[-2:] == (SIZE, SIZE)
-        seen[factor] = pipeline(
-            next(make_loader(data.train, "cpu").batches(torch.arange(12), 12)), 0, 0
-        ).images
+        seen[factor] = pipeline(next(make_loader(data.train, "cpu").batches(torch.arange(12), 12)), 0, 0).images
     torch.manual_seed(0)
-    theirs = v2.Compose(
-        [v2.CenterCrop(280), v2.RandomResizedCrop(SIZE, (area, area), (1, 1), antialias=True)]
-    )
+    theirs = v2.Compose([v2.CenterCrop(280), v2.RandomResizedCrop(SIZE, (area, area), (1, 1), antialias=True)])
     originals = [torch.from_numpy(np.array(Image.open(folder / name)))[None] for name in data.train.names]
     reference = sharpness(torch.stack([theirs(image) for image in originals]))
     assert sharpness(seen[magnification]) > share * reference
@@ -216,10 +208,7 @@ def test_the_field_of_view_does_not_depend_on_the_resolution() -> None:
     coarse, fine = (pipeline(Batch(drawn(scale), {}, rows, rows), 3, 1) for scale in (1, 3))
     assert float((coarse.images - fine.images).abs().max()) < 0.06
     plain = pipeline.eval_transform(Batch(drawn(3), {}, rows, rows))
-    assert (
-        float((plain.images - pipeline.eval_transform(Batch(drawn(1), {}, rows, rows)).images).abs().max())
-        < 0.06
-    )
+    assert float((plain.images - pipeline.eval_transform(Batch(drawn(1), {}, rows, rows)).images).abs().max()) < 0.06
 
 
 def test_training_with_crops_decodes_at_high_resolution_and_evaluation_does_not(folder: Path) -> None:

@@ -71,9 +71,7 @@ def test_pixels_equal_those_of_pillow(tmp_path, mode, how, size):
     st.sampled_from(["letterbox", "short_side", "stretch"]),
     st.none() | st.tuples(*[st.floats(-20, 40)] * 2, *[st.floats(41, 100)] * 2),
 )
-def test_resized_images_equal_those_of_pillow(
-    tmp_path_factory, size, target_size, channels, mode, resize, box
-):
+def test_resized_images_equal_those_of_pillow(tmp_path_factory, size, target_size, channels, mode, resize, box):
     path = tmp_path_factory.mktemp("jpeg") / "a.jpg"
     path.write_bytes(encoded(picture(size, mode)))
     decoder = ImageDecoder(*target_size, channels, resize)

@@ -164,9 +164,7 @@ def test_a_worker_that_stops_while_sending_a_batch_ends_the_run():
     def go_through():
         for i, _ in enumerate(loader.batches(torch.arange(len(train)), 2)):
             if i == 1:
-                time.sleep(
-                    0.5
-                )  # what was asked for in advance waits in the queue: to take it needs its worker
+                time.sleep(0.5)  # what was asked for in advance waits in the queue: to take it needs its worker
                 for worker in loader.pool.loader._iterator._workers:
                     os.kill(worker.pid, signal.SIGSTOP)
 

@@ -13,9 +13,7 @@ from cnntrain.errors import UserError
 def examples_of(labels: list[int], groups: list[str] | None = None) -> Examples:
     count = len(labels)
     targets = {"label": torch.tensor(labels)}
-    return Examples(
-        torch.zeros(count, 1, 1, 1, dtype=torch.uint8), targets, [f"{i}" for i in range(count)], groups
-    )
+    return Examples(torch.zeros(count, 1, 1, 1, dtype=torch.uint8), targets, [f"{i}" for i in range(count)], groups)
 
 
 labels = st.lists(st.integers(0, 4), min_size=2, max_size=120)

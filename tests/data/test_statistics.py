@@ -31,9 +31,7 @@ from cnntrain.train.setup import build_components
 @pytest.mark.parametrize("chunk_values", [1, 100, 250, 10**6])
 def test_chunked_statistics_equal_numpy(monkeypatch: pytest.MonkeyPatch, chunk_values: int) -> None:
     monkeypatch.setattr(statistics, "CHUNK_VALUES", chunk_values)
-    images = torch.randint(
-        0, 256, (11, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    images = torch.randint(0, 256, (11, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean, std = statistics.measure_statistics(Examples(images, {}, [str(i) for i in range(11)]), seed=0)
     values = images.numpy().astype("float64") / 255
     assert mean == pytest.approx(values.mean((0, 2, 3)), abs=1e-12)
@@ -49,9 +47,7 @@ def noise(path: Path, height: int, width: int, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("cache", ["ram", "disk", "none"])
 @pytest.mark.parametrize("magnification", [1.0, 1.5])
-def test_letterbox_padding_is_excluded_from_the_statistics(
-    tmp_path: Path, cache: str, magnification: float
-) -> None:
+def test_letterbox_padding_is_excluded_from_the_statistics(tmp_path: Path, cache: str, magnification: float) -> None:
     shapes = [(32, 16), (16, 32), (32, 32), (31, 10), (7, 29), (64, 20)]
     for label in ("a", "b"):
         (tmp_path / "train" / label).mkdir(parents=True)
@@ -110,9 +106,7 @@ def test_covered_pixels_of_a_white_image_are_white(width, height, start, extent,
     box = (start[0], start[1], start[0] + extent[0], start[1] + extent[1]) if boxed else None
     placement = resize_geometry(width, height, (24, 20), "letterbox", box)
     x, y = covered_slices(placement, (width, height))
-    drawn = resize_image(
-        Image.new("L", (width, height), 255), placement, (24, 20), Image.Resampling.BILINEAR, 0
-    )
+    drawn = resize_image(Image.new("L", (width, height), 255), placement, (24, 20), Image.Resampling.BILINEAR, 0)
     covered = np.zeros((24, 20), bool)
     covered[y, x] = True
     # Antialiasing mixes the pixels next to an edge with what lies beyond.
@@ -180,9 +174,7 @@ def test_the_warning_names_the_needed_bits(
 
 
 @pytest.mark.parametrize("other", ["16 bits", "8 bits"])
-def test_no_warning_for_files_that_use_their_bits(
-    folder: Path, other: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_warning_for_files_that_use_their_bits(folder: Path, other: str, caplog: pytest.LogCaptureFixture) -> None:
     """One bright image of many is enough, in the sample or not."""
     if other == "16 bits":
         ramp(folder / "train" / "b" / "3.png", 30_000)
@@ -226,12 +218,7 @@ def test_predict_uses_the_bits_of_the_training(folder: Path) -> None:
     sixteen = np.linspace(0, 65535, 256).round().astype(np.uint16)
     Image.fromarray((sixteen // 16)[None].repeat(2, 0)).save(folder / "asked" / "twelve.png")
     Image.fromarray((sixteen // 257).astype(np.uint8)[None].repeat(2, 0)).save(folder / "asked" / "eight.png")
-    assert (
-        main(
-            ["predict", "checkpoint=run", f"images={folder / 'asked'}", "threads=1", "draw=0", "run_dir=out"]
-        )
-        == 0
-    )
+    assert main(["predict", "checkpoint=run", f"images={folder / 'asked'}", "threads=1", "draw=0", "run_dir=out"]) == 0
     rows = json.loads(Path("out/predictions.json").read_text())["images"]
     one, other = (row["probabilities"]["a"] for row in rows)
     assert one == pytest.approx(other, abs=0.01)

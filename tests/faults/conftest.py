@@ -130,9 +130,7 @@ def make_images(own_folder: Path) -> Callable[..., Path]:
                 folder = own_folder / root / split / name
                 folder.mkdir(parents=True)
                 for number in range(count):
-                    Image.new("RGB", (12, 12), (shade + number, shade, shade - number)).save(
-                        folder / f"{number}.png"
-                    )
+                    Image.new("RGB", (12, 12), (shade + number, shade, shade - number)).save(folder / f"{number}.png")
         return Path(root)
 
     return make

@@ -109,9 +109,7 @@ def test_other_classes_are_rejected_with_both_described(cnntrain, make_images) -
     cnntrain(*arguments, "epochs=1")
     (root / "train" / "light").rename(root / "train" / "bright")
     said = cnntrain.refused(*arguments, "epochs=2", "resume=auto")
-    assert (
-        "2 classes (dark, light)" in said and "2 classes (bright, dark)" in said and "another dataset" in said
-    )
+    assert "2 classes (dark, light)" in said and "2 classes (bright, dark)" in said and "another dataset" in said
     assert len(said.splitlines()) <= 10
 
 

@@ -17,16 +17,11 @@ def huge_png(path: Path, side: int = 20_000) -> None:
     """A PNG whose header says side x side pixels; it holds next to nothing."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     )
 
 
@@ -119,9 +114,7 @@ def test_a_scan_records_good_files(cnntrain, make_images) -> None:
     cnntrain(*streaming, "run_dir=a")
     (memory,) = Path("cache/cnntrain/scans").glob("*-full.json")
     known = json.loads(memory.read_text())
-    assert len(known) == 24 and all(
-        Path(path).stat().st_mtime_ns == stamp[1] for path, stamp in known.items()
-    )
+    assert len(known) == 24 and all(Path(path).stat().st_mtime_ns == stamp[1] for path, stamp in known.items())
     spoilt = root / "train" / "dark" / "3.png"
     content = spoilt.read_bytes()
     spoilt.write_bytes(content[:50] + b"?" * (len(content) - 50))
@@ -193,6 +186,4 @@ def test_an_endless_annotation_file_is_rejected(cnntrain) -> None:
         ("data=dlib_xml", "data.train=points.xml"),
         ("data=coco_keypoints", "data.train=points.json"),
     ):
-        assert "not a regular file" in cnntrain.refused(
-            *arguments, "data.root=root", "model=keypoint_cnn", "threads=1"
-        )
+        assert "not a regular file" in cnntrain.refused(*arguments, "data.root=root", "model=keypoint_cnn", "threads=1")

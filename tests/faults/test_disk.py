@@ -22,9 +22,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(cnntrain, inside_name
     script = f"mount -t tmpfs -o size={size_kib:.0f}k none disk"
     Path("disk").mkdir()
     around = inside_namespace(script, "--mount")
-    around[-2] = (
-        f'{script} && "$@"; code=$?; cp -r disk/run saved; exit $code'  # the mount goes with the namespace
-    )
+    around[-2] = f'{script} && "$@"; code=$?; cp -r disk/run saved; exit $code'  # the mount goes with the namespace
     arguments = (
         *cnntrain.quick,
         f"model.values.width={width}",

@@ -17,11 +17,7 @@ def test_it_names_step_epoch_rate_layer_and_examples(cnntrain) -> None:
     ).stderr
     assert "the loss is nan at step 2 (epoch 1, learning rate 1e+30)" in said
     assert "first not finite: the activation of layers." in said and "(Linear)" in said
-    assert (
-        said.count("digits/") == 5
-        and "and 59 more" in said
-        and "last good checkpoint: none was written yet" in said
-    )
+    assert said.count("digits/") == 5 and "and 59 more" in said and "last good checkpoint: none was written yet" in said
     assert not list(Path("run").glob("checkpoints/*"))
 
 

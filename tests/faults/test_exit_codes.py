@@ -36,9 +36,7 @@ def test_what_only_the_parts_can_tell_is_refused_too(cnntrain) -> None:
 @pytest.mark.slow
 def test_data_that_are_not_there(cnntrain) -> None:
     for command in ((), ("overfit",)):
-        assert "data.root" in cnntrain.refused(
-            *command, "data=image_folder", "data.root=nowhere", "threads=1"
-        )
+        assert "data.root" in cnntrain.refused(*command, "data=image_folder", "data.root=nowhere", "threads=1")
 
 
 def test_out_of_memory_is_the_machines_fault(cnntrain) -> None:

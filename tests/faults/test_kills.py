@@ -24,9 +24,7 @@ LARGE = ("model=mlp", "model.values.width=75000", f"steps={STEPS}", "batch_size=
 
 def state(run: str) -> dict[str, torch.Tensor]:
     content = torch.load(f"{run}/checkpoints/last.pt", weights_only=True)["state"]
-    moments = {
-        f"{i} {name}": value for i, s in content["optimizer"]["state"].items() for name, value in s.items()
-    }
+    moments = {f"{i} {name}": value for i, s in content["optimizer"]["state"].items() for name, value in s.items()}
     return {**content["model"], **moments}
 
 
@@ -37,9 +35,7 @@ def assert_same_bits(run: str, other: str) -> None:
         assert torch.equal(one[name], two[name]), name
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("kills", [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)])
 def test_a_run_killed_at_random_times_ends_with_the_same_bits(cnntrain, kills: int) -> None:
     started = time.monotonic()
     cnntrain(*LARGE, "run_dir=whole")
@@ -133,9 +129,7 @@ OF_MODE = {
     "plain": RUN | RESUMING,
     "figures": {"cnntrain.report.run_logger:save_figure": 5},
     "ranks": RUN | RESUMING,
-    "sweep": RUN
-    | RESUMING
-    | {"cnntrain.sweep.study:Study.record": 2, "cnntrain.sweep.sweep_run:make_report": 1},
+    "sweep": RUN | RESUMING | {"cnntrain.sweep.study:Study.record": 2, "cnntrain.sweep.sweep_run:make_report": 1},
     "parallel sweep": {name: RUN[name] for name in RUN if "files" not in name},
 }
 
@@ -166,10 +160,7 @@ def assert_same(mode: str, folder: str, whole: str = "whole") -> None:
 
 def ranking(folder: str) -> list[dict[str, str]]:
     with Path(folder, "results.csv").open(newline="") as file:
-        rows = [
-            {k: v for k, v in row.items() if "time" not in k and "_s" not in k}
-            for row in csv.DictReader(file)
-        ]
+        rows = [{k: v for k, v in row.items() if "time" not in k and "_s" not in k} for row in csv.DictReader(file)]
     return sorted(rows, key=lambda row: sorted(row.items()))
 
 

@@ -183,9 +183,7 @@ def test_nobody_outside_can_reach_it(cnntrain, started) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=LONG)], ids=lambda n: n.name
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=LONG)], ids=lambda n: n.name)
 @pytest.mark.parametrize(
     "who", [pytest.param("launcher", marks=LONG), pytest.param("first", marks=LONG), "second", "terminal"]
 )
@@ -218,18 +216,14 @@ def test_ranks_that_were_suspended_together_go_on(cnntrain, wait_for) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=LONG)])
 @pytest.mark.parametrize("model", ["mlp", "batchnorm_cnn"])
-def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(
-    cnntrain, model: str, count: int
-) -> None:
+def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(cnntrain, model: str, count: int) -> None:
     settings = (*TWO[1:-1], f"model={model}", f"launch.devices={count}", "schedule=constant", "augment=[crop,mixup]",
                 "ema_decay=0.9", "accumulate=2")  # fmt: skip
     cnntrain(*settings, "epochs=3", "run_dir=unbroken")
     cnntrain(*settings, "steps=5", "run_dir=run")  # of 3 an epoch
     assert checkpoint.load(Path("run/checkpoints/last.pt"))["state"]["progress"]["batch"] == 4
     for other in (1, 4) if (model, count) == ("mlp", 2) else ():
-        said = cnntrain(
-            *settings, f"launch.devices={other}", "epochs=3", "run_dir=run", "resume=auto", code=2
-        ).stderr
+        said = cnntrain(*settings, f"launch.devices={other}", "epochs=3", "run_dir=run", "resume=auto", code=2).stderr
         assert f"launch.devices={count}" in said
     cnntrain(*settings, "epochs=3", "run_dir=run", "resume=auto")
     assert rows("run")[0] == rows("unbroken")[0] and rows("run")[-1] == rows("unbroken")[-1]
@@ -240,9 +234,7 @@ def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(
 
 def test_a_last_batch_with_fewer_images_than_ranks_is_left_out(cnntrain) -> None:
     """180 training images in batches of 179: one image is left."""
-    said = cnntrain(
-        *QUIET, "data.limit=200", "batch_size=179", "launch.devices=2", "epochs=2", "run_dir=run"
-    ).stderr
+    said = cnntrain(*QUIET, "data.limit=200", "batch_size=179", "launch.devices=2", "epochs=2", "run_dir=run").stderr
     assert "the last batch of each epoch is left out" in said
     assert [row["step"] for row in rows("run")] == [1, 2]
 
@@ -317,9 +309,7 @@ def test_an_error_of_one_process_is_that_of_all(cnntrain, kind: str, code: int, 
 def test_errors_in_the_data_are_told_once(cnntrain, make_images) -> None:
     make_images(count=4)
     Path("images/train/dark/0.png").write_bytes(b"no image")
-    said = cnntrain(
-        *TWO[:-3], "launch.devices=2", "data=image_folder", "data.root=images", "data.size=8", code=2
-    )
+    said = cnntrain(*TWO[:-3], "launch.devices=2", "data=image_folder", "data.root=images", "data.size=8", code=2)
     assert said.stderr.count("error: ") == 1 and "0.png" in said.stderr
 
 
@@ -333,8 +323,7 @@ def test_torchrun_and_srun_are_recognized(cnntrain, tmp_path) -> None:
     slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "here",
              "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": str(port)}  # fmt: skip
     tasks = [
-        cnntrain.start(*settings, "run_dir=srun", **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank)
-        for rank in ("1", "0")
+        cnntrain.start(*settings, "run_dir=srun", **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("1", "0")
     ]
     for task in tasks:
         cnntrain.end(task, 0)

@@ -24,9 +24,7 @@ def metrics(run: str) -> list[list[str]]:
 
 def test_settings_that_do_not_fit_the_state_are_rejected(cnntrain, trained: Path) -> None:
     again = (*cnntrain.quick, "epochs=2", "run_dir=run", "resume=auto")
-    said = cnntrain.refused(
-        *again, "seed=1", "batch_size=32", "accumulate=2", "optimizer=sgd", "model.activation=tanh"
-    )
+    said = cnntrain.refused(*again, "seed=1", "batch_size=32", "accumulate=2", "optimizer=sgd", "model.activation=tanh")
     assert "seed: was 0, is 1" in said and "more difference" in said and len(said.splitlines()) <= 10
     said = cnntrain.refused(*again, "data.val_fraction=0.2")
     assert "another dataset" in said and "data.val_fraction: was 0.1, is 0.2" in said

@@ -47,9 +47,7 @@ def test_packages_are_trusted_only_on_the_command_line(cnntrain) -> None:
 
 
 FLOW = ", ".join(["*a{}"] * 9)
-BOMB = "a0: &a0 [x, x, x]\n" + "".join(
-    f"a{i}: &a{i} [{FLOW.replace('{}', str(i - 1))}]\n" for i in range(1, 10)
-)
+BOMB = "a0: &a0 [x, x, x]\n" + "".join(f"a{i}: &a{i} [{FLOW.replace('{}', str(i - 1))}]\n" for i in range(1, 10))
 FILES = {
     "a bomb": (BOMB, "bad.yaml:6: has more than 100,000 values"),
     "an alias of itself": ("layers: &a [*a]\n", "bad.yaml:1: *a refers to itself"),

@@ -29,16 +29,12 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_terminated_with_its_workers_it_saves_and_goes_on_bit_for_bit(
-    cnntrain, wait_for, make_images
-) -> None:
+def test_terminated_with_its_workers_it_saves_and_goes_on_bit_for_bit(cnntrain, wait_for, make_images) -> None:
     root = make_images(count=40)
     common = ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8",
               "data.cache=none", "data.workers=2", "batch_size=4", "augment=flip",
               "log.figures=false", "log.tensorboard=false")  # fmt: skip
-    run = cnntrain.start(
-        *common, "epochs=100000", "run_dir=run", "early_stopping=100000", "schedule=constant"
-    )
+    run = cnntrain.start(*common, "epochs=100000", "run_dir=run", "early_stopping=100000", "schedule=constant")
     wait_for(LAST.exists, run)
     workers = children(run.pid)
     assert len(workers) >= 2
@@ -78,9 +74,7 @@ def test_a_second_interrupt_ends_it_at_once(cnntrain, wait_for) -> None:
         "batch_size=800", "checkpoint.every_steps=1", "epochs=100", "run_dir=run",
     )  # fmt: skip
     wait_for(LAST.exists, run)
-    while (
-        run.poll() is None
-    ):  # impatient fingers: Python hears of a signal when an operation of torch's is over
+    while run.poll() is None:  # impatient fingers: Python hears of a signal when an operation of torch's is over
         run.send_signal(signal.SIGINT)
         time.sleep(0.05)
     assert run.returncode == -signal.SIGINT, "it saved first"

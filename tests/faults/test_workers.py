@@ -32,9 +32,7 @@ def test_a_worker_does_not_report_a_closed_connection(capfd) -> None:
 
     def reset(hook_of: str) -> None:
         _start_worker(0)
-        sys.excepthook(
-            *_raised(ConnectionResetError("by peer") if hook_of == "peer" else ValueError("a fault"))
-        )
+        sys.excepthook(*_raised(ConnectionResetError("by peer") if hook_of == "peer" else ValueError("a fault")))
 
     context = multiprocessing.get_context("fork")
     for cause, said in (("peer", ""), ("worker", "ValueError: a fault")):
@@ -54,9 +52,7 @@ def _raised(error: Exception) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stuck"])
-def test_a_killed_worker_ends_the_run_with_a_message(
-    cnntrain, wait_for, make_images, number: signal.Signals
-) -> None:
+def test_a_killed_worker_ends_the_run_with_a_message(cnntrain, wait_for, make_images, number: signal.Signals) -> None:
     run = cnntrain.start(*streaming(make_images(count=40)))
     wait_for(LAST.exists, run)
     wait_for(lambda: len(children(run.pid)) >= 2, run)
@@ -92,8 +88,7 @@ def test_small_shared_memory_is_reported_with_the_remedy(cnntrain, make_images, 
     small = inside_namespace("mount -t tmpfs -o size=64k none /dev/shm", "--mount")
     root = make_images(count=100)
     arguments = [
-        a.replace("data.size=8", "data.size=128").replace("batch_size=4", "batch_size=64")
-        for a in streaming(root)
+        a.replace("data.size=8", "data.size=128").replace("batch_size=4", "batch_size=64") for a in streaming(root)
     ]
     said = cnntrain(*arguments, code=4, around=small).stderr
     assert "/dev/shm" in said and "--shm-size" in said and "data.workers=0" in said

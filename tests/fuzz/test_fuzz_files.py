@@ -29,9 +29,7 @@ from cnntrain.train.parts import build_source
 pytestmark = pytest.mark.long
 # `FUZZ_EXAMPLES=20000 python -m pytest -m long tests/fuzz` takes an hour.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
-FUZZ = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
-)
+FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 JUNK = [
     b"",
     b" ",
@@ -57,9 +55,7 @@ def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
         elif kind == "flip" and data:
             data[start] ^= 1 << draw(st.integers(0, 7))
         else:
-            data[start : start + length] = draw(
-                st.sampled_from(JUNK) if kind == "junk" else st.binary(max_size=20)
-            )
+            data[start : start + length] = draw(st.sampled_from(JUNK) if kind == "junk" else st.binary(max_size=20))
     return bytes(data)
 
 
@@ -203,9 +199,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def test_arbitrary_content_of_a_checkpoint(data: st.DataObject, whole: bytes, outcome: Any) -> None:
     """Something else in one place of a sound file: it is refused, or it does no harm."""
     saved = torch.load(io.BytesIO(whole), weights_only=True)
-    where = data.draw(
-        st.sampled_from(places({k: v for k, v in saved.items() if k not in ("versions", "format")}))
-    )
+    where = data.draw(st.sampled_from(places({k: v for k, v in saved.items() if k not in ("versions", "format")})))
     parent = saved
     for key in where[:-1]:
         parent = parent[key]

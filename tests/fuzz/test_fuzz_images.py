@@ -57,9 +57,7 @@ class Guard:
         self.watching = False
         self.allowed = ""
         self.seen: list[str] = []
-        self._folder: int | None = (
-            None  # of the `os.open` that is under way: its audit event does not name it
-        )
+        self._folder: int | None = None  # of the `os.open` that is under way: its audit event does not name it
         self._open = os.open
         sys.addaudithook(self._hear)
 
@@ -162,9 +160,7 @@ def spoil(content: bytes, draw: random.Random) -> bytes:
         elif kind == "flip" and data:
             data[start] ^= 1 << draw.randrange(8)
         elif kind in ("zeros", "ones", "random"):
-            filling = {"zeros": bytes(length), "ones": b"\xff" * length, "random": draw.randbytes(length)}[
-                kind
-            ]
+            filling = {"zeros": bytes(length), "ones": b"\xff" * length, "random": draw.randbytes(length)}[kind]
             data[start : start + length] = filling
     return bytes(data)
 
@@ -238,9 +234,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def fuzz_predict(
-    guard: Guard, folder: Path, run: Path, count: int, seed: int, draw_first: int = -1
-) -> dict[int, int]:
+def fuzz_predict(guard: Guard, folder: Path, run: Path, count: int, seed: int, draw_first: int = -1) -> dict[int, int]:
     """By exit code how often; every other time the file lies in a folder, among sound ones."""
     draw, codes = random.Random(seed), {}
     for number in range(-1, count):
@@ -294,9 +288,7 @@ def test_the_guard_detects_forbidden_calls(guard: Guard, own_folder: Path) -> No
     assert [each.partition("(")[0] for each in guard.seen] == ["os.rename", "open"]
     guard.seen = []
     guard.watching = False
-    assert any(each.startswith("subprocess.Popen") for each in heard) and any(
-        "beside" in each for each in heard
-    )
+    assert any(each.startswith("subprocess.Popen") for each in heard) and any("beside" in each for each in heard)
 
 
 @pytest.mark.long

@@ -15,9 +15,7 @@ from cnntrain.train.resume import flatten_settings
 pytestmark = pytest.mark.long
 # `FUZZ_EXAMPLES=20000 python -m pytest -m long tests/fuzz` takes an hour.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
-FUZZ = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
-)
+FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 BASE = ("model=mlp", "epochs=1", "data.limit=20", "threads=1", "log.figures=false", "log.tensorboard=false",
         "run_dir=r", "device=cpu", "batch_size=8")  # fmt: skip
 KEYS = sorted(k for k in flatten_settings(compose("config", ["model=mlp"])) if not k.startswith("choices"))

@@ -105,11 +105,7 @@ def spoil_content(generator: random.Random, run: Path) -> str:
     told, every = [], places(saved)
     for _ in range(generator.choice([1, 1, 1, 2, 4])):
         wanted = generator.choice(["state", "state", "optimizer", "config", "spec", ""])
-        where = (
-            generator.choice([place for place in every if wanted in place])
-            if wanted
-            else generator.choice(every)
-        )
+        where = generator.choice([place for place in every if wanted in place]) if wanted else generator.choice(every)
         parent = saved
         try:
             for key in where[:-1]:
@@ -132,9 +128,7 @@ def spoil_content(generator: random.Random, run: Path) -> str:
 
 
 def spoil_text(generator: random.Random, run: Path) -> str:
-    file = run / generator.choice(
-        ["metrics.csv", "results.json", "run.json", "config.yaml", "checkpoints/last.pt"]
-    )
+    file = run / generator.choice(["metrics.csv", "results.json", "run.json", "config.yaml", "checkpoints/last.pt"])
     whole = regular(file).read_bytes()
     half = whole[: generator.randrange(len(whole))]
     noise = bytearray(whole)

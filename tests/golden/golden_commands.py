@@ -41,17 +41,12 @@ def _lines(text: str) -> tuple[str, ...]:
 
 
 _DIGITS = "model=mlp data=digits data.limit=200"
-_FOLDER = (
-    "model=layers --config-dir=IN/networks data=image_folder data.root=IN/classes data.size=32 batch_size=12"
-)
+_FOLDER = "model=layers --config-dir=IN/networks data=image_folder data.root=IN/classes data.size=32 batch_size=12"
 _FACES = "data=toy_faces data.size=32 data.train_count=60 data.test_count=16"
 _SHAPES = "data=toy_shapes data.size=32 data.train_count=48 data.test_count=12 model.width=4 model.depth=2"
 _MASKS = "data=mask_folder data.root=IN/masks data.classes=[ground,box,bar] data.size=32 batch_size=8"
 _POINTS = "data.size=32 batch_size=8 epochs=2"
-_STOPPING = (
-    "--config-dir=IN/networks model=stopping data.limit=200 batch_size=16 epochs=4 optimizer=sgd"
-    " ema_decay=0.9"
-)
+_STOPPING = "--config-dir=IN/networks model=stopping data.limit=200 batch_size=16 epochs=4 optimizer=sgd ema_decay=0.9"
 
 COMMANDS: dict[str, Command] = {
     # The defaults, with pictures and TensorBoard events; metrics of a checkpoint on both splits.

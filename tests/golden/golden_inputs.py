@@ -88,9 +88,7 @@ def write_idx(folder: Path) -> None:
         (folder / f"{split}-images-idx3-ubyte").write_bytes(
             struct.pack(">BBBBIII", 0, 0, 8, 3, *images.shape) + images.tobytes()
         )
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">BBBBI", 0, 0, 8, 1, count) + labels.tobytes()
-        )
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">BBBBI", 0, 0, 8, 1, count) + labels.tobytes())
 
 
 def write_masks(folder: Path) -> None:
@@ -148,9 +146,7 @@ def write_faces(folder: Path) -> None:
                             "bbox": [left, top, right - left, bottom - top]})  # fmt: skip
         parts = "".join(f"<part name='{i}' x='{x:.0f}' y='{y:.0f}'/>" for i, (x, y) in enumerate(points))
         size = f"width='{right - left:.0f}' height='{bottom - top:.0f}'"
-        xml[split] += (
-            f"<image file='{name}'><box top='{top:.0f}' left='{left:.0f}' {size}>{parts}</box></image>"
-        )
+        xml[split] += f"<image file='{name}'><box top='{top:.0f}' left='{left:.0f}' {size}>{parts}</box></image>"
     columns = [f"{name}_{axis}" for name in POINTS for axis in "xy"]
     sides = [f"box_{side}" for side in ("left", "top", "right", "bottom")]
     with (folder / "points.csv").open("w", newline="") as file:

@@ -344,9 +344,7 @@ def image_hash(path: Path) -> str:
     return f"sha256:{digest.hexdigest()[:HASH_DIGITS]}"
 
 
-def differences(
-    recorded: Any, found: Any, place: str = "", tolerance: float = 0.0
-) -> Iterator[tuple[str, Any, Any]]:
+def differences(recorded: Any, found: Any, place: str = "", tolerance: float = 0.0) -> Iterator[tuple[str, Any, Any]]:
     """Yield key, recorded value and found value of all differences."""
     if isinstance(recorded, dict) and isinstance(found, dict):
         for key in dict.fromkeys([*recorded, *found]):
@@ -379,9 +377,7 @@ def is_same(recorded: Any, found: Any, tolerance: float) -> bool:
         return recorded == found or (
             tolerance > 0 and math.isclose(recorded, found, rel_tol=tolerance, abs_tol=tolerance)
         )
-    if tolerance and all(
-        isinstance(value, str) and value.startswith("sha256:") for value in (recorded, found)
-    ):
+    if tolerance and all(isinstance(value, str) and value.startswith("sha256:") for value in (recorded, found)):
         return True
     return type(recorded) is type(found) and recorded == found
 
@@ -488,9 +484,7 @@ def read_tolerance(text: str) -> tuple[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("record", "compare", "list"))
     parser.add_argument("names", nargs="*", metavar="NAME", help="commands; all if none is given")
     parser.add_argument(

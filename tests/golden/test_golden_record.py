@@ -14,7 +14,5 @@ import pytest
 @pytest.mark.long
 def test_results_are_those_of_the_record():
     script = Path(__file__).with_name("golden_record.py")
-    done = subprocess.run(
-        [sys.executable, str(script), "compare"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, str(script), "compare"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"

@@ -55,9 +55,7 @@ def test_a_log_that_can_not_be_written_ends_nothing(path: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("which", ["stderr", "stdout"])
-def test_a_training_ends_well_where_its_output_can_not_be_written(
-    which: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_ends_well_where_its_output_can_not_be_written(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = full()
     with monkeypatch.context() as patched:
         patched.setattr(sys, which, stream)

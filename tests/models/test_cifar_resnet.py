@@ -24,9 +24,7 @@ from cnntrain.models.cifar_resnet import CifarResNet
 def test_published_parameter_counts(depth: int, shortcut: str, parameters: int) -> None:
     """He et al. 2016, table 6 (0.27 M, 0.85 M, 1.7 M), to the digit as torch counts."""
     with torch.device("meta"):
-        network = CifarResNet(
-            depth=depth, shortcut=shortcut, in_channels=3, num_outputs=10, image_size=(32, 32)
-        )
+        network = CifarResNet(depth=depth, shortcut=shortcut, in_channels=3, num_outputs=10, image_size=(32, 32))
     assert sum(p.numel() for p in network.parameters()) == parameters
     convs = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(convs) + 1 == depth

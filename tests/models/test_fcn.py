@@ -13,9 +13,7 @@ def fcn(backbone: object, size: tuple[int, int] = (64, 64), outputs: int = 5, **
     return FCN(in_channels=3, num_outputs=outputs, image_size=size, backbone=backbone, **options)  # type: ignore[arg-type]
 
 
-LAYERS = {
-    "layers": [{"conv": {"out": 8, "padding": "same"}}, "relu", "max_pool", {"conv": 16}, "relu", "max_pool"]
-}
+LAYERS = {"layers": [{"conv": {"out": 8, "padding": "same"}}, "relu", "max_pool", {"conv": 16}, "relu", "max_pool"]}
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,7 @@ def apply(model: nn.Module, **settings: Any) -> nn.Module:
 
 def layer_list(*layers: object) -> Sequential:
     torch.manual_seed(0)
-    return Sequential(
-        layers=[*layers, "flatten", "output"], in_channels=3, num_outputs=10, image_size=(32, 32)
-    )
+    return Sequential(layers=[*layers, "flatten", "output"], in_channels=3, num_outputs=10, image_size=(32, 32))
 
 
 def test_defaults_change_nothing() -> None:
@@ -73,9 +71,7 @@ def test_timm_norms_keep_their_activations() -> None:
     model = timm.create_model("test_efficientnet", num_classes=3)
     activations = [type(module).__name__ for module in model.modules() if isinstance(module, nn.SiLU)]
     swapped = apply(model, norm="group")
-    assert activations == [
-        type(module).__name__ for module in swapped.modules() if isinstance(module, nn.SiLU)
-    ]
+    assert activations == [type(module).__name__ for module in swapped.modules() if isinstance(module, nn.SiLU)]
     assert not [m for m in swapped.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert swapped(torch.randn(2, 3, 64, 64)).shape == (2, 3)
 

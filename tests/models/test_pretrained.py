@@ -153,9 +153,7 @@ def test_a_dense_layer_for_another_map_size_is_initialized_randomly(tmp_path: Pa
     """What a flattened map of another size feeds; the convolution before it is kept, the bias is new too."""
     for side in (4, 6):
         torch.manual_seed(side)
-        model = nn.Sequential(
-            nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * side * side, 5), nn.Linear(5, 10)
-        )
+        model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * side * side, 5), nn.Linear(5, 10))
         if side == 4:
             torch.save(model.state_dict(), tmp_path / "w.pth")
     bias = model[2].bias.clone()
@@ -207,11 +205,7 @@ def test_empty_or_complex_weights_are_rejected(weight: torch.Tensor, tmp_path: P
 
 def test_in_head_compares_whole_names() -> None:
     """`fc_embed` is no part of the head `fc`."""
-    assert (
-        in_head("fc", ("fc",))
-        and in_head("fc.weight", ("fc",))
-        and in_head("classifier.3.bias", ("classifier",))
-    )
+    assert in_head("fc", ("fc",)) and in_head("fc.weight", ("fc",)) and in_head("classifier.3.bias", ("classifier",))
     assert not in_head("fc_embed.weight", ("fc",)) and not in_head("classifier_norm", ("classifier",))
 
 

@@ -37,9 +37,7 @@ def test_outputs_equal_torchvisions(depth: int) -> None:
         assert torch.equal(ours(images), theirs(images))
 
 
-@pytest.mark.parametrize(
-    "depth", [18, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 50, 101, 152))]
-)
+@pytest.mark.parametrize("depth", [18, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 50, 101, 152))])
 def test_initial_weights_equal_torchvisions(depth: int) -> None:
     """The same seed draws the same weights: the modules are made, and initialized, in the same order."""
     from torchvision import models
@@ -52,9 +50,7 @@ def test_initial_weights_equal_torchvisions(depth: int) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize(
-    ("size", "stem"), [(28, "small"), (64, "small"), (65, "imagenet"), (224, "imagenet")]
-)
+@pytest.mark.parametrize(("size", "stem"), [(28, "small"), (64, "small"), (65, "imagenet"), (224, "imagenet")])
 def test_auto_stem_depends_on_the_image_size_and_is_logged(
     size: int, stem: str, caplog: pytest.LogCaptureFixture
 ) -> None:

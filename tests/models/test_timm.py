@@ -20,9 +20,7 @@ def load(model: nn.Module, node: dict[str, Any], pretrained: object, outputs: in
 
 
 def timm_classifier(name: str, **options: Any) -> nn.Module:
-    return from_timm.classifier(
-        **{"name": name, "in_channels": 3, "num_outputs": 7, "image_size": (64, 64), **options}
-    )
+    return from_timm.classifier(**{"name": name, "in_channels": 3, "num_outputs": 7, "image_size": (64, 64), **options})
 
 
 def test_classifier() -> None:

@@ -42,15 +42,11 @@ def test_classifiers_have_a_head_and_return_a_tensor(name: str, head: str, size:
 def test_unknown_names_suggest_a_similar_one() -> None:
     with pytest.raises(UserError, match=r"model\.name: .*'mobilenetv2'; did you mean 'mobilenet_v2'\?"):
         classifier("mobilenetv2")
-    with pytest.raises(
-        UserError, match=r"no segmentation model 'fcn_resnet5'; did you mean 'fcn_resnet50'\?"
-    ):
+    with pytest.raises(UserError, match=r"no segmentation model 'fcn_resnet5'; did you mean 'fcn_resnet50'\?"):
         from_torchvision.Segmenter(name="fcn_resnet5", in_channels=3, num_outputs=2, image_size=(64, 64))
 
 
-@pytest.mark.parametrize(
-    "name", ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"]
-)
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large"])
 def test_segmentation_models_return_maps(name: str) -> None:
     with torch.device("meta"):
         network = from_torchvision.Segmenter(name=name, in_channels=1, num_outputs=4, image_size=(64, 80))

@@ -44,9 +44,7 @@ def test_translation_equivariance() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(
-        UserError, match=r"model\.depth=4 with padding=same needs images of at least 16 px, not 12x40"
-    ):
+    with pytest.raises(UserError, match=r"model\.depth=4 with padding=same needs images of at least 16 px, not 12x40"):
         unet((12, 40))
     with pytest.raises(UserError, match="at least 188 px"):
         unet((187, 187), padding="valid")

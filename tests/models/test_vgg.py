@@ -17,9 +17,7 @@ def kinds(model: nn.Module) -> list[str]:
     return [type(m).__name__ for m in model.modules() if not any(m.children())]
 
 
-@pytest.mark.parametrize(
-    ("configuration", "theirs"), [("A", "vgg11"), ("B", "vgg13"), ("D", "vgg16"), ("E", "vgg19")]
-)
+@pytest.mark.parametrize(("configuration", "theirs"), [("A", "vgg11"), ("B", "vgg13"), ("D", "vgg16"), ("E", "vgg19")])
 def test_layers_have_torchvisions_order_and_shapes(configuration: str, theirs: str) -> None:
     from torchvision import models
 

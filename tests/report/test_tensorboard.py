@@ -45,9 +45,7 @@ def test_text_comes_back(tmp_path):
     with TensorBoardWriter(tmp_path) as events:
         events.text("config", "seed: 0\nepochs: 3")
     reader = read(tmp_path)
-    assert (
-        reader.Tensors("config/text_summary")[0].tensor_proto.string_val[0] == b"    seed: 0\n    epochs: 3\n"
-    )
+    assert reader.Tensors("config/text_summary")[0].tensor_proto.string_val[0] == b"    seed: 0\n    epochs: 3\n"
     assert reader.SummaryMetadata("config/text_summary").plugin_data.plugin_name == "text"
 
 
@@ -74,9 +72,7 @@ def hparams_rows(logdir: Path) -> list[dict]:
     multiplexer.AddRunsFromDirectory(str(logdir))
     multiplexer.Reload()
     provider = data_provider.MultiplexerDataProvider(multiplexer, str(logdir))
-    plugin = hparams_plugin.HParamsPlugin(
-        base_plugin.TBContext(data_provider=provider, multiplexer=multiplexer)
-    )
+    plugin = hparams_plugin.HParamsPlugin(base_plugin.TBContext(data_provider=provider, multiplexer=multiplexer))
     apps = plugin.get_plugin_apps()
     experiment = Client(apps["/experiment"]).post("/", json={}).get_json(force=True)
     columns = [{"metric": info["name"], "includeInResult": True} for info in experiment["metricInfos"]]

@@ -25,16 +25,12 @@ def head(width: int) -> list[nn.Module]:
 
 WARNED = {
     "unread rows": nn.Sequential(nn.Conv2d(1, 4, 5, stride=3), nn.ReLU(), nn.MaxPool2d(4), *head(16)),
-    "no activation between convolutions": nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3), *head(3600)
-    ),
+    "no activation between convolutions": nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3), *head(3600)),
     "softmax before cross-entropy": nn.Sequential(nn.Conv2d(1, 4, 3), *head(3600), nn.Softmax(1)),
     "bias before BatchNorm": nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), *head(3600)),
     "small receptive field": nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.Conv2d(4, 10, 1)),
     "even kernel with 'same'": nn.Sequential(nn.Conv2d(1, 4, 4, padding="same"), *head(4096)),
-    "large first layer": nn.Sequential(
-        nn.Conv2d(1, 64, 3, padding=1), nn.MaxPool2d(8), nn.Conv2d(64, 4, 3), *head(16)
-    ),
+    "large first layer": nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.MaxPool2d(8), nn.Conv2d(64, 4, 3), *head(16)),
 }
 
 
@@ -63,9 +59,7 @@ def test_unread_rows_are_counted() -> None:
 
 def test_strided_shortcuts_and_separable_convolutions_give_no_warning() -> None:
     """Strided 1x1 shortcuts skip rows by design, and a depthwise convolution meets its 1x1 one directly."""
-    net = nn.Sequential(
-        nn.Conv2d(2, 2, 1, stride=2), nn.ReLU(), nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 4, 1)
-    )
+    net = nn.Sequential(nn.Conv2d(2, 2, 1, stride=2), nn.ReLU(), nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 4, 1))
     assert names(nn.Sequential(net, *head(784)), 2) == []
 
 

@@ -107,9 +107,7 @@ def test_image_size_and_width_for_a_wrong_dense_layer() -> None:
 class Reduces(nn.Module):
     """A convolution of `width` channels, something that should make a vector of the channels, a dense layer."""
 
-    def __init__(
-        self, width: int, reduce: Callable[[Tensor], Tensor], features: int, classes: int = 10
-    ) -> None:
+    def __init__(self, width: int, reduce: Callable[[Tensor], Tensor], features: int, classes: int = 10) -> None:
         super().__init__()
         self.conv, self.fc = nn.Conv2d(1, width, 3, padding=1), nn.Linear(features, classes)
         self.reduce = reduce
@@ -130,9 +128,7 @@ class Reduces(nn.Module):
     ],
     ids=["columns", "rows", "pixels", "columns by maximum", "and an addition"],
 )
-def test_a_size_that_fits_by_coincidence_is_not_suggested(
-    reduce: Callable[[Tensor], Tensor], width: int
-) -> None:
+def test_a_size_that_fits_by_coincidence_is_not_suggested(reduce: Callable[[Tensor], Tensor], width: int) -> None:
     """Averaged over the channels, the map is as wide as the dense layer for one size; the network would be wrong."""
     finding = only(preflight(Reduces(width, reduce, width), 1, (28, 28), (10,)))
     assert "data.size" not in finding.remedy and "exactly" not in finding.evidence

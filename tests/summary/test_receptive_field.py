@@ -159,9 +159,7 @@ def _reads(before: Callable[[int], set[int]], numbers: tuple[bool, int, int, int
 
 
 @given(
-    layers=st.lists(
-        st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(1, 3)), max_size=4
-    ),
+    layers=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(1, 3)), max_size=4),
     ups=st.lists(st.booleans(), min_size=4, max_size=4),
     position=st.integers(-20, 20),
 )
@@ -192,9 +190,7 @@ def test_lecture_table() -> None:
 
 def test_two_3x3_have_the_field_of_one_5x5() -> None:
     """VGG's argument (Simonyan and Zisserman 2015, 2.3): 18C^2 weights, not 25C^2, for the same field."""
-    twice = summarize(
-        nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False)), (8, 32, 32)
-    )
+    twice = summarize(nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False)), (8, 32, 32))
     once = summarize(nn.Sequential(nn.Conv2d(8, 8, 5, bias=False)), (8, 32, 32))
     assert twice.receptive_field == once.receptive_field == (5, 5)
     assert (twice.parameters(), once.parameters()) == (18 * 64, 25 * 64)

@@ -19,9 +19,7 @@ def block(width: int) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def summary() -> ModelSummary:
-    return summarize(
-        nn.Sequential(*(nn.Sequential(block(4), block(4)) for _ in range(12))), (4, 16, 16), "tower"
-    )
+    return summarize(nn.Sequential(*(nn.Sequential(block(4), block(4)) for _ in range(12))), (4, 16, 16), "tower")
 
 
 def test_folding_keeps_the_totals(summary: ModelSummary) -> None:

@@ -26,9 +26,7 @@ AXES = {
     "optimizer.lr=tag(log,interval(1e-4,1e-1))": SearchDimension("optimizer.lr", (), 1e-4, 1e-1, log=True),
     "batch_size=int(interval(8,64))": SearchDimension("batch_size", (), 8, 63, integer=True),
     "batch_size=tag(log,range(8,64,24))": SearchDimension("batch_size", ("8", "32", "56")),
-    "batch_size=tag(log,int(interval(8,64)))": SearchDimension(
-        "batch_size", (), 8, 63, log=True, integer=True
-    ),
+    "batch_size=tag(log,int(interval(8,64)))": SearchDimension("batch_size", (), 8, 63, log=True, integer=True),
 }
 
 
@@ -71,9 +69,7 @@ def test_a_grid_turns_its_last_key_fastest(plan: Read) -> None:
 
 def test_seeds_repeat_a_setting_however_they_are_asked_for(plan: Read) -> None:
     for plan_ in (plan("model=mlp,lenet5", "seed=5", "sweep.seeds=2"), plan("model=mlp,lenet5", "seed=5,6")):
-        assert plan_.repeats == (Repeat(5), Repeat(6)) and [axis.key for axis in plan_.dimensions] == [
-            "model"
-        ]
+        assert plan_.repeats == (Repeat(5), Repeat(6)) and [axis.key for axis in plan_.dimensions] == ["model"]
 
 
 def test_an_experiment_may_say_what_it_sweeps_over_and_the_command_line_wins(plan: Read) -> None:
@@ -106,9 +102,7 @@ def test_data_folds_alone_asks_for_all_of_them_and_a_fold_for_one(plan: Read) ->
     assert plan(*space).repeats == tuple(Repeat(0, fold) for fold in range(4))
     plan_ = plan(*space, "data.fold=0", "seed=0,1")
     assert (
-        plan_.repeats == (Repeat(0), Repeat(1))
-        and "data.fold=0" in plan_.identifying_overrides
-        and plan_.overlap == 0
+        plan_.repeats == (Repeat(0), Repeat(1)) and "data.fold=0" in plan_.identifying_overrides and plan_.overlap == 0
     )
     other = plan("data.folds=2,4")  # settings with other numbers of folds are no repeats
     assert other.repeats == (Repeat(0),) and other.swept_validation_keys == ["data.folds"]
@@ -145,10 +139,7 @@ def test_a_runs_command_repeats_it_alone(plan: Read) -> None:
     settings = run.settings()
     assert settings.seed == 1 and settings.run_dir == "there/003-mlp-seed1" and settings.resume == "auto"
     odd = {"augment": "[flip,crop]", "data.root": "'my photos/a=b'", "optimizer.lr": "0.0031622776601683794"}
-    assert (
-        plan_.run(12, odd, Repeat(0), Path("there")).folder.name
-        == "012-flip,crop-my_photos_a_b-0.003162-seed0"
-    )
+    assert plan_.run(12, odd, Repeat(0), Path("there")).folder.name == "012-flip,crop-my_photos_a_b-0.003162-seed0"
 
 
 def test_the_metric_is_the_tasks_own_and_none_where_tasks_differ(plan: Read) -> None:
@@ -169,15 +160,11 @@ def test_the_metric_is_the_tasks_own_and_none_where_tasks_differ(plan: Read) -> 
         (2, [], [[], []]),
     ],
 )
-def test_every_core_has_one_worker_where_there_are_enough(
-    jobs: int, cores: list[int], shares: list[list[int]]
-) -> None:
+def test_every_core_has_one_worker_where_there_are_enough(jobs: int, cores: list[int], shares: list[list[int]]) -> None:
     assert [worker_share(worker, jobs, cores) for worker in range(jobs)] == shares
 
 
-@pytest.mark.parametrize(
-    "override", [o for o in AXES if "range" not in o and "glob" not in o and "choice" not in o]
-)
+@pytest.mark.parametrize("override", [o for o in AXES if "range" not in o and "glob" not in o and "choice" not in o])
 def test_an_axis_is_said_as_it_is_typed(override: str) -> None:
     said = str(read_space([override])[1][0]).replace(" ", "")
     assert read_space([said]) == read_space([override])

@@ -38,9 +38,7 @@ def test_what_is_not_done_has_no_place() -> None:
 def test_students_t_from_its_table() -> None:
     """t(2) = 4.3027 and t(4) = 2.7764 at 95 %, two-sided (Student 1908; any textbook's table)."""
     low, high = confidence_interval([1.0, 2.0, 3.0]) or (0, 0)
-    assert (low + high) / 2 == pytest.approx(2) and (high - low) / 2 == pytest.approx(
-        4.3027 / math.sqrt(3), 1e-4
-    )
+    assert (low + high) / 2 == pytest.approx(2) and (high - low) / 2 == pytest.approx(4.3027 / math.sqrt(3), 1e-4)
     low, high = confidence_interval([1.0, 2.0, 3.0, 4.0, 5.0]) or (0, 0)
     assert (high - low) / 2 == pytest.approx(2.7764 * statistics.stdev([1, 2, 3, 4, 5]) / math.sqrt(5), 1e-4)
     assert confidence_interval([1.0]) is None
@@ -65,9 +63,7 @@ def test_pairing_over_seeds_takes_their_luck_out() -> None:
 def test_lower_is_better_where_it_is() -> None:
     first, second = rank_trials([trial(0, 3.0, 3.1), trial(1, 1.0, 1.1)], "min")
     comparison = compare_winner([first, second], "min")
-    assert (
-        first.trial.number == 1 and comparison.difference == pytest.approx(2.0) and comparison.is_significant
-    )
+    assert first.trial.number == 1 and comparison.difference == pytest.approx(2.0) and comparison.is_significant
 
 
 def test_folds_are_averaged_over_their_seeds_and_overlap() -> None:
@@ -96,18 +92,13 @@ def test_the_interval_of_a_share_is_that_on_the_scale_of_its_log_odds() -> None:
 def test_the_interval_of_an_error_stays_above_zero() -> None:
     values = [0.01, 0.05, 0.09]
     half = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(values) / 0.05
-    assert confidence_interval(values, (0, math.inf)) == pytest.approx(
-        (0.05 * math.exp(-half), 0.05 * math.exp(half))
-    )
+    assert confidence_interval(values, (0, math.inf)) == pytest.approx((0.05 * math.exp(-half), 0.05 * math.exp(half)))
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6))
 def test_an_interval_of_shares_stays_between_0_and_1(values: list[float]) -> None:
     low, high = confidence_interval(values, (0, 1)) or (-1, 2)
-    assert (
-        -1e-12 <= low <= statistics.fmean(values) + 1e-9
-        and statistics.fmean(values) - 1e-9 <= high <= 1 + 1e-12
-    )
+    assert -1e-12 <= low <= statistics.fmean(values) + 1e-9 and statistics.fmean(values) - 1e-9 <= high <= 1 + 1e-12
 
 
 def test_seeds_that_agree_do_not_tell_the_spread() -> None:

@@ -16,9 +16,7 @@ from cnntrain.sweep.study import Outcome, Study
 Read = Callable[..., SweepPlan]
 
 
-def work_off(
-    study: Study, value: Callable[[dict[str, str]], Outcome], at_most: int = 1000
-) -> list[dict[str, str]]:
+def work_off(study: Study, value: Callable[[dict[str, str]], Outcome], at_most: int = 1000) -> list[dict[str, str]]:
     tried = []
     while len(tried) < at_most and (trial := study.next_trial()):
         tried.append(trial.values)

@@ -49,10 +49,7 @@ def test_a_sweep_ends_with_an_answer(capsys: Said) -> None:
     assert sweep(*space) == 0
     found = rows()
     assert [(r["model"], r["optimizer.lr"], r["seed"]) for r in found] == [
-        (model, rate, seed)
-        for model in ("mlp", "lenet5")
-        for rate in ("0.03", "0.001")
-        for seed in ("0", "1")
+        (model, rate, seed) for model in ("mlp", "lenet5") for rate in ("0.03", "0.001") for seed in ("0", "1")
     ]
     for row in found:
         assert row["status"] == "done" and float(row["time_s"]) > 0 and 0 <= float(row["val/top1"]) <= 1
@@ -148,16 +145,14 @@ def test_a_trial_is_what_its_command_gives_alone() -> None:
         train(compose(*QUICK, "epochs=2", *overrides, f"run_dir={alone}"))
         name = f"s/{int(row['trial']):03d}-{row['model']}-{row['optimizer.lr']}-seed{row['seed']}"
         assert results(name) == results(alone)
-        for one, other in zip(
-            read_metrics(f"{name}/metrics.csv"), read_metrics(f"{alone}/metrics.csv"), strict=True
-        ):
+        for one, other in zip(read_metrics(f"{name}/metrics.csv"), read_metrics(f"{alone}/metrics.csv"), strict=True):
             assert {**one, "images_per_s": 0} == {**other, "images_per_s": 0}
     winner = next(p for p in Path("s").glob("*/results.json") if json.loads(p.read_text())["test"])
     alone = Path(f"alone-{int(winner.parent.name[:3])}-{winner.parent.name[-1]}", "results.json")
     known = json.loads(winner.read_text())["test"]
-    assert {name: known[name] for name in json.loads(alone.read_text())["test"]} == json.loads(
-        alone.read_text()
-    )["test"]
+    assert {name: known[name] for name in json.loads(alone.read_text())["test"]} == json.loads(alone.read_text())[
+        "test"
+    ]
 
 
 def test_a_run_that_raises_and_one_that_diverges_are_told_apart(nets: Path, capsys: Said) -> None:

@@ -60,9 +60,7 @@ def test_one_logit_is_torchs_binary_cross_entropy():
     expected = F.binary_cross_entropy_with_logits(outputs[:, 0].double(), targets["label"].double())
     assert mean_loss(task, outputs, targets) == pytest.approx(float(expected), rel=1e-6)
     smoothed = F.binary_cross_entropy_with_logits(outputs[:, 0].double(), targets["label"] * 0.8 + 0.1)
-    assert mean_loss(make(2, label_smoothing=0.2), outputs, targets) == pytest.approx(
-        float(smoothed), rel=1e-6
-    )
+    assert mean_loss(make(2, label_smoothing=0.2), outputs, targets) == pytest.approx(float(smoothed), rel=1e-6)
 
 
 @pytest.mark.parametrize("logit", [-200.0, 200.0])
@@ -123,9 +121,7 @@ def test_knowing_nothing_costs_the_logarithm_of_the_classes(classes):
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.integers(1, 39), max_size=5), st.sampled_from([2, 5, 8]), st.booleans(), st.integers(0, 99)
-)
+@given(st.lists(st.integers(1, 39), max_size=5), st.sampled_from([2, 5, 8]), st.booleans(), st.integers(0, 99))
 def test_any_split_into_batches_and_processes_gives_the_same_figures(cuts, classes, weighted, seed):
     task = make(classes, class_weights=list(range(1, classes + 1)) if weighted else None, label_smoothing=0.1)
     outputs, targets = example(task, seed=seed)
@@ -184,12 +180,8 @@ def test_metrics_against_scikit_learn():
     assert values["top1"] == pytest.approx(metrics.accuracy_score(label, predicted))
     scores = outputs.double().numpy()
     assert values["top5"] == pytest.approx(metrics.top_k_accuracy_score(label, scores, k=5))
-    assert values["loss"] == pytest.approx(
-        metrics.log_loss(label, outputs.double().softmax(1).numpy()), rel=1e-6
-    )
-    np.testing.assert_array_equal(
-        meter.confusion_matrix().numpy(), metrics.confusion_matrix(label, predicted)
-    )
+    assert values["loss"] == pytest.approx(metrics.log_loss(label, outputs.double().softmax(1).numpy()), rel=1e-6)
+    np.testing.assert_array_equal(meter.confusion_matrix().numpy(), metrics.confusion_matrix(label, predicted))
     recall = metrics.recall_score(label, predicted, average=None)
     assert list(meter.details().values()) == pytest.approx(list(recall))
     assert list(meter.details())[3] == "accuracy/c3"
@@ -203,9 +195,7 @@ def test_ranking_metrics_against_brute_force(ties):
     values = metered(task, outputs, targets, (77, 400)).compute()
     label, score = targets["label"].numpy(), outputs[:, 0].double().numpy()
     difference = score[label == 1][:, None] - score[label == 0]
-    assert values["roc_auc"] == pytest.approx(
-        (difference > 0).mean() + (difference == 0).mean() / 2, abs=1e-12
-    )
+    assert values["roc_auc"] == pytest.approx((difference > 0).mean() + (difference == 0).mean() / 2, abs=1e-12)
     average_precision = recall = 0.0
     for threshold in sorted(set(score), reverse=True):
         found = label[score >= threshold]
@@ -218,9 +208,7 @@ def test_ranking_with_one_class_only_is_nan_not_an_error():
     task = make(2)
     values = metered(task, torch.randn(5, 1), {"label": torch.ones(5, dtype=torch.int64)}).compute()
     assert math.isnan(values["roc_auc"])
-    assert math.isnan(
-        metered(make(3), torch.zeros(1, 3), {"label": torch.tensor([0])}).details()["accuracy/c1"]
-    )
+    assert math.isnan(metered(make(3), torch.zeros(1, 3), {"label": torch.tensor([0])}).details()["accuracy/c1"])
 
 
 @pytest.mark.parametrize(("classes", "offered"), [(5, False), (6, True)])
@@ -321,12 +309,7 @@ def test_figures_and_drawings(classes):
     images, names = torch.randn(40, 1, 8, 8), [f"val/{i}" for i in range(40)]
     figure = task.draw(images, outputs, targets, names, (0.5,), (0.5,))
     assert sum(len(ax.images) for ax in figure.axes) == 40
-    assert (
-        task.draw(images[:1], outputs[:1], {}, names[:1], (0.5,), (0.5,))
-        .axes[0]
-        .get_title()
-        .endswith("val/0")
-    )
+    assert task.draw(images[:1], outputs[:1], {}, names[:1], (0.5,), (0.5,)).axes[0].get_title().endswith("val/0")
     assert task.draw(images[:1], None, targets | {"label": targets["label"][:1]}, names[:1], (0.5,), (0.5,))
 
 

@@ -79,9 +79,7 @@ def test_distances_against_torch():
     smooth = regression_loss("smooth_l1", error, 0.25, 1, 1)
     expected = torch.nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=0.25, reduction="none")
     torch.testing.assert_close(smooth, expected)
-    just_inside, just_outside = (
-        regression_loss("wing", torch.tensor([0.3 + e]), 1, 0.3, 0.05) for e in (-1e-9, 1e-9)
-    )
+    just_inside, just_outside = (regression_loss("wing", torch.tensor([0.3 + e]), 1, 0.3, 0.05) for e in (-1e-9, 1e-9))
     torch.testing.assert_close(just_inside, just_outside)  # no jump at the bend
 
 
@@ -233,9 +231,7 @@ def test_a_flip_of_the_canvas_is_a_change_of_sign():
     task = make()
     points = torch.tensor([[[3.0, 5.0]]])
     flipped = torch.tensor([[[39 - 3.0, 5.0]]])
-    assert torch.equal(
-        task.normalize_points(flipped), task.normalize_points(points) * torch.tensor([-1.0, 1.0])
-    )
+    assert torch.equal(task.normalize_points(flipped), task.normalize_points(points) * torch.tensor([-1.0, 1.0]))
 
 
 def test_coordinates_go_there_and_back():
@@ -345,9 +341,7 @@ def test_inverted_matrices_are_as_exact_as_linalg_inv():
     matrix[:, 2, :2] *= 1e-3
     matrix[:, 2, 2] = 1
     points = torch.rand(200, 4, 2, dtype=torch.float64, generator=generator) * 40
-    homogeneous = (
-        torch.cat([points, torch.ones(200, 4, 1, dtype=torch.float64)], 2) @ torch.linalg.inv(matrix).mT
-    )
+    homogeneous = torch.cat([points, torch.ones(200, 4, 1, dtype=torch.float64)], 2) @ torch.linalg.inv(matrix).mT
     expected = homogeneous[..., :2] / homogeneous[..., 2:]
     torch.testing.assert_close(image_to_source(points, matrix), expected, rtol=1e-9, atol=1e-9)
 

@@ -137,12 +137,8 @@ def test_ignored_pixels_have_no_gradient_and_change_nothing(loss):
     assert torch.equal(touched, targets["mask"] != 255)
     noise = torch.where((targets["mask"] == 255)[:, None], 50.0, 0.0) * torch.randn(outputs.shape)
     other = (outputs + noise).detach()
-    assert mean_loss(task, other, targets) == pytest.approx(
-        float(total.detach() / task.loss(outputs, targets)[1])
-    )
-    assert metered(task, other, targets).compute() == pytest.approx(
-        metered(task, outputs.detach(), targets).compute()
-    )
+    assert mean_loss(task, other, targets) == pytest.approx(float(total.detach() / task.loss(outputs, targets)[1]))
+    assert metered(task, other, targets).compute() == pytest.approx(metered(task, outputs.detach(), targets).compute())
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -266,9 +262,7 @@ LAYERS = {
 def assembled(layers: list, *more: str):
     given = ["data=toy_shapes", "data.size=64", "model=sequential", "threads=1", "augment=none", *more]
     settings, last = read_settings(given), {"output": {"kernel": 1}}
-    return build_components(
-        dataclasses.replace(settings, model={**settings.model, "layers": [*layers, last]})
-    )
+    return build_components(dataclasses.replace(settings, model={**settings.model, "layers": [*layers, last]}))
 
 
 @pytest.mark.parametrize(("name", "size"), [("half", (64, 64)), ("middle", (60, 60)), ("double", (64, 64))])
@@ -313,9 +307,7 @@ def test_the_papers_network_without_padding_is_cropped():
     fitted, mask = made.task.match_sizes(outputs, torch.arange(108 * 108).view(1, 108, 108) % 4)
     assert torch.equal(fitted, outputs)
     rest = (108 - outputs.shape[-1]) // 2
-    assert torch.equal(
-        mask[0], (torch.arange(108 * 108).view(108, 108) % 4)[rest : 108 - rest, rest : 108 - rest]
-    )
+    assert torch.equal(mask[0], (torch.arange(108 * 108).view(108, 108) % 4)[rest : 108 - rest, rest : 108 - rest])
 
 
 def test_a_network_without_padding_is_judged_in_the_middle():
@@ -342,9 +334,7 @@ def test_larger_outputs_are_cropped_and_smaller_ones_upsampled():
     assert mean_loss(same_scale, padded, targets) == mean_loss(task, outputs, targets)
     coarse = F.interpolate(outputs[:, :, ::2, ::2], (16, 20), mode="bilinear", align_corners=True)
     assert mean_loss(task, outputs[:, :, ::2, ::2], targets) == mean_loss(task, coarse, targets)
-    assert mean_loss(make(resize_outputs="crop"), outputs[:, :, ::2, ::2], targets) != mean_loss(
-        task, coarse, targets
-    )
+    assert mean_loss(make(resize_outputs="crop"), outputs[:, :, ::2, ::2], targets) != mean_loss(task, coarse, targets)
 
 
 def test_balanced_weights_count_labeled_pixels():

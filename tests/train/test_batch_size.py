@@ -29,9 +29,7 @@ def test_on_a_cpu_the_batch_size_doubles_while_that_is_faster_and_fits() -> None
 
 
 def test_batch_norm_needs_two_images() -> None:
-    components = build_components(
-        compose("model=batchnorm_cnn", "data.limit=20", "batch_size=auto", "threads=1")
-    )
+    components = build_components(compose("model=batchnorm_cnn", "data.limit=20", "batch_size=auto", "threads=1"))
     assert search_batch_size(components, components.load()) == 2
     tried: list[int] = []
     assert largest_that_fits(lambda size: bool(tried.append(size) or size < 5), 1, min_size=2)[0] == 2

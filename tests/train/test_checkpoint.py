@@ -102,9 +102,7 @@ def test_weights_of_another_network_are_rejected_by_name(change: str) -> None:
 @pytest.fixture
 def state() -> TrainState:
     model = nn.Linear(3, 2)
-    return TrainState(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), Constant(total_steps=10, steps_per_epoch=5)
-    )
+    return TrainState(model, torch.optim.SGD(model.parameters(), lr=0.1), Constant(total_steps=10, steps_per_epoch=5))
 
 
 @pytest.fixture
@@ -152,9 +150,7 @@ def test_the_writer_keeps_the_newest_epochs(tmp_path: Path, state: TrainState) -
 
 
 @pytest.mark.parametrize("when", ["in the next call", "at the end"])
-def test_the_writer_raises_errors_of_the_background_thread(
-    tmp_path: Path, state: TrainState, when: str
-) -> None:
+def test_the_writer_raises_errors_of_the_background_thread(tmp_path: Path, state: TrainState, when: str) -> None:
     run = RunDir(tmp_path)
     run.last.mkdir(parents=True)  # a folder in place of the file
     writer = CheckpointWriter(run, state, {}, keep=0)

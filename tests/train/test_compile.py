@@ -21,9 +21,7 @@ FEW = (
     "log.figures=false",
 )
 
-NEEDS_COMPILER = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here"
-)
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here")
 
 
 def test_without_a_compiler_it_is_refused_before_the_first_step(
@@ -55,8 +53,7 @@ def test_a_compiled_training_is_the_same_training(tmp_path: Path) -> None:
     assert counters["stats"]["unique_graphs"] > 0
     assert compiled["best"]["train/loss"] == pytest.approx(plain["best"]["train/loss"], rel=1e-4)
     one, other = (
-        checkpoint.load(tmp_path / run / "checkpoints" / "last.pt")["state"]["model"]
-        for run in ("plain", "compiled")
+        checkpoint.load(tmp_path / run / "checkpoints" / "last.pt")["state"]["model"] for run in ("plain", "compiled")
     )
     assert one.keys() == other.keys()
     for name in one:

@@ -174,9 +174,7 @@ print(compiled(torch.ones(1, 3)).shape, "torch._dynamo" in sys.modules)
 
 
 def run_code(code: str, argument: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code, argument], capture_output=True, text=True, check=True
-    ).stdout
+    return subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, check=True).stdout
 
 
 def test_skip_dynamo_import_still_works_with_this_version_of_torch() -> None:

@@ -95,11 +95,7 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
     times: Counter[tuple[str, str, str]] = Counter()
     for (kind, region, place), count in cuda.events.items():
         times[kind, region, place] += count
-    return [
-        f"{region}: {kind}, {n} times at {place}"
-        for (kind, region, place), n in times.items()
-        if region and n > 1
-    ]
+    return [f"{region}: {kind}, {n} times at {place}" for (kind, region, place), n in times.items() if region and n > 1]
 
 
 @pytest.mark.parametrize("case", QUICK)

@@ -60,15 +60,11 @@ def test_shares_divide_a_batch_without_overlap_and_the_first_gets_something(imag
 def test_processes_see_together_the_batches_that_one_sees(cache, with_predecessor: bool) -> None:
     """10 images in batches of 4 by 3 processes: the last batch has 2, and nothing for the third."""
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 2, 2).contiguous()
-    loader = make_loader(
-        Examples(images, {"label": torch.arange(10)}, [str(i) for i in range(10)]), "cpu", cache=cache
-    )
+    loader = make_loader(Examples(images, {"label": torch.arange(10)}, [str(i) for i in range(10)]), "cpu", cache=cache)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
     shares = [BatchShard(rank, 3, with_predecessor) for rank in range(3)]
     whole = list(loader.batches(order, 4))
-    parts = [
-        [share.drop_predecessor(batch) for batch in loader.batches(order, 4, share=share)] for share in shares
-    ]
+    parts = [[share.drop_predecessor(batch) for batch in loader.batches(order, 4, share=share)] for share in shares]
     for number, batch in enumerate(whole):
         mine = [part[number] for part in parts]
         assert torch.equal(torch.cat([each.index for each in mine]), batch.index)
@@ -120,17 +116,13 @@ def test_meter_states_are_packed_and_unpacked() -> None:
     [("mlp", "cpu", 1, 1), ("mlp", "cpu", 4, 4), ("norm", "cpu", 1, 2), ("norm", "cpu", 4, 8), ("norm", "cuda", 1, 2),
      ("norm", "cuda", 4, 4)],
 )  # fmt: skip
-def test_each_rank_needs_an_image_and_each_batch_norm_two(
-    model: str, device: str, size: int, smallest: int
-) -> None:
+def test_each_rank_needs_an_image_and_each_batch_norm_two(model: str, device: str, size: int, smallest: int) -> None:
     compute = Compute(torch.device(device), "fp32", False, World(0, size))
     assert smallest_batch(model == "norm", compute) == smallest
 
 
 def test_fewer_training_images_than_ranks_are_refused() -> None:
-    components = build_components(
-        compose("model=mlp", "data.limit=3", "threads=1", "device=cpu"), world=World(0, 4)
-    )
+    components = build_components(compose("model=mlp", "data.limit=3", "threads=1", "device=cpu"), world=World(0, 4))
     with pytest.raises(UserError, match=r"launch\.devices"):
         build_training_parts(components, components.load())
 
@@ -341,9 +333,7 @@ def test_synchronized_norms_of_a_frozen_backbone_stay_frozen() -> None:
     model = synchronize_norms(model).train()
     before = {name: value.clone() for name, value in model.named_buffers() if name.startswith("backbone")}
     model.backbone(torch.randn(4, 1, 8, 8))  # pyright: ignore[reportCallIssue]
-    assert len(before) == 3 and all(
-        value.equal(dict(model.named_buffers())[k]) for k, value in before.items()
-    )
+    assert len(before) == 3 and all(value.equal(dict(model.named_buffers())[k]) for k, value in before.items())
     assert model.norm.training
     unfreeze(model)
     model.train()

@@ -165,9 +165,7 @@ def test_an_epoch_that_never_comes_is_said(caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.parametrize("step", [STEPS_PER_EPOCH - 4, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 4])
-def test_a_run_broken_around_the_epoch_goes_on_as_if_unbroken(
-    step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_broken_around_the_epoch_goes_on_as_if_unbroken(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, at and in the epoch from which the backbone is free; with learning rates by layer."""
     settings = (*FROZEN, "model.unfreeze=2", "optimizer.layer_decay=0.7", "ema_decay=0.9")
     train(compose(*settings, "run_dir=whole"))
@@ -185,9 +183,7 @@ def test_a_run_broken_around_the_epoch_goes_on_as_if_unbroken(
     progress = checkpoint.load(Path("broken/checkpoints/last.pt"))["state"]["progress"]
     assert (progress["epoch"], progress["batch"]) == divmod(step, STEPS_PER_EPOCH)
     train(compose(*settings, "run_dir=broken", "resume=auto"))
-    whole, broken = (
-        checkpoint.load(Path(f"{run}/checkpoints/last.pt"))["state"] for run in ("whole", "broken")
-    )
+    whole, broken = (checkpoint.load(Path(f"{run}/checkpoints/last.pt"))["state"] for run in ("whole", "broken"))
     for part in ("model", "ema"):
         assert not changed(whole[part], broken[part])
     for index, moments in whole["optimizer"]["state"].items():

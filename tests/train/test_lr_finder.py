@@ -147,9 +147,7 @@ def test_a_rate_is_choose_learning_rated_in_two_digits() -> None:
 
 
 def test_weights_statistics_and_generators_are_untouched(tmp_path: Path) -> None:
-    settings = compose(
-        "model=fmnist_cnn", "data.limit=200", "threads=1", "lr_find.steps=20", "precision=bf16"
-    )
+    settings = compose("model=fmnist_cnn", "data.limit=200", "threads=1", "lr_find.steps=20", "precision=bf16")
     assembly = build_components(settings)
     data = assembly.load()
     plan, _, _ = build_training_parts(assembly, data)
@@ -166,9 +164,7 @@ def test_weights_statistics_and_generators_are_untouched(tmp_path: Path) -> None
 
 
 def test_each_layer_keeps_its_share_of_the_rate() -> None:
-    settings = compose(
-        "model=mlp", "data.limit=200", "threads=1", "lr_find.steps=20", "optimizer.layer_decay=0.5"
-    )
+    settings = compose("model=mlp", "data.limit=200", "threads=1", "lr_find.steps=20", "optimizer.layer_decay=0.5")
     assembly = build_components(settings)
     data = assembly.load()
     plan, _, _ = build_training_parts(assembly, data)

@@ -95,9 +95,7 @@ def test_a_loss_that_is_not_finite_is_found_at_the_end_of_its_step(value: float,
 
 def test_the_advice_comes_before_a_few_of_the_examples(tmp_path: Path) -> None:
     with pytest.raises(DivergedError) as raised:
-        train(
-            compose(*QUICK, "epochs=1", "optimizer.lr=1e30", "schedule=constant", f"run_dir={tmp_path}/run")
-        )
+        train(compose(*QUICK, "epochs=1", "optimizer.lr=1e30", "schedule=constant", f"run_dir={tmp_path}/run"))
     said = str(raised.value)
     assert said.count("digits/") == SHOWN_EXAMPLES and f"and {20 - SHOWN_EXAMPLES} more" in said
     assert said.index("optimizer.lr") < said.index("digits/")
@@ -189,8 +187,6 @@ def test_a_validation_loss_that_is_not_finite_is_divergence(monkeypatch: pytest.
 
     monkeypatch.setattr(loop, "evaluate", spoiling)
     settings = compose(*QUICK[1:], "model=batchnorm_cnn", "epochs=1", "run_dir=run", "augment=none")
-    with pytest.raises(
-        DivergedError, match=r"(?s)the validation loss is not finite after step 9 .*BatchNorm2d"
-    ):
+    with pytest.raises(DivergedError, match=r"(?s)the validation loss is not finite after step 9 .*BatchNorm2d"):
         train(settings)
     assert not list(Path("run").glob("checkpoints/*"))

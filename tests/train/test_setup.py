@@ -35,9 +35,7 @@ INVALID = [
 
 
 @pytest.mark.parametrize("overrides", INVALID)
-def test_invalid_value_is_refused_before_data_is_read(
-    overrides: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_value_is_refused_before_data_is_read(overrides: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(self: Digits) -> None:
         raise AssertionError("data were read")
 

@@ -45,10 +45,7 @@ def test_valid_state_is_copied(name: str) -> None:
     _, optimizer = make(name)
     before = optimizer.state_dict()
     validated = validate_optimizer_state(optimizer, before)
-    assert (
-        validated["param_groups"] == before["param_groups"]
-        and validated["state"].keys() == before["state"].keys()
-    )
+    assert validated["param_groups"] == before["param_groups"] and validated["state"].keys() == before["state"].keys()
     for key, values in before["state"].items():
         assert validated["state"][key].keys() == values.keys()
         for moment, value in values.items():
@@ -182,9 +179,7 @@ def test_momentum_may_change() -> None:
     _, with_momentum = make("SGD")
     assert validate_optimizer_state(with_momentum, without.state_dict())["state"] == {}
     validated = validate_optimizer_state(without, with_momentum.state_dict())["state"]
-    assert all(
-        "momentum_buffer" not in values or values["momentum_buffer"] is None for values in validated.values()
-    )
+    assert all("momentum_buffer" not in values or values["momentum_buffer"] is None for values in validated.values())
 
 
 def test_ema_averages_weights_and_copies_buffers() -> None:

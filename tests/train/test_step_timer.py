@@ -20,9 +20,7 @@ def timer_for(*overrides: str) -> StepTimer:
     return made
 
 
-@pytest.mark.parametrize(
-    "extra", [(), ("accumulate=2", "ema_decay=0.9", "data.cache=none", "data.workers=0")]
-)
+@pytest.mark.parametrize("extra", [(), ("accumulate=2", "ema_decay=0.9", "data.cache=none", "data.workers=0")])
 def test_window_covers_whole_logging_intervals_and_weights_are_unchanged(extra: tuple[str, ...]) -> None:
     timer = timer_for("log.every_steps=3", *extra)
     before = {name: value.clone() for name, value in timer.state.model.named_parameters()}

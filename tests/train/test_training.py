@@ -109,9 +109,7 @@ def test_the_learning_rate_is_drawn_of_every_step_after_a_resume_too(monkeypatch
 
 
 @pytest.mark.parametrize("steps", [27, 20], ids=["of the last epoch", "in its middle"])
-def test_stopped_after_its_last_step_a_run_still_judges_that_epoch(
-    steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_after_its_last_step_a_run_still_judges_that_epoch(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     length = ("epochs=3",) if steps == 27 else (f"steps={steps}",)
     train(compose(*SMALL, *length, "run_dir=whole"))
     evaluate, seen = loop.evaluate, []
@@ -363,9 +361,7 @@ def test_early_stopping_and_limit_batches() -> None:
 
 
 @pytest.mark.parametrize("extra", [("steps=2",), ("batch_size=290", "epochs=1"), ("epochs=1",)])
-def test_images_per_s_counts_the_images_that_were_seen(
-    extra: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_per_s_counts_the_images_that_were_seen(extra: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes on by a second whenever it is looked at: the epoch took whole seconds."""
     ticks = itertools.count()
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
@@ -390,10 +386,7 @@ def test_a_run_that_patience_ended_is_finished(capsys: pytest.CaptureFixture[str
     (Path("early") / "results.json").unlink()
     assert train(compose(*asked, "epochs=9", "resume=auto")) == first
     assert (Path("early") / "results.json").read_bytes() == results
-    assert (
-        train(compose(*asked[:-1], "early_stopping=2", "run_dir=early", "epochs=9", "resume=auto"))["epochs"]
-        == 3
-    )
+    assert train(compose(*asked[:-1], "early_stopping=2", "run_dir=early", "epochs=9", "resume=auto"))["epochs"] == 3
 
 
 def test_a_run_that_was_rewound_has_no_best_epoch_of_its_other_future(
@@ -405,9 +398,7 @@ def test_a_run_that_was_rewound_has_no_best_epoch_of_its_other_future(
     assert state["progress"]["epoch"] > 1
     found = train(compose(*asked, "optimizer.lr=0", f"resume={first}", "run_dir=other"))
     best = checkpoint.load(Path("other/checkpoints/best.pt"))["state"]["progress"]["best"]
-    assert (
-        found["best"]["epoch"] == best["epoch"] == 1
-    )  # the checkpoint that it went on from is the best itself
+    assert found["best"]["epoch"] == best["epoch"] == 1  # the checkpoint that it went on from is the best itself
     capsys.readouterr()
     spoil(Path(first), lambda state: state["progress"]["best"].update(step=1.0))
     found = train(compose(*asked, "optimizer.lr=0", f"resume={first}", "run_dir=third"))
@@ -505,9 +496,7 @@ def test_a_learning_rate_that_jumps_is_said(kind: str, capsys: pytest.CaptureFix
     assert len(said) == jumps
     if jumps:
         rates = column("run", "lr")
-        assert f"{rates[-3 if kind == 'one_cycle' else -2]:.3g}" in said[0] and said[0].startswith(
-            "warning: "
-        )
+        assert f"{rates[-3 if kind == 'one_cycle' else -2]:.3g}" in said[0] and said[0].startswith("warning: ")
 
 
 @pytest.mark.parametrize("saves", [(), ("checkpoint.every_steps=2",)])
@@ -521,12 +510,8 @@ def test_pictures_do_not_count_as_training(saves: tuple[str, ...], monkeypatch: 
         self.first_batch = None
 
     monkeypatch.setattr(RunLogger, "_draw_batch", draw)
-    monkeypatch.setattr(
-        loop, "time", SimpleNamespace(perf_counter=lambda: now.__setitem__(0, now[0] + 1e-3) or now[0])
-    )
-    result = train(
-        compose(*SMALL, *saves, "model=mlp", "log.figures=true", "log.every_steps=2", "run_dir=run")
-    )
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now.__setitem__(0, now[0] + 1e-3) or now[0]))
+    result = train(compose(*SMALL, *saves, "model=mlp", "log.figures=true", "log.every_steps=2", "run_dir=run"))
     assert now[0] > 1000 > 100 * result["wall_s"] > 0
     assert result["images_per_s"] > 100
     assert min(column("run", "images_per_s")) > 100

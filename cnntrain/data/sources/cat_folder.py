@@ -60,10 +60,7 @@ class CatFolder(KeypointSource):
             for orphan in sorted(annotations - {f"{image}.cat" for image in images}):
                 bad.append(BadFile(orphan, "has no image"))
             for image in images:
-                if (
-                    f"{image}.cat" in annotations
-                    and (points := _read_points(f"{image}.cat", bad)) is not None
-                ):
+                if f"{image}.cat" in annotations and (points := _read_points(f"{image}.cat", bad)) is not None:
                     name = str(Path(image).relative_to(self.root))
                     labeled = torch.ones(len(points), dtype=torch.bool)
                     objects.append(KeypointAnnotation(image, name, points, labeled, split=split))

@@ -36,9 +36,7 @@ class CIFAR10(Source):
 
     name = "CIFAR10"
     folder = "cifar-10-batches-py"
-    metadata = DataSpec(
-        3, 32, 32, CIFAR10_CLASSES, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
-    )
+    metadata = DataSpec(3, 32, 32, CIFAR10_CLASSES, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 
     def __init__(self, root: str | None = None) -> None:
         self.root = Path(root).expanduser() if root else default_root()
@@ -64,6 +62,4 @@ class CIFAR100(CIFAR10):
 
     name = "CIFAR100"
     folder = "cifar-100-python"
-    metadata = DataSpec(
-        3, 32, 32, CIFAR100_CLASSES, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
-    )
+    metadata = DataSpec(3, 32, 32, CIFAR100_CLASSES, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))

@@ -49,9 +49,7 @@ class CocoKeypoints(KeypointSource):
         self.root = require_root(root, "COCO's annotation files and images")
         paths = {"train": (train, train_images), "val": (val, val_images), "test": (test, test_images)}
         self.files = {
-            split: (self.root / file, self.root / images)
-            for split, (file, images) in paths.items()
-            if file is not None
+            split: (self.root / file, self.root / images) for split, (file, images) in paths.items() if file is not None
         }
 
     def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
@@ -109,9 +107,7 @@ class CocoFile:
         return tuple(
             (pair[0] - 1, pair[1] - 1)
             for pair in (pairs if isinstance(pairs, list) else ())
-            if isinstance(pair, list)
-            and len(pair) == 2
-            and all(type(n) is int and n in numbers for n in pair)
+            if isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n in numbers for n in pair)
         )
 
     def objects(self) -> list[KeypointAnnotation]:
@@ -138,9 +134,7 @@ class CocoFile:
                     errors.add(where, f"no file {name!r} in {self.images}")
             path = str(self.images / name)
             example = f"{self.split}/{name}:{row.get('id')}"
-            objects.append(
-                KeypointAnnotation(path, example, points[:, :2], points[:, 2] > 0, box, self.split, path)
-            )
+            objects.append(KeypointAnnotation(path, example, points[:, :2], points[:, 2] > 0, box, self.split, path))
         errors.raise_if_any()
         return objects
 
@@ -150,9 +144,7 @@ class CocoFile:
         for row, image in enumerate(self.content["images"]):
             where, number, name = f"image {row} of the list", image.get("id"), image.get("file_name")
             if not _is_id(number) or not isinstance(name, str):
-                problem = (
-                    f"id must be a number or a string, and file_name a string; got {number!r} and {name!r}"
-                )
+                problem = f"id must be a number or a string, and file_name a string; got {number!r} and {name!r}"
                 errors.add(where, problem[:200])
             elif names.setdefault(number, name) != name:
                 errors.add(where, f"duplicate id {number!r}")

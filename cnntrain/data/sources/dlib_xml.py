@@ -51,9 +51,7 @@ class DlibXml(KeypointSource):
         trees = {split: _parse(file) for split, file in self.files.items()}
         found = {part.get("name", "") for tree in trees.values() for part in tree.iter("part")}
         if not found or "" in found:
-            raise UserError(
-                f"data: {self.files['train']}: expected <part name=... x=... y=.../> inside every <box>"
-            )
+            raise UserError(f"data: {self.files['train']}: expected <part name=... x=... y=.../> inside every <box>")
         names = sort_labels(found)
         objects: list[KeypointAnnotation] = []
         for split, file in self.files.items():

@@ -75,9 +75,7 @@ class ImageCsv(LabeledFiles):
     def classes(self) -> tuple[str, ...]:
         labels = {row.label for row in self.rows if row.split == "train"}
         if len(labels) < 2:
-            raise UserError(
-                f"data.file: {self.file}: train has {len(labels)} label(s); at least 2 are needed"
-            )
+            raise UserError(f"data.file: {self.file}: train has {len(labels)} label(s); at least 2 are needed")
         return sort_labels(labels)
 
     def load(self) -> dict[str, Examples]:
@@ -110,6 +108,4 @@ def check_columns(table: CsvTable, required: tuple[str, ...], optional: tuple[st
             )
     for name in required:
         if name not in table.columns:
-            raise UserError(
-                f"data: {table.file}:1: no column {name!r}; the columns are {', '.join(table.columns)}"
-            )
+            raise UserError(f"data: {table.file}:1: no column {name!r}; the columns are {', '.join(table.columns)}")

@@ -96,15 +96,11 @@ class ImageFolder(LabeledFiles):
             elif not paths:
                 bad.append(BadFile(folder, "has no images"))
             targets = {"label": torch.tensor(labels, dtype=torch.int64)}
-            splits[split] = Examples(
-                LazyImages(paths, self.decoder), targets, relative_names(self.root, paths)
-            )
+            splits[split] = Examples(LazyImages(paths, self.decoder), targets, relative_names(self.root, paths))
         raise_if_bad(bad, count + len(bad), self.root)
         return splits
 
-    def _list(
-        self, folder: Path, classes: tuple[str, ...], bad: list[BadFile]
-    ) -> tuple[list[str], list[int]]:
+    def _list(self, folder: Path, classes: tuple[str, ...], bad: list[BadFile]) -> tuple[list[str], list[int]]:
         """Return paths and labels of one split."""
         paths: list[str] = []
         labels: list[int] = []
@@ -123,7 +119,5 @@ class ImageFolder(LabeledFiles):
 def _images_directly_in(folder: Path) -> list[str]:
     """Return the sorted names of image files that are outside the class folders."""
     with os.scandir(folder) as entries:
-        names = [
-            entry.name for entry in entries if has_extension(entry.name, IMAGE_EXTENSIONS) and entry.is_file()
-        ]
+        names = [entry.name for entry in entries if has_extension(entry.name, IMAGE_EXTENSIONS) and entry.is_file()]
     return sorted(name for name in names if not is_ignored(name))

@@ -80,9 +80,7 @@ class KeypointSource(Source):
         flip_pairs: Mapping[str, str] | None = None,
     ) -> None:
         if crop not in CROPS:
-            raise UserError(
-                f"data.crop: {crop!r} is not one of {', '.join(CROPS)}{suggest(str(crop), CROPS)}"
-            )
+            raise UserError(f"data.crop: {crop!r} is not one of {', '.join(CROPS)}{suggest(str(crop), CROPS)}")
         if not 0 <= crop_margin <= 10:
             raise UserError(f"data.crop_margin: must be from 0 to 10, got {crop_margin!r}")
         self.decoder = make_decoder(size, channels, resize)
@@ -173,9 +171,7 @@ class KeypointSource(Source):
             if not valid.any():
                 bad.append(BadFile(item.path, "has no labeled point inside it; set data.crop=none or box"))
                 return 0.0, 0.0, 1.0, 1.0
-            return match_aspect(
-                box_around_points(item.points[valid], self.crop_margin), self.decoder.target_size
-            )
+            return match_aspect(box_around_points(item.points[valid], self.crop_margin), self.decoder.target_size)
         if _is_empty(item.box):
             bad.append(BadFile(item.path, "has no box; set data.crop=points or none"))
             return 0.0, 0.0, 1.0, 1.0

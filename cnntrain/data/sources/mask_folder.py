@@ -71,9 +71,7 @@ class MaskSource(Source):
 
     def spec(self) -> DataSpec:
         d = self.decoder
-        return DataSpec(
-            d.channels, d.height, d.width, self.classes, per_pixel=True, ignore_index=self.ignore_index
-        )
+        return DataSpec(d.channels, d.height, d.width, self.classes, per_pixel=True, ignore_index=self.ignore_index)
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
         """Return the files; images without mask and masks without image go to `bad`."""
@@ -242,9 +240,7 @@ class MaskFolder(MaskSource):
         folders = require_split_folders(self.root, LAYOUT)
         if not (folders["train"] / "images").is_dir():
             raise UserError(f"data.root: {self.root} has no train/images/; it must have {LAYOUT}")
-        return {
-            split: pair_by_name(folder / "images", folder / "masks", bad) for split, folder in folders.items()
-        }
+        return {split: pair_by_name(folder / "images", folder / "masks", bad) for split, folder in folders.items()}
 
 
 def pair_by_name(images: Path, masks: Path, bad: list[BadFile]) -> list[tuple[str, str]]:

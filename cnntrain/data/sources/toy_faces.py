@@ -52,9 +52,7 @@ class ToyFaces(ToySource):
 
     def spec(self) -> DataSpec:
         pairs = flip_permutation(CAT9.names, CAT9.flip_pairs or {})
-        return DataSpec(
-            3, self.size, self.size, keypoints=CAT9.names, flip_pairs=pairs, skeleton=CAT9.skeleton
-        )
+        return DataSpec(3, self.size, self.size, keypoints=CAT9.names, flip_pairs=pairs, skeleton=CAT9.skeleton)
 
     def draw(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         return draw_face(self.size, seed)

@@ -97,9 +97,7 @@ class TarShards(LabeledFiles):
                 found[split] = inside
         if "train" not in found:
             packed = [path.name for path in sorted(self.root.glob("train*.tar.*"))][:3]
-            hint = (
-                f"; {', '.join(packed)} must be unpacked to .tar first, to be read in place" if packed else ""
-            )
+            hint = f"; {', '.join(packed)} must be unpacked to .tar first, to be read in place" if packed else ""
             raise UserError(f"data.root: {self.root} has no train*.tar; it must have {LAYOUT}{hint}")
         reject_other_folders(self.root, {"tar"})
         if others := [paths[0].name for prefix, paths in by_prefix.items() if prefix not in SPLIT_NAMES]:
@@ -184,20 +182,14 @@ def _read_shard(root: Path, shard: Path) -> tuple[list[Item], list[BadFile]]:
                         bad.append(BadFile(path, f"is a second image of {key}"))
                     images.setdefault(key, path)
                 elif extension in labels:
-                    content = os.pread(
-                        file.fileno(), min(member.size, MAX_LABEL_BYTES + 1), member.offset_data
-                    )
+                    content = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES + 1), member.offset_data)
                     labels[extension][key] = _parse_label(content, extension, path)
             _check_end(os.pread(file.fileno(), 2 * tarfile.RECORDSIZE, archive.offset))
     except (tarfile.TarError, RecursionError, *DECODE_ERRORS) as error:
         return [], [BadFile(shard, f"is not a complete tar archive ({error})")]
     items = []
     for key, path in images.items():
-        label = (
-            labels["cls"].get(key)
-            or labels["json"].get(key)
-            or BadFile(path, "has no .cls and no .json file")
-        )
+        label = labels["cls"].get(key) or labels["json"].get(key) or BadFile(path, "has no .cls and no .json file")
         if isinstance(label, BadFile):
             bad.append(label)
         else:

@@ -88,9 +88,7 @@ def resolve_padding(padding: object, kernel: Shape, stride: Shape, dilation: Sha
         if all(pixels % 2 == 0 for pixels in reach):
             return tuple(pixels // 2 for pixels in reach)
         if max(stride) > 1:
-            raise ValueError(
-                "padding: same is not symmetric with an even kernel and a stride; set a whole number"
-            )
+            raise ValueError("padding: same is not symmetric with an even kernel and a stride; set a whole number")
         return "same"
     if isinstance(padding, str):
         raise ValueError(f"padding must be {_PADDINGS}, not {padding!r}")
@@ -244,9 +242,7 @@ def group_norm(context: LayerContext, groups: int | None = None) -> nn.Module:
     return nn.GroupNorm(groups, context.channels) if groups else make_norm("group", context.channels)
 
 
-def lrn(
-    context: LayerContext, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0
-) -> nn.Module:
+def lrn(context: LayerContext, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0) -> nn.Module:
     """Local response normalization over `size` channels (Krizhevsky et al. 2012, section 3.3).
 
     `alpha` is as in the paper; PyTorch's is divided by `size`.

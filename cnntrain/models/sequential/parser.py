@@ -134,8 +134,7 @@ def _parse(entry: object, path: str) -> tuple[str, Builder, dict[str, object]]:
         raise UserError(f"{path}: a layer has one name, not {keys}; write `- conv: {{out: 32, kernel: 3}}`")
     if not isinstance(name, str) or name not in builders:
         raise UserError(
-            f"{path}: unknown layer {name!r}{suggest(str(name), list(builders))} "
-            f"(known: {', '.join(sorted(builders))})"
+            f"{path}: unknown layer {name!r}{suggest(str(name), list(builders))} (known: {', '.join(sorted(builders))})"
         )
     builder = builders[name]
     parameters = inspect.signature(builder).parameters
@@ -159,9 +158,7 @@ def _parse(entry: object, path: str) -> tuple[str, Builder, dict[str, object]]:
 
 def _build_layer(entry: object, context: LayerContext) -> tuple[nn.Module, Shape]:
     name, builder, arguments = _parse(entry, context.path)
-    shown = ", ".join(
-        f"{k}={v}" for k, v in arguments.items() if not isinstance(v, (list, Mapping)) or len(v) < 4
-    )
+    shown = ", ".join(f"{k}={v}" for k, v in arguments.items() if not isinstance(v, (list, Mapping)) or len(v) < 4)
     described = f"{context.path} {name}({shown})" if shown else f"{context.path} {name}"
     try:
         module = builder(context, **arguments)
@@ -221,9 +218,7 @@ def residual(context: LayerContext, layers: Sequence[object], shortcut: object =
     elif isinstance(shortcut, Sequence) and not isinstance(shortcut, str):
         side, _ = build_layers(shortcut, context.with_path(".shortcut"))
     else:
-        raise ValueError(
-            f"shortcut must be auto, identity, projection, pad or a list of layers, not {shortcut!r}"
-        )
+        raise ValueError(f"shortcut must be auto, identity, projection, pad or a list of layers, not {shortcut!r}")
     side_shape = output_shape(side, context.shape)
     if side_shape != shape:
         raise ValueError(

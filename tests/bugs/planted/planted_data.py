@@ -62,9 +62,7 @@ class TestInTrain(Digits):
         rows = torch.arange(0, len(test), 2)
         more = test.subset(rows)
         label = torch.cat((train.targets["label"], more.targets["label"]))
-        joined = Examples(
-            torch.cat((train.images, more.images)), {"label": label}, [*train.names, *more.names]
-        )
+        joined = Examples(torch.cat((train.images, more.images)), {"label": label}, [*train.names, *more.names])
         return {"train": joined, "test": test}
 
 
@@ -138,8 +136,7 @@ class RowsFirst(ToyFaces):
 
     def load(self) -> Splits:
         return {
-            name: with_target(part, "points", part.targets["points"].flip(-1))
-            for name, part in super().load().items()
+            name: with_target(part, "points", part.targets["points"].flip(-1)) for name, part in super().load().items()
         }
 
 

@@ -37,10 +37,7 @@ class LabelsOfAnother(Digits):
         self.rows = rows
 
     def load(self) -> Splits:
-        return {
-            name: reordered(part, torch.arange(len(part)).roll(self.rows))
-            for name, part in super().load().items()
-        }
+        return {name: reordered(part, torch.arange(len(part)).roll(self.rows)) for name, part in super().load().items()}
 
 
 class ValidationOfAnother(Digits):
@@ -122,9 +119,7 @@ class Overflows(Sound):
 
     def features(self, images: Tensor) -> Tensor:
         large = self.first(images) + 1000.0
-        x = torch.relu(
-            (large.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else large).float() - 1000.0
-        )
+        x = torch.relu((large.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else large).float() - 1000.0)
         return nn.functional.adaptive_max_pool2d(torch.relu(self.second(x)), 2).flatten(1)
 
 

@@ -66,9 +66,7 @@ class PooledAway(Sound):
 
 class PooledToFour(Sound):
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(
-            functional.interpolate(functional.adaptive_avg_pool2d(images, 2), images.shape[2:])
-        )
+        return super().forward(functional.interpolate(functional.adaptive_avg_pool2d(images, 2), images.shape[2:]))
 
 
 class BrightestPixel(Sound):

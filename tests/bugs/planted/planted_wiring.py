@@ -173,9 +173,7 @@ class LayerInForward(Sound):
 class Normed(Sound):
     """Sound with a batch norm and a dropout."""
 
-    def __init__(
-        self, in_channels: int, num_outputs: int, momentum: float = 0.1, dropout: float = 0.3
-    ) -> None:
+    def __init__(self, in_channels: int, num_outputs: int, momentum: float = 0.1, dropout: float = 0.3) -> None:
         super().__init__(in_channels, num_outputs)
         self.norm = nn.BatchNorm2d(16, momentum=momentum)
         self.dropout = nn.Dropout(dropout)

@@ -30,9 +30,7 @@ def test_digits_equal_those_of_scikit_learn():
     assert sorted(rows) == list(range(1797))
     images = torch.cat([train.images, test.images])[:, 0]
     assert np.array_equal(images.numpy(), (reference.images[rows] * 15).astype(np.uint8))
-    assert (
-        torch.cat([train.targets["label"], test.targets["label"]]).tolist() == reference.target[rows].tolist()
-    )
+    assert torch.cat([train.targets["label"], test.targets["label"]]).tolist() == reference.target[rows].tolist()
     assert not Digits().spec().hflip_ok
     counts = torch.bincount(test.targets["label"])
     assert int(counts.max() - counts.min()) <= 2
@@ -70,9 +68,7 @@ def test_idx_files_are_found_unpacked_or_compressed(tmp_path, layout):
     for split, (images, labels) in mnist.FILES.items():
         count = 5 if split == "train" else 2
         array = np.arange(count * 784, dtype=np.uint16).astype(np.uint8)
-        content = (
-            bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28)) + array.tobytes()
-        )
+        content = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28)) + array.tobytes()
         (folder / f"{images}.gz").write_bytes(gzip.compress(content))
         (folder / labels).write_bytes(bytes([0, 0, 8, 1]) + count.to_bytes(4, "big") + bytes(range(count)))
     splits = FashionMNIST(str(tmp_path)).load()
@@ -268,18 +264,14 @@ def test_other_folders_without_images_and_run_folders_are_ignored(make_folder, s
 def test_images_outside_the_class_folders_are_rejected(make_folder, save, pixels, split):
     root = make_folder("train")
     save(root / split / "x.jpg", pixels(4, 4))
-    with pytest.raises(
-        UserError, match=rf"{split}: has 1 image\(s\) outside the class folders, for example x\.jpg"
-    ):
+    with pytest.raises(UserError, match=rf"{split}: has 1 image\(s\) outside the class folders, for example x\.jpg"):
         ImageFolder(str(root)).load()
 
 
 def test_each_name_of_the_validation_split_is_accepted(make_folder):
     root = make_folder("train")
     rows = [
-        f"train/{label}/{i}.png,{label},{'valid' if i > 3 else 'train'}"
-        for label in ("cat", "dog")
-        for i in range(6)
+        f"train/{label}/{i}.png,{label},{'valid' if i > 3 else 'train'}" for label in ("cat", "dog") for i in range(6)
     ]
     text = "path,label,split\n" + "\n".join(rows)
     splits = ImageCsv(write_csv(root, text), size=16).load()

@@ -136,17 +136,13 @@ def test_sizes_of_annotated_boxes_are_targets(photographs):
 def test_groups_boxes_and_splits_of_a_csv(photographs):
     header = f"{HEADER},split,group,box_left,box_top,box_right,box_bottom"
     rows = [
-        f"{i}.png,20,10,40,10,{'test' if i == 3 else 'train'},g{i // 2},10,5,50,{s}"
-        for i in range(3)
-        for s in (25, 30)
+        f"{i}.png,20,10,40,10,{'test' if i == 3 else 'train'},g{i // 2},10,5,50,{s}" for i in range(3) for s in (25, 30)
     ]
     path = write(photographs, *rows, "3.png,20,10,40,10,test,h,10,5,50,25", header=header)
     data = load_data(KeypointCsv(path, crop="box", crop_margin=0.0, size=[20, 40]), val_fraction=0.4)
     assert data.test is not None
     assert set(data.train.groups).isdisjoint(data.val.groups)
-    assert torch.allclose(
-        data.test.source_to_image[0], torch.tensor([[1.0, 0, -10], [0, 1, -5], [0, 0, 1]]).double()
-    )
+    assert torch.allclose(data.test.source_to_image[0], torch.tensor([[1.0, 0, -10], [0, 1, -5], [0, 0, 1]]).double())
 
 
 def test_a_group_with_one_example_in_another_split_is_rejected(photographs):
@@ -303,9 +299,7 @@ def test_coco_errors_name_the_annotation(photographs, changes, part):
     assert "train.json" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "skeleton", [5, "ab", [5], [[1]], [["a", "b"]], [[1.0, 2]], [[0, 9]], [[[1], [2]]], {"a": 1}]
-)
+@pytest.mark.parametrize("skeleton", [5, "ab", [5], [[1]], [["a", "b"]], [[1.0, 2]], [[0, 9]], [[[1], [2]]], {"a": 1}])
 def test_an_invalid_skeleton_is_ignored(photographs, skeleton):
     category = {"id": 1, "keypoints": ["left_eye", "right_eye"], "skeleton": skeleton}
     assert coco(photographs, categories=[category]).spec().skeleton == ()
@@ -423,9 +417,7 @@ def test_cats_in_split_folders(tmp_path, save, pixels):
 
 
 def test_each_name_of_the_validation_split_is_accepted(photographs):
-    path = write(
-        photographs, "0.png,20,10,40,10,train", "1.png,20,10,40,10,validation", header=f"{HEADER},split"
-    )
+    path = write(photographs, "0.png,20,10,40,10,train", "1.png,20,10,40,10,validation", header=f"{HEADER},split")
     splits = KeypointCsv(path, size=[30, 60], crop="none").load()
     assert {split: examples.names for split, examples in splits.items()} == {
         "train": ["0.png"],

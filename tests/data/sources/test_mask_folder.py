@@ -144,9 +144,7 @@ CAMVID = "sky building pole road pavement tree sign fence car pedestrian bicycli
 
 def test_camvid(shared, tmp_path):
     for split in ("train", "val"):
-        for image in sorted((shared("camvid") / split / "images").iterdir())[
-            :: {"train": 40, "val": 12}[split]
-        ][:8]:
+        for image in sorted((shared("camvid") / split / "images").iterdir())[:: {"train": 40, "val": 12}[split]][:8]:
             for file in (image, image.parent.parent / "masks" / f"{image.stem}.png"):
                 copy = tmp_path / split / file.parent.name / file.name
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -263,9 +261,7 @@ def test_ids_map_values_to_classes(tmp_path, save, pixels):
     assert found[:, 0].tolist() == [[1] * 6 + [0] * 6, [0] * 6 + [1] * 6]
 
 
-@pytest.mark.parametrize(
-    "ids", [{0: 2}, {256: 0}, {-1: 0}, {0: True}, {0: 0.5}, {"a": 0}, {0: None}, [0, 1], 5]
-)
+@pytest.mark.parametrize("ids", [{0: 2}, {256: 0}, {-1: 0}, {0: True}, {0: 0.5}, {"a": 0}, {0: None}, [0, 1], 5])
 def test_invalid_ids_are_rejected(tmp_path, ids):
     with pytest.raises(UserError, match=r"data\.ids"):
         folder(tmp_path, ids=ids)

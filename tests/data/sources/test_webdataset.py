@@ -33,9 +33,7 @@ def png(gray: int) -> bytes:
     return buffer.getvalue()
 
 
-def pack_folder(
-    folder: Path, target: Path, split: str, label_of: Callable[[str], Mapping[str, bytes]]
-) -> None:
+def pack_folder(folder: Path, target: Path, split: str, label_of: Callable[[str], Mapping[str, bytes]]) -> None:
     """The images of an image folder in two shards, each before its label."""
     files = sorted((folder / split).rglob("*.png"))
     for number in range(2):

@@ -7,9 +7,7 @@ from torch import nn
 from cnntrain.models.sequential.parser import Sequential, layer_builders
 
 
-def build(
-    *layers: object, channels: int = 3, size: tuple[int, ...] = (32, 32), outputs: int = 10
-) -> Sequential:
+def build(*layers: object, channels: int = 3, size: tuple[int, ...] = (32, 32), outputs: int = 10) -> Sequential:
     return Sequential(layers=list(layers), in_channels=channels, num_outputs=outputs, image_size=size)
 
 
@@ -31,15 +29,11 @@ def count(module: nn.Module) -> int:
         pytest.param({"conv": 7}, (7, 6, 6), id="first argument"),
         pytest.param({"conv": {"out": 7, "kernel": 5, "padding": "same"}}, (7, 8, 8), id="same"),
         pytest.param({"conv": {"out": 7, "kernel": 4, "padding": "same"}}, (7, 8, 8), id="even same"),
-        pytest.param(
-            {"conv": {"out": 7, "kernel": 3, "stride": 2, "padding": "same"}}, (7, 4, 4), id="halved"
-        ),
+        pytest.param({"conv": {"out": 7, "kernel": 3, "stride": 2, "padding": "same"}}, (7, 4, 4), id="halved"),
         pytest.param({"conv": {"out": 7, "kernel": 3, "padding": "full"}}, (7, 10, 10), id="full"),
         pytest.param({"conv": {"out": 7, "kernel": 3, "padding": 4, "dilation": 4}}, (7, 8, 8), id="dilated"),
         pytest.param({"conv": {"out": 8, "kernel": [1, 3], "groups": 4}}, (8, 8, 6), id="groups"),
-        pytest.param(
-            {"conv": {"out": 7, "padding": 1, "padding_mode": "reflect"}}, (7, 8, 8), id="padding_mode"
-        ),
+        pytest.param({"conv": {"out": 7, "padding": 1, "padding_mode": "reflect"}}, (7, 8, 8), id="padding_mode"),
         pytest.param({"transposed_conv": 7}, (7, 16, 16), id="transposed"),
         pytest.param({"depthwise_separable": {"out": 7, "stride": 2}}, (7, 4, 4), id="depthwise separable"),
         pytest.param("max_pool", (4, 4, 4), id="max pool"),
@@ -59,9 +53,7 @@ def count(module: nn.Module) -> int:
         pytest.param({"branches": [[{"conv": {"out": 2, "kernel": 1}}], ["relu"]]}, (6, 8, 8), id="branches"),
         pytest.param({"inception": {"out": [1, 2, 3, 4], "reduce": [1, 1]}}, (10, 8, 8), id="inception"),
         pytest.param({"inception": {"out": [1, 2, 3, 4], "kind": "naive"}}, (10, 8, 8), id="naive inception"),
-        pytest.param(
-            {"residual": {"layers": [{"conv": {"out": 4, "padding": 1}}]}}, (4, 8, 8), id="residual"
-        ),
+        pytest.param({"residual": {"layers": [{"conv": {"out": 4, "padding": 1}}]}}, (4, 8, 8), id="residual"),
         pytest.param(
             {"residual": {"layers": [{"conv": {"out": 6, "stride": 2, "padding": 1}}]}},
             (6, 4, 4),

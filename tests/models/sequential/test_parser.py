@@ -13,9 +13,7 @@ from cnntrain.errors import UserError
 from cnntrain.models.sequential.parser import Sequential, count_layers
 
 
-def build(
-    *layers: object, channels: int = 3, size: tuple[int, ...] = (32, 32), outputs: int = 10
-) -> Sequential:
+def build(*layers: object, channels: int = 3, size: tuple[int, ...] = (32, 32), outputs: int = 10) -> Sequential:
     return Sequential(layers=list(layers), in_channels=channels, num_outputs=outputs, image_size=size)
 
 
@@ -39,9 +37,7 @@ def test_list_index_is_the_module_index() -> None:
             r"model\.layers\[3\] conv\(out=50, kernel=5\): \(4 - 5 \+ 2\*0\)/1 \+ 1 < 1: .* larger images",
             id="does not fit",
         ),
-        pytest.param(
-            [{"conv": {"out": 5, "dilation": 20}}], r"\(32 - 41 \+ 2\*0\)/1 \+ 1 < 1 \(41 = ", id="dilated"
-        ),
+        pytest.param([{"conv": {"out": 5, "dilation": 20}}], r"\(32 - 41 \+ 2\*0\)/1 \+ 1 < 1 \(41 = ", id="dilated"),
         pytest.param(["rleu"], r"model\.layers\[0\]: unknown layer 'rleu'; did you mean 'relu'\?", id="word"),
         pytest.param(
             [{"conv": {"out": 5, "kernal": 3}}],
@@ -51,16 +47,10 @@ def test_list_index_is_the_module_index() -> None:
         pytest.param(["conv"], r"model\.layers\[0\] conv: needs out", id="missing"),
         pytest.param([{"conv": 5, "kernel": 3}], r"a layer has one name, not conv, kernel", id="indentation"),
         pytest.param([{"relu": 3}], r"relu: takes no argument", id="no argument"),
-        pytest.param(
-            [{"conv": {"out": 5, "kernel": "5x5"}}], r"kernel must be a whole number .* not '5x5'", id="type"
-        ),
+        pytest.param([{"conv": {"out": 5, "kernel": "5x5"}}], r"kernel must be a whole number .* not '5x5'", id="type"),
         pytest.param([{"conv": {"out": 0}}], r"out must be at least 1", id="zero"),
-        pytest.param(
-            [{"conv": {"out": 5, "padding": "sane"}}], r"padding must be same, valid, full", id="padding"
-        ),
-        pytest.param(
-            [{"conv": {"out": 5, "groups": 2}}], r"\[0\] conv\(out=5, groups=2\): .*divisible", id="groups"
-        ),
+        pytest.param([{"conv": {"out": 5, "padding": "sane"}}], r"padding must be same, valid, full", id="padding"),
+        pytest.param([{"conv": {"out": 5, "groups": 2}}], r"\[0\] conv\(out=5, groups=2\): .*divisible", id="groups"),
         pytest.param([{"linear": 5}], r"linear\(out=5\): needs a vector.*put `flatten`", id="not flat"),
         pytest.param(["flatten", {"conv": 5}], r"\[1\] conv\(out=5\): needs a feature map", id="flat"),
         pytest.param(
@@ -143,9 +133,7 @@ small_layers = st.one_of(conv_layers, pool_layers, st.sampled_from(["relu", "bat
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(small_layers, max_size=5), st.integers(4, 20), st.integers(4, 20))
-def test_a_list_is_rejected_exactly_if_torch_rejects_its_layers(
-    layers: list[object], height: int, width: int
-) -> None:
+def test_a_list_is_rejected_exactly_if_torch_rejects_its_layers(layers: list[object], height: int, width: int) -> None:
     """The verdict is torch's: a list is refused at the layer where torch, given the same modules, fails."""
     size = (height, width)
     try:
@@ -155,17 +143,13 @@ def test_a_list_is_rejected_exactly_if_torch_rejects_its_layers(
         assume("symmetric" not in str(error))
         before = build(*layers[:index], {"output": {"kernel": 1}}, size=size).layers[:-1].eval()
         shape = before(torch.zeros(2, 3, *size)).shape
-        arguments = (
-            layers[index]["conv"] if isinstance(layers[index], dict) and "conv" in layers[index] else None
-        )
+        arguments = layers[index]["conv"] if isinstance(layers[index], dict) and "conv" in layers[index] else None
         if arguments is None:
             assert min(shape[-2:]) < 7
             return
         span = arguments["dilation"] * (arguments["kernel"] - 1)
         pixels = {"valid": 0, "full": span, "same": span // 2}.get(arguments["padding"], arguments["padding"])
-        conv = nn.Conv2d(
-            shape[1], 1, arguments["kernel"], arguments["stride"], pixels, dilation=arguments["dilation"]
-        )
+        conv = nn.Conv2d(shape[1], 1, arguments["kernel"], arguments["stride"], pixels, dilation=arguments["dilation"])
         with pytest.raises(RuntimeError):
             conv(torch.zeros(shape))
         return
