@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cnntrain.config.command_text import mask_passwords
-from cnntrain.config.invocation import DEFAULT_COMMAND, Invocation
+from cnntrain.config.command_line import DEFAULT_COMMAND, Invocation, mask_passwords
 from cnntrain.errors import (
     CnntrainError,
     ElsewhereError,
@@ -141,7 +140,7 @@ def composed_text(command: str, overrides: Sequence[str], config_dir: Path | Non
     """Return the composed config of a command as YAML (`--cfg`)."""
     import yaml
 
-    from cnntrain.config.command_text import without_passwords
+    from cnntrain.config.command_line import without_passwords
     from cnntrain.config.compose import compose, read_settings
     from cnntrain.config.schema import conf_folder
     from cnntrain.sweep.search_space import expand_grid

@@ -16,8 +16,8 @@ import torch
 
 from cnntrain.benchmark.tables import load_line, part_rows, recommend, speed_rows
 from cnntrain.benchmark.throughput import ThroughputBenchmark, temporary_logger
+from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_settings
-from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
 from cnntrain.report.console import log_to_console

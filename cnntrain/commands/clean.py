@@ -5,7 +5,7 @@
 
 import shutil
 
-from cnntrain.config.invocation import Invocation
+from cnntrain.config.command_line import Invocation
 from cnntrain.data.files import default_root
 from cnntrain.errors import MachineError, UserError
 

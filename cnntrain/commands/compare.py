@@ -8,8 +8,8 @@ curves.png.
 from pathlib import Path
 from typing import Any
 
+from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_command_settings
-from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import CompareSettings
 from cnntrain.errors import UserError, suggest
 from cnntrain.plots.figure import log_plot_errors, save_figure

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_command_settings
-from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import EvaluateSettings, PredictSettings, Settings, parse
 from cnntrain.data.examples import Source
 from cnntrain.data.fingerprint import same_data

@@ -4,7 +4,7 @@
 `cnntrain help COMMAND` the help of a command. The texts are the comments in the YAML files of the config.
 """
 
-from cnntrain.config.invocation import Invocation
+from cnntrain.config.command_line import Invocation
 from cnntrain.config.reference import describe
 
 

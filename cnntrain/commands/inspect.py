@@ -10,8 +10,8 @@ import logging
 from functools import partial
 from pathlib import Path
 
+from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_settings
-from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
 from cnntrain.report.console import console, log_to_console

@@ -10,8 +10,8 @@ Rates, section 3.3.
 from pathlib import Path
 from typing import Any
 
+from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_settings
-from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
 from cnntrain.plots.curves import plot_lr_range_test

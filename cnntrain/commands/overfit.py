@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from cnntrain.checks.overfit import overfit
+from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_settings
-from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
 

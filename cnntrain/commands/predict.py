@@ -28,8 +28,8 @@ from cnntrain.commands.evaluate import (
     load_eval_weights,
     refuse_other_network,
 )
+from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_command_settings
-from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import PredictSettings, Settings, parse
 from cnntrain.data.cache import decode_into_ram, fits_in_ram
 from cnntrain.data.csv_table import read_boxes

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from cnntrain.augment.geometry import HorizontalFlip
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.config.command_text import without_passwords
+from cnntrain.config.command_line import Invocation, without_passwords
 from cnntrain.config.compose import read_settings
-from cnntrain.config.invocation import Invocation
 from cnntrain.config.schema import Settings
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader

@@ -15,9 +15,8 @@ import yaml
 
 from cnntrain.checks.lint import lint
 from cnntrain.commands.evaluate import evaluate_checkpoint
-from cnntrain.config.command_text import chosen_options, without_passwords
+from cnntrain.config.command_line import Invocation, chosen_options, without_passwords
 from cnntrain.config.compose import read_command_settings, read_settings
-from cnntrain.config.invocation import Invocation
 from cnntrain.config.reference import suggest_setting
 from cnntrain.config.schema import EvaluateSettings, Settings
 from cnntrain.errors import CheckFailedError, UserError

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cnntrain.config.command_text import command_text, override
+from cnntrain.config.command_line import command_text, override
 from cnntrain.io.streams import printable
 from cnntrain.report.progress import seconds_text
 from cnntrain.types import Finding

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnntrain.config.command_text import command_text
+from cnntrain.config.command_line import DEFAULT_COMMAND, Invocation, command_text
 from cnntrain.config.compose import parse_overrides, read_settings
-from cnntrain.config.invocation import DEFAULT_COMMAND, Invocation
 from cnntrain.config.schema import Settings, SweepSettings
 from cnntrain.data.fingerprint import read_fingerprint
 from cnntrain.errors import UserError

@@ -14,7 +14,7 @@ from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
-from cnntrain.config.command_text import mask_passwords
+from cnntrain.config.command_line import mask_passwords
 from cnntrain.errors import UserError
 from cnntrain.io.safe_files import open_lock, read_bytes, read_json, write_atomic, write_text
 from cnntrain.sweep.plan import SweepPlan

@@ -13,8 +13,7 @@ from pathlib import Path
 import yaml
 from optuna.exceptions import OptunaError
 
-from cnntrain.config.command_text import MASK, command_text, typed, without_passwords
-from cnntrain.config.invocation import Invocation
+from cnntrain.config.command_line import MASK, Invocation, command_text, typed, without_passwords
 from cnntrain.errors import CnntrainError, MachineError, StoppedError, UserError
 from cnntrain.io.safe_files import read_json
 from cnntrain.plots.figure import log_plot_errors

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from cnntrain.config.command_text import without_passwords
+from cnntrain.config.command_line import without_passwords
 from cnntrain.config.schema import Settings, Within, default_settings, parse
 from cnntrain.errors import MachineError, UserError
 from cnntrain.io import safe_files as files

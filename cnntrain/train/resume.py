@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnntrain.config.command_text import typed
+from cnntrain.config.command_line import typed
 from cnntrain.config.schema import Settings
 from cnntrain.data.fingerprint import same_data, same_examples
 from cnntrain.data.load import Data

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cnntrain.config.command_text import typed
+from cnntrain.config.command_line import typed
 from cnntrain.data.load import Data
 from cnntrain.data.loader import Loader
 from cnntrain.data.workers import explain_worker_error

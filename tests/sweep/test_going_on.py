@@ -9,7 +9,7 @@ import pytest
 from optuna.exceptions import StorageInternalError
 
 from cnntrain.cli import parse_arguments
-from cnntrain.config.invocation import Invocation
+from cnntrain.config.command_line import Invocation
 from cnntrain.errors import MachineError, StoppedError, UserError
 from cnntrain.sweep.study import Study
 from cnntrain.sweep.sweep_run import run_sweep

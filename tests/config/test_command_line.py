@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnntrain.cli import parse_arguments
-from cnntrain.config.command_text import (
+from cnntrain.config.command_line import (
     chosen_options,
     command_text,
     mask_passwords,
