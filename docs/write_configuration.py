@@ -1,0 +1,57 @@
+"""Write docs/configuration.md from the comments in conf/: `python docs/write_configuration.py`."""
+
+from pathlib import Path
+
+from cnntrain.config.reference import (
+    COMMAND_CONFIGS,
+    KeyReference,
+    common_keys,
+    group_options,
+    header,
+    option_keys,
+    option_text,
+    read_keys,
+)
+from cnntrain.config.schema import conf_folder
+
+PAGE = Path(__file__).with_name("configuration.md")
+INTRODUCTION = """# Configuration reference
+
+Every key with its default. `cnntrain help KEY`, `cnntrain help GROUP` and `cnntrain help GROUP=OPTION` print the same
+texts, and include the options of your own config folder. This page is written by `docs/write_configuration.py` from
+the comments in `conf/`.
+"""
+
+
+def page() -> str:
+    """Return the page as Markdown."""
+    parts = [INTRODUCTION, "## Keys of every training command\n", *_table(common_keys())]
+    for command in COMMAND_CONFIGS:
+        text = (conf_folder() / f"{command}.yaml").read_text("utf-8")
+        parts += [f"## `cnntrain {command}`\n", *_table(read_keys(text))]
+    for group, options in group_options().items():
+        parts.append(f"## `{group}=`\n")
+        for option in options:
+            text = " ".join(header(option_text(group, option))).strip()
+            parts += [f"### `{group}={option}`\n", *([f"{_escape(text)}\n"] if text else [])]
+            parts += _table(option_keys(group, option))
+    return "\n".join(parts)
+
+
+def _table(keys: list[KeyReference]) -> list[str]:
+    if not keys:
+        return []
+    rows = [f"| `{_escape(key.key)}` | {_code(key.default)} | {_escape(key.comment)} |" for key in keys]
+    return ["| key | default | meaning |", "|---|---|---|", *rows, ""]
+
+
+def _code(text: str) -> str:
+    return f"`{_escape(text)}`" if text else ""
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")
