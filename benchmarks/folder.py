@@ -79,9 +79,16 @@ def main() -> None:
         root.mkdir()
         (root / "train").symlink_to(folder)
         ours = [
-            str(COMMAND), "model=mlp", "data=image_folder", f"data.root={root}", "data.size=32", "augment=cifar",
-            "batch_size=128", "data.val_fraction=0.01", "log.figures=false",
-        ]  # fmt: skip
+            str(COMMAND),
+            "model=mlp",
+            "data=image_folder",
+            f"data.root={root}",
+            "data.size=32",
+            "augment=cifar",
+            "batch_size=128",
+            "data.val_fraction=0.01",
+            "log.figures=false",
+        ]
         for number in range(options.rounds):
             cache, run = Path(temporary) / f"cache{number}", Path(temporary) / f"run{number}"
 
@@ -105,14 +112,18 @@ def main() -> None:
             print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
         peers = json.loads(timed([*peer, "--epochs", "2"], cache)[1])
     first = statistics.median(seconds["DataLoader, Pillow, v2"])
-    print(f"{peers['images']:,} JPEGs, one epoch, the whole process; medians of {options.rounds} rounds, "
-          f"{sum(each <= BUSY_CORES for each in busy)} of {len(busy)} launches on a quiet machine")  # fmt: skip
+    print(
+        f"{peers['images']:,} JPEGs, one epoch, the whole process; medians of {options.rounds} rounds, "
+        f"{sum(each <= BUSY_CORES for each in busy)} of {len(busy)} launches on a quiet machine"
+    )
     for name, taken in seconds.items():
         median = statistics.median(taken)
         print(f"  {name:<26}{median:>8.1f} s{first / median:>8.2f} x as fast as the DataLoader")
     disk, memory = (statistics.median(values) for values in speeds.values())
-    print(f"later epochs: {disk:,.0f} images/s kept on disk, {memory:,.0f} held in memory, ratio {disk / memory:.3f}; "
-          f"the DataLoader's second epoch {peers['images'] / peers['seconds'][1]:,.0f}")  # fmt: skip
+    print(
+        f"later epochs: {disk:,.0f} images/s kept on disk, {memory:,.0f} held in memory, ratio {disk / memory:.3f}; "
+        f"the DataLoader's second epoch {peers['images'] / peers['seconds'][1]:,.0f}"
+    )
 
 
 if __name__ == "__main__":

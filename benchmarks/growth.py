@@ -93,9 +93,17 @@ def main() -> None:
 
         def step(count: int, name: str) -> float:
             return run(
-                there / name, "model=mlp", "data=image_folder", f"data.root={roots[count]}", "data.size=32",
-                "data.scan=off", "data.mean=[0.5,0.5,0.5]", "data.std=[0.25,0.25,0.25]", "steps=1", "limit_batches=1",
-            )  # fmt: skip
+                there / name,
+                "model=mlp",
+                "data=image_folder",
+                f"data.root={roots[count]}",
+                "data.size=32",
+                "data.scan=off",
+                "data.mean=[0.5,0.5,0.5]",
+                "data.std=[0.25,0.25,0.25]",
+                "steps=1",
+                "limit_batches=1",
+            )
 
         for count in files:  # what has been decoded is kept
             step(count, f"warm-{count}")
@@ -105,18 +113,32 @@ def main() -> None:
             for count in images:
                 by_images[count].append(
                     epoch_seconds(
-                        there / f"images-{count}-{number}", count, "model=lenet5", "data=fashion_mnist",
-                        f"data.root={fashion}", f"data.limit={count * 10 // 9}", "epochs=3", "augment=none",
+                        there / f"images-{count}-{number}",
+                        count,
+                        "model=lenet5",
+                        "data=fashion_mnist",
+                        f"data.root={fashion}",
+                        f"data.limit={count * 10 // 9}",
+                        "epochs=3",
+                        "augment=none",
                     )
-                )  # fmt: skip
+                )
             for side in SIDES:
                 by_side[side].append(
                     epoch_seconds(
-                        there / f"side-{side}-{number}", 384, "model=cifar_resnet", "data=image_folder",
-                        f"data.root={roots[files[0]]}", "data.limit=480", f"data.size={side}", "epochs=3",
-                        "augment=none", "batch_size=128", "limit_batches=3",
+                        there / f"side-{side}-{number}",
+                        384,
+                        "model=cifar_resnet",
+                        "data=image_folder",
+                        f"data.root={roots[files[0]]}",
+                        "data.limit=480",
+                        f"data.size={side}",
+                        "epochs=3",
+                        "augment=none",
+                        "batch_size=128",
+                        "limit_batches=3",
                     )
-                )  # fmt: skip
+                )
             print(f"round {number + 1} of {rounds} done", file=sys.stderr)
     tables = {
         "an epoch, by images": (

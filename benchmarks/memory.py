@@ -53,16 +53,28 @@ def held_mib(group: int) -> float:
 def peak_memory_mib(root: Path, cache: str, epochs: int, folder: Path) -> float:
     """The most that a training held."""
     command = [
-        str(COMMAND), "model=mlp", "model.values.width=8", "data=image_folder", f"data.root={root}",
-        f"data.size={SIDE}", f"data.cache={cache}", f"epochs={epochs}", "batch_size=16", "threads=1",
-        "log.figures=false", f"run_dir={folder}/run",
-    ]  # fmt: skip
+        str(COMMAND),
+        "model=mlp",
+        "model.values.width=8",
+        "data=image_folder",
+        f"data.root={root}",
+        f"data.size={SIDE}",
+        f"data.cache={cache}",
+        f"epochs={epochs}",
+        "batch_size=16",
+        "threads=1",
+        "log.figures=false",
+        f"run_dir={folder}/run",
+    ]
     log, peak = folder / "log", 0.0
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=file, start_new_session=True,
+            command,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
             env={**os.environ, "XDG_CACHE_HOME": f"{folder}/cache"},
-        )  # fmt: skip
+        )
         while process.poll() is None:
             peak = max(peak, held_mib(process.pid))
             time.sleep(0.05)

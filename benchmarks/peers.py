@@ -75,19 +75,38 @@ def measure(model: str, root: Path, options: argparse.Namespace, installed: list
             with tempfile.TemporaryDirectory() as folder:
                 run = Path(folder) / "run"
                 command = [
-                    str(COMMAND), f"model={model}", "data=fashion_mnist", f"data.root={root}", "augment=none",
-                    "batch_size=128", "optimizer.lr=1e-3", f"epochs={options.epochs}", f"run_dir={run}",
-                    f"limit_batches={options.images // 128}", *overrides, *([f"threads={threads}"] if threads else []),
-                ]  # fmt: skip
+                    str(COMMAND),
+                    f"model={model}",
+                    "data=fashion_mnist",
+                    f"data.root={root}",
+                    "augment=none",
+                    "batch_size=128",
+                    "optimizer.lr=1e-3",
+                    f"epochs={options.epochs}",
+                    f"run_dir={run}",
+                    f"limit_batches={options.images // 128}",
+                    *overrides,
+                    *([f"threads={threads}"] if threads else []),
+                ]
                 runs.take("cnntrain", layout, command, run)
             if layout == DEFAULTS:
                 continue
             for peer in installed:
                 script = str(SCRIPTS / f"{peer}.py")
                 command = [
-                    options.python, script, "--root", str(root), "--model", model, "--epochs", str(options.epochs),
-                    "--limit", str(options.images), *flags, *(["--threads", str(threads)] if threads else []),
-                ]  # fmt: skip
+                    options.python,
+                    script,
+                    "--root",
+                    str(root),
+                    "--model",
+                    model,
+                    "--epochs",
+                    str(options.epochs),
+                    "--limit",
+                    str(options.images),
+                    *flags,
+                    *(["--threads", str(threads)] if threads else []),
+                ]
                 runs.take(peer, layout, command)
         print(f"{model}: round {number + 1} of {options.rounds} done", file=sys.stderr)
     return runs

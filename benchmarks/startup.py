@@ -94,8 +94,11 @@ def main() -> None:
     options = parser.parse_args()
     with fashion_mnist(options.root) as root:
         overrides = [
-            f"model={options.model}", "data=fashion_mnist", f"data.root={root}", f"batch_size={options.batch_size}",
-        ]  # fmt: skip
+            f"model={options.model}",
+            "data=fashion_mnist",
+            f"data.root={root}",
+            f"batch_size={options.batch_size}",
+        ]
         codes = {
             "least possible": LEAST.format(network=network_source(), model=options.model, batch=options.batch_size),
             "cnntrain": OURS.format(overrides=overrides),

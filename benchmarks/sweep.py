@@ -24,8 +24,11 @@ COMMAND = shutil.which("cnntrain", path=os.path.dirname(sys.executable)) or "cnn
 COST_SPACE = ("model=lenet5,fmnist_cnn", "optimizer.lr=0.01,0.1")
 SEEDS = 3
 SEARCH_SPACE = (
-    "model=lenet5,mlp", "optimizer.lr=0.0003,0.001,0.003,0.01", "batch_size=32,64,128", "augment=none,digits",
-)  # fmt: skip
+    "model=lenet5,mlp",
+    "optimizer.lr=0.0003,0.001,0.003,0.01",
+    "batch_size=32,64,128",
+    "augment=none,digits",
+)
 GRID, DRAWN = 48, 16
 
 
@@ -34,9 +37,12 @@ def cnntrain(*arguments: str, cores: int = 1) -> float:
     mine = sorted(os.sched_getaffinity(0))[:cores]
     started = time.perf_counter()
     subprocess.run(
-        [COMMAND, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [COMMAND, *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         preexec_fn=lambda: os.sched_setaffinity(0, mine),
-    )  # fmt: skip
+    )
     return time.perf_counter() - started
 
 
@@ -59,8 +65,10 @@ def cost(fixed: list[str], folder: Path) -> None:
     print(f"{len(rows(folder / 'one'))} trainings alone, one after the other: {alone:.1f} s")
     print(f"the sweep, one job on one core:   {one:.1f} s, {one / alone:.2f} x (asked: below 1.1 x)")
     print(f"the sweep, two jobs on two cores: {two:.1f} s, {two / alone:.2f} x (asked: below 0.6 x)")
-    print(f"the sum of the trainings inside the sweep, without any start-up: {inside:.1f} s; one job takes "
-          f"{one / inside:.2f} x, two take {two / inside:.2f} x of that")  # fmt: skip
+    print(
+        f"the sum of the trainings inside the sweep, without any start-up: {inside:.1f} s; one job takes "
+        f"{one / inside:.2f} x, two take {two / inside:.2f} x of that"
+    )
     print(f"both sweeps have the same losses: {equal}")
 
 
@@ -79,11 +87,15 @@ def search(fixed: list[str], folder: Path) -> None:
         taken = cnntrain(*common, *SEARCH_SPACE, *drawn, f"run_dir={name}", cores=2)
         done = sorted((row for row in rows(name) if row["status"] == "done"), key=lambda row: -float(row["val/top1"]))
         reached.append(seeds_of(done[0], common, folder / f"best{seed}"))
-        print(f"tpe, sweep.seed={seed}: {len(rows(name))} trainings, {len(rows(name)) - len(done)} of them pruned, "
-              f"{taken:.0f} s; best {reached[-1]}")  # fmt: skip
+        print(
+            f"tpe, sweep.seed={seed}: {len(rows(name))} trainings, {len(rows(name)) - len(done)} of them pruned, "
+            f"{taken:.0f} s; best {reached[-1]}"
+        )
     median = statistics.median(found.mean for found in reached)
-    print(f"median over TPE's 5 seeds of the chosen setting's mean: {median:.4f}, {wanted.mean - median:.4f} short of "
-          f"the grid's choice (asked: at most its standard deviation, {wanted.deviation:.4f})")  # fmt: skip
+    print(
+        f"median over TPE's 5 seeds of the chosen setting's mean: {median:.4f}, {wanted.mean - median:.4f} short of "
+        f"the grid's choice (asked: at most its standard deviation, {wanted.deviation:.4f})"
+    )
 
 
 class Chosen(NamedTuple):

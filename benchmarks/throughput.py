@@ -84,11 +84,16 @@ class Pair:
 def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
     """TimingWindows of the training, from one reading of the loss to the next, and of the bare step, in turns."""
     common = [
-        f"model={model}", "data=fashion_mnist", f"data.root={root}", f"batch_size={options.batch_size}",
-        f"precision={options.precision}", f"device={options.device}", "epochs=1000",
+        f"model={model}",
+        "data=fashion_mnist",
+        f"data.root={root}",
+        f"batch_size={options.batch_size}",
+        f"precision={options.precision}",
+        f"device={options.device}",
+        "epochs=1000",
         *([f"threads={options.threads}"] if options.threads else []),
         *([f"augment={options.augment}"] if options.augment else []),
-    ]  # fmt: skip
+    ]
     bare = BareStep(compose(*common), options.batch_size)
     bare.window(2)
     images, seconds = bare.window(3)

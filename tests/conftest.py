@@ -1,9 +1,12 @@
-"""What all tests share: one thread (the machine may have two), a folder of their own, and the real data's place."""
+"""Fixtures of all tests: one thread (the machine may have two), a folder per test, and the folder of the real data."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.fork_server import ForkServer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -32,3 +35,10 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the development data are not beside the repository")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()

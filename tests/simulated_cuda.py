@@ -42,17 +42,34 @@ COPIES = {aten.copy_, aten._to_copy}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 # The host must know a value or a shape that is computed on the device.
 SYNCS = {
-    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero, aten.bincount, aten.histc,
-    aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.linalg_inv_ex, aten._linalg_det,
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.masked_select,
+    aten.equal,
+    aten.is_nonzero,
+    aten.bincount,
+    aten.histc,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.linalg_inv_ex,
+    aten._linalg_det,
     aten._linalg_solve_ex,
-}  # fmt: skip
+}
 # Elsewhere a tensor without dimensions may come from the host.
 ALL_ON_ONE_SIDE = {aten.cat, aten.stack, aten._foreach_add_, aten._foreach_mul_}
 NO_KERNEL = {
-    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach,
-    aten._unsafe_view, aten.lift_fresh, torch.ops.profiler._record_function_enter_new,
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten.detach,
+    aten._unsafe_view,
+    aten.lift_fresh,
+    torch.ops.profiler._record_function_enter_new,
     torch.ops.profiler._record_function_exit,
-}  # fmt: skip
+}
 
 
 class DeviceMixError(RuntimeError):
@@ -313,14 +330,28 @@ def simulated_cuda(free_bytes: int = 70 << 30, total_bytes: int = 80 << 30) -> I
 
     cuda = SimulatedCuda()
     answers: dict[str, Any] = {
-        "is_available": True, "device_count": 1, "is_initialized": True, "current_device": 0,
-        "get_device_capability": (9, 0), "get_device_name": "simulated", "mem_get_info": (free_bytes, total_bytes),
-        "memory_allocated": 0, "memory_reserved": 0, "max_memory_allocated": 1 << 20, "is_bf16_supported": True,
-        "is_current_stream_capturing": False, "empty_cache": None, "reset_peak_memory_stats": None,
-        "synchronize": None, "manual_seed": None, "manual_seed_all": None, "set_device": None, "_lazy_init": None,
+        "is_available": True,
+        "device_count": 1,
+        "is_initialized": True,
+        "current_device": 0,
+        "get_device_capability": (9, 0),
+        "get_device_name": "simulated",
+        "mem_get_info": (free_bytes, total_bytes),
+        "memory_allocated": 0,
+        "memory_reserved": 0,
+        "max_memory_allocated": 1 << 20,
+        "is_bf16_supported": True,
+        "is_current_stream_capturing": False,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "synchronize": None,
+        "manual_seed": None,
+        "manual_seed_all": None,
+        "set_device": None,
+        "_lazy_init": None,
         "set_rng_state": None,
         "get_rng_state": torch.get_rng_state(),
-    }  # fmt: skip
+    }
     real_autocast = torch.autocast
 
     class Autocast(real_autocast):

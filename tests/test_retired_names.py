@@ -14,22 +14,29 @@ ALLOWED = {
     "tests/test_retired_names.py",
 }
 FOLDERS = ("cnntrain/", "conf/", "tests/", "docs/", "benchmarks/", "README.md")
-MODULES = (
-    "engine", "anatomy", "assembly", "rig", "keeper", "saved", "saved_content", "lean", "protos",
-    "fresh", "space", "comparison", "findings", "spec", "heap", "combine", "pointwise", "windows", "elements", "swap",
-    "moves", "margin_notes", "decode", "decoded", "resident", "canvas", "mirror", "colour", "warp", "policy",
-    "per_sample", "practice", "bench", "answer", "board", "perform", "journal",
-)  # fmt: skip
-IDENTIFIERS = (
-    "Assembly", "assemble", "Rig", "Endless", "Held", "Keeper", "find_place", "Finiteness", "Journal",
-    "RunJournal", "Silent", "Board", "Standing", "Contest", "margin_notes", "surprises",
-    "Anatomy", "mirror_safe", "infer_mirror", "mirror_permutation", "Labelled", "Colour", "ColourJitter", 
-    "at_hand", "lowest_loss", "spare_the_compiler", "BarLogHandler", "channel_tensor", "resize_matrix", "inverse_3x3",
-)  # fmt: skip
+MODULES = """
+    engine anatomy assembly rig keeper saved saved_content lean protos fresh space comparison findings spec
+    heap combine pointwise windows elements swap moves margin_notes decode decoded resident canvas mirror
+    colour warp policy per_sample practice bench answer board perform journal
+""".split()
+IDENTIFIERS = """
+    Assembly assemble Rig Endless Held Keeper find_place Finiteness Journal RunJournal Silent Board Standing
+    Contest margin_notes surprises Anatomy mirror_safe infer_mirror mirror_permutation Labelled Colour
+    ColourJitter at_hand lowest_loss spare_the_compiler BarLogHandler channel_tensor resize_matrix inverse_3x3
+""".split()
 KEYS = (
-    r"data\.store", r"log\.pictures", r"data\.scheme", r"data\.mirror\b", r"data\.mirror_safe", r"task\.fit",
-    r"augment\.erasing", r"augment\.resized_crop", r"augment\.trivial\b", "padding_px", r"init=lecture",
-)  # fmt: skip
+    r"data\.store",
+    r"log\.pictures",
+    r"data\.scheme",
+    r"data\.mirror\b",
+    r"data\.mirror_safe",
+    r"task\.fit",
+    r"augment\.erasing",
+    r"augment\.resized_crop",
+    r"augment\.trivial\b",
+    "padding_px",
+    r"init=lecture",
+)
 PATTERNS = {
     **{f"module {name}": rf"\bcnntrain(?:\.\w+)*\.{name}\b(?!\()" for name in MODULES},
     **{f"identifier {name}": rf"(?<![\w.]){name}\b" for name in IDENTIFIERS},

@@ -101,9 +101,13 @@ class Harness:
         started, limit_s, path = time.monotonic(), limit_s * self.patience, self.work / f"{log}.log"
         with path.open("w") as file:
             process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, cwd=self.work,
-                env={**self.environment, **(env or {})}, start_new_session=True,
-            )  # fmt: skip
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=self.work,
+                env={**self.environment, **(env or {})},
+                start_new_session=True,
+            )
             code: int | str | None = None
             while code is None:
                 if time.monotonic() - started > limit_s:

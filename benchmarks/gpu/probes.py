@@ -26,13 +26,36 @@ import torch
 
 FEW_STEPS = 6
 DISTRIBUTIONS = (
-    "torch", "torchvision", "simplejpeg", "hydra-core", "omegaconf", "antlr4-python3-runtime", "tensorboard", "rich",
-    "scikit-learn", "scipy", "matplotlib", "optuna", "sqlalchemy", "alembic", "numpy", "pillow",
-)  # fmt: skip
+    "torch",
+    "torchvision",
+    "simplejpeg",
+    "hydra-core",
+    "omegaconf",
+    "antlr4-python3-runtime",
+    "tensorboard",
+    "rich",
+    "scikit-learn",
+    "scipy",
+    "matplotlib",
+    "optuna",
+    "sqlalchemy",
+    "alembic",
+    "numpy",
+    "pillow",
+)
 MODULES = (
-    "hydra", "omegaconf", "simplejpeg", "optuna", "sklearn", "scipy", "matplotlib", "tensorboard", "rich",
-    "torchvision", "cnntrain.cli",
-)  # fmt: skip
+    "hydra",
+    "omegaconf",
+    "simplejpeg",
+    "optuna",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "tensorboard",
+    "rich",
+    "torchvision",
+    "cnntrain.cli",
+)
 
 
 def result(**found: Any) -> None:
@@ -138,7 +161,7 @@ def _sync_cases(args: argparse.Namespace) -> dict[str, list[str]]:
         "keypoints": [*faces, "augment=[flip,rotation,jitter,blur,noise,random_erasing]"],
         "heat maps": [*faces, "model=unet_small", "task.head=heatmap"],
         "segmentation": [*shapes, "task.loss=ce_dice", "task.class_weights=balanced", "augment=[flip,crop,rotation]"],
-    }  # fmt: skip
+    }
     common = [f"limit_batches={FEW_STEPS}", "batch_size=32", "log.tensorboard=false"]
     return {name: [*words, *common] for name, words in list(cases.items())[: 2 if args.smoke else None]}
 

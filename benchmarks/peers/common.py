@@ -75,24 +75,42 @@ def network(name: str) -> nn.Module:
 
 def lenet5() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 20, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(20, 50, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(50 * 7 * 7, 500), nn.ReLU(), nn.Linear(500, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 20, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(20, 50, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(50 * 7 * 7, 500),
+        nn.ReLU(),
+        nn.Linear(500, 10),
+    )
 
 
 def fmnist_cnn() -> nn.Module:
     def block(channels: int, out: int) -> list[nn.Module]:
         return [
-            nn.Conv2d(channels, out, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(out),
-            nn.Conv2d(out, out, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(out),
-            nn.MaxPool2d(2), nn.Dropout(DROPOUT),
-        ]  # fmt: skip
+            nn.Conv2d(channels, out, 3, padding=1),
+            nn.ReLU(),
+            nn.BatchNorm2d(out),
+            nn.Conv2d(out, out, 3, padding=1),
+            nn.ReLU(),
+            nn.BatchNorm2d(out),
+            nn.MaxPool2d(2),
+            nn.Dropout(DROPOUT),
+        ]
 
     return nn.Sequential(
-        *block(1, 32), *block(32, 64), nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU(), nn.BatchNorm1d(512),
-        nn.Dropout(DENSE_DROPOUT), nn.Linear(512, 10),
-    )  # fmt: skip
+        *block(1, 32),
+        *block(32, 64),
+        nn.Flatten(),
+        nn.Linear(64 * 7 * 7, 512),
+        nn.ReLU(),
+        nn.BatchNorm1d(512),
+        nn.Dropout(DENSE_DROPOUT),
+        nn.Linear(512, 10),
+    )
 
 
 def tell(epoch_seconds: list[float], images: int) -> None:

@@ -21,20 +21,30 @@ def network(name: str) -> keras.Model:
 
     def block(out: int) -> list[layers.Layer]:
         return [
-            layers.Conv2D(out, 3, padding="same", activation="relu"), layers.BatchNormalization(),
-            layers.Conv2D(out, 3, padding="same", activation="relu"), layers.BatchNormalization(),
-            layers.MaxPooling2D(), layers.Dropout(DROPOUT),
-        ]  # fmt: skip
+            layers.Conv2D(out, 3, padding="same", activation="relu"),
+            layers.BatchNormalization(),
+            layers.Conv2D(out, 3, padding="same", activation="relu"),
+            layers.BatchNormalization(),
+            layers.MaxPooling2D(),
+            layers.Dropout(DROPOUT),
+        ]
 
     lenet5 = [
-        layers.Conv2D(20, 5, padding="same", activation="relu"), layers.MaxPooling2D(),
-        layers.Conv2D(50, 5, padding="same", activation="relu"), layers.MaxPooling2D(),
-        layers.Flatten(), layers.Dense(500, activation="relu"),
-    ]  # fmt: skip
+        layers.Conv2D(20, 5, padding="same", activation="relu"),
+        layers.MaxPooling2D(),
+        layers.Conv2D(50, 5, padding="same", activation="relu"),
+        layers.MaxPooling2D(),
+        layers.Flatten(),
+        layers.Dense(500, activation="relu"),
+    ]
     fmnist_cnn = [
-        *block(32), *block(64), layers.Flatten(), layers.Dense(512, activation="relu"), layers.BatchNormalization(),
+        *block(32),
+        *block(64),
+        layers.Flatten(),
+        layers.Dense(512, activation="relu"),
+        layers.BatchNormalization(),
         layers.Dropout(DENSE_DROPOUT),
-    ]  # fmt: skip
+    ]
     body = lenet5 if name == "lenet5" else fmnist_cnn
     return keras.Sequential([keras.Input((28, 28, 1)), *body, layers.Dense(10, dtype="float32")])
 

@@ -47,9 +47,20 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
 def test_items_run_on_a_cpu(kit: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     done = run(
-        "--device", "cpu", "--smoke", "--kit", kit, "--out", out, "--budget", 1500, "--patience", 6,
-        "--only", ",".join(ITEMS),
-    )  # fmt: skip
+        "--device",
+        "cpu",
+        "--smoke",
+        "--kit",
+        kit,
+        "--out",
+        out,
+        "--budget",
+        1500,
+        "--patience",
+        6,
+        "--only",
+        ",".join(ITEMS),
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     items = {item["item"]: item for item in json.loads((out / "report.json").read_text())["items"]}
     assert items.keys() == set(ITEMS)

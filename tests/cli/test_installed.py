@@ -56,8 +56,11 @@ def test_a_sweep_ends_with_a_table() -> None:
     done = cnntrain("-m", "model=lenet5,mlp", "optimizer.lr=0.1,0.01", *QUICK, "log.figures=false", "run_dir=sweep")
     rows = table(Path("sweep/results.csv"))
     assert [(row["model"], row["optimizer.lr"], row["status"]) for row in rows] == [
-        ("lenet5", "0.1", "done"), ("lenet5", "0.01", "done"), ("mlp", "0.1", "done"), ("mlp", "0.01", "done"),
-    ]  # fmt: skip
+        ("lenet5", "0.1", "done"),
+        ("lenet5", "0.01", "done"),
+        ("mlp", "0.1", "done"),
+        ("mlp", "0.01", "done"),
+    ]
     assert all(0 <= float(row["val/top1"]) <= 1 and float(row["time_s"]) > 0 for row in rows)
     assert "val/top1" in done.stdout
 

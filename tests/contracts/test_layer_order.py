@@ -16,20 +16,41 @@ PUBLISHED = {
     "lenet5": [*CONV_RELU, *POOL, *CONV_RELU, *POOL, "Flatten", "Linear", "ReLU", "Linear"],
     "lenet5_1998": [*2 * CONV_TANH_POOL, "Flatten", "Linear", "Tanh", "Linear", "Tanh", "Linear"],
     "batchnorm_cnn": [
-        *2 * CONV_BN_RELU, *POOL, "Dropout", "Flatten", "Linear", "BatchNorm1d", "ReLU", "Linear",
+        *2 * CONV_BN_RELU,
+        *POOL,
+        "Dropout",
+        "Flatten",
+        "Linear",
+        "BatchNorm1d",
+        "ReLU",
+        "Linear",
     ],
     "fmnist_cnn": [
         *2 * [*2 * CONV_RELU_BN, *POOL, "Dropout"],
-        "Flatten", "Linear", "ReLU", "BatchNorm1d", "Dropout", "Linear",
+        "Flatten",
+        "Linear",
+        "ReLU",
+        "BatchNorm1d",
+        "Dropout",
+        "Linear",
     ],
     "dogs_cats_cnn": [
-        *4 * [*2 * CONV_RELU, *POOL], "Flatten", "Dropout", "Linear", "ReLU", "Linear",
+        *4 * [*2 * CONV_RELU, *POOL],
+        "Flatten",
+        "Dropout",
+        "Linear",
+        "ReLU",
+        "Linear",
     ],
     "alexnet": [  # Krizhevsky et al. 2012, sections 3.5 and 4.2
-        *2 * [*CONV_RELU, "LocalResponseNorm", *POOL], *3 * CONV_RELU, *POOL,
-        "Flatten", *2 * ["Dropout", "Linear", "ReLU"], "Linear",
+        *2 * [*CONV_RELU, "LocalResponseNorm", *POOL],
+        *3 * CONV_RELU,
+        *POOL,
+        "Flatten",
+        *2 * ["Dropout", "Linear", "ReLU"],
+        "Linear",
     ],
-}  # fmt: skip
+}
 
 
 def kinds(model: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""Driving the installed command from outside, and breaking things around it."""
+"""Run the command in its own process, and break things around it."""
 
 import os
 import shutil
@@ -13,28 +13,35 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.fork_server import ForkServer
+
 COMMAND = shutil.which("cnntrain", path=os.path.dirname(sys.executable)) or shutil.which("cnntrain")
 QUICK = ("model=mlp", "threads=1", "log.figures=false", "log.tensorboard=false", "data.limit=200")
 
 
 @dataclass
 class Cnntrain:
-    """The installed command, with the arguments that make a run take a second."""
+    """The command, with arguments that make a run take a second."""
 
+    fork_server: ForkServer
     quick: tuple[str, ...] = QUICK
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def start(self, *arguments: str, around: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
-        """Start it in a process group of its own.
+        """Start the installed command in a process group of its own.
 
         Args:
             around: a command that runs it, as `unshare -n`.
         """
         assert COMMAND, "the package is not installed: pip install -e ."
         process = subprocess.Popen(
-            [*around, COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True, env={**os.environ, **environment},
-        )  # fmt: skip
+            [*around, COMMAND, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **environment},
+        )
         self.started.append(process)
         return process
 
@@ -46,16 +53,18 @@ class Cnntrain:
         timeout_s: float = 240,
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        """Run it to its end; it must end with `code`, and only a bug may show a traceback."""
-        return self.end(self.start(*arguments, around=around, **environment), code, timeout_s)
+        """Run the command to its end; it must exit with `code`, and only a bug may show a traceback."""
+        if around:
+            return self.end(self.start(*arguments, around=around, **environment), code, timeout_s)
+        environment = {**os.environ, **environment}
+        done = self.fork_server.run(*arguments, environment=environment, timeout_s=timeout_s)
+        return check_ended(done, code)
 
     def end(
         self, process: subprocess.Popen[str], code: int, timeout_s: float = 240
     ) -> subprocess.CompletedProcess[str]:
         out, error = process.communicate(timeout=timeout_s)
-        assert process.returncode == code, f"{process.returncode}\n{out}\n{error}"
-        assert "Traceback" not in error, error
-        return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+        return check_ended(subprocess.CompletedProcess(process.args, process.returncode, out, error), code)
 
     def refused(self, *arguments: str, code: int = 2, around: Sequence[str] = (), **environment: str) -> str:
         """The message of a call that must be refused: the last block on stderr; nothing may have been written."""
@@ -63,6 +72,12 @@ class Cnntrain:
         said = self(*arguments, code=code, around=around, **environment).stderr
         assert files() == before, "a refused call left something behind"
         return message(said)
+
+
+def check_ended(done: subprocess.CompletedProcess[str], code: int) -> subprocess.CompletedProcess[str]:
+    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
 
 
 def files() -> set[str]:
@@ -83,9 +98,9 @@ def kill_group(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> 
 
 
 @pytest.fixture
-def cnntrain(monkeypatch: pytest.MonkeyPatch, own_folder: Path) -> Iterator[Cnntrain]:
+def cnntrain(monkeypatch: pytest.MonkeyPatch, own_folder: Path, fork_server: ForkServer) -> Iterator[Cnntrain]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(own_folder / "cache"))
-    command = Cnntrain()
+    command = Cnntrain(fork_server)
     yield command
     for process in command.started:
         if process.poll() is None:
@@ -94,10 +109,10 @@ def cnntrain(monkeypatch: pytest.MonkeyPatch, own_folder: Path) -> Iterator[Cnnt
 
 
 @pytest.fixture(scope="session")
-def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_once(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Path:
     """A finished run of one epoch."""
     folder = tmp_path_factory.mktemp("once") / "run"
-    Cnntrain()(*QUICK, "epochs=1", f"run_dir={folder}")
+    Cnntrain(fork_server)(*QUICK, "epochs=1", f"run_dir={folder}")
     return folder
 
 

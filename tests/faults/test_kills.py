@@ -1,25 +1,25 @@
 """Killed processes and concurrent processes: no state is lost, and runs do not overwrite each other."""
 
 import csv
-import json
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.fork_server import ForkServer
 from tests.runs import assert_same_run
 
 STEPS = 12
 # AdamW with 5.6 million weights: a checkpoint of 64 MiB, so that writing it takes a measurable time.
-LARGE = ("model=mlp", "model.values.width=75000", f"steps={STEPS}", "batch_size=16", "checkpoint.every_steps=1",
-          "data.limit=120", "threads=1", "log.figures=false", "log.tensorboard=false")  # fmt: skip
+LARGE = (
+    *("model=mlp", "model.values.width=75000", f"steps={STEPS}", "batch_size=16", "checkpoint.every_steps=1"),
+    *("data.limit=120", "threads=1", "log.figures=false", "log.tensorboard=false"),
+)
 
 
 def state(run: str) -> dict[str, torch.Tensor]:
@@ -35,10 +35,11 @@ def assert_same_bits(run: str, other: str) -> None:
         assert torch.equal(one[name], two[name]), name
 
 
-@pytest.mark.parametrize("kills", [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)])
-def test_a_run_killed_at_random_times_ends_with_the_same_bits(cnntrain, kills: int) -> None:
+@pytest.mark.long
+def test_a_run_killed_at_random_times_ends_with_the_same_bits(cnntrain) -> None:
+    kills = 50
     started = time.monotonic()
-    cnntrain(*LARGE, "run_dir=whole")
+    cnntrain.end(cnntrain.start(*LARGE, "run_dir=whole"), 0)
     whole_s = time.monotonic() - started
     assert Path("whole/checkpoints/last.pt").stat().st_size > 64 * 2**20
     rng = random.Random(kills)
@@ -65,7 +66,7 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bits(cnntrain, kills: i
 
 @dataclass(frozen=True)
 class Kill:
-    """The time of a SIGKILL: the `call`-th call of a function of the program; see kill_runner.py."""
+    """The time of a SIGKILL: the `call`-th call of a function of the program; see tests/fork_server.py."""
 
     at: str
     call: int
@@ -73,32 +74,12 @@ class Kill:
     whom: str = "group"
 
 
-class Runner:
-    """Run the command in forks of one process, which start without importing torch again."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("kill_runner.py"))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __call__(self, *arguments: str, kill: Kill | None = None) -> int:
-        assert self.process.stdin and self.process.stdout
-        request = {"arguments": arguments, "folder": str(Path.cwd()), "log": str(Path("log.txt").absolute()),
-                   "kill": asdict(kill) if kill else None}  # fmt: skip
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-
-@pytest.fixture
-def runner() -> Iterator[Runner]:
-    runner = Runner()
-    yield runner
-    runner.process.communicate()
-
-
 # Six steps per epoch; every second one is saved. Functions are named by the module that calls them.
-SMALL = ("model=mlp", "model.values.width=8", "data.limit=200", "batch_size=32", "epochs=3", "ema_decay=0.9",
-         "checkpoint.every_steps=2", "checkpoint.keep=2", "threads=1", "device=cpu", "precision=fp32",
-         "log.tensorboard=false")  # fmt: skip
+SMALL = (
+    *("model=mlp", "model.values.width=8", "data.limit=200", "batch_size=32", "epochs=3", "ema_decay=0.9"),
+    *("checkpoint.every_steps=2", "checkpoint.keep=2", "threads=1", "device=cpu", "precision=fp32"),
+    "log.tensorboard=false",
+)
 MODES = {
     "plain": (*SMALL, "log.figures=false"),
     "figures": SMALL,
@@ -134,15 +115,16 @@ OF_MODE = {
 }
 
 
-def finish(runner: Runner, mode: str, folder: str, *kills: Kill) -> int:
+def finish(server: ForkServer, mode: str, folder: str, *kills: Kill) -> int:
     """Run with each of the kills, then to the end; return the number of kills whose call was reached."""
     words, killed = (*MODES[mode], f"run_dir={folder}", "resume=auto"), 0
     for kill in kills:
-        code = runner(*words, kill=kill)
+        done = server.run(*words, kill=asdict(kill))
         # The other ranks end with exit code 4 if a rank is killed.
-        assert code in (0, 4 if mode == "ranks" else -signal.SIGKILL), Path("log.txt").read_text()
-        killed += code != 0
-    assert runner(*words) == 0, Path("log.txt").read_text()
+        assert done.returncode in (0, 4 if mode == "ranks" else -signal.SIGKILL), done.stderr
+        killed += done.returncode != 0
+    done = server.run(*words)
+    assert done.returncode == 0, done.stderr
     return killed
 
 
@@ -194,10 +176,10 @@ SAMPLE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
-def test_a_run_killed_at_a_chosen_call_ends_like_an_unbroken_run(name: str, runner: Runner) -> None:
+def test_a_run_killed_at_a_chosen_call_ends_like_an_unbroken_run(name: str, fork_server: ForkServer) -> None:
     mode, kills = SAMPLE[name]
-    finish(runner, mode, "whole")
-    assert finish(runner, mode, "broken", *kills) == len(kills)
+    finish(fork_server, mode, "whole")
+    assert finish(fork_server, mode, "broken", *kills) == len(kills)
     assert_same(mode, "broken")
 
 
@@ -206,10 +188,10 @@ def test_a_run_killed_at_a_chosen_call_ends_like_an_unbroken_run(name: str, runn
     ("mode", "kills"),
     [("plain", 60), ("figures", 10), ("sweep", 15), ("ranks", 10), ("parallel sweep", 5)],
 )
-def test_a_hundred_kills_at_random_calls(mode: str, kills: int, runner: Runner) -> None:
+def test_a_hundred_kills_at_random_calls(mode: str, kills: int, fork_server: ForkServer) -> None:
     """One to three kills per run, some of them while it resumes."""
     rng, done, runs = random.Random(kills), 0, 0
-    finish(runner, mode, "whole")
+    finish(fork_server, mode, "whole")
     while done < kills:
         planned = []
         for _ in range(min(rng.randint(1, 3), kills - done)):
@@ -217,7 +199,7 @@ def test_a_hundred_kills_at_random_calls(mode: str, kills: int, runner: Runner) 
             whom = "process" if mode == "ranks" else "group"
             planned.append(Kill(at, rng.randint(1, most), rng.choice(("before", "after")), whom))
         runs += 1
-        killed = finish(runner, mode, f"run{runs}", *planned)
+        killed = finish(fork_server, mode, f"run{runs}", *planned)
         done += killed
         assert_same(mode, f"run{runs}")
     print(f"{mode}: {done} kills of {runs} runs")

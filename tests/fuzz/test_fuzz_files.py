@@ -62,9 +62,11 @@ def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
 CSV = b"path,label,split,group\na.png,cat,train,1\nb.png,dog,train,2\na.png,cat,val,3\n"
 POINTS = b"image_name,left_eye_x,left_eye_y,right_eye_x,right_eye_y,split\na.png,1,2,5.5,2,train\nb.png,,,6,3,train\n"
 BOX = b"<box top='1' left='1' width='6' height='6'><part name='0' x='2' y='3'/><part name='1' x='5' y='3'/></box>"
-XML = b"<?xml version='1.0'?><dataset><images>" + b"".join(
-    b"<image file='%s.png'>%s</image>" % (name, BOX) for name in (b"a", b"b")
-) + b"</images></dataset>"  # fmt: skip
+XML = (
+    b"<?xml version='1.0'?><dataset><images>"
+    + b"".join(b"<image file='%s.png'>%s</image>" % (name, BOX) for name in (b"a", b"b"))
+    + b"</images></dataset>"
+)
 COCO = json.dumps(
     {
         "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],

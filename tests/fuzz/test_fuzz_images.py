@@ -41,10 +41,28 @@ BEGINNINGS = {
     "EPS at an offset": b"\xc5\xd0\xd3\xc6\x1e\0\0\0" + bytes(22) + b"%!PS-Adobe-3.0\n%%BoundingBox: 0 0 8 8\n",
     "SVG": b"<svg xmlns='http://www.w3.org/2000/svg' width='8' height='8'/>",
     "PAM": b"P7\nWIDTH 2\nHEIGHT 1\nDEPTH 1\nMAXVAL 255\nENDHDR\nab",
-}  # fmt: skip
-WAYS_OUT = ("subprocess.", "os.system", "os.exec", "os.fork", "os.forkpty", "os.spawn", "os.posix_spawn", "pty.spawn",
-            "socket.connect", "shutil.", "os.remove", "os.rename", "os.mkdir", "os.rmdir",
-            "os.link", "os.symlink", "os.truncate", "os.chmod", "os.utime")  # fmt: skip
+}
+WAYS_OUT = (
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.spawn",
+    "os.posix_spawn",
+    "pty.spawn",
+    "socket.connect",
+    "shutil.",
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.utime",
+)
 
 
 class Guard:
@@ -120,8 +138,13 @@ def originals() -> dict[str, bytes]:
     plain = Image.linear_gradient("L").resize((24, 16))
     for format in Image.SAVE:
         for mode in MODES:
-            picture = plain.convert("I").convert("I;16") if mode == "I;16" else plain.convert("RGB").convert(mode) \
-                if mode not in ("I", "F") else plain.convert(mode)  # fmt: skip
+            picture = (
+                plain.convert("I").convert("I;16")
+                if mode == "I;16"
+                else plain.convert("RGB").convert(mode)
+                if mode not in ("I", "F")
+                else plain.convert(mode)
+            )
             for options in (
                 {},
                 {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"},
@@ -227,9 +250,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.new("RGB", (10, 10), (20 * number, 9, 200 * (label == "a"))).save(
                 folder / f"data/train/{label}/{number}.png"
             )
-    code = main(["data=image_folder", f"data.root={folder / 'data'}", "data.size=8", "model=mlp", "epochs=1",
-                 "model.values.width=4", "threads=1", "device=cpu", "augment=none", "log.figures=false",
-                 "log.tensorboard=false", f"run_dir={folder / 'run'}"])  # fmt: skip
+    code = main(
+        [
+            "data=image_folder",
+            f"data.root={folder / 'data'}",
+            "data.size=8",
+            "model=mlp",
+            "epochs=1",
+            "model.values.width=4",
+            "threads=1",
+            "device=cpu",
+            "augment=none",
+            "log.figures=false",
+            "log.tensorboard=false",
+            f"run_dir={folder / 'run'}",
+        ]
+    )
     assert code == 0
     return folder / "run"
 
@@ -247,8 +283,17 @@ def fuzz_predict(guard: Guard, folder: Path, run: Path, count: int, seed: int, d
         guard.allowed = str(folder / "out" / str(number))
         os.makedirs(folder / "out", exist_ok=True)
         guard.watching = number >= 0  # modules are imported, fonts found
-        code = main(["predict", f"checkpoint={run}", f"images={given if number % 2 else path}", "threads=1",
-                     "device=cpu", f"draw={1 if number < draw_first else 0}", f"run_dir={guard.allowed}"])  # fmt: skip
+        code = main(
+            [
+                "predict",
+                f"checkpoint={run}",
+                f"images={given if number % 2 else path}",
+                "threads=1",
+                "device=cpu",
+                f"draw={1 if number < draw_first else 0}",
+                f"run_dir={guard.allowed}",
+            ]
+        )
         guard.watching = False
         assert code in (0, 2), (kind, path, code)
         assert not guard.seen, (kind, guard.seen)

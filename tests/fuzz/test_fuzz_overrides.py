@@ -16,8 +16,17 @@ pytestmark = pytest.mark.long
 # `FUZZ_EXAMPLES=20000 python -m pytest -m long tests/fuzz` takes an hour.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
 FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-BASE = ("model=mlp", "epochs=1", "data.limit=20", "threads=1", "log.figures=false", "log.tensorboard=false",
-        "run_dir=r", "device=cpu", "batch_size=8")  # fmt: skip
+BASE = (
+    "model=mlp",
+    "epochs=1",
+    "data.limit=20",
+    "threads=1",
+    "log.figures=false",
+    "log.tensorboard=false",
+    "run_dir=r",
+    "device=cpu",
+    "batch_size=8",
+)
 KEYS = sorted(k for k in flatten_settings(compose("config", ["model=mlp"])) if not k.startswith("choices"))
 GROUPS = ("model", "data", "augment", "task", "optimizer", "schedule")
 # Bounded, so that none of them trains for hours or asks for terabytes.
@@ -38,8 +47,20 @@ OVERRIDES = st.one_of(
     st.text(max_size=12),
 )
 # What would make a run long, large or many, or write elsewhere.
-LEFT_OUT = ("epochs=", "steps=", "model.values.width=", "data.limit=", "threads=", "overfit.steps=", "run_dir=", "-m",
-            "--multi", "model.layers=", "sweep.", "check.")  # fmt: skip
+LEFT_OUT = (
+    "epochs=",
+    "steps=",
+    "model.values.width=",
+    "data.limit=",
+    "threads=",
+    "overfit.steps=",
+    "run_dir=",
+    "-m",
+    "--multi",
+    "model.layers=",
+    "sweep.",
+    "check.",
+)
 
 
 @FUZZ

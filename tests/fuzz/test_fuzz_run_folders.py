@@ -26,9 +26,14 @@ from cnntrain.cli import main
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
 CASE_S = 60  # after which a command counts as one that hangs
 QUICK = (
-    "model=mlp", "model.values.width=4", "threads=1", "data.limit=40", "batch_size=16", "log.figures=false",
+    "model=mlp",
+    "model.values.width=4",
+    "threads=1",
+    "data.limit=40",
+    "batch_size=16",
+    "log.figures=false",
     "device=cpu",
-)  # fmt: skip
+)
 COMMANDS: dict[str, tuple[str, ...]] = {
     "resume": (*QUICK, "epochs=2", "run_dir=case/run", "resume=auto"),
     "resume elsewhere": (*QUICK, "epochs=2", "run_dir=case/new", "resume=case/run"),
@@ -49,17 +54,29 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 def kinds_of_tensors(generator: random.Random, like: Tensor) -> Tensor:
     """A tensor in place of `like`: other in shape, type, stride, or in what it holds."""
     shape = tuple(like.shape)
-    return generator.choice([
-        lambda: torch.zeros(0), lambda: torch.zeros(()), lambda: torch.zeros(3), lambda: torch.zeros(*shape, 1),
-        lambda: torch.zeros(1).expand(shape or (1,)), lambda: torch.zeros(1).expand(10**8),
-        lambda: torch.full(shape, float("nan")), lambda: torch.full(shape, float("inf")), lambda: -torch.ones(shape),
-        lambda: torch.zeros(shape, dtype=torch.int64), lambda: torch.zeros(shape, dtype=torch.bool),
-        lambda: torch.zeros(shape, dtype=torch.complex64), lambda: torch.zeros(shape, dtype=torch.float64),
-        lambda: torch.zeros(shape, dtype=torch.float16), lambda: torch.zeros((*shape, 2)).select(-1, 0),
-        lambda: torch.zeros(shape[::-1]).permute(tuple(range(len(shape) - 1, -1, -1))),
-        lambda: torch.zeros(3).to_sparse(),
-        lambda: torch.nn.Parameter(torch.zeros(shape)), lambda: torch.zeros(shape, requires_grad=True),
-    ])()  # fmt: skip
+    return generator.choice(
+        [
+            lambda: torch.zeros(0),
+            lambda: torch.zeros(()),
+            lambda: torch.zeros(3),
+            lambda: torch.zeros(*shape, 1),
+            lambda: torch.zeros(1).expand(shape or (1,)),
+            lambda: torch.zeros(1).expand(10**8),
+            lambda: torch.full(shape, float("nan")),
+            lambda: torch.full(shape, float("inf")),
+            lambda: -torch.ones(shape),
+            lambda: torch.zeros(shape, dtype=torch.int64),
+            lambda: torch.zeros(shape, dtype=torch.bool),
+            lambda: torch.zeros(shape, dtype=torch.complex64),
+            lambda: torch.zeros(shape, dtype=torch.float64),
+            lambda: torch.zeros(shape, dtype=torch.float16),
+            lambda: torch.zeros((*shape, 2)).select(-1, 0),
+            lambda: torch.zeros(shape[::-1]).permute(tuple(range(len(shape) - 1, -1, -1))),
+            lambda: torch.zeros(3).to_sparse(),
+            lambda: torch.nn.Parameter(torch.zeros(shape)),
+            lambda: torch.zeros(shape, requires_grad=True),
+        ]
+    )()
 
 
 def doubled() -> list[Any]:
@@ -70,18 +87,69 @@ def doubled() -> list[Any]:
 
 
 JUNK: list[Any] = [
-    None, "", "x", -1, 0, 1, 2**31, 2**63, 10**400, 0.5, float("nan"), float("inf"), True, [], {}, (), [None], [[]],
-    {"a": 1}, {1: 2}, {"_target_": "os.system", "command": "true"}, {"_target_": "timm.models.load_state_dict"},
-    "${oc.env:HOME}", "\x1b[2J", "../../canary", "/dev/zero", "~", "\udcff", doubled(), (1, 2), [1e9], b"raw",
-    {"repeat": {"times": 1e9, "layers": ["relu"]}}, "DEFAULT", "cuda", "fp16", 10**9, "cnntrain.data.files.download",
-]  # fmt: skip
+    None,
+    "",
+    "x",
+    -1,
+    0,
+    1,
+    2**31,
+    2**63,
+    10**400,
+    0.5,
+    float("nan"),
+    float("inf"),
+    True,
+    [],
+    {},
+    (),
+    [None],
+    [[]],
+    {"a": 1},
+    {1: 2},
+    {"_target_": "os.system", "command": "true"},
+    {"_target_": "timm.models.load_state_dict"},
+    "${oc.env:HOME}",
+    "\x1b[2J",
+    "../../canary",
+    "/dev/zero",
+    "~",
+    "\udcff",
+    doubled(),
+    (1, 2),
+    [1e9],
+    b"raw",
+    {"repeat": {"times": 1e9, "layers": ["relu"]}},
+    "DEFAULT",
+    "cuda",
+    "fp16",
+    10**9,
+    "cnntrain.data.files.download",
+]
 TEXTS = [
-    b"", b"{", b"[]", b"5", b"null", b"\xff\xfe\x00", b"\x00" * 99, b"9" * 5000, b'{"a": ' * 5000,
-    b'{"best": 5}', b'{"best": {"val/top1": "x"}, "test": []}', b'{"steps": "x", "best": null}',
-    b"epoch,step\n1e999,nan\n", b'epoch\n"', b"a,a\n1,1\n", b"epoch,val/top1\n1,\x1b[2J\n",
-    b"x: !!python/object/apply:os.system ['true']", b"a: &a {b: *a}\n", b"- - - -\n", b"x: 2001-99-99\n",
-    b"a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n" * 3, b"? {a: b}\n: 1\n",
-]  # fmt: skip
+    b"",
+    b"{",
+    b"[]",
+    b"5",
+    b"null",
+    b"\xff\xfe\x00",
+    b"\x00" * 99,
+    b"9" * 5000,
+    b'{"a": ' * 5000,
+    b'{"best": 5}',
+    b'{"best": {"val/top1": "x"}, "test": []}',
+    b'{"steps": "x", "best": null}',
+    b"epoch,step\n1e999,nan\n",
+    b'epoch\n"',
+    b"a,a\n1,1\n",
+    b"epoch,val/top1\n1,\x1b[2J\n",
+    b"x: !!python/object/apply:os.system ['true']",
+    b"a: &a {b: *a}\n",
+    b"- - - -\n",
+    b"x: 2001-99-99\n",
+    b"a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n" * 3,
+    b"? {a: b}\n: 1\n",
+]
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -141,8 +209,17 @@ def spoil_text(generator: random.Random, run: Path) -> str:
 def spoil_kind(generator: random.Random, run: Path) -> str:
     """Another kind of file, or a link, in place of one."""
     names = [str(path.relative_to(run)) for path in run.rglob("*")]
-    made = ["figures", "figures/curves.png", "evaluate-test", "evaluate-test/results.json", ".lock", "config.yaml",
-            "evaluate-test/examples.csv", "evaluate-test/.lock", f".config.yaml.{os.getpid()}.tmp"]  # fmt: skip
+    made = [
+        "figures",
+        "figures/curves.png",
+        "evaluate-test",
+        "evaluate-test/results.json",
+        ".lock",
+        "config.yaml",
+        "evaluate-test/examples.csv",
+        "evaluate-test/.lock",
+        f".config.yaml.{os.getpid()}.tmp",
+    ]
     path = run / generator.choice([*names, *made])
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = path.read_bytes() if path.is_file() else None
@@ -243,8 +320,24 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     import matplotlib.font_manager  # noqa: F401  (its first import on a machine asks `fc-list` for fonts)
 
     monkeypatch.setattr(subprocess, "Popen", refuse("Popen"))
-    for name in ("system", "popen", "posix_spawn", "posix_spawnp", "fork", "forkpty", "execv", "execve", "execvp",
-                 "execvpe", "execl", "execle", "execlp", "spawnv", "spawnve", "spawnvp"):  # fmt: skip
+    for name in (
+        "system",
+        "popen",
+        "posix_spawn",
+        "posix_spawnp",
+        "fork",
+        "forkpty",
+        "execv",
+        "execve",
+        "execvp",
+        "execvpe",
+        "execl",
+        "execle",
+        "execlp",
+        "spawnv",
+        "spawnve",
+        "spawnvp",
+    ):
         monkeypatch.setattr(os, name, refuse(name))
     return started
 

@@ -142,8 +142,15 @@ def write_faces(folder: Path) -> None:
         box = [f"{value:.1f}" for value in (left, top, right, bottom)]
         table.append((name, *texts, *box, split, f"{split}{number // 3}"))
         keypoints = [value for x, y in points.round(2).tolist() for value in (x, y, 2)]
-        annotations.append({"id": 100 + number, "image_id": number, "category_id": 1, "keypoints": keypoints,
-                            "bbox": [left, top, right - left, bottom - top]})  # fmt: skip
+        annotations.append(
+            {
+                "id": 100 + number,
+                "image_id": number,
+                "category_id": 1,
+                "keypoints": keypoints,
+                "bbox": [left, top, right - left, bottom - top],
+            }
+        )
         parts = "".join(f"<part name='{i}' x='{x:.0f}' y='{y:.0f}'/>" for i, (x, y) in enumerate(points))
         size = f"width='{right - left:.0f}' height='{bottom - top:.0f}'"
         xml[split] += f"<image file='{name}'><box top='{top:.0f}' left='{left:.0f}' {size}>{parts}</box></image>"
@@ -167,9 +174,18 @@ def write_cats(folder: Path) -> None:
     """Write images with a `.cat` file of nine points each."""
     random = np.random.default_rng(7)
     offsets = np.array(
-        [[-0.4, -0.2], [0.4, -0.2], [0, 0.4], [-0.8, -0.5], [-0.7, -1], [-0.3, -0.7], [0.3, -0.7], [0.7, -1],
-         [0.8, -0.5]]
-    )  # fmt: skip
+        [
+            [-0.4, -0.2],
+            [0.4, -0.2],
+            [0, 0.4],
+            [-0.8, -0.5],
+            [-0.7, -1],
+            [-0.3, -0.7],
+            [0.3, -0.7],
+            [0.7, -1],
+            [0.8, -0.5],
+        ]
+    )
     for number in range(20):
         image, points = face(random)
         places = (points.mean(0) + 20 * offsets + random.normal(0, 1, offsets.shape)).round().astype(int)
