@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import cnntrain
 from cnntrain.cli import main
-from cnntrain.plots.figure import log_plot_errors, new_figure, style
+from cnntrain.plots.figure import log_plot_errors, new_figure
 from cnntrain.train.device import prepare_torch, preserve_process_settings
 
 QUICK = ["data.limit=60", "steps=1", "log.figures=false", "log.tensorboard=false"]
@@ -103,8 +103,7 @@ def test_a_users_matplotlibrc_does_not_change_the_figures(monkeypatch: pytest.Mo
 
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 17)
-    with style():
-        figure = new_figure(2, 2)
+    with new_figure(2, 2) as figure:
         text = figure.text(0, 0, r"$\broken{ $")  # names of files may hold dollar signs
         assert not text.get_usetex() and matplotlib.rcParams["lines.linewidth"] != 17
         figure.canvas.draw()

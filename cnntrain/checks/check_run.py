@@ -35,7 +35,8 @@ from cnntrain.checks.flip import diagnose_flip, wrong_pair
 from cnntrain.config.schema import Settings
 from cnntrain.data.splits import limit_rows
 from cnntrain.errors import CnntrainError, UserError, suggest
-from cnntrain.plots.checks import plot_check_curves, plot_flip_symmetry
+from cnntrain.plots.charts import plot_flip_symmetry
+from cnntrain.plots.curves import plot_check_curves
 from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.randomness import fork_generators
 from cnntrain.report.console import console, log_to_console
@@ -313,10 +314,9 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
         run_folder.write_json("check.json", report)
         if symmetry is not None and settings.log.figures:
             title = f"{report['verdict']}: mean of {len(points):,} shapes of {data}, and its mirror image"
-            save_figure(
-                plot_flip_symmetry(symmetry, spec, wrong_pair(symmetry) or (), title),
-                run_folder.figures / "flip.png",
-            )
+            shapes, distances = (symmetry.shape, symmetry.mirrored), (symmetry.unswapped, symmetry.swapped)
+            figure = plot_flip_symmetry(*shapes, distances, spec, wrong_pair(symmetry) or (), title)
+            save_figure(figure, run_folder.figures / "flip.png")
     print_findings(findings)
     print(f"{report['verdict']}: {report['line']}")
     print(f"run folder: {run_folder.path}")

@@ -12,8 +12,8 @@ from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_command_settings
 from cnntrain.config.schema import CompareSettings
 from cnntrain.errors import UserError, suggest
+from cnntrain.plots.curves import plot_learning_curves
 from cnntrain.plots.figure import log_plot_errors, save_figure
-from cnntrain.plots.learning_curves import learning_curves
 from cnntrain.report.compare import (
     comparison_rows,
     differing_keys,
@@ -60,7 +60,7 @@ def compare(folders: list[Path], settings: CompareSettings, command_line: str = 
         write_csv(folder.path / "compare.csv", rows)
         curves = {group.name: [run.rows for run in group.runs] for group in groups}
         with log_plot_errors("the learning curves"):
-            save_figure(learning_curves(curves, metric), folder.path / "curves.png")
+            save_figure(plot_learning_curves(curves, metric), folder.path / "curves.png")
         text = f"# Comparison\n\n```\n{command_line}\n```\n\n{markdown(rows)}\n\n![learning curves](curves.png)\n"
         folder.write_text("compare.md", text)
     print_rows(rows, title="Differing settings, and the best epoch on validation data", console=console)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from cnntrain.errors import CnntrainError
 from cnntrain.io import safe_files
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 log = logging.getLogger("cnntrain")
@@ -29,7 +32,7 @@ STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.usetex": False,
-    "text.parse_math": False,
+    "text.parse_math": False,  # names may contain dollar signs
     "text.color": INK,
     "axes.edgecolor": FRAME,
     "axes.labelcolor": SOFT,
@@ -77,27 +80,49 @@ def log_plot_errors(name: str) -> Iterator[None]:
         log.warning("%s could not be plotted (%s: %s); the run continues", name, type(error).__name__, text)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of width x height inches, rendered by Agg, without a window and without pyplot."""
+@contextmanager
+def new_figure(width: float, height: float) -> Iterator[Figure]:
+    """Yield an empty figure of width x height inches, to be drawn in cnntrain's style, by Agg and without pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)  # type: ignore[union-attr]
-    return figure
+    with style():
+        figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)  # type: ignore[union-attr]
+        yield figure
+
+
+def new_panels(figure: Figure, count: int, columns: int) -> list[Axes]:
+    """Return `count` axes in a grid; the rest of the last row stays empty."""
+    axes = figure.subplots(-(-max(count, 1) // columns), columns, squeeze=False).ravel()
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return list(axes[:count])
+
+
+def spans(values: Iterable[float], factor: float) -> bool:
+    """Return True if all finite values are positive and the largest is more than `factor` times the smallest."""
+    finite = [value for value in values if math.isfinite(value)]
+    return bool(finite) and min(finite) > 0 and max(finite) > factor * min(finite)
+
+
+def use_log_scale(axis: Axis) -> None:
+    """Make an axis logarithmic, with plain numbers as labels: matplotlib's formulas are not rendered in this style."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # pyright: ignore[reportAttributeAccessIssue]
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(LogFormatter())
 
 
 def shorten(text: str, length: int) -> str:
-    """Return `text` as matplotlib can render it; the middle of longer texts is replaced by an ellipsis.
-
-    Names may contain undecodable bytes, and dollar signs, which would start a formula.
-    """
+    """Replace the middle of long texts by an ellipsis, and undecodable bytes, which cannot be rendered, by escapes."""
     text = text.encode(errors="backslashreplace").decode()
     if len(text) > length:
         keep = max(length - 1, 2)
         text = text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
-    return text.replace("$", r"\$")
+    return text
 
 
 def label_split(figure: Figure, split: str) -> Figure:

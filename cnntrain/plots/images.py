@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnntrain.plots.figure import BAD, FRAME, GOOD, INK, new_figure, shorten, style
+from cnntrain.plots.figure import BAD, FRAME, GOOD, INK, new_figure, new_panels, shorten, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TRUE_COLOR, PREDICTED_COLOR, ERROR_COLOR = "#35d07f", "#ff3b6b", "#ffd400"
+MAX_LEGEND_CLASSES = 24
 
 
 def unnormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -49,7 +50,7 @@ def plot_images(
         captions: N texts, or none; lines that are too long are shortened.
         colors: N colors of the captions and frames.
         columns: None chooses them for a figure of about 3:2.
-        overlay: function of (axes, i) that draws on image i.
+        overlay: function of (axes, i) that draws on image i, clipped at its border.
         cell: height of an image in inches.
     """
     count, height, width = images.shape[:3]
@@ -61,35 +62,22 @@ def plot_images(
     cell_width = max(cell * aspect, 1.15 if captions else 0.0)
     figure_width = max(columns * cell_width + 0.2, 3.0)
     figure_height = rows * (cell + 0.17 * lines + 0.05) + (0.4 if title else 0.05)
-    with style():
-        figure = new_figure(figure_width, figure_height)
+    with new_figure(figure_width, figure_height) as figure:
         figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
-        axes = np.asarray(figure.subplots(rows, columns, squeeze=False)).ravel()
-        for i, ax in enumerate(axes):
-            ax.set_xticks([])
-            ax.set_yticks([])
-            if i >= count:
-                ax.axis("off")
-                continue
+        for i, ax in enumerate(new_panels(figure, count, columns)):
             ax.imshow(images[i], interpolation="nearest" if max(height, width) < 100 else "antialiased")
             color = colors[i] if colors else INK
-            for spine in ax.spines.values():
-                spine.set(visible=True, color=color if color in (GOOD, BAD) else FRAME, linewidth=0.8)
+            ax.spines[:].set(visible=True, color=color if color in (GOOD, BAD) else FRAME, linewidth=0.8)
             if captions:
                 text = "\n".join(shorten(line, int(cell_width * 14)) for line in captions[i].split("\n"))
                 ax.set_title(text, fontsize=7.5, color=color, loc="center", pad=2.5, fontweight="normal")
             if overlay is not None:
                 overlay(ax, i)
+            # Drawings far outside must not shrink the image.
+            ax.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         if title:
             figure.suptitle(shorten(title, 200), fontsize=11, fontweight="bold", x=0.01, ha="left")
     return figure
-
-
-def plot_batch(
-    images: Tensor, captions: Sequence[str], mean: Sequence[float], std: Sequence[float], title: str = ""
-) -> Figure:
-    """Plot a batch as the network gets it: normalized images (N, C, H, W), shown on the 0-1 scale."""
-    return plot_images(unnormalize(images, mean, std), captions, title=title)
 
 
 def plot_filters(weight: Tensor, title: str = "First layer's filters", limit: int = 64) -> Figure:
@@ -106,7 +94,7 @@ def plot_filters(weight: Tensor, title: str = "First layer's filters", limit: in
     images = (0.5 + 0.5 * kernels / peak).permute(0, 2, 3, 1).numpy()
     if len(weight) > limit:
         title += f" ({limit} of {len(weight)})"
-    return plot_images(np.asarray(images), title=title, columns=min(8, len(kernels)), cell=0.62)
+    return plot_images(images, title=title, columns=min(8, len(kernels)), cell=0.62)
 
 
 def plot_keypoints(
@@ -116,66 +104,46 @@ def plot_keypoints(
     predicted: np.ndarray | None,
     valid: np.ndarray,
     skeleton: Sequence[tuple[int, int]] = (),
-    labels: Sequence[str] = (),
 ) -> Figure:
-    """Plot images (N, H, W, 3) with keypoints (N, K, 2), see `draw_keypoints`."""
-    height, width = images.shape[1:3]
+    """Plot images (N, H, W, 3) with true keypoints as rings, predicted ones as dots, and lines between both.
+
+    Args:
+        true, predicted: (N, K, 2) as (x, y) in image pixels, or None.
+        valid: (N, K) bool; predictions without a valid true point are drawn lighter.
+        skeleton: pairs of predicted points to connect (of true points without predictions).
+    """
+    size = 14.0 if valid.shape[1] <= 20 else 5.0
+    everything = np.ones(valid.shape[1], dtype=bool)
+    ring: dict[str, Any] = {"facecolors": "none", "edgecolors": TRUE_COLOR, "linewidths": 0.9, "zorder": 4}
+    dot: dict[str, Any] = {"c": PREDICTED_COLOR, "linewidths": 0, "zorder": 5, "s": size}
 
     def overlay(ax: Axes, i: int) -> None:
-        true_i, predicted_i = (None if points is None else points[i] for points in (true, predicted))
-        draw_keypoints(ax, true_i, predicted_i, valid[i], skeleton, labels)
-        # Points far outside must not shrink the image.
-        ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        if predicted is not None:
+            draw_skeleton(ax, predicted[i], everything, skeleton)
+            evaluated = valid[i] if true is not None else everything
+            ax.scatter(*predicted[i, evaluated].T, **dot)
+            ax.scatter(*predicted[i, ~evaluated].T, alpha=0.3, **dot)
+        if true is not None:
+            ax.scatter(*true[i, valid[i]].T, s=size * 2, **ring)
+            if predicted is None:
+                draw_skeleton(ax, true[i], valid[i], skeleton)
+            else:
+                lines = np.stack([true[i, valid[i]], predicted[i, valid[i]]])  # (2, valid points, 2)
+                ax.plot(*lines.transpose(2, 0, 1), color=ERROR_COLOR, linewidth=0.8, alpha=0.9, zorder=3)
 
-    figure = plot_images(images, captions, overlay=overlay, cell=2.1 if height < 100 else 2.6)
+    figure = plot_images(images, captions, overlay=overlay, cell=2.1 if images.shape[1] < 100 else 2.6)
     if true is not None and predicted is not None:
-        ring = {"marker": "o", "markeredgecolor": TRUE_COLOR, "markerfacecolor": "none"}
-        dot = {"marker": "o", "markeredgecolor": "none", "markerfacecolor": PREDICTED_COLOR}
-        _add_legend(figure, [("true", ring), ("predicted", dot)])
+        true_marker = {"markeredgecolor": TRUE_COLOR, "markerfacecolor": "none"}
+        predicted_marker = {"markeredgecolor": "none", "markerfacecolor": PREDICTED_COLOR}
+        add_legend(figure, [("true", true_marker), ("predicted", predicted_marker)], "o")
     return figure
 
 
-def draw_keypoints(
-    ax: Axes,
-    true: np.ndarray | None,
-    predicted: np.ndarray | None,
-    valid: np.ndarray,
-    skeleton: Sequence[tuple[int, int]] = (),
-    labels: Sequence[str] = (),
-) -> None:
-    """Draw keypoints on an image: true points as rings, predicted points as dots, and lines between both.
-
-    Args:
-        true, predicted: (K, 2) as (x, y) in image pixels, or None.
-        valid: (K,) bool; predictions without a valid true point are drawn lighter.
-        skeleton: pairs of predicted points to connect (of true points without predictions).
-        labels: K names to write beside the points, or none.
-    """
-    shown = predicted if predicted is not None else true
-    if shown is None:
-        return
-    everything = np.ones(len(valid), dtype=bool)
-    visible = everything if predicted is not None else valid
-    size = 14.0 if len(valid) <= 20 else 5.0
+def draw_skeleton(ax: Axes, points: np.ndarray, visible: np.ndarray, skeleton: Sequence[tuple[int, int]]) -> None:
+    """Connect the visible ones of the points (K, 2)."""
     for a, b in skeleton:
         if visible[a] and visible[b]:
-            ax.plot(*shown[[a, b]].T, color="white", linewidth=0.7, alpha=0.65, zorder=2)
-    box = {"boxstyle": "round,pad=0.12", "facecolor": "black", "alpha": 0.55, "linewidth": 0}
-    font: dict[str, Any] = {"fontsize": 5.5, "color": "white", "bbox": box, "zorder": 6}
-    for name, point, is_visible in zip(labels, shown, visible, strict=bool(labels)):
-        if is_visible:
-            ax.annotate(shorten(name, 30), tuple(point), (3, 3), textcoords="offset points", **font)
-    if true is not None and predicted is not None:
-        for start, end in zip(true[valid], predicted[valid], strict=True):
-            ax.plot(*np.stack([start, end]).T, color=ERROR_COLOR, linewidth=0.8, alpha=0.9, zorder=3)
-    if true is not None:
-        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": TRUE_COLOR, "linewidths": 0.9}
-        ax.scatter(*true[valid].T, s=size * 2, zorder=4, **ring)
-    if predicted is not None:
-        dot: dict[str, Any] = {"c": PREDICTED_COLOR, "linewidths": 0, "zorder": 5, "s": size}
-        evaluated = valid if true is not None else everything
-        ax.scatter(*predicted[evaluated].T, **dot)
-        ax.scatter(*predicted[~evaluated].T, alpha=0.3, **dot)
+            ax.plot(*points[[a, b]].T, color="white", linewidth=0.8, alpha=0.7, zorder=2)
 
 
 def class_colors(count: int) -> np.ndarray:
@@ -214,25 +182,29 @@ def plot_masks(
         cells += [image, *(color_mask(image, layer[i], len(classes)) for layer in masks)]
     columns = (1 + len(masks)) * (2 if len(images) > 3 else 1)
     figure = plot_images(np.stack(cells), captions, columns=columns, cell=1.9)
-    colors = class_colors(len(classes))
-    present = np.unique(np.concatenate([layer.ravel() for layer in masks])) if masks else []
-    shown = [int(i) for i in present if i < len(classes)][:24]
-    square = {"marker": "s", "markeredgecolor": "none"}
-    _add_legend(figure, [(classes[i], {"markerfacecolor": colors[i], **square}) for i in shown])
+    add_class_legend(figure, np.unique(np.stack(masks)) if masks else np.array([]), classes)
     return figure
 
 
-def _add_legend(figure: Figure, entries: Sequence[tuple[str, dict]]) -> None:
-    """Add a legend below the figure from (name, marker properties)."""
+def add_class_legend(figure: Figure, ids: np.ndarray, classes: Sequence[str]) -> None:
+    """Add a legend of the classes among `ids`."""
+    colors = class_colors(len(classes))
+    shown = [i for i in ids.tolist() if i < len(classes)][:MAX_LEGEND_CLASSES]
+    add_legend(figure, [(classes[i], {"markerfacecolor": colors[i], "markeredgecolor": "none"}) for i in shown], "s")
+
+
+def add_legend(figure: Figure, entries: Sequence[tuple[str, dict[str, Any]]], marker: str) -> None:
+    """Add a legend below the figure from names and properties of their markers."""
     from matplotlib.lines import Line2D
 
     if not entries:
         return
+    names = [shorten(name, 60) for name, _ in entries]
+    columns = max(1, min(len(entries), int(figure.get_figwidth() / (0.4 + 0.075 * max(map(len, names))))))
     with style():
         handles = [
-            Line2D([], [], linestyle="none", markersize=6, label=shorten(name, 40), **marker)
-            for name, marker in entries
+            Line2D([], [], linestyle="none", marker=marker, markersize=6, label=name, **properties)
+            for name, (_, properties) in zip(names, entries, strict=True)
         ]
-        columns = max(1, min(len(entries), int(figure.get_figwidth() / 1.3)))
         figure.set_figheight(figure.get_figheight() + 0.24 * -(-len(entries) // columns) + 0.1)
         figure.legend(handles=handles, loc="outside lower left", ncols=columns, handletextpad=0.2)

@@ -13,7 +13,7 @@ from torch import nn
 from cnntrain.errors import CnntrainError
 from cnntrain.plots.curves import plot_training_curves
 from cnntrain.plots.figure import label_split, log_plot_errors, save_figure
-from cnntrain.plots.images import plot_batch, plot_filters
+from cnntrain.plots.images import plot_filters, plot_images, unnormalize
 from cnntrain.report.metrics import MetricsFile
 from cnntrain.report.progress import ProgressBar
 from cnntrain.report.tensorboard import TensorBoardWriter
@@ -123,7 +123,7 @@ class RunLogger:
             labels = targets["label"].tolist() if "label" in targets else []
             captions = [self.spec.classes[i] for i in labels] if self.spec.classes else names
             title = "first batch, as the network sees it"
-            figure = plot_batch(batch.images[shown], captions, mean, std, title)
+            figure = plot_images(unnormalize(batch.images[shown], mean, std), captions, title=title)
         self.figure("first_batch", figure, step)
 
     def log_epoch(self, step: int, row: dict[str, float], improved: bool) -> None:

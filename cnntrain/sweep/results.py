@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cnntrain.io.safe_files import write_text
+from cnntrain.plots.curves import plot_learning_curves
 from cnntrain.plots.figure import save_figure
-from cnntrain.plots.learning_curves import learning_curves
-from cnntrain.plots.sweep import plot_marginal_effect, plot_parallel_coordinates
+from cnntrain.plots.sweep import Scale, plot_marginal_effect, plot_parallel_coordinates
 from cnntrain.report.compare import find_runs, read_run, write_csv
 from cnntrain.report.table import markdown, value_text
 from cnntrain.sweep.plan import UNLIMITED, Repeat, SweepPlan, repeats_text, round_text, setting_name
@@ -340,14 +340,19 @@ def draw_figures(report: SweepReport, folder: Path) -> list[str]:
         if name is not None:
             groups.setdefault(name, []).append(read_run(run).rows)
     if groups:
-        add("curves", learning_curves(groups, metric))
+        add("curves", plot_learning_curves(groups, metric))
     points = [(r.trial.values, r.mean) for r in report.ranking if math.isfinite(r.mean)]
-    keys = [d for d in report.plan.dimensions if len({values[d.key] for values, _ in points}) > 1]
-    if keys:
-        add("parallel", plot_parallel_coordinates(points, keys, report.metric, mode))
-    for key in keys:
-        name = key.key.replace("/", "_")
-        add(f"effect-{name}", plot_marginal_effect(points, key, report.metric, mode))
+    scales = []
+    for each in report.plan.dimensions:
+        used = {values[each.key] for values, _ in points}
+        if len(used) > 1:
+            names = [value for value in each.values if value in used]
+            scales.append(Scale(each.key, names, (each.low or 0.0, each.high or 0.0), each.log))
+    if scales:
+        add("parallel", plot_parallel_coordinates(points, scales, report.metric, mode))
+    for scale in scales:
+        name = scale.key.replace("/", "_")
+        add(f"effect-{name}", plot_marginal_effect(points, scale, report.metric, mode))
     return paths
 
 

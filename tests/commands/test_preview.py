@@ -10,10 +10,8 @@ from cnntrain.commands.preview import _positions
 from cnntrain.config.compose import read_settings
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
-from cnntrain.plots.previews import sides_of
 from cnntrain.randomness import epoch_order
 from cnntrain.train.parts import build_pipeline, build_source
-from cnntrain.types import DataSpec
 
 SMALL = ["preview.images=2", "preview.epochs=2", "threads=1", "run_dir=out"]
 FEW = ["data.train_count=6", "data.test_count=1"]
@@ -53,11 +51,6 @@ def test_the_pictures_are_those_of_the_training() -> None:
             there = trained.index.tolist().index(row)
             assert torch.equal(shown.images[i], trained.images[there])
             assert torch.equal(shown.targets["points"][i], trained.targets["points"][there])
-
-
-def test_sides_follow_names_then_order() -> None:
-    spec = DataSpec(1, 8, 8, keypoints=("right_eye", "left_eye", "nose", "a", "b"), flip_pairs=(1, 0, 2, 4, 3))
-    assert sides_of(spec) == [1, -1, 0, -1, 1]
 
 
 def test_a_mirror_without_partners_is_refused_before_anything_is_written(

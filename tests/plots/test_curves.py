@@ -1,27 +1,24 @@
-"""Figures hold what they were given; how they look was judged by eye."""
+"""Curves, read back from the figure."""
 
-import matplotlib
 import numpy as np
 import pytest
-import torch
 
-from cnntrain.plots.curves import learning_rate_by_step, plot_overfit_curve, plot_training_curves
-from cnntrain.plots.figure import save_figure, to_png
-from cnntrain.plots.images import plot_batch, plot_filters, unnormalize
+from cnntrain.plots.curves import (
+    learning_rate_by_step,
+    plot_check_curves,
+    plot_learning_curves,
+    plot_lr_range_test,
+    plot_overfit_curve,
+    plot_training_curves,
+)
+from cnntrain.plots.figure import to_png
 from cnntrain.train.schedule import OneCycle
 
 
-def test_curves_draw_train_beside_val_and_mark_the_best():
+def test_training_curves_have_a_panel_per_metric_and_mark_the_best_epoch() -> None:
     top1 = [0.5, 0.9, 0.7]
     rows = [
-        {
-            "epoch": e + 1,
-            "step": e,
-            "train/loss": 1 / (e + 1),
-            "val/loss": 2.0,
-            "val/top1": top1[e],
-            "lr": 0.1,
-        }
+        {"epoch": e + 1, "step": e, "train/loss": 1 / (e + 1), "val/loss": 2.0, "val/top1": top1[e], "lr": 0.1}
         for e in range(3)
     ]
     figure = plot_training_curves(rows, ("top1", "max"))
@@ -33,8 +30,8 @@ def test_curves_draw_train_beside_val_and_mark_the_best():
     assert panels["top1"].texts[0].get_text() == "best: epoch 2"
 
 
-def test_the_learning_rate_is_drawn_step_by_step():
-    """A one-cycle run of two epochs: warm-up and peak lie inside the first, where no row has them."""
+def test_the_learning_rate_is_drawn_for_every_step() -> None:
+    """A one-cycle run of two epochs: warm-up and peak lie inside the first epoch."""
     cycle = OneCycle(warmup=0.3, start=0.04, final=1e-4, shape="cosine", total_steps=40, steps_per_epoch=20)
     rates = [0.01 * cycle.factor(step) for step in range(40)]
     rows = [{"epoch": 1, "step": 20, "lr": rates[19]}, {"epoch": 2, "step": 40, "lr": rates[39]}]
@@ -44,61 +41,77 @@ def test_the_learning_rate_is_drawn_step_by_step():
     np.testing.assert_allclose(line.get_xdata(), np.arange(1, 41) / 20)
 
 
-def test_a_rate_of_another_schedule_is_drawn_as_its_rows_have_it():
-    """After a resume with more epochs, or under a plateau's schedule, which only knows its present factor."""
+def test_the_learning_rate_of_another_schedule_is_taken_from_the_rows() -> None:
+    """After a resume with more epochs, or with ReduceLROnPlateau, which only knows its current factor."""
     rows = [{"epoch": e, "step": 4 * e, "lr": rate} for e, rate in ((1, 0.5), (2, 0.25), (3, 0.1))]
-    assert learning_rate_by_step(rows, lambda step: (12 - step) / 10) == (
-        [1, 2, *np.linspace(2.25, 3, 4)], [0.5, 0.25, 0.4, 0.3, 0.2, 0.1],
-    )  # fmt: skip
+    epochs, rates = learning_rate_by_step(rows, lambda step: (12 - step) / 10)
+    assert epochs == [1, 2, *np.linspace(2.25, 3, 4)] and rates == [0.5, 0.25, 0.4, 0.3, 0.2, 0.1]
     held = learning_rate_by_step(rows, lambda step: 0.1)
     assert held == ([*np.linspace(0.25, 3, 12)], [*4 * [0.5], *4 * [0.25], *4 * [0.1]])
 
 
-def test_a_long_run_is_drawn_by_some_of_its_steps():
+def test_the_learning_rate_of_a_long_run_is_sampled() -> None:
     rows = [{"epoch": e + 1, "step": 10_000 * (e + 1), "lr": 1.0} for e in range(20)]
     assert len(learning_rate_by_step(rows, lambda step: 1.0)[0]) == 2000
 
 
-@pytest.mark.parametrize("rows", [[], [{"epoch": 0}], [{"epoch": 0, "train/loss": float("nan"), "lr": 0.1}],
-                                  [{"epoch": "0", "train/loss": "0.5", "val/loss": ""}]])  # fmt: skip
-def test_curves_bear_gaps(rows):
+@pytest.mark.parametrize("rows", [[], [{"epoch": 0}], [{"epoch": 0, "train/loss": float("nan"), "lr": 0.1}]])
+def test_training_curves_of_incomplete_rows(rows: list[dict[str, float]]) -> None:
     assert to_png(plot_training_curves(rows, ("top1", "max"))).startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 5])
-def test_normalization_is_undone(channels):
-    mean, std = [0.2] * channels, [0.5] * channels
-    images = torch.rand(2, channels, 4, 6)
-    shown = unnormalize((images - 0.2) / 0.5, mean, std)
-    assert shown.shape == (2, 4, 6, 3)
-    for channel in range(min(channels, 3)):
-        np.testing.assert_allclose(shown[..., channel], images[:, channel].numpy(), atol=1e-6)
+def metric_rows(*values: float, steps: int = 10) -> list[dict[str, float]]:
+    return [
+        {"epoch": i + 1.0, "step": (i + 1.0) * steps, "train/top1": value - 0.1, "val/top1": value}
+        for i, value in enumerate(values)
+    ]
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3, 3), (32, 3, 7, 7), (96, 1, 5, 5), (8, 4, 3, 3)])
-def test_filters_of_any_first_layer_are_drawn(shape):
-    figure = plot_filters(torch.randn(shape))
-    assert sum(len(ax.images) for ax in figure.axes) == min(shape[0], 64)
+def test_learning_curves_show_errors_in_percent_training_dashed_and_validation_bold() -> None:
+    groups = {"a": [metric_rows(0.5, 0.75)], "b": [metric_rows(0.6, 0.8), metric_rows(0.8, 0.9, 1.0)]}
+    ax = plot_learning_curves(groups, "top1").axes[0]
+    train, val, _, second = ax.lines
+    assert val.get_ydata() == pytest.approx([50, 25]) and train.get_ydata() == pytest.approx([60, 35])
+    assert val.get_linewidth() > train.get_linewidth() and train.get_linestyle() != "-"
+    assert second.get_ydata() == pytest.approx([30, 15, 0])  # the mean over the runs that have this epoch
+    (band,) = ax.collections
+    heights = band.get_paths()[0].vertices
+    assert isinstance(heights, np.ndarray)
+    assert (heights[:, 1].min(), heights[:, 1].max()) == pytest.approx((0, 40))
+    assert "%" in ax.get_ylabel() and ax.get_xlabel() == "epoch"
 
 
-def test_a_zero_filter_is_gray():
-    image = plot_filters(torch.zeros(1, 3, 3, 3)).axes[0].images[0].get_array()
-    np.testing.assert_allclose(np.asarray(image), 0.5)
+def test_learning_curves_with_different_epoch_lengths_are_drawn_over_steps() -> None:
+    groups = {"a": [metric_rows(0.5, 0.75)], "b": [metric_rows(0.5, steps=20)]}
+    ax = plot_learning_curves(groups, "top1").axes[0]
+    assert ax.get_xlabel() == "step" and ax.lines[1].get_xdata() == pytest.approx([10, 20])
 
 
-def test_a_grid_has_one_picture_and_caption_an_image():
-    figure = plot_batch(torch.zeros(5, 1, 8, 8), list("abcde"), (0.0,), (1.0,), "Five")
-    shown = [ax for ax in figure.axes if ax.images]
-    assert [ax.get_title() for ax in shown] == list("abcde")
-    assert to_png(figure)
+def test_learning_curves_of_a_loss_have_a_logarithmic_axis() -> None:
+    rows = [{"epoch": 1.0, "step": 1.0, "val/loss": 30.0}, {"epoch": 2.0, "step": 2.0, "val/loss": 0.1}]
+    ax = plot_learning_curves({"a": [rows]}, "loss").axes[0]
+    assert ax.lines[0].get_ydata() == pytest.approx([30, 0.1]) and ax.get_yscale() == "log"
 
 
-def test_saving_leaves_the_picture_alone_in_its_folder(tmp_path):
-    save_figure(plot_overfit_curve([2.3, 1.0, 0.1], 0.05, 2.3, "learning"), tmp_path / "figures" / "a.png")
-    assert [p.name for p in (tmp_path / "figures").iterdir()] == ["a.png"]
+def test_the_overfit_curve_has_a_logarithmic_axis_if_the_loss_falls_far() -> None:
+    assert plot_overfit_curve([2.3, 1.0, 0.1], 0.05, 2.3, "title").axes[0].get_yscale() == "linear"
+    assert plot_overfit_curve([2.3, 1e-3, 0.0], 0.0, 2.3, "title").axes[0].get_yscale() == "log"
 
 
-def test_drawing_changes_nothing_global():
-    before = dict(matplotlib.rcParams)
-    to_png(plot_training_curves([{"epoch": 0, "val/loss": 1.0}]))
-    assert dict(matplotlib.rcParams) == before
+def test_the_range_test_ends_above_the_initial_loss() -> None:
+    losses = [2.0, 1.0, 100.0, float("nan")]
+    ax = plot_lr_range_test([1e-4, 1e-3, 1e-2, 1e-1], losses, losses, {"steepest": 1e-3}, "title").axes[0]
+    assert ax.get_xscale() == "log" and 2 < ax.get_ylim()[1] < 3
+
+
+def test_check_curves_have_a_panel_per_title() -> None:
+    curves = {
+        "loss over learning rate": {"a": ([1e-4, 1e-1], [1.0, 2.0])},
+        "z: norm over layer": {"x": ([0, 1, 2], [0.0, 1e-3, 1.0]), "y": ([0, 1, 2], [1.0, 1.0, 1.0])},
+        "third": {"x": ([1, 2], [1.0, 2.0])},
+    }
+    first, second, third = [ax for ax in plot_check_curves(curves).axes if ax.axison]
+    assert (first.get_xlabel(), first.get_ylabel()) == ("learning rate", "loss")
+    assert [ax.get_xscale() for ax in (first, second, third)] == ["log", "linear", "linear"]
+    assert [ax.get_yscale() for ax in (first, second, third)] == ["linear", "log", "linear"]
+    assert second.get_ylabel() == "norm" and second.get_legend() and not first.get_legend()
