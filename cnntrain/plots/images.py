@@ -189,7 +189,7 @@ def plot_masks(
 def add_class_legend(figure: Figure, ids: np.ndarray, classes: Sequence[str]) -> None:
     """Add a legend of the classes among `ids`."""
     colors = class_colors(len(classes))
-    shown = [i for i in ids.tolist() if i < len(classes)][:MAX_LEGEND_CLASSES]
+    shown = [int(i) for i in ids if i < len(classes)][:MAX_LEGEND_CLASSES]
     add_legend(figure, [(classes[i], {"markerfacecolor": colors[i], "markeredgecolor": "none"}) for i in shown], "s")
 
 
