@@ -8,8 +8,7 @@ from rich.console import Console
 
 from cnntrain.cli import main
 from cnntrain.io.streams import printable
-from cnntrain.report.console import log_to_console
-from cnntrain.report.table import markdown, print_findings, print_rows
+from cnntrain.report.console import log_to_console, markdown, print_findings, print_rows
 from cnntrain.types import Finding
 
 EVIL = "\x1b[2J\x1b]0;title\x07a\r\x9b2Jb\x7f\u202ec\x08"

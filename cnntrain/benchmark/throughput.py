@@ -20,7 +20,7 @@ from cnntrain.train.device import Compute
 from cnntrain.train.measurement import TimingWindows, interleave, peak_memory_mib, reset_peak_memory
 from cnntrain.train.setup import Components
 from cnntrain.train.signals import StopFlag
-from cnntrain.train.state import TrainingPlan
+from cnntrain.train.state import Progress, TrainingPlan
 from cnntrain.train.step_timer import StepTimer, make_step_timer
 
 ROUNDS = 5  # timing windows of each kind per setting
@@ -138,13 +138,10 @@ class ThroughputBenchmark:
 
 
 @contextmanager
-def temporary_logger(components: Components) -> Iterator[RunLogger]:
+def temporary_logger(components: Components, plan: TrainingPlan) -> Iterator[RunLogger]:
     """Yield a logger with the cost of a real one: its files are deleted, and its progress bar is not shown."""
     with tempfile.TemporaryDirectory() as folder:
-        logger = RunLogger(
-            Path(folder), components.task, components.spec, 1, 1,
-            tensorboard=components.settings.log.tensorboard, figures=False,
-        )  # fmt: skip
+        logger = RunLogger(Path(folder), components, plan, Progress())
         logger.bar = ProgressBar(1, 1, watch=(components.task.monitor[0],), console=Console(file=io.StringIO()))
         with logger:
             yield logger

@@ -39,8 +39,7 @@ from cnntrain.plots.charts import plot_flip_symmetry
 from cnntrain.plots.curves import plot_check_curves
 from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.randomness import fork_generators
-from cnntrain.report.console import console, log_to_console
-from cnntrain.report.table import print_findings
+from cnntrain.report.console import console, log_to_console, print_findings
 from cnntrain.train.device import full_float32
 from cnntrain.train.optim import make_optimizer
 from cnntrain.train.parts import build_source

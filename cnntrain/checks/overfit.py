@@ -21,8 +21,7 @@ from cnntrain.data.load import Data
 from cnntrain.data.loader import Loader
 from cnntrain.plots.curves import plot_overfit_curve
 from cnntrain.plots.figure import log_plot_errors, save_figure
-from cnntrain.report.console import log_to_console
-from cnntrain.report.table import print_findings
+from cnntrain.report.console import log_to_console, print_findings
 from cnntrain.train.evaluate import predict_batch
 from cnntrain.train.optim import make_optimizer
 from cnntrain.train.run_dir import open_run_dir, provenance

@@ -20,8 +20,7 @@ from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_settings
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
-from cnntrain.report.console import log_to_console
-from cnntrain.report.table import print_rows
+from cnntrain.report.console import log_to_console, print_rows
 from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.setup import build_components, build_training_parts
 from cnntrain.train.signals import stop_flag
@@ -50,7 +49,7 @@ def bench(settings: Settings, command_line: str = "") -> dict[str, Any]:
     with (
         stop_flag() as stop,
         open_run_dir(folder, f"bench-{settings.label}") as run_dir,
-        temporary_logger(components) as logger,
+        temporary_logger(components, plan) as logger,
     ):
         run_dir.write_json("run.json", provenance(command_line))
         images = min(plan.batch_size, len(data.train)) * plan.accumulate

@@ -23,8 +23,7 @@ from cnntrain.report.compare import (
     read_run,
     write_csv,
 )
-from cnntrain.report.console import console, log_to_console
-from cnntrain.report.table import markdown, print_rows
+from cnntrain.report.console import console, log_to_console, markdown, print_rows
 from cnntrain.train.run_dir import open_run_dir, provenance
 
 

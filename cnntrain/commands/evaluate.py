@@ -23,8 +23,7 @@ from cnntrain.data.fingerprint import same_data
 from cnntrain.errors import DivergedError, UserError
 from cnntrain.io.safe_files import exists, is_folder, open_atomic_text, run_folder_of
 from cnntrain.plots.figure import label_split, log_plot_errors, save_figure
-from cnntrain.report.console import console, log_to_console
-from cnntrain.report.table import print_rows
+from cnntrain.report.console import console, log_to_console, print_rows
 from cnntrain.summary.trace import needs_data
 from cnntrain.train.checkpoint import check_weights, load_validated, load_weights
 from cnntrain.train.evaluate import evaluate

@@ -22,10 +22,9 @@ from cnntrain.config.schema import EvaluateSettings, Settings
 from cnntrain.errors import CheckFailedError, UserError
 from cnntrain.io.safe_files import read_text, run_folder_of
 from cnntrain.io.streams import flush_or_discard
-from cnntrain.report.console import log_to_console, silence_log
-from cnntrain.report.expectations import judge_expectations, parse_expectation
+from cnntrain.report.compare import judge_expectations, parse_expectation
+from cnntrain.report.console import log_to_console, print_findings, print_run_summary, silence_log
 from cnntrain.report.run_logger import RunLogger
-from cnntrain.report.table import print_findings, print_run_summary
 from cnntrain.sweep.search_space import swept_by_config
 from cnntrain.train.checkpoint import CheckpointWriter, checkpoint_metadata
 from cnntrain.train.distributed import (
@@ -51,9 +50,8 @@ from cnntrain.train.resume import (
 )
 from cnntrain.train.run import train_to_the_end
 from cnntrain.train.run_dir import RunDir, lock_run_dir, needs_lock, open_run_dir, provenance
-from cnntrain.train.setup import Components, build_components, prepare_training
+from cnntrain.train.setup import build_components, prepare_training
 from cnntrain.train.signals import stop_flag
-from cnntrain.train.state import TrainingPlan, TrainState
 
 if TYPE_CHECKING:
     from cnntrain.train.launch import WorkerContext
@@ -235,9 +233,13 @@ def _train_in(
             run.write_json("run.json", {**provenance(command_line), "data": data.fingerprint})
         same_folder = source is not None and run_folder_of(source).resolve() == run.path.resolve()
         metadata = checkpoint_metadata(components, data, run_identity(saved, same_folder))
+
+        def learning_rate(step: int) -> float:
+            return learning_rate_at(state.optimizer, state.schedule, step)
+
         with (
             CheckpointWriter(run, state, metadata, settings.checkpoint.keep, world.is_main) as writer,
-            _run_logger(run, components, plan, state, on_epoch=watch)
+            RunLogger(run.path, components, plan, state.progress, watch, learning_rate)
             if world.is_main
             else contextlib.nullcontext() as logger,
         ):
@@ -264,29 +266,6 @@ def _print_summary(results: Mapping[str, Any], folder: Path, metric: str, comman
         lost = error
     if lost := flush_or_discard(sys.stdout) or lost:
         log.warning("standard output: %s; the results are in %s", lost.strerror, folder / "results.json")
-
-
-def _run_logger(
-    run: RunDir,
-    components: Components,
-    plan: TrainingPlan,
-    state: TrainState,
-    on_epoch: Callable[[dict[str, float]], None] | None,
-) -> RunLogger:
-    settings, progress = components.settings, state.progress
-    return RunLogger(
-        run.path,
-        components.task,
-        components.spec,
-        plan.total_steps,
-        -(-plan.total_steps // plan.steps_per_epoch),
-        progress.step,
-        progress.epoch,
-        settings.log.tensorboard,
-        settings.log.figures,
-        on_epoch,
-        lambda step: learning_rate_at(state.optimizer, state.schedule, step),
-    )
 
 
 @contextlib.contextmanager

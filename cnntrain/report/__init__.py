@@ -1,2 +1,1 @@
-"""Reports: figures, TensorBoard events, the progress bar, tables and metrics.csv. Plain data in, nothing
-judged."""
+"""Reports of runs: console output, progress bar, TensorBoard events, metrics.csv, and comparisons of runs."""

@@ -1,7 +1,13 @@
-"""Compare runs: settings that differ, results, and averages over seeds and folds."""
+"""Compare runs with each other, and with the results that an experiment's config expects (`expect`).
 
+Runs are compared by the settings that differ, and by their results, averaged over seeds and folds.
+"""
+
+import contextlib
 import csv
 import logging
+import operator
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,19 +19,24 @@ import yaml
 from cnntrain.config.yaml_files import LOADER, MAX_BYTES, check_yaml_text
 from cnntrain.errors import UserError
 from cnntrain.io import safe_files as files
-from cnntrain.report.expectations import NEUTRAL
 from cnntrain.report.metrics import read_metrics
 from cnntrain.train.checkpoint import load_validated
 from cnntrain.train.resume import flatten_settings
+from cnntrain.types import Finding
 
 log = logging.getLogger("cnntrain")
 
+# Settings that do not change the results of an experiment: where it runs and what it writes.
+NEUTRAL = {"run_dir", "resume", "device", "threads", "seed", "trusted_packages", "deterministic"}
+NEUTRAL |= {"data.root", "data.workers", "data.cache", "data.timeout_s"}
+NEUTRAL_SECTIONS = ("checkpoint", "log", "choices")
 # Paths of the data: they do not change a result.
 PATH_KEYS = ("data.root", "data.file")
 IGNORED_KEYS = NEUTRAL | {"expect", "data.fold", "data.split_seed", *PATH_KEYS}
 FINGERPRINT = "data.fingerprint"  # not a setting: identifies the data that a run was trained on
 REMEDY = "leave out this folder, or use the folder of a training run"
 IGNORED_SECTIONS = ("log", "checkpoint", "sweep", "preview", "inspect", "overfit", "check")
+COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
 
 
 @dataclass(frozen=True)
@@ -88,8 +99,8 @@ def read_run(folder: Path) -> RunRecord:
     for name in ("parameters", "wall_s"):
         if not _is_number(known.get(name)):
             raise UserError(f"{results}: {name}: must be a number; {REMEDY}")
-    settings, about = _read_config(folder / "config.yaml"), folder / "run.json"
-    data = files.read_json(about, REMEDY).get("data") if files.exists(about) else None
+    settings, run_json = _read_config(folder / "config.yaml"), folder / "run.json"
+    data = files.read_json(run_json, REMEDY).get("data") if files.exists(run_json) else None
     if isinstance(data, str):
         settings[FINGERPRINT] = data
     return RunRecord(folder, settings, read_metrics(folder / "metrics.csv"), known)
@@ -103,16 +114,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         settings = yaml.load(text, LOADER)
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; {REMEDY}") from error
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        yaml.YAMLError,
-    ) as error:
-        # YAML tag constructors raise arbitrary exceptions: `!!bool x` raises KeyError.
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:  # YAML tag constructors raise arbitrary exceptions: `!!bool x` raises KeyError
         raise UserError(f"{path}: cannot be read ({error}); {REMEDY}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path}: must be a mapping of settings; {REMEDY}")
@@ -144,20 +148,27 @@ def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
 
     If the runs use different options of a config group, the group is listed and keys that follow from it are not.
     """
+
+    def varies(key: str) -> bool:
+        return len({str(run.settings.get(key)) for run in runs}) > 1
+
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    found = [key for key in keys if not _is_ignored(key) and len({str(r.settings.get(key)) for r in runs}) > 1]
+    keys = [key for key in keys if key not in IGNORED_KEYS and key.split(".")[0] not in IGNORED_SECTIONS]
+    found = [key for key in keys if varies(key)]
     # Paths differ if the data set was moved; only a different fingerprint makes a different setting.
     if FINGERPRINT in found or any(FINGERPRINT not in run.settings for run in runs):
-        found += [key for key in PATH_KEYS if len({str(run.settings.get(key)) for run in runs}) > 1]
+        found += [key for key in PATH_KEYS if varies(key)]
     if any((key.startswith("data.") and key != FINGERPRINT) or key == "choices.data" for key in found):
         found = [key for key in found if key != FINGERPRINT]  # another data key shows the difference already
     chosen = {key.removeprefix("choices.") for key in found if key.startswith("choices.")}
-    kept = []
-    for key in found:
+
+    def follows_from_choice(key: str) -> bool:
+        """Return True if a key has one value among the runs that use the same option of its config group."""
         group = key.split(".")[0]
-        if group in chosen and not _varies_within(key, f"choices.{group}", runs):
-            continue
-        kept.append(key)
+        pairs = {(str(run.settings.get(f"choices.{group}")), str(run.settings.get(key))) for run in runs}
+        return group in chosen and len(pairs) == len({choice for choice, _ in pairs})
+
+    kept = [key for key in found if not follows_from_choice(key)]
     return sorted(kept, key=lambda key: not key.startswith("choices."))
 
 
@@ -219,13 +230,43 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str, with_std: bool = False) -
     return {key: statistics.fmean(values), **spread}
 
 
-def _varies_within(key: str, choice: str, runs: Sequence[RunRecord]) -> bool:
-    """Return True if a key has several values among runs that use the same option of a config group."""
-    seen: dict[Any, set[str]] = {}
-    for run in runs:
-        seen.setdefault(run.settings.get(choice), set()).add(str(run.settings.get(key)))
-    return any(len(values) > 1 for values in seen.values())
+def judge_expectations(
+    expected: Mapping[str, Any] | None, results: Mapping[str, Any], changed: Sequence[str]
+) -> list[Finding]:
+    """Return one finding per expectation; the verdict is SKIP if other settings were overridden.
+
+    Args:
+        expected: name of a result -> number (equality) or comparison such as ">=0.935".
+        results: content of results.json.
+        changed: keys whose values differ from the experiment's config file.
+
+    Raises:
+        UserError: an expectation is neither a number nor a comparison.
+    """
+    if not expected:
+        return []
+    flat = {**results, **(results.get("best") or {}), **(results.get("test") or {})}
+    changed = [key for key in changed if key not in NEUTRAL and key.split(".")[0] not in NEUTRAL_SECTIONS]
+    findings = []
+    for name, wanted in expected.items():
+        compare, number = parse_expectation(name, wanted)
+        if changed:
+            reason = f"not evaluated because other settings were changed: {', '.join(changed)}"
+            findings.append(Finding(f"expect {name}", "SKIP", reason))
+            continue
+        value = flat.get(name)
+        passed = isinstance(value, int | float) and bool(COMPARISONS[compare](value, number))
+        text = wanted if isinstance(wanted, str) else f"{wanted:,}"
+        findings.append(Finding(f"expect {name}", "PASS" if passed else "FAIL", f"{value}, expected {text}"))
+    return findings
 
 
-def _is_ignored(key: str) -> bool:
-    return key in IGNORED_KEYS or key.split(".")[0] in IGNORED_SECTIONS
+def parse_expectation(name: str, wanted: Any) -> tuple[str, float]:
+    """Parse `1677674` or `">=0.935"` into (comparison, number)."""
+    if isinstance(wanted, int | float) and not isinstance(wanted, bool):
+        return "==", float(wanted)
+    match = re.fullmatch(r"\s*(>=|<=|>|<|==)\s*([-+0-9.eE_]+)\s*", str(wanted))
+    with contextlib.suppress(ValueError):
+        if match:
+            return match[1], float(match[2])
+    raise UserError(f"expect.{name}: {wanted!r} is neither a number nor a comparison such as '>=0.9'")

@@ -18,11 +18,14 @@ from cnntrain.report.metrics import MetricsFile
 from cnntrain.report.progress import ProgressBar
 from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.tasks.meter import Meter
-from cnntrain.tasks.task import Task
-from cnntrain.types import Batch, DataSpec
+from cnntrain.train.setup import Components
+from cnntrain.train.state import Progress, TrainingPlan
+from cnntrain.types import Batch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+IMAGES_IN_FIGURE = 32  # of the first batch
 
 
 class RunLogger:
@@ -30,10 +33,7 @@ class RunLogger:
 
     Args:
         folder: the run folder.
-        total_steps, epochs: steps and epochs of the whole run, for the progress bar.
-        done_steps, done_epochs: steps and epochs finished before a resume.
-        tensorboard: write TensorBoard events.
-        figures: draw figures.
+        progress: position before the first step; not 0 when a run is resumed.
         on_epoch: called with the row of each epoch once its checkpoint is saved; exceptions end the run.
         learning_rate_at: learning rate of a step (from 0), for the figure of the curves.
     """
@@ -41,25 +41,22 @@ class RunLogger:
     def __init__(
         self,
         folder: Path,
-        task: Task,
-        spec: DataSpec,
-        total_steps: int,
-        epochs: int,
-        done_steps: int = 0,
-        done_epochs: int = 0,
-        tensorboard: bool = True,
-        figures: bool = True,
+        components: Components,
+        plan: TrainingPlan,
+        progress: Progress,
         on_epoch: Callable[[dict[str, float]], None] | None = None,
         learning_rate_at: Callable[[int], float] | None = None,
     ) -> None:
-        self.folder, self.task, self.spec, self.draws_figures = folder, task, spec, figures
+        settings, done_steps = components.settings.log, progress.step
+        self.folder, self.task, self.spec = folder, components.task, components.spec
+        self.draws_figures = settings.figures
         self.on_epoch, self.learning_rate_at = on_epoch, learning_rate_at
-        self.metrics = MetricsFile(folder / "metrics.csv", done_epochs + 1 if done_steps else None)
-        self.bar = ProgressBar(total_steps, epochs, done_steps, watch=(task.monitor[0],))
-        self.events = (
-            TensorBoardWriter(folder, purge_step=done_steps + 1 if done_steps else None) if tensorboard else None
-        )
-        self.best: float | None = None
+        self.metrics = MetricsFile(folder / "metrics.csv", progress.epoch + 1 if done_steps else None)
+        epochs = -(-plan.total_steps // plan.steps_per_epoch)
+        self.bar = ProgressBar(plan.total_steps, epochs, done_steps, watch=(self.task.monitor[0],))
+        self.events = None
+        if settings.tensorboard:
+            self.events = TensorBoardWriter(folder, purge_step=done_steps + 1 if done_steps else None)
         self._warned = False
         self.first_batch: tuple[int, Batch] | None = None
 
@@ -81,14 +78,8 @@ class RunLogger:
         """Write the config and the run's row in the HParams tab."""
         if self.events:
             name = self.task.monitor[0]
-            tags = [
-                f"val/{name}",
-                "val/loss",
-                f"best/{name}",
-                *([f"test/{name}"] if test else []),
-                "train/loss",
-            ]
-            self.events.hparams(hparams, tags)
+            test_tags = [f"test/{name}"] if test else []
+            self.events.hparams(hparams, [f"val/{name}", "val/loss", f"best/{name}", *test_tags, "train/loss"])
             self.events.text("config", config)
 
     def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
@@ -102,36 +93,28 @@ class RunLogger:
         self.first_batch = (step, batch) if self.draws_figures else None
 
     def _draw_batch(self) -> None:
+        """Draw the first batch as the network gets it."""
         if self.first_batch is None:
             return
         (step, batch), self.first_batch = self.first_batch, None
-        with self.bar.paused():
-            self._draw(step, batch)
-
-    def _draw(self, step: int, batch: Batch) -> None:
-        with log_plot_errors("the first batch"):
-            self._draw_images(step, batch)
-
-    def _draw_images(self, step: int, batch: Batch) -> None:
-        shown = slice(0, 32)
-        mean, std = self.spec.normalization
-        targets = {name: target[shown] for name, target in batch.targets.items()}
+        shown, normalization = slice(0, IMAGES_IN_FIGURE), self.spec.normalization
+        images, targets = batch.images[shown], {name: target[shown] for name, target in batch.targets.items()}
         names = [f"#{row}" for row in batch.index[shown].tolist()]
-        if self.spec.keypoints or "mask" in targets:
-            figure = self.task.draw(batch.images[shown], None, targets, names, mean, std)
-        else:
-            labels = targets["label"].tolist() if "label" in targets else []
-            captions = [self.spec.classes[i] for i in labels] if self.spec.classes else names
-            title = "first batch, as the network sees it"
-            figure = plot_images(unnormalize(batch.images[shown], mean, std), captions, title=title)
-        self.figure("first_batch", figure, step)
+        with self.bar.paused(), log_plot_errors("the first batch"):
+            if self.spec.keypoints or "mask" in targets:
+                figure = self.task.draw(images, None, targets, names, *normalization)
+            else:
+                labels = targets["label"].tolist() if "label" in targets else []
+                captions = [self.spec.classes[i] for i in labels] if self.spec.classes else names
+                pictures = unnormalize(images, *normalization)
+                figure = plot_images(pictures, captions, title="first batch, as the network sees it")
+            self.figure("first_batch", figure, step)
 
     def log_epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
         self.metrics.append(row)
         self.bar.log_epoch(int(row["epoch"]) - 1, row, improved)
         if self.events:
-            tags = {name: value for name, value in row.items() if name not in ("epoch", "step")}
-            self.events.scalars(tags, step)
+            self.events.scalars({name: row[name] for name in row if name not in ("epoch", "step")}, step)
 
     def log_checkpoint(self, row: dict[str, float]) -> None:
         if self.on_epoch:
@@ -165,18 +148,15 @@ class RunLogger:
         if not self.draws_figures:
             return
         with log_plot_errors("the curves"):
-            self.figure(
-                "curves",
-                plot_training_curves(self.metrics.rows, self.task.monitor, self.learning_rate_at),
-                step,
-            )
+            figure = plot_training_curves(self.metrics.rows, self.task.monitor, self.learning_rate_at)
+            self.figure("curves", figure, step)
         with log_plot_errors("the task's figures"):
             for name, figure in self.task.figures(meter).items():
                 self.figure(name, label_split(figure, split), step)
         with log_plot_errors("the mistakes"):
             if mistakes is not None:
                 self.figure("mistakes", label_split(mistakes, split), step)
-        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
         with log_plot_errors("the filters of the first layer"):
             if first is not None:
                 self.figure("filters", plot_filters(first.weight), step)

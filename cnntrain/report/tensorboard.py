@@ -11,8 +11,8 @@ import os
 import struct
 import time
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ from cnntrain.plots.figure import to_png
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_RETRY_S = 60.0
+_FLUSH_S = 10.0  # between writes to disk
+_RETRY_S = 60.0  # after a write error
 _MAX_FLOAT32 = 3.4028234e38
 
 
@@ -37,18 +38,13 @@ class TensorBoardWriter:
         folder: the run folder; created if missing.
         purge_step: when a run is resumed, the first step that is repeated. TensorBoard then hides the events of this
             and later steps in earlier files.
-        flush_s: seconds between writes to disk.
     """
 
-    def __init__(self, folder: Path | str, purge_step: int | None = None, flush_s: float = 10.0) -> None:
-        self.folder = Path(folder)
-        self._purge_step = purge_step
-        self._flush_s = flush_s
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        self.folder, self._purge_step = folder, purge_step
         self._writer: Any = None
-        self._flushed_at = time.monotonic()
-        self._retry_at = 0.0
-        self._warned = False
-        self._closed = False
+        self._flushed_at, self._retry_at = time.monotonic(), 0.0
+        self._warned = self._closed = False
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write one value per tag, for example `{"train/loss": 0.3}`; the part before "/" groups the charts."""
@@ -65,11 +61,7 @@ class TensorBoardWriter:
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Write preformatted text, for example a YAML file or a command."""
         indented = "".join(f"    {line}\n" for line in text.splitlines())  # a code block in Markdown
-        tensor = {
-            "dtype": "DT_STRING",
-            "string_val": [indented.encode()],
-            "tensor_shape": {"dim": [{"size": 1}]},
-        }
+        tensor = {"dtype": "DT_STRING", "string_val": [indented.encode()], "tensor_shape": {"dim": [{"size": 1}]}}
         about = _tensorboard("plugins.text.metadata").create_summary_metadata(display_name=tag, description="")
         self._write(step, {"tag": f"{tag}/text_summary", "metadata": about, "tensor": tensor})
 
@@ -99,23 +91,19 @@ class TensorBoardWriter:
 
     def flush(self) -> None:
         """Write pending events to disk."""
-        if self._writer is not None:
-            try:
+        with self._warning_once():
+            if self._writer is not None:
                 self._writer.flush()
                 self._flushed_at = time.monotonic()
-            except OSError as error:
-                self._handle_error(error)
 
     def close(self) -> None:
         """Write pending events and close the file; later calls have no effect."""
         self.flush()
         self._closed = True
-        if self._writer is not None:
-            try:
+        with self._warning_once():
+            if self._writer is not None:
                 self._writer.close()
-            except OSError as error:
-                self._handle_error(error)
-            self._writer = None
+                self._writer = None
 
     def __enter__(self) -> TensorBoardWriter:
         return self
@@ -124,24 +112,19 @@ class TensorBoardWriter:
         self.close()
 
     def _write_hparams(self, tag: str, **content: Any) -> None:
-        metadata = _tensorboard("plugins.hparams.metadata")
-        about = metadata.create_summary_metadata(
-            _tensorboard("plugins.hparams.plugin_data_pb2").HParamsPluginData(**content)
-        )
+        metadata, data = _tensorboard("plugins.hparams.metadata"), _tensorboard("plugins.hparams.plugin_data_pb2")
+        about = metadata.create_summary_metadata(data.HParamsPluginData(**content))
         self._write(0, {"tag": tag, "metadata": about, "tensor": metadata.NULL_TENSOR})
 
     def _write(self, step: int, *values: Mapping[str, Any]) -> None:
         """Write a Summary of `values` (fields of Summary.Value)."""
         if self._closed or (self._writer is None and time.monotonic() < self._retry_at):
             return
-        try:
+        with self._warning_once():
             writer = self._writer or self._open()
             writer.write(_event(step=step, summary={"value": values}))
-            if time.monotonic() - self._flushed_at > self._flush_s:
-                writer.flush()
-                self._flushed_at = time.monotonic()
-        except OSError as error:
-            self._handle_error(error)
+        if time.monotonic() - self._flushed_at > _FLUSH_S:
+            self.flush()
 
     def _open(self) -> Any:
         """Start a new file and return its writer."""
@@ -158,16 +141,20 @@ class TensorBoardWriter:
         self._purge_step = None
         return self._writer
 
-    def _handle_error(self, error: OSError) -> None:
-        """Warn once. The file may end with an incomplete record, so the next attempt starts a new file."""
-        writer, self._writer = self._writer, None
-        self._retry_at = time.monotonic() + _RETRY_S
-        if writer is not None:
-            with suppress(OSError):
-                writer.close()
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"cannot write TensorBoard events to {self.folder}: {error}", stacklevel=4)
+    @contextmanager
+    def _warning_once(self) -> Iterator[None]:
+        """Catch write errors. The file may end with an incomplete record, so the next attempt starts a new file."""
+        try:
+            yield
+        except OSError as error:
+            writer, self._writer = self._writer, None
+            self._retry_at = time.monotonic() + _RETRY_S
+            if writer is not None:
+                with suppress(OSError):
+                    writer.close()
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"cannot write TensorBoard events to {self.folder}: {error}", stacklevel=5)
 
 
 def _tensorboard(module: str) -> Any:

@@ -14,7 +14,7 @@ from cnntrain.config.compose import parse_overrides, read_settings
 from cnntrain.config.schema import Settings, SweepSettings
 from cnntrain.data.fingerprint import read_fingerprint
 from cnntrain.errors import UserError
-from cnntrain.report.expectations import NEUTRAL
+from cnntrain.report.compare import NEUTRAL
 from cnntrain.sweep.search_space import SearchDimension, add_swept_keys, grid, read_space
 from cnntrain.train.parts import build_pipeline, build_source, build_task
 from cnntrain.train.resume import flatten_settings

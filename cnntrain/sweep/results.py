@@ -18,7 +18,7 @@ from cnntrain.plots.curves import plot_learning_curves
 from cnntrain.plots.figure import save_figure
 from cnntrain.plots.sweep import Scale, plot_marginal_effect, plot_parallel_coordinates
 from cnntrain.report.compare import find_runs, read_run, write_csv
-from cnntrain.report.table import markdown, value_text
+from cnntrain.report.console import markdown, value_text
 from cnntrain.sweep.plan import UNLIMITED, Repeat, SweepPlan, repeats_text, round_text, setting_name
 from cnntrain.sweep.study import Study, Trial, mean_value
 

@@ -10,8 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cnntrain.io.streams import lenient, printable
-from cnntrain.report.progress import seconds_text
-from cnntrain.report.table import rows_table, value_text
+from cnntrain.report.console import columns_of, rows_table, seconds_text, value_text
 from cnntrain.sweep.plan import PlannedRun, Repeat, SweepPlan, round_text, setting_name
 from cnntrain.sweep.study import Outcome
 
@@ -120,7 +119,8 @@ class SweepProgress:
     def _draw(self) -> Group:
         running = list(self._running.values())
         max_finished = max(self.console.size.height - len(running) - 9, 3)
-        table = rows_table([*self._finished[-max_finished:], *running])
+        rows = [*self._finished[-max_finished:], *running]
+        table = rows_table(rows, columns_of(rows))
         for column in table.columns:
             column.overflow, column.no_wrap = "ellipsis", True
         head = Text(f"sweep of {self.total} runs: ", style="bold")

@@ -17,8 +17,7 @@ from cnntrain.config.command_line import MASK, Invocation, command_text, typed, 
 from cnntrain.errors import CnntrainError, MachineError, StoppedError, UserError
 from cnntrain.io.safe_files import read_json
 from cnntrain.plots.figure import log_plot_errors
-from cnntrain.report.console import console, log_to_console
-from cnntrain.report.table import print_rows
+from cnntrain.report.console import console, log_to_console, print_rows
 from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.sweep.plan import PlannedRun, Repeat, SweepPlan, read_plan, repeats_text
 from cnntrain.sweep.results import (

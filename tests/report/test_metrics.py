@@ -1,7 +1,8 @@
-"""metrics.csv: whole rows, no duplicates after a resume, columns that turn up later."""
+"""metrics.csv: complete rows, no duplicates after a resume, columns that are added later."""
 
 import csv
 import math
+from pathlib import Path
 
 from cnntrain.report.metrics import MetricsFile, read_metrics
 
@@ -10,7 +11,7 @@ def row(epoch: int, **more: float) -> dict[str, float]:
     return {"epoch": epoch, "train/loss": 1 / (epoch + 1), **more}
 
 
-def test_rows_come_back_as_written(tmp_path):
+def test_rows_are_read_as_written(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "deep" / "metrics.csv")
     for epoch in range(3):
         file.append(row(epoch))
@@ -20,26 +21,26 @@ def test_rows_come_back_as_written(tmp_path):
     assert file.path.read_text().splitlines()[1] == "0,1"
 
 
-def test_a_resumed_file_equals_an_unbroken_one(tmp_path):
-    unbroken = MetricsFile(tmp_path / "a.csv")
-    broken = MetricsFile(tmp_path / "b.csv")
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    uninterrupted = MetricsFile(tmp_path / "a.csv")
+    interrupted = MetricsFile(tmp_path / "b.csv")
     for epoch in range(5):
-        unbroken.append(row(epoch))
-    for epoch in range(4):  # went further than its last checkpoint
-        broken.append(row(epoch))
-    broken = MetricsFile(tmp_path / "b.csv", resume_epoch=2)
+        uninterrupted.append(row(epoch))
+    for epoch in range(4):  # continued after its last checkpoint
+        interrupted.append(row(epoch))
+    interrupted = MetricsFile(tmp_path / "b.csv", resume_epoch=2)
     for epoch in range(2, 5):
-        broken.append(row(epoch))
-    assert broken.path.read_text() == unbroken.path.read_text()
+        interrupted.append(row(epoch))
+    assert interrupted.path.read_text() == uninterrupted.path.read_text()
 
 
-def test_a_fresh_file_forgets_the_old_one(tmp_path):
+def test_a_new_run_replaces_the_file(tmp_path: Path) -> None:
     MetricsFile(tmp_path / "m.csv").append(row(0))
     assert read_metrics(MetricsFile(tmp_path / "m.csv").path) == []
     assert read_metrics(MetricsFile(tmp_path / "new.csv", resume_epoch=3).path) == []
 
 
-def test_new_columns_join_and_absent_ones_stay_empty(tmp_path):
+def test_new_columns_are_added_and_missing_values_stay_empty(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m.csv")
     file.append(row(0))
     file.append(row(1, **{"val/top1": 0.5}))
@@ -50,7 +51,7 @@ def test_new_columns_join_and_absent_ones_stay_empty(tmp_path):
         assert {len(cells) for cells in csv.reader(lines)} == {3}
 
 
-def test_nan_survives_and_a_cut_line_is_left_out(tmp_path):
+def test_nan_is_kept_and_an_incomplete_line_is_dropped(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "m.csv")
     file.append(row(0, **{"val/loss": math.nan}))
     file.append(row(1, **{"val/loss": math.inf}))

@@ -1,4 +1,4 @@
-"""What is written is read back with TensorBoard's own reader."""
+"""Events, read with TensorBoard's own reader."""
 
 import warnings
 from pathlib import Path
@@ -16,7 +16,7 @@ def read(folder: Path):
     return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
 
 
-def test_scalars_come_back(tmp_path):
+def test_scalars(tmp_path: Path) -> None:
     with TensorBoardWriter(tmp_path) as events:
         for step in range(5):
             events.scalars({"train/loss": 2.0 - step / 4, "lr": 0.1}, step)
@@ -26,13 +26,13 @@ def test_scalars_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, -1e300])
-def test_any_float_is_accepted(tmp_path, value):
+def test_any_float_is_accepted(tmp_path: Path, value: float) -> None:
     with TensorBoardWriter(tmp_path) as events:
         events.scalars({"loss": value}, 1)
     assert len(read(tmp_path).Scalars("loss")) == 1
 
 
-def test_a_figure_comes_back_as_png_of_its_size(tmp_path):
+def test_a_figure_is_a_png_of_its_size(tmp_path: Path) -> None:
     figure = curves.plot_training_curves([{"epoch": 0, "train/loss": 1.0, "val/loss": 2.0}])
     with TensorBoardWriter(tmp_path) as events:
         events.figure("curves", figure, 3)
@@ -41,7 +41,7 @@ def test_a_figure_comes_back_as_png_of_its_size(tmp_path):
     assert (image.step, image.width, image.height) == (3, *figure.canvas.get_width_height())
 
 
-def test_text_comes_back(tmp_path):
+def test_text(tmp_path: Path) -> None:
     with TensorBoardWriter(tmp_path) as events:
         events.text("config", "seed: 0\nepochs: 3")
     reader = read(tmp_path)
@@ -49,7 +49,7 @@ def test_text_comes_back(tmp_path):
     assert reader.SummaryMetadata("config/text_summary").plugin_data.plugin_name == "text"
 
 
-def test_resume_forgets_what_will_be_done_again(tmp_path):
+def test_a_resumed_run_hides_the_events_of_repeated_steps(tmp_path: Path) -> None:
     with TensorBoardWriter(tmp_path) as events:
         for step in range(10):
             events.scalars({"loss": 1.0}, step)
@@ -62,7 +62,7 @@ def test_resume_forgets_what_will_be_done_again(tmp_path):
 
 
 def hparams_rows(logdir: Path) -> list[dict]:
-    """The rows of the HParams tab, as its plugin answers the browser."""
+    """Return the rows of the HParams tab, as the plugin sends them to the browser."""
     from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
     from tensorboard.plugins import base_plugin
     from tensorboard.plugins.hparams import hparams_plugin
@@ -86,15 +86,11 @@ def hparams_rows(logdir: Path) -> list[dict]:
     return Client(apps["/session_groups"]).post("/", json=request).get_json(force=True)["sessionGroups"]
 
 
-def test_hparams_tab_has_one_row_a_run_with_its_metrics(tmp_path):
+def test_the_hparams_tab_has_one_row_per_run_with_its_metrics(tmp_path: Path) -> None:
     for number, name in enumerate(("one", "two")):
         with TensorBoardWriter(tmp_path / name) as events:
-            settings = {
-                "optimizer.lr": 0.1 * (number + 1),
-                "model": "lenet5",
-                "channels_last": True,
-                "steps": None,
-            }
+            rate = 0.1 * (number + 1)
+            settings = {"optimizer.lr": rate, "model": "lenet5", "channels_last": True, "steps": None}
             events.hparams(settings, ["best/val/top1"])
             events.scalars({"val/top1": 0.5}, 10)
             events.scalars({"best/val/top1": 0.9 + number / 100}, 10)
@@ -103,16 +99,16 @@ def test_hparams_tab_has_one_row_a_run_with_its_metrics(tmp_path):
     assert sorted(session["name"] for group in groups for session in group["sessions"]) == ["one", "two"]
     two = next(group for group in groups if group["sessions"][0]["name"] == "two")
     assert two["hparams"] == {"optimizer.lr": 0.2, "model": "lenet5", "channels_last": True, "steps": "null"}
-    assert two["hparams"]["channels_last"] is True  # no number: the tab offers a tick box
+    assert two["hparams"]["channels_last"] is True  # not a number: the tab shows a checkbox
     assert [value["value"] for value in two["metricValues"]] == [pytest.approx(0.91)]
     assert two["sessions"][0]["status"] == "STATUS_SUCCESS"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"], "no sub-runs"
 
 
-def test_an_error_warns_once_and_training_goes_on(tmp_path, monkeypatch):
+def test_write_errors_are_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    monkeypatch.setattr(tensorboard, "_RETRY_S", -1.0)  # try again at once
+    monkeypatch.setattr(tensorboard, "_RETRY_S", -1.0)  # try again immediately
     events = TensorBoardWriter(blocked / "run")
     with pytest.warns(UserWarning, match="cannot write"):
         events.scalars({"loss": 1.0}, 0)
@@ -127,7 +123,7 @@ def test_an_error_warns_once_and_training_goes_on(tmp_path, monkeypatch):
     assert [p.step for p in read(blocked / "run").Scalars("loss")] == [2]
 
 
-def test_a_full_disk_in_the_middle_warns_and_begins_a_new_file(tmp_path, monkeypatch):
+def test_a_new_file_is_started_after_a_write_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorboard, "_RETRY_S", -1.0)
     events = TensorBoardWriter(tmp_path)
     events.scalars({"loss": 1.0}, 0)

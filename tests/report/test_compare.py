@@ -1,9 +1,9 @@
-"""Expected results of experiments."""
+"""Expected results of experiments. Comparisons of runs are tested in tests/commands/test_compare.py."""
 
 import pytest
 
 from cnntrain.errors import UserError
-from cnntrain.report.expectations import judge_expectations
+from cnntrain.report.compare import judge_expectations
 
 
 def test_expectations() -> None:
