@@ -6,7 +6,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,24 +13,20 @@ import torch
 from rich.progress import Progress
 
 from cnntrain.checks import (
-    derivative,
     image_checks,
     leakage,
     learning,
     lint,
-    losses,
     machinery,
     modes,
-    norms,
     outputs,
+    reference,
     start,
-    steps,
     targets,
-    training_loop,
     wiring,
 )
-from cnntrain.checks.context import CheckContext, failed
-from cnntrain.checks.flip import diagnose_flip, wrong_pair
+from cnntrain.checks.context import OUT_OF_BUDGET, CheckContext, failed, skipped
+from cnntrain.checks.flip import MAX_EXAMPLES, diagnose_flip, wrong_pair
 from cnntrain.config.schema import Settings
 from cnntrain.data.splits import limit_rows
 from cnntrain.errors import CnntrainError, UserError, suggest
@@ -50,7 +45,6 @@ from cnntrain.types import Finding
 
 CHECKPOINT_BUDGET_S = 60.0
 IMAGES_IN_FIGURE = 12
-MAX_FLIP_EXAMPLES = 20_000  # more would not make the mean shape more precise
 
 Check = Callable[[CheckContext], Finding]
 
@@ -87,19 +81,19 @@ CHECKS: dict[str, dict[str, Check]] = {
         "batch order": outputs.batch_order,
         "output layer": outputs.output_layer,
         "modes": modes.modes,
-        "loss scale": losses.loss_scale,
-        "loss sees labels": losses.loss_sees_labels,
-        "loss sign": losses.loss_sign,
-        "derivative": derivative.derivative,
-        "loop": training_loop.loop_agrees,
+        "loss scale": outputs.loss_scale,
+        "loss sees labels": outputs.loss_sees_labels,
+        "loss sign": outputs.loss_sign,
+        "derivative": reference.derivative,
+        "loop": reference.loop_agrees,
     },
     "learning": {
-        "weight decay": steps.weight_decay,
+        "weight decay": learning.weight_decay,
         "one example": learning.one_example,
         "eight examples": learning.eight_examples,
-        "learning rate": steps.learning_rate,
+        "learning rate": learning.learning_rate,
         "generalizes": learning.generalizes,
-        "batch norm gap": norms.batch_norm_gap,
+        "batch norm gap": modes.batch_norm_gap,
     },
     "machinery": {
         "repeat": machinery.repeat,
@@ -111,35 +105,31 @@ CHECKS: dict[str, dict[str, Check]] = {
 }
 
 
-def check_names() -> list[str]:
-    """Return the names of all checks as they are typed."""
-    return [cli_name(name) for topic in CHECKS.values() for name in topic]
-
-
-def cli_name(name: str) -> str:
-    """Return the name of a check as it is typed: with dashes."""
-    return name.replace(" ", "-")
+SKIPPED_IF_TRAINED = {*CHECKS["start"], "one example", "eight examples", "learning rate"}
+SKIPPED_WITHOUT_TIME = CHECKS["machinery"]
 
 
 def select_checks(words: Sequence[str]) -> dict[str, Check]:
     """Return the checks with these names or topics, in the order in which they run; without words, all checks.
 
+    Spaces in names are typed as dashes.
+
     Raises:
         UserError: a word is neither a check nor a topic.
     """
-    valid = [*CHECKS, *check_names(), "all"]
+    names = [name.replace(" ", "-") for topic in CHECKS.values() for name in topic]
+    valid = [*CHECKS, *names, "all"]
     for word in words:
         if word not in valid:
             raise UserError(
-                f"check: unknown check {word!r}{suggest(word, valid)}; the checks are {', '.join(check_names())}, and "
-                f"the topics {', '.join(CHECKS)}"
+                f"check: unknown check {word!r}{suggest(word, valid)}; the checks are {', '.join(names)}, and the "
+                f"topics {', '.join(CHECKS)}"
             )
-    everything = not words or "all" in words
     return {
         name: check
         for topic, checks in CHECKS.items()
         for name, check in checks.items()
-        if everything or topic in words or cli_name(name) in words
+        if not words or {"all", topic, name.replace(" ", "-")} & set(words)
     }
 
 
@@ -159,14 +149,18 @@ def run_checks(
         precision = nullcontext() if name in CHECKS["learning"] else full_float32()
         with preserve_random_state(context.compute.device), precision:
             context.reseed(name)
-            finding = dataclasses.replace(_run_check(check, context), name=name)
+            finding = dataclasses.replace(_run_check(name, check, context), name=name)
         findings.append(finding)
         on_finding(finding, time.perf_counter() - started)
     return findings
 
 
-def _run_check(check: Check, context: CheckContext) -> Finding:
+def _run_check(name: str, check: Check, context: CheckContext) -> Finding:
     """Run one check. An exception raised by user code becomes a FAIL, so that the other checks still run."""
+    if context.trained and name in SKIPPED_IF_TRAINED:
+        return skipped("the weights come from a checkpoint")
+    if context.seconds_left <= 0 and name in SKIPPED_WITHOUT_TIME:
+        return skipped(OUT_OF_BUDGET)
     try:
         return check(context)
     except CnntrainError:
@@ -208,7 +202,7 @@ def check(settings: Settings, words: Sequence[str] = (), command_line: str = "")
     components = build_components(settings)
     with stop_flag() as stop:
         context = build_context(components, deadline, stop, command_line)
-        with open_run_dir(_path(settings.run_dir), f"check-{settings.label}") as run_folder:
+        with open_run_dir(settings.run_dir, f"check-{settings.label}") as run_folder:
             return _run_and_report(context, words, run_folder, command_line, settings.log.figures)
 
 
@@ -220,7 +214,7 @@ def check_checkpoint(
     deadline = time.monotonic() + CHECKPOINT_BUDGET_S
     with stop_flag() as stop:
         context = build_context(components, deadline, stop, command_line, trained=True)
-        with open_run_dir(_path(run_dir), "check-checkpoint") as run_folder:
+        with open_run_dir(run_dir, "check-checkpoint") as run_folder:
             return _run_and_report(context, words, run_folder, command_line, figures=True)
 
 
@@ -249,10 +243,6 @@ def build_context(
     )
 
 
-def _path(run_dir: str | None) -> Path | None:
-    return Path(run_dir) if run_dir else None
-
-
 def _run_and_report(
     context: CheckContext, words: Sequence[str], run_folder: RunDir, command_line: str, figures: bool
 ) -> dict[str, Any]:
@@ -269,8 +259,6 @@ def _run_and_report(
     report = summarize(findings)
     for row in report["findings"]:
         row["seconds"] = seconds[row["name"]]
-    run_folder.write_json("run.json", provenance(command_line))
-    run_folder.write_json("check.json", report)
     if figures:
         batch = context.eval_batch(count=IMAGES_IN_FIGURE)
         names = [context.loaders["train"].examples.names[int(i)] for i in batch.index]
@@ -279,9 +267,18 @@ def _run_and_report(
             save_figure(figure, run_folder.figures / "images.png")
             if context.curves:
                 save_figure(plot_check_curves(context.curves), run_folder.figures / "check.png")
-    print_findings(findings)
     counts = [f"{sum(f.verdict == v for f in findings)} {v}" for v in ("PASS", "WARN", "FAIL", "SKIP")]
-    print(f"{report['verdict']}: {', '.join(counts)} in {sum(seconds.values()):.0f} s")
+    line = f"{', '.join(counts)} in {sum(seconds.values()):.0f} s"
+    return _write_and_print(report, findings, line, run_folder, command_line)
+
+
+def _write_and_print(
+    report: dict[str, Any], findings: list[Finding], line: str, run_folder: RunDir, command_line: str
+) -> dict[str, Any]:
+    run_folder.write_json("run.json", provenance(command_line))
+    run_folder.write_json("check.json", report)
+    print_findings(findings)
+    print(f"{report['verdict']}: {line}")
     print(f"run folder: {run_folder.path}")
     return {**report, "run_dir": str(run_folder.path)}
 
@@ -298,28 +295,23 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     if not spec.keypoints:
         raise UserError("check flip: this dataset has no keypoints; choose one that has, for example data=toy_faces")
     train = source.load()["train"]
-    limit = min(data_settings.limit or MAX_FLIP_EXAMPLES, MAX_FLIP_EXAMPLES)
+    limit = min(data_settings.limit or MAX_EXAMPLES, MAX_EXAMPLES)
     rows = limit_rows(len(train), limit, data_settings.split_seed, "train")
     points, valid = (train.targets[name] for name in ("points", "valid"))
     if rows is not None:
         points, valid = points[rows], valid[rows]
     findings, symmetry = diagnose_flip(points, valid, spec)
-    data = settings.choices["data"]
+    data, names = settings.choices["data"], spec.keypoints
     report = {"check": "flip", "data": data, "examples": len(points), **summarize(findings)}
-    pairs = [(i, partner) for i, partner in enumerate(spec.flip_pairs or ()) if i < partner < len(spec.keypoints)]
-    report["pairs"] = [[spec.keypoints[i], spec.keypoints[partner]] for i, partner in pairs]
-    with open_run_dir(_path(settings.run_dir), f"check-flip-{data}") as run_folder:
-        run_folder.write_json("run.json", provenance(command_line))
-        run_folder.write_json("check.json", report)
+    pairs = [(i, partner) for i, partner in enumerate(spec.flip_pairs or ()) if i < partner < len(names)]
+    report["pairs"] = [[names[i], names[partner]] for i, partner in pairs]
+    with open_run_dir(settings.run_dir, f"check-flip-{data}") as run_folder:
         if symmetry is not None and settings.log.figures:
             title = f"{report['verdict']}: mean of {len(points):,} shapes of {data}, and its mirror image"
             shapes, distances = (symmetry.shape, symmetry.mirrored), (symmetry.unswapped, symmetry.swapped)
             figure = plot_flip_symmetry(*shapes, distances, spec, wrong_pair(symmetry) or (), title)
             save_figure(figure, run_folder.figures / "flip.png")
-    print_findings(findings)
-    print(f"{report['verdict']}: {report['line']}")
-    print(f"run folder: {run_folder.path}")
-    return {**report, "run_dir": str(run_folder.path)}
+        return _write_and_print(report, findings, report["line"], run_folder, command_line)
 
 
 def summarize(findings: list[Finding]) -> dict[str, Any]:

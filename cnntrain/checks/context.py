@@ -1,6 +1,7 @@
-"""Input and output of the checks: the parts of a run that they work on, and constructors of findings."""
+"""What checks have in common: the parts of a run, the networks that they compute with, and constructors of findings."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,11 @@ from cnntrain.train.state import TrainingPlan
 from cnntrain.types import Batch, DataSpec, Finding
 
 SAMPLE_SIZE = 256  # examples taken from a split by default
+FULL_COUNT_PIXELS = 64 * 64  # largest images that `image_count` does not reduce the number of
+MAX_STEP_IMAGES = 16  # batch size of `train_steps`
+STABLE_ADAM_LR = 1e-3  # for `trained_copy`
+FP16_SCALE = 1024.0  # loss scale
+OUT_OF_BUDGET = "the time budget (check.budget_s) is used up"
 
 
 @dataclass
@@ -66,23 +72,17 @@ class CheckContext:
         """Remaining time budget in seconds; negative if it is used up."""
         return self.deadline - time.monotonic()
 
-    def copy_model(self) -> nn.Module:
-        """Return a copy of the model in eval mode, without gradients."""
-        model = copy.deepcopy(self.model).eval()
-        model.zero_grad(set_to_none=True)
-        return model.to(memory_format=self.compute.memory_format)
-
     def stored_batch(self, split: str = "train", count: int = SAMPLE_SIZE) -> Batch:
         """Return the same `count` examples (or all, if there are fewer), evenly spaced in a split, as uint8."""
         key = (split, count)
         if key not in self._samples:
             loader = self.loaders[split]
-            rows = torch.linspace(0, len(loader) - 1, min(count, len(loader))).round().long()
+            rows = evenly_spaced(len(loader), count)
             batch = self.pipeline.resize(next(loader.batches(rows, len(rows))))
             if batch.images.is_floating_point():  # the cached images are larger and were resized
                 batch = replace(batch, images=batch.images.round().to(torch.uint8))
             self._samples[key] = batch
-        return _copy(self._samples[key])
+        return copy.deepcopy(self._samples[key])
 
     def eval_batch(self, split: str = "train", count: int = SAMPLE_SIZE) -> Batch:
         """Return the examples of `stored_batch`, normalized but not augmented."""
@@ -97,13 +97,17 @@ class CheckContext:
 
     def train_examples(self, rows: Tensor) -> Batch:
         """Return the training examples at `rows`, normalized but not augmented."""
-        return self._to_memory_format(
-            self.pipeline.eval_transform(next(self.loaders["train"].batches(rows, len(rows))))
-        )
+        batch = next(self.loaders["train"].batches(rows, len(rows)))
+        return self._to_memory_format(self.pipeline.eval_transform(batch))
 
     def _to_memory_format(self, batch: Batch) -> Batch:
         batch.images = batch.images.contiguous(memory_format=self.compute.memory_format)
         return batch
+
+    def image_count(self, most: int, least: int = 8) -> int:
+        """Return how many images to compute on: `most` for images of up to 64 px, fewer for larger ones."""
+        height, width = self.pipeline.output_size
+        return min(most, max(most * FULL_COUNT_PIXELS // (height * width), least))
 
     def outputs(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return the model's outputs (N, ...) as float32, computed in the run's precision."""
@@ -113,19 +117,117 @@ class CheckContext:
         """Return the mean training loss of a batch, a scalar with a gradient."""
         return self.mean_loss(self.outputs(model, batch.images), batch.truth)
 
-    def mean_loss(self, outputs: Tensor, truth: dict[str, Tensor]) -> Tensor:
-        """Return the mean training loss of outputs, a scalar."""
-        loss_sum, count = self.task.loss(outputs, truth)
+    def mean_loss(self, outputs: Tensor, truth: dict[str, Tensor], training: bool = True) -> Tensor:
+        """Return the mean loss of outputs, a scalar."""
+        loss_sum, count = self.task.loss(outputs, truth, training)
         return loss_sum / count.clamp(min=1e-12)
 
     def reseed(self, *parts: int | str) -> None:
         """Seed torch's generators (dropout) from the run's seed and `parts`."""
         seed_step(self.plan.seed, "check", *parts)
 
+    def copy_model(self) -> nn.Module:
+        """Return a copy of the model in eval mode, without gradients."""
+        model = copy.deepcopy(self.model).eval()
+        model.zero_grad(set_to_none=True)
+        return model.to(memory_format=self.compute.memory_format)
 
-def _copy(batch: Batch) -> Batch:
-    targets = {name: target.clone() for name, target in batch.targets.items()}
-    return Batch(batch.images.clone(), targets, batch.index, batch.position, batch.source_to_image)
+    def calibrated_copy(self, images: Tensor, adam_steps: int = 0) -> nn.Module:
+        """Return a copy of the model in eval mode whose BatchNorms have the statistics of `images`.
+
+        The initial running statistics (mean 0, variance 1) would not show how the model starts, because its first
+        training step uses batch statistics. Trained weights keep their statistics.
+
+        Args:
+            adam_steps: train the copy first, with Adam whatever the configured optimizer is. After a few steps, layers
+                that start at zero (a head, the last norm of a residual block) no longer hide the layers before them.
+        """
+        model = self.copy_model()
+        if adam_steps:
+            parameters = trainable_parameters(model).values()
+            self.train_steps(model, torch.optim.Adam(parameters, lr=STABLE_ADAM_LR), adam_steps)
+        if not self.trained:
+            calibrate_norms(model, images)
+        return model
+
+    def train_steps(
+        self, model: nn.Module, optimizer: Optimizer, steps: int, on_gradients: Callable[[], None] | None = None
+    ) -> list[float]:
+        """Train `model` for a few steps on augmented batches like the run would, and set it to eval mode.
+
+        Stops if the loss is not finite or has no gradient.
+
+        Args:
+            on_gradients: called after each backward pass, before the optimizer step.
+
+        Returns:
+            The loss before each step.
+        """
+        count = min(MAX_STEP_IMAGES, self.plan.batch_size if self.plan.batch_size > 1 else MAX_STEP_IMAGES)
+        sample, losses = self.augmented_batch(count * steps), []
+        batches = max(len(sample) // count, 1)
+        model.train()
+        for step in range(steps):
+            start = step % batches * count
+            self.reseed("practice", step)
+            optimizer.zero_grad(set_to_none=True)
+            loss = self.loss(model, sample.take(slice(start, start + count)))
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]) or not loss.requires_grad:
+                break
+            backward(loss, model, self.compute)
+            if on_gradients is not None:
+                on_gradients()
+            optimizer.step()
+        model.eval()
+        return losses
+
+
+def evenly_spaced(length: int, count: int) -> Tensor:
+    """Return `count` evenly spaced rows (or all, if there are fewer) of a split with `length` examples."""
+    return torch.linspace(0, length - 1, min(count, length)).round().long()
+
+
+def calibrate_norms(model: nn.Module, images: Tensor) -> int:
+    """Set the running statistics of BatchNorms to those of `images` (N, C, H, W), and set the model to eval mode.
+
+    Returns:
+        The number of norms.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0  # replaces the running statistics in one pass
+    if norms and len(images) > 1:
+        with torch.no_grad():
+            model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+    return len(norms)
+
+
+def backward(loss: Tensor, model: nn.Module, compute: Compute) -> None:
+    """Compute the gradients of a scalar loss. In fp16 the loss is scaled so that small gradients do not underflow."""
+    if compute.precision != "fp16":
+        loss.backward()
+        return
+    (loss * FP16_SCALE).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if gradients:
+        torch._foreach_div_(gradients, FP16_SCALE)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def relative_distance(reference: Tensor, other: Tensor) -> float:
+    """Return the L2 distance of two tensors of the same shape, relative to the norm of the first."""
+    reference, other = reference.detach().cpu().double(), other.detach().cpu().double()
+    return float((reference - other).norm() / reference.norm().clamp(min=1e-12))
 
 
 # `run_checks` adds the name of the check to these findings.

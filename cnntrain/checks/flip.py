@@ -22,16 +22,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cnntrain.checks.context import join_names
+from cnntrain.checks.context import failed, join_names, passed, skipped, warned
 from cnntrain.types import DataSpec, Finding
 
 MIN_Z_SCORE = 2.0  # standard errors by which an exchange must differ from no change
 MIN_EXAMPLES = 5
+MAX_EXAMPLES = 20_000  # more would not make the mean shape more precise
 KEY = "data.flip_pairs"
 SIDES = {"left": "right", "l": "r"} | {"right": "left", "r": "l"}
 
@@ -42,7 +43,6 @@ class Symmetry:
 
     Attributes:
         shape: (K, 2) mean shape, centered.
-        mirrored: (K, 2) its mirror image without relabeling.
         swapped, unswapped: root mean square distance between the mean shape and its mirror image, with and without
             relabeling by the flip pairs.
         change: (K, K) increase of the summed squared distance when keypoints i and j exchange their partners.
@@ -50,11 +50,15 @@ class Symmetry:
     """
 
     shape: Tensor
-    mirrored: Tensor
     swapped: float
     unswapped: float
     change: Tensor
     error: Tensor
+
+    @property
+    def is_certain(self) -> Tensor:
+        """(K, K) bool: whether `change` differs significantly from 0."""
+        return self.change.abs() >= MIN_Z_SCORE * self.error
 
     def exchanged(self, i: int, j: int) -> float:
         """Return `swapped` for flip pairs in which i and j have exchanged their partners."""
@@ -71,41 +75,35 @@ def diagnose_flip(points: Tensor, valid: Tensor, spec: DataSpec) -> tuple[list[F
     if spec.flip_pairs is None:
         cause = "neither data.flip_pairs nor a keypoint set declares pairs, and no keypoint name contains left or right"
         remedy = "set data.flip_pairs, for example data.flip_pairs={left_eye: right_eye}"
-        return [Finding("mirror declared", "FAIL", "no flip pairs are known", cause, remedy, (KEY,))], None
-    findings = [
-        diagnose_map(spec.keypoints, spec.flip_pairs),
-        diagnose_names(spec.keypoints, spec.flip_pairs),
-    ]
-    count = len(spec.keypoints)
-    if len(spec.flip_pairs) != count or not all(0 <= partner < count for partner in spec.flip_pairs):
-        return findings, None
-    symmetry = measure_symmetry(points, valid, spec.flip_pairs)
-    findings.append(diagnose_shape(spec.flip_pairs, symmetry))
-    findings.append(diagnose_exchanges(spec.keypoints, spec.flip_pairs, symmetry))
-    return findings, symmetry
+        finding = failed("no flip pairs are known", cause, remedy, KEY)
+        return [replace(finding, name="mirror declared")], None
+    names, pairs, symmetry = spec.keypoints, spec.flip_pairs, None
+    findings = {"mirror map": diagnose_map(names, pairs), "mirror names": diagnose_names(names, pairs)}
+    if len(pairs) == len(names) and all(0 <= partner < len(names) for partner in pairs):
+        symmetry = measure_symmetry(points, valid, pairs)
+        findings["mirror shape"] = _diagnose_shape(pairs, symmetry)
+        findings["mirror pairs"] = _diagnose_exchanges(names, pairs, symmetry)
+    return [replace(finding, name=name) for name, finding in findings.items()], symmetry
 
 
 def diagnose_map(names: Sequence[str], flip_pairs: Sequence[int]) -> Finding:
     """Check that every keypoint has one partner, and that the permutation is its own inverse."""
-    name, count = "mirror map", len(names)
+    count = len(names)
     if len(flip_pairs) != count:
         evidence = f"the list has {len(flip_pairs)} entries for {count} keypoints"
-        cause = "the list of partners belongs to other data"
-        return Finding(name, "FAIL", evidence, cause, f"list {count} partners", (KEY,))
+        return failed(evidence, "the list of partners belongs to other data", f"list {count} partners", KEY)
     for i, partner in enumerate(flip_pairs):
         if not 0 <= partner < count:
             evidence = f"{names[i]} has the partner number {partner}; there are {count} keypoints, counted from 0"
-            cause = "an index is out of range"
-            return Finding(name, "FAIL", evidence, cause, "declare partners by name", (KEY,))
+            return failed(evidence, "an index is out of range", "declare partners by name", KEY)
         if flip_pairs[partner] != i:
             index = flip_pairs[partner]
             back = names[index] if 0 <= index < count else f"number {index}"
             evidence = f"{names[i]} becomes {names[partner]}, but {names[partner]} becomes {back}"
             cause = "a pair is declared in one direction only, or the list is shifted"
-            remedy = f"pair {names[i]} with one keypoint, in both directions"
-            return Finding(name, "FAIL", evidence, cause, remedy, (KEY,))
+            return failed(evidence, cause, f"pair {names[i]} with one keypoint, in both directions", KEY)
     pairs = sum(partner > i for i, partner in enumerate(flip_pairs))
-    return Finding(name, "PASS", f"{pairs} pairs, {count - 2 * pairs} unpaired keypoints; applied twice, the identity")
+    return passed(f"{pairs} pairs, {count - 2 * pairs} unpaired keypoints; applied twice, the identity")
 
 
 def diagnose_names(names: Sequence[str], flip_pairs: Sequence[int]) -> Finding:
@@ -122,11 +120,11 @@ def diagnose_names(names: Sequence[str], flip_pairs: Sequence[int]) -> Finding:
         if side_and_part(names[partner]) != (SIDES[side], part):
             wrong.append(_describe(names, flip_pairs, i))
     if not count:
-        return Finding("mirror names", "SKIP", "no keypoint name contains left or right")
+        return skipped("no keypoint name contains left or right")
     if not wrong:
-        return Finding("mirror names", "PASS", f"{count} names contain a side, and are paired with the other side")
+        return passed(f"{count} names contain a side, and are paired with the other side")
     remedy = "pair each left keypoint with the same keypoint on the right"
-    return Finding("mirror names", "FAIL", join_names(wrong), "a pair or a name is wrong", remedy, (KEY,))
+    return failed(join_names(wrong), "a pair or a name is wrong", remedy, KEY)
 
 
 def side_and_part(name: str) -> tuple[str | None, str]:
@@ -171,28 +169,26 @@ def measure_symmetry(points: Tensor, valid: Tensor, flip_pairs: Sequence[int]) -
     shape = shape - shape.mean(0)
     mirrored = shape * flip
     distances = [(shape - other).square().sum(1).mean().sqrt() for other in (mirrored[partner], mirrored)]
-    return Symmetry(shape, mirrored, float(distances[0]), float(distances[1]), change, error)
+    return Symmetry(shape, float(distances[0]), float(distances[1]), change, error)
 
 
-def diagnose_shape(flip_pairs: Sequence[int], symmetry: Symmetry) -> Finding:
+def _diagnose_shape(flip_pairs: Sequence[int], symmetry: Symmetry) -> Finding:
     """Check that swapping names brings the mirrored mean shape closer to the mean shape."""
     evidence = (
         f"distance of the mirrored mean shape from the mean shape, relative to its size: {symmetry.swapped:.3f} with "
         f"names swapped, {symmetry.unswapped:.3f} without"
     )
     if all(partner == i for i, partner in enumerate(flip_pairs)):
-        cause = "every keypoint is its own partner"
         remedy = "declare the pairs, unless all keypoints lie on the axis of symmetry"
-        return Finding("mirror shape", "WARN", f"no names are swapped; {evidence}", cause, remedy, (KEY,))
+        return warned(f"no names are swapped; {evidence}", "every keypoint is its own partner", remedy, KEY)
     if symmetry.swapped < symmetry.unswapped:
-        return Finding("mirror shape", "PASS", evidence)
+        return passed(evidence)
     cause = "most pairs are wrong, or the shapes have no common orientation"
-    return Finding("mirror shape", "FAIL", evidence, cause, "look at the figure, and correct the pairs", (KEY,))
+    return failed(evidence, cause, "look at the figure, and correct the pairs", KEY)
 
 
-def diagnose_exchanges(names: Sequence[str], flip_pairs: Sequence[int], symmetry: Symmetry) -> Finding:
+def _diagnose_exchanges(names: Sequence[str], flip_pairs: Sequence[int], symmetry: Symmetry) -> Finding:
     """Check that exchanging the partners of any two keypoints makes the match worse."""
-    name = "mirror pairs"
     if pair := wrong_pair(symmetry):
         i, j = pair
         evidence = (
@@ -203,29 +199,25 @@ def diagnose_exchanges(names: Sequence[str], flip_pairs: Sequence[int], symmetry
         pairs = {frozenset((i, flip_pairs[j])), frozenset((j, flip_pairs[i]))}
         better = ", ".join(": ".join(names[k] for k in sorted(pair)) for pair in pairs if len(pair) == 2)
         remedy = f"declare {{{better}}}" if better else f"leave {names[i]} and {names[j]} unpaired"
-        return Finding(name, "FAIL", evidence, f"{names[i]} or {names[j]} has a wrong partner", remedy, (KEY,))
-    undecided = _upper(symmetry) & ~(symmetry.change.abs() >= MIN_Z_SCORE * symmetry.error)
+        return failed(evidence, f"{names[i]} or {names[j]} has a wrong partner", remedy, KEY)
+    undecided = (~symmetry.is_certain).triu(1)
     if undecided.any():
         shown = join_names([f"{names[i]} and {names[j]}" for i, j in undecided.nonzero().tolist()], 5)
         evidence = f"the data do not show whether the partners of {shown} are exchanged"
         cause = "these keypoints coincide on average, or are valid in too few examples"
-        return Finding(name, "WARN", evidence, cause, "compare their pairs by eye", (KEY,))
+        return warned(evidence, cause, "compare their pairs by eye", KEY)
     exchanges = len(names) * (len(names) - 1) // 2
-    return Finding(name, "PASS", f"exchanging the partners of any two keypoints is worse ({exchanges:,} exchanges)")
+    return passed(f"exchanging the partners of any two keypoints is worse ({exchanges:,} exchanges)")
 
 
 def wrong_pair(symmetry: Symmetry) -> tuple[int, int] | None:
     """Return the two keypoints whose exchange improves the match most, if any exchange improves it significantly."""
-    wrong = _upper(symmetry) & (symmetry.change.abs() >= MIN_Z_SCORE * symmetry.error) & (symmetry.change < 0)
+    wrong = (symmetry.is_certain & (symmetry.change < 0)).triu(1)
     if not wrong.any():
         return None
     change = torch.where(wrong, symmetry.change, float("inf"))
     i, j = divmod(int(change.argmin()), len(change))
     return i, j
-
-
-def _upper(symmetry: Symmetry) -> Tensor:
-    return torch.ones_like(symmetry.change, dtype=torch.bool).triu(1)
 
 
 def _describe(names: Sequence[str], flip_pairs: Sequence[int], i: int) -> str:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.augment.color import normalize
-from cnntrain.checks.context import CheckContext, failed, join_names, passed, skipped, warned
-from cnntrain.checks.short_training import image_count
+from cnntrain.checks.context import CheckContext, evenly_spaced, failed, join_names, passed, skipped, warned
 from cnntrain.train.nonfinite import attached
 from cnntrain.types import Finding
 
@@ -33,22 +32,18 @@ def normalized_inputs(context: CheckContext) -> Finding:
     inputs = first_input(context.copy_model(), batch.images)
     if inputs is None or not inputs.is_floating_point():
         return skipped("no layer with weights gets floating-point images")
-    if inputs.ndim == 4:
-        channels = inputs.float().movedim(1, -1).reshape(-1, inputs.shape[1])
-    else:
-        channels = inputs.float().reshape(-1, 1)
-    varies = batch.images.float().movedim(1, -1).reshape(-1, batch.images.shape[1]).std(0) > 1e-6
-    if inputs.ndim == 4 and len(varies) == channels.shape[1]:
-        channels = channels[:, varies.to(channels.device)]
-    if channels.shape[1] == 0:
+    inputs = inputs.float()
+    pixels = inputs.movedim(1, -1) if inputs.ndim == 4 else inputs[..., None]  # (N, H, W, C)
+    varies = batch.images.float().movedim(1, -1).flatten(0, -2).std(0) > 1e-6
+    if inputs.ndim == 4 and len(varies) == pixels.shape[-1]:
+        pixels = pixels[..., varies]
+    if pixels.shape[-1] == 0:
         return skipped("every channel is constant; see blank images")
-    mean, low, high = _mean_and_stds(channels)
+    mean, low, high = _mean_and_stds(pixels.flatten(0, -2))
     borders = _black_borders(batch.images, context)
-    if not _is_normal(mean, low, high) and inputs.shape == batch.images.shape and bool(borders.any()):
-        # The dataset statistics exclude letterbox borders.
-        pixels = inputs.float().movedim(1, -1)[~borders]
-        pixels = pixels[:, varies.to(pixels.device)] if len(varies) == pixels.shape[1] else pixels
-        inner = _mean_and_stds(pixels) if len(pixels) > 1 else (mean, low, high)
+    # The dataset statistics exclude letterbox borders.
+    if not _is_normal(mean, low, high) and inputs.shape == batch.images.shape and (~borders).sum() > 1:
+        inner = _mean_and_stds(pixels[~borders])
         mean, low, high = inner if _is_normal(*inner) else (mean, low, high)
     evidence = f"mean {mean:.2f}, standard deviation {low:.2f} to {high:.2f} at the first layer with weights"
     if _is_normal(mean, low, high):
@@ -57,7 +52,7 @@ def normalized_inputs(context: CheckContext) -> Finding:
         cause = "the pixels are in the range 0 to 255: nothing scales and normalizes them"
     elif high > WARN_STD[1]:
         cause = "the images are normalized twice: by the pipeline, and again in the dataset or the model"
-    elif float(channels.min()) >= 0 and float(channels.max()) <= 1:
+    elif pixels.min() >= 0 and pixels.max() <= 1:
         cause = "the images are in the range 0 to 1, but not normalized"
     else:
         cause = "mean and std belong to other images, or the images are scaled again"
@@ -85,9 +80,8 @@ def _black_borders(images: Tensor, context: CheckContext) -> Tensor:
     black = (images - normalize(zero, context.pipeline.mean, context.pipeline.std)).abs().amax(1) < 1e-3
     border = torch.zeros_like(black)
     for dim in (1, 2):
-        line = black.all(3 - dim).int()
-        edge = line.cumprod(1) | line.flip(1).cumprod(1).flip(1)
-        border |= edge.bool().unsqueeze(3 - dim)
+        line = black.all(dim, keepdim=True).int()
+        border |= (line.cumprod(3 - dim) | line.flip(3 - dim).cumprod(3 - dim).flip(3 - dim)).bool()
     return border
 
 
@@ -117,7 +111,7 @@ def first_input(model: nn.Module, images: Tensor) -> Tensor | None:
 def layout(context: CheckContext) -> Finding:
     """Check that no other axis order makes the images much smoother."""
     images = context.stored_batch(count=64).images.float()
-    if (images.std(dim=(2, 3)) > 0).sum() < 1:
+    if not (images.std(dim=(2, 3)) > 0).any():
         return skipped("the images are blank")
     n, c, h, w = images.shape
     others: dict[str, Tensor] = {}
@@ -129,7 +123,7 @@ def layout(context: CheckContext) -> Finding:
     if not others:
         return skipped("square images with one channel have no other axis order to compare with")
     own = roughness(images)
-    cause, other = min(((cause, roughness(each)) for cause, each in others.items()), key=lambda pair: pair[1])
+    other, cause = min((roughness(each), cause) for cause, each in others.items())
     evidence = f"difference of neighboring pixels: {own:.2f} standard deviations, {other:.2f} with another axis order"
     if other < SMOOTHER * own:
         remedy = "permute the axes to (channels, height, width) where the dataset reads the images"
@@ -149,7 +143,7 @@ def channel_order(context: CheckContext) -> Finding:
         return skipped("the weights are not pretrained, so the channel order does not matter")
     if context.spec.channels != RGB_CHANNELS:
         return skipped(f"the images have {context.spec.channels} channels")
-    count = image_count(context, CHANNEL_ORDER_IMAGES)
+    count = context.image_count(CHANNEL_ORDER_IMAGES)
     # Compare with the images that the running statistics come from.
     batch = context.augmented_batch(count) if context.trained else context.eval_batch(count=count)
     model = context.copy_model()
@@ -199,9 +193,7 @@ def activation_kl(model: nn.Module, images: Tensor) -> list[float]:
 
 def blank_images(context: CheckContext) -> Finding:
     """Check that images are not blank, and not all the same."""
-    counts: list[str] = []
-    worst = 0.0
-    blank_names: list[str] = []
+    counts, blank_names, worst = list[str](), list[str](), 0.0
     for split, loader in context.loaders.items():
         batch = context.stored_batch(split, BLANK_SAMPLE)
         flat = batch.images.flatten(1).float()
@@ -222,17 +214,15 @@ def blank_images(context: CheckContext) -> Finding:
 
 def validation_is_constant(context: CheckContext) -> Finding:
     """Check that validation images are the same each time they are read."""
-    loader = context.loaders["val"]
-    rows = torch.linspace(0, len(loader) - 1, min(64, len(loader))).round().long().unique()
-    first = next(loader.batches(rows, len(rows)))
-    second = next(loader.batches(rows, len(rows)))
-    reverse = next(loader.batches(rows.flip(0), len(rows)))
+    loader, transform = context.loaders["val"], context.pipeline.eval_transform
+    rows = evenly_spaced(len(loader), 64)
+    first, second, reverse = (next(loader.batches(each, len(rows))) for each in (rows, rows, rows.flip(0)))
     if not (torch.equal(first.images, second.images) and torch.equal(first.images, reverse.images.flip(0))):
         evidence = f"{len(rows)} validation images differ each time they are read"
         cause = "the dataset changes its images at random, so validation is augmented too"
         remedy = "augment with augment=, which does not affect validation"
         return failed(evidence, cause, remedy, "data", "augment")
-    if not torch.equal(context.pipeline.eval_transform(first).images, context.pipeline.eval_transform(second).images):
+    if not torch.equal(transform(first).images, transform(second).images):
         evidence = "normalized validation images differ each time they are processed"
         cause = "the pipeline changes validation images at random"
         return failed(evidence, cause, "report this as a bug", "augment")
@@ -263,9 +253,8 @@ def augmentation(context: CheckContext) -> Finding:
         kept = float(batch.targets["valid"].float().mean()) / max(before, 1e-9)
         parts.append(f"{100 * kept:.0f} % of the valid keypoints stay inside the image")
     if "mask" in batch.targets:
-        after, before = (
-            float((each.targets["mask"] != pipeline.spec.mask_fill).float().mean()) for each in (batch, original)
-        )
+        labeled = [each.targets["mask"] != pipeline.spec.mask_fill for each in (batch, original)]
+        after, before = (float(each.float().mean()) for each in labeled)
         kept = after / before if before else 1.0
         parts.append(f"{100 * kept:.0f} % of the labeled pixels stay inside the image")
     evidence = ", ".join(parts)

@@ -29,10 +29,9 @@ def typed_keys(command_line: str) -> set[str]:
 
 def lint(components: Components, data: Data, plan: TrainingPlan, command_line: str) -> list[Finding]:
     """Return a WARN for each contradiction, and for each setting on the command line that has no effect."""
-    return [
-        *_without_effect(components, data, plan, typed_keys(command_line)),
-        *_contradictions(components, data, plan),
-    ]
+    typed = typed_keys(command_line)
+    findings = [*_without_effect(components, data, plan, typed), *_contradictions(components, data, plan)]
+    return [dataclasses.replace(finding, name="config") for finding in findings]
 
 
 def config_agrees(context: CheckContext) -> Finding:
@@ -50,50 +49,35 @@ def _without_effect(
 ) -> Iterator[Finding]:
     settings = components.settings
     head, loss = settings.task.get("head"), settings.task.get("loss")
-    no_geometry = not [key for key in settings.augment if key != "border"]
     no_wing = head != "regression" or loss not in ("auto", "wing")
-    lazy = isinstance(data.train.images, LazyImages) or bool(components.pipeline.per_sample)
-    cached, in_memory = not lazy, "images that are cached in memory"
-    folds, own_split = settings.data.get("folds"), "a dataset that has its own val split"
+    cached = not isinstance(data.train.images, LazyImages) and not components.pipeline.per_sample
+    own_split = "a dataset that has its own val split"
+    no_val_fraction = own_split if data.own_val else f"data.folds={settings.data.get('folds')}"
     epochs, patience = -(-plan.total_steps // plan.steps_per_epoch), settings.early_stopping
-    one_cycle = str(settings.schedule.get("_target_", "")).endswith(".OneCycle")
+    cycled = str(settings.schedule.get("_target_", "")).endswith(".OneCycle") and settings.optimizer.get("momentum")
+    one_cycle = "schedule=one_cycle, which cycles the momentum between 0.95 and 0.85"
+    on_cpu, decay = components.compute.device.type == "cpu", "optimizer.weight_decay"
     # Key: whether it has no effect, the setting that is the reason, and the key to change.
-    unused: dict[str, tuple[bool, str, str]] = {
+    unused: dict[str, tuple[object, str, str]] = {
         "task.smooth_l1_beta": (loss != "smooth_l1", f"task.loss={loss}", "task.loss"),
         "task.wing_width": (no_wing, f"task.loss={loss}", "task.loss"),
         "task.wing_curvature": (no_wing, f"task.loss={loss}", "task.loss"),
         "task.heatmap_sigma": (head != "heatmap", f"task.head={head}", "task.head"),
-        "data.val_fraction": (
-            folds is not None or data.own_val,
-            own_split if data.own_val else f"data.folds={folds}",
-            "data.folds",
-        ),
+        "data.val_fraction": (data.own_val or settings.data.get("folds") is not None, no_val_fraction, "data.folds"),
         "data.split_seed": (data.own_val and not settings.data.get("limit"), own_split, "data"),
-        "data.workers": (cached, in_memory, "data.cache"),
-        "data.timeout_s": (cached, in_memory, "data.cache"),
+        "data.workers": (cached, "images that are cached in memory", "data.cache"),
+        "data.timeout_s": (cached, "images that are cached in memory", "data.cache"),
         "epochs": (settings.steps is not None, f"steps={settings.steps}", "steps"),
-        "augment.border": (no_geometry, "augment=none", "augment"),
-        "deterministic": (
-            components.compute.device.type == "cpu",
-            "device=cpu, which is always deterministic",
-            "device",
-        ),
-        "optimizer.decay_norms_and_biases": (
-            not settings.optimizer.get("weight_decay"),
-            "optimizer.weight_decay=0",
-            "optimizer.weight_decay",
-        ),
-        "optimizer.momentum": (
-            one_cycle and bool(settings.optimizer.get("momentum")),
-            "schedule=one_cycle, which cycles the momentum between 0.95 and 0.85",
-            "schedule",
-        ),
+        "augment.border": (not set(settings.augment) - {"border"}, "augment=none", "augment"),
+        "deterministic": (on_cpu, "device=cpu, which is always deterministic", "device"),
+        "optimizer.decay_norms_and_biases": (not settings.optimizer.get("weight_decay"), f"{decay}=0", decay),
+        "optimizer.momentum": (cycled, one_cycle, "schedule"),
         "early_stopping": (patience is not None and patience >= epochs, f"{epochs} epochs", "epochs"),
     }
     for key, (no_effect, reason, other) in unused.items():
         if key in typed and no_effect:
-            remedy = f"change {other}, or remove {key}"
-            yield _warning(f"{key} has no effect with {reason}", f"{other} takes precedence", remedy, key, other)
+            evidence, remedy = f"{key} has no effect with {reason}", f"change {other}, or remove {key}"
+            yield warned(evidence, f"{other} takes precedence", remedy, key, other)
 
 
 def _contradictions(components: Components, data: Data, plan: TrainingPlan) -> Iterator[Finding]:
@@ -101,38 +85,22 @@ def _contradictions(components: Components, data: Data, plan: TrainingPlan) -> I
     norms = [m for m in components.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     has_batch_norm = any(norm.weight is None or norm.weight.requires_grad for norm in norms)
     if has_batch_norm and plan.batch_size == 1:
-        yield _warning(
-            "batch_size=1 with BatchNorm",
-            "batch statistics of a single image are not meaningful",
-            "set batch_size=8 or more (accumulate does not help), or model.norm=group",
-            "batch_size",
-            "model.norm",
-        )
+        cause = "batch statistics of a single image are not meaningful"
+        remedy = "set batch_size=8 or more (accumulate does not help), or model.norm=group"
+        yield warned("batch_size=1 with BatchNorm", cause, remedy, "batch_size", "model.norm")
     if plan.batch_size > images:
-        yield _warning(
-            f"batch_size={plan.batch_size} is larger than the {images} training images",
-            "each epoch has a single step",
-            "set a smaller batch_size",
-            "batch_size",
-            "data",
-        )
+        evidence = f"batch_size={plan.batch_size} is larger than the {images} training images"
+        yield warned(evidence, "each epoch has a single step", "set a smaller batch_size", "batch_size", "data")
     if plan.accumulate > plan.batches_per_epoch:
-        yield _warning(
-            f"accumulate={plan.accumulate} is larger than the {plan.batches_per_epoch} batches of an epoch",
-            "each epoch has a single step, over fewer batches than configured",
-            "set a smaller accumulate or batch_size",
-            "accumulate",
-            "batch_size",
-        )
-    decay = settings.ema_decay
-    if decay and plan.total_steps < 1 / (1 - decay):
-        yield _warning(
-            f"ema_decay={decay} averages over {1 / (1 - decay):,.0f} steps; the training has {plan.total_steps:,}",
-            "the moving average is still warming up when the training ends",
-            f"set ema_decay={1 - 10 / max(plan.total_steps, 20):.3g} or similar, or more epochs",
-            "ema_decay",
-            "epochs",
-        )
+        evidence = f"accumulate={plan.accumulate} is larger than the {plan.batches_per_epoch} batches of an epoch"
+        cause = "each epoch has a single step, over fewer batches than configured"
+        yield warned(evidence, cause, "set a smaller accumulate or batch_size", "accumulate", "batch_size")
+    decay, steps = settings.ema_decay, plan.total_steps
+    if decay and steps < 1 / (1 - decay):
+        evidence = f"ema_decay={decay} averages over {1 / (1 - decay):,.0f} steps; the training has {steps:,}"
+        cause = "the moving average is still warming up when the training ends"
+        remedy = f"set ema_decay={1 - 10 / max(steps, 20):.3g} or similar, or more epochs"
+        yield warned(evidence, cause, remedy, "ema_decay", "epochs")
     yield from _learning_rate(components, plan.batch_size * plan.accumulate)
     if components.pretraining is not None:
         name = f"model.pretrained={settings.model.get('pretrained')}"
@@ -147,24 +115,19 @@ def _preprocessing(weights: str, pretraining: Preprocessing, spec: DataSpec) -> 
         shown, wanted_mean, wanted_std = (
             ",".join(f"{value:.3f}" for value in values) for values in (spec.mean or (), mean, std)
         )
-        yield _warning(
-            f"{weights} was trained with another mean or standard deviation; here the mean is {shown}",
-            "the first layer gets inputs on another scale than in pretraining",
-            f"set data.mean=[{wanted_mean}] data.std=[{wanted_std}]",
-            "model.pretrained",
-            "data.mean",
-        )
+        evidence = f"{weights} was trained with another mean or standard deviation; here the mean is {shown}"
+        cause = "the first layer gets inputs on another scale than in pretraining"
+        remedy = f"set data.mean=[{wanted_mean}] data.std=[{wanted_std}]"
+        yield warned(evidence, cause, remedy, "model.pretrained", "data.mean")
     side, pretraining_side = max(spec.image_size), max(pretraining.size or (0,))
     if side * SIZE_RATIO < pretraining_side:
-        yield _warning(
-            f"{weights} was trained on images of {pretraining_side} px; these have {side} px",
-            "in most layers the feature maps shrink to one or two pixels",
+        evidence = f"{weights} was trained on images of {pretraining_side} px; these have {side} px"
+        cause = "in most layers the feature maps shrink to one or two pixels"
+        remedy = (
             f"set data.size={pretraining_side} if the images are that large; for a ResNet also model.stem=small, "
-            "which reinitializes the first convolution",
-            "model.pretrained",
-            "data.size",
-            "model.stem",
+            "which reinitializes the first convolution"
         )
+        yield warned(evidence, cause, remedy, "model.pretrained", "data.size", "model.stem")
 
 
 def _learning_rate(components: Components, batch_size: int) -> Iterator[Finding]:
@@ -182,15 +145,7 @@ def _learning_rate(components: Components, batch_size: int) -> Iterator[Finding]
     if model.get("freeze") == "backbone" and not model.get("unfreeze"):
         high *= HEAD_ONLY_FACTOR
     if not low <= lr <= high:
-        yield _warning(
-            f"optimizer.lr={lr:g} with {batch_size} images per step",
-            f"the learning rate is too {'high' if lr > high else 'low'}: recipes with {name} use {low:.2g} to "
-            f"{high:.2g} for this batch size",
-            "run `cnntrain lr-find`",
-            "optimizer.lr",
-            "batch_size",
-        )
-
-
-def _warning(evidence: str, cause: str, remedy: str, *keys: str) -> Finding:
-    return dataclasses.replace(warned(evidence, cause, remedy, *keys), name="config")
+        evidence = f"optimizer.lr={lr:g} with {batch_size} images per step"
+        size = "high" if lr > high else "low"
+        cause = f"the learning rate is too {size}: recipes with {name} use {low:.2g} to {high:.2g} for this batch size"
+        yield warned(evidence, cause, "run `cnntrain lr-find`", "optimizer.lr", "batch_size")

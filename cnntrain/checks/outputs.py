@@ -1,4 +1,8 @@
-"""Checks of the outputs: one per image, independent of the other images, and without a softmax or ReLU at the end."""
+"""Checks of the outputs and the loss.
+
+Outputs: one per image, independent of the other images, and without a softmax or ReLU at the end. Loss: a mean over the
+batch, lowest for correct outputs, and dependent on the target.
+"""
 
 import contextlib
 import math
@@ -6,8 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from cnntrain.checks.context import CheckContext, failed, passed, skipped, warned
-from cnntrain.checks.short_training import image_count, relative_distance, seeded_generator
+from cnntrain.checks.context import CheckContext, failed, passed, relative_distance, skipped, warned
 from cnntrain.tasks.classification import Classification
 from cnntrain.tasks.keypoints import Keypoints
 from cnntrain.tasks.segmentation import Segmentation
@@ -16,6 +19,12 @@ from cnntrain.types import Finding
 IMAGES = 5
 TOLERANCE = 1e-3  # relative difference between batch sizes, which use other kernels
 SIGN_EVIDENCE = 16  # number of outputs whose common sign is not a coincidence
+LOSS_IMAGES = 16
+LOSS_TOLERANCE = 1e-4
+STEPS, STEP_SIZE = 100, 0.5  # of Adam on free outputs; the first step size
+MAX_OUTPUT_ELEMENTS = 1_000_000
+MAX_REMAINING = 0.3  # of the distance between the initial and the lowest loss
+MAX_REMAINING_MISTAKES = 0.5
 # Autograd nodes that do not change values.
 SHAPE_OPERATIONS = (
     *("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Permute", "Transpose", "TBackward", "ToCopy"),
@@ -33,7 +42,7 @@ def examples_apart(context: CheckContext) -> Finding:
     batch = context.eval_batch(count=IMAGES)
     if len(batch) < 2:
         return skipped("needs two images")
-    model, images = context.copy_model(), batch.images.clone().requires_grad_()
+    model, images = context.copy_model(), batch.images.requires_grad_()
     outputs, single = model(images).float(), None
     # BatchNorm in training mode refuses a batch of one image.
     with torch.no_grad(), contextlib.suppress(ValueError):
@@ -43,7 +52,7 @@ def examples_apart(context: CheckContext) -> Finding:
         shapes += "" if single is None else f", for one image: {tuple(single.shape)}"
         cause = "a squeeze() or reshape removes or merges the batch dimension"
         return failed(shapes, cause, "name the dimensions explicitly: flatten(1), squeeze(dim)", "model")
-    weights = torch.randn(outputs.shape[1:], generator=seeded_generator(0)).to(outputs.device)
+    weights = torch.randn(outputs.shape[1:], generator=torch.Generator().manual_seed(0)).to(outputs.device)
     leak = _gradient_leak((outputs[0] * weights).sum(), images)
     distance = math.inf if single is None else relative_distance(outputs[:1], single)
     evidence = (
@@ -83,7 +92,7 @@ def batch_order(context: CheckContext) -> Finding:
     images = context.eval_batch(count=2 * IMAGES).images
     if len(images) < 2:
         return skipped("needs two images")
-    order = torch.randperm(len(images), generator=seeded_generator(1)).to(images.device)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1)).to(images.device)
     model = context.copy_model()
     distance = relative_distance(model(images)[order], model(images[order]))
     evidence = f"relative difference of the outputs for {len(images)} images in another order: {distance:.2g}"
@@ -102,7 +111,7 @@ def output_layer(context: CheckContext) -> Finding:
     coordinates = isinstance(task, Keypoints) and task.head == "regression"
     if not logits and not coordinates:
         return skipped("this task does not restrict its outputs")
-    images = context.eval_batch(count=image_count(context, 64)).images
+    images = context.eval_batch(count=context.image_count(64)).images
     outputs = context.copy_model()(images).float()
     last, outputs = last_operation(outputs), outputs.detach()
     evidence = f"outputs from {float(outputs.min()):.3g} to {float(outputs.max()):.3g}"
@@ -110,27 +119,23 @@ def output_layer(context: CheckContext) -> Finding:
     if coordinates:
         return _check_coordinates(evidence, last, outputs)
     squashed, positive = _display_name(last, SQUASHED | BOUNDED), _display_name(last, POSITIVE)
-    if squashed == "softmax" or _sums_to_one(outputs):
-        cause = "the network ends in softmax, but cross-entropy expects logits"
-        return failed(evidence, cause, "remove the softmax from the network", "model")
-    if squashed:
-        cause = f"the network ends in {squashed}, which bounds the outputs, but the loss expects logits"
-        return failed(evidence, cause, f"remove the {squashed} from the network", "model")
     clamped = _display_name(last, CLAMPED)
     non_negative = bool(outputs.min() >= 0) and outputs.numel() >= SIGN_EVIDENCE
-    if positive in ("ReLU", "threshold") or (clamped and non_negative):
-        cause = "the network ends in ReLU: negative logits are cut off and get no gradient"
-        return failed(evidence, cause, "remove the last ReLU from the network", "model")
-    if clamped:
-        cause = "the network ends in a clamp: outputs at its bounds get no gradient"
-        return warned(evidence, cause, "remove the clamp from the network", "model")
-    if positive:
-        cause = f"the network ends in {positive}: logits can hardly be negative"
-        return warned(evidence, cause, f"remove the {positive} from the network", "model")
-    if _display_name(last, LOGARITHMIC) or _sums_to_one(outputs.exp()):
-        cause = "the network ends in log-softmax, which cross-entropy applies as well; it has no effect"
-        return warned(evidence, cause, "remove the log-softmax from the network", "model")
-    return passed(evidence)
+    if squashed == "softmax" or _sums_to_one(outputs):
+        verdict, name, effect = failed, "softmax", "cross-entropy expects logits, and applies softmax itself"
+    elif squashed:
+        verdict, name, effect = failed, squashed, "it bounds the outputs, but the loss expects logits"
+    elif positive in ("ReLU", "threshold") or (clamped and non_negative):
+        verdict, name, effect = failed, "ReLU", "negative logits are cut off and get no gradient"
+    elif clamped:
+        verdict, name, effect = warned, "clamp", "outputs at its bounds get no gradient"
+    elif positive:
+        verdict, name, effect = warned, positive, "logits can hardly be negative"
+    elif _display_name(last, LOGARITHMIC) or _sums_to_one(outputs.exp()):
+        verdict, name, effect = warned, "log-softmax", "cross-entropy applies it as well, so it has no effect"
+    else:
+        return passed(evidence)
+    return verdict(evidence, f"the network ends in {name}: {effect}", f"remove the last {name}", "model")
 
 
 def _check_coordinates(evidence: str, last: str, outputs: Tensor) -> Finding:
@@ -164,3 +169,92 @@ def last_operation(outputs: Tensor) -> str:
             return name.partition("Backward")[0]
         node = inputs[0]
     return ""
+
+
+def loss_scale(context: CheckContext) -> Finding:
+    """Check that the mean loss stays the same if every example is duplicated."""
+    batch = context.eval_batch(count=context.image_count(LOSS_IMAGES))
+    with torch.no_grad():
+        outputs = context.outputs(context.copy_model(), batch.images)
+        twice = {name: torch.cat((target, target)) for name, target in batch.truth.items()}
+        first = {name: target[:1] for name, target in batch.truth.items()}
+        once = float(context.mean_loss(outputs, batch.truth))
+        doubled = float(context.mean_loss(torch.cat((outputs, outputs)), twice))
+        single = float(context.mean_loss(outputs[:1], first))
+    evidence = (
+        f"loss {once:.4g} for {len(batch)} examples, {doubled:.4g} with each example duplicated, {single:.4g} for the "
+        "first example alone"
+    )
+    if abs(doubled - once) <= LOSS_TOLERANCE * max(abs(once), 1e-6) or not math.isfinite(once):
+        return passed(evidence)
+    if abs(doubled) > abs(once):
+        cause = "the loss is a sum over the batch, not a mean: the effective learning rate grows with batch_size"
+    else:
+        cause = "the loss is divided by the batch size twice: the effective learning rate shrinks with batch_size"
+    remedy = "let losses() return the loss of each example and the number of its terms"
+    return failed(evidence, cause, remedy, "task", "batch_size")
+
+
+def loss_sees_labels(context: CheckContext) -> Finding:
+    """Check that the loss of the same outputs changes with the target."""
+    batch = context.eval_batch(count=context.image_count(4 * LOSS_IMAGES))
+    with torch.no_grad():
+        like = context.outputs(context.copy_model(), batch.images)
+        outputs = torch.randn(like.shape, generator=torch.Generator().manual_seed(2)).to(like.device)
+        for shift in range(1, len(batch)):
+            others = {name: target.roll(shift, 0) for name, target in batch.truth.items()}
+            differs = [(batch.truth[name] != other).reshape(len(batch), -1).any(1) for name, other in others.items()]
+            changed = torch.stack([each.cpu() for each in differs]).any(0)
+            if changed.any():
+                break
+        else:
+            return skipped("all examples have the same target")
+        own, other = (torch.stack(context.task.losses(outputs, each)) for each in (batch.truth, others))
+    depends = (own != other).any(0).cpu()[changed]
+    evidence = f"{int(depends.sum())} of {len(depends)} losses change with the target"
+    if depends.any():
+        return passed(evidence)
+    return failed(evidence, "the loss does not depend on the target", "use the targets in the loss", "task")
+
+
+def loss_sign(context: CheckContext) -> Finding:
+    """Check that minimizing the loss over free outputs makes them correct, and reaches the lowest loss.
+
+    The model takes no part, so a failure is a fault of the loss.
+    """
+    batch, task = context.eval_batch(count=context.image_count(LOSS_IMAGES)), context.task
+    with torch.no_grad():
+        outputs = torch.zeros_like(context.outputs(context.copy_model(), batch.images))
+    count = max(min(len(batch), MAX_OUTPUT_ELEMENTS // outputs[0].numel()), 1)
+    outputs, truth = outputs[:count].clone(), {name: target[:count] for name, target in batch.truth.items()}
+    before = float(task.mistake_score(outputs, truth).clamp(min=0).mean())
+    outputs.requires_grad_()
+    optimizer = torch.optim.Adam([outputs], lr=STEP_SIZE)
+    losses: list[float] = []
+    for step in range(STEPS + 1):
+        loss = context.mean_loss(outputs, truth)
+        losses.append(float(loss.detach()))
+        if not loss.requires_grad:
+            cause = "the loss is not differentiable: it uses argmax, a comparison, .item() or detach()"
+            evidence = "the loss has no gradient with respect to the outputs"
+            return failed(evidence, cause, "compute the loss from the outputs with differentiable operations", "task")
+        optimizer.param_groups[0]["lr"] = STEP_SIZE * (1 - step / (STEPS + 1)) ** 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = float(task.mistake_score(outputs.detach(), truth).clamp(min=0).mean())
+    first, last, floor = losses[0], min(losses), task.min_loss()
+    evidence = (
+        f"minimizing the loss over free outputs: loss {first:.4g} -> {last:.4g} (lowest possible {floor:.4g}), "
+        f"mistakes {before:.3g} -> {after:.3g}"
+    )
+    if not math.isfinite(last) or last < floor - LOSS_TOLERANCE - 1e-3 * abs(floor):
+        cause = f"the loss falls below the lowest possible value ({floor:.4g}): its sign is probably wrong"
+        return failed(evidence, cause, "minimize the loss, not its negative", "task")
+    if after > MAX_REMAINING_MISTAKES * before and before > 1e-3:
+        cause = "a lower loss does not improve the predictions: the loss and the metric use different targets"
+        return failed(evidence, cause, "compare losses() with mistake_score()", "task")
+    if last - floor > MAX_REMAINING * (first - floor):
+        cause = "no outputs bring the loss near its lowest value, for example because a softmax is applied twice"
+        return failed(evidence, cause, "pass unnormalized outputs (logits) to the loss", "task")
+    return passed(evidence)

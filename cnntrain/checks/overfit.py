@@ -3,19 +3,13 @@
 import copy
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cnntrain.checks.overfit_trial import (
-    OverfitResult,
-    OverfitTrial,
-    calibrate_norms,
-    diagnose,
-    diagnose_pace,
-)
+from cnntrain.checks.context import calibrate_norms
+from cnntrain.checks.overfit_trial import OverfitResult, OverfitTrial, diagnose, diagnose_pace
 from cnntrain.config.schema import Settings
 from cnntrain.data.load import Data
 from cnntrain.data.loader import Loader
@@ -52,13 +46,11 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
         optimizer_settings["weight_decay"] = 0.0
     settings = dataclasses.replace(settings, augment={}, optimizer=optimizer_settings)
     components = build_components(settings)
-    frozen = [n for n, p in components.model.named_parameters() if not p.requires_grad]
     data = components.load(augmented=False)
     if settings.optimizer.get("lr") == "auto":
         build_training_parts(components, data)  # replaces `auto` by a learning rate
     optimizer = make_optimizer(components.settings, components.model, components.compute)
-    folder = Path(settings.run_dir) if settings.run_dir else None
-    with open_run_dir(folder, f"overfit-{settings.label}") as run_folder, stop_flag() as stop:
+    with open_run_dir(settings.run_dir, f"overfit-{settings.label}") as run_folder, stop_flag() as stop:
         run_folder.write_json("run.json", provenance(command_line))
         batch, other, example = pick_examples(components, data, settings.overfit.examples)
         log.info(SWITCHED_OFF)
@@ -69,8 +61,8 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
             batch,
             other,
             settings.overfit.steps,
-            frozen if settings.model.get("freeze") else (),
-            stop,
+            freeze=bool(settings.model.get("freeze")),
+            stop=stop,
         )
 
         def run_faster(max_steps: int) -> OverfitResult:
@@ -105,19 +97,15 @@ def pick_examples(components: Components, data: Data, count: int) -> tuple[Batch
     first = _read(components, loader, torch.arange(min(len(loader), max(CALIBRATION_IMAGES, count))))
     components.model.to(memory_format=components.compute.memory_format)
     images = first.images[:CALIBRATION_IMAGES]
-    norms = calibrate_norms(components.model, images)
-    if norms:
+    if norms := calibrate_norms(components.model, images):
         log.info("overfit: %d norms calibrated on %d training images, then frozen", norms, len(images))
-    others = [row for row in range(1, len(first)) if not first.same_target(0, row)]
-    if not others and (labels := data.train.targets.get("label")) is not None:
-        # Files are often sorted by class: search the whole split.
-        if rows := (labels != labels[0]).nonzero()[:1, 0].tolist():
-            other = _read(components, loader, torch.tensor(rows))
-        else:
-            other = first.take(torch.tensor([len(first) - 1]))
-    else:
-        other = first.take(torch.tensor((others or [len(first) - 1])[:1]))
-    batch = first.take(torch.arange(min(count, len(first))))
+    last, labels = len(first) - 1, data.train.targets.get("label")
+    row = next((row for row in range(1, len(first)) if not first.same_target(0, row)), last)
+    other = first.take(slice(row, row + 1))
+    if labels is not None and first.same_target(0, row):  # files are often sorted by class: search the whole split
+        rows = (labels != labels[0]).nonzero()[:1, 0]
+        other = _read(components, loader, rows) if len(rows) else other
+    batch = first.take(slice(0, count))
     name = data.train.names[int(batch.index[0])]
     return batch, other, name if len(batch) == 1 else f"{name} and {len(batch) - 1} more"
 
@@ -144,10 +132,8 @@ def summarize(
     """Return the content of overfit.json."""
     worst = next((f for verdict in ("FAIL", "WARN") for f in findings if f.verdict == verdict), None)
     steps, loss = len(result.losses) - 1, result.losses[-1]
-    if worst and result.reached_at is None:
-        line = f"{worst.cause} ({example}, {steps} steps)"
-    elif worst:
-        line = f"{worst.cause} ({example})"
+    if worst:
+        line = f"{worst.cause} ({example}{f', {steps} steps' if result.reached_at is None else ''})"
     else:
         shown = "".join(f", {name} {metrics[name]:.3g}" for name in list(metrics)[:METRICS_SHOWN])
         losses = f"{result.losses[0]:.4g} -> {loss:.4g}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.context import join_names
+from cnntrain.checks.context import backward, join_names
 from cnntrain.checks.watch import dead_rectifiers
 from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute
@@ -31,7 +31,6 @@ MIN_OUTPUT_DIFFERENCE = 1e-5  # between the outputs for two images, relative to 
 FAST_STEPS = 50
 SPEEDUP = 5  # minimum speedup by a tenfold learning rate for the configured one to count as too low
 MAX_STEPS_FOR_ONE = 300  # 168 is the largest measured number, for heat maps with a narrow U-Net
-FP16_SCALE = 1024.0  # loss scale
 BLANK_STD = 1e-3  # standard deviation over the pixels of a normalized image
 
 
@@ -74,38 +73,6 @@ class OverfitResult:
     out_of_time: bool = False
 
 
-def calibrate_norms(model: nn.Module, images: Tensor) -> int:
-    """Set the running statistics of BatchNorms to those of `images` (N, C, H, W), and set the model to eval mode.
-
-    Returns:
-        The number of norms.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.train()
-        norm.momentum = 1.0  # replaces the running statistics in one pass
-    if norms and len(images) > 1:
-        with torch.no_grad():
-            model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
-    return len(norms)
-
-
-def backward(loss: Tensor, model: nn.Module, compute: Compute) -> None:
-    """Compute the gradients of a scalar loss. In fp16 the loss is scaled so that small gradients do not underflow."""
-    if compute.precision != "fp16":
-        loss.backward()
-        return
-    (loss * FP16_SCALE).backward()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if gradients:
-        torch._foreach_div_(gradients, FP16_SCALE)  # pyright: ignore[reportPrivateImportUsage]
-
-
 @dataclass(frozen=True)
 class OverfitTrial:
     """Settings of a trial.
@@ -114,7 +81,7 @@ class OverfitTrial:
         batch: the examples to learn, normalized, on the device.
         other: examples with other targets, to test whether the output depends on the image.
         max_steps: maximum number of optimizer steps.
-        intended_frozen: parameters that are frozen on purpose.
+        freeze: whether parameters are frozen on purpose.
         deadline: time.monotonic() at which to give up.
     """
 
@@ -123,7 +90,7 @@ class OverfitTrial:
     batch: Batch
     other: Batch
     max_steps: int
-    intended_frozen: Sequence[str] = ()
+    freeze: bool = False
     stop: StopFlag = field(default_factory=StopFlag)
     deadline: float = math.inf
 
@@ -134,9 +101,7 @@ class OverfitTrial:
         result = OverfitResult(task.min_loss(training=False), uninformed, task.learned_loss(uninformed))
         result.learning_rate = max(float(group["lr"]) for group in optimizer.param_groups)
         result.pixel_deviation = float(batch.images.float().std(dim=(1, 2, 3)).min())
-        result.frozen = [
-            n for n, p in model.named_parameters() if not p.requires_grad and n not in self.intended_frozen
-        ]
+        result.frozen = [n for n, p in model.named_parameters() if not p.requires_grad and not self.freeze]
         result.dead = dead_rectifiers(model, torch.cat((batch.images, self.other.images)))
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for step in range(self.max_steps + 1):
@@ -225,115 +190,87 @@ def _record_norms(
             result.jump = (step, name, factor)
 
 
+REMEDIES = {  # of a failure, and the config key, by name of the finding: the most informative findings first
+    "image": ("look at the figure, and check how the image is read", "data"),
+    "learning rate": ("set optimizer.lr", "optimizer.lr"),
+    "frozen": ("set requires_grad=True, or set model.freeze if this is intended", "model.freeze"),
+    "finite": ("lower optimizer.lr", "optimizer.lr"),
+    "label": ("use the targets in the loss", "task"),
+    "loss sign": ("minimize the loss, not its negative", "task"),
+    "steady": ("lower optimizer.lr", "optimizer.lr"),
+    "moderate": (
+        "lower optimizer.lr (norms are frozen here; training with batch statistics may tolerate a higher rate)",
+        "optimizer.lr",
+    ),
+    "rectifiers": ("check the initialization and the biases of the layers before them", "model.init"),
+    "logits": ("remove the softmax at the end of the network", "model"),
+    "image matters": ("look for an operation that overwrites the features or averages them away", "model"),
+    "gradients": ("look for detach(), .data, no_grad, or a layer that forward() never calls", "model"),
+}
+
+
 def diagnose(result: OverfitResult, example: str) -> list[Finding]:
     """Return one finding per question, the most informative first. The trial passed if none is a FAIL."""
-    no_gradient = [name for name, share in result.gradient_share.items() if share < MIN_GRADIENT_SHARE]
-    total = len(result.gradient_share)
     loss, steps, rate = result.losses[-1], len(result.losses) - 1, result.learning_rate
-    jump = result.jump or (0, "", 0.0)
-    lr = ("optimizer.lr",)
-    return [
-        _finding(
-            "image",
+    dead, shares = sorted(set(result.dead)), result.gradient_share
+    no_gradient = [name for name, share in shares.items() if share < MIN_GRADIENT_SHARE]
+    jump = f"no step changed the norm of a parameter by more than a factor of {MAX_STEP_FACTOR:g}"
+    if result.jump is not None:
+        jump = "step {} changed the norm of {} by a factor of {:.3g}".format(*result.jump)
+    probabilities = result.probabilities and result.reached_at is None
+    measured = {  # by question: whether the answer is good, and the evidence
+        "image": (
             result.pixel_deviation >= BLANK_STD,
             f"standard deviation of the pixels: {result.pixel_deviation:.2g}",
-            f"{example} is blank: every pixel has the same value",
-            "look at the figure, and check how the image is read",
-            ("data",),
         ),
-        _finding(
-            "learning rate",
-            rate > 0,
-            f"learning rate {rate:.3g}",
-            "the learning rate is 0, so no step changes a parameter",
-            "set optimizer.lr",
-            lr,
-        ),
-        _finding(
-            "frozen",
-            not result.frozen,
-            f"{len(result.frozen)} frozen parameter tensors",
-            f"frozen parameters cannot learn: {join_names(result.frozen)}",
-            "set requires_grad=True, or set model.freeze if this is intended",
-            ("model.freeze",),
-        ),
-        _finding(
-            "finite",
-            math.isfinite(loss),
-            f"loss {loss:.4g} after step {steps}",
-            f"the loss is {loss} "
-            + (f"at step {steps}: the learning rate is far too high" if steps else "before the first step"),
-            "lower optimizer.lr" if steps else "look for a division by zero or the logarithm of zero",
-            lr,
-        ),
-        _finding(
-            "label",
+        "learning rate": (rate > 0, f"learning rate {rate:.3g}"),
+        "frozen": (not result.frozen, f"{len(result.frozen)} frozen parameter tensors"),
+        "finite": (math.isfinite(loss), f"loss {loss:.4g} after step {steps}"),
+        "label": (
             result.label_matters,
             f"{'different losses' if result.label_matters else 'the same loss'} for two different targets",
-            "the loss does not depend on the target",
-            "use the targets in the loss",
-            ("task",),
         ),
-        _finding(
-            "loss sign",
+        "loss sign": (
             not loss < result.floor - 1e-4 - abs(result.floor) * 1e-3,
             f"loss {loss:.4g}, lowest possible loss {result.floor:.4g}",
-            f"the loss fell below the lowest possible value ({result.floor:.4g}): its sign is probably wrong",
-            "minimize the loss, not its negative",
-            ("task",),
         ),
-        _finding(
-            "steady",
-            result.jump is None,
-            f"step {jump[0]} changed the norm of {jump[1]} by a factor of {jump[2]:.3g}"
-            if result.jump
-            else f"no step changed the norm of a parameter by more than a factor of {MAX_STEP_FACTOR:g}",
-            f"the learning rate ({rate:.3g}) is far too high: one step changed the weights abruptly",
-            "lower optimizer.lr",
-            lr,
-        ),
-        _finding(
-            "moderate",
-            result.largest_output < MAX_OUTPUT,
-            f"largest output {result.largest_output:.3g}",
-            f"the outputs grew to {result.largest_output:.3g}: the learning rate is too high",
-            "lower optimizer.lr (norms are frozen here; training with batch statistics may tolerate a higher rate)",
-            lr,
-        ),
-        _finding(
-            "rectifiers",
-            not result.dead,
-            f"{len(set(result.dead))} layers with dead ReLUs",
-            f"all ReLUs are dead (zero for every image) in {join_names(sorted(set(result.dead)))}",
-            "check the initialization and the biases of the layers before them",
-            ("model.init",),
-        ),
-        _finding(
-            "logits",
-            result.reached_at is not None or not result.probabilities,
-            "the outputs are not probabilities",
-            "the outputs are probabilities, but cross-entropy expects logits: it applies a softmax itself",
-            "remove the softmax at the end of the network",
-            ("model",),
-        ),
-        _finding(
-            "image matters",
+        "steady": (result.jump is None, jump),
+        "moderate": (result.largest_output < MAX_OUTPUT, f"largest output {result.largest_output:.3g}"),
+        "rectifiers": (not dead, f"{len(dead)} layers with dead ReLUs"),
+        "logits": (not probabilities, f"the outputs are {'' if probabilities else 'not '}probabilities"),
+        "image matters": (
             not result.output_difference <= MIN_OUTPUT_DIFFERENCE,
             f"the outputs for two images differ by {result.output_difference:.2g} (relative)",
-            "the output does not depend on the image: another image gets the same output",
-            "look for an operation that overwrites the features or averages them away",
-            ("model",),
         ),
-        _finding(
-            "gradients",
+        "gradients": (
             not no_gradient,
-            f"{total - len(no_gradient)} of {total} parameter tensors received a gradient",
-            f"no gradient reaches {join_names(no_gradient)}: these parameters are detached from the loss",
-            "look for detach(), .data, no_grad, or a layer that forward() never calls",
-            ("model",),
+            f"{len(shares) - len(no_gradient)} of {len(shares)} parameter tensors received a gradient",
         ),
-        _learned(result),
-    ]
+    }
+    causes = {
+        "image": f"{example} is blank: every pixel has the same value",
+        "learning rate": "the learning rate is 0, so no step changes a parameter",
+        "frozen": f"frozen parameters cannot learn: {join_names(result.frozen)}",
+        "finite": f"the loss is {loss} at step {steps}: the learning rate is far too high",
+        "label": "the loss does not depend on the target",
+        "loss sign": f"the loss fell below the lowest possible value ({result.floor:.4g}): its sign is probably wrong",
+        "steady": f"the learning rate ({rate:.3g}) is far too high: one step changed the weights abruptly",
+        "moderate": f"the outputs grew to {result.largest_output:.3g}: the learning rate is too high",
+        "rectifiers": f"all ReLUs are dead (zero for every image) in {join_names(dead)}",
+        "logits": "the outputs are probabilities, but cross-entropy expects logits: it applies a softmax itself",
+        "image matters": "the output does not depend on the image: another image gets the same output",
+        "gradients": f"no gradient reaches {join_names(no_gradient)}: these parameters are detached from the loss",
+    }
+    remedies = dict(REMEDIES)
+    if not steps:
+        causes["finite"] = f"the loss is {loss} before the first step"
+        remedies["finite"] = ("look for a division by zero or the logarithm of zero", "optimizer.lr")
+    findings = []
+    for name, (passed, evidence) in measured.items():
+        remedy, key = remedies[name]
+        finding = Finding(name, "FAIL", evidence, causes[name], remedy, (key,))
+        findings.append(Finding(name, "PASS", evidence) if passed else finding)
+    return [*findings, _learned(result)]
 
 
 def _learned(result: OverfitResult) -> Finding:
@@ -382,7 +319,3 @@ def diagnose_pace(
         remedy = "check the initialization, the norms and the scale of the images; try another optimizer.lr"
         return Finding("pace", verdict, evidence, cause, remedy, ("model.init", "optimizer.lr"))
     return Finding("pace", "PASS", f"{evidence}; ten times the learning rate is not much faster")
-
-
-def _finding(name: str, passed: bool, evidence: str, cause: str, remedy: str, keys: tuple[str, ...]) -> Finding:
-    return Finding(name, "PASS", evidence) if passed else Finding(name, "FAIL", evidence, cause, remedy, keys)

@@ -10,22 +10,17 @@ that outputs are compared with permuted targets instead of training on permuted 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.context import CheckContext
-from cnntrain.checks.overfit_trial import backward, calibrate_norms
+from cnntrain.checks.context import CheckContext, backward, calibrate_norms, evenly_spaced
 from cnntrain.randomness import epoch_order
 from cnntrain.tasks.task import Targets, Task
 from cnntrain.types import Batch
-
-MAX_STEP_IMAGES = 16  # batch size of `train_steps`
-STABLE_ADAM_LR = 1e-3  # for `trained_copy`
-FULL_COUNT_PIXELS = 64 * 64  # largest images that `image_count` does not reduce the number of
 
 MIN_IMAGES, MIN_IMAGES_PER_CLASS = 256, 16  # of a short training
 MIN_IMAGES_WITH_MASKS = 64
@@ -36,94 +31,6 @@ EVALUATION_S, EVALUATION_SHARE = 1.5, 0.25  # target duration of one evaluation;
 WARMUP_STEPS = 10
 PERMUTATIONS = 8
 PRIOR_CELLS = 8  # cells per side of the grid in which a constant prediction of masks may vary
-
-
-def image_count(context: CheckContext, most: int, least: int = 8) -> int:
-    """Return how many images to compute on: `most` for images of up to 64 px, fewer for larger ones."""
-    height, width = context.pipeline.output_size
-    return min(most, max(most * FULL_COUNT_PIXELS // (height * width), least))
-
-
-def calibrated_copy(context: CheckContext, images: Tensor) -> nn.Module:
-    """Return a copy of the model in eval mode whose BatchNorms have the statistics of `images`.
-
-    The initial running statistics (mean 0, variance 1) would not show how the model starts, because its first training
-    step uses batch statistics. Trained weights keep their statistics.
-    """
-    model = context.copy_model()
-    if not context.trained:
-        calibrate_norms(model, images)
-    return model
-
-
-def train_steps(
-    context: CheckContext,
-    model: nn.Module,
-    optimizer: Optimizer,
-    steps: int,
-    on_gradients: Callable[[], None] | None = None,
-) -> list[float]:
-    """Train `model` for a few steps on augmented batches like the run would, and set it to eval mode.
-
-    Stops if the loss is not finite or has no gradient.
-
-    Args:
-        on_gradients: called after each backward pass, before the optimizer step.
-
-    Returns:
-        The loss before each step.
-    """
-    count = min(MAX_STEP_IMAGES, context.plan.batch_size if context.plan.batch_size > 1 else MAX_STEP_IMAGES)
-    sample, losses = context.augmented_batch(count * steps), []
-    batches = max(len(sample) // count, 1)
-    model.train()
-    for step in range(steps):
-        start = step % batches * count
-        context.reseed("practice", step)
-        optimizer.zero_grad(set_to_none=True)
-        loss = context.loss(model, sample.take(slice(start, start + count)))
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]) or not loss.requires_grad:
-            break
-        backward(loss, model, context.compute)
-        if on_gradients is not None:
-            on_gradients()
-        optimizer.step()
-    model.eval()
-    return losses
-
-
-def trained_copy(context: CheckContext, images: Tensor, steps: int) -> nn.Module:
-    """Return a calibrated copy after a few steps of Adam, whatever the configured learning rate is.
-
-    Layers that start at zero (a head, the last norm of a residual block) do not hide the layers before them any more.
-    """
-    model = context.copy_model()
-    train_steps(context, model, torch.optim.Adam(trainable_parameters(model).values(), lr=STABLE_ADAM_LR), steps)
-    if not context.trained:
-        calibrate_norms(model, images)
-    return model
-
-
-def relative_spread(outputs: Tensor) -> float:
-    """Return the standard deviation over the examples of outputs (N, ...), relative to their root mean square."""
-    flat = outputs.detach().float().flatten(1)
-    size = float(flat.square().mean().sqrt())
-    return float(flat.std(dim=0, correction=0).square().mean().sqrt()) / size if size > 0 else 0.0
-
-
-def relative_distance(reference: Tensor, other: Tensor) -> float:
-    """Return the L2 distance of two tensors of the same shape, relative to the norm of the first."""
-    reference, other = reference.detach().cpu().double(), other.detach().cpu().double()
-    return float((reference - other).norm() / reference.norm().clamp(min=1e-12))
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def seeded_generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -162,9 +69,8 @@ class ShortTraining:
     model: nn.Module
     rows: Tensor
     batch_size: int
-    learning_rate: float
     eval_batches: Mapping[str, Batch]
-    priors: Mapping[str, float] = field(default_factory=dict)
+    priors: Mapping[str, float]
     steps: list[int] = field(default_factory=list)
     history: dict[str, list[ImageInformation]] = field(default_factory=lambda: {"train": [], "val": []})
 
@@ -200,26 +106,23 @@ def train_briefly(context: CheckContext, learning_rate: float, seconds: float) -
     without augmentation.
     """
     ends_at, one_step_s = time.monotonic() + seconds, step_seconds(context)
-    count = len(context.loaders["train"])
-    shape = output_shape(context)
-    images = (
-        max(MIN_IMAGES, MIN_IMAGES_PER_CLASS * len(context.spec.classes)) if len(shape) < 3 else MIN_IMAGES_WITH_MASKS
-    )
-    rows = _evenly_spaced(torch.arange(count), images)
+    model = context.copy_model()
+    with torch.no_grad():
+        shape = context.outputs(model, context.eval_batch("train", MIN_BATCH).images[:1]).shape[1:]
+    count = max(MIN_IMAGES, MIN_IMAGES_PER_CLASS * len(context.spec.classes))
+    rows = evenly_spaced(len(context.loaders["train"]), MIN_IMAGES_WITH_MASKS if len(shape) == 3 else count)
     size = max(MIN_BATCH, min(MAX_BATCH, int(MIN_BATCH * MAX_STEP_S / one_step_s)))
     size = min(size, context.plan.batch_size if context.plan.batch_size > 1 else size, len(rows))
     eval_count = max(MIN_EVAL_IMAGES, min(MAX_EVAL_IMAGES, int(EVALUATION_S * MIN_BATCH / one_step_s)))
-    model = context.copy_model()
     optimizer = without_decay(context.make_optimizer(model))
     peak_lr = max(group["peak_lr"] for group in optimizer.param_groups)
     for group in optimizer.param_groups:
         group["share"] = group["peak_lr"] / peak_lr if peak_lr else 1.0
     eval_batches = {
-        "train": context.train_examples(_evenly_spaced(rows, eval_count)),
+        "train": context.train_examples(rows[evenly_spaced(len(rows), eval_count)]),
         "val": context.eval_batch("val", eval_count),
     }
-    training = ShortTraining(model, rows, size, learning_rate, eval_batches)
-    training.priors = prior_losses(context, shape, eval_batches)
+    training = ShortTraining(model, rows, size, eval_batches, prior_losses(context, shape, eval_batches))
     step = epoch = 0
     evaluation_s, evaluated_at = 0.0, time.monotonic()
     while True:
@@ -243,15 +146,10 @@ def train_briefly(context: CheckContext, learning_rate: float, seconds: float) -
         epoch += 1
 
 
-def _evenly_spaced(rows: Tensor, count: int) -> Tensor:
-    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
-
-
 def _step(context: CheckContext, model: nn.Module, optimizer: Optimizer, batch: Batch, step: int) -> float:
     """Train on one batch with the evaluation loss (no label smoothing, no class weights); return the loss."""
     context.reseed("short training", step)
-    loss_sum, count = context.task.loss(context.outputs(model, batch.images), batch.targets, training=False)
-    loss = loss_sum / count.clamp(min=1e-12)
+    loss = context.mean_loss(context.outputs(model, batch.images), batch.targets, training=False)
     optimizer.zero_grad(set_to_none=True)
     if loss.requires_grad:
         backward(loss, model, context.compute)
@@ -277,7 +175,7 @@ def evaluate(context: CheckContext, model: nn.Module, batches: Mapping[str, Batc
 def image_information(task: Task, outputs: Tensor, targets: Targets) -> ImageInformation:
     """Compare the loss of outputs (N, ...) against their own targets with that against permuted targets."""
     own, permuted = _example_losses(task, outputs, targets), []
-    generator = seeded_generator(0)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(PERMUTATIONS):
         order = torch.randperm(len(own), generator=generator).to(own.device)
         shuffled = {name: target[order] for name, target in targets.items()}
@@ -294,13 +192,6 @@ def _example_losses(task: Task, outputs: Tensor, targets: Targets) -> Tensor:
     """Return the mean loss of each example, (N,); NaN for examples without a target."""
     sums, counts = task.losses(outputs, targets, training=False)
     return sums / torch.where(counts > 0, counts, math.nan)
-
-
-def output_shape(context: CheckContext) -> torch.Size:
-    """Return the shape of the output for one image."""
-    with torch.no_grad():
-        images = context.eval_batch("train", MIN_BATCH).images[:1]
-        return context.outputs(context.copy_model(), images).shape[1:]
 
 
 def prior_losses(context: CheckContext, shape: torch.Size, batches: Mapping[str, Batch]) -> dict[str, float]:

@@ -7,13 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.checks.context import CheckContext, failed, join_names, passed, skipped, warned
-from cnntrain.checks.short_training import (
-    calibrated_copy,
-    image_count,
-    relative_spread,
-    seeded_generator,
-    trained_copy,
-)
 from cnntrain.checks.watch import Weighted, alive_units, signal, signals
 from cnntrain.types import Finding
 
@@ -30,7 +23,6 @@ PROJECTIONS = 2
 MIN_INFLUENCE = 1e-8  # gradient of a pixel, relative to the largest
 MIN_SINGULAR_VALUE = 1e-4  # relative to the largest
 
-TRAINED = "the weights come from a checkpoint"
 INIT = "model.init"
 ALL_ZERO = "all weights are zero, so all units are equal"
 INITIALIZE = "initialize the weights at random: model.init=he"
@@ -42,14 +34,12 @@ def initial_loss(context: CheckContext) -> Finding:
     The tolerance is the loss of random outputs with a standard deviation of 3, which is more than any usual
     initialization gives.
     """
-    if context.trained:
-        return skipped(TRAINED)
-    batch = context.eval_batch(count=image_count(context, 2 * IMAGES))
+    batch = context.eval_batch(count=context.image_count(2 * IMAGES))
     with torch.no_grad():
-        outputs = context.outputs(calibrated_copy(context, batch.images), batch.images)
+        outputs = context.outputs(context.calibrated_copy(batch.images), batch.images)
         loss = float(context.mean_loss(outputs, batch.truth))
         uninformed = context.task.uninformed_loss(batch.truth, outputs)
-        noise = torch.randn(outputs.shape, generator=seeded_generator(0)).to(outputs.device)
+        noise = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs.device)
         high, absurd = (float(context.mean_loss(std * noise, batch.truth)) for std in (WARN_STD, FAIL_STD))
     evidence = f"initial loss {loss:.4g}; ignoring the image costs {uninformed:.4g}, random outputs cost {high:.4g}"
     if not math.isfinite(loss):
@@ -57,26 +47,21 @@ def initial_loss(context: CheckContext) -> Finding:
         return failed(evidence, cause, "check the initialization and the inputs", INIT, "model")
     if high <= uninformed or loss <= high:  # high <= uninformed if the sign of the loss is wrong; see loss sign
         return passed(evidence)
-    std = float(outputs.std())
     size = "far too large" if loss > absurd else "too large"
-    cause = f"the initial weights are {size}: the outputs have a standard deviation of {std:.3g}"
+    cause = f"the initial weights are {size}: the outputs have a standard deviation of {float(outputs.std()):.3g}"
     remedy = "initialize with smaller weights (model.init=he), above all in the last layer; check the input scale"
     return (failed if loss > absurd else warned)(evidence, cause, remedy, INIT, "model")
 
 
 def answers_differ(context: CheckContext) -> Finding:
     """Check that outputs differ between images; if they do not initially (a zero head), after a few steps."""
-    if context.trained:
-        return skipped(TRAINED)
-    images = context.eval_batch(count=image_count(context, IMAGES)).images
-    if relative_spread(images) < 1e-6:
+    images = context.eval_batch(count=context.image_count(IMAGES)).images
+    if _relative_spread(images) < 1e-6:
         return skipped("all images are the same")
-    with torch.no_grad():
-        spread, after = relative_spread(calibrated_copy(context, images)(images)), ""
+    spread, after = _relative_spread(context.calibrated_copy(images)(images)), ""
     if spread <= WARN_SPREAD:
-        model = trained_copy(context, images, STEPS)
-        with torch.no_grad():
-            spread, after = max(spread, relative_spread(model(images))), f" (after {STEPS} steps)"
+        later = _relative_spread(context.calibrated_copy(images, STEPS)(images))
+        spread, after = max(spread, later), f" (after {STEPS} steps)"
     evidence = f"relative standard deviation of the outputs over {len(images)} images: {spread:.2g}{after}"
     if spread > WARN_SPREAD:
         return passed(evidence)
@@ -92,20 +77,24 @@ def answers_differ(context: CheckContext) -> Finding:
     return (failed if spread <= FAIL_SPREAD else warned)(evidence, cause, remedy, "model", INIT)
 
 
+def _relative_spread(outputs: Tensor) -> float:
+    """Return the standard deviation over the examples of outputs (N, ...), relative to their root mean square."""
+    flat = outputs.detach().float().flatten(1)
+    size = float(flat.square().mean().sqrt())
+    return float(flat.std(dim=0, correction=0).square().mean().sqrt()) / size if size > 0 else 0.0
+
+
 def activations(context: CheckContext) -> Finding:
     """Check that the variation of layer outputs between images neither vanishes nor explodes with depth."""
-    if context.trained:
-        return skipped(TRAINED)
-    images = context.eval_batch(count=image_count(context, IMAGES)).images
-    layers = signals(calibrated_copy(context, images), images)
+    images = context.eval_batch(count=context.image_count(IMAGES)).images
+    layers = signals(context.calibrated_copy(images), images)
     if layers and min(layers.values()) == 0:  # layers before or after a layer that starts at zero
-        layers = signals(trained_copy(context, images, STEPS), images)
+        layers = signals(context.calibrated_copy(images, STEPS), images)
     if not layers:
         return failed("no layer has a weight other than zero", ALL_ZERO, INITIALIZE, INIT)
     names, values = list(layers), list(layers.values())
-    context.curves["signal by depth"] = {
-        "standard deviation between images": ([float(i + 1) for i in range(len(values))], values)
-    }
+    depths = [float(i + 1) for i in range(len(values))]
+    context.curves["signal by depth"] = {"standard deviation between images": (depths, values)}
     input_signal, output_signal = signal(images), max(values[-2:])  # the last layer may be small on purpose
     evidence = (
         f"standard deviation between images: {input_signal:.3g} for the images, {values[0]:.3g} after {names[0]}, "
@@ -114,8 +103,7 @@ def activations(context: CheckContext) -> Finding:
     if input_signal == 0:
         return skipped("all images are the same")
     growth = output_signal / input_signal
-    not_finite = [name for name, value in layers.items() if not math.isfinite(value)]
-    if not_finite:
+    if not_finite := [name for name, value in layers.items() if not math.isfinite(value)]:
         cause = f"the output of {not_finite[0]} is not finite"
         return failed(evidence, cause, "check the input of this layer", "model", INIT)
     if values[0] == 0:
@@ -141,10 +129,8 @@ def _steepest(names: list[str], values: list[float], sign: int) -> str:
 
 def dead_units(context: CheckContext) -> Finding:
     """Check that most units of every ReLU are positive for some image."""
-    if context.trained:
-        return skipped(TRAINED)
-    images = context.eval_batch(count=image_count(context, 2 * IMAGES)).images
-    alive = alive_units(calibrated_copy(context, images), images)
+    images = context.eval_batch(count=context.image_count(2 * IMAGES)).images
+    alive = alive_units(context.calibrated_copy(images), images)
     if not alive:
         return skipped("no ReLU is called")
     shares = {name: 1 - float(units.float().mean()) for name, units in alive.items()}
@@ -164,18 +150,14 @@ def dead_units(context: CheckContext) -> Finding:
 
 def pixels_seen(context: CheckContext) -> Finding:
     """Check that the output depends on most of the image, and on more than a few numbers computed from it."""
-    if context.trained:
-        return skipped(TRAINED)
-    images = context.eval_batch(count=image_count(context, IMAGES)).images
-    influence = _measure_influence(calibrated_copy(context, images), images)
+    images = context.eval_batch(count=context.image_count(IMAGES)).images
+    influence = _measure_influence(context.calibrated_copy(images), images)
     if influence is None or not influence.is_above(WARN_SEEN):
-        later = _measure_influence(trained_copy(context, images, STEPS), images)
-        if influence is None or later is None:
-            influence = later
-        else:
+        later = _measure_influence(context.calibrated_copy(images, STEPS), images)
+        if influence is not None and later is not None:
             later.all_images = max(influence.all_images, later.all_images)
             later.per_image = max(influence.per_image, later.per_image)
-            influence = later
+        influence = later
     remedy = "look for an operation that overwrites, crops or pools away the image"
     if influence is None:
         evidence = "the outputs have no gradient with respect to any pixel"
@@ -188,8 +170,7 @@ def pixels_seen(context: CheckContext) -> Finding:
         cause = "all pixels have the same influence: the network only sees the mean of the image"
         return failed(evidence, cause, remedy, "model")
     if 2 * influence.rank < influence.expected_rank:
-        cause = f"the image is reduced to {influence.rank} numbers"
-        return failed(evidence, cause, remedy, "model")
+        return failed(evidence, f"the image is reduced to {influence.rank} numbers", remedy, "model")
     if not influence.is_above(WARN_SEEN):
         verdict = warned if influence.is_above(FAIL_SEEN) else failed
         return verdict(evidence, "most of the image does not influence the output", remedy, "model")
@@ -223,7 +204,7 @@ def _measure_influence(model: nn.Module, images: Tensor) -> _Influence | None:
     outputs = model(images).float()
     if not outputs.requires_grad:
         return None
-    generator, per_projection = seeded_generator(0), []
+    generator, per_projection = torch.Generator().manual_seed(0), []
     for number in range(PROJECTIONS):
         weights = torch.randn(outputs.shape, generator=generator).to(outputs.device)
         value, keep = (outputs * weights).sum(), number < PROJECTIONS - 1
@@ -238,7 +219,7 @@ def _measure_influence(model: nn.Module, images: Tensor) -> _Influence | None:
     matters = (gradients.abs() > MIN_INFLUENCE * largest).any(dim=2).any(dim=0)  # (N, H, W)
     flat = gradients.flatten(2).flatten(0, 1).cpu().double()
     flat = flat[flat.norm(dim=1) > 0]
-    flat = flat / flat.norm(dim=1, keepdim=True)
+    flat /= flat.norm(dim=1, keepdim=True)
     eigenvalues = torch.linalg.eigvalsh(flat @ flat.T)
     return _Influence(
         all_images=float(matters.any(0).float().mean()),

@@ -3,12 +3,11 @@
 import torch
 
 from cnntrain.checks.context import CheckContext, failed, join_names, passed, skipped, warned
-from cnntrain.checks.flip import MIN_EXAMPLES, diagnose_flip, measure_symmetry
+from cnntrain.checks.flip import MAX_EXAMPLES, MIN_EXAMPLES, diagnose_flip, measure_symmetry
 from cnntrain.types import Finding
 
 MAX_IMBALANCE = 50.0  # ratio of the most frequent class to the rarest
 MIN_EXTENT = 0.03  # extent of all keypoints, relative to the image
-MAX_FLIP_EXAMPLES = 20_000
 MASKS = 512
 KEYPOINT_PREVIEW = "look at them with `cnntrain preview`"
 MASK_REMEDY = "check data.ignore_index and the masks"
@@ -24,14 +23,13 @@ def classes(context: CheckContext) -> Finding:
         invalid = (labels < 0) | (labels >= len(names))
         if invalid.any():
             evidence = f"{split}: {int(invalid.sum())} labels outside 0 to {len(names) - 1}"
-            rows = invalid.nonzero().flatten()[:20]
-            shown = join_names([loader.examples.names[int(i)] for i in rows])
+            shown = join_names([loader.examples.names[int(i)] for i in invalid.nonzero()[:20]])
             cause = f"labels do not start at 0, or belong to other data: {shown}"
             return failed(evidence, cause, "number the classes from 0", "data")
     counts = torch.bincount(context.loaders["train"].examples.targets["label"], minlength=len(names))
     evidence = f"{len(names)} classes with {int(counts.min())} to {int(counts.max())} training examples each"
     if (counts == 0).any():
-        missing = join_names([names[int(i)] for i in (counts == 0).nonzero().flatten()])
+        missing = join_names([names[int(i)] for i in (counts == 0).nonzero()])
         cause, remedy = f"no training examples of {missing}", "add examples, or remove the class"
         if context.config["data"].get("limit") is not None:
             return warned(evidence, f"{cause}: data.limit leaves few examples", remedy, "data", "data.limit")
@@ -84,9 +82,9 @@ def masks(context: CheckContext) -> Finding:
     names, ignore = context.spec.classes, context.spec.ignore_index
     counts = torch.bincount(batch.targets["mask"].flatten().long().cpu(), minlength=256)
     total = int(counts.sum())
-    unlabeled = int(counts[ignore]) if ignore is not None else 0
+    unlabeled = 0
     if ignore is not None:
-        counts[ignore] = 0
+        unlabeled, counts[ignore] = int(counts[ignore]), 0
     unknown = [i for i in counts.nonzero().flatten().tolist() if i >= len(names)]
     evidence = f"{len(names)} classes in {len(batch)} masks, {100 * unlabeled / total:.0f} % of the pixels unlabeled"
     if unknown:
@@ -95,11 +93,9 @@ def masks(context: CheckContext) -> Finding:
         return failed(evidence, cause, remedy, "data.classes")
     if total == unlabeled:
         return failed(evidence, "no pixel is labeled", MASK_REMEDY, "data.ignore_index")
-    missing = [names[i] for i in range(len(names)) if counts[i] == 0]
-    if missing:
-        return warned(
-            evidence, f"no pixel of {join_names(missing)}", "check whether these classes occur at all", "data"
-        )
+    if missing := [name for name, count in zip(names, counts, strict=False) if not count]:
+        remedy = "check whether these classes occur at all"
+        return warned(evidence, f"no pixel of {join_names(missing)}", remedy, "data")
     if unlabeled > 0.9 * total:
         return warned(evidence, "hardly any pixel is labeled", MASK_REMEDY, "data")
     return passed(evidence)
@@ -113,9 +109,6 @@ def flip(context: CheckContext) -> Finding:
     if spec.flip_pairs is None and not context.pipeline.can_flip:
         return skipped("no flip pairs are declared, and no augmentation flips images")
     targets = context.loaders["train"].examples.targets
-    findings, _ = diagnose_flip(targets["points"][:MAX_FLIP_EXAMPLES], targets["valid"][:MAX_FLIP_EXAMPLES], spec)
-    for verdict in ("FAIL", "WARN"):
-        for finding in findings:
-            if finding.verdict == verdict:
-                return finding
-    return passed(findings[-1].evidence)
+    findings, _ = diagnose_flip(targets["points"][:MAX_EXAMPLES], targets["valid"][:MAX_EXAMPLES], spec)
+    worst = next((f for verdict in ("FAIL", "WARN") for f in findings if f.verdict == verdict), None)
+    return worst or passed(findings[-1].evidence)

@@ -1,7 +1,7 @@
 """Observe a forward pass: dead ReLUs, signal strength, mode-dependent operations, and where the graph is cut."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,11 @@ DROPOUTS = (
     torch.dropout_,
     dropout,
 )
+_NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias")
+ARGUMENTS = {  # names of positional arguments; of all other functions: input, p, training
+    functional.batch_norm: (*_NORM_ARGUMENTS, "training"),
+    functional.instance_norm: (*_NORM_ARGUMENTS, "use_input_stats"),
+}
 Weighted = nn.Linear | nn.modules.conv._ConvNd
 
 
@@ -33,35 +38,29 @@ Weighted = nn.Linear | nn.modules.conv._ConvNd
 def module_stack(model: nn.Module) -> Iterator[list[str]]:
     """Yield a stack whose last entry is the name of the running module."""
     stack, hooks = [""], []
+
+    def drop_last(*_: Any) -> None:
+        stack.pop()  # returns nothing, because a hook's return value would replace the output
+
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: _drop_last(stack)))
+        hooks.append(module.register_forward_hook(drop_last))
     with attached(hooks):
         yield stack
 
 
-def _drop_last(stack: list[str]) -> None:
-    stack.pop()  # returns nothing, because a hook's return value would replace the output
+class _CallObserver(TorchFunctionMode):
+    """Passes the function, the arguments and the result of every call of a torch function to `observe`."""
 
-
-class _ReluObserver(TorchFunctionMode):
-    """Records for every ReLU call which of its units are positive anywhere."""
-
-    def __init__(self, current_layer: Callable[[], str]) -> None:
+    def __init__(self, observe: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]) -> None:
         super().__init__()
-        self.current_layer = current_layer
-        self.alive: dict[tuple[str, int], Tensor] = {}  # (layer, number of the call): (units,) bool
-        self.calls: dict[str, int] = {}
+        self.observe = observe
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in RELUS:
-            name = self.current_layer()
-            self.calls[name] = self.calls.get(name, 0) + 1
-            units = 1 if result.ndim in (2, 4) else result.ndim - 1  # (N,C,H,W) and (N,F), else (..., F)
-            self.alive[name, self.calls[name]] = (result > 0).movedim(units, 0).flatten(1).any(1)
+        self.observe(func, args, kwargs or {}, result)
         return result
 
 
@@ -72,11 +71,19 @@ def alive_units(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     Args:
         images: (N, C, H, W), normalized.
     """
-    with module_stack(model) as stack, _ReluObserver(lambda: stack[-1]) as observer:
+    alive: dict[str, list[Tensor]] = {}  # by layer, for each call of a ReLU: (units,) bool
+
+    def observe(func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if func in RELUS:
+            units = 1 if result.ndim in (2, 4) else result.ndim - 1  # (N,C,H,W) and (N,F), else (..., F)
+            alive.setdefault(stack[-1], []).append((result > 0).movedim(units, 0).flatten(1).any(1))
+
+    with module_stack(model) as stack, _CallObserver(observe):
         model(images)
     return {
-        f"{name or 'the network itself'}{f' (ReLU {call})' if observer.calls[name] > 1 else ''}": alive
-        for (name, call), alive in observer.alive.items()
+        f"{name or 'the network itself'}{f' (ReLU {number})' if len(calls) > 1 else ''}": units
+        for name, calls in alive.items()
+        for number, units in enumerate(calls, 1)
     }
 
 
@@ -101,17 +108,14 @@ def signals(model: nn.Module, images: Tensor) -> dict[str, float]:
     Layers with zero weights (a residual branch or a head that starts at zero) are left out.
     """
     results: dict[str, float] = {}
+    named = model.named_modules()
+    names: dict[nn.Module, str] = {m: name for name, m in named if isinstance(m, Weighted) and m.weight.any()}
 
-    def measure(name: str, output: object) -> None:
+    def measure(module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim > 1:
-            results[name] = signal(output)
+            results[names[module]] = signal(output)
 
-    hooks = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: measure(name, output))
-        for name, module in model.named_modules()
-        if isinstance(module, Weighted) and module.weight.any()
-    ]
-    with attached(hooks):
+    with attached(module.register_forward_hook(measure) for module in names):
         model(images)
     return results
 
@@ -131,38 +135,22 @@ class ModeCalls:
     drew: bool = False
 
 
-class _ModeObserver(TorchFunctionMode):
-    def __init__(self, calls: ModeCalls, current_layer: Callable[[], str]) -> None:
-        super().__init__()
-        self.calls, self.current_layer = calls, current_layer
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        named = dict(zip(_arguments(func), args, strict=False)) | (kwargs or {})
-        if func in DROPOUTS and named.get("training", named.get("train", True)):
-            self.calls.dropouts.append((self.current_layer(), float(named.get("p", 0.5))))
-        tracks = func is functional.instance_norm and named.get("running_mean") is not None
-        if (func is functional.batch_norm and named.get("training", False)) or (
-            tracks and named.get("use_input_stats", True)
-        ):
-            self.calls.batch_norms.append(self.current_layer())
-        return func(*args, **(kwargs or {}))
-
-
-def _arguments(func: Any) -> Sequence[str]:
-    if func is functional.batch_norm:
-        return ("input", "running_mean", "running_var", "weight", "bias", "training")
-    if func is functional.instance_norm:
-        return ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats")
-    return ("input", "p", "training")
-
-
 @torch.no_grad()
 def watch_modes(model: nn.Module, images: Tensor) -> tuple[Tensor, ModeCalls]:
     """Return the outputs, and the mode-dependent operations: dropouts, batch statistics, random draws."""
     calls, before = ModeCalls(), _random_state(images)
-    with module_stack(model) as stack, _ModeObserver(calls, lambda: stack[-1]):
+
+    def observe(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        named = dict(zip(ARGUMENTS.get(func, ("input", "p", "training")), args, strict=False)) | kwargs
+        if func in DROPOUTS and named.get("training", named.get("train", True)):
+            calls.dropouts.append((stack[-1], float(named.get("p", 0.5))))
+        tracks = func is functional.instance_norm and named.get("running_mean") is not None
+        if (func is functional.batch_norm and named.get("training", False)) or (
+            tracks and named.get("use_input_stats", True)
+        ):
+            calls.batch_norms.append(stack[-1])
+
+    with module_stack(model) as stack, _CallObserver(observe):
         outputs = model(images)
     calls.drew = not torch.equal(before, _random_state(images))
     return outputs.float(), calls
@@ -177,20 +165,19 @@ def _random_state(images: Tensor) -> Tensor:
 
 def gradient_cut(model: nn.Module, images: Tensor) -> str:
     """Describe where the graph from the image to the output is cut; '' if no module shows it."""
+    names = {module: name for name, module in model.named_modules() if not any(module.children())}
     layers: list[tuple[str, bool, bool]] = []  # (name, input requires grad, output requires grad)
 
-    def record(name: str, inputs: Any, output: Any) -> None:
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
         input_grads = [part.requires_grad for part in inputs if isinstance(part, Tensor) and part.is_floating_point()]
-        layers.append((name, any(input_grads) or not input_grads, getattr(output, "requires_grad", True)))
+        layers.append((names[module], any(input_grads) or not input_grads, getattr(output, "requires_grad", True)))
 
-    leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
-    hooks = [m.register_forward_hook(lambda _m, i, o, name=n: record(name, i, o)) for n, m in leaves]
-    with attached(hooks), torch.enable_grad():
+    with attached(module.register_forward_hook(record) for module in names), torch.enable_grad():
         model(images.detach().requires_grad_())
-    previous = ""
+    previous = "the image"
     for name, input_grad, output_grad in layers:
         if not input_grad:
-            return f"the graph is cut between {previous or 'the image'} and {name}"
+            return f"the graph is cut between {previous} and {name}"
         if not output_grad:
             return f"the graph is cut inside {name}"
         previous = name
@@ -199,9 +186,9 @@ def gradient_cut(model: nn.Module, images: Tensor) -> str:
 
 def never_called(model: nn.Module, images: Tensor) -> list[str]:
     """Return the names of modules with their own parameters that a forward pass does not call."""
-    called: set[str] = set()
-    own = [(n, m) for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    hooks = [m.register_forward_pre_hook(lambda *_, name=n: called.add(name)) for n, m in own]
+    own = {m: name for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
+    called: set[nn.Module] = set()
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in own]
     with attached(hooks), torch.no_grad():
         model(images)
-    return [name for name, _ in own if name not in called]
+    return [name for module, name in own.items() if module not in called]

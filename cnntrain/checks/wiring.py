@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.context import CheckContext, failed, join_names, passed, warned
-from cnntrain.checks.short_training import train_steps, trainable_parameters
+from cnntrain.checks.context import CheckContext, failed, join_names, passed, trainable_parameters, warned
 from cnntrain.checks.watch import Weighted, gradient_cut, never_called
 from cnntrain.types import Finding
 
@@ -127,10 +126,8 @@ def optimizer(context: CheckContext) -> Finding:
     elif foreign:
         cause = f"the optimizer has {foreign} tensors that are not parameters of the model"
     elif without_rate:
-        cause, remedy = (
-            f"the learning rate of {join_names(without_rate)} is 0, so they never change",
-            "set optimizer.lr",
-        )
+        cause = f"the learning rate of {join_names(without_rate)} is 0, so they never change"
+        remedy = "set optimizer.lr"
     else:
         return passed(evidence)
     return failed(evidence, cause, remedy, "optimizer")
@@ -148,7 +145,7 @@ def gradients(context: CheckContext) -> Finding:
             if parameter.grad is not None:
                 largest[name] = max(largest[name] or 0.0, float(parameter.grad.abs().max()))
 
-    losses = train_steps(context, model, built, STEPS, record)
+    losses = context.train_steps(model, built, STEPS, record)
     absent = [name for name, size in largest.items() if size is None]
     zero = [name for name, size in largest.items() if size == 0]
     count = len(parameters) - len(absent) - len(zero)
@@ -189,9 +186,8 @@ def _should_change(parameter: Tensor, rate: float, gradient: float) -> bool:
 def _why_absent(context: CheckContext, absent: list[str], model: nn.Module) -> str:
     """Describe where the graph is cut, or which layers are never called."""
     images = context.eval_batch(count=2).images
-    uncalled = never_called(model, images)
-    in_uncalled = [name for name in absent if name.rpartition(".")[0] in uncalled]
-    if len(in_uncalled) == len(absent):
-        return f"forward() never calls {join_names(sorted({name.rpartition('.')[0] for name in in_uncalled}))}"
+    layers = {name.rpartition(".")[0] for name in absent}
+    if layers <= set(never_called(model, images)):
+        return f"forward() never calls {join_names(sorted(layers))}"
     where = gradient_cut(model, images) or "they are detached from the loss (detach, .data, no_grad)"
     return f"no gradient reaches {join_names(absent)}: {where}"

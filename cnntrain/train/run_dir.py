@@ -112,7 +112,7 @@ def _try_lock(descriptor: int) -> str | None:
 
 
 @contextlib.contextmanager
-def open_run_dir(path: Path | None, label: str, trains: bool = False, locked: bool = False) -> Iterator[RunDir]:
+def open_run_dir(path: Path | str | None, label: str, trains: bool = False, locked: bool = False) -> Iterator[RunDir]:
     """Create the run folder if it is missing, and lock it while the block runs.
 
     Args:
@@ -123,7 +123,7 @@ def open_run_dir(path: Path | None, label: str, trains: bool = False, locked: bo
     Raises:
         UserError: another process is using the folder, or it belongs to a training run.
     """
-    folder = create_run_dir(Path("outputs") / f"{datetime.date.today()}", label) if path is None else path
+    folder = Path(path) if path else create_run_dir(Path("outputs") / f"{datetime.date.today()}", label)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_dir: {folder} is a file; choose another folder")
     if not trains and (folder / "checkpoints").exists():

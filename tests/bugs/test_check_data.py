@@ -11,7 +11,6 @@ from PIL import Image
 
 from cnntrain import compose, train
 from cnntrain.checks.check_run import check
-from cnntrain.checks.short_training import train_steps
 from cnntrain.cli import main
 from cnntrain.errors import CheckFailedError, UserError
 
@@ -124,7 +123,7 @@ def test_red_and_blue_exchanged_before_pretrained_weights_are_told(context_of, f
     blue = context.loaders["train"].images[:, 2]
     blue.copy_(blue // 3)  # in the light of a lamp, so that the colors differ
     model = context.copy_model()
-    train_steps(context, model, torch.optim.Adam(model.parameters(), lr=1e-3), 100)
+    context.train_steps(model, torch.optim.Adam(model.parameters(), lr=1e-3), 100)
     context.model, context.trained = model, True
     found = findings_of(context, "channel-order")["channel order"]
     assert found.verdict == "PASS", found

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cnntrain import compose, overfit
+from cnntrain.checks.context import backward
 from cnntrain.checks.overfit import pick_examples
 from cnntrain.checks.overfit_trial import (
     FAST_STEPS,
@@ -20,7 +21,6 @@ from cnntrain.checks.overfit_trial import (
     SPEEDUP,
     OverfitResult,
     OverfitTrial,
-    backward,
     diagnose_pace,
 )
 from cnntrain.cli import main

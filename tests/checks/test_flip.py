@@ -139,7 +139,9 @@ def test_every_exchange_increases_the_distance(case: tuple[KeypointSet, Shapes])
     scheme, shapes = case
     right = right_map(scheme)
     symmetry = measure_symmetry(*shapes, right)
-    cost = torch.cdist(symmetry.shape, symmetry.mirrored).square()  # (K, K): a point, another's mirror image
+    cost = torch.cdist(
+        symmetry.shape, symmetry.shape * torch.tensor([-1.0, 1.0])
+    ).square()  # (K, K): a point, another's mirror image
     rows = torch.arange(len(right))
     best = cost[rows, torch.tensor(right)].sum()
     for wrong in wrong_pairings(right).values():

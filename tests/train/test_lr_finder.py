@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cnntrain import compose
 from cnntrain.checks.check_run import build_context
 from cnntrain.checks.context import CheckContext
-from cnntrain.checks.steps import RANGE_SHARE, learning_rate
+from cnntrain.checks.learning import RANGE_SHARE, learning_rate
 from cnntrain.commands.lr_find import lr_find
 from cnntrain.config.schema import LrFindSettings
 from cnntrain.errors import UserError
