@@ -32,39 +32,26 @@ OUT_OF_BUDGET = "the time budget (check.budget_s) is used up"
 
 @dataclass
 class CheckContext:
-    """The parts of a run. Methods return copies, so checks affect neither the run nor each other.
-
-    Attributes:
-        model: the model of the run. Checks must not change it; they work on `copy_model()`.
-        make_optimizer: builds the configured optimizer for the trainable parameters of a model.
-        run_range_test: runs the range test of `cnntrain lr-find` on a copy of the model, with a plan, until a
-            time.monotonic().
-        loaders: by split: `train`, `val` and, if there is one, `test`; uint8 images without augmentation.
-        plan: length and batching of the run.
-        config: the whole config as plain values.
-        trained: whether the weights come from a checkpoint.
-        deadline: time.monotonic() at which the time budget is used up.
-        config_warnings: findings of lint about the config.
-        curves: data for figures, by title: lines by label, each (x values, y values). Checks add to it.
-        cache: results by name that several checks use and that are expensive to compute.
-    """
+    """The parts of a run. Methods return copies, so checks affect neither the run nor each other."""
 
     spec: DataSpec
     task: Task
     pipeline: Pipeline
     compute: Compute
-    model: nn.Module
-    make_optimizer: Callable[[nn.Module], Optimizer]
+    model: nn.Module  # of the run; checks work on `copy_model()`
+    make_optimizer: Callable[[nn.Module], Optimizer]  # the configured one, for the trainable parameters of a model
+    # Runs the range test of `cnntrain lr-find` on a copy of the model, until a time.monotonic().
     run_range_test: Callable[[TrainingPlan, float], RangeTest]
-    loaders: Mapping[str, Loader]
-    plan: TrainingPlan
-    config: Mapping[str, Any]
-    trained: bool
-    deadline: float
+    loaders: Mapping[str, Loader]  # of `train`, `val` and, if there is one, `test`: uint8 images without augmentation
+    plan: TrainingPlan  # length and batching of the run
+    config: Mapping[str, Any]  # the whole config as plain values
+    trained: bool  # whether the weights come from a checkpoint
+    deadline: float  # time.monotonic() at which the time budget is used up
     stop: StopFlag
-    config_warnings: Sequence[Finding] = ()
+    config_warnings: Sequence[Finding] = ()  # of lint
+    # Data for figures, which checks add, by title: lines by label, each (x values, y values).
     curves: dict[str, dict[str, tuple[list[float], list[float]]]] = field(default_factory=dict)
-    cache: dict[str, Any] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)  # expensive results by name that several checks use
     _samples: dict[tuple[str, int], Batch] = field(default_factory=dict)
 
     @property

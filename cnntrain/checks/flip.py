@@ -39,21 +39,13 @@ SIDES = {"left": "right", "l": "r"} | {"right": "left", "r": "l"}
 
 @dataclass(frozen=True)
 class Symmetry:
-    """How well flip pairs match the shapes. Distances are relative to the shape's size (root mean square radius).
+    """How well flip pairs match the shapes. Distances are relative to the shape's size (root mean square radius)."""
 
-    Attributes:
-        shape: (K, 2) mean shape, centered.
-        swapped, unswapped: root mean square distance between the mean shape and its mirror image, with and without
-            relabeling by the flip pairs.
-        change: (K, K) increase of the summed squared distance when keypoints i and j exchange their partners.
-        error: (K, K) standard error of `change`; infinite if all four keypoints are valid in too few examples.
-    """
-
-    shape: Tensor
-    swapped: float
-    unswapped: float
-    change: Tensor
-    error: Tensor
+    shape: Tensor  # (K, 2) mean shape, centered
+    swapped: float  # root mean square distance from its mirror image, with names swapped by the flip pairs
+    unswapped: float  # the same without
+    change: Tensor  # (K, K) increase of the summed squared distance when keypoints i and j exchange their partners
+    error: Tensor  # (K, K) standard error of `change`; infinite if all four are valid in too few examples
 
     @property
     def is_certain(self) -> Tensor:

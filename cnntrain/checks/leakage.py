@@ -1,11 +1,13 @@
 """Check that validation and test images do not occur among the training images, exactly or nearly."""
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cnntrain.checks.context import CheckContext, failed, join_names, passed, warned
+from cnntrain.checks.context import CheckContext, evenly_spaced, failed, join_names, passed, warned
 from cnntrain.data.parallel import thread_map
 from cnntrain.types import Finding
 
@@ -31,36 +33,36 @@ def leakage(context: CheckContext) -> Finding:
     between neighboring pixels of the image at 9x8) differ in at most 4 bits. The correlations of their pixels and of
     their edges confirm them.
     """
-    train, train_rows = _images(context, "train")
-    exact_rows, train_hashes = _rows_by_hash(exact_hashes(train)), difference_hashes(train)
-    parts, verdict, pairs = [], "PASS", []
-    for split in ("val", "test"):
-        if split not in context.loaders:
+    train, train_names = _images(context, "train")
+    train_hashes, rows_by_content = difference_hashes(train), dict[bytes, int]()
+    for k, image in enumerate(train):
+        rows_by_content.setdefault(_digest(image), k)
+    parts, pairs, is_bad, is_suspicious = [], [], False, False
+    for split in context.loaders:
+        if split == "train":
             continue
-        images, rows = _images(context, split)
-        exact: dict[int, int] = {}
-        for i, value in enumerate(exact_hashes(images)):
-            equal = (k for k in exact_rows.get(int(value), []) if torch.equal(images[i], train[k]))
-            if (k := next(equal, None)) is not None:
-                exact[i] = k
+        images, names = _images(context, split)
+        digests = [_digest(image) for image in images]
+        exact = {i: rows_by_content[digest] for i, digest in enumerate(digests) if digest in rows_by_content}
         others = torch.tensor([i for i in range(len(images)) if i not in exact], dtype=torch.int64)
         if len(others) > (most := max(1, MAX_COMPARISONS // len(train))):
             others = others[torch.linspace(0, len(others) - 1, most).long()]
         near = near_duplicates(images[others], train, train_hashes)
         near = {int(others[i]): k for i, k in near.items()}
         parts.append(f"{split}: {len(exact)} of {len(images)} images are in train, {len(near)} more nearly")
-        names, train_names = context.loaders[split].examples.names, context.loaders["train"].examples.names
-        pairs += [f"{names[int(rows[i])]} = {train_names[int(train_rows[k])]}" for i, k in (exact | near).items()]
-        if len(exact) > FAIL_EXACT_SHARE * len(images):
-            verdict = "FAIL"
-        elif verdict == "PASS" and (exact or len(near) > WARN_NEAR_SHARE * len(images)):
-            verdict = "WARN"
+        pairs += [f"{names[i]} = {train_names[k]}" for i, k in (exact | near).items()]
+        is_bad |= len(exact) > FAIL_EXACT_SHARE * len(images)
+        is_suspicious |= bool(exact) or len(near) > WARN_NEAR_SHARE * len(images)
     evidence = "; ".join(parts)
-    if verdict == "PASS":
+    if not is_suspicious:
         return passed(evidence)
     cause = f"evaluation images are also training images: {join_names(pairs, 2)}"
     remedy = "remove the copies from one split; data.group keeps related images in the same split"
-    return (failed if verdict == "FAIL" else warned)(evidence, cause, remedy, "data")
+    return (failed if is_bad else warned)(evidence, cause, remedy, "data")
+
+
+def _digest(image: Tensor) -> bytes:
+    return hashlib.sha1(image.numpy().tobytes(), usedforsecurity=False).digest()
 
 
 def near_duplicates(images: Tensor, train: Tensor, train_hashes: np.ndarray) -> dict[int, int]:
@@ -125,26 +127,17 @@ def near_hashes(hashes: np.ndarray, train_hashes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros((0, 2), np.int64), *parts])
 
 
-def _images(context: CheckContext, split: str) -> tuple[Tensor, Tensor]:
-    """Return images, uint8 (M, C, H, W) on the CPU, and their rows: all cached images, or some that are streamed."""
-    loader = context.loaders[split]
+def _images(context: CheckContext, split: str) -> tuple[Tensor, list[str]]:
+    """Return images, uint8 (M, C, H, W) on the CPU, and their names: all cached images, or some that are streamed."""
+    loader, names = context.loaders[split], context.loaders[split].examples.names
     images = loader.examples.images
     if isinstance(images, Tensor) and tuple(images.shape[-2:]) == context.spec.image_size:
-        return images.cpu(), torch.arange(len(images))
-    count = len(loader) if isinstance(images, Tensor) else MAX_STREAMED
-    rows = torch.linspace(0, len(loader) - 1, min(count, len(loader))).round().long()
+        return images.cpu(), list(names)
+    rows = evenly_spaced(len(loader), len(loader) if isinstance(images, Tensor) else MAX_STREAMED)
     # Images for random crops are larger than those of the other splits.
     parts = [context.pipeline.resize(batch).images for batch in loader.batches(rows, READ_BATCH)]
     parts = [part.round().to(torch.uint8) if part.is_floating_point() else part for part in parts]
-    return torch.cat([part.cpu() for part in parts]), rows
-
-
-def exact_hashes(images: Tensor) -> np.ndarray:
-    """Return (N,) uint64 weighted sums of the bytes modulo 2**64, which are equal for equal images."""
-    flat = images.flatten(1)
-    weights = np.random.default_rng(0).integers(1, 2**63, flat.shape[1], dtype=np.uint64) | np.uint64(1)
-    parts = [part.numpy().astype(np.uint64) @ weights for part in flat.split(CHUNK)]
-    return np.concatenate(parts)
+    return torch.cat([part.cpu() for part in parts]), [names[int(i)] for i in rows]
 
 
 def difference_hashes(images: Tensor) -> np.ndarray:
@@ -172,10 +165,3 @@ def edges(images: Tensor) -> Tensor:
     """
     values = images.float()
     return torch.cat([values.diff(dim=3).flatten(1), values.diff(dim=2).flatten(1)], 1)
-
-
-def _rows_by_hash(hashes: np.ndarray) -> dict[int, list[int]]:
-    rows: dict[int, list[int]] = {}
-    for row, value in enumerate(hashes.tolist()):
-        rows.setdefault(value, []).append(row)
-    return rows

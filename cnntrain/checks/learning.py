@@ -185,10 +185,8 @@ def learning_rate(context: CheckContext) -> Finding:
     rate, test = _configured_rate(context), _range_test(context)
     if test is None or not test.complete:
         return skipped("the time budget (check.budget_s) is too small for a range test, or the loss has no gradient")
-    context.curves["range test: loss over learning rate"] = {
-        "mini-batch": (test.rates, test.losses),
-        "smoothed": (test.rates, test.smoothed),
-    }
+    curves = {"mini-batch": (test.rates, test.losses), "smoothed": (test.rates, test.smoothed)}
+    context.curves["range test: loss over learning rate"] = curves
     diverged, suggestion = test.diverged_at, test.suggestion
     limit = f"diverges at {diverged:.2g}" if diverged else f"does not diverge up to {test.rates[-1]:.2g}"
     fall = f"from {test.initial_loss:.3g} the loss falls by {max(test.decrease, 0):.0%}"
@@ -206,15 +204,12 @@ def learning_rate(context: CheckContext) -> Finding:
     distance = rate * context.plan.total_steps
     if distance < test.rate_sum_to_decrease and context.plan.total_steps >= MIN_TOTAL_STEPS:
         cause = (
-            f"the learning rate is too low: the sum of the learning rates of all {context.plan.total_steps:,} steps is "
+            f"the learning rate is too low: in all {context.plan.total_steps:,} steps the learning rates sum up to "
             f"{distance:.2g}, but the loss begins to fall at a sum of {test.rate_sum_to_decrease:.2g}"
         )
         return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR, "epochs")
     if test.decreases_from is not None and rate * TOO_LOW <= test.decreases_from:
-        ratio = test.decreases_from / rate
-        cause = (
-            f"the learning rate is too low: the loss begins to fall at {test.decreases_from:.2g}, {ratio:.3g} times it"
-        )
+        cause = f"the learning rate is too low: the loss begins to fall at {test.decreases_from:.2g}"
         return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR)
     return passed(f"{evidence} (suggested {suggestion:.2g}; steepest at {test.steepest:.2g})")
 
@@ -286,13 +281,16 @@ def generalizes(context: CheckContext) -> Finding:
             break
     assert training is not None
     context.cache["short training"] = training
-    _add_curves(context, training)
-    if finding is not None:
-        return finding
+    steps, history = [float(step) for step in training.steps], training.history
+    context.curves["short training: loss over step"] = {
+        "training images": (steps, [result.loss for result in history["train"]]),
+        "validation images": (steps, [result.loss for result in history["val"]]),
+        "validation, targets of other images": (steps, [result.loss + result.gain for result in history["val"]]),
+        "best prediction that ignores the image": (steps, [training.priors["val"]] * len(steps)),
+    }
+    is_significant = history["val"][-1].z_score >= SIGNIFICANT_Z
     evidence = _evidence(training)
-    if training.history["val"][-1].z_score >= SIGNIFICANT_Z:
-        return passed(evidence)
-    return skipped(f"{UNDECIDED}; {evidence}")
+    return finding or (passed(evidence) if is_significant else skipped(f"{UNDECIDED}; {evidence}"))
 
 
 def _verdict(context: CheckContext, training: ShortTraining) -> Finding | None:
@@ -300,8 +298,7 @@ def _verdict(context: CheckContext, training: ShortTraining) -> Finding | None:
     train, val = (training.history[split][-1] for split in ("train", "val"))
     if val.z_score >= SIGNIFICANT_Z and val.loss <= GOOD_LOSS * training.priors["val"]:
         return passed(_evidence(training))
-    images = training.eval_batches["train"].images
-    if float(images.float().std(0).max()) < SAME_STD:
+    if float(training.eval_batches["train"].images.float().std(0).max()) < SAME_STD:
         cause = "all training images are the same"
         return failed(_evidence(training), cause, "look at the figure of the images", "data")
     long = training.epochs >= MANY_EPOCHS and training.steps[-1] >= MANY_STEPS
@@ -314,7 +311,8 @@ def _verdict(context: CheckContext, training: ShortTraining) -> Finding | None:
         return failed(_evidence(training), cause, remedy, "data", "model")
     memorized = train.loss <= GOOD_LOSS * training.priors["train"] and train.z_score >= SIGNIFICANT_Z
     if memorized and _is_little(train, val):
-        larger = _evaluate_more(context, training)
+        batches = {"train": training.eval_batches["train"], "val": context.eval_batch("val", MAX_VAL_IMAGES)}
+        larger = evaluate(context, training.model, batches)["val"]
         if _is_little(train, larger):
             return _memorized_only(context, training, train, larger)
     return None
@@ -323,14 +321,6 @@ def _verdict(context: CheckContext, training: ShortTraining) -> Finding | None:
 def _is_little(train: ImageInformation, other: ImageInformation) -> bool:
     """Whether the outputs contain significantly less information about other images than about training images."""
     return other.z_score < NO_Z and other.gain + POSSIBLE_Z * other.error < LITTLE * train.gain
-
-
-def _evaluate_more(context: CheckContext, training: ShortTraining) -> ImageInformation:
-    """Evaluate on up to 2048 validation images."""
-    val = training.eval_batches["val"]
-    if len(context.loaders["val"]) > len(val):
-        val = context.eval_batch("val", MAX_VAL_IMAGES)
-    return evaluate(context, training.model, {"train": training.eval_batches["train"], "val": val})["val"]
 
 
 def _memorized_only(
@@ -384,13 +374,3 @@ def _evidence(training: ShortTraining) -> str:
         f"{val.loss:.3g} on validation images ({training.priors['val']:.3g} for the best prediction that ignores the "
         f"image, {val.loss + val.gain:.3g} with targets of other images)"
     )
-
-
-def _add_curves(context: CheckContext, training: ShortTraining) -> None:
-    steps, history = [float(step) for step in training.steps], training.history
-    context.curves["short training: loss over step"] = {
-        "training images": (steps, [result.loss for result in history["train"]]),
-        "validation images": (steps, [result.loss for result in history["val"]]),
-        "validation, targets of other images": (steps, [result.loss + result.gain for result in history["val"]]),
-        "best prediction that ignores the image": (steps, [training.priors["val"]] * len(steps)),
-    }

@@ -36,63 +36,41 @@ BLANK_STD = 1e-3  # standard deviation over the pixels of a normalized image
 
 @dataclass
 class OverfitResult:
-    """Measurements while examples were overfitted; `diagnose` turns them into findings.
+    """Measurements while examples were overfitted; `diagnose` turns them into findings."""
 
-    Attributes:
-        floor: lowest possible loss.
-        uninformed: loss of a prediction that ignores the image.
-        target: loss that counts as learned.
-        losses: loss before each step, and after the last one.
-        reached_at: number of steps after which the loss was at most `target`; None if it never was.
-        gradient_share: by parameter, the largest ratio of its gradient norm to the largest gradient norm of the step.
-        frozen: parameters that are frozen unintentionally.
-        jump: (step, parameter, factor) of the step that changed a parameter's norm too much.
-        output_difference: relative difference between the outputs for two images with different targets.
-        pixel_deviation: smallest standard deviation over the pixels of an image.
-        label_matters: whether another target gives another loss.
-        dead: layers whose ReLUs are zero for all images.
-        probabilities: whether the outputs are non-negative and sum to 1.
-        out_of_time: whether the time limit ended the trial before the examples were learned.
-    """
-
-    floor: float
-    uninformed: float
-    target: float
-    losses: list[float] = field(default_factory=list)
-    reached_at: int | None = None
+    floor: float  # lowest possible loss
+    uninformed: float  # loss of a prediction that ignores the image
+    target: float  # loss that counts as learned
+    losses: list[float] = field(default_factory=list)  # before each step, and after the last one
+    reached_at: int | None = None  # number of steps after which the loss was at most `target`
+    # By parameter, the largest ratio of its gradient norm to the largest gradient norm of the step.
     gradient_share: dict[str, float] = field(default_factory=dict)
-    frozen: list[str] = field(default_factory=list)
-    jump: tuple[int, str, float] | None = None
+    frozen: list[str] = field(default_factory=list)  # parameters that are frozen unintentionally
+    jump: tuple[int, str, float] | None = (
+        None  # step, parameter, factor: the step changed the parameter's norm too much
+    )
     largest_output: float = 0.0
-    output_difference: float = math.inf
-    pixel_deviation: float = math.inf
-    label_matters: bool = True
-    dead: list[str] = field(default_factory=list)
-    probabilities: bool = False
+    output_difference: float = math.inf  # relative, between the outputs for two images with different targets
+    pixel_deviation: float = math.inf  # smallest standard deviation over the pixels of an image
+    label_matters: bool = True  # whether another target gives another loss
+    dead: list[str] = field(default_factory=list)  # layers whose ReLUs are zero for all images
+    probabilities: bool = False  # whether the outputs are non-negative and sum to 1
     learning_rate: float = 0.0
-    out_of_time: bool = False
+    out_of_time: bool = False  # whether the time limit ended the trial before the examples were learned
 
 
 @dataclass(frozen=True)
 class OverfitTrial:
-    """Settings of a trial.
-
-    Attributes:
-        batch: the examples to learn, normalized, on the device.
-        other: examples with other targets, to test whether the output depends on the image.
-        max_steps: maximum number of optimizer steps.
-        freeze: whether parameters are frozen on purpose.
-        deadline: time.monotonic() at which to give up.
-    """
+    """Settings of a trial."""
 
     task: Task
     compute: Compute
-    batch: Batch
-    other: Batch
-    max_steps: int
-    freeze: bool = False
+    batch: Batch  # the examples to learn, normalized, on the device
+    other: Batch  # examples with other targets, to test whether the output depends on the image
+    max_steps: int  # of the optimizer
+    freeze: bool = False  # whether parameters are frozen on purpose
     stop: StopFlag = field(default_factory=StopFlag)
-    deadline: float = math.inf
+    deadline: float = math.inf  # time.monotonic() at which to give up
 
     def run(self, model: nn.Module, optimizer: Optimizer) -> OverfitResult:
         """Train `model`, in eval mode with calibrated norms, on the batch until its loss is near the floor."""

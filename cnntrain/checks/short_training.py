@@ -35,17 +35,11 @@ PRIOR_CELLS = 8  # cells per side of the grid in which a constant prediction of 
 
 @dataclass(frozen=True)
 class ImageInformation:
-    """How much a model's outputs depend on the images of a split; means of the evaluation loss over examples.
+    """How much a model's outputs depend on the images of a split; means of the evaluation loss over examples."""
 
-    Attributes:
-        loss: loss against the examples' own targets.
-        gain: by how much the loss is larger against the targets of other images.
-        error: standard error of `gain`.
-    """
-
-    loss: float
-    gain: float
-    error: float
+    loss: float  # against the examples' own targets
+    gain: float  # by how much the loss is larger against the targets of other images
+    error: float  # standard error of `gain`
 
     @property
     def z_score(self) -> float:
@@ -55,23 +49,15 @@ class ImageInformation:
 
 @dataclass
 class ShortTraining:
-    """A short training in progress.
+    """A short training in progress."""
 
-    Attributes:
-        model: the model after the last step.
-        rows: training examples that it is trained on.
-        eval_batches: the examples of each evaluation, by split.
-        priors: loss of the best predictor that ignores the image, fitted on train, by split.
-        steps: the number of steps at each evaluation.
-        history: the result of each evaluation, by split; in eval mode with calibrated norms.
-    """
-
-    model: nn.Module
-    rows: Tensor
+    model: nn.Module  # after the last step
+    rows: Tensor  # training examples that it is trained on
     batch_size: int
-    eval_batches: Mapping[str, Batch]
-    priors: Mapping[str, float]
-    steps: list[int] = field(default_factory=list)
+    eval_batches: Mapping[str, Batch]  # the examples of each evaluation, by split
+    priors: Mapping[str, float]  # loss of the best predictor that ignores the image, fitted on train, by split
+    steps: list[int] = field(default_factory=list)  # the number of steps at each evaluation
+    # The result of each evaluation, by split; in eval mode with calibrated norms.
     history: dict[str, list[ImageInformation]] = field(default_factory=lambda: {"train": [], "val": []})
 
     @property

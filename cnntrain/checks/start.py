@@ -179,20 +179,13 @@ def pixels_seen(context: CheckContext) -> Finding:
 
 @dataclass
 class _Influence:
-    """Influence of the pixels on the outputs.
+    """Influence of the pixels on the outputs."""
 
-    Attributes:
-        all_images: share of the pixels with an influence for any image.
-        per_image: mean share of the pixels with an influence for an image.
-        rank, expected_rank: rank of the gradients over images and projections, and its largest possible value.
-        uniform: whether the gradients are the same at all pixels.
-    """
-
-    all_images: float
-    per_image: float
-    rank: int
-    expected_rank: int
-    uniform: bool
+    all_images: float  # share of the pixels with an influence for any image
+    per_image: float  # mean share of the pixels with an influence for an image
+    rank: int  # of the gradients over images and projections
+    expected_rank: int  # largest possible rank
+    uniform: bool  # whether the gradients are the same at all pixels
 
     def is_above(self, shares: tuple[float, float]) -> bool:
         return self.all_images >= shares[0] and self.per_image >= shares[1]

@@ -122,17 +122,11 @@ def signals(model: nn.Module, images: Tensor) -> dict[str, float]:
 
 @dataclass
 class ModeCalls:
-    """Mode-dependent operations of a forward pass.
+    """Mode-dependent operations of a forward pass."""
 
-    Attributes:
-        dropouts: active dropouts as (layer, probability).
-        batch_norms: layers that used batch statistics.
-        drew: whether random numbers were drawn.
-    """
-
-    dropouts: list[tuple[str, float]] = field(default_factory=list)
-    batch_norms: list[str] = field(default_factory=list)
-    drew: bool = False
+    dropouts: list[tuple[str, float]] = field(default_factory=list)  # active ones: (layer, probability)
+    batch_norms: list[str] = field(default_factory=list)  # layers that used batch statistics
+    drew: bool = False  # whether random numbers were drawn
 
 
 @torch.no_grad()
