@@ -217,6 +217,13 @@ def relative_distance(reference: Tensor, other: Tensor) -> float:
     return float((reference - other).norm() / reference.norm().clamp(min=1e-12))
 
 
+def sums_to_one(outputs: Tensor) -> bool:
+    """Return whether outputs (N, K, ...) are non-negative and sum to 1 over K, as probabilities do."""
+    if outputs.ndim < 2 or outputs.shape[1] < 2:
+        return False
+    return bool((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() < 1e-3).all())
+
+
 # `run_checks` adds the name of the check to these findings.
 
 

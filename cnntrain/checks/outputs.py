@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from cnntrain.checks.context import CheckContext, failed, passed, relative_distance, skipped, warned
+from cnntrain.checks.context import CheckContext, failed, passed, relative_distance, skipped, sums_to_one, warned
 from cnntrain.tasks.classification import Classification
 from cnntrain.tasks.keypoints import Keypoints
 from cnntrain.tasks.segmentation import Segmentation
@@ -121,7 +121,7 @@ def output_layer(context: CheckContext) -> Finding:
     squashed, positive = _display_name(last, SQUASHED | BOUNDED), _display_name(last, POSITIVE)
     clamped = _display_name(last, CLAMPED)
     non_negative = bool(outputs.min() >= 0) and outputs.numel() >= SIGN_EVIDENCE
-    if squashed == "softmax" or _sums_to_one(outputs):
+    if squashed == "softmax" or sums_to_one(outputs):
         verdict, name, effect = failed, "softmax", "cross-entropy expects logits, and applies softmax itself"
     elif squashed:
         verdict, name, effect = failed, squashed, "it bounds the outputs, but the loss expects logits"
@@ -131,7 +131,7 @@ def output_layer(context: CheckContext) -> Finding:
         verdict, name, effect = warned, "clamp", "outputs at its bounds get no gradient"
     elif positive:
         verdict, name, effect = warned, positive, "logits can hardly be negative"
-    elif _display_name(last, LOGARITHMIC) or _sums_to_one(outputs.exp()):
+    elif _display_name(last, LOGARITHMIC) or sums_to_one(outputs.exp()):
         verdict, name, effect = warned, "log-softmax", "cross-entropy applies it as well, so it has no effect"
     else:
         return passed(evidence)
@@ -151,12 +151,6 @@ def _check_coordinates(evidence: str, last: str, outputs: Tensor) -> Finding:
 def _display_name(operation: str, names: dict[str, str]) -> str:
     """Return the display name of an autograd operation if it is in `names`, else ''."""
     return next((shown for start, shown in names.items() if operation.startswith(start)), "")
-
-
-def _sums_to_one(outputs: Tensor) -> bool:
-    if outputs.ndim < 2 or outputs.shape[1] < 2:
-        return False
-    return bool((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() < 1e-3).all())
 
 
 def last_operation(outputs: Tensor) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cnntrain.checks.context import backward, join_names
+from cnntrain.checks.context import backward, join_names, sums_to_one
 from cnntrain.checks.watch import dead_rectifiers
 from cnntrain.tasks.task import Task
 from cnntrain.train.device import Compute
@@ -31,6 +31,7 @@ MIN_OUTPUT_DIFFERENCE = 1e-5  # between the outputs for two images, relative to 
 FAST_STEPS = 50
 SPEEDUP = 5  # minimum speedup by a tenfold learning rate for the configured one to count as too low
 MAX_STEPS_FOR_ONE = 300  # 168 is the largest measured number, for heat maps with a narrow U-Net
+LR = "optimizer.lr"
 BLANK_STD = 1e-3  # standard deviation over the pixels of a normalized image
 
 
@@ -103,10 +104,12 @@ class OverfitTrial:
             if loss.requires_grad:
                 backward(loss, model, self.compute)
             parameters = [parameter.detach() for _, parameter in named]
-            norms = [*_norms([p.grad for _, p in named if p.grad is not None]), *_norms(parameters)]
+            gradients = [p.new_zeros(1) if p.grad is None else p.grad for _, p in named]
+            norms = [*_norms(gradients), *_norms(parameters)]
             optimizer.step()
             norms += _norms(parameters)
-            _record_norms(result, step, named, torch.stack(norms).tolist() if norms else [])
+            if named:
+                _record_norms(result, step, named, torch.stack(norms).view(3, -1).tolist())
         self._compare_outputs(result, model)
         return result
 
@@ -120,10 +123,7 @@ class OverfitTrial:
             result.largest_output = float(own_output.abs().max())
         difference = (own_output - other_output).norm() / own_output.norm().clamp(min=1e-12)
         result.output_difference = float(difference)
-        both = torch.cat((own_output, other_output))
-        if both.ndim > 1 and both.shape[1] > 1:
-            total = both.sum(dim=1)
-            result.probabilities = bool((both >= 0).all() and ((total - 1).abs() < 1e-3).all())
+        result.probabilities = sums_to_one(torch.cat((own_output, other_output)))
         own, others = ({k: v[:1] for k, v in each.targets.items()} for each in (batch, other))
         own_loss = [float(part) for part in task.loss(own_output, own, training=False)]
         other_loss = [float(part) for part in task.loss(own_output, others, training=False)]
@@ -144,23 +144,17 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _record_norms(
-    result: OverfitResult, step: int, named: Sequence[tuple[str, nn.Parameter]], norms: list[float]
+    result: OverfitResult, step: int, named: Sequence[tuple[str, nn.Parameter]], norms: Sequence[list[float]]
 ) -> None:
     """Record gradient shares, and the largest factor by which the step changed the norm of a parameter.
 
     Args:
-        norms: norms of the existing gradients, of all parameters before the step, and of all after it.
+        norms: of the gradients, of the parameters before the step, and of the parameters after it.
     """
-    with_gradient = [name for name, parameter in named if parameter.grad is not None]
-    count = len(with_gradient)
-    gradients = dict.fromkeys((name for name, _ in named), 0.0)
-    gradients |= dict(zip(with_gradient, norms[:count], strict=True))
-    largest = max(gradients.values(), default=0.0)
-    for name, norm in gradients.items():
-        share = norm / largest if largest > 0 and math.isfinite(norm) else 0.0
+    largest = max(norms[0])
+    for (name, parameter), gradient, old, new in zip(named, *norms, strict=True):
+        share = gradient / largest if largest > 0 and math.isfinite(gradient) else 0.0
         result.gradient_share[name] = max(result.gradient_share.get(name, 0.0), share)
-    before, after = norms[count : count + len(named)], norms[count + len(named) :]
-    for (name, parameter), old, new in zip(named, before, after, strict=True):
         # Parameters that start at zero may grow: biases and scales to 0.1 per element, weights to 0.001.
         floor = (0.1 if parameter.ndim <= 1 else 0.001) * math.sqrt(parameter.numel())
         factor = new / max(old, floor)
@@ -170,16 +164,13 @@ def _record_norms(
 
 REMEDIES = {  # of a failure, and the config key, by name of the finding: the most informative findings first
     "image": ("look at the figure, and check how the image is read", "data"),
-    "learning rate": ("set optimizer.lr", "optimizer.lr"),
+    "learning rate": ("set optimizer.lr", LR),
     "frozen": ("set requires_grad=True, or set model.freeze if this is intended", "model.freeze"),
-    "finite": ("lower optimizer.lr", "optimizer.lr"),
+    "finite": ("lower optimizer.lr", LR),
     "label": ("use the targets in the loss", "task"),
     "loss sign": ("minimize the loss, not its negative", "task"),
-    "steady": ("lower optimizer.lr", "optimizer.lr"),
-    "moderate": (
-        "lower optimizer.lr (norms are frozen here; training with batch statistics may tolerate a higher rate)",
-        "optimizer.lr",
-    ),
+    "steady": ("lower optimizer.lr", LR),
+    "moderate": ("lower optimizer.lr (norms are frozen here; batch statistics may tolerate a higher rate)", LR),
     "rectifiers": ("check the initialization and the biases of the layers before them", "model.init"),
     "logits": ("remove the softmax at the end of the network", "model"),
     "image matters": ("look for an operation that overwrites the features or averages them away", "model"),
@@ -242,7 +233,7 @@ def diagnose(result: OverfitResult, example: str) -> list[Finding]:
     remedies = dict(REMEDIES)
     if not steps:
         causes["finite"] = f"the loss is {loss} before the first step"
-        remedies["finite"] = ("look for a division by zero or the logarithm of zero", "optimizer.lr")
+        remedies["finite"] = ("look for a division by zero or the logarithm of zero", LR)
     findings = []
     for name, (passed, evidence) in measured.items():
         remedy, key = remedies[name]
@@ -264,7 +255,7 @@ def _learned(result: OverfitResult) -> Finding:
     else:
         cause = f"the loss decreases too slowly: {loss:.4g} after {steps} steps"
         remedy = "increase optimizer.lr (or overfit.steps)"
-    return Finding("learned", "FAIL", evidence, cause, remedy, ("optimizer.lr", "overfit.steps"))
+    return Finding("learned", "FAIL", evidence, cause, remedy, (LR, "overfit.steps"))
 
 
 def diagnose_pace(
@@ -291,9 +282,9 @@ def diagnose_pace(
         rate = faster.learning_rate
         evidence += f", and in {faster.reached_at} steps with ten times the learning rate ({rate:.2g})"
         cause = f"learning takes {steps} steps, but only {faster.reached_at} with optimizer.lr={rate:.2g}"
-        return Finding("pace", verdict, evidence, cause, "increase optimizer.lr", ("optimizer.lr",))
+        return Finding("pace", verdict, evidence, cause, "increase optimizer.lr", (LR,))
     if steps > MAX_STEPS_FOR_ONE and examples == 1:
         cause = f"learning takes {steps} steps, and ten times the learning rate is not much faster"
         remedy = "check the initialization, the norms and the scale of the images; try another optimizer.lr"
-        return Finding("pace", verdict, evidence, cause, remedy, ("model.init", "optimizer.lr"))
+        return Finding("pace", verdict, evidence, cause, remedy, ("model.init", LR))
     return Finding("pace", "PASS", f"{evidence}; ten times the learning rate is not much faster")

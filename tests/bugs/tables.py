@@ -1,7 +1,7 @@
-"""What `cnntrain check` says of every planted bug and of sound set-ups: the tables in docs/checks.md.
+"""Run `cnntrain check` on every planted bug and on sound set-ups: the tables in docs/checks.md.
 
-python -m tests.bugs.tables bugs FILE       # about half an hour on one core; what FILE has already is not run again
-python -m tests.bugs.tables sound FILE      # about two hours; SHARED data where they are at hand
+python -m tests.bugs.tables bugs FILE       # about half an hour on one core; skips rows that FILE already has
+python -m tests.bugs.tables sound FILE      # about two hours; with SHARED data if they exist
 python -m tests.bugs.tables show FILE FILE  # both tables in Markdown
 """
 
@@ -52,11 +52,11 @@ SOUND = [
     ("model=unet_small", "data=toy_shapes", "data.size=32", "task.loss=dice"),
     ("model=unet_small", "data=toy_shapes", "data.size=32", "optimizer=sgd", "model.upsampling=unpool"),
     ("data=camvid", f"data.root={SHARED}/camvid", "model=unet_small", "data.limit=100"),
-]  # fmt: skip
+]
 
 
 def bugs() -> Iterator[tuple[str, list[str], str, str]]:
-    """Name, overrides, the check that must find it, and words of the cause; one row a set-up and check."""
+    """Yield name, overrides, the check that must detect the bug, and words of its finding."""
     of_machinery = {name: (["model=sound", *row[0]], *row[1:]) for name, row in machinery.BROKEN.items()}
     for table in (data.BROKEN, start.BROKEN, wiring.BROKEN, learning.BROKEN, of_machinery):
         for name, (overrides, wanted, *_, words) in table.items():
@@ -64,13 +64,13 @@ def bugs() -> Iterator[tuple[str, list[str], str, str]]:
     for name, (overrides, words) in data.REFUSED.items():
         yield name, overrides, "refused", words
     for name, overrides in learning.MISALIGNED.items():
-        yield f"{name} of another image", overrides, "generalizes", learning.NOT_THEIRS
+        yield f"{name} of another image", overrides, "generalizes", learning.WRONG_TARGETS
     own_norm = ["model=sound", "model._target_=planted_learning.OwnNorm"]
-    yield "a norm of one's own, wrong in evaluation", own_norm, "batch norm gap", "eval mode"
+    yield "a custom norm, wrong in eval mode", own_norm, "batch norm gap", "eval mode"
 
 
-def judged(*overrides: str) -> dict[str, Any]:
-    """The report of a whole check, and its seconds."""
+def run_check(*overrides: str) -> dict[str, Any]:
+    """Return the verdict of a whole check, its warnings and failures, and its seconds."""
     started, here = time.monotonic(), Path.cwd()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         os.chdir(folder)
@@ -98,12 +98,12 @@ def run(what: str, file: Path) -> None:
                 if not any(str(SHARED) in word for word in pair) or SHARED.is_dir():
                     shown = " ".join(word for word in pair if "data.root" not in word)
                     jobs[f"{shown} seed={seed}"] = {"overrides": [*pair, f"seed={seed}"]}
-    told: dict[str, dict[str, Any]] = {}  # one set-up may be listed for several checks
+    reports: dict[str, dict[str, Any]] = {}  # one set-up may be listed for several checks
     for name, job in jobs.items():
         if name not in done:
             key = " ".join(job["overrides"])
-            told[key] = told.get(key) or judged(*job["overrides"])
-            row = {"name": name, **job, **told[key]}
+            reports[key] = reports.get(key) or run_check(*job["overrides"])
+            row = {"name": name, **job, **reports[key]}
             with file.open("a") as out:
                 out.write(json.dumps(row) + "\n")
             print(name, row["verdict"], [f["name"] for f in row["found"]], row["seconds"], file=sys.stderr)
@@ -116,8 +116,8 @@ def read(file: Path) -> list[dict[str, Any]]:
 def show(bugs_file: Path, sound_file: Path) -> None:
     rows = read(bugs_file)
     named = [row for row in rows if any(_names(row, each) for each in row["found"])]
-    print(f"{len(named)} of {len(rows)} planted bugs are named for what they are.\n")
-    print("| bug | named by | also told by |\n|---|---|---|")
+    print(f"{len(named)} of {len(rows)} planted bugs are detected by the intended check.\n")
+    print("| bug | detected by | also reported by |\n|---|---|---|")
     for row in rows:
         by = ", ".join(f"{each['name']} ({each['verdict']})" for each in row["found"] if _names(row, each))
         also = ", ".join(each["name"] for each in row["found"] if not _names(row, each))
@@ -125,14 +125,14 @@ def show(bugs_file: Path, sound_file: Path) -> None:
     rows = read(sound_file)
     alarmed = [row for row in rows if row["found"]]
     fails = sum(each["verdict"] == "FAIL" for row in rows for each in row["found"])
-    print(f"\nOf {len(rows)} checks of sound set-ups {len(alarmed)} found something, {fails} as a FAIL.\n")
-    print("| set-up | seeds | said |\n|---|---|---|")
+    print(f"\nOf {len(rows)} checks of sound set-ups, {len(alarmed)} report something, {fails} as a FAIL.\n")
+    print("| set-up | seeds | findings |\n|---|---|---|")
     setups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         setups.setdefault(row["name"].rpartition(" ")[0], []).append(row)
     for name, each in setups.items():
-        said = sorted({f"{f['name']} ({f['verdict']}): {f['cause']}" for row in each for f in row["found"]})
-        print(f"| `{name}` | {len(each)} | {'; '.join(said) or 'nothing'} |")
+        findings = sorted({f"{f['name']} ({f['verdict']}): {f['cause']}" for row in each for f in row["found"]})
+        print(f"| `{name}` | {len(each)} | {'; '.join(findings) or 'none'} |")
 
 
 def _names(row: dict[str, Any], finding: dict[str, Any]) -> bool:

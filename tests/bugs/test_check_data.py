@@ -1,4 +1,4 @@
-"""`check data` names what is wrong with the data, and has nothing to say about sound ones."""
+"""`check data` finds faults in data, and passes sound data."""
 
 import dataclasses
 from pathlib import Path
@@ -35,7 +35,9 @@ BROKEN = {
     "one image only": (["data=one_only"], "blank images", "identical"),
     "black images": (["data=black"], "blank images", "digits/"),
     "augmented validation": (
-        ["data=random_validation", "data.cache=none", "data.workers=0"], "validation", "augmented",
+        ["data=random_validation", "data.cache=none", "data.workers=0"],
+        "validation",
+        "augmented",
     ),
     "test images in train": (["data=test_in_train"], "leakage", "digits/"),
     "test images in train, brighter": (["data=brighter_in_train"], "leakage", "digits/"),
@@ -45,13 +47,16 @@ BROKEN = {
     "points normalized already": (["data=points_from_zero_to_one", *FACES], "points", "pixels"),
     "images wiped out": (
         [
-            "augment=random_erasing", "augment.random_erasing.probability=1",
-            "augment.random_erasing.scale=[0.999,1]", "augment.random_erasing.ratio=[1,1]",
+            "augment=random_erasing",
+            "augment.random_erasing.probability=1",
+            "augment.random_erasing.scale=[0.999,1]",
+            "augment.random_erasing.ratio=[1,1]",
         ],
-        "augmentation", "erases",
+        "augmentation",
+        "erases",
     ),
     "flip": (["data=digits", "augment=flip"], "augmentation", "flip"),
-}  # fmt: skip
+}
 
 
 REFUSED = {
@@ -60,14 +65,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_no_training_can_use_is_refused(tmp_path: Path, name: str) -> None:
+def test_unusable_data_are_refused(tmp_path: Path, name: str) -> None:
     overrides, words = REFUSED[name]
     with pytest.raises(UserError, match=words):
         findings(tmp_path, *overrides)
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_wrong_with_the_data_is_named(tmp_path: Path, name: str) -> None:
+def test_faults_are_named(tmp_path: Path, name: str) -> None:
     overrides, wanted, subject = BROKEN[name]
     found = findings(tmp_path, *overrides)
     assert found[wanted]["verdict"] in ("WARN", "FAIL"), found[wanted]
@@ -91,7 +96,7 @@ def test_sound_data_pass(tmp_path: Path, overrides: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_checks_first_and_stops_on_a_failure(tmp_path: Path) -> None:
+def test_check_first_stops_a_training_on_a_failure(tmp_path: Path) -> None:
     settings = compose(
         "data=black", "check.first=true", "epochs=1", "threads=1", f"run_dir={tmp_path}/r", config_dir=PLANTED
     )
@@ -102,26 +107,26 @@ def test_a_training_checks_first_and_stops_on_a_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_run_is_not_changed_by_checks_before_it(tmp_path: Path) -> None:
+def test_check_first_does_not_change_the_run(tmp_path: Path) -> None:
     common = ("data.limit=100", "epochs=1", "threads=1", "log.figures=false")
     plain = train(compose(*common, f"run_dir={tmp_path}/a"))
     checked = train(compose(*common, "check.first=true", f"run_dir={tmp_path}/b"))
     assert plain["best"]["val/loss"] == checked["best"]["val/loss"]
 
 
-def test_slips_in_names_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "leakag", "data=digits"]) == 2
     assert "did you mean 'leakage'?" in capsys.readouterr().err
     assert main(["check", "checks=flip,wron"]) == 2
 
 
 @pytest.mark.slow
-def test_red_and_blue_exchanged_before_pretrained_weights_are_told(context_of, findings_of) -> None:
-    """Norms that learned from RGB know that their images come as BGR."""
+def test_exchanged_red_and_blue_are_detected_with_pretrained_weights(context_of, findings_of) -> None:
+    """The running statistics of norms trained on RGB images do not fit BGR images."""
     context = context_of("data=toy_faces", "data.size=32", "model=cifar_resnet", "model.depth=8")
-    assert findings_of(context, "channel-order")["channel order"].verdict == "SKIP"  # nothing is learned yet
+    assert findings_of(context, "channel-order")["channel order"].verdict == "SKIP"  # the weights are random
     blue = context.loaders["train"].images[:, 2]
-    blue.copy_(blue // 3)  # in the light of a lamp, so that the colors differ
+    blue.copy_(blue // 3)  # so that the channels differ
     model = context.copy_model()
     context.train_steps(model, torch.optim.Adam(model.parameters(), lr=1e-3), 100)
     context.model, context.trained = model, True
@@ -133,15 +138,15 @@ def test_red_and_blue_exchanged_before_pretrained_weights_are_told(context_of, f
     assert found.verdict == "WARN", found
 
 
-def test_a_checkpoint_and_names_after_an_equals_sign_are_taken(tmp_path: Path) -> None:
-    """Through the command: what is refused before torch is imported must let these pass."""
+def test_a_checkpoint_and_a_list_of_checks_are_accepted(tmp_path: Path) -> None:
+    """The command line refuses unknown words before torch is imported, but not these."""
     train(compose("data.limit=60", "epochs=1", "threads=1", "log.figures=false", f"run_dir={tmp_path}/r"))
     assert main(["check", f"checkpoint={tmp_path}/r", "frozen", "optimizer"]) == 0
     assert main(["check", "checks=frozen,optimizer", "data.limit=60", "threads=1"]) == 0
 
 
-def test_letterbox_borders_are_no_wrong_normalization(tmp_path: Path, context_of, findings_of) -> None:
-    """Mean and deviation are those of the images: with the borders the mean of the inputs is far from 0."""
+def test_letterbox_borders_do_not_count_as_wrong_normalization(tmp_path: Path, context_of, findings_of) -> None:
+    """The statistics exclude the borders, so the mean of inputs with borders is far from 0."""
     for label in ("a", "b"):
         (tmp_path / "train" / label).mkdir(parents=True)
         for number in range(8):

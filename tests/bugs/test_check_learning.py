@@ -1,4 +1,4 @@
-"""`check learning` tells what does not learn, or learns nothing that holds, from what is sound."""
+"""`check learning` finds set-ups that do not learn or do not generalize, and passes sound ones."""
 
 import time
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 FACES = ("data=toy_faces", "data.train_count=300", "data.test_count=4", "data.size=32")
 SHAPES = ("data=toy_shapes", "data.train_count=200", "data.test_count=4", "data.size=32")
-NOT_THEIRS = "targets belong to other images"
+WRONG_TARGETS = "targets belong to other images"
 
 
 def planted(name: str, *overrides: str) -> list[str]:
@@ -22,9 +22,9 @@ def decayed(optimizer: str) -> list[str]:
 
 
 BROKEN = {
-    "shuffled labels": (["data=shuffled_labels"], "generalizes", "FAIL", NOT_THEIRS),
-    "shuffled labels, fmnist_cnn": (["data=shuffled_labels", "model=fmnist_cnn"], "generalizes", "FAIL", NOT_THEIRS),
-    "labels of another image": (["data=labels_of_another"], "generalizes", "FAIL", NOT_THEIRS),
+    "shuffled labels": (["data=shuffled_labels"], "generalizes", "FAIL", WRONG_TARGETS),
+    "shuffled labels, fmnist_cnn": (["data=shuffled_labels", "model=fmnist_cnn"], "generalizes", "FAIL", WRONG_TARGETS),
+    "labels of another image": (["data=labels_of_another"], "generalizes", "FAIL", WRONG_TARGETS),
     "validation labels of another": (["data=validation_of_another"], "generalizes", "FAIL", "validation"),
     "images of noise": (["data=noise"], "generalizes", "FAIL", "do not show"),
     "the mean image only": (["data=mean_images"], "generalizes", "FAIL", "the same"),
@@ -43,25 +43,25 @@ BROKEN = {
     "BatchNorm momentum 0": (planted("Normed", "+model.momentum=0.0"), "batch norm gap", "FAIL", "momentum 0"),
     "BatchNorm momentum 1": (planted("Normed", "+model.momentum=1.0"), "batch norm gap", "FAIL", "last batch"),
     "BatchNorm in eval mode": (planted("EvalWhenTraining"), "batch norm gap", "FAIL", "momentum 0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_does_not_learn_is_named(name: str, context_of, findings_of) -> None:
+def test_faults_are_named(name: str, context_of, findings_of) -> None:
     overrides, check, verdict, subject = BROKEN[name]
     finding = findings_of(context_of(*overrides), check.replace(" ", "-"))[check]
     assert finding.verdict == verdict, finding
     assert subject in f"{finding.evidence} {finding.cause} {finding.remedy}", finding
 
 
-def test_a_norm_that_knows_other_statistics_in_evaluation_is_named(context_of, findings_of) -> None:
+def test_a_custom_norm_with_wrong_statistics_in_eval_mode_is_named(context_of, findings_of) -> None:
     context = context_of("model=sound", "model._target_=planted_learning.OwnNorm")
     context.deadline = time.monotonic() + 30
     found = findings_of(context, "generalizes", "batch-norm-gap")
     assert found["batch norm gap"].verdict == "FAIL", found
 
 
-def test_a_learning_rate_too_low_does_not_look_like_wrong_labels(context_of, findings_of) -> None:
+def test_a_low_learning_rate_does_not_look_like_wrong_labels(context_of, findings_of) -> None:
     found = findings_of(context_of("optimizer.lr=1e-6"), "learning-rate", "generalizes")
     assert [found[name].verdict for name in ("learning rate", "generalizes")] == ["FAIL", "PASS"], found
 
@@ -73,13 +73,13 @@ MISALIGNED = {
 
 
 @pytest.mark.parametrize("name", ["points", pytest.param("masks", marks=pytest.mark.long)])
-def test_points_and_masks_of_another_image_are_named(name: str, context_of, findings_of) -> None:
+def test_points_and_masks_of_another_image_are_detected(name: str, context_of, findings_of) -> None:
     found = findings_of(context_of(*MISALIGNED[name]), "generalizes")["generalizes"]
     assert found.verdict == "FAIL", found
 
 
 SOUND = {
-    "a rate that frozen norms do not bear": ["model=fmnist_cnn", "optimizer=sgd"],
+    "a rate that is too high for frozen norms": ["model=fmnist_cnn", "optimizer=sgd"],
     "label smoothing": ["model=mlp", "optimizer=sgd", "task.label_smoothing=0.1"],
     "sound": ["model=sound"],
     "sound with norm and dropout": planted("Normed"),
@@ -92,7 +92,7 @@ SOUND = {
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_what_is_sound_passes(name: str, context_of, findings_of) -> None:
+def test_sound_set_ups_pass(name: str, context_of, findings_of) -> None:
     found = findings_of(context_of(*SOUND[name]), "learning")
     assert {f.name: f.cause for f in found.values() if f.verdict in ("WARN", "FAIL")} == {}
     assert found["generalizes"].verdict == found["eight examples"].verdict == "PASS", found
@@ -101,12 +101,17 @@ def test_what_is_sound_passes(name: str, context_of, findings_of) -> None:
 WIDE = {
     f"{' '.join(pair)} {optimizer} seed {seed}": [*pair, f"optimizer={optimizer}", f"seed={seed}"]
     for pair in (
-        ["model=lenet5"], ["model=mlp"], ["model=fmnist_cnn"], ["model=cifar_resnet"], ["model=resnet18"],
-        ["data=toy_faces"], ["data=toy_shapes"],
+        ["model=lenet5"],
+        ["model=mlp"],
+        ["model=fmnist_cnn"],
+        ["model=cifar_resnet"],
+        ["model=resnet18"],
+        ["data=toy_faces"],
+        ["data=toy_shapes"],
     )
     for optimizer in ("adamw", "sgd")
     for seed in range(3)
-}  # fmt: skip
+}
 
 
 @pytest.mark.long
@@ -119,13 +124,13 @@ def test_no_false_alarm_within_a_minute(name: str, context_of, findings_of) -> N
 
 
 @pytest.mark.parametrize("model", ["detached", "dead_relus", "ignores_image", "frozen_first"])
-def test_what_is_broken_elsewhere_breaks_no_check(model: str, context_of, findings_of) -> None:
+def test_other_faults_do_not_stop_the_checks(model: str, context_of, findings_of) -> None:
     context = context_of(f"model={model}")
     context.deadline = time.monotonic() + 20
     assert findings_of(context, "learning", "repeat", "precision", "memory-layout")
 
 
-def test_without_time_everything_that_takes_it_is_skipped_and_says_so(context_of, findings_of) -> None:
+def test_expensive_checks_are_skipped_without_time(context_of, findings_of) -> None:
     context = context_of("model=fmnist_cnn", "data.limit=300")
     context.deadline = time.monotonic() - 1
     for name in ("one example", "eight examples", "learning rate", "generalizes", "repeat", "reload"):
@@ -133,7 +138,7 @@ def test_without_time_everything_that_takes_it_is_skipped_and_says_so(context_of
         assert finding.verdict == "SKIP" and "budget" in finding.evidence, finding
 
 
-def test_of_trained_weights_only_what_they_know_is_asked(context_of, findings_of) -> None:
+def test_only_some_checks_apply_to_trained_weights(context_of, findings_of) -> None:
     context = context_of("model=fmnist_cnn")
     training = next(each for each in train_briefly(context, 1e-3, 60) if each.steps[-1] > 60)
     context.model, context.trained, context.cache = training.model, True, {}
@@ -143,7 +148,7 @@ def test_of_trained_weights_only_what_they_know_is_asked(context_of, findings_of
     assert {finding.verdict for finding in found.values()} == {"PASS", "SKIP"}
 
 
-def test_checks_leave_the_network_as_it_was_and_draw_what_they_saw(context_of, findings_of) -> None:
+def test_checks_do_not_change_the_network_and_add_curves(context_of, findings_of) -> None:
     context = context_of("model=fmnist_cnn", "data.limit=300")
     before = {name: value.clone() for name, value in context.model.state_dict().items()}
     findings_of(context, "learning", "machinery")

@@ -1,4 +1,4 @@
-"""`check machinery` names what the machine does not do twice in the same way."""
+"""`check machinery` finds what is not reproducible."""
 
 from pathlib import Path
 
@@ -12,16 +12,16 @@ PLANTED = "model._target_=planted_learning."
 
 BROKEN = {
     "state outside of the checkpoint": ([f"{PLANTED}ForgetsOnReload"], "reload", "not saved"),
-    "a layer made while training": ([f"{PLANTED}UnknownKeys"], "reload", "load"),
-    "drawn from numpy's generator": ([f"{PLANTED}DrawsFromNumpy"], "repeat", "generator"),
-    "numbers in the order of memory": ([f"{PLANTED}ReadsMemory"], "memory layout", "memory"),
-    "too large for half of the bits": ([f"{PLANTED}Overflows", "precision=bf16"], "precision", "bf16"),
-    "a decoder that draws": (["data=random_validation", "data.cache=none"], "workers", "process"),
-}  # fmt: skip
+    "a layer created during training": ([f"{PLANTED}UnknownKeys"], "reload", "load"),
+    "NumPy's generator": ([f"{PLANTED}DrawsFromNumpy"], "repeat", "generator"),
+    "depends on the memory format": ([f"{PLANTED}ReadsMemory"], "memory layout", "memory"),
+    "too large for bf16": ([f"{PLANTED}Overflows", "precision=bf16"], "precision", "bf16"),
+    "a random decoder": (["data=random_validation", "data.cache=none"], "workers", "process"),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_not_the_same_twice_is_named(name: str, context_of, findings_of) -> None:
+def test_faults_are_named(name: str, context_of, findings_of) -> None:
     overrides, check, subject = BROKEN[name]
     finding = findings_of(context_of("model=sound", *overrides), check.replace(" ", "-"))[check]
     assert finding.verdict == "FAIL", finding
@@ -50,6 +50,6 @@ def folder(tmp_path: Path) -> Path:
 
 def test_workers_read_the_same(folder: Path, context_of, findings_of) -> None:
     stream = ("model=sound", "data=image_folder", f"data.root={folder}", "data.size=8", "data.cache=none")
-    for more in ((), ("augment=torchvision", "augment.torchvision.name=RandomAutocontrast")):
-        finding = findings_of(context_of(*stream, *more), "workers")["workers"]
+    for overrides in ((), ("augment=torchvision", "augment.torchvision.name=RandomAutocontrast")):
+        finding = findings_of(context_of(*stream, *overrides), "workers")["workers"]
         assert finding.verdict == "PASS" and "12 examples" in finding.evidence, finding

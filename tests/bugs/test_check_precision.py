@@ -1,4 +1,4 @@
-"""Start and wiring have nothing to say about sound set-ups: shipped networks on bundled data, three seeds."""
+"""The start and wiring checks pass for sound set-ups: all networks on bundled data, three seeds."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`check start` names a bad beginning, and has nothing to say about a sound one."""
+"""`check start` finds bad initializations, and passes sound ones."""
 
 import pytest
 
@@ -26,11 +26,11 @@ BROKEN = {
     "image pooled to four": (planted("PooledToFour"), "pixels seen", "FAIL", "4"),
     "brightest pixel alone": (planted("BrightestPixel"), "pixels seen", "FAIL", "image"),
     "one corner": (planted("OneCorner"), "pixels seen", "FAIL", "image"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_bad_start_is_named(name: str, context_of, findings_of) -> None:
+def test_faults_are_named(name: str, context_of, findings_of) -> None:
     overrides, check, verdict, subject = BROKEN[name]
     finding = findings_of(context_of(*overrides), check.replace(" ", "-"))[check]
     assert finding.verdict == verdict, finding
@@ -57,19 +57,19 @@ SOUND = {
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_a_sound_start_passes(name: str, context_of, findings_of) -> None:
+def test_sound_set_ups_pass(name: str, context_of, findings_of) -> None:
     found = findings_of(context_of(*SOUND[name]), "start")
     assert {f.name: f.cause for f in found.values() if f.verdict in ("WARN", "FAIL")} == {}
     assert found["activations"].verdict == found["pixels seen"].verdict == "PASS"
 
 
-def test_trained_weights_are_no_start(context_of, findings_of) -> None:
+def test_checks_are_skipped_for_trained_weights(context_of, findings_of) -> None:
     context = context_of("model=mlp")
     context.trained = True
     assert {finding.verdict for finding in findings_of(context, "start").values()} == {"SKIP"}
 
 
-def test_the_signal_is_drawn(context_of, findings_of) -> None:
+def test_the_signal_is_added_to_the_curves(context_of, findings_of) -> None:
     context = context_of("model=lenet5")
     findings_of(context, "activations")
     depths, values = context.curves["signal by depth"]["standard deviation between images"]

@@ -1,4 +1,4 @@
-"""`check wiring` names what is joined wrongly, and has nothing to say about what is sound."""
+"""`check wiring` finds wiring faults, and passes sound set-ups."""
 
 import random
 
@@ -29,15 +29,17 @@ BROKEN = {
     "a block in a list": (planted("InAList"), "registered", "FAIL", "blocks[0]"),
     "a parameter in a dict": (planted("ParameterInADict"), "registered", "FAIL", "extras['scale']"),
     "one block three times": (planted("RepeatedBlock"), "shared weights", "WARN", "layers.2.0.weight = layers.3"),
-    "borrowed storage": (planted("BorrowedStorage"), "shared weights", "WARN", "second.weight = extra.weight"),
+    "shared storage": (planted("BorrowedStorage"), "shared weights", "WARN", "second.weight = extra.weight"),
     "frozen by mistake": (["model=frozen_first"], "frozen", "FAIL", "first.weight, first.bias"),
     "random weights frozen": (["model=cifar_resnet", "model.freeze=backbone"], "frozen", "WARN", "backbone"),
     "dropped by the optimizer": (optimizer("Forgetful"), "optimizer", "FAIL", "first.weight"),
     "learning rate 0": (["model=sound", "optimizer.lr=0"], "optimizer", "FAIL", "first.weight"),
-    "a step that does nothing": (optimizer("Stuck"), "gradients", "FAIL", "first.bias, second.bias, head.bias"),
+    "steps without effect": (optimizer("Stuck"), "gradients", "FAIL", "first.bias, second.bias, head.bias"),
     "dropped by the optimizer, steps": (optimizer("Forgetful"), "gradients", "FAIL", "first.weight"),
     "detach in the middle": (
-        ["model=detached"], "gradients", "FAIL",
+        ["model=detached"],
+        "gradients",
+        "FAIL",
         "between first and second",
     ),
     "no_grad around the features": (planted("NoGrad"), "gradients", "FAIL", "inside first"),
@@ -48,9 +50,9 @@ BROKEN = {
     "reshape over the images": (planted("WrongReshape"), "examples apart", "FAIL", "batch"),
     "reshape over the images, order": (planted("WrongReshape"), "batch order", "FAIL", "batch"),
     "squeeze": (planted("Squeezes"), "examples apart", "FAIL", "squeeze()"),
-    "place in the batch": (planted("PlaceMatters"), "batch order", "FAIL", "batch"),
+    "position in the batch": (planted("PlaceMatters"), "batch order", "FAIL", "batch"),
     "batch statistics in eval": (planted("BatchStatisticsInEval"), "examples apart", "FAIL", "batch"),
-    "a loss that mixes": (task("MixedLosses"), "examples apart", "FAIL", "losses()"),
+    "losses mix examples": (task("MixedLosses"), "examples apart", "FAIL", "losses()"),
     "softmax": (["model=softmax_inside"], "output layer", "FAIL", "softmax"),
     "softmax written out": (planted("HiddenSoftmax"), "output layer", "FAIL", "softmax"),
     "log-softmax": (planted("LogSoftmaxInside"), "output layer", "WARN", "log-softmax"),
@@ -61,11 +63,11 @@ BROKEN = {
     "sigmoid on coordinates": (planted("SigmoidInside", *FACES), "output layer", "FAIL", "center"),
     "positive coordinates": (planted("AbsOutput", *FACES), "output layer", "FAIL", "center"),
     "dropout in evaluation": (planted("DropoutInEval"), "modes", "FAIL", "dropout"),
-    "a layer made in forward": (planted("LayerInForward"), "modes", "FAIL", "random"),
+    "a layer created in forward": (planted("LayerInForward"), "modes", "FAIL", "random"),
     "eval when training": (planted("EvalWhenTraining"), "modes", "FAIL", "norm"),
     "train in forward": (planted("TrainsInForward"), "modes", "FAIL", "norm"),
-    "learns in evaluation": (planted("LearnsInEval"), "modes", "FAIL", "evaluation"),
-    "other in training": (planted("OtherInTraining"), "modes", "WARN", "training"),
+    "changes in evaluation": (planted("LearnsInEval"), "modes", "FAIL", "evaluation"),
+    "another computation in training": (planted("OtherInTraining"), "modes", "WARN", "training"),
     "BatchNorm momentum 0": (planted("Normed", "+model.momentum=0.0"), "modes", "FAIL", "running statistics"),
     "BatchNorm momentum 1": (planted("Normed", "+model.momentum=1.0"), "modes", "FAIL", "last batch"),
     "dropout 0.99": (planted("Normed", "+model.dropout=0.99"), "modes", "FAIL", "1 %"),
@@ -76,14 +78,13 @@ BROKEN = {
     "softmax in the loss": (task("SoftmaxInLoss"), "loss sign", "FAIL", "softmax"),
     "no derivative": (task("NotDifferentiable"), "loss sign", "FAIL", "argmax"),
     "off by one in the loss": (task("OffByOneInLoss"), "loss sign", "FAIL", "metric"),
-    "label never seen": (["model=sound", "task=blind_to_label"], "loss sees labels", "FAIL", "target"),
-    "wrong backward": (planted("WrongBackward"), "derivative", "FAIL",
-                       "first.weight, first.bias"),
-}  # fmt: skip
+    "blind to the label": (["model=sound", "task=blind_to_label"], "loss sees labels", "FAIL", "target"),
+    "wrong backward": (planted("WrongBackward"), "derivative", "FAIL", "first.weight, first.bias"),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_joined_wrongly_is_named(name: str, context_of, findings_of) -> None:
+def test_faults_are_named(name: str, context_of, findings_of) -> None:
     overrides, check, verdict, subject = BROKEN[name]
     finding = findings_of(context_of(*overrides), check.replace(" ", "-"))[check]
     assert finding.verdict == verdict, finding
@@ -109,24 +110,24 @@ SOUND = {
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_what_is_sound_passes(name: str, context_of, findings_of) -> None:
+def test_sound_set_ups_pass(name: str, context_of, findings_of) -> None:
     found = findings_of(context_of(*SOUND[name]), "wiring")
     assert {f.name: f"{f.cause} {f.evidence}" for f in found.values() if f.verdict in ("WARN", "FAIL")} == {}
     assert found["loop"].verdict == found["derivative"].verdict == found["loss sign"].verdict == "PASS", found
 
 
-def test_a_network_for_float32_alone_is_left_out(context_of, findings_of) -> None:
+def test_a_float32_network_skips_the_derivative(context_of, findings_of) -> None:
     finding = findings_of(context_of(*planted("Float32Alone")), "derivative")["derivative"]
     assert finding.verdict == "SKIP" and "float64" in finding.evidence
 
 
-def test_trained_weights_are_judged_too(context_of, findings_of) -> None:
+def test_trained_weights_are_checked_too(context_of, findings_of) -> None:
     context = context_of("model=mlp")
     context.trained = True
     assert {finding.verdict for finding in findings_of(context, "wiring").values()} == {"PASS"}
 
 
-def test_a_frozen_backbone_that_was_trained_passes(context_of, findings_of) -> None:
+def test_a_frozen_pretrained_backbone_passes(context_of, findings_of) -> None:
     context = context_of("model=cifar_resnet", "model.freeze=backbone", "model.depth=8")
     context.model.pretrained_from = "another training"
     found = findings_of(context, "wiring")
@@ -182,7 +183,7 @@ def validation_in_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "evaluate", evaluate)
 
 
-DOUBLES = {
+BROKEN_LOOPS = {
     "gradients not reset": (without_zeroing, "zero_grad"),
     "accumulation without division": (dividing_wrongly, "batches"),
     "evaluation mode in training": (evaluation_mode, "training mode"),
@@ -195,9 +196,9 @@ DOUBLES = {
 }
 
 
-@pytest.mark.parametrize("name", DOUBLES)
+@pytest.mark.parametrize("name", BROKEN_LOOPS)
 def test_a_broken_loop_is_found(name: str, context_of, findings_of, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant, subject = DOUBLES[name]
+    plant, subject = BROKEN_LOOPS[name]
     extra = {"no clipping": ["clip_grad_norm=0.01"], "accumulation without division": ["accumulate=2"]}
     context = context_of(*planted("Normed"), *extra.get(name, []))
     assert findings_of(context, "loop")["loop"].verdict == "PASS"
@@ -206,16 +207,16 @@ def test_a_broken_loop_is_found(name: str, context_of, findings_of, monkeypatch:
     assert finding.verdict == "FAIL" and subject in finding.cause, finding
 
 
-def test_no_check_leaves_a_trace(context_of, findings_of) -> None:
+def test_checks_do_not_change_models_data_or_random_states(context_of, findings_of) -> None:
     context = context_of(*planted("Normed"))
     before = {name: value.clone() for name, value in context.model.state_dict().items()}
     training = [module.training for module in context.model.modules()]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in context.model.modules()]
     stored = context.loaders["train"].examples.images.clone()
-    draws = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    random_states = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
     findings_of(context, "start", "wiring")
-    assert torch.equal(draws[0], torch.get_rng_state())
-    assert (draws[1] == np.random.get_state()[1]).all() and draws[2] == random.getstate()
+    assert torch.equal(random_states[0], torch.get_rng_state())
+    assert (random_states[1] == np.random.get_state()[1]).all() and random_states[2] == random.getstate()
     assert all(torch.equal(value, before[name]) for name, value in context.model.state_dict().items())
     assert training == [module.training for module in context.model.modules()]
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in context.model.modules()]
@@ -223,8 +224,8 @@ def test_no_check_leaves_a_trace(context_of, findings_of) -> None:
     assert torch.equal(stored, context.loaders["train"].examples.images)
 
 
-def test_a_network_that_raises_breaks_no_other_check(context_of, findings_of) -> None:
-    """`squeeze()` answers a single image with (10,), which no loss takes."""
+def test_an_exception_does_not_stop_other_checks(context_of, findings_of) -> None:
+    """`squeeze()` returns (10,) for a single image, which the loss refuses."""
     found = findings_of(context_of(*planted("Squeezes")), "examples-apart", "one-example", "optimizer")
     assert found["examples apart"].verdict == "FAIL"
     assert found["one example"].verdict == "FAIL"

@@ -1,4 +1,4 @@
-"""What mirroring is worth when whoever mirrors relabels, and what it costs when nobody does."""
+"""What flips with and without relabeled keypoints do to the error."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ RECIPE = ("data.train_count=200", "epochs=40", "batch_size=32", "threads=1", "lo
 
 
 def nme(tmp_path: Path, name: str, *overrides: str) -> float:
-    """Error on the 400 test cats, as a share of the face's size."""
+    """Return the error on the 400 test cats, relative to the size of the face."""
     settings = compose(*RECIPE, f"run_dir={tmp_path / name}", *overrides, config_dir=PLANTED)
     return train(settings)["test"]["test/nme"]
 
 
 @pytest.mark.long
-def test_a_flip_helps_and_without_relabeling_it_ruins(tmp_path: Path) -> None:
+def test_flips_help_only_with_relabeling(tmp_path: Path) -> None:
     """The README's figures come from the same runs with 60 epochs and three seeds."""
     relabeled = nme(tmp_path, "relabeled", "data=toy_faces", "augment=flip")
     none = nme(tmp_path, "none", "data=toy_faces", "augment=none")

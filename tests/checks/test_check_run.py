@@ -1,4 +1,4 @@
-"""What runs the checks: how numbers are computed in them, and what they leave as it was."""
+"""How checks run: the precision of their numbers, and the state that they restore."""
 
 import time
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def context() -> CheckContext:
 
 @pytest.fixture
 def tensor_float32() -> Iterator[None]:
-    """Products as a training on a GPU computes them."""
+    """Allow TensorFloat-32, as training on a GPU does."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
@@ -34,33 +34,33 @@ def tensor_float32() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("name", "exact"), [("batch order", True), ("loop", True), ("learning rate", False)])
-def test_numbers_are_compared_in_full_precision_and_trainings_are_not_slowed(
+def test_only_trainings_use_tensor_float_32(
     name: str, exact: bool, context: CheckContext, tensor_float32: None
 ) -> None:
     seen: list[tuple[str, bool]] = []
 
-    def look(context: CheckContext) -> Finding:
+    def record_and_fail(context: CheckContext) -> Finding:
         seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
-        raise ValueError("the settings come back whatever a check raises")
+        raise ValueError("the settings are restored after an exception")
 
-    (finding,) = run.run_checks(context, {name: look}, lambda *_: None)
+    (finding,) = run.run_checks(context, {name: record_and_fail}, lambda *_: None)
     assert finding.verdict == "FAIL"
     assert seen == [("highest", False) if exact else ("high", True)]
     assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
 
 
-def test_generators_come_back(context: CheckContext) -> None:
+def test_random_states_are_restored(context: CheckContext) -> None:
     state = torch.get_rng_state()
     run.run_checks(context, {"loss": lambda _: passed(str(torch.rand(3)))}, lambda *_: None)
     assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(("device", "forked"), [("cpu", []), ("cuda:1", [torch.device("cuda", 1)]), ("mps", [])])
-def test_generators_of_other_gpus_are_left_alone(
+def test_only_the_generator_of_the_device_is_saved(
     device: str, forked: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With several GPUs torch warns where the devices are not named, and saves the generator of each."""
-    asked: list[object] = []
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: asked.append(devices))
+    """With several GPUs, torch warns unless devices are given, and saves the generator of each."""
+    calls: list[object] = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: calls.append(devices))
     fork_generators(torch.device(device))
-    assert asked == [forked]
+    assert calls == [forked]

@@ -1,4 +1,4 @@
-"""A wrong pair is told by name, whatever single exchange made it; a right map passes."""
+"""Every single exchange of keypoints is detected and named; correct pairs pass."""
 
 import csv
 import json
@@ -17,21 +17,21 @@ from cnntrain.types import DataSpec, Finding, flip_permutation, infer_flip_pairs
 Shapes = tuple[Tensor, Tensor]
 
 
-def right_map(scheme: KeypointSet) -> tuple[int, ...]:
-    declared = infer_flip_pairs(scheme.names)
-    if scheme.flip_pairs is not None:
-        declared = flip_permutation(scheme.names, scheme.flip_pairs)
+def correct_pairs(keypoint_set: KeypointSet) -> tuple[int, ...]:
+    declared = infer_flip_pairs(keypoint_set.names)
+    if keypoint_set.flip_pairs is not None:
+        declared = flip_permutation(keypoint_set.names, keypoint_set.flip_pairs)
     assert declared is not None
     return declared
 
 
-def spec_of(scheme: KeypointSet, mirror: tuple[int, ...], named: bool = True) -> DataSpec:
-    names = scheme.names if named else tuple(f"part_{i}" for i in range(len(scheme.names)))
-    return DataSpec(3, 64, 64, keypoints=names, flip_pairs=mirror, skeleton=scheme.skeleton)
+def spec_of(keypoint_set: KeypointSet, flip_pairs: tuple[int, ...], named: bool = True) -> DataSpec:
+    names = keypoint_set.names if named else tuple(f"part_{i}" for i in range(len(keypoint_set.names)))
+    return DataSpec(3, 64, 64, keypoints=names, flip_pairs=flip_pairs, skeleton=keypoint_set.skeleton)
 
 
 def wrong_pairings(right: tuple[int, ...]) -> dict[tuple[int, int], tuple[int, ...]]:
-    """Every other map that one exchange makes: of the names of two points, or of two entries of the list."""
+    """Return all maps that differ by one exchange: of the names of two keypoints, or of two entries of the list."""
     found: dict[tuple[int, ...], tuple[int, int]] = {}
     for i in range(len(right)):
         for j in range(i):
@@ -47,13 +47,22 @@ def verdicts(findings: list[Finding]) -> dict[str, str]:
     return {finding.name: finding.verdict for finding in findings}
 
 
-# Half a template, right side in the picture's left: x from the axis, y down; what stays lies on the axis.
-PERSON = {"nose": (0, 0), "eye": (4, -3), "ear": (8, -2), "shoulder": (18, 20), "elbow": (26, 45), "wrist": (28, 68),
-          "hip": (11, 70), "knee": (12, 105), "ankle": (13, 140)}  # fmt: skip
+# Half of a template with the person's right side on the left: (distance from the axis, y). The nose is on the axis.
+PERSON = {
+    "nose": (0, 0),
+    "eye": (4, -3),
+    "ear": (8, -2),
+    "shoulder": (18, 20),
+    "elbow": (26, 45),
+    "wrist": (28, 68),
+    "hip": (11, 70),
+    "knee": (12, 105),
+    "ankle": (13, 140),
+}
 
 
 def people(count: int = 150) -> Shapes:
-    """COCO's points on people who stand, lean and turn; a fifth of the points hidden."""
+    """COCO keypoints of people who stand, lean and turn; a fifth of the points is hidden."""
     generator = torch.Generator().manual_seed(0)
     template = []
     for name in COCO17.names:
@@ -74,11 +83,11 @@ def cats(count: int = 60) -> Shapes:
 
 
 def drawn_faces(count: int = 60) -> Shapes:
-    """iBUG's points on a drawn face: one height for each name, half a width for each that tells a side."""
+    """iBUG keypoints of a synthetic face: one y per name; paired keypoints have an x other than 0."""
     generator = torch.Generator().manual_seed(1)
-    right = right_map(IBUG68)
+    right = correct_pairs(IBUG68)
     order = torch.arange(68)
-    shape = torch.stack([order * 37 % 61 + 4, order * 3], 1).double()  # no two upon one another
+    shape = torch.stack([order * 37 % 61 + 4, order * 3], 1).double()  # all different
     for i, partner in enumerate(right):
         shape[i] = torch.stack([shape[i, 0] * (partner != i), shape[i, 1]])
         if partner < i:
@@ -98,13 +107,13 @@ def case(request: pytest.FixtureRequest) -> tuple[KeypointSet, Shapes]:
     if request.param == "real faces":
         return IBUG68, real_faces(request.getfixturevalue("shared_data"))
     made = {"people": (COCO17, people), "cats": (CAT9, cats), "drawn faces": (IBUG68, drawn_faces)}
-    scheme, make = made[request.param]
-    return scheme, make()
+    keypoint_set, make = made[request.param]
+    return keypoint_set, make()
 
 
 def test_correct_pairs_pass(case: tuple[KeypointSet, Shapes]) -> None:
-    scheme, shapes = case
-    findings, symmetry = diagnose_flip(*shapes, spec_of(scheme, right_map(scheme)))
+    keypoint_set, shapes = case
+    findings, symmetry = diagnose_flip(*shapes, spec_of(keypoint_set, correct_pairs(keypoint_set)))
     assert set(verdicts(findings).values()) == {"PASS"}, findings
     assert symmetry is not None and symmetry.swapped < symmetry.unswapped / 2
 
@@ -112,57 +121,54 @@ def test_correct_pairs_pass(case: tuple[KeypointSet, Shapes]) -> None:
 @pytest.mark.parametrize("most", [40, pytest.param(10**6, marks=pytest.mark.long)])
 def test_every_exchange_is_detected_from_the_shapes_alone(case: tuple[KeypointSet, Shapes], most: int) -> None:
     """Names contain no side and the permutation is its own inverse, so only the geometry shows the error."""
-    scheme, shapes = case
-    right = right_map(scheme)
-    # The distance is a sum over the points, so that what it changes by is known for every map from one table.
+    keypoint_set, shapes = case
+    right = correct_pairs(keypoint_set)
+    # The distance is a sum over the points, so one table contains the change by every exchange.
     symmetry = measure_symmetry(*shapes, right)
-    sure = symmetry.change >= 2 * symmetry.error
-    upper = torch.ones_like(sure).triu(1).bool()
-    assert sure[upper].all(), "the data can't tell some exchange"
+    certain = symmetry.change >= 2 * symmetry.error
+    upper = torch.ones_like(certain).triu(1).bool()
+    assert certain[upper].all(), "some exchange is not visible in the data"
     pairings = wrong_pairings(right)
     involutions = [wrong for wrong in pairings.values() if all(wrong[wrong[k]] == k for k in range(len(right)))]
     assert len(involutions) > len(right)
     step = max(1, len(involutions) // most)
     for wrong in involutions[::step]:
-        findings, _ = diagnose_flip(*shapes, spec_of(scheme, wrong, named=False))
-        told = next(finding for finding in findings if finding.name == "mirror pairs")
+        findings, _ = diagnose_flip(*shapes, spec_of(keypoint_set, wrong, named=False))
+        pairs = next(finding for finding in findings if finding.name == "mirror pairs")
         changed = {f"part_{k}" for k in range(len(right)) if wrong[k] != right[k]}
-        assert told.verdict == "FAIL", (wrong, told)
-        assert any(name in told.evidence.replace(",", " ").split() for name in changed), (
-            changed,
-            told.evidence,
-        )
+        assert pairs.verdict == "FAIL", (wrong, pairs)
+        assert changed & set(pairs.evidence.replace(",", " ").split()), (changed, pairs.evidence)
 
 
 def test_every_exchange_increases_the_distance(case: tuple[KeypointSet, Shapes]) -> None:
-    """All of them: the mean shape's own distances, and for those that break the map the map's finding."""
-    scheme, shapes = case
-    right = right_map(scheme)
+    """The mean shape's distances increase; a map that is not its own inverse also has a failing finding."""
+    keypoint_set, shapes = case
+    right = correct_pairs(keypoint_set)
     symmetry = measure_symmetry(*shapes, right)
     cost = torch.cdist(
         symmetry.shape, symmetry.shape * torch.tensor([-1.0, 1.0])
-    ).square()  # (K, K): a point, another's mirror image
+    ).square()  # (K, K): keypoint, mirrored keypoint
     rows = torch.arange(len(right))
     best = cost[rows, torch.tensor(right)].sum()
     for wrong in wrong_pairings(right).values():
         assert cost[rows, torch.tensor(wrong)].sum() > best
-        undoes_itself = all(wrong[wrong[k]] == k for k in range(len(right)))
-        assert diagnose_map(scheme.names, wrong).verdict == ("PASS" if undoes_itself else "FAIL")
+        is_own_inverse = all(wrong[wrong[k]] == k for k in range(len(right)))
+        assert diagnose_map(keypoint_set.names, wrong).verdict == ("PASS" if is_own_inverse else "FAIL")
 
 
 def test_identity_and_shifted_lists_fail(case: tuple[KeypointSet, Shapes]) -> None:
-    scheme, shapes = case
-    right = right_map(scheme)
-    found = verdicts(diagnose_flip(*shapes, spec_of(scheme, tuple(range(len(right)))))[0])
-    assert found == {
+    keypoint_set, shapes = case
+    right = correct_pairs(keypoint_set)
+    identity = verdicts(diagnose_flip(*shapes, spec_of(keypoint_set, tuple(range(len(right)))))[0])
+    assert identity == {
         "mirror map": "PASS",
         "mirror names": "FAIL",
         "mirror shape": "WARN",
         "mirror pairs": "FAIL",
     }
     shifted = (*right[1:], right[0])
-    assert diagnose_map(scheme.names, shifted).verdict == "FAIL"
-    assert verdicts(diagnose_flip(*shapes, spec_of(scheme, shifted, named=False))[0])["mirror pairs"] == "FAIL"
+    assert diagnose_map(keypoint_set.names, shifted).verdict == "FAIL"
+    assert verdicts(diagnose_flip(*shapes, spec_of(keypoint_set, shifted, named=False))[0])["mirror pairs"] == "FAIL"
 
 
 def test_invalid_lists_name_the_keypoint() -> None:
@@ -192,14 +198,14 @@ def test_names() -> None:
 
 
 def test_coinciding_keypoints_are_a_warning() -> None:
-    """Closed lips: the data cannot show the partner of the upper one."""
+    """Closed lips: the data do not show which keypoint is the partner."""
     shape = torch.tensor([[-10.0, 0], [10, 0], [-5, 20], [5, 20], [-5, 20], [5, 20]])
     noise = torch.randn(40, 6, 2, generator=torch.Generator().manual_seed(2))
     names = ("left_eye", "right_eye", "left_lip_1", "right_lip_1", "left_lip_2", "right_lip_2")
     spec = DataSpec(1, 9, 9, keypoints=names, flip_pairs=(1, 0, 3, 2, 5, 4))
     findings, _ = diagnose_flip(shape + noise, torch.ones(40, 6, dtype=torch.bool), spec)
-    told = findings[-1]
-    assert told.verdict == "WARN" and "left_lip_1 and left_lip_2" in told.evidence and "eye" not in told.evidence
+    pairs = findings[-1]
+    assert pairs.verdict == "WARN" and "left_lip_1 and left_lip_2" in pairs.evidence and "eye" not in pairs.evidence
 
 
 def test_command_reports_pairs() -> None:
@@ -220,7 +226,7 @@ def test_command_names_wrong_pairs(capsys: pytest.CaptureFixture[str], tmp_path:
     for i in range(len(lines)):
         Path(f"cat{i}.png").symlink_to("cat.png")
     Path("cats.csv").write_text("\n".join([f"image_name,{header}", *lines]))
-    mirror = "{left_eye:right_eye,left_ear_1:right_ear_1,left_ear_2:right_ear_2,left_ear_3:right_ear_3}"
+    pairs = "{left_eye:right_eye,left_ear_1:right_ear_1,left_ear_2:right_ear_2,left_ear_3:right_ear_3}"
     assert (
         main(
             [
@@ -228,21 +234,24 @@ def test_command_names_wrong_pairs(capsys: pytest.CaptureFixture[str], tmp_path:
                 "flip",
                 "data=keypoint_csv",
                 "data.file=cats.csv",
-                f"data.flip_pairs={mirror}",
+                f"data.flip_pairs={pairs}",
                 "run_dir=o",
             ]
         )
         == 1
     )
-    said = capsys.readouterr().out
-    assert all(word in said for word in ("right_ear_1", "left_ear_1", "FAIL"))
+    output = capsys.readouterr().out
+    assert all(word in output for word in ("right_ear_1", "left_ear_1", "FAIL"))
     assert json.loads(Path("o/check.json").read_text())["verdict"] == "FAIL"
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["check", "flyp"], "did you mean 'flip'"),
-    (["check", "flip", "data=digits"], "no keypoints"),
-])  # fmt: skip
-def test_slips(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "flyp"], "did you mean 'flip'"),
+        (["check", "flip", "data=digits"], "no keypoints"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Keys that quarrel are told with both names; a sound config is not commented upon."""
+"""Contradicting keys are both named; sound configs have no warnings."""
 
 import shlex
 
@@ -13,14 +13,14 @@ FEW = "data=toy_faces data.train_count=80 data.test_count=2 data.size=32"
 SHAPES = "data=toy_shapes data.train_count=80 data.test_count=2 data.size=32"
 
 
-def notes(line: str) -> list[Finding]:
-    assembly = build_components(read_settings([*shlex.split(line), "threads=1", "device=cpu"]))
-    data = assembly.load()
-    plan, _, _ = build_training_parts(assembly, data)
-    return lint(assembly, data, plan, f"cnntrain {line}")
+def warnings(line: str) -> list[Finding]:
+    components = build_components(read_settings([*shlex.split(line), "threads=1", "device=cpu"]))
+    data = components.load()
+    plan, _, _ = build_training_parts(components, data)
+    return lint(components, data, plan, f"cnntrain {line}")
 
 
-QUARRELS = {
+CONTRADICTIONS = {
     f"{FEW} task.loss=l1 task.smooth_l1_beta=0.2": ("task.smooth_l1_beta", "task.loss"),
     f"{FEW} task.loss=mse task.wing_width=0.2": ("task.wing_width", "task.loss"),
     f"{FEW} task.heatmap_sigma=2": ("task.heatmap_sigma", "task.head"),
@@ -30,7 +30,8 @@ QUARRELS = {
     f"{SHAPES} augment=none augment.border=edge": ("augment.border", "augment"),
     "deterministic=true": ("deterministic", "device"),
     "optimizer.weight_decay=0 optimizer.decay_norms_and_biases=true": (
-        "optimizer.decay_norms_and_biases", "optimizer.weight_decay",
+        "optimizer.decay_norms_and_biases",
+        "optimizer.weight_decay",
     ),
     "epochs=5 early_stopping=5": ("early_stopping", "epochs"),
     "optimizer=sgd optimizer.momentum=0.5": ("optimizer.momentum", "schedule"),
@@ -40,39 +41,46 @@ QUARRELS = {
     "accumulate=100": ("accumulate", "batch_size"),
     "optimizer=sgd optimizer.lr=5": ("optimizer.lr", "batch_size"),
     "optimizer.lr=1e-8": ("optimizer.lr", "batch_size"),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("line", QUARRELS)
+@pytest.mark.parametrize("line", CONTRADICTIONS)
 def test_both_keys_are_named(line: str) -> None:
-    found = notes(line)
-    assert [note.keys for note in found] == [QUARRELS[line]]
-    assert all(note.verdict == "WARN" and note.cause and note.remedy for note in found)
+    found = warnings(line)
+    assert [warning.keys for warning in found] == [CONTRADICTIONS[line]]
+    assert all(warning.verdict == "WARN" and warning.cause and warning.remedy for warning in found)
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "", "model=fmnist_cnn ema_decay=0.99 early_stopping=3", "optimizer=sgd schedule=plateau",
+        "",
+        "model=fmnist_cnn ema_decay=0.99 early_stopping=3",
+        "optimizer=sgd schedule=plateau",
         "optimizer=adam batch_size=16",
-        "data.folds=5 data.fold=1 optimizer=torch", f"{FEW} task.loss=wing task.wing_width=0.1",
-        f"{FEW} model=unet_small task.head=heatmap task.heatmap_sigma=2", f"{SHAPES} augment.border=edge", "steps=50",
-        "optimizer=sgd optimizer.lr=0.1 batch_size=256", "optimizer=sgd optimizer.momentum=0.5 schedule=cosine",
-        "optimizer=sgd optimizer.momentum=0 optimizer.nesterov=false", "optimizer.betas=[0.9,0.95]",
+        "data.folds=5 data.fold=1 optimizer=torch",
+        f"{FEW} task.loss=wing task.wing_width=0.1",
+        f"{FEW} model=unet_small task.head=heatmap task.heatmap_sigma=2",
+        f"{SHAPES} augment.border=edge",
+        "steps=50",
+        "optimizer=sgd optimizer.lr=0.1 batch_size=256",
+        "optimizer=sgd optimizer.momentum=0.5 schedule=cosine",
+        "optimizer=sgd optimizer.momentum=0 optimizer.nesterov=false",
+        "optimizer.betas=[0.9,0.95]",
     ],
-)  # fmt: skip
-def test_sound_configs_are_left_alone(line: str) -> None:
-    assert notes(line) == []
+)
+def test_sound_configs_have_no_warnings(line: str) -> None:
+    assert warnings(line) == []
 
 
-def test_keys_are_read_off_the_command_as_typed() -> None:
+def test_keys_of_a_command_line() -> None:
     line = "cnntrain --config-dir a=b model=lenet5 +x.y=1 ~augment.flip 'task.class_weights={a: 1}'"
     assert typed_keys(line) >= {"model", "x.y", "task.class_weights"}
     assert typed_keys("") == set()
 
 
-def test_chosen_statistics_normalize() -> None:
+def test_configured_statistics_normalize() -> None:
     settings = read_settings([*shlex.split(SHAPES), "data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"])
-    assembly = build_components(settings)
-    assert assembly.load().spec.mean == (0.485, 0.456, 0.406)
-    assert assembly.pipeline.std == (0.229, 0.224, 0.225)
+    components = build_components(settings)
+    assert components.load().spec.mean == (0.485, 0.456, 0.406)
+    assert components.pipeline.std == (0.229, 0.224, 0.225)

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
 
-from cnntrain.checks.watch import watch_modes
 from cnntrain.models.norm_act import Dropout, dropout, make_norm
 
 
@@ -70,14 +68,6 @@ def test_dropout_in_evaluation_and_with_probability_0_and_1():
     assert Dropout(0.5).eval()(inputs) is inputs
     assert torch.equal(dropout(inputs, 0.0), inputs)
     assert torch.equal(dropout(inputs, 1.0), torch.zeros(50))
-
-
-def test_checks_detect_dropout():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), Dropout(0.3)).train()
-    _, calls = watch_modes(model, torch.randn(2, 1, 8, 8))
-    assert calls.dropouts == [("1", 0.3)]
-    _, calls = watch_modes(model.eval(), torch.randn(2, 1, 8, 8))
-    assert not calls.dropouts and not calls.drew
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Networks and tasks of a user's own, each with one thing broken; the config files beside it name them."""
+"""Custom networks and tasks with one fault each; the config files in this folder refer to them."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from cnntrain.tasks.classification import Classification
 
 
 class Sound(nn.Module):
-    """A small network with nothing wrong: what the others are broken copies of."""
+    """A small network without a fault; the others are variants of it."""
 
     def __init__(self, in_channels: int, num_outputs: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Data with one thing wrong, each the way it goes wrong in real life."""
+"""Data sets with one realistic fault each."""
 
 import dataclasses
 import tempfile
@@ -54,7 +54,7 @@ class Black(Digits):
 
 
 class TestInTrain(Digits):
-    """Half of the test images are trained on as well."""
+    """Half of the test images are also training images."""
 
     def load(self) -> Splits:
         splits = super().load()
@@ -78,7 +78,7 @@ class BrighterInTrain(TestInTrain):
 
 
 class NoThrees(Digits):
-    """Training has no three, and the network has an output for it."""
+    """The training images contain no 3, although it is a class."""
 
     def load(self) -> Splits:
         splits = super().load()
@@ -87,7 +87,7 @@ class NoThrees(Digits):
 
 
 class Reshaped(ToyShapes):
-    """(N, H, W, C) became (N, C, H, W) by a reshape where a permute belongs."""
+    """(N, H, W, C) is reshaped to (N, C, H, W) instead of permuted."""
 
     def load(self) -> Splits:
         splits = super().load()
@@ -98,7 +98,7 @@ class Reshaped(ToyShapes):
 
 
 class Noisy:
-    """A decoder that augments by itself, validation too."""
+    """A decoder that augments all images, validation images included."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
@@ -110,7 +110,7 @@ class Noisy:
 
 
 class RandomValidation(Digits):
-    """Images change whenever they are looked at."""
+    """Images that change each time they are read."""
 
     def load(self) -> Splits:
         self.folder = tempfile.TemporaryDirectory()
@@ -124,7 +124,7 @@ class RandomValidation(Digits):
 
 
 class Unrelabeled(ToyFaces):
-    """Every point is its own mirror partner, so a flipped cat's left eye is still called left."""
+    """Every keypoint is its own flip partner, so the left eye of a flipped cat is still called left."""
 
     def spec(self) -> DataSpec:
         spec = super().spec()
@@ -141,7 +141,7 @@ class RowsFirst(ToyFaces):
 
 
 class PointsFromZeroToOne(ToyFaces):
-    """Points are shares of the image, not pixels: the task scales them once more."""
+    """Points are relative to the image size instead of pixels, so the task scales them twice."""
 
     def load(self) -> Splits:
         return {
@@ -151,7 +151,7 @@ class PointsFromZeroToOne(ToyFaces):
 
 
 class NothingLabeled(ToyShapes):
-    """Every pixel has the id that counts for nothing."""
+    """Every pixel has the ignored id."""
 
     def spec(self) -> DataSpec:
         return dataclasses.replace(super().spec(), ignore_index=255)

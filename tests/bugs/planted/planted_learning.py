@@ -1,4 +1,4 @@
-"""Data whose targets say nothing of their images, and networks that a machine can't repeat; otherwise sound."""
+"""Data whose targets do not belong to their images, and networks that are not reproducible."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ Splits = dict[str, Examples]
 
 
 def reordered(examples: Examples, order: Tensor) -> Examples:
-    """Images where they were, targets in another order."""
+    """Images in the original order, targets in another."""
     targets = {name: target[order] for name, target in examples.targets.items()}
     return Examples(examples.images, targets, examples.names, examples.groups, examples.source_to_image)
 
@@ -31,7 +31,7 @@ class ShuffledLabels(Digits):
 
 
 class LabelsOfAnother(Digits):
-    """Each image has the label of the one `rows` further on, as when a table has a line too many."""
+    """Each image has the label of the one `rows` further on, as if a table had an extra line."""
 
     def __init__(self, rows: int = 700) -> None:
         self.rows = rows
@@ -84,7 +84,7 @@ class MeanImages(Digits):
 
 
 class ForgetsOnReload(Sound):
-    """A running mean in a plain attribute: training moves it, and no checkpoint holds it."""
+    """A running mean in a plain attribute: training changes it, and no checkpoint contains it."""
 
     def __init__(self, in_channels: int, num_outputs: int) -> None:
         super().__init__(in_channels, num_outputs)
@@ -97,7 +97,7 @@ class ForgetsOnReload(Sound):
 
 
 class UnknownKeys(Sound):
-    """Makes a layer when it first trains: a fresh network has no place for it."""
+    """Creates a layer in the first training step, which a new network does not have."""
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training and not hasattr(self, "late"):
@@ -106,7 +106,7 @@ class UnknownKeys(Sound):
 
 
 class DrawsFromNumpy(Sound):
-    """Dropout of its own, drawn from numpy's generator, which nobody seeds."""
+    """Custom dropout with NumPy's generator, which is not seeded."""
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
@@ -115,7 +115,7 @@ class DrawsFromNumpy(Sound):
 
 
 class Overflows(Sound):
-    """Small differences of large numbers, which half of the bits can't hold."""
+    """Small differences of large numbers, which 16 bits cannot represent."""
 
     def features(self, images: Tensor) -> Tensor:
         large = self.first(images) + 1000.0
@@ -124,7 +124,7 @@ class Overflows(Sound):
 
 
 class ReadsMemory(Sound):
-    """Takes the numbers in the order in which they lie in memory."""
+    """Reads the values in their order in memory."""
 
     def features(self, images: Tensor) -> Tensor:
         x = torch.relu(self.second(torch.relu(self.first(images))))
@@ -134,7 +134,7 @@ class ReadsMemory(Sound):
 
 
 class SlowNorm(nn.Module):
-    """A batch norm of one's own that forgets to update its variance."""
+    """A custom batch norm that does not update its running variance."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

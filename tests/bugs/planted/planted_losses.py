@@ -1,4 +1,4 @@
-"""Tasks whose loss is not what it should be; otherwise sound."""
+"""Tasks with a wrong loss."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from cnntrain.tasks.classification import Classification
 
 
 class SumLoss(Classification):
-    """A sum where a mean belongs: nothing counts the examples."""
+    """A sum instead of a mean over the examples."""
 
     def loss(self, outputs: Tensor, targets, training: bool = True) -> tuple[Tensor, Tensor]:
         total, count = super().loss(outputs, targets, training)
@@ -34,7 +34,7 @@ class NotDifferentiable(Classification):
 
 
 class MixedLosses(Classification):
-    """Each loss compared with the largest of the batch."""
+    """Each loss relative to the largest of the batch."""
 
     def losses(self, outputs: Tensor, targets, training: bool = True) -> tuple[Tensor, Tensor]:
         sums, counts = super().losses(outputs - outputs.mean(0), targets, training)
@@ -42,7 +42,7 @@ class MixedLosses(Classification):
 
 
 class OffByOneInLoss(Classification):
-    """The loss takes the class after the one that the metric counts as right."""
+    """The loss uses the class after the correct one."""
 
     def losses(self, outputs: Tensor, targets, training: bool = True) -> tuple[Tensor, Tensor]:
         other = {**targets, "label": (targets["label"] + 1) % self.num_classes}
@@ -50,7 +50,7 @@ class OffByOneInLoss(Classification):
 
 
 class RoundedLoss(Classification):
-    """Sound: computes in float32 whatever it is given."""
+    """Sound: always computes in float32."""
 
     def losses(self, outputs: Tensor, targets, training: bool = True) -> tuple[Tensor, Tensor]:
         return super().losses(outputs.to(torch.float32), targets, training)

@@ -1,4 +1,4 @@
-"""Networks that begin badly, or see little of the image; otherwise sound."""
+"""Networks with a bad initialization, or that see little of the image."""
 
 import torch
 from broken import Sound
@@ -14,7 +14,7 @@ class AllZero(Sound):
 
 
 class ZeroHead(Sound):
-    """Sound: a head of zeros answers nothing at first, and learns from the first step on."""
+    """Sound: the outputs of a zero head are zero at first, but it learns from the first step on."""
 
     def __init__(self, in_channels: int, num_outputs: int) -> None:
         super().__init__(in_channels, num_outputs)
@@ -29,7 +29,7 @@ class HugeHead(Sound):
 
 
 class Huge(Sound):
-    """Every weight twenty times too large."""
+    """All weights are 20 times too large."""
 
     def __init__(self, in_channels: int, num_outputs: int) -> None:
         super().__init__(in_channels, num_outputs)
@@ -58,7 +58,7 @@ class Deep(nn.Module):
 
 
 class PooledAway(Sound):
-    """Averages the image before anything has looked at it."""
+    """Averages the image before the first layer."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(functional.adaptive_avg_pool2d(images, 1).expand_as(images))
@@ -91,7 +91,7 @@ class SmallDense(nn.Module):
 
 
 class PoolFirst(Sound):
-    """Sound: takes maxima of the image before its first convolution."""
+    """Sound: max-pools the image before the first convolution."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(functional.max_pool2d(images, 2))

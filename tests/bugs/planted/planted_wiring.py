@@ -1,4 +1,4 @@
-"""Networks and optimizers with one thing wrong in how their parts are joined; otherwise sound."""
+"""Networks and optimizers with one wiring fault each."""
 
 import torch
 from broken import Sound
@@ -43,7 +43,7 @@ class RepeatedBlock(nn.Module):
 
 
 class BorrowedStorage(Sound):
-    """A third convolution that was given the second one's numbers and not a copy of them."""
+    """A third convolution that shares the storage of the second one's weights."""
 
     def __init__(self, in_channels: int, num_outputs: int) -> None:
         super().__init__(in_channels, num_outputs)
@@ -75,7 +75,7 @@ class AllDetached(Sound):
 
 
 class DeadBiases(Sound):
-    """Biases so low that no ReLU of the second layer ever opens."""
+    """Biases so low that all ReLUs of the second layer are always zero."""
 
     def __init__(self, in_channels: int, num_outputs: int) -> None:
         super().__init__(in_channels, num_outputs)
@@ -83,7 +83,7 @@ class DeadBiases(Sound):
 
 
 class MixesBatch(Sound):
-    """Centers the features over dim 0: over the images."""
+    """Centers the features over dimension 0, the images."""
 
     def features(self, images: Tensor) -> Tensor:
         x = super().features(images)
@@ -91,7 +91,7 @@ class MixesBatch(Sound):
 
 
 class WrongReshape(Sound):
-    """Flattens channels first by a reshape that runs over the images, too."""
+    """Flattens with a reshape that mixes the images."""
 
     def forward(self, images: Tensor) -> Tensor:
         x = torch.relu(self.second(torch.relu(self.first(images))))
@@ -100,14 +100,14 @@ class WrongReshape(Sound):
 
 
 class Squeezes(Sound):
-    """Loses the axis of the batch when it holds one image."""
+    """Removes the batch dimension of a single image."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images).squeeze(0)
 
 
 class PlaceMatters(Sound):
-    """Adds the place in the batch, which has no gradient."""
+    """Adds the position in the batch, which has no gradient."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) + torch.arange(len(images), device=images.device)[:, None]
@@ -138,7 +138,7 @@ class TanhInside(Sound):
 
 
 class HiddenSoftmax(Sound):
-    """A softmax written out, which no name in the graph tells."""
+    """A softmax of elementary operations, whose name is not in the graph."""
 
     def forward(self, images: Tensor) -> Tensor:
         powers = super().forward(images).exp()
@@ -151,7 +151,7 @@ class ReluOutput(Sound):
 
 
 class AbsOutput(Sound):
-    """Positive by an operation that no list knows."""
+    """Positive outputs by an operation that is not in the tables."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images).abs()
@@ -163,7 +163,7 @@ class DropoutInEval(Sound):
 
 
 class LayerInForward(Sound):
-    """Makes a new layer, with new weights, in every forward pass."""
+    """Creates a new layer with new weights in every forward pass."""
 
     def features(self, images: Tensor) -> Tensor:
         x = super().features(images)
@@ -184,7 +184,7 @@ class Normed(Sound):
 
 
 class EvalWhenTraining(Normed):
-    """A train() that never arrives."""
+    """train() has no effect on the norm."""
 
     def train(self, mode: bool = True) -> "EvalWhenTraining":
         super().train(mode)
@@ -199,7 +199,7 @@ class TrainsInForward(Normed):
 
 
 class LearnsInEval(Normed):
-    """Batch norm by the function, told to train always."""
+    """Functional batch norm that always uses batch statistics."""
 
     def features(self, images: Tensor) -> Tensor:
         norm = self.norm
@@ -210,14 +210,14 @@ class LearnsInEval(Normed):
 
 
 class OtherInTraining(Sound):
-    """Halves its answer in training."""
+    """Halves the outputs in training mode."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) * (0.5 if self.training else 1.0)
 
 
 class _WrongBackward(torch.autograd.Function):
-    """A square whose derivative lacks the 2."""
+    """The derivative of a square lacks the factor 2."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class Forgetful(torch.optim.SGD):
 
 
 class Stuck(torch.optim.SGD):
-    """An optimizer whose step does nothing to the last group."""
+    """An optimizer whose step does not change the last group."""
 
     def step(self, closure=None):
         kept = [p.detach().clone() for p in self.param_groups[-1]["params"]]
@@ -257,14 +257,14 @@ class Stuck(torch.optim.SGD):
 
 
 class Float32Alone(Sound):
-    """Sound: takes images of float32 and no others."""
+    """Sound: accepts only float32 images."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images.to(torch.float32))
 
 
 class PooledOutputs(Sound):
-    """Sound: ends as SqueezeNet does, in a ReLU and a mean over the places."""
+    """Sound: ends like SqueezeNet in a ReLU and a mean over the positions."""
 
     def __init__(self, in_channels: int, num_outputs: int) -> None:
         super().__init__(in_channels, num_outputs)
