@@ -166,10 +166,8 @@ def measure_symmetry(points: Tensor, valid: Tensor, flip_pairs: Sequence[int]) -
 
 def _diagnose_shape(flip_pairs: Sequence[int], symmetry: Symmetry) -> Finding:
     """Check that swapping names brings the mirrored mean shape closer to the mean shape."""
-    evidence = (
-        f"distance of the mirrored mean shape from the mean shape, relative to its size: {symmetry.swapped:.3f} with "
-        f"names swapped, {symmetry.unswapped:.3f} without"
-    )
+    distances = f"{symmetry.swapped:.3f} with names swapped, {symmetry.unswapped:.3f} without"
+    evidence = f"distance of the mirrored mean shape from the mean shape, relative to its size: {distances}"
     if all(partner == i for i, partner in enumerate(flip_pairs)):
         remedy = "declare the pairs, unless all keypoints lie on the axis of symmetry"
         return warned(f"no names are swapped; {evidence}", "every keypoint is its own partner", remedy, KEY)

@@ -101,10 +101,8 @@ def weight_decay(context: CheckContext) -> Finding:
 def _decoupled(decay: float, rate: float, steps: int) -> Finding:
     """Check decoupled decay, which multiplies weights by 1 - lr * weight_decay (Loshchilov and Hutter 2019)."""
     remaining = max(1 - rate * decay, 0.0) ** steps
-    evidence = (
-        f"{DECAY} is {decay:.3g}: alone it would reduce each weight to {remaining:.2g} of its value in {steps:,} steps "
-        f"at {LR}={rate:.3g}"
-    )
+    alone = f"alone, with {LR}={rate:.3g}, it reduces each weight to {remaining:.2g} of its value in {steps:,} steps"
+    evidence = f"{DECAY} is {decay:.3g}: {alone}"
     if decay < WARN_DECOUPLED or remaining > MAX_REMAINING:
         return passed(evidence)
     cause = f"weight decay is far above the usual 0.01 to 0.1: it keeps every weight below {1 / decay:.2g}"
@@ -201,12 +199,10 @@ def learning_rate(context: CheckContext) -> Finding:
             return failed(evidence, cause, f"try {LR}={diverged / 10:.1g}, or a longer warm-up", LR)
     if suggestion is None or test.rate_sum_to_decrease is None:
         return skipped(f"undecided: the loss falls by less than {MIN_DECREASE:.0%} at any rate; {evidence}")
-    distance = rate * context.plan.total_steps
-    if distance < test.rate_sum_to_decrease and context.plan.total_steps >= MIN_TOTAL_STEPS:
-        cause = (
-            f"the learning rate is too low: in all {context.plan.total_steps:,} steps the learning rates sum up to "
-            f"{distance:.2g}, but the loss begins to fall at a sum of {test.rate_sum_to_decrease:.2g}"
-        )
+    steps, needed = context.plan.total_steps, test.rate_sum_to_decrease
+    if rate * steps < needed and steps >= MIN_TOTAL_STEPS:
+        sums = f"the rates of all {steps:,} steps sum up to {rate * steps:.2g}, the loss begins to fall at {needed:.2g}"
+        cause = f"the learning rate is too low: {sums}"
         return failed(evidence, cause, f"try {LR}={suggestion:.1g}", LR, "epochs")
     if test.decreases_from is not None and rate * TOO_LOW <= test.decreases_from:
         cause = f"the learning rate is too low: the loss begins to fall at {test.decreases_from:.2g}"

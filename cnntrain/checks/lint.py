@@ -112,9 +112,8 @@ def _preprocessing(weights: str, pretraining: Preprocessing, spec: DataSpec) -> 
     mean, std = pretraining.statistics(spec.channels)
     pairs = zip((*mean, *std), (*(spec.mean or mean), *(spec.std or std)), strict=True)
     if any(abs(a - b) > STATISTICS_TOLERANCE for a, b in pairs):
-        shown, wanted_mean, wanted_std = (
-            ",".join(f"{value:.3f}" for value in values) for values in (spec.mean or (), mean, std)
-        )
+        lists = (spec.mean or (), mean, std)
+        shown, wanted_mean, wanted_std = (",".join(f"{value:.3f}" for value in values) for values in lists)
         evidence = f"{weights} was trained with another mean or standard deviation; here the mean is {shown}"
         cause = "the first layer gets inputs on another scale than in pretraining"
         remedy = f"set data.mean=[{wanted_mean}] data.std=[{wanted_std}]"
@@ -123,10 +122,8 @@ def _preprocessing(weights: str, pretraining: Preprocessing, spec: DataSpec) -> 
     if side * SIZE_RATIO < pretraining_side:
         evidence = f"{weights} was trained on images of {pretraining_side} px; these have {side} px"
         cause = "in most layers the feature maps shrink to one or two pixels"
-        remedy = (
-            f"set data.size={pretraining_side} if the images are that large; for a ResNet also model.stem=small, "
-            "which reinitializes the first convolution"
-        )
+        remedy = f"set data.size={pretraining_side} if the images are that large; for a ResNet also model.stem=small, "
+        remedy += "which reinitializes the first convolution"
         yield warned(evidence, cause, remedy, "model.pretrained", "data.size", "model.stem")
 
 

@@ -175,10 +175,8 @@ def precision(context: CheckContext) -> Finding:
     distance = relative_distance(outputs_fp32, outputs)
     angle = 1 - float(nn.functional.cosine_similarity(gradients_fp32.double(), gradients.double(), dim=0))
     limit = PRECISION_TOLERANCE[chosen]
-    evidence = (
-        f"{chosen} compared with fp32: relative difference of the outputs {distance:.2g}, of the gradients {angle:.1g} "
-        "(1 - cosine)"
-    )
+    differences = f"relative difference of the outputs {distance:.2g}, of the gradients {angle:.1g} (1 - cosine)"
+    evidence = f"{chosen} compared with fp32: {differences}"
     if distance <= limit and angle <= limit:
         return passed(f"{evidence}; tolerance {limit:g}")
     cause = f"{chosen} is not precise enough: values that are too large, or small differences of large numbers"

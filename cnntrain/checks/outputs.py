@@ -55,15 +55,10 @@ def examples_apart(context: CheckContext) -> Finding:
     weights = torch.randn(outputs.shape[1:], generator=torch.Generator().manual_seed(0)).to(outputs.device)
     leak = _gradient_leak((outputs[0] * weights).sum(), images)
     distance = math.inf if single is None else relative_distance(outputs[:1], single)
-    evidence = (
-        f"gradient of an output with respect to other images, relative to its own image: {leak:.2g}; difference from "
-        f"the output in a batch of one: {distance:.2g}"
-    )
+    evidence = f"gradient of an output with respect to other images, relative to its own image: {leak:.2g}; "
+    evidence += f"difference from the output in a batch of one: {distance:.2g}"
     if leak > 0 or distance > TOLERANCE:
-        cause = (
-            "an operation mixes the images of a batch: a mean or softmax over dimension 0, a reshape of the wrong "
-            "dimensions, or batch statistics in eval mode"
-        )
+        cause = "an operation mixes the images: a mean or softmax over dimension 0, a reshape, or batch statistics"
         remedy = "let no operation except BatchNorm in training mode reduce over dimension 0"
         return failed(evidence, cause, remedy, "model")
     free = outputs.detach().clone().requires_grad_()
@@ -175,10 +170,7 @@ def loss_scale(context: CheckContext) -> Finding:
         once = float(context.mean_loss(outputs, batch.truth))
         doubled = float(context.mean_loss(torch.cat((outputs, outputs)), twice))
         single = float(context.mean_loss(outputs[:1], first))
-    evidence = (
-        f"loss {once:.4g} for {len(batch)} examples, {doubled:.4g} with each example duplicated, {single:.4g} for the "
-        "first example alone"
-    )
+    evidence = f"loss {once:.4g} for {len(batch)} examples, {doubled:.4g} with each one twice, {single:.4g} for one"
     if abs(doubled - once) <= LOSS_TOLERANCE * max(abs(once), 1e-6) or not math.isfinite(once):
         return passed(evidence)
     if abs(doubled) > abs(once):
@@ -238,10 +230,8 @@ def loss_sign(context: CheckContext) -> Finding:
         optimizer.step()
     after = float(task.mistake_score(outputs.detach(), truth).clamp(min=0).mean())
     first, last, floor = losses[0], min(losses), task.min_loss()
-    evidence = (
-        f"minimizing the loss over free outputs: loss {first:.4g} -> {last:.4g} (lowest possible {floor:.4g}), "
-        f"mistakes {before:.3g} -> {after:.3g}"
-    )
+    evidence = f"minimizing the loss over free outputs: loss {first:.4g} -> {last:.4g} (lowest possible {floor:.4g})"
+    evidence += f", mistakes {before:.3g} -> {after:.3g}"
     if not math.isfinite(last) or last < floor - LOSS_TOLERANCE - 1e-3 * abs(floor):
         cause = f"the loss falls below the lowest possible value ({floor:.4g}): its sign is probably wrong"
         return failed(evidence, cause, "minimize the loss, not its negative", "task")

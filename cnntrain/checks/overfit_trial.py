@@ -47,9 +47,7 @@ class OverfitResult:
     # By parameter, the largest ratio of its gradient norm to the largest gradient norm of the step.
     gradient_share: dict[str, float] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)  # parameters that are frozen unintentionally
-    jump: tuple[int, str, float] | None = (
-        None  # step, parameter, factor: the step changed the parameter's norm too much
-    )
+    jump: tuple[int, str, float] | None = None  # (step, parameter, factor): the parameter's norm changed too much
     largest_output: float = 0.0
     output_difference: float = math.inf  # relative, between the outputs for two images with different targets
     pixel_deviation: float = math.inf  # smallest standard deviation over the pixels of an image

@@ -136,10 +136,8 @@ def dead_units(context: CheckContext) -> Finding:
     shares = {name: 1 - float(units.float().mean()) for name, units in alive.items()}
     worst = max(shares, key=lambda name: shares[name])
     units = torch.cat([part.cpu() for part in alive.values()])
-    evidence = (
-        f"{int((~units).sum())} of {len(units)} units are zero for all {len(images)} images; the largest share is "
-        f"{100 * shares[worst]:.0f} % in {worst}"
-    )
+    evidence = f"{int((~units).sum())} of {len(units)} units are zero for all {len(images)} images; "
+    evidence += f"the largest share is {100 * shares[worst]:.0f} % in {worst}"
     dead = [n for n, share in shares.items() if share >= (WARN_DEAD if len(alive[n]) >= FEW_UNITS else 1)]
     if not dead:
         return passed(evidence)

@@ -16,15 +16,8 @@ from cnntrain.train.nonfinite import attached
 
 RELUS = (torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, functional.relu, functional.relu6)
 DROPOUTS = (
-    functional.dropout,
-    functional.dropout1d,
-    functional.dropout2d,
-    functional.dropout3d,
-    functional.alpha_dropout,
-    functional.feature_alpha_dropout,
-    torch.dropout,
-    torch.dropout_,
-    dropout,
+    *(functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, torch.dropout),
+    *(functional.alpha_dropout, functional.feature_alpha_dropout, torch.dropout_, dropout),
 )
 _NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias")
 ARGUMENTS = {  # names of positional arguments; of all other functions: input, p, training

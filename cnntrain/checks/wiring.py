@@ -113,10 +113,9 @@ def optimizer(context: CheckContext) -> Finding:
     foreign = len(set(given) - {id(p) for p in model.parameters()})
     rates = _rates(built)
     without_rate = [name for name, parameter in wanted.items() if rates.get(id(parameter)) == 0]
-    groups = len(built.param_groups)
+    groups = f"{len(built.param_groups)} group{'s' * (len(built.param_groups) > 1)}"
     evidence = (
-        f"{type(built).__name__} has {len(wanted) - len(missing)} of {len(wanted)} trainable tensors, in {groups} "
-        f"group{'s' * (groups > 1)}"
+        f"{type(built).__name__} has {len(wanted) - len(missing)} of {len(wanted)} trainable tensors, in {groups}"
     )
     remedy = "pass all of model.parameters() with requires_grad to the optimizer, each once"
     if missing:
