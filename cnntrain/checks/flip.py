@@ -48,6 +48,11 @@ class Symmetry:
     error: Tensor  # (K, K) standard error of `change`; infinite if all four are valid in too few examples
 
     @property
+    def mirrored(self) -> Tensor:
+        """(K, 2) mirror image of the shape, without relabeling."""
+        return self.shape * torch.tensor([-1.0, 1.0])
+
+    @property
     def is_certain(self) -> Tensor:
         """(K, K) bool: whether `change` differs significantly from 0."""
         return self.change.abs() >= MIN_Z_SCORE * self.error
