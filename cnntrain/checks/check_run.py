@@ -103,8 +103,6 @@ CHECKS: dict[str, dict[str, Check]] = {
         "reload": machinery.reload,
     },
 }
-
-
 SKIPPED_IF_TRAINED = {*CHECKS["start"], "one example", "eight examples", "learning rate"}
 SKIPPED_WITHOUT_TIME = CHECKS["machinery"]
 

@@ -25,7 +25,7 @@ from cnntrain.types import Batch, DataSpec, Finding
 SAMPLE_SIZE = 256  # examples taken from a split by default
 FULL_COUNT_PIXELS = 64 * 64  # largest images that `image_count` does not reduce the number of
 MAX_STEP_IMAGES = 16  # batch size of `train_steps`
-STABLE_ADAM_LR = 1e-3  # for `trained_copy`
+STABLE_ADAM_LR = 1e-3  # of the steps of `calibrated_copy`
 FP16_SCALE = 1024.0  # loss scale
 OUT_OF_BUDGET = "the time budget (check.budget_s) is used up"
 

@@ -121,7 +121,7 @@ def _check_training(context: CheckContext, model: nn.Module, images: Tensor) -> 
     distance = relative_distance(eval_outputs, outputs)
     reasons = [f"{len(calls.dropouts)} dropouts"] if calls.dropouts else []
     reasons += [f"{len(calls.batch_norms)} batch statistics"] if calls.batch_norms else []
-    reasons += ["random draws"] if calls.drew and not calls.dropouts else []
+    reasons += ["random draws"] if calls.draws and not calls.dropouts else []
     shown = ", ".join(reasons) or "no operation depends on the mode"
     evidence = f"relative difference between training and eval mode: {distance:.2g} ({shown})"
     if distance > TOLERANCE and not reasons:

@@ -122,7 +122,7 @@ class OverfitTrial:
         difference = (own_output - other_output).norm() / own_output.norm().clamp(min=1e-12)
         result.output_difference = float(difference)
         result.probabilities = sums_to_one(torch.cat((own_output, other_output)))
-        own, others = ({k: v[:1] for k, v in each.targets.items()} for each in (batch, other))
+        own, others = (each.take(slice(0, 1)).targets for each in (batch, other))
         own_loss = [float(part) for part in task.loss(own_output, own, training=False)]
         other_loss = [float(part) for part in task.loss(own_output, others, training=False)]
         same_target = all(torch.equal(value, others[name]) for name, value in own.items())

@@ -119,7 +119,7 @@ class ModeCalls:
 
     dropouts: list[tuple[str, float]] = field(default_factory=list)  # active ones: (layer, probability)
     batch_norms: list[str] = field(default_factory=list)  # layers that used batch statistics
-    drew: bool = False  # whether random numbers were drawn
+    draws: bool = False  # whether random numbers were drawn
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def watch_modes(model: nn.Module, images: Tensor) -> tuple[Tensor, ModeCalls]:
 
     with module_stack(model) as stack, _CallObserver(observe):
         outputs = model(images)
-    calls.drew = not torch.equal(before, _random_state(images))
+    calls.draws = not torch.equal(before, _random_state(images))
     return outputs.float(), calls
 
 

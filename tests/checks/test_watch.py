@@ -12,7 +12,7 @@ def test_active_dropout_is_detected() -> None:
     _, calls = watch_modes(model, torch.randn(2, 1, 8, 8))
     assert calls.dropouts == [("1", 0.3)]
     _, calls = watch_modes(model.eval(), torch.randn(2, 1, 8, 8))
-    assert not calls.dropouts and not calls.drew
+    assert not calls.dropouts and not calls.draws
 
 
 class Reused(nn.Module):
