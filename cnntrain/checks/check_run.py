@@ -257,6 +257,9 @@ def _run_and_report(
     report = summarize(findings)
     for row in report["findings"]:
         row["seconds"] = seconds[row["name"]]
+    counts = [f"{sum(f.verdict == v for f in findings)} {v}" for v in ("PASS", "WARN", "FAIL", "SKIP")]
+    line = f"{', '.join(counts)} in {sum(seconds.values()):.0f} s"
+    result = _write_and_print(report, findings, line, run_folder, command_line)
     if figures:
         batch = context.eval_batch(count=IMAGES_IN_FIGURE)
         names = [context.loaders["train"].examples.names[int(i)] for i in batch.index]
@@ -265,9 +268,7 @@ def _run_and_report(
             save_figure(figure, run_folder.figures / "images.png")
             if context.curves:
                 save_figure(plot_check_curves(context.curves), run_folder.figures / "check.png")
-    counts = [f"{sum(f.verdict == v for f in findings)} {v}" for v in ("PASS", "WARN", "FAIL", "SKIP")]
-    line = f"{', '.join(counts)} in {sum(seconds.values()):.0f} s"
-    return _write_and_print(report, findings, line, run_folder, command_line)
+    return result
 
 
 def _write_and_print(
@@ -304,12 +305,13 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     pairs = [(i, partner) for i, partner in enumerate(spec.flip_pairs or ()) if i < partner < len(names)]
     report["pairs"] = [[names[i], names[partner]] for i, partner in pairs]
     with open_run_dir(settings.run_dir, f"check-flip-{data}") as run_folder:
+        result = _write_and_print(report, findings, report["line"], run_folder, command_line)
         if symmetry is not None and settings.log.figures:
             title = f"{report['verdict']}: mean of {len(points):,} shapes of {data}, and its mirror image"
             shapes, distances = (symmetry.shape, symmetry.mirrored), (symmetry.unswapped, symmetry.swapped)
             figure = plot_flip_symmetry(*shapes, distances, spec, wrong_pair(symmetry) or (), title)
             save_figure(figure, run_folder.figures / "flip.png")
-        return _write_and_print(report, findings, report["line"], run_folder, command_line)
+    return result
 
 
 def summarize(findings: list[Finding]) -> dict[str, Any]:

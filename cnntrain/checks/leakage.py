@@ -22,7 +22,6 @@ MIN_EDGE_CORRELATION = 0.85
 MAX_HASH_DISTANCE = 4  # differing bits, of 64
 MAX_COMPARISONS = 1_000_000_000  # of hashes, per split; about 10 s on one core
 CANDIDATES = 32  # training images per image, with the closest hashes, whose pixels are compared
-HASH_ROWS, HASH_COLUMNS = 16, 16_384  # hashes compared at once
 PIXEL_BYTES = 1 << 23  # of images compared at once
 
 
@@ -78,17 +77,13 @@ def near_duplicates(images: Tensor, train: Tensor, train_hashes: np.ndarray) -> 
     pairs_at_once = max(1, PIXEL_BYTES // images[0].numel())
     train_thumbnails = thumbnails(train)
     for variant, minimum in ((images, MIN_CORRELATION), (images.flip(-1), MIN_CORRELATION_FLIPPED)):
-        pairs, small = near_hashes(difference_hashes(variant), train_hashes), thumbnails(variant)
-        similar = [
-            (small[part[:, 0]] * train_thumbnails[part[:, 1]]).sum(1).numpy() > minimum - 0.01
-            for part in np.array_split(pairs, -(-len(pairs) // CHUNK) or 1)
-        ]
-        pairs = pairs[np.concatenate(similar)]
-        for part in np.array_split(pairs, -(-len(pairs) // pairs_at_once) or 1):
+        small, pairs = thumbnails(variant), torch.from_numpy(near_hashes(difference_hashes(variant), train_hashes))
+        similar = [(small[part[:, 0]] * train_thumbnails[part[:, 1]]).sum(1) for part in pairs.split(CHUNK)]
+        for part in pairs[torch.cat(similar) > minimum - 0.01].split(pairs_at_once):
             left, right = variant[part[:, 0]], train[part[:, 1]]
             confirmed = correlation(left, right) > minimum
             confirmed &= correlation(edges(left), edges(right)) > MIN_EDGE_CORRELATION
-            for i, k in part[confirmed.numpy()].tolist():
+            for i, k in part[confirmed].tolist():
                 duplicates.setdefault(i, k)
     return duplicates
 
@@ -102,29 +97,16 @@ def thumbnails(images: Tensor) -> Tensor:
 def near_hashes(hashes: np.ndarray, train_hashes: np.ndarray) -> np.ndarray:
     """Return (P, 2) int64 pairs of rows whose hashes differ in at most `MAX_HASH_DISTANCE` bits.
 
-    At most `CANDIDATES` per row. Compares all pairs: 60,000 with 10,000 hashes take a few seconds.
+    At most `CANDIDATES` per row, the nearest first. Compares all pairs: 60,000 with 10,000 hashes take a few seconds.
     """
-    if not len(train_hashes):
-        return np.zeros((0, 2), np.int64)
 
-    def compare(start: int) -> np.ndarray:
-        rows, columns, distances = [], [], []
-        for first in range(0, len(train_hashes), HASH_COLUMNS):
-            different = hashes[start : start + HASH_ROWS, None] ^ train_hashes[None, first : first + HASH_COLUMNS]
-            distance = np.bitwise_count(different)
-            row, column = np.nonzero(distance <= MAX_HASH_DISTANCE)
-            rows.append(row)
-            columns.append(column + first)
-            distances.append(distance[row, column])
-        row, column, distance = np.concatenate(rows), np.concatenate(columns), np.concatenate(distances)
-        order = np.lexsort((column, distance, row))
-        row, column = row[order], column[order]
-        rank = np.arange(len(row)) - np.searchsorted(row, row)  # among the candidates of the same row
-        nearest = rank < CANDIDATES
-        return np.stack([row[nearest] + start, column[nearest]], 1)
+    def nearest(row: int) -> np.ndarray:
+        distances = np.bitwise_count(hashes[row] ^ train_hashes)
+        close = np.flatnonzero(distances <= MAX_HASH_DISTANCE)
+        close = close[np.argsort(distances[close], kind="stable")[:CANDIDATES]]
+        return np.stack([np.full_like(close, row), close], 1)
 
-    parts = thread_map(compare, range(0, len(hashes), HASH_ROWS))
-    return np.concatenate([np.zeros((0, 2), np.int64), *parts])
+    return np.concatenate([np.zeros((0, 2), np.int64), *thread_map(nearest, range(len(hashes)))])
 
 
 def _images(context: CheckContext, split: str) -> tuple[Tensor, list[str]]:
