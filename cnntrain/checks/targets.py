@@ -9,23 +9,14 @@ from cnntrain.types import Finding
 MAX_IMBALANCE = 50.0  # ratio of the most frequent class to the rarest
 MIN_EXTENT = 0.03  # extent of all keypoints, relative to the image
 MASKS = 512
-KEYPOINT_PREVIEW = "look at them with `cnntrain preview`"
 MASK_REMEDY = "check data.ignore_index and the masks"
 
 
 def classes(context: CheckContext) -> Finding:
-    """Check that labels are valid, and that every class has training examples."""
+    """Check that every class has training examples, and that none is rare. (Loading the data checks the labels.)"""
     names = context.spec.classes
     if context.spec.keypoints or "label" not in context.loaders["train"].examples.targets:
         return skipped("this dataset has no class labels")
-    for split, loader in context.loaders.items():
-        labels = loader.examples.targets["label"]
-        invalid = (labels < 0) | (labels >= len(names))
-        if invalid.any():
-            evidence = f"{split}: {int(invalid.sum())} labels outside 0 to {len(names) - 1}"
-            shown = join_names([loader.examples.names[int(i)] for i in invalid.nonzero()[:20]])
-            cause = f"labels do not start at 0, or belong to other data: {shown}"
-            return failed(evidence, cause, "number the classes from 0", "data")
     counts = torch.bincount(context.loaders["train"].examples.targets["label"], minlength=len(names))
     evidence = f"{len(names)} classes with {int(counts.min())} to {int(counts.max())} training examples each"
     if (counts == 0).any():
@@ -47,9 +38,6 @@ def points(context: CheckContext) -> Finding:
         return skipped("this dataset has no keypoints")
     examples = context.loaders["train"].examples
     coordinates, valid = examples.targets["points"].float(), examples.targets["valid"].bool()
-    if not valid.any():
-        cause = "all keypoints are unlabeled, or outside their images (are they in pixels?)"
-        return failed("no keypoint of any training example is valid", cause, KEYPOINT_PREVIEW, "data")
     height, width = context.spec.image_size
     valid_points = coordinates[valid]
     low, high = valid_points.quantile(0.01, dim=0), valid_points.quantile(0.99, dim=0)
@@ -70,7 +58,7 @@ def points(context: CheckContext) -> Finding:
             return failed(evidence, cause, "exchange the two columns", "data")
     if share < 0.5:
         cause = "most keypoints are unlabeled or outside their images"
-        return warned(evidence, cause, KEYPOINT_PREVIEW, "data")
+        return warned(evidence, cause, "look at them with `cnntrain preview`", "data")
     return passed(evidence)
 
 
@@ -106,8 +94,8 @@ def flip(context: CheckContext) -> Finding:
     spec = context.spec
     if not spec.keypoints:
         return skipped("this dataset has no keypoints")
-    if spec.flip_pairs is None and not context.pipeline.can_flip:
-        return skipped("no flip pairs are declared, and no augmentation flips images")
+    if spec.flip_pairs is None:  # then no augmentation may flip images
+        return skipped("no flip pairs are declared, so no augmentation flips images")
     targets = context.loaders["train"].examples.targets
     findings, _ = diagnose_flip(targets["points"][:MAX_EXAMPLES], targets["valid"][:MAX_EXAMPLES], spec)
     worst = next((f for verdict in ("FAIL", "WARN") for f in findings if f.verdict == verdict), None)
