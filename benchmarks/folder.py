@@ -26,7 +26,7 @@ import numpy as np
 from fashion import COMMAND
 from PIL import Image
 
-from cnntrain.train.measurement import BUSY_CORES, other_cores, read_cpu_times
+from cnntrain.benchmark.measurement import BUSY_CORES, other_cores, read_cpu_times
 
 PEER = Path(__file__).parent / "peers" / "folder_dataloader.py"
 CLASSES = 10

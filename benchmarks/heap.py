@@ -24,7 +24,7 @@ CHILD = """
 import resource, sys, time
 import torch
 from cnntrain import compose
-from cnntrain.train.parts import make_model
+from cnntrain.train.setup import make_model
 from cnntrain.memory import keep_freed_memory
 
 how, name, batch, *shape = sys.argv[1:]

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from fashion import COMMAND, add_root, fashion_mnist
 
+from cnntrain.benchmark.measurement import TimingWindows, other_cores, read_cpu_times
 from cnntrain.train.device import choose_compute
-from cnntrain.train.measurement import TimingWindows, other_cores, read_cpu_times
 
 SCRIPTS = Path(__file__).parent / "peers"
 PEERS = {"dataloader": "torch", "lightning_peer": "lightning", "keras_peer": "keras", "fastai_peer": "fastai"}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fashion import add_root, fashion_mnist
 
-from cnntrain.train.measurement import BUSY_CORES, other_cores, read_cpu_times
+from cnntrain.benchmark.measurement import BUSY_CORES, other_cores, read_cpu_times
 
 # What a child prints at the end of its first step; then it is over.
 REPORT = """

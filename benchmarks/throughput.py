@@ -29,10 +29,10 @@ from torch.nn.functional import cross_entropy
 
 from cnntrain import compose
 from cnntrain.augment.pipeline import MAX_GROUP
+from cnntrain.benchmark.measurement import BUSY_CORES, other_cores, read_cpu_times
 from cnntrain.commands.train import train
 from cnntrain.config.schema import Settings
 from cnntrain.report.run_logger import RunLogger
-from cnntrain.train.measurement import BUSY_CORES, other_cores, read_cpu_times
 from cnntrain.train.setup import build_components
 
 MODELS = ("fmnist_cnn", "resnet18", "lenet5")

@@ -1,12 +1,17 @@
-"""Host memory: settings of the C allocator, free memory, and Python's garbage collector."""
+"""Memory: settings of the C allocator, free and peak memory, and Python's garbage collector."""
 
 import ctypes
 import gc
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -87,3 +92,31 @@ def _control_group_limits(membership: Path, tree: Path) -> Iterator[int]:
             page_cache = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
             if limit.isdigit() and used.isdigit():
                 yield max(0, int(limit) - int(used) + page_cache)
+
+
+def reset_peak_memory(device: "torch.device") -> None:
+    """Release unused memory and restart the measurement of `peak_memory_mib`."""
+    gc.collect()
+    give_back_freed_memory()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # without write access the peak counts from the start of the process
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+
+
+def peak_memory_mib(device: "torch.device") -> float:
+    """Return the peak memory since `reset_peak_memory`: allocated by torch on a GPU, resident set size on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

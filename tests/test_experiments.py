@@ -8,7 +8,7 @@ from cnntrain.config.compose import read_settings
 from cnntrain.config.instantiate import build
 from cnntrain.train.device import choose_compute
 from cnntrain.train.optim import make_optimizer, set_learning_rate
-from cnntrain.train.parts import make_model
+from cnntrain.train.setup import make_model
 
 
 @pytest.mark.parametrize("depth", [18, 50])

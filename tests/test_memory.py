@@ -90,10 +90,7 @@ def test_all_control_groups_of_this_process_limit_its_memory(
     old = "active_file 1\ntotal_active_file 40\ntotal_inactive_file 0"
     write(tree / "memory", memory__limit_in_bytes=600, memory__usage_in_bytes=140, memory__stat=old)
     write(
-        tree / "memory" / "slurm" / "job_7",
-        memory__limit_in_bytes=50,
-        memory__usage_in_bytes=80,
-        memory__stat="anon 1",
+        tree / "memory" / "slurm" / "job_7", memory__limit_in_bytes=50, memory__usage_in_bytes=80, memory__stat="anon 1"
     )
     (tmp_path / "membership").write_text(membership)
     assert list(_control_group_limits(tmp_path / "membership", tree)) == expected

@@ -17,7 +17,8 @@ from cnntrain.checks.lint import lint
 from cnntrain.cli import main
 from cnntrain.errors import UserError
 from cnntrain.train import checkpoint
-from cnntrain.train.setup import Components, build_components, build_training_parts
+from cnntrain.train.prepare import build_training_parts
+from cnntrain.train.setup import Components, build_components
 
 QUICK = (
     "log.figures=false",

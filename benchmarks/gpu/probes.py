@@ -111,7 +111,8 @@ class Training:
 
     def __init__(self, words: list[str], device: str) -> None:
         from cnntrain.config.compose import read_settings
-        from cnntrain.train.setup import build_components, prepare_training
+        from cnntrain.train.prepare import prepare_training
+        from cnntrain.train.setup import build_components
 
         self.assembly = assembly = build_components(read_settings([*words, f"device={device}"], None))
         data = assembly.load()
@@ -123,7 +124,7 @@ class Training:
         )
 
     def epoch(self) -> None:
-        from cnntrain.train.loop import NullLogger, Trainer, train_epoch
+        from cnntrain.train.loop import Logger, Trainer, train_epoch
         from cnntrain.train.nonfinite import NonFiniteGuard
         from cnntrain.train.signals import StopFlag
 
@@ -133,7 +134,7 @@ class Training:
         meter = self.assembly.task.meter()
         assembly = self.assembly
         trainer = Trainer(assembly.task, assembly.pipeline, assembly.compute, self.plan, self.training)
-        train_epoch(trainer, state, meter, NullLogger(), finite, StopFlag())
+        train_epoch(trainer, state, meter, Logger(), finite, StopFlag())
 
     def evaluate(self) -> None:
         from cnntrain.train.evaluate import evaluate
@@ -284,7 +285,6 @@ def group(args: argparse.Namespace) -> None:
             world.stop.check()
             found[precision] = bool(outputs.isfinite().all())
         found["replicas_equal"] = check_replicas_equal(state, world)
-        world.check_stop(world.stop)
         training.close()
     result(ok=all(value is not False for value in found.values()), **found)
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cnntrain.benchmark.measurement import TimingWindows, interleave
 from cnntrain.benchmark.tables import Speed
 from cnntrain.data.load import Data
 from cnntrain.errors import is_out_of_memory
-from cnntrain.memory import free_host_bytes
+from cnntrain.memory import free_host_bytes, peak_memory_mib, reset_peak_memory
 from cnntrain.report.progress import ProgressBar
 from cnntrain.report.run_logger import RunLogger
 from cnntrain.train.device import Compute
-from cnntrain.train.measurement import TimingWindows, interleave, peak_memory_mib, reset_peak_memory
 from cnntrain.train.setup import Components
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import Progress, TrainingPlan
-from cnntrain.train.step_timer import StepTimer, make_step_timer
+from cnntrain.train.step_timer import StepTimer
 
 ROUNDS = 5  # timing windows of each kind per setting
 PARTS_SHARE = 0.35  # of the budget, for the time per part of a step
@@ -134,7 +134,7 @@ class ThroughputBenchmark:
 
     def _step_timer(self, compute: Compute, batch_size: int) -> StepTimer:
         plan = dataclasses.replace(self.plan, batch_size=batch_size)
-        return make_step_timer(self.components, plan, self.loader, compute, self.logger)
+        return StepTimer(self.components, plan, self.loader, compute, self.logger)
 
 
 @contextmanager

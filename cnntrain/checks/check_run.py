@@ -37,9 +37,9 @@ from cnntrain.randomness import fork_generators
 from cnntrain.report.console import console, log_to_console, print_findings
 from cnntrain.train.device import full_float32
 from cnntrain.train.optim import make_optimizer
-from cnntrain.train.parts import build_source
+from cnntrain.train.prepare import build_training_parts, run_range_test
 from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
-from cnntrain.train.setup import Components, build_components, build_training_parts, run_range_test
+from cnntrain.train.setup import Components, build_components, build_source
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.types import Finding
 

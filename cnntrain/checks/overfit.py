@@ -18,8 +18,9 @@ from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.report.console import log_to_console, print_findings
 from cnntrain.train.evaluate import predict_batch
 from cnntrain.train.optim import make_optimizer
+from cnntrain.train.prepare import build_training_parts
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.setup import Components, build_components, build_training_parts
+from cnntrain.train.setup import Components, build_components
 from cnntrain.train.signals import stop_flag
 from cnntrain.types import Batch, Finding
 

@@ -247,7 +247,7 @@ def _train_reference(
 class _HarmonicSchedule(Schedule):
     """Factors 1, 1/2, 1/3, ...: every step has another learning rate."""
 
-    def factor(self, step: int) -> float:
+    def multiplier(self, step: int) -> float:
         return 1 / (step + 1)
 
 
@@ -266,7 +266,7 @@ def _train_with_loop(context: CheckContext, model: nn.Module, accumulate: int, r
     )
     state = TrainState(model, optimizer, _HarmonicSchedule(total_steps=STEPS, steps_per_epoch=STEPS))
     trainer = loop.Trainer(context.task, context.pipeline, context.compute, plan, context.loaders["train"])
-    loop.fit(trainer, state, loop.NullLogger(), lambda *names: None, context.stop)
+    loop.fit(trainer, state, loop.Logger(), lambda *names: None, context.stop)
 
 
 def _validation_losses(context: CheckContext, model: nn.Module) -> tuple[float, float]:

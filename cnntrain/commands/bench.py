@@ -21,8 +21,9 @@ from cnntrain.config.compose import read_settings
 from cnntrain.config.schema import Settings
 from cnntrain.errors import UserError
 from cnntrain.report.console import log_to_console, print_rows
+from cnntrain.train.prepare import build_training_parts
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.setup import build_components, build_training_parts
+from cnntrain.train.setup import build_components
 from cnntrain.train.signals import stop_flag
 
 

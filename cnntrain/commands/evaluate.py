@@ -27,10 +27,9 @@ from cnntrain.report.console import console, log_to_console, print_rows
 from cnntrain.summary.trace import needs_data
 from cnntrain.train.checkpoint import check_weights, load_validated, load_weights
 from cnntrain.train.evaluate import evaluate
-from cnntrain.train.parts import build_pipeline, build_task, make_model
 from cnntrain.train.resume import locate_checkpoint
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.setup import Components, build_components
+from cnntrain.train.setup import Components, build_components, build_pipeline, build_task, make_model
 from cnntrain.train.signals import stop_flag
 from cnntrain.types import Batch, DataSpec
 

@@ -19,16 +19,16 @@ from cnntrain.summary.layer_table import ModelSummary, summarize
 from cnntrain.summary.preflight import preflight
 from cnntrain.summary.view import report
 from cnntrain.sweep.search_space import expand_grid
-from cnntrain.train.parts import (
+from cnntrain.train.run_dir import open_run_dir
+from cnntrain.train.setup import (
     build_pipeline,
     build_source,
     build_task,
     find_pretrained_weights,
     make_model,
     size_remedy,
+    use_pretrained_size,
 )
-from cnntrain.train.run_dir import open_run_dir
-from cnntrain.train.setup import use_pretrained_size
 
 log = logging.getLogger("cnntrain")
 

@@ -18,8 +18,9 @@ from cnntrain.plots.curves import plot_lr_range_test
 from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.report.console import log_to_console
 from cnntrain.train.lr_finder import RangeTest
+from cnntrain.train.prepare import build_training_parts, run_range_test, with_learning_rate
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.setup import build_components, build_training_parts, run_range_test, with_learning_rate
+from cnntrain.train.setup import build_components
 from cnntrain.train.signals import stop_flag
 
 

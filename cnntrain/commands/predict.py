@@ -49,9 +49,9 @@ from cnntrain.tasks.segmentation import Segmentation
 from cnntrain.tasks.task import Task
 from cnntrain.train.checkpoint import load_validated
 from cnntrain.train.device import Compute, choose_compute, prepare_torch
-from cnntrain.train.parts import build_model, build_pipeline, build_task
 from cnntrain.train.resume import locate_checkpoint
 from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
+from cnntrain.train.setup import build_model, build_pipeline, build_task
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.types import Batch, DataSpec
 

@@ -29,8 +29,8 @@ from cnntrain.randomness import epoch_order
 from cnntrain.report.console import log_to_console
 from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.train.device import prepare_torch
-from cnntrain.train.parts import build_pipeline, build_source, with_configured_statistics
 from cnntrain.train.run_dir import open_run_dir, provenance
+from cnntrain.train.setup import build_pipeline, build_source, with_configured_statistics
 from cnntrain.types import Batch
 
 log = logging.getLogger("cnntrain")

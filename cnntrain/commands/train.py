@@ -36,7 +36,9 @@ from cnntrain.train.distributed import (
     replica_tensors,
     uses_gpus,
 )
+from cnntrain.train.loop import Logger
 from cnntrain.train.optim import learning_rate_at
+from cnntrain.train.prepare import prepare_training
 from cnntrain.train.resume import (
     changed_settings,
     copy_best_checkpoint,
@@ -50,7 +52,7 @@ from cnntrain.train.resume import (
 )
 from cnntrain.train.run import train_to_the_end
 from cnntrain.train.run_dir import RunDir, lock_run_dir, needs_lock, open_run_dir, provenance
-from cnntrain.train.setup import build_components, prepare_training
+from cnntrain.train.setup import build_components
 from cnntrain.train.signals import stop_flag
 
 if TYPE_CHECKING:
@@ -241,9 +243,9 @@ def _train_in(
             CheckpointWriter(run, state, metadata, settings.checkpoint.keep, world.is_main) as writer,
             RunLogger(run.path, components, plan, state.progress, watch, learning_rate)
             if world.is_main
-            else contextlib.nullcontext() as logger,
+            else contextlib.nullcontext(Logger()) as logger,
         ):
-            if logger:
+            if isinstance(logger, RunLogger):
                 hparams = {key: value for key, value in metadata["config"].items() if key not in NO_HPARAMS}
                 logger.start(flatten_settings(hparams), read_text(run.path / "config.yaml"), data.test is not None)
             results = train_to_the_end(components, data, plan, state, writer, logger, stop)

@@ -137,10 +137,8 @@ def monitor_of(folder: Path) -> tuple[str, str] | None:
     path = next((p for name in ("best", "last") if files.exists(p := folder / "checkpoints" / f"{name}.pt")), None)
     if path is None:
         return None
-    match load_validated(path).get("monitor"):
-        case str(metric), ("min" | "max") as better:
-            return metric, better
-    return None
+    monitor = load_validated(path)["monitor"]
+    return tuple(monitor) if monitor else None
 
 
 def differing_keys(runs: Sequence[RunRecord]) -> list[str]:

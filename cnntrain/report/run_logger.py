@@ -18,6 +18,7 @@ from cnntrain.report.metrics import MetricsFile
 from cnntrain.report.progress import ProgressBar
 from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.tasks.meter import Meter
+from cnntrain.train.loop import Logger
 from cnntrain.train.setup import Components
 from cnntrain.train.state import Progress, TrainingPlan
 from cnntrain.types import Batch
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 IMAGES_IN_FIGURE = 32  # of the first batch
 
 
-class RunLogger:
+class RunLogger(Logger):
     """Log a run to its folder. Use as a context manager.
 
     Args:

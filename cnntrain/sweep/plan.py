@@ -16,8 +16,8 @@ from cnntrain.data.fingerprint import read_fingerprint
 from cnntrain.errors import UserError
 from cnntrain.report.compare import NEUTRAL
 from cnntrain.sweep.search_space import SearchDimension, add_swept_keys, grid, read_space
-from cnntrain.train.parts import build_pipeline, build_source, build_task
 from cnntrain.train.resume import flatten_settings
+from cnntrain.train.setup import build_pipeline, build_source, build_task
 
 DEFAULT_TRIALS = 20  # of a random or TPE search without sweep.trials
 REPEAT_KEYS = ("seed", "data.fold", "data.split_seed")

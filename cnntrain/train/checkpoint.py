@@ -8,8 +8,9 @@ when they are loaded (`load_weights`, `state.validate_optimizer_state`).
 import dataclasses
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -17,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.config.command_line import without_passwords
-from cnntrain.config.schema import Settings, Within, default_settings, parse
+from cnntrain.config.schema import Settings, Within, default_settings, parse, shortened
 from cnntrain.errors import MachineError, UserError
 from cnntrain.io import safe_files as files
 from cnntrain.io.tensor_file import read_tensors
 from cnntrain.train.run_dir import RunDir, installed_versions
-from cnntrain.train.state import Progress, TrainState
+from cnntrain.train.state import MAX_COUNT, Progress, TrainState
 from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from cnntrain.train.setup import Components
 
 FORMAT = 2
-MAX_COUNT = 2**53  # upper bound of counters
 MAX_SIDE_PX = 2**16
 MAX_PIXELS = 2**28
 MAX_CHANNELS = 4096
@@ -38,7 +38,6 @@ MAX_SHOWN_MISMATCHES = 6
 
 
 def save(content: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint atomically; see `write`."""
     write(serialize(content), path)
 
 
@@ -68,11 +67,7 @@ def write(serialized: memoryview, path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint file, with tensors on the CPU.
-
-    Raises:
-        UserError: the file is missing, damaged, or not a checkpoint.
-    """
+    """Return the content of a checkpoint file, with tensors on the CPU."""
     if not files.exists(path):
         raise UserError(f"{path}: no such checkpoint")
     content = read_tensors(path)
@@ -82,11 +77,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_validated(path: Path) -> dict[str, Any]:
-    """Return the content of a training run's checkpoint, with every field validated.
-
-    Raises:
-        UserError: the file is missing, damaged, or not the checkpoint of a training run.
-    """
+    """Return the content of a training run's checkpoint, with every field validated."""
     content = load(path)
     try:
         return validate_checkpoint(content)
@@ -119,21 +110,13 @@ def checkpoint_metadata(components: "Components", data: "Data", run: Mapping[str
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Load the weights of a checkpoint into a model.
-
-    Raises:
-        UserError: the weights are of another architecture; lists the first mismatches.
-    """
+    """Load the weights of a checkpoint into a model; see `check_weights` for the errors."""
     check_weights(model, weights)
     model.load_state_dict(weights)
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Reject weights of another architecture.
-
-    Raises:
-        UserError: see `load_weights`.
-    """
+    """Reject weights of another architecture."""
     if problems := weight_mismatches(weights, model.state_dict()):
         hidden = len(problems) - MAX_SHOWN_MISMATCHES
         shown = [*problems[:MAX_SHOWN_MISMATCHES], *([f"and {hidden} more"] if hidden > 0 else [])]
@@ -145,15 +128,14 @@ def weight_mismatches(weights: Mapping[str, Any], own: Mapping[str, Any]) -> lis
     problems = [f"only in the checkpoint: {name}" for name in weights if name not in own]
     problems += [f"only in the network: {name}" for name in own if name not in weights]
     both = [(name, weights[name], value) for name, value in own.items() if name in weights]
-    problems += [
-        f"{name}: {tuple(saved.shape)} in the checkpoint, {tuple(value.shape)} in the network"
-        for name, saved, value in both
-        if saved.shape != value.shape
-    ]
-    problems += [
-        f"{name}: {saved.dtype} in the checkpoint, {value.dtype} in the network"
+    facts = [(name, tuple(saved.shape), tuple(value.shape)) for name, saved, value in both]
+    facts += [
+        (name, saved.dtype, value.dtype)
         for name, saved, value in both
         if saved.is_floating_point() != value.is_floating_point()
+    ]
+    problems += [
+        f"{name}: {saved} in the checkpoint, {now} in the network" for name, saved, now in facts if saved != now
     ]
     return problems
 
@@ -177,7 +159,7 @@ class CheckpointWriter:
         self, run: RunDir, state: TrainState, metadata: Mapping[str, Any], keep: int, enabled: bool = True
     ) -> None:
         self.run, self.state, self.metadata, self.keep, self.enabled = run, state, metadata, keep, enabled
-        self._last_saved = self._describe() if run.last.exists() else "none was written yet"
+        self._step = state.progress.step if run.last.exists() else None  # of last.pt
         self._executor = ThreadPoolExecutor(1, "cnntrain-checkpoint")
         self._pending: Future[None] | None = None
 
@@ -191,15 +173,14 @@ class CheckpointWriter:
             self._executor.shutdown()
 
     def save(self, *names: str) -> None:
-        if not self.enabled:
-            if "last" in names:
-                self._last_saved = self._describe()
-            return
-        serialized = serialize({"state": self.state.state_dict(), **self.metadata})
-        self.flush()
         progress = self.state.progress
-        epoch = progress.epoch if "last" in names and self.keep and not progress.batch else None
-        self._pending = self._executor.submit(self._write, serialized, names, epoch, self._describe())
+        if self.enabled:
+            serialized = serialize({"state": self.state.state_dict(), **self.metadata})
+            self.flush()
+            epoch = progress.epoch if "last" in names and self.keep and not progress.batch else None
+            self._pending = self._executor.submit(self._write, serialized, names, epoch)
+        if "last" in names:
+            self._step = progress.step
 
     def flush(self) -> None:
         """Wait until all files are written."""
@@ -211,9 +192,9 @@ class CheckpointWriter:
     def last_saved(self) -> str:
         """Path and step of the newest last.pt, for messages."""
         self.flush()
-        return self._last_saved
+        return "none was written yet" if self._step is None else f"{self.run.last} (step {self._step})"
 
-    def _write(self, serialized: memoryview, names: tuple[str, ...], epoch: int | None, described: str) -> None:
+    def _write(self, serialized: memoryview, names: tuple[str, ...], epoch: int | None) -> None:
         """Write the files in an order that tolerates a kill between them.
 
         If last.pt was not written, the epoch is trained again. If best.pt was not written, last.pt has the weights.
@@ -225,14 +206,9 @@ class CheckpointWriter:
                 files.remove(old, self.run.path)
         for name in names:
             write(serialized, folder / f"{name}.pt")
-            if name == "last":
-                self._last_saved = described
-
-    def _describe(self) -> str:
-        return f"{self.run.last} (step {self.state.progress.step})"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Resolved:
     """Values that `auto` and null resolved to in the run that wrote the checkpoint; None if not recorded."""
 
@@ -242,100 +218,83 @@ class Resolved:
     device: str | None = None
 
 
-def validate_checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the type and range of every field, and add the default of settings that an older version did not have.
+@dataclass(frozen=True)
+class SavedState:
+    """Types of the entries of `TrainState.state_dict`."""
 
-    Raises:
-        UserError: names the invalid field.
-    """
-    for name in ("state", "config", "spec", "fingerprint"):
-        if name not in content:
-            raise UserError(f"the entry {name!r} is missing")
-    state = {"ema": None, "scaler": None, **_mapping("state", content["state"])}
-    for name in ("model", "optimizer", "schedule", "progress", "meter"):
-        _mapping(f"state.{name}", state.get(name))
-    for name in ("ema", "scaler"):
-        _mapping(f"state.{name}", {} if state[name] is None else state[name])
-    for name in ("model", "ema", "meter"):
-        for key, value in (state[name] or {}).items():
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    progress: Progress
+    meter: dict[str, Any]
+    ema: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """Types of a checkpoint's entries. Versions and the run's identity are checked where they are used."""
+
+    state: SavedState
+    config: dict[str, Any]
+    spec: DataSpec
+    fingerprint: str
+    resolved: Resolved = Resolved()
+    monitor: tuple[str, Literal["min", "max"]] | None = None
+
+
+def validate_checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the type and range of every field, and add the default of settings that an older version did not have."""
+    names = {field.name for field in dataclasses.fields(SavedRun)}
+    saved = parse(SavedRun, {name: value for name, value in content.items() if name in names})
+    state, spec, best = saved.state, saved.spec, saved.state.progress.best
+    for name, tensors in (("model", state.model), ("ema", state.ema), ("meter", state.meter)):
+        for key, value in (tensors or {}).items():
             good = isinstance(key, str) and isinstance(value, Tensor) and not value.is_complex()
             _require(good, f"state.{name}", "map names to real tensors", {key: value})
-    for name, value in state["schedule"].items():
+    for name, value in state.schedule.items():
         _require(_is_number(value) and not math.isnan(value), f"state.schedule.{name}", "be a number", value)
-    progress = _validate_progress(state["progress"])
-    spec = _mapping("spec", content["spec"])
+    for name, value in best.items():
+        good = isinstance(name, str) and _is_number(value)
+        _require(good, "state.progress.best", "map metric names to numbers", {name: value})
+    for name in ("epoch", "step") if best else ():
+        value = best.get(name, -1)
+        _require(0 <= value <= MAX_COUNT, f"state.progress.best.{name}", "be from 0 to 2**53", value)
     _validate_spec(spec)
-    config = _with_defaults(_mapping("config", content["config"]))
-    _mapping("config.choices", config.get("choices"))
+    config = _with_defaults(saved.config)
+    _require(isinstance(config.get("choices"), dict), "config.choices", "be a mapping", config.get("choices"))
     settings = parse(Settings, config, "config.")
     _require(settings.batch_size != "auto", "config.batch_size", "be a number of images", settings.batch_size)
-    _require(isinstance(content["fingerprint"], str), "fingerprint", "be a string", content["fingerprint"])
-    resolved = _mapping("resolved", content.get("resolved", {}))
-    parse(Resolved, resolved, "resolved.")
-    match content.get("monitor"):
-        case None | [str(), "min" | "max"]:
-            pass
-        case other:
-            _require(False, "monitor", "be a metric and min or max", other)
     return {
         **content,
-        "state": {**state, "progress": dataclasses.asdict(progress)},
+        "state": {**vars(state), "progress": dataclasses.asdict(state.progress)},
         "config": {**config, "batch_size": settings.batch_size},
-        "spec": {name: _as_tuple(value) for name, value in spec.items()},
-        "resolved": {name: value for name, value in resolved.items() if value is not None},
+        "spec": {name: _as_tuple(value) for name, value in dataclasses.asdict(spec).items()},
+        "fingerprint": saved.fingerprint,
+        "resolved": {name: value for name, value in vars(saved.resolved).items() if value is not None},
+        "monitor": saved.monitor,
     }
 
 
-def _validate_progress(values: Mapping[str, Any]) -> Progress:
-    progress = parse(Progress, values, "state.progress.")
-    counters = {n: getattr(progress, n) for n in ("epoch", "batch", "step", "images", "epochs_since_best", "wall_s")}
-    if progress.best:
-        counters |= {f"best.{name}": progress.best.get(name, -1) for name in ("epoch", "step")}
-    for name, value in progress.best.items():
-        good = isinstance(name, str) and _is_number(value)
-        _require(good, "state.progress.best", "map metric names to numbers", {name: value})
-    for name, value in counters.items():
-        _require(0 <= value <= MAX_COUNT, f"state.progress.{name}", "be from 0 to 2**53", value)
-    return progress
-
-
-def _validate_spec(spec: Mapping[str, Any]) -> None:
-    names = {field.name for field in dataclasses.fields(DataSpec)}
-    if unknown := [name for name in spec if name not in names]:
-        raise UserError(f"spec.{_short(unknown[0])}: unknown field")
-    for name, most in (("channels", MAX_CHANNELS), ("height", MAX_SIDE_PX), ("width", MAX_SIDE_PX)):
-        value = spec.get(name)
-        _require(_is_integer(value, 1, most), f"spec.{name}", f"be an integer from 1 to {most}", value)
-    channels, height, width = (spec[name] for name in ("channels", "height", "width"))
-    if channels * height * width > MAX_PIXELS:
-        raise UserError(f"spec: images of {channels} x {height} x {width} are too large")
-    for name in ("per_pixel", "hflip_ok"):
-        value = spec.get(name, False)
-        _require(isinstance(value, bool), f"spec.{name}", "be true or false", value)
-    for name in ("classes", "keypoints"):
-        value = spec.get(name, ())
-        good = _is_list(value) and all(isinstance(each, str) for each in value)
-        _require(good, f"spec.{name}", "be a list of names", value)
-    count = len(spec.get("keypoints", ()))
-
-    def are_keypoints(indices: Any, length: int) -> bool:
-        return _is_list(indices) and len(indices) == length and all(_is_integer(i, 0, count - 1) for i in indices)
-
-    pairs, skeleton, ignored = spec.get("flip_pairs"), spec.get("skeleton", ()), spec.get("ignore_index")
-    good = pairs is None or are_keypoints(pairs, count)
-    _require(good, "spec.flip_pairs", f"be null or a list of {count} keypoint indices", pairs)
-    good = _is_list(skeleton) and all(are_keypoints(pair, 2) for pair in skeleton)
-    _require(good, "spec.skeleton", "be pairs of keypoint indices", skeleton)
-    good = ignored is None or _is_integer(ignored, -(2**31), 2**31)
-    _require(good, "spec.ignore_index", "be null or an integer", ignored)
-    for name, least in (("mean", -math.inf), ("std", 0)):
-        values = spec.get(name)
-        good = values is None or (
-            _is_list(values)
-            and len(values) == channels
-            and all(_is_number(each) and math.isfinite(each) and each > least for each in values)
-        )
-        _require(good, f"spec.{name}", f"be {channels} finite numbers" + " above 0" * (least == 0), values)
+def _validate_spec(spec: DataSpec) -> None:
+    for name, least, most in (
+        ("channels", 1, MAX_CHANNELS),
+        ("height", 1, MAX_SIDE_PX),
+        ("width", 1, MAX_SIDE_PX),
+        ("ignore_index", -(2**31), 2**31),
+    ):
+        value = getattr(spec, name)
+        _require(value is None or least <= value <= most, f"spec.{name}", f"be from {least} to {most}", value)
+    if spec.channels * spec.height * spec.width > MAX_PIXELS:
+        raise UserError(f"spec: images of {spec.channels} x {spec.height} x {spec.width} are too large")
+    indices = range(len(spec.keypoints))
+    good = spec.flip_pairs is None or (len(spec.flip_pairs) == len(indices) and set(spec.flip_pairs) <= set(indices))
+    _require(good, "spec.flip_pairs", f"be null or a list of {len(indices)} keypoint indices", spec.flip_pairs)
+    good = all(index in indices for pair in spec.skeleton for index in pair)
+    _require(good, "spec.skeleton", "be pairs of keypoint indices", spec.skeleton)
+    for name, values in (("mean", spec.mean), ("std", spec.std)):
+        good = values is None or (len(values) == spec.channels and (name == "mean" or min(values) > 0))
+        _require(good, f"spec.{name}", f"be {spec.channels} numbers" + " above 0" * (name == "std"), values)
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -350,30 +309,13 @@ def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _require(good: bool, name: str, requirement: str, value: Any) -> None:
     if not good:
-        raise UserError(f"{name}: must {requirement}, got {_short(value)}")
-
-
-def _mapping(name: str, value: Any) -> dict[str, Any]:
-    _require(isinstance(value, dict), name, "be a mapping", value)
-    return value
+        shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else shortened(value)
+        raise UserError(f"{name}: must {requirement}, got {shown}")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_integer(value: Any, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
 def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(each) for each in value) if isinstance(value, list | tuple) else value
-
-
-def _short(value: Any) -> str:
-    text = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

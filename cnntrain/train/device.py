@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._decomp.decompositions
@@ -52,9 +53,6 @@ class Compute:
         """Move a model to the device in place, set its memory layout, and compile it if configured.
 
         Parameters, their names and the state dict stay the same.
-
-        Raises:
-            MachineError: `compile` is set and a compiler is missing.
         """
         model.to(self.device).to(memory_format=self.memory_format)
         if torch.are_deterministic_algorithms_enabled() and self.device.type == "cuda":
@@ -71,19 +69,14 @@ class Compute:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype)
 
+    def loss_scaler(self) -> torch.amp.GradScaler | None:
+        return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+
 
 def choose_compute(
-    device: str,
-    precision: str,
-    channels_last: bool,
-    world: World = SINGLE,
-    compile: str = "off",
+    device: str, precision: str, channels_last: bool, world: World = SINGLE, compile: str = "off"
 ) -> Compute:
-    """Resolve `auto` values; with several ranks each gets its own GPU.
-
-    Raises:
-        UserError: the device does not exist, or does not support the precision.
-    """
+    """Resolve `auto` values; with several ranks each gets its own GPU."""
     chosen = _choose_device(device)
     if precision == "auto":
         precision = _fast_precision(chosen)
@@ -153,13 +146,7 @@ def skip_dynamo_import() -> None:
     """
     if "torch._dynamo" in sys.modules:
         return
-    owners = (
-        Optimizer,
-        DistributedDataParallel,
-        torch._refs,
-        torch._refs.nn.functional,
-        torch._decomp.decompositions,
-    )
+    owners = (Optimizer, DistributedDataParallel, torch._refs, torch._refs.nn.functional, torch._decomp.decompositions)
     for function in (value for owner in owners for value in vars(owner).values()):
         while isinstance(function, FunctionType):
             variables = function.__code__.co_freevars
@@ -221,30 +208,24 @@ def prepare_torch(threads: int | None, deterministic: bool, world: World = SINGL
 def preserve_process_settings() -> Iterator[None]:
     """Restore process-wide settings at the end: torch's flags and random state, warning filters, environment."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    deterministic, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    tf32 = torch.backends.cudnn.allow_tf32
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = {name: getattr(torch.backends.cudnn, name) for name in ("deterministic", "benchmark", "allow_tf32")}
     flushes = not bool(torch.tensor(1e-310, dtype=torch.float64) * 1)  # torch has no getter
-    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     current = torch.cuda.current_device() if devices else 0  # CUDA's default device
     try:
-        with torch.random.fork_rng(devices), warnings.catch_warnings():
+        with torch.random.fork_rng(devices), warnings.catch_warnings(), mock.patch.dict(os.environ):
             yield
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         torch.set_flush_denormal(flushes)
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-        torch.backends.cudnn.allow_tf32 = tf32
+        for name, value in cudnn.items():
+            setattr(torch.backends.cudnn, name, value)
         if torch.cuda.is_initialized():
             torch.cuda.set_device(current)
         _use_deterministic_algorithms(deterministic, warn_only)
-        if workspace is None:
-            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def _use_deterministic_algorithms(on: bool, warn_only: bool) -> None:

@@ -46,60 +46,56 @@ class RankInfo:
 
 
 def rank_from_env(environment: Mapping[str, str] = os.environ) -> RankInfo | None:
-    """Read the rank that torchrun or Slurm's `srun` gave to this process; None for a single process.
+    """Read the rank that torchrun or Slurm's `srun` gave to this process; None for a single process."""
 
-    Raises:
-        UserError: a variable is missing or is not an integer.
-    """
-    read = _EnvironmentReader(environment)
-    if (world_size := read("WORLD_SIZE", 1)) > 1:
-        return RankInfo(
-            read("RANK"), world_size, read("LOCAL_RANK"), read("LOCAL_WORLD_SIZE", world_size),
-            read.text("MASTER_ADDR"), read("MASTER_PORT"),
-        )  # fmt: skip
-    # In a batch script, SLURM_NTASKS is the number of tasks that srun may start; the script itself is not one of them.
-    in_step = "SLURM_STEP_ID" in environment or "SLURM_SRUN_COMM_HOST" in environment
-    name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment or not in_step else "SLURM_NTASKS"
-    if (world_size := read(name, 1)) == 1:
-        return None
-    # As `4(x2),3`: of the first node. On nodes with other numbers of tasks, the CPU threads are divided less evenly.
-    per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", ""))
-    local_size = min(world_size, int(match[0]) if (match := re.match(r"\d+", per_node)) else world_size)
-    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
-    first = "127.0.0.1" if local_size == world_size else first_node(nodes)
-    bound = "SLURM_GPUS_PER_TASK" in environment or environment.get("SLURM_GPU_BIND", "none") != "none"
-    return RankInfo(
-        read("SLURM_PROCID"), world_size, read("SLURM_LOCALID"), local_size, environment.get("MASTER_ADDR", first),
-        read("MASTER_PORT", 15000 + read("SLURM_JOB_ID", 0) % 20000), has_own_gpu=bound,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _EnvironmentReader:
-    environment: Mapping[str, str]
-
-    def __call__(self, name: str, default: int | None = None) -> int:
-        text = self.text(name) if default is None else self.environment.get(name, str(default))
-        if not re.fullmatch(r"\s*[0-9]{1,18}\s*", text):
-            raise UserError(
-                f"launch: the environment variable {name} must be a whole number, got {text!r}; unset it, or launch "
-                "with torchrun, srun or launch.devices=N"
-            )
-        return int(text)
-
-    def text(self, name: str) -> str:
-        if name not in self.environment:
+    def text(name: str) -> str:
+        if name not in environment:
             raise UserError(
                 f"launch: the environment has a number of processes, but {name} is not set; start with torchrun, srun "
                 "or launch.devices=N, or unset WORLD_SIZE"
             )
-        return self.environment[name]
+        return environment[name]
+
+    def number(name: str, default: int | None = None) -> int:
+        value = text(name) if default is None else environment.get(name, str(default))
+        if not re.fullmatch(r"\s*[0-9]{1,18}\s*", value):
+            raise UserError(
+                f"launch: the environment variable {name} must be a whole number, got {value!r}; unset it, or launch "
+                "with torchrun, srun or launch.devices=N"
+            )
+        return int(value)
+
+    if (size := number("WORLD_SIZE", 1)) > 1:
+        local_rank, local_size = number("LOCAL_RANK"), number("LOCAL_WORLD_SIZE", size)
+        return RankInfo(number("RANK"), size, local_rank, local_size, text("MASTER_ADDR"), number("MASTER_PORT"))
+    # In a batch script, SLURM_NTASKS is the number of tasks that srun may start; the script itself is not one of them.
+    in_step = "SLURM_STEP_ID" in environment or "SLURM_SRUN_COMM_HOST" in environment
+    name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment or not in_step else "SLURM_NTASKS"
+    if (size := number(name, 1)) == 1:
+        return None
+    # As `4(x2),3`: of the first node. On nodes with other numbers of tasks, the CPU threads are divided less evenly.
+    per_node = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", ""))
+    local_size = min(size, int(match[0]) if (match := re.match(r"\d+", per_node)) else size)
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", ""))
+    address = environment.get("MASTER_ADDR", "127.0.0.1" if local_size == size else first_node(nodes))
+    port = number("MASTER_PORT", 15000 + number("SLURM_JOB_ID", 0) % 20000)
+    bound = "SLURM_GPUS_PER_TASK" in environment or environment.get("SLURM_GPU_BIND", "none") != "none"
+    return RankInfo(number("SLURM_PROCID"), size, number("SLURM_LOCALID"), local_size, address, port, bound)
 
 
 def first_node(nodes: str) -> str:
     """Return the first host of a list in Slurm's short form: `gpu[03-05,7],cpu1` gives `gpu03`."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
     return "127.0.0.1" if match is None else match[1] + (match[2] or "")
+
+
+def describe_lost(rank: int | None, count: int, cause: str = "killed or cut off (out of memory?)") -> str:
+    """Return the message for a rank that ended without a message of its own."""
+    who = "one of its processes" if rank is None else f"process {rank + 1} of {count}"
+    return (
+        f"{who} was {cause}; the last checkpoint is complete: run the same command with run_dir=FOLDER resume=auto to "
+        "continue"
+    )
 
 
 def uses_gpus(device: str) -> bool:
@@ -112,9 +108,6 @@ def check_launch(settings: Settings, info: RankInfo | None) -> None:
 
     Args:
         info: this process if torchrun or srun started it; None if `launch.devices` processes will be started.
-
-    Raises:
-        UserError: names the key and a valid value.
     """
     count, local_count = (info.world_size, info.local_world_size) if info else (settings.launch.devices,) * 2
     gpus = torch.cuda.device_count()
@@ -181,10 +174,6 @@ class World:
     def sync_step(self, model: nn.Module, sums: Tensor, poison: Tensor) -> None:
         """Sum `sums` and `poison` over ranks, average BatchNorm's running statistics, and exchange stop requests."""
 
-    def check_stop(self, stop: StopFlag) -> None:
-        """Raise StoppedError, in all ranks at the same call, if a signal asked any rank to stop."""
-        stop.check()
-
     def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over ranks, in one message; no host sync."""
 
@@ -209,34 +198,28 @@ class World:
 SINGLE = World()
 
 
-def gather_states(meter: Meter, world: World) -> list[dict[str, Tensor]]:
-    """Return the state of each rank's meter, ordered by rank."""
-    state = meter.state()
-    return [state] if world.size == 1 else world.all_gather({name: value.cpu() for name, value in state.items()})
+def gather_states(meter: Meter, world: World) -> dict[str, Tensor]:
+    """Return the state of every rank's meter, named `RANK/NAME`; a single process keeps its names."""
+    if world.size == 1:
+        return meter.state()
+    own = {f"{world.rank}/{name}": value.cpu() for name, value in meter.state().items()}
+    return {name: value for states in world.all_gather(own) for name, value in states.items()}
+
+
+def own_state(states: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Return the state of this rank's meter from the result of `gather_states`."""
+    prefix = f"{world.rank}/" if world.size > 1 else ""
+    return {name.removeprefix(prefix): value for name, value in states.items() if name.startswith(prefix)}
 
 
 def merge_meters(meter: Meter, empty: Meter, world: World) -> Meter:
     """Return one meter with the sums of all ranks, equal in each of them; `empty` receives the sums."""
     if world.size == 1:
         return meter
-    for state in gather_states(meter, world):
-        empty.merge(state)
+    states = gather_states(meter, world)
+    for rank in range(world.size):
+        empty.merge(own_state(states, World(rank, world.size)))
     return empty
-
-
-def pack_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Combine the meter states of all ranks into one dict; a single rank's state keeps its names."""
-    if len(states) == 1:
-        return dict(states[0])
-    return {f"{rank}/{name}": value for rank, state in enumerate(states) for name, value in state.items()}
-
-
-def unpack_state(packed: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Return this rank's part of the result of `pack_states`."""
-    if world.size == 1:
-        return dict(packed)
-    prefix = f"{world.rank}/"
-    return {name.removeprefix(prefix): value for name, value in packed.items() if name.startswith(prefix)}
 
 
 def check_replicas_equal(state: TrainState, world: World) -> bool:
@@ -257,8 +240,8 @@ def check_replicas_equal(state: TrainState, world: World) -> bool:
     if different:
         log.warning(
             "the ranks differ in %d of %d tensors after this epoch (first: %s); continuing with the values of rank 0",
-            len(different), len(tensors), different[0],
-        )  # fmt: skip
+            *(len(different), len(tensors), different[0]),
+        )
         world.broadcast_(list(tensors.values()))
     return not different
 
@@ -271,6 +254,10 @@ def replica_tensors(state: TrainState) -> dict[str, Tensor]:
     for number, values in enumerate(state.optimizer.state.values()):
         found |= {f"optimizer: {name} of parameter {number}": value for name, value in values.items()}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
@@ -308,8 +295,8 @@ def synchronize_norms(model: nn.Module) -> nn.Module:
     if kept:
         log.warning(
             "BatchNorm is not synchronized in %d layers of class %s (first: %s); each process uses its own images",
-            len(kept), ", ".join(sorted(set(kept.values()))), next(iter(kept)),
-        )  # fmt: skip
+            *(len(kept), ", ".join(sorted(set(kept.values()))), next(iter(kept))),
+        )
     return model
 
 

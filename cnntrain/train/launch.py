@@ -5,7 +5,6 @@ through which the ranks meet, on the loopback interface, and a file with the err
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import multiprocessing
@@ -28,8 +27,7 @@ from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, Stopped
 from cnntrain.io.safe_files import write_atomic
 from cnntrain.io.streams import output_to
 from cnntrain.memory import keep_freed_memory
-from cnntrain.train.distributed import RankInfo
-from cnntrain.train.watchdog import describe_lost
+from cnntrain.train.distributed import RankInfo, describe_lost
 
 FAILURE = "failure.json"
 Row = dict[str, float]
@@ -98,9 +96,7 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Callab
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns about find_unused_parameters
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", *(["SIGUSR1"] if "SLURM_JOB_ID" in os.environ else []))
     # A signal that is ignored here (SIGHUP under nohup) stays ignored.
-    handled = ",".join(n for n in names if signal.getsignal(getattr(signal, n)) is not signal.SIG_IGN)
-    fields = {field.name for field in dataclasses.fields(LaunchConfig)}
-    options: dict[str, Any] = {"signals_to_handle": handled} if "signals_to_handle" in fields else {}
+    handled = [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]
     with (
         tempfile.TemporaryDirectory(prefix="cnntrain-") as name,
         _store(count) as port,
@@ -109,11 +105,19 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Callab
     ):
         folder = Path(name)
         config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=folder.name, max_restarts=0, monitor_interval=0.1,
-            rdzv_backend="c10d", rdzv_endpoint=str(folder / "rendezvous"), rdzv_configs={"store_type": "file"},
-            local_addr="127.0.0.1", logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
-            **options,
-        )  # fmt: skip
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=folder.name,
+            max_restarts=0,
+            monitor_interval=0.1,
+            rdzv_backend="c10d",
+            rdzv_endpoint=str(folder / "rendezvous"),
+            rdzv_configs={"store_type": "file"},
+            local_addr="127.0.0.1",
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
+            signals_to_handle=",".join(handled),
+        )
         try:
             return elastic_launch(config, entry)(WorkerContext(port, folder, _log_file(), rows), *arguments)[0]
         except SignalException as error:
@@ -181,10 +185,8 @@ def _store(count: int) -> Iterator[int]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(16 * count)
         port = listener.getsockname()[1]
-        store = TCPStore(
-            "127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60),
-            master_listen_fd=listener.detach(),
-        )  # fmt: skip
+        options = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listener.detach()}
+        store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=60), **options)
         yield port
         del store
 

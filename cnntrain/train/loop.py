@@ -1,11 +1,12 @@
 """The training loop."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,7 @@ from cnntrain.models.modify import unfreeze
 from cnntrain.randomness import epoch_order
 from cnntrain.tasks.task import Meter, Task
 from cnntrain.train.device import Compute, seed_step
-from cnntrain.train.distributed import (
-    check_replicas_equal,
-    gather_states,
-    merge_meters,
-    pack_states,
-    unpack_state,
-)
+from cnntrain.train.distributed import check_replicas_equal, gather_states, merge_meters, own_state
 from cnntrain.train.evaluate import evaluate, predict_batch
 from cnntrain.train.nonfinite import NonFiniteGuard, explain_divergence, explain_validation, step_unless
 from cnntrain.train.optim import set_learning_rate
@@ -51,52 +46,58 @@ class Trainer:
         """Yield the remaining augmented batches of an epoch, each with its number of images in all ranks."""
         plan, shard = self.plan, self.compute.world.shard(self.pipeline)
         order = epoch_order(plan.seed, progress.epoch, len(self.training))
+        transform = self.pipeline.sample_transform(plan.seed, progress.epoch)
         batches = self.training.batches(
-            order, plan.batch_size, progress.batch, plan.drop_last,
-            transform=self.pipeline.sample_transform(plan.seed, progress.epoch), share=shard,
-        )  # fmt: skip
+            order, plan.batch_size, progress.batch, plan.drop_last, transform=transform, share=shard
+        )
         augmented = self.pipeline.augment_batches(batches, plan.seed, progress.epoch, self.training.is_cached)
         for number, batch in enumerate(augmented, progress.batch):
             rest = len(order) - number * plan.batch_size
-            yield (
-                shard.drop_predecessor(batch),
-                len(batch) if shard.count == 1 else min(plan.batch_size, rest),
-            )
+            yield shard.drop_predecessor(batch), len(batch) if shard.count == 1 else min(plan.batch_size, rest)
 
 
-class Logger(Protocol):
-    """Receives the metrics of a training run: progress bar, TensorBoard, CSV."""
+class Logger:
+    """Receives the metrics of a training run and does nothing with them; base class of those that do."""
 
     def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
     def log_epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
     def log_checkpoint(self, row: dict[str, float]) -> None: ...
     def log_batch(self, step: int, batch: Batch) -> None: ...
+    def finish(
+        self,
+        model: nn.Module,
+        meter: Meter,
+        mistakes: Any,
+        split: str,
+        best: Mapping[str, float],
+        test: Mapping[str, float],
+        step: int,
+    ) -> None: ...
 
 
-class NullLogger:
-    """A logger that does nothing."""
-
-    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
-    def log_epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
-    def log_checkpoint(self, row: dict[str, float]) -> None: ...
-    def log_batch(self, step: int, batch: Batch) -> None: ...
-
-
-class _TimedLogger(NullLogger):
-    """Measures the time of a logger, `seconds`, because drawing figures does not count as training time."""
+class _Stopwatch(Logger):
+    """Measures the time of an epoch without the time of its logger: drawing figures does not count as training."""
 
     def __init__(self, logger: Logger) -> None:
-        self.logger, self.seconds = logger, 0.0
+        self.logger, self.started = logger, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
 
     def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
-        started = time.perf_counter()
-        self.logger.log_step(step, epoch, batch, values)
-        self.seconds += time.perf_counter() - started
+        with self._paused():
+            self.logger.log_step(step, epoch, batch, values)
 
     def log_batch(self, step: int, batch: Batch) -> None:
-        started = time.perf_counter()
-        self.logger.log_batch(step, batch)
-        self.seconds += time.perf_counter() - started
+        with self._paused():
+            self.logger.log_batch(step, batch)
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        paused_at = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused_at
 
 
 def fit(trainer: Trainer, state: TrainState, logger: Logger, save: Callable[..., None], stop: StopFlag) -> None:
@@ -112,69 +113,76 @@ def fit(trainer: Trainer, state: TrainState, logger: Logger, save: Callable[...,
         DivergedError: a loss or a gradient is no longer finite.
         StoppedError: a signal was received; the state has been saved.
     """
-    task, compute, plan, progress = trainer.task, trainer.compute, trainer.plan, state.progress
-    world, timed = compute.world, _TimedLogger(logger)
-    guard = NonFiniteGuard(compute.device, state.scaler is not None, partial(explain_divergence, trainer, state))
+    plan, progress, world = trainer.plan, state.progress, trainer.compute.world
+    guard = NonFiniteGuard(
+        trainer.compute.device, state.scaler is not None, partial(explain_divergence, trainer, state)
+    )
     world.replicate(state.model)  # before the clock starts
     # A run interrupted after its last step still has to validate that epoch.
     while not progress.finished and (progress.step < plan.total_steps or progress.batch):
         world.barrier()  # rank 0 has logged and saved the epoch before
-        started, seconds_before, images_before = time.perf_counter(), progress.wall_s, progress.images
-        timed.seconds = 0.0
-        meter = task.meter()
-        if progress.batch and state.meter:
-            meter.load_state(unpack_state(state.meter, world), compute.device)
-
-        def elapsed(started: float = started) -> float:
-            return time.perf_counter() - started - timed.seconds
-
-        def save_position(meter: Meter = meter, before: float = seconds_before) -> None:
-            guard.raise_if_bad()
-            state.meter = pack_states(gather_states(meter, world))
-            progress.wall_s = before + elapsed()
-            save("last")
-            world.barrier()  # rank 0 writes
-
-        try:
-            train_epoch(trainer, state, meter, timed, guard, stop, save_position)
-            guard.raise_if_bad()
-            check_replicas_equal(state, world)
-            train_metrics = merge_meters(meter, task.meter(), world).compute()
-            images_per_s = (progress.images - images_before) / elapsed()
-            val_metrics = _validate(trainer, state, stop)
-        except StoppedError:
-            save_position()
-            raise
-
-        row = {"epoch": float(progress.epoch + 1), "step": float(progress.step)}
-        # Mixed labels have no correct answer to count.
-        shown = ("loss",) if trainer.pipeline.mixes_labels else tuple(train_metrics)
-        row |= {f"train/{name}": train_metrics[name] for name in shown}
-        row |= {f"val/{name}": value for name, value in val_metrics.items()}
-        row |= {"lr": state.optimizer.param_groups[0]["lr"], "images_per_s": images_per_s}
-        improved = is_better(row, progress.best, task.monitor)
+        row = _fit_epoch(trainer, state, logger, guard, save, stop)
+        improved = is_better(row, progress.best, trainer.task.monitor)
         if improved:
             progress.best = row
-        if progress.batch < plan.batches_per_epoch:  # `steps` ended the training within this epoch
-            state.meter = pack_states(gather_states(meter, world))
-        else:
-            state.schedule.observe(row.get("val/loss", row["train/loss"]))
+        if not progress.batch:
             progress.epochs_since_best = 0 if improved else progress.epochs_since_best + 1
-            progress.epoch, progress.batch, state.meter = progress.epoch + 1, 0, {}
         out_of_patience = plan.early_stopping is not None and progress.epochs_since_best >= plan.early_stopping
         progress.finished = progress.step >= plan.total_steps or out_of_patience
-        progress.wall_s = seconds_before + elapsed()
         logger.log_epoch(progress.step, row, improved)
         save("last", *(["best"] if improved else []))
         logger.log_checkpoint(row)
 
 
-def _validate(trainer: Trainer, state: TrainState, stop: StopFlag) -> dict[str, float]:
-    """Return the validation metrics; {} without a validation split.
+def _fit_epoch(
+    trainer: Trainer,
+    state: TrainState,
+    logger: Logger,
+    guard: NonFiniteGuard,
+    save: Callable[..., None],
+    stop: StopFlag,
+) -> dict[str, float]:
+    """Train and validate for the rest of an epoch, and advance the position; return the metrics."""
+    task, plan, progress, world = trainer.task, trainer.plan, state.progress, trainer.compute.world
+    stopwatch, seconds_before, images_before = _Stopwatch(logger), progress.wall_s, progress.images
+    meter = task.meter()
+    if progress.batch and state.meter:
+        meter.load_state(own_state(state.meter, world), trainer.compute.device)
 
-    Raises:
-        DivergedError: the validation loss is not finite.
-    """
+    def save_position() -> None:
+        guard.raise_if_bad()
+        state.meter = gather_states(meter, world)
+        progress.wall_s = seconds_before + stopwatch.seconds
+        save("last")
+        world.barrier()  # rank 0 writes
+
+    try:
+        train_epoch(trainer, state, meter, stopwatch, guard, stop, save_position)
+        guard.raise_if_bad()
+        check_replicas_equal(state, world)
+        train_metrics = merge_meters(meter, task.meter(), world).compute()
+        images_per_s = (progress.images - images_before) / stopwatch.seconds
+        val_metrics = _validate(trainer, state, stop)
+    except StoppedError:
+        save_position()
+        raise
+    row = {"epoch": float(progress.epoch + 1), "step": float(progress.step)}
+    # Mixed labels have no correct answer to count.
+    shown = ("loss",) if trainer.pipeline.mixes_labels else tuple(train_metrics)
+    row |= {f"train/{name}": train_metrics[name] for name in shown}
+    row |= {f"val/{name}": value for name, value in val_metrics.items()}
+    row |= {"lr": state.optimizer.param_groups[0]["lr"], "images_per_s": images_per_s}
+    if progress.batch < plan.batches_per_epoch:  # `steps` ended the training within this epoch
+        state.meter = gather_states(meter, world)
+    else:
+        state.schedule.observe(row.get("val/loss", row["train/loss"]))
+        progress.epoch, progress.batch, state.meter = progress.epoch + 1, 0, {}
+    progress.wall_s = seconds_before + stopwatch.seconds
+    return row
+
+
+def _validate(trainer: Trainer, state: TrainState, stop: StopFlag) -> dict[str, float]:
+    """Return the validation metrics; {} without a validation split."""
     if trainer.validation is None:
         return {}
     plan = trainer.plan

@@ -12,14 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from cnntrain.config.schema import LrFindSettings
 from cnntrain.errors import DivergedError, UserError
 from cnntrain.randomness import fork_generators
-from cnntrain.train.loop import NullLogger, Trainer, train_epoch
+from cnntrain.train.loop import Logger, Trainer, train_epoch
 from cnntrain.train.nonfinite import NonFiniteGuard
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.signals import StopFlag
@@ -87,25 +86,24 @@ class RangeTest:
     @property
     def decreases_from(self) -> float | None:
         """First rate at which the loss had decreased noticeably; None if it never did."""
-        threshold = self.initial_loss - self._noticeable_decrease
-        return next((r for r, loss in zip(self.rates, self.smoothed, strict=True) if loss < threshold), None)
+        step = self._decreases_at
+        return None if step is None else self.rates[step]
 
     @property
     def rate_sum_to_decrease(self) -> float | None:
         """Sum of the learning rates of all steps until the loss had decreased noticeably; None if it never did."""
-        total = 0.0
-        for rate, loss in zip(self.rates, self.smoothed, strict=True):
-            if loss < self.initial_loss - self._noticeable_decrease:
-                return total
-            total += rate
-        return None
+        step = self._decreases_at
+        return None if step is None else sum(self.rates[:step])
+
+    @property
+    def _decreases_at(self) -> int | None:
+        threshold = self.initial_loss - self._noticeable_decrease
+        return next((step for step, loss in enumerate(self.smoothed) if loss < threshold), None)
 
     @property
     def suggestion(self) -> float | None:
         """A tenth of the rate of divergence, or of the highest rate; None if the loss did not decrease."""
-        if not self._has_learned:
-            return None
-        return (self.diverged_at or self.rates[-1]) / 10
+        return (self.diverged_at or self.rates[-1]) / 10 if self._has_learned else None
 
     @property
     def steepest(self) -> float | None:
@@ -142,7 +140,7 @@ class _ExponentialGrowth(Schedule):
         super().__init__(total_steps=steps, steps_per_epoch=steps)
         self.lowest, self.ratio = lowest, highest / lowest
 
-    def factor(self, step: int) -> float:
+    def multiplier(self, step: int) -> float:
         return self.lowest * self.ratio ** (step / max(self.total_steps - 1, 1))
 
 
@@ -150,7 +148,7 @@ class _EndTest(Exception):
     """Ends the range test early."""
 
 
-class _LossRecorder(NullLogger):
+class _LossRecorder(Logger):
     """Record the loss of every step; end the test at divergence or at the deadline."""
 
     def __init__(self, ends_at: float) -> None:
@@ -188,7 +186,7 @@ def range_test(
     optimizer = make_optimizer(model)
     for group in optimizer.param_groups:
         group["peak_lr"] = group.get("lr_scale", 1.0)
-    scaler = torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None
+    scaler = compute.loss_scaler()
     schedule = _ExponentialGrowth(limits.lowest, limits.highest, steps)
     state = TrainState(model, optimizer, schedule, scaler)
     plan = replace(trainer.plan, total_steps=steps, log_every_steps=1, save_every_steps=None)
@@ -209,11 +207,7 @@ def range_test(
 
 
 def choose_learning_rate(test: RangeTest) -> float:
-    """Return the learning rate for `optimizer.lr=auto`, rounded to two digits; log the reason.
-
-    Raises:
-        UserError: the loss did not decrease at any rate.
-    """
+    """Return the learning rate for `optimizer.lr=auto`, rounded to two digits; log the reason."""
     if test.suggestion is None:
         raise UserError(
             f"optimizer.lr=auto: the loss does not decrease at any learning rate from {test.rates[0]:.1g} to "
@@ -221,9 +215,6 @@ def choose_learning_rate(test: RangeTest) -> float:
             "not learn"
         )
     rate = float(f"{test.suggestion:.2g}")
-    if test.diverged_at:
-        reason = f"a tenth of {test.diverged_at:.2g}, where the loss diverges"
-    else:
-        reason = f"a tenth of {test.rates[-1]:.2g}; the loss does not diverge"
-    log.info("optimizer.lr=auto: using optimizer.lr=%g (%s)", rate, reason)
+    end = f"{test.diverged_at:.2g}, where the loss diverges" if test.diverged_at else f"{test.rates[-1]:.2g}"
+    log.info("optimizer.lr=auto: using optimizer.lr=%g (a tenth of %s)", rate, end)
     return rate

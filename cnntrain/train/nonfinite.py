@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from cnntrain.data.loader import Loader
 from cnntrain.errors import DivergedError
-from cnntrain.randomness import epoch_order
 from cnntrain.train.device import seed_step
+from cnntrain.train.evaluate import predict_batch
 from cnntrain.train.optim import set_learning_rate
 from cnntrain.train.state import TrainState
 from cnntrain.types import Batch
@@ -77,11 +79,7 @@ class NonFiniteGuard:
         return bad if overflows is None else torch.maximum(bad, overflows.float())
 
     def raise_if_bad(self) -> None:
-        """Wait for the device, and raise if a step since the last call was not finite.
-
-        Raises:
-            DivergedError: a loss or a gradient was not finite.
-        """
+        """Wait for the device, and raise if a step since the last call was not finite."""
         if bad_steps := int(self._bad_steps):
             raise self.explain(self._last_batches[-bad_steps])
         self._last_batches.clear()
@@ -115,32 +113,32 @@ def explain_divergence(trainer: Trainer, state: TrainState, last_batch: int) -> 
     The weights must be those before the step. Each rank replays its own part, and the one that finds the value reports
     it.
     """
-    plan, compute, world = trainer.plan, trainer.compute, trainer.compute.world
+    plan, world = trainer.plan, trainer.compute.world
     progress, start = state.progress, last_batch - last_batch % plan.accumulate
     epoch, seen = progress.epoch, progress.batch
     steps_of_epoch = -(-seen // plan.accumulate) if seen >= plan.batches_per_epoch else seen // plan.accumulate
     step = progress.step - steps_of_epoch + last_batch // plan.accumulate
-    learning_rate = set_learning_rate(state.optimizer, state.schedule, step)
-    shard = world.shard(trainer.pipeline)
-    batches = trainer.training.batches(
-        epoch_order(plan.seed, epoch, len(trainer.training)), plan.batch_size, start, plan.drop_last,
-        transform=trainer.pipeline.sample_transform(plan.seed, epoch), share=shard,
-    )  # fmt: skip
+    set_learning_rate(state.optimizer, state.schedule, step)
     state.optimizer.zero_grad(set_to_none=True)
     loss, where, rows = float("nan"), None, torch.zeros(0, dtype=torch.int64)
-    for number, batch in zip(range(start, last_batch + 1), batches, strict=False):
-        augmented = shard.drop_predecessor(trainer.pipeline(batch, plan.seed, epoch))
+    batches = trainer.train_batches(replace(progress, batch=start))
+    for number, (batch, _) in zip(range(start, last_batch + 1), batches, strict=False):
         seed_step(plan.seed, "step", epoch, number, *world.seed)
-        loss, where = _replay(trainer, state, augmented)
-        rows = augmented.index
+        loss, where = _replay(trainer, state, batch)
+        rows = batch.index
         if where is not None:
             break
     world.defer_to_failed_rank(where is not None)
-    what = "the gradient is not finite" if torch.tensor(loss).isfinite() else f"the loss is {loss}"
+    what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+    where = where or NOT_REPRODUCED[trainer.compute.device.type == "cpu"]
+    return _diverged(f"{what} at step {step + 1}", state, where, _few_names(trainer.training, rows))
+
+
+def _diverged(what: str, state: TrainState, where: str, examples: str) -> DivergedError:
+    rate = state.optimizer.param_groups[0]["lr"]
     return DivergedError(
-        f"{what} at step {step + 1} (epoch {epoch + 1}, learning rate {learning_rate:.3g})\n{REMEDY}\n"
-        f"first not finite: {where or NOT_REPRODUCED[compute.device.type == 'cpu']}\n"
-        f"examples of that batch: {_few_names(trainer.training, rows)}"
+        f"{what} (epoch {state.progress.epoch + 1}, learning rate {rate:.3g})\n{REMEDY}\n"
+        f"first not finite: {where}\nexamples of that batch: {examples}"
     )
 
 
@@ -153,14 +151,11 @@ def _few_names(loader: Loader, rows: Tensor) -> str:
 
 def _replay(trainer: Trainer, state: TrainState, batch: Batch) -> tuple[float, str | None]:
     """Return the loss of a batch and the name of its first non-finite value, if there is one."""
-    compute = trainer.compute
     if not batch.images.isfinite().all():
         return float("nan"), "the images"
     model = state.model.train()
     with watch_layers(model) as found:
-        with compute.autocast():
-            outputs = model(batch.images.contiguous(memory_format=compute.memory_format))
-        loss_sum, count = trainer.task.loss(outputs.float(), batch.truth)
+        loss_sum, count = trainer.task.loss(predict_batch(model, batch.images, trainer.compute), batch.truth)
         loss = loss_sum / count.clamp(min=1e-12)
         if not found and not loss.isfinite():
             found.append("the loss (the outputs are finite)")
@@ -223,23 +218,18 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def explain_validation(trainer: Trainer, state: TrainState) -> DivergedError:
     """Find the first validation batch and layer with a non-finite value after the current epoch."""
-    model, progress = state.eval_model.eval(), state.progress
-    loader, compute = trainer.validation, trainer.compute
+    model, loader, compute = state.eval_model.eval(), trainer.validation, trainer.compute
     assert loader is not None
     where, names = "", "all"
     order = torch.arange(len(loader))
     for batch in loader.batches(order, trainer.plan.batch_size, share=compute.world.shard()):
         if not len(batch):
             continue
-        images = trainer.pipeline.eval_transform(batch).images
-        with watch_layers(model) as layers, compute.autocast():
-            model(images.contiguous(memory_format=compute.memory_format))
+        with watch_layers(model) as layers:
+            predict_batch(model, trainer.pipeline.eval_transform(batch).images, compute)
         if layers:
             where, names = layers[0], _few_names(loader, batch.index)
             break
     compute.world.defer_to_failed_rank(bool(where))
-    return DivergedError(
-        f"the validation loss is not finite after step {progress.step} (epoch {progress.epoch + 1}, learning rate "
-        f"{state.optimizer.param_groups[0]['lr']:.3g})\n{REMEDY}\n"
-        f"first not finite: {where or 'the loss (the outputs are finite)'}\nexamples of that batch: {names}"
-    )
+    what = f"the validation loss is not finite after step {state.progress.step}"
+    return _diverged(what, state, where or "the loss (the outputs are finite)", names)

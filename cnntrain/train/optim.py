@@ -20,70 +20,49 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.fx.GraphModule
 
 
 def make_optimizer(settings: Settings, model: nn.Module, compute: Compute) -> Optimizer:
-    """Build the configured optimizer for the parameters of `model`.
-
-    Raises:
-        UserError: a key of `optimizer` is invalid, or no parameter is trainable.
-    """
+    """Build the configured optimizer for the parameters of `model`."""
     node, common = split_common(settings.optimizer, OptimizerSettings)
-    chosen, factory = parse(OptimizerSettings, common, "optimizer."), _resolve(settings, node, compute)
-    with _explain_refusal(node):
+    chosen = parse(OptimizerSettings, common, "optimizer.")
+    with _resolved(settings, node, compute) as factory:
         return build_optimizer(
             factory, model, node.get("weight_decay", 0.0), chosen.decay_norms_and_biases, chosen.layer_decay
         )
 
 
 def check_optimizer(settings: Settings, compute: Compute) -> None:
-    """Check all keys of `optimizer` without a model, by one step on a small matrix. `lr=auto` is accepted.
-
-    Raises:
-        UserError: a key is invalid, or the optimizer needs more than gradients (LBFGS, SparseAdam).
-    """
+    """Check all keys of `optimizer` without a model, by one step on a small matrix. `lr=auto` is accepted."""
     node, common = split_common(settings.optimizer, OptimizerSettings)
     parse(OptimizerSettings, common, "optimizer.")
     if node.get("lr") == "auto":
         node["lr"] = 1.0
-    factory = _resolve(settings, node, compute)
-    with _explain_refusal(node):
+    with _resolved(settings, node, compute) as factory:
         check_single_step(factory)
 
 
-def _resolve(settings: Settings, node: Node, compute: Compute) -> Callable[..., Optimizer]:
+@contextlib.contextmanager
+def _resolved(settings: Settings, node: Node, compute: Compute) -> Iterator[Callable[..., Optimizer]]:
+    """Yield the factory of the configured optimizer; explain its errors."""
     for key in ("lr", "weight_decay"):
         check_value(node.get(key, 0.0), Annotated[float, Within(0)], f"optimizer.{key}")
-    fused = True if supports_fused(compute.device) else None
-    return resolve(node, "optimizer", "optimizer", settings.trusted_packages, fused=fused)
-
-
-@contextlib.contextmanager
-def _explain_refusal(node: Node) -> Iterator[None]:
+    fused = True if compute.device.type in ("cuda", "cpu") else None  # torch has fused kernels for these
+    factory = resolve(node, "optimizer", "optimizer", settings.trusted_packages, fused=fused)
     try:
-        yield
+        yield factory
     except (TypeError, ValueError, LookupError, RuntimeError) as error:
         name = node.get("name", node["_target_"])
         raise UserError(f"optimizer: {name} refused its arguments: {error}") from error
 
 
 def by_name(params: Any, name: str, lr: float, weight_decay: float, options: Mapping[str, Any] | None) -> Optimizer:
-    """Build any optimizer of torch.optim by its class name.
-
-    Raises:
-        UserError: there is no such optimizer, or it does not accept one of the options.
-    """
-    names = [
-        each
-        for each, cls in vars(torch.optim).items()
-        if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls is not Optimizer
-    ]
+    """Build any optimizer of torch.optim by its class name."""
+    classes = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and cls is not Optimizer}
+    names = [name for name, cls in classes.items() if issubclass(cls, Optimizer)]
     if name not in names:
         raise UserError(f"optimizer.name: torch.optim has no {name!r}{suggest(name, names)}")
     cls = getattr(torch.optim, name)
     accepted = list(inspect.signature(cls).parameters)
-    arguments = {
-        "lr": lr,
-        **({"weight_decay": weight_decay} if "weight_decay" in accepted else {}),
-        **(options or {}),
-    }
+    decay = {"weight_decay": weight_decay} if "weight_decay" in accepted else {}
+    arguments = {"lr": lr, **decay, **(options or {})}
     for option in arguments:
         if option not in accepted:
             raise UserError(f"optimizer.options.{option}: {name} takes no such argument{suggest(option, accepted)}")
@@ -91,11 +70,7 @@ def by_name(params: Any, name: str, lr: float, weight_decay: float, options: Map
 
 
 def check_single_step(factory: Callable[..., Optimizer]) -> None:
-    """Check that an optimizer can take a step from dense gradients alone.
-
-    Raises:
-        ValueError: it cannot; LBFGS recomputes the loss, and SparseAdam needs sparse gradients.
-    """
+    """Check that an optimizer can take a step from dense gradients alone (LBFGS and SparseAdam cannot)."""
     matrix = nn.Parameter(torch.ones(2, 2))
     optimizer = factory([{"params": [matrix]}])
     matrix.grad = torch.ones(2, 2)
@@ -123,9 +98,6 @@ def build_optimizer(
         factory: makes the optimizer from a list of parameter groups.
         layer_decay: factor of the learning rate from each layer to the one before it (Bao et al. 2022, BEiT); None:
             one learning rate for all layers. Groups store their factor as `lr_scale`.
-
-    Raises:
-        UserError: no parameter is trainable.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("model: no parameter is trainable; unfreeze some (model.freeze=null)")
@@ -184,7 +156,7 @@ def _layer_name(model: nn.Module, parameter: str) -> str:
 
 def set_learning_rate(optimizer: Optimizer, schedule: Schedule, step: int) -> float:
     """Set the learning rate of every group for this step, and the momentum if the schedule changes it."""
-    factor, momentum = schedule.factor(step), schedule.momentum(step)
+    factor, momentum = schedule.multiplier(step), schedule.momentum(step)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
         if momentum is not None and group.get("momentum"):
@@ -196,9 +168,4 @@ def set_learning_rate(optimizer: Optimizer, schedule: Schedule, step: int) -> fl
 
 def learning_rate_at(optimizer: Optimizer, schedule: Schedule, step: int) -> float:
     """Return the learning rate that `set_learning_rate` would set for the first group."""
-    return optimizer.param_groups[0]["peak_lr"] * schedule.factor(step)
-
-
-def supports_fused(device: torch.device) -> bool:
-    """Return True if torch has fused optimizer kernels for this device."""
-    return device.type in ("cuda", "cpu")
+    return optimizer.param_groups[0]["peak_lr"] * schedule.multiplier(step)

@@ -8,8 +8,10 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,22 +24,142 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, StoppedError, explain_machine
 from cnntrain.train.device import own_gpu
-from cnntrain.train.distributed import RankInfo, World, running_statistics
-from cnntrain.train.signals import AgreedStop, StopFlag
-from cnntrain.train.watchdog import Watchdog, describe_lost, end_process
+from cnntrain.train.distributed import RankInfo, World, describe_lost, running_statistics
+from cnntrain.train.signals import StopFlag
 
-JOIN_TIMEOUT_S = 300  # for all ranks to start
+JOIN_TIMEOUT = datetime.timedelta(seconds=300)  # for all ranks to start
 # The watchdog enforces launch.timeout_s. torch's timeouts would count the time in which all ranks were suspended.
 TORCH_TIMEOUT = datetime.timedelta(days=30)
 POLL_S = 0.02
+PERIOD_S = 0.5  # between two heartbeats
+SILENCE_S = 15.0  # without a heartbeat, a rank counts as lost
+LAST_WORDS_S = 10.0  # for the main thread to end by itself after another rank has failed
+
+
+class Watchdog:
+    """A thread in each rank that ends the process if another rank failed, stalled or disappeared.
+
+    The main thread can be stuck in a collective that never finishes, so it cannot notice this itself. torch's own
+    timeouts count the time in which all ranks were suspended (Ctrl-Z, SIGSTOP, Slurm's suspend) and would end such a
+    run when it is continued. This thread counts only the time in which it runs.
+
+    Args:
+        connect: opens a connection to the store, for heartbeats and for the first failure.
+        timeout_s: longest time between `begin` and `done`.
+        end: ends the process immediately, with an exit code and a message (None if another rank prints one).
+
+    Attributes:
+        failed: exit code of the rank that failed first; None while there is none.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Any], rank: int, size: int, timeout_s: float, end: Callable[[int, str | None], None]
+    ) -> None:
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self.failed: int | None = None
+        self._connect, self._exit = connect, end
+        self._store = connect()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._now_s, self._ticked_at = 0.0, time.monotonic()  # `_now_s`: time without suspensions
+        self._waits_since_s: float | None = None
+        self._predecessor = (rank - 1) % size
+        self._beat, self._beat_at_s = -1, 0.0  # of the predecessor
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(timeout=5)
+
+    def begin(self) -> None:
+        """Start the time limit of a collective, unless it has started already."""
+        if self._waits_since_s is None:
+            self._waits_since_s = self._now_s
+
+    def done(self) -> None:
+        """All ranks have answered."""
+        self._waits_since_s = None
+
+    def claim_failure(self, code: int) -> bool:
+        """Announce that this rank fails with exit code `code`; False if another rank was first."""
+        try:
+            first = self._store.compare_set("failure", "", f"{self.rank} {code}")
+        except RuntimeError:  # the host of the store has ended, and nobody can know who was first
+            return True
+        rank, self.failed = map(int, first.split())
+        return rank == self.rank
+
+    def wait_for_failure(self, seconds: float) -> int | None:
+        """Wait until the exit code of the rank that failed first is known; None if it is not within `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self.failed is None and time.monotonic() < deadline:
+            with contextlib.suppress(RuntimeError):
+                self._read_failure()
+            time.sleep(POLL_S)
+        return self.failed
+
+    def _read_failure(self) -> None:
+        if self.failed is None and self._store.check(["failure"]):
+            self.failed = int(self._store.get("failure").split()[1])
+
+    def _run(self) -> None:
+        while not self._closed.wait(PERIOD_S):
+            self._tick()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._now_s += min(now - self._ticked_at, 2 * PERIOD_S)
+        self._ticked_at = now
+        try:
+            self._store.add(f"beat/{self.rank}", 1)
+            beat = self._store.add(f"beat/{self._predecessor}", 0)
+            self._read_failure()
+        except RuntimeError:
+            # A suspension can outlast the request's timeout. Otherwise the host of the store closed the connection.
+            if time.monotonic() - now > 2 * PERIOD_S:
+                with contextlib.suppress(RuntimeError):
+                    self._store = self._connect()
+                    return
+            message = "rank 0 or the launcher has ended" if self.rank == 1 else None
+            self._exit_unless_closed(MachineError.exit_code, message)
+            return
+        if beat != self._beat:
+            self._beat, self._beat_at_s = beat, self._now_s
+        if self.failed is not None:
+            self._exit_unless_closed(self.failed, None)
+        elif self._waits_since_s is not None and self._now_s - self._waits_since_s > self.timeout_s:
+            self._fail(
+                f"a collective operation did not finish within launch.timeout_s={self.timeout_s:g}: another rank is "
+                "stuck, or the ranks disagree about what to compute"
+            )
+        elif self._now_s - self._beat_at_s > SILENCE_S:
+            self._fail(describe_lost(self._predecessor, self.size))
+
+    def _exit_unless_closed(self, code: int, message: str | None) -> None:
+        """End the process, unless the main thread ends by itself within a few seconds."""
+        if not self._closed.wait(LAST_WORDS_S):
+            self._exit(code, message)
+
+    def _fail(self, message: str) -> None:
+        first = self.claim_failure(MachineError.exit_code)
+        code = MachineError.exit_code if first or self.failed is None else self.failed
+        self._exit(code, message if first else None)
+
+
+def end_process(code: int, message: str | None) -> None:
+    """Print `message` and end the process, from any thread."""
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 class ProcessGroup(World):
     """One of several ranks."""
 
-    def __init__(self, info: RankInfo, store: Any, watchdog: Watchdog, stop: AgreedStop) -> None:
-        super().__init__(info.rank, info.world_size, info.local_rank, info.local_world_size)
-        self.stop = self.agreed_stop = stop
+    def __init__(self, info: RankInfo, store: Any, watchdog: Watchdog, stop: StopFlag) -> None:
+        super().__init__(info.rank, info.world_size, info.local_rank, info.local_world_size, stop)
         self.store, self.watchdog = store, watchdog
         self._numbers = itertools.count()  # of broadcasts and barriers
         self._replica: DistributedDataParallel | None = None
@@ -70,13 +192,13 @@ class ProcessGroup(World):
 
     @torch.no_grad()
     def sync_step(self, model: nn.Module, sums: Tensor, poison: Tensor) -> None:
-        requests = torch.tensor(self.agreed_stop.requests, dtype=torch.float32, device=sums.device)
+        requests = torch.tensor(self.stop.requests, dtype=torch.float32, device=sums.device)
         statistics = running_statistics(model)
         for value in statistics:
             value /= self.size
         self.all_reduce_([sums, poison, requests, *statistics])
         if sums.device.type != "cuda":
-            self.agreed_stop.agree(requests)
+            self.stop.agree(requests)
             return
         # Read the requests one step later, so that the host does not wait for the GPU's current step.
         previous, copied = self._requests, torch.cuda.Event()
@@ -85,13 +207,7 @@ class ProcessGroup(World):
         if previous is not None:
             with self._time_limit():
                 previous[1].synchronize()
-            self.agreed_stop.agree(previous[0])
-
-    def check_stop(self, stop: StopFlag) -> None:
-        requests = torch.tensor(self.agreed_stop.requests, dtype=torch.float32)
-        self.all_reduce_([requests])
-        self.agreed_stop.agree(requests)
-        stop.check()
+            self.stop.agree(previous[0])
 
     def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -227,26 +343,22 @@ def join_process_group(
         return PrefixStore(f"{prefix}/{name}", store)
 
     try:
-        store = connect("group", datetime.timedelta(seconds=JOIN_TIMEOUT_S), is_host)
-        _await_ranks(store, info.world_size)
+        store = connect("group", JOIN_TIMEOUT, is_host)
+        store.set(f"started/{info.rank}", "")
+        # Here, because init_process_group would wait for as long as for a collective.
+        store.wait([f"started/{rank}" for rank in range(info.world_size)], JOIN_TIMEOUT)
         store.set_timeout(TORCH_TIMEOUT)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=info.rank, world_size=info.world_size,
-            timeout=TORCH_TIMEOUT, device_id=own_gpu(info.local_rank) if cuda else None,
-        )  # fmt: skip
-        watchdog = Watchdog(
-            lambda: connect("watchdog", datetime.timedelta(seconds=10)),
-            info.rank,
-            info.world_size,
-            timeout_s,
-            end,
-        )
+        ranks = {"store": store, "rank": info.rank, "world_size": info.world_size, "timeout": TORCH_TIMEOUT}
+        backend, gpu = ("cpu:gloo,cuda:nccl", own_gpu(info.local_rank)) if cuda else ("gloo", None)
+        dist.init_process_group(backend, device_id=gpu, **ranks)
+        connect_watchdog = partial(connect, "watchdog", datetime.timedelta(seconds=10))
+        watchdog = Watchdog(connect_watchdog, info.rank, info.world_size, timeout_s, end)
     except (RuntimeError, ValueError) as error:
         raise MachineError(
             f"launch: the {info.world_size} processes could not connect at {info.address}:{info.port} "
             f"({str(error).splitlines()[0]})"
         ) from error
-    group = ProcessGroup(info, store, watchdog, AgreedStop(second_interrupt_kills=not launched))
+    group = ProcessGroup(info, store, watchdog, StopFlag(second_interrupt_kills=not launched, shared=True))
     watchdog.start()
     try:
         yield group
@@ -259,13 +371,3 @@ def join_process_group(
     finally:
         watchdog.close()
     dist.destroy_process_group()
-
-
-def _await_ranks(store: PrefixStore, size: int) -> None:
-    """Wait until all ranks have started: torch would wait as long as for a collective."""
-    deadline = time.monotonic() + JOIN_TIMEOUT_S
-    store.add("started", 1)
-    while (started := store.add("started", 0)) < size:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{started} of {size} started within {JOIN_TIMEOUT_S} s")
-        time.sleep(POLL_S)

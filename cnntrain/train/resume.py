@@ -33,31 +33,26 @@ from cnntrain.types import DataSpec
 log = logging.getLogger("cnntrain")
 # What a change of a setting means, by the longest matching prefix of its key. free: the result does not depend on it;
 # new: the new value applies from the resumed step on; fixed: it must not change.
+_FREE = (
+    "epochs steps early_stopping launch run_dir resume checkpoint log device threads deterministic expect "
+    "trusted_packages choices check bench overfit lr_find inspect preview sweep data.root data.file data.workers "
+    "data.cache data.scan data.timeout_s "
+    "model.pretrained"  # the weights come from the checkpoint
+)
+_NEW = "model.freeze model.unfreeze"
+_FIXED = "seed batch_size accumulate limit_batches task._target_ data model optimizer._target_ optimizer.name"
 CHANGE_RULES = {
     "": "new",
-    **dict.fromkeys(
-        ("epochs", "steps", "early_stopping", "launch", "run_dir", "resume", "checkpoint", "log", "device", "threads",
-         "deterministic", "expect", "trusted_packages", "choices", "check", "bench", "overfit", "lr_find", "inspect",
-         "preview", "sweep"),
-        "free",
-    ),
-    **dict.fromkeys(("seed", "batch_size", "accumulate", "limit_batches", "task._target_"), "fixed"),
-    "data": "fixed",
-    **dict.fromkeys(("data.root", "data.file", "data.workers", "data.cache", "data.scan", "data.timeout_s"), "free"),
-    "model": "fixed",
-    "model.pretrained": "free",  # the weights come from the checkpoint
-    **dict.fromkeys(("model.freeze", "model.unfreeze"), "new"),
-    **dict.fromkeys(("optimizer._target_", "optimizer.name"), "fixed"),
-}  # fmt: skip
+    **dict.fromkeys(_FREE.split(), "free"),
+    **dict.fromkeys(_NEW.split(), "new"),
+    **dict.fromkeys(_FIXED.split(), "fixed"),
+}
 MAX_SHOWN_PROBLEMS = 4
+Change = tuple[str, Any, Any]  # dotted key, value before, value after
 
 
 def find_run_dir(settings: Settings) -> Path | None:
-    """Return the folder that training will write to, from `run_dir` or `resume`; None for a new folder.
-
-    Raises:
-        UserError: `resume` does not name a checkpoint.
-    """
+    """Return the folder that training will write to, from `run_dir` or `resume`; None for a new folder."""
     if settings.run_dir:
         return Path(settings.run_dir)
     if settings.resume in ("none", "auto"):
@@ -66,11 +61,7 @@ def find_run_dir(settings: Settings) -> Path | None:
 
 
 def locate_checkpoint(path: Path, name: str) -> Path:
-    """Return the checkpoint that `path` names: the file itself, or the file called `name` in a run folder.
-
-    Raises:
-        UserError: there is no checkpoint.
-    """
+    """Return the checkpoint that `path` names: the file itself, or the file called `name` in a run folder."""
     if path.is_file():
         return path
     for candidate in (path / "checkpoints" / name, path / name):
@@ -89,20 +80,33 @@ def load_resume_checkpoint(settings: Settings) -> tuple[Path, dict[str, Any]] | 
     Raises:
         UserError: the named checkpoint does not exist, or a later state or another run would be overwritten.
     """
-    source = _resume_source(settings)
-    if source is None:
-        return None
-    content, folder = load_validated(source), find_run_dir(settings)
-    last = folder / "checkpoints" / "last.pt" if folder else source
-    if not last.is_file() or last.samefile(source):
+    if settings.resume == "auto" and not settings.run_dir:
+        raise UserError(
+            "resume: auto continues the run in run_dir, but run_dir is not set; add run_dir=FOLDER, or name the run "
+            "with resume=FOLDER"
+        )
+    folder = find_run_dir(settings)
+    last = folder / "checkpoints" / "last.pt" if folder else None
+    if last and last.exists() and not last.is_file():
+        raise UserError(f"{last}: is not a file; remove it, or choose another run_dir")
+    own = last if last and last.exists() else None
+    if settings.resume == "none" and own:
+        raise UserError(
+            f"run_dir: {folder} already contains a run; continue it with resume=auto, or choose another folder"
+        )
+    if settings.resume in ("none", "auto"):
+        return (own, load_validated(own)) if own else None
+    source = locate_checkpoint(Path(settings.resume), "last.pt")
+    content = load_validated(source)
+    if not own or own.samefile(source):
         return source, content
-    own_content = load_validated(last)
+    own_content = load_validated(own)
     (run_id, _), (own_id, own_ancestors) = _read_identity(content), _read_identity(own_content)
     step, own_step = (each["state"]["progress"]["step"] for each in (content, own_content))
-    if folder and last.parent.resolve() == source.parent.resolve():
+    if own.parent.resolve() == source.parent.resolve():
         if step != own_step:
             raise UserError(
-                f"resume: {source} is at step {step}; resuming from it would overwrite {last} at step {own_step}; "
+                f"resume: {source} is at step {step}; resuming from it would overwrite {own} at step {own_step}; "
                 f"use {typed(resume='auto', run_dir=folder)} to continue from there, or another run_dir to go back"
             )
     elif run_id is None or not (run_id in own_ancestors or (run_id == own_id and step <= own_step)):
@@ -112,32 +116,7 @@ def load_resume_checkpoint(settings: Settings) -> tuple[Path, dict[str, Any]] | 
         )
     else:
         log.info("resume: %s was started from %s and continues from its own checkpoint", folder, source)
-    return last, own_content
-
-
-def _resume_source(settings: Settings) -> Path | None:
-    """Return the checkpoint that `resume` and `run_dir` name; None to start from scratch.
-
-    Raises:
-        UserError: the named checkpoint does not exist, or a run would be overwritten.
-    """
-    if settings.resume == "auto" and not settings.run_dir:
-        raise UserError(
-            "resume: auto continues the run in run_dir, but run_dir is not set; add run_dir=FOLDER, or name the run "
-            "with resume=FOLDER"
-        )
-    own_last = Path(settings.run_dir) / "checkpoints" / "last.pt" if settings.run_dir else None
-    exists = own_last is not None and own_last.exists()
-    if own_last and exists and not own_last.is_file():
-        raise UserError(f"{own_last}: is not a file; remove it, or choose another run_dir")
-    if settings.resume == "none" and exists:
-        raise UserError(
-            f"run_dir: {settings.run_dir} already contains a run; continue it with resume=auto, or choose another "
-            "folder"
-        )
-    if settings.resume in ("none", "auto"):
-        return own_last if exists else None
-    return locate_checkpoint(Path(settings.resume), "last.pt")
+    return own, own_content
 
 
 def run_identity(content: Mapping[str, Any] | None, same_folder: bool) -> dict[str, Any]:
@@ -195,7 +174,7 @@ def keep_resolved_values(settings: Settings, content: Mapping[str, Any], world: 
     Precision and threads depend on the machine. They are kept only for the same type of device and the same number of
     ranks; threads also require that this machine has enough cores.
     """
-    resolved, saved = content.get("resolved", {}), content["config"]
+    resolved, saved = content["resolved"], content["config"]
     kept: dict[str, Any] = {}
     device = choose_compute(settings.device, "fp32", settings.channels_last, world).device.type
     if (resolved.get("device"), resolved.get("processes")) == (device, world.size):
@@ -222,9 +201,6 @@ def resume(
     """Load the checkpoint `source` with this content into `state`.
 
     Returns the checkpoint of the best epoch so far; None if there is none or it was lost.
-
-    Raises:
-        UserError: the checkpoint does not fit this training; describes both.
     """
     changed = changed_settings(content["config"], dataclasses.asdict(components.settings))
     _reject_mismatches(content, source, changed, components, data)
@@ -251,58 +227,55 @@ def resume(
 
 
 def _reject_mismatches(
-    content: Mapping[str, Any],
-    source: Path,
-    changed: Sequence[tuple[str, Any, Any]],
-    components: Components,
-    data: Data,
+    content: Mapping[str, Any], source: Path, changed: Sequence[Change], components: Components, data: Data
 ) -> None:
     """Raise an error that describes both trainings if the checkpoint does not fit this one."""
-    weights, spec = content["state"]["model"], DataSpec(**content["spec"])
-    own_weights = components.model.state_dict()
+    weights, own_weights = content["state"]["model"], components.model.state_dict()
+    spec, config = DataSpec(**content["spec"]), dataclasses.asdict(components.settings)
+    before, now = spec.classes or spec.keypoints, data.spec.classes or data.spec.keypoints
     problems = [
-        (key, f"{key}: was {_short(before)}, is {_short(now)}")
-        for key, before, now in changed
+        (key.partition(".")[0], f"{key}: was {_short(old)}, is {_short(new)}")
+        for key, old, new in changed
         if change_rule(key) == "fixed"
     ]
     problems += [("model", problem) for problem in weight_mismatches(weights, own_weights)]
-    problems += [("data", problem) for problem in _changed_names(_names(spec), _names(data.spec))]
+    if before != now:
+        removed, added = (
+            ", ".join(n for n in ours if n not in theirs) for ours, theirs in ((before, now), (now, before))
+        )
+        what = f"removed: {_short(removed)}; new: {_short(added)}" if removed or added else "in another order"
+        problems.append(("data", f"names {what}"))
     if not same_data(content["fingerprint"], data.fingerprint):
         only_images = same_examples(content["fingerprint"], data.fingerprint)
         what = "the images changed, but not their names and targets" if only_images else "examples"
         problems.append(("data", f"{what}: were {content['fingerprint']}, are {data.fingerprint} (count-hash-hash)"))
     if problems:
-        kind = {"model": "network", "data": "dataset"}.get(problems[0][0].partition(".")[0], "training")
+        kind = {"model": "network", "data": "dataset"}.get(problems[0][0], "training")
         hidden = len(problems) - MAX_SHOWN_PROBLEMS
         lines = [
             f"resume: {source} is from another {kind}; use the settings of that run (run.json has its command), or "
             "start a new run in another run_dir",
-            f"checkpoint: {_describe(content['config'], spec, weights)}",
-            f"now:        {_describe(dataclasses.asdict(components.settings), data.spec, own_weights)}",
+            f"checkpoint: {_describe(content['config'], before, weights)}",
+            f"now:        {_describe(config, now, own_weights)}",
             *(problem for _, problem in problems[:MAX_SHOWN_PROBLEMS]),
             *([f"and {hidden} more differences"] if hidden > 0 else []),
         ]
         raise UserError("\n  ".join(lines))
-    progress = content["state"]["progress"]
-    before, now = content.get("resolved", {}).get("processes", 1), components.compute.world.size
-    if progress["batch"] and before != now:
+    progress, processes = content["state"]["progress"], content["resolved"].get("processes", 1)
+    if progress["batch"] and processes != components.compute.world.size:
         raise UserError(
-            f"resume: {source} was saved in the middle of epoch {progress['epoch'] + 1} with launch.devices={before}; "
-            f"it cannot be resumed with {now}; use launch.devices={before} (the number may change only between epochs)"
+            f"resume: {source} was saved in the middle of epoch {progress['epoch'] + 1} with "
+            f"launch.devices={processes}; it cannot be resumed with {components.compute.world.size}; use "
+            f"launch.devices={processes} (the number may change only between epochs)"
         )
 
 
-def _log_changes(
-    changed: list[tuple[str, Any, Any]], content: Mapping[str, Any], components: Components, state: TrainState
-) -> None:
+def _log_changes(changed: list[Change], content: Mapping[str, Any], components: Components, state: TrainState) -> None:
     """Log settings that apply from the resumed step on, and a jump of the learning rate."""
-    resolved, precision = content.get("resolved", {}), components.compute.precision
+    resolved, precision = content["resolved"], components.compute.precision
     keys = [key for key, *_ in changed]
-    if resolved.get("precision", precision) != precision and "precision" not in keys:
-        changed = [
-            *changed,
-            ("precision", resolved["precision"], precision),
-        ]  # `auto` resolved to another value
+    if resolved.get("precision", precision) != precision and "precision" not in keys:  # `auto` has another meaning
+        changed = [*changed, ("precision", resolved["precision"], precision)]
     for key, before, now in changed:
         if change_rule(key) == "new" and not (before == "auto" and now == resolved.get(key)):
             log.warning("resume: %s was %s and is %s from the resumed step on", key, _short(before), _short(now))
@@ -312,12 +285,12 @@ def _log_changes(
     if not step or step >= schedule.total_steps or not (shape or (length and not schedule.state())):
         return
     peak, last = state.optimizer.param_groups[0]["peak_lr"], state.optimizer.param_groups[0]["lr"]
-    if not math.isclose(peak * schedule.factor(step - 1), last, rel_tol=1e-6):
+    if not math.isclose(peak * schedule.multiplier(step - 1), last, rel_tol=1e-6):
         log.warning(
             "resume: the learning rate jumps from %.3g at step %d to %.3g at the next step because %s changed and the "
             "schedule spans the whole training; use schedule=constant to extend a run without a jump",
-            last, step, peak * schedule.factor(step), ", ".join([*length, *shape]),
-        )  # fmt: skip
+            *(last, step, peak * schedule.multiplier(step), ", ".join([*length, *shape])),
+        )
 
 
 def _find_best(source: Path, state: TrainState) -> Path | None:
@@ -349,11 +322,9 @@ def change_rule(key: str) -> str:
     return CHANGE_RULES[key]
 
 
-def changed_settings(
-    before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = ""
-) -> list[tuple[str, Any, Any]]:
-    """Return (dotted key, value before, value after) of all settings that differ."""
-    changed: list[tuple[str, Any, Any]] = []
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[Change]:
+    """Return all settings that differ."""
+    changed: list[Change] = []
     for key in dict.fromkeys([*before, *after]):
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -372,24 +343,12 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
     return flat
 
 
-def _names(spec: DataSpec) -> tuple[str, ...]:
-    return spec.classes or spec.keypoints
-
-
-def _changed_names(before: tuple[str, ...], now: tuple[str, ...]) -> list[str]:
-    removed, added = [n for n in before if n not in now], [n for n in now if n not in before]
-    parts = [f"{what}: {_short(', '.join(n))}" for what, n in (("removed", removed), ("new", added)) if n]
-    if parts:
-        return ["names " + "; ".join(parts)]
-    return ["names in another order"] if before != now else []
-
-
-def _describe(config: Mapping[str, Any], spec: DataSpec, weights: Mapping[str, Any]) -> str:
-    choices, names = config["choices"], _names(spec)
-    kind = "classes" if spec.classes else "keypoints"
-    listed = f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-    count = sum(value.numel() for value in weights.values())
-    return f"model={choices.get('model')} ({count:,} weights), data={choices.get('data')}, {listed}"
+def _describe(config: Mapping[str, Any], names: tuple[str, ...], weights: Mapping[str, Any]) -> str:
+    count, choices = sum(value.numel() for value in weights.values()), config["choices"]
+    listed = ", ".join([*names[:5], *["..."] * (len(names) > 5)])
+    return (
+        f"model={choices.get('model')} ({count:,} weights), data={choices.get('data')}, {len(names)} names ({listed})"
+    )
 
 
 def _short(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from cnntrain.tasks.task import Task
 from cnntrain.train import checkpoint
 from cnntrain.train.checkpoint import CheckpointWriter, load_weights
 from cnntrain.train.evaluate import evaluate
-from cnntrain.train.loop import Logger, NullLogger, Trainer, fit
+from cnntrain.train.loop import Logger, Trainer, fit
 from cnntrain.train.setup import Components
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import TrainingPlan, TrainState
@@ -28,35 +28,20 @@ log = logging.getLogger("cnntrain")
 MISTAKES_SHOWN = 24
 
 
-class RunLogger(Logger, Protocol):
-    """A logger that also receives the results at the end of a run."""
-
-    def finish(
-        self,
-        model: nn.Module,
-        meter: Meter,
-        mistakes: Any,
-        split: str,
-        best: Mapping[str, float],
-        test: Mapping[str, float],
-        step: int,
-    ) -> None: ...
-
-
 def train_to_the_end(
     components: Components,
     data: Data,
     plan: TrainingPlan,
     state: TrainState,
     writer: CheckpointWriter,
-    logger: RunLogger | None,
+    logger: Logger,
     stop: StopFlag,
 ) -> dict[str, Any]:
     """Train, evaluate the weights of the best epoch, and use the test set once.
 
     Args:
         state: the initial state, or the state of a checkpoint.
-        logger: None on all ranks but rank 0.
+        logger: does nothing on all ranks but rank 0.
 
     Returns:
         The content of results.json; {} on all ranks but rank 0.
@@ -66,12 +51,8 @@ def train_to_the_end(
         DivergedError: the loss or a gradient is not finite.
         MachineError: a loader worker died.
     """
-    settings, compute, task, world = (
-        components.settings,
-        components.compute,
-        components.task,
-        components.compute.world,
-    )
+    settings, compute, task = components.settings, components.compute, components.task
+    world = compute.world
     training = components.loader(data.train, augmented=True)
     validation = components.loader(data.val) if data.val else None
     trainer = Trainer(task, components.pipeline, compute, plan, training, validation)
@@ -91,7 +72,7 @@ def train_to_the_end(
     if data.test is not None:
         test_meter, _ = _evaluate(best, components, components.loader(data.test), plan, stop)
         test = {f"test/{name}": value for name, value in test_meter.compute().items()}
-    if logger is None:
+    if not world.is_main:
         return {}
     mistakes = _draw_mistakes(best, components, selection, hardest) if settings.log.figures else None
     split = "validation" if validation else "training"
@@ -101,16 +82,11 @@ def train_to_the_end(
 
 
 def _fit(
-    trainer: Trainer,
-    state: TrainState,
-    writer: CheckpointWriter,
-    logger: RunLogger | None,
-    stop: StopFlag,
-    timeout_s: int,
+    trainer: Trainer, state: TrainState, writer: CheckpointWriter, logger: Logger, stop: StopFlag, timeout_s: int
 ) -> None:
     """Call `fit`; add to its errors what the user can do."""
     try:
-        fit(trainer, state, logger or NullLogger(), writer.save, stop)
+        fit(trainer, state, logger, writer.save, stop)
     except StoppedError as error:
         override = typed(run_dir=writer.run.path, resume="auto")
         raise StoppedError(

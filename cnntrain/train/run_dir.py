@@ -15,7 +15,7 @@ from typing import Any
 
 from cnntrain.errors import MachineError, UserError
 from cnntrain.io import safe_files as files
-from cnntrain.train.git import find_commit
+from cnntrain.io.git import find_commit
 
 log = logging.getLogger("cnntrain")
 TEMPORARY_NAME = re.compile(r"\..+\.[0-9]+\.tmp")  # as named by `safe_files.open_atomic`
@@ -90,8 +90,9 @@ def _lock_file(folder: Path, locks: contextlib.ExitStack) -> None:
             if unsupported:
                 log.warning(
                     "run_dir: the file system of %s does not support file locks (%s); do not start a second process "
-                    "in this folder, it would not be detected", folder, unsupported,
-                )  # fmt: skip
+                    "in this folder, it would not be detected",
+                    *(folder, unsupported),
+                )
             locks.enter_context(opened.pop_all())
             return
 

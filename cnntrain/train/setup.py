@@ -1,43 +1,33 @@
-"""Build the components of a run from its settings, and resolve `auto` values. Shared by all commands."""
+"""Build the components of a run from its settings, without reading data. Shared by all commands."""
 
 import dataclasses
+import inspect
 import logging
-import math
+import re
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.config.schema import DataSettings, Settings
+from cnntrain.config.instantiate import build, resolve
+from cnntrain.config.schema import DataSettings, ModelSettings, Node, Settings, parse, split_common
 from cnntrain.data.examples import Examples, Source
 from cnntrain.data.load import Data, align_labels, load_data
 from cnntrain.data.loader import Loader, make_loader
 from cnntrain.errors import UserError
-from cnntrain.models.modify import count_trainable, is_pretrained
-from cnntrain.models.pretrained import Preprocessing, Weights
+from cnntrain.models.modify import apply_model_settings, count_trainable, is_pretrained, materialize
+from cnntrain.models.pretrained import Preprocessing, Weights, find_weights
+from cnntrain.summary.design_warnings import SMALL_FIELD
+from cnntrain.summary.preflight import output_size, preflight
+from cnntrain.summary.trace import as_meta
 from cnntrain.tasks.task import Task
-from cnntrain.train.batch_size import choose_batch_size
-from cnntrain.train.device import Compute, choose_compute, prepare_torch
-from cnntrain.train.distributed import SINGLE, World, synchronize_norms
-from cnntrain.train.loop import Trainer
-from cnntrain.train.lr_finder import RangeTest, choose_learning_rate, range_test
-from cnntrain.train.optim import check_optimizer, make_optimizer
-from cnntrain.train.parts import (
-    build_model,
-    build_pipeline,
-    build_schedule,
-    build_source,
-    build_task,
-    find_pretrained_weights,
-    split_data,
-    with_configured_statistics,
-)
+from cnntrain.train.checkpoint import validate_checkpoint
+from cnntrain.train.device import Compute, choose_compute, prepare_torch, seed_step
+from cnntrain.train.distributed import SINGLE, World
+from cnntrain.train.optim import check_optimizer
 from cnntrain.train.schedule import Schedule
-from cnntrain.train.signals import StopFlag, stop_flag
-from cnntrain.train.state import ModelEMA, TrainingPlan, TrainState
-from cnntrain.train.step_timer import StepTimer, make_step_timer
 from cnntrain.types import DataSpec
 
 log = logging.getLogger("cnntrain")
@@ -72,10 +62,8 @@ class Components:
         """
         chosen = self.data_settings
         magnification = self.pipeline.magnification if augmented else 1.0
-        data = load_data(
-            self.source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit,
-            chosen.cache, chosen.scan, magnification, chosen.bits,
-        )  # fmt: skip
+        split = (chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit)
+        data = load_data(self.source, *split, chosen.cache, chosen.scan, magnification, chosen.bits)
         if self.spec.mean is None:
             self.spec = data.spec
         align_labels(data, self.spec)
@@ -95,10 +83,7 @@ class Components:
         """
         chosen, per_sample = self.data_settings, augmented and bool(self.pipeline.per_sample)
         if per_sample:
-            log.info(
-                "augment: %s transform single images, so workers load them",
-                ", ".join(self.pipeline.per_sample),
-            )
+            log.info("augment: %s transform single images, so workers load them", ", ".join(self.pipeline.per_sample))
             names = [item.name for item in self.pipeline.per_sample.values()]
             if "RandomResizedCrop" in names:
                 log.warning(
@@ -137,22 +122,13 @@ def build_components(
         log.warning("augment: a mirrored image of these data means something else (digits, text); take the flip out")
     model = build_model(settings, spec, task, pipeline.output_size, weights, show_warnings=not is_restored)
     if not is_restored:
-        check_optimization(settings, compute)
+        check_optimizer(settings, compute)
+        build_schedule(settings, total_steps=1, steps_per_epoch=1)
         log_frozen_layers(settings, model, resumes)
     pretraining = weights.preprocessing if weights else None
     return Components(
         settings, compute, source, data_settings, spec, task, model.to(compute.device), pipeline, pretraining
     )
-
-
-def check_optimization(settings: Settings, compute: Compute) -> None:
-    """Check all keys of `optimizer` and `schedule` before any data is read.
-
-    Raises:
-        UserError: a key is invalid.
-    """
-    check_optimizer(settings, compute)
-    build_schedule(settings, total_steps=1, steps_per_epoch=1)
 
 
 def use_pretrained_size(settings: Settings, weights: Weights | None) -> Settings:
@@ -165,11 +141,7 @@ def use_pretrained_size(settings: Settings, weights: Weights | None) -> Settings
     size = weights.preprocessing.size if weights.preprocessing else None
     if size and "size" in data and data["size"] is None:
         data["size"] = size[0] if size[0] == size[1] else list(size)
-        log.info(
-            "model.pretrained=%s: using the image size of these weights, data.size=%s",
-            weights.name,
-            data["size"],
-        )
+        log.info("model.pretrained=%s: using the image size of these weights, data.size=%s", weights.name, data["size"])
     return dataclasses.replace(settings, model=model, data=data)
 
 
@@ -178,17 +150,12 @@ def use_pretrained_statistics(settings: Settings, weights: Weights | None, chann
     if weights is None or (settings.data.get("mean"), settings.data.get("std")) != (None, None):
         return settings
     if weights.preprocessing is None:
-        log.info(
-            "model.pretrained=%s: these weights have no known mean and std; measuring data.mean and data.std",
-            weights.name,
-        )
+        log.info("model.pretrained=%s: these weights have no known mean and std, so they are measured", weights.name)
         return settings
     mean, std = (list(values) for values in weights.preprocessing.statistics(channels))
     shown = ("[" + ",".join(f"{value:.4g}" for value in values) + "]" for values in (mean, std))
     log.info(
-        "model.pretrained=%s: using the statistics of these weights, data.mean=%s data.std=%s",
-        weights.name,
-        *shown,
+        "model.pretrained=%s: using the statistics of these weights, data.mean=%s data.std=%s", weights.name, *shown
     )
     return dataclasses.replace(settings, data={**settings.data, "mean": mean, "std": std})
 
@@ -198,157 +165,181 @@ def log_frozen_layers(settings: Settings, model: nn.Module, resumes: bool) -> No
     freeze = settings.model.get("freeze")
     if freeze is None:
         return
-    trained, total = count_trainable(model)
+    trained, total = (f"{count:,}" for count in count_trainable(model))
     if resumes or is_pretrained(model):
-        log.info("model.freeze=%s: %s of %s parameters are trainable", freeze, f"{trained:,}", f"{total:,}")
+        log.info("model.freeze=%s: %s of %s parameters are trainable", freeze, trained, total)
         return
     log.warning(
         "model.freeze=%s without model.pretrained: %s of %s parameters are trainable, the others keep random weights; "
         "set model.pretrained (DEFAULT, a file, or a run folder), or set model.freeze=null",
-        freeze, f"{trained:,}", f"{total:,}",
-    )  # fmt: skip
-
-
-def build_training_parts(components: Components, data: Data) -> tuple[TrainingPlan, Optimizer, Schedule]:
-    """Build the plan, the optimizer and the schedule for a dataset.
-
-    Resolves `batch_size=auto` and `optimizer.lr=auto`, in `components.settings` too.
-
-    Raises:
-        UserError: there are fewer images than ranks, or no learning rate can be found.
-    """
-    settings, world = components.settings, components.compute.world
-    has_auto_lr = settings.optimizer.get("lr") == "auto"
-    if has_auto_lr:  # any number, until the range test has found one
-        settings = components.settings = with_learning_rate(settings, 1.0)
-    batch_size = settings.fixed_batch_size or search_batch_size(components, data)
-    settings = components.settings = dataclasses.replace(settings, batch_size=batch_size)
-    plan = make_plan(settings, components, len(data.train), batch_size)
-    schedule = build_schedule(settings, plan.total_steps, plan.steps_per_epoch)
-    if has_auto_lr:
-        # On rank 0 alone, so that the result does not depend on the number of ranks.
-        with stop_flag() as stop:
-            rate = None
-            if world.is_main:
-                rate = choose_learning_rate(run_range_test(components, data, plan, stop))
-        settings = components.settings = with_learning_rate(settings, world.broadcast(rate))
-    return plan, make_optimizer(settings, components.model, components.compute), schedule
-
-
-def make_plan(settings: Settings, components: Components, count: int, batch_size: int) -> TrainingPlan:
-    """Compute the number of batches and steps for `count` training images; log what differs from the settings."""
-    compute, world = components.compute, components.compute.world
-    has_norm = has_batch_norm(components.model)
-    rest, needed = count % batch_size, smallest_batch(has_norm, compute)
-    if count < world.size:
-        raise UserError(f"launch.devices: {count} training images are too few for {world.size} processes")
-    if drop_last := count > batch_size and 0 < rest < needed:
-        log.info(
-            "the last batch of each epoch is left out: it has %d images, and %s at least %d", rest,
-            "BatchNorm needs" if has_norm else f"{world.size} processes need", needed,
-        )  # fmt: skip
-    if has_norm and world.size > 1 and compute.device.type != "cuda":
-        log.info(
-            "BatchNorm is not synchronized on CPUs: it normalizes each process's part of a batch (%d images) by itself",
-            batch_size // world.size,
-        )
-    batches = count // batch_size if drop_last else -(-count // batch_size)
-    if settings.limit_batches is not None:
-        batches = min(batches, settings.limit_batches)
-        log.info(
-            "limit_batches=%d: each epoch, validation and test uses at most %d images; the metrics are not those of "
-            "the whole data set",
-            settings.limit_batches, settings.limit_batches * batch_size,
-        )  # fmt: skip
-    steps_per_epoch = -(-batches // settings.accumulate)
-    plan = TrainingPlan(
-        seed=settings.seed,
-        batch_size=batch_size,
-        batches_per_epoch=batches,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=settings.steps or settings.epochs * steps_per_epoch,
-        accumulate=settings.accumulate,
-        clip_grad_norm=settings.clip_grad_norm,
-        early_stopping=settings.early_stopping,
-        log_every_steps=settings.log.every_steps,
-        save_every_steps=settings.checkpoint.every_steps,
-        limit_batches=settings.limit_batches,
-        drop_last=drop_last,
-        unfreeze_epoch=settings.model.get("unfreeze"),
-        processes=world.size,
+        *(freeze, trained, total),
     )
-    if plan.unfreeze_epoch and (plan.unfreeze_epoch - 1) * steps_per_epoch >= plan.total_steps:
-        log.warning("model.unfreeze=%d: the training ends before that epoch", plan.unfreeze_epoch)
-    return plan
 
 
-def has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+def build_source(settings: Settings) -> tuple[Source, DataSettings]:
+    """Build the data source without reading any data; return it with the settings common to all data sources."""
+    node, common = split_data(settings)
+    factory = resolve(node, "data", "data", settings.trusted_packages)
+    target = factory.func if isinstance(factory, partial) else factory
+    if inspect.isclass(target) and not _is_source(target):
+        raise _not_a_source(node["_target_"], target)
+    source = build(node, "data", "data", settings.trusted_packages)
+    if not _is_source(source):
+        raise _not_a_source(node["_target_"], type(source))
+    return source, common
 
 
-def smallest_batch(has_norm: bool, compute: Compute) -> int:
-    """Return the number of images that a batch needs so that each rank gets one, and each BatchNorm two."""
-    size = compute.world.size
-    shares = 1 if compute.device.type == "cuda" else size  # SyncBatchNorm uses the images of all ranks
-    return max(size, 2 * shares if has_norm else 1)
+def split_data(settings: Settings) -> tuple[Node, DataSettings]:
+    """Split `data` into the source's own arguments and the common settings; drop `size` if null (source's default)."""
+    node, common = split_common(settings.data, DataSettings)
+    node = {key: value for key, value in node.items() if (key, value) != ("size", None)}
+    return node, parse(DataSettings, common, "data.")
 
 
-def search_batch_size(components: Components, data: Data) -> int:
-    """Find the batch size for `batch_size=auto`; see `choose_batch_size`."""
-    loader = components.loader(data.train, augmented=True)
-    compute = dataclasses.replace(components.compute, compile="off")  # each batch size would be compiled
-
-    def step_timer(size: int) -> StepTimer:
-        seed = components.settings.seed
-        plan = TrainingPlan(seed, size, batches_per_epoch=1, steps_per_epoch=1, total_steps=1)
-        return make_step_timer(components, plan, loader, compute)
-
-    min_size = 2 if has_batch_norm(components.model) else 1
-    size = choose_batch_size(step_timer, compute.device, len(data.train), min_size)
-    loader.close()
-    return size
+def _is_source(candidate: object) -> bool:
+    return all(callable(getattr(candidate, name, None)) for name in ("spec", "load"))
 
 
-def run_range_test(
-    components: Components, data: Data, plan: TrainingPlan, stop: StopFlag, ends_at: float = math.inf
-) -> RangeTest:
-    """Run the learning rate range test with the `lr_find` settings on a copy of the network.
+def _not_a_source(path: str, cls: type) -> UserError:
+    kind = "a torch Dataset" if issubclass(cls, Dataset) else f"not a data source ({cls.__name__})"
+    return UserError(
+        f"data._target_: {path} is {kind}; it must be a cnntrain.data.examples.Source: a class with spec(), which "
+        'returns a DataSpec, and load(), which returns {"train": Examples(images, {"label": labels}, names)} with '
+        'uint8 images (N, C, H, W); the README has an example under "Your own network, data, augmentation"'
+    )
 
-    `lr-find`, `optimizer.lr=auto` and `check` all call this function, so their results agree.
+
+def with_configured_statistics(spec: DataSpec, chosen: DataSettings) -> DataSpec:
+    """Return the spec with `data.mean` and `data.std`, if they are set."""
+    if chosen.mean is None and chosen.std is None:
+        return spec
+    for key, values in (("mean", chosen.mean), ("std", chosen.std)):
+        valid = values is not None and len(values) == spec.channels and all(0 <= v <= 1 for v in values)
+        if not valid or (key == "std" and 0 in (values or ())):
+            raise UserError(f"data.{key}: must be {spec.channels} numbers from 0 to 1, one per channel, got {values!r}")
+    return spec.with_statistics(tuple(chosen.mean or ()), tuple(chosen.std or ()))
+
+
+def build_pipeline(settings: Settings, spec: DataSpec) -> Pipeline:
+    """Build the configured augmentations for images described by `spec`."""
+    nodes = dict(settings.augment)
+    border = nodes.pop("border", "zero")
+    augmentations = {
+        name: build(node, "augment", f"augment.{name}", settings.trusted_packages) for name, node in nodes.items()
+    }
+    return Pipeline(spec, augmentations, border=border)
+
+
+def build_task(settings: Settings, spec: DataSpec, pipeline: Pipeline) -> Task:
+    """Build the task for images of the pipeline's output size."""
+    height, width = pipeline.output_size
+    spec = dataclasses.replace(spec, height=height, width=width)
+    return build(settings.task, "task", "task", settings.trusted_packages, spec=spec)
+
+
+def build_schedule(settings: Settings, total_steps: int, steps_per_epoch: int) -> Schedule:
+    """Build the configured learning rate schedule."""
+    facts = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+    return build(settings.schedule, "schedule", "schedule", settings.trusted_packages, **facts)
+
+
+def find_pretrained_weights(settings: Settings) -> Weights | None:
+    """Find the weights that `model.pretrained` names; None if it is unset or the network loads them itself."""
+    node, common = split_common(settings.model, ModelSettings)
+    pretrained = parse(ModelSettings, common, "model.").pretrained
+    return None if _loads_pretrained(settings, node) else find_weights(node, pretrained, validate_checkpoint)
+
+
+def _loads_pretrained(settings: Settings, node: Node) -> bool:
+    """Return True if the constructor of a user's network has the parameter `pretrained`."""
+    factory = resolve(node, "model", "model", settings.trusted_packages, pretrained=True)
+    return "pretrained" in getattr(factory, "keywords", {})
+
+
+def make_model(
+    settings: Settings,
+    channels: int,
+    num_outputs: int,
+    image_size: tuple[int, int],
+    weights: Weights | None = None,
+    outputs: tuple[str, ...] = (),
+) -> nn.Module:
+    """Build the configured network for images of `channels` x `image_size`; uses torch's global random generator.
 
     Args:
-        ends_at: deadline in `time.monotonic()` seconds.
+        weights: pretrained weights to load.
+        outputs: names of the classes or keypoints.
     """
-    settings, loader = components.settings, components.loader(data.train, augmented=True)
-    compute = dataclasses.replace(components.compute, world=SINGLE)
-    plan = dataclasses.replace(plan, processes=1)
-    trainer = Trainer(components.task, components.pipeline, compute, plan, loader)
-
-    def optimizer(model: nn.Module) -> Optimizer:
-        return make_optimizer(settings, model, compute)
-
-    try:
-        return range_test(trainer, components.model, optimizer, settings.lr_find, stop, ends_at)
-    finally:
-        loader.close()
-
-
-def with_learning_rate(settings: Settings, rate: float) -> Settings:
-    return dataclasses.replace(settings, optimizer={**settings.optimizer, "lr": rate})
-
-
-def prepare_training(components: Components, data: Data) -> tuple[TrainingPlan, TrainState]:
-    """Build the plan and the initial state of a training run; move the model to its device."""
-    settings, compute = components.settings, components.compute
-    plan, optimizer, schedule = build_training_parts(components, data)
-    if compute.world.size > 1 and compute.device.type == "cuda":
-        components.model = synchronize_norms(components.model)
-    compute.place(components.model)
-    state = TrainState(
-        components.model,
-        optimizer,
-        schedule,
-        torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None,
-        ModelEMA(components.model, settings.ema_decay) if settings.ema_decay else None,
+    node, common = split_common(settings.model, ModelSettings)
+    model_settings = parse(ModelSettings, common, "model.")
+    pretrained = model_settings.pretrained
+    facts = {
+        "in_channels": channels,
+        "num_outputs": num_outputs,
+        "num_classes": num_outputs,
+        "image_size": image_size,
+        # For networks that load pretrained weights themselves; false overrides a default of true.
+        **({} if pretrained is None else {"pretrained": pretrained or None}),
+    }
+    model = build(node, "model", "model", settings.trusted_packages, **facts)
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model._target_: {node['_target_']} returns a {type(model).__name__}, not a torch.nn.Module; give the "
+            "class of a network, or a function that returns a network"
+        )
+    if pretrained and weights is None and _loads_pretrained(settings, node):
+        model.pretrained_from = str(pretrained)  # type: ignore[assignment]
+    materialize(model, channels, image_size)
+    return apply_model_settings(
+        model, model_settings, weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size
     )
-    return plan, state
+
+
+def build_model(
+    settings: Settings,
+    spec: DataSpec,
+    task: Task,
+    image_size: tuple[int, int],
+    weights: Weights | None = None,
+    show_warnings: bool = True,
+) -> nn.Module:
+    """Build the network and check its shapes without data.
+
+    Its initial weights depend only on the seed, except for layers loaded from the pretrained `weights`.
+
+    Args:
+        show_warnings: log probable design mistakes; False for a network that is already trained.
+
+    Raises:
+        UserError: a layer does not fit its input, or the outputs are not what the task needs.
+    """
+    seed_step(settings.seed, "weights")
+    outputs = spec.classes or spec.keypoints
+    model = make_model(settings, spec.channels, task.num_outputs, image_size, weights, outputs)
+    findings = preflight(
+        model,
+        spec.channels,
+        image_size,
+        task.output_shape(),
+        batch_size=min(settings.fixed_batch_size or 32, 32),
+        classification=bool(spec.classes) and not spec.keypoints,
+        name=settings.model.get("name"),
+    )
+    for finding in findings:
+        if finding.verdict == "FAIL":
+            remedy = size_remedy(finding.remedy, "data.size", "size" in settings.data)
+            raise UserError(f"{finding.evidence}\n{remedy}")
+        # `inspect` reports the receptive field.
+        if show_warnings and finding.verdict == "WARN" and finding.name != SMALL_FIELD:
+            log.warning("%s: %s", finding.evidence, finding.remedy)
+    if spec.per_pixel and task.output_shape() is not None:
+        meta_model = as_meta(model).eval()
+        task.configure_outputs(lambda size: output_size(meta_model, spec.channels, size), [image_size, spec.image_size])
+    return model
+
+
+def size_remedy(remedy: str, key: str, exists: bool) -> str:
+    """Replace `data.size` in a remedy of the shape check by the key of the image size, or remove it if none exists."""
+    if exists:
+        return re.sub(r"set data\.size=(\d+)", rf"set {key}=\1", remedy)
+    return re.sub(r"set data\.size=\d+(, | or )?", "", remedy)

@@ -26,26 +26,20 @@ class StopFlag:
     Attributes:
         number: of the signal that this process received, or None.
         second_interrupt_kills: whether a second SIGINT terminates the process immediately.
+        shared: all ranks of a training stop at the same step, with the signal that they have agreed on.
+        agreed: number of that signal, or None.
     """
 
     number: int | None = None
     second_interrupt_kills: bool = True
+    shared: bool = False
+    agreed: int | None = None
 
     def check(self) -> None:
         """Raise StoppedError if a signal was received."""
-        if self.number is not None:
-            raise StoppedError(self.number, f"stopped by {signal.Signals(self.number).name}")
-
-
-@dataclass
-class AgreedStop(StopFlag):
-    """A request to stop that all ranks of a training obey at the same step.
-
-    Attributes:
-        agreed: number of the signal after which all ranks stop, or None.
-    """
-
-    agreed: int | None = None
+        number = self.agreed if self.shared else self.number
+        if number is not None:
+            raise StoppedError(number, f"stopped by {signal.Signals(number).name}")
 
     @property
     def requests(self) -> list[float]:
@@ -57,10 +51,6 @@ class AgreedStop(StopFlag):
         received = [number for number, count in zip(STOP_SIGNALS, requests.tolist(), strict=True) if count]
         if self.agreed is None and received:
             self.agreed = received[0]
-
-    def check(self) -> None:
-        if self.agreed is not None:
-            raise StoppedError(self.agreed, f"stopped by {signal.Signals(self.agreed).name}")
 
 
 @contextlib.contextmanager

@@ -9,15 +9,17 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from cnntrain.config.schema import Within
 from cnntrain.train.schedule import Schedule
 
-TEMPLATE_SIDE = 2  # side length of the dummy parameter in `_state_template`
+MAX_COUNT = 2**53  # upper bound of counters in a checkpoint
+Count = Annotated[int, Within(0, MAX_COUNT)]
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,13 @@ class Progress:
         finished: whether training is complete.
     """
 
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    images: int = 0
-    wall_s: float = 0.0
+    epoch: Count = 0
+    batch: Count = 0
+    step: Count = 0
+    images: Count = 0
+    wall_s: Annotated[float, Within(0, MAX_COUNT)] = 0.0
     best: dict[str, float] = field(default_factory=dict)
-    epochs_since_best: int = 0
+    epochs_since_best: Count = 0
     finished: bool = False
 
 
@@ -150,7 +152,14 @@ class TrainState:
         self.model.load_state_dict(state["model"])
         if self.ema:
             self.ema.model.load_state_dict(state["ema"] or state["model"])
-        self._load_optimizer(state["optimizer"], state["progress"]["step"])
+        # With fp16 the first steps may all have been skipped.
+        trained, moves_momentum = (
+            state["progress"]["step"] > 0 and not self.scaler,
+            self.schedule.momentum(0) is not None,
+        )
+        self.optimizer.load_state_dict(
+            validate_optimizer_state(self.optimizer, state["optimizer"], trained, moves_momentum)
+        )
         if state["schedule"].keys() == self.schedule.state().keys():  # otherwise a new schedule, which starts afresh
             self.schedule.load_state(state["schedule"])
         if self.scaler and state["scaler"]:
@@ -159,58 +168,43 @@ class TrainState:
         # Copy, because tensors from a file may share memory.
         self.meter = {name: _clone(value) for name, value in state["meter"].items()}
 
-    def _load_optimizer(self, saved: Mapping[str, Any], step: int) -> None:
-        configured = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(validate_optimizer_state(self.optimizer, saved))
-        # With fp16 the first steps may all have been skipped.
-        if step and not (self.optimizer.state or self.scaler) and _has_state_after_a_step(self.optimizer):
-            raise TypeError("the optimizer's moments are missing")
-        schedules_momentum = self.schedule.momentum(0) is not None
-        for group, own in zip(self.optimizer.param_groups, configured, strict=True):
-            last_step: dict[str, Any] = {"lr": float(group["lr"])}
-            if schedules_momentum and own.get("momentum"):
-                last_step["momentum"] = float(group["momentum"])
-            elif schedules_momentum and "betas" in own:
-                last_step["betas"] = (float(group["betas"][0]), own["betas"][1])
-            group.update({**own, **last_step})
 
-
-def validate_optimizer_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+def validate_optimizer_state(
+    optimizer: Optimizer, saved: Mapping[str, Any], trained: bool = False, moves_momentum: bool = True
+) -> dict[str, Any]:
     """Return a state dict for `optimizer.load_state_dict` with validated copies of the tensors in `saved`.
 
-    Tensors get the shape, dtype and memory format that the optimizer expects. Settings that its parameter groups do
-    not have are dropped.
+    The settings are those of `optimizer`, except for the learning rate of the last step.
+
+    Args:
+        trained: the saved optimizer has made a step, so it has the moments of at least one parameter.
+        moves_momentum: the schedule changes the momentum (the first of `betas`), so it is that of the last step too.
 
     Raises:
         ValueError: the parameter groups do not match.
         TypeError: a moment is missing, has another shape or type, or is not finite.
     """
-    groups = _validate_groups(optimizer, saved["param_groups"])
+    groups = _validate_groups(optimizer, saved["param_groups"], moves_momentum)
     if not isinstance(saved["state"], Mapping):
         raise TypeError("the optimizer's state is not a mapping")
-    parameter_of = {  # (group, parameter) by key in the saved state
-        key: (group, parameter)
-        for theirs, group in zip(groups, optimizer.param_groups, strict=True)
-        for key, parameter in zip(theirs["params"], group["params"], strict=True)
-    }
-    templates: dict[tuple[int, int, torch.dtype], dict[str, Any] | None] = {}
+    keys = [key for group in groups for key in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameter_of = dict(zip(keys, parameters, strict=True))
+    expected = _state_after_a_step(optimizer)
+    if trained and not saved["state"] and any((expected or {}).values()):
+        raise TypeError("the optimizer's moments are missing")
     state: dict[Any, dict[str, Any]] = {}
     for key, values in saved["state"].items():
         if key not in parameter_of or not isinstance(values, Mapping):
             raise TypeError(f"the state has a parameter {key!r} that the optimizer does not have")
-        group, parameter = parameter_of[key]
-        kind = (id(group), parameter.ndim, parameter.dtype)
-        if kind not in templates:
-            templates[kind] = _state_template(optimizer, group, parameter)
-        template = templates[kind]
-        if template is None:
+        if expected is None:
             state[key] = {n: _clone(v) if isinstance(v, Tensor) else v for n, v in values.items()}
         else:
-            state[key] = _validate_moments(values, template, parameter)
+            state[key] = _fill(expected.get(parameter_of[key], {}), values) if values else {}
     return {"state": state, "param_groups": groups}
 
 
-def _validate_groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
+def _validate_groups(optimizer: Optimizer, saved: Any, moves_momentum: bool) -> list[dict[str, Any]]:
     if not isinstance(saved, Sequence) or not all(isinstance(group, Mapping) for group in saved):
         raise TypeError("the parameter groups are not a list")
     if len(saved) != len(optimizer.param_groups):
@@ -223,79 +217,59 @@ def _validate_groups(optimizer: Optimizer, saved: Any) -> list[dict[str, Any]]:
         if len(keys) != len(own["params"]) or seen & set(keys) or len(set(keys)) < len(keys):
             raise ValueError("the parameters of a group do not match")
         seen |= set(keys)
-        settings = {n: _validate_setting(n, theirs[n], v) for n, v in own.items() if n in theirs and n != "params"}
-        groups.append({**settings, "params": keys})
+        group = {**own, "params": keys, "lr": _number("lr", theirs["lr"])}
+        if moves_momentum and own.get("momentum"):
+            group["momentum"] = _number("momentum", theirs["momentum"])
+        elif moves_momentum and "betas" in own:
+            betas = theirs["betas"]
+            if not isinstance(betas, list | tuple) or len(betas) != 2:
+                raise TypeError(f"betas must be two numbers, got {betas!r}")
+            group["betas"] = (_number("betas", betas[0]), own["betas"][1])
+        groups.append(group)
     return groups
 
 
-def _validate_setting(name: str, saved: Any, own: Any) -> Any:
-    """Check the type of a parameter group's setting; return the optimizer's own value unless it is numeric."""
-    if isinstance(own, bool):
-        return own
-    if isinstance(own, int | float):
-        if isinstance(saved, bool) or not isinstance(saved, int | float) or not math.isfinite(saved):
-            raise TypeError(f"{name} must be a finite number, got {saved!r}")
-        return saved
-    if isinstance(own, tuple) and all(isinstance(value, int | float) for value in own):
-        if not isinstance(saved, list | tuple) or len(saved) != len(own):
-            raise TypeError(f"{name} must be {len(own)} numbers, got {saved!r}")
-        return tuple(_validate_setting(name, theirs, value) for theirs, value in zip(saved, own, strict=True))
-    return own
-
-
-def _state_template(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> dict[str, Any] | None:
-    """Return the optimizer's state for a small dummy parameter after one step.
+def _state_after_a_step(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]] | None:
+    """Return the state that a copy of the optimizer has for each parameter after a step with gradients of zero.
 
     None for a user-defined optimizer, whose state may change from step to step.
     """
     if not type(optimizer).__module__.startswith("torch.optim"):
         return None
-    dummy = torch.ones((TEMPLATE_SIDE,) * parameter.ndim, dtype=parameter.dtype, device=parameter.device)
-    dummy = dummy.requires_grad_()
-    settings = {name: value for name, value in group.items() if name != "params"}
-    twin = cast("Any", type(optimizer))([{**settings, "params": [dummy]}])
-    dummy.grad = torch.ones_like(dummy)
-    twin.step()
-    return dict(twin.state[dummy])
+    twin_of = {
+        parameter: torch.zeros_like(parameter, requires_grad=True)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    groups = [{**group, "params": [twin_of[p] for p in group["params"]]} for group in optimizer.param_groups]
+    twin_optimizer = cast("Any", type(optimizer))(groups)
+    for twin in twin_of.values():
+        twin.grad = torch.zeros_like(twin)
+    twin_optimizer.step()
+    return {parameter: dict(twin_optimizer.state.get(twin, {})) for parameter, twin in twin_of.items()}
 
 
-def _validate_moments(values: Mapping[str, Any], template: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
-    moments: dict[str, Any] = {}
-    for name, expected in template.items():
-        if name not in values:
-            if values:
-                raise TypeError(f"{name} is missing")
+def _fill(expected: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy saved moments into the tensors of `expected`, which keep their shape, dtype and memory format."""
+    for name, own in expected.items():
+        if not isinstance(own, Tensor):
             continue
-        value = values[name]
-        if not isinstance(expected, Tensor):
-            if isinstance(value, Tensor) and value.numel() == 1:
-                value = value.item()
-            moments[name] = _validate_setting(name, value, expected) if isinstance(expected, int | float) else expected
-            continue
-        if isinstance(value, int | float) and not isinstance(value, bool) and not expected.ndim:
-            value = torch.tensor(float(value))  # older versions of torch store `step` as a number
-        # A side of TEMPLATE_SIDE follows the parameter's shape. Other sides (1 in Adafactor's factors) are fixed.
-        shape = tuple(
-            length if side == TEMPLATE_SIDE else side
-            for side, length in zip(expected.shape, parameter.shape, strict=bool(expected.ndim))
-        )
-        if not isinstance(value, Tensor) or value.shape != shape:
+        value = saved.get(name)
+        if not isinstance(value, Tensor) or value.shape != own.shape:
             actual = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a tensor of shape {shape}, got {actual}")
-        moments[name] = _copy_as(name, value, expected, parameter)
-    return moments
+            raise TypeError(f"{name} must be a tensor of shape {tuple(own.shape)}, got {actual}")
+        if value.is_complex() or value.is_floating_point() != own.is_floating_point():
+            raise TypeError(f"{name} must have dtype {own.dtype}, got {value.dtype}")
+        if not bool(value.isfinite().all()) or (name == "step" and float(value) < 0):
+            raise TypeError(f"{name} must be finite" + " and not negative" * (name == "step"))
+        own.detach().copy_(value)
+    return expected
 
 
-def _copy_as(name: str, value: Tensor, expected: Tensor, parameter: Tensor) -> Tensor:
-    """Copy with the expected dtype; use the parameter's memory format if the shapes are equal."""
-    if value.is_complex() or value.is_floating_point() != expected.is_floating_point():
-        raise TypeError(f"{name} must have dtype {expected.dtype}, got {value.dtype}")
-    if not bool(value.isfinite().all()) or (name == "step" and float(value) < 0):
-        raise TypeError(f"{name} must be finite" + " and not negative" * (name == "step"))
-    like = parameter if value.shape == parameter.shape and expected.ndim else value
-    memory_format = torch.preserve_format if like is parameter else torch.contiguous_format
-    copied = torch.empty_like(like, dtype=expected.dtype, device=expected.device, memory_format=memory_format)
-    return copied.detach().copy_(value)
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{name} must be a finite number, got {value!r}")
+    return value
 
 
 def _clone(value: Tensor) -> Tensor:
@@ -303,21 +277,8 @@ def _clone(value: Tensor) -> Tensor:
 
 
 def _validate_scaler_state(values: Mapping[str, Any], own: Mapping[str, float]) -> dict[str, Any]:
-    """Return the numbers of a loss scaler's state.
-
-    Raises:
-        TypeError: a number is not finite or out of range.
-    """
+    """Return the numbers of a loss scaler's state."""
     for name in own:
-        value = values[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2.0**127:
-            raise TypeError(f"scaler.{name} must be a number from 0 to 2**127, got {value!r}")
+        if not 0 <= _number(name, values[name]) < 2.0**127:
+            raise TypeError(f"scaler.{name} must be a number from 0 to 2**127, got {values[name]!r}")
     return {name: values[name] for name in own}
-
-
-def _has_state_after_a_step(optimizer: Optimizer) -> bool:
-    """Return True for an optimizer of torch that has state for every parameter after its first step."""
-    without_momentum = isinstance(optimizer, torch.optim.SGD) and not any(
-        group["momentum"] for group in optimizer.param_groups
-    )
-    return type(optimizer).__module__.startswith("torch.optim") and not without_momentum

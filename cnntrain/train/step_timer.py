@@ -9,13 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
 
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.loader import Loader
 from cnntrain.errors import DivergedError
 from cnntrain.train.device import Compute
-from cnntrain.train.loop import Logger, NullLogger, Trainer, train_epoch, train_step
+from cnntrain.train.loop import Logger, Trainer, train_epoch, train_step
 from cnntrain.train.nonfinite import NonFiniteGuard
 from cnntrain.train.optim import make_optimizer
 from cnntrain.train.schedule import Constant
@@ -31,41 +30,50 @@ LEAD_IN_STEPS = 2  # steps of the loop before a window, which fill queues and ca
 
 
 class StepTimer:
-    """Time windows of training steps with learning rate 0.
+    """Time windows of training steps with learning rate 0, on copies of model and optimizer.
 
     Args:
-        trainer: the parts of the training; the batch size, accumulation and clipping of its plan are used.
-        state: a copy of model and optimizer, which is modified.
+        plan: its batch size, accumulation and clipping are used.
+        loader: loader of the training images.
+        compute: default: that of the components.
+        logger: logger of the training loop; default: none.
 
     Attributes:
         window_s: target length of a window in seconds; a window has at least one step.
         step_s: duration of a bare step in seconds, measured by `warm_up`.
     """
 
-    def __init__(self, trainer: Trainer, state: TrainState, logger: Logger) -> None:
-        self.state, self.logger, self.loader, self.pipeline = (
-            state,
-            logger,
-            trainer.training,
-            trainer.pipeline,
-        )
-        self.compute, self.window_s, self.step_s = trainer.compute, 0.5, 0.0
-        for group in state.optimizer.param_groups:
+    def __init__(
+        self,
+        components: Components,
+        plan: TrainingPlan,
+        loader: Loader,
+        compute: Compute | None = None,
+        logger: Logger | None = None,
+    ) -> None:
+        self.loader, self.pipeline, self.logger = loader, components.pipeline, logger or Logger()
+        self.compute, self.window_s, self.step_s = compute or components.compute, 0.5, 0.0
+        model, schedule = copy.deepcopy(components.model), Constant(total_steps=1, steps_per_epoch=1)
+        self.compute.place(model)
+        optimizer = make_optimizer(components.settings, model, self.compute)
+        for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"] = 0.0
+        decay = components.settings.ema_decay
+        ema = ModelEMA(model, decay) if decay else None
+        self.state = TrainState(model, optimizer, schedule, self.compute.loss_scaler(), ema)
         self.plan = replace(
-            trainer.plan,
+            plan,
             batches_per_epoch=ENDLESS,
             steps_per_epoch=ENDLESS,
-            drop_last=len(self.loader) >= trainer.plan.batch_size,
+            drop_last=len(loader) >= plan.batch_size,
             save_every_steps=None,
             limit_batches=None,
             unfreeze_epoch=None,
         )
-        self.trainer = replace(trainer, plan=self.plan, training=RepeatingLoader(self.loader))
-        order = torch.arange(len(self.loader))
-        transform = self.pipeline.sample_transform(self.plan.seed, 0)
-        self.stored = next(iter(self.loader.batches(order, self.plan.batch_size, transform=transform)))
-        augmented = self.pipeline(self.stored, self.plan.seed, 0)
+        self.trainer = Trainer(components.task, self.pipeline, self.compute, self.plan, RepeatingLoader(loader))
+        transform = self.pipeline.sample_transform(plan.seed, 0)
+        self.stored = next(iter(loader.batches(torch.arange(len(loader)), plan.batch_size, transform=transform)))
+        augmented = self.pipeline(self.stored, plan.seed, 0)
         images = augmented.images.contiguous(memory_format=self.compute.memory_format)
         self.augmented = replace(augmented, images=images)
 
@@ -97,18 +105,20 @@ class StepTimer:
         before it, so work that overlaps with the device's work costs nothing.
         """
         identity = cast("Pipeline", _IdentityPipeline())
+        augmented, stored = RepeatingLoader(self.loader, self.augmented), RepeatingLoader(self.loader, self.stored)
         parts = {
             "step": self.bare,
-            "metrics": lambda: self._loop(FixedBatch(self.augmented), identity, NullLogger()),
-            "logging": lambda: self._loop(FixedBatch(self.augmented), identity, self.logger),
-            "augment": lambda: self._loop(FixedBatch(self.stored), self.pipeline, self.logger),
+            "metrics": lambda: self._loop(augmented, identity, Logger()),
+            "logging": lambda: self._loop(augmented, identity, self.logger),
+            "augment": lambda: self._loop(stored, self.pipeline, self.logger),
         }
         images = self.loader.examples.images
         cached_on_gpu = getattr(self.loader, "images", images) is not images
         if self.compute.device.type != "cpu" and not cached_on_gpu:
-            parts["transfer"] = lambda: self._loop(
-                FixedBatch(self.stored, self.compute.device), self.pipeline, self.logger
-            )
+            on_host = self.stored.images.cpu()
+            pinned = on_host.pin_memory() if self.compute.device.type == "cuda" else on_host
+            copied = RepeatingLoader(self.loader, replace(self.stored, images=pinned), self.compute.device)
+            parts["transfer"] = lambda: self._loop(copied, self.pipeline, self.logger)
         return {**parts, "data": self.loop}
 
     def _bare_steps(self, steps: int) -> float:
@@ -146,70 +156,32 @@ class StepTimer:
         return time.perf_counter()
 
 
-def make_step_timer(
-    components: Components,
-    plan: TrainingPlan,
-    loader: Loader,
-    compute: Compute | None = None,
-    logger: Logger | None = None,
-) -> StepTimer:
-    """Build a step timer with copies of model and optimizer.
+class RepeatingLoader(Loader):
+    """Repeat the batches of a loader forever; never cached, so that each batch is augmented in its own window.
 
     Args:
-        loader: loader of the training images.
-        compute: default: that of the components.
-        logger: logger of the training loop; default: none.
+        fixed: repeat this batch instead.
+        device: copy its images from the host to this device each time.
     """
-    compute = compute or components.compute
-    model = copy.deepcopy(components.model)
-    compute.place(model)
-    ema_decay = components.settings.ema_decay
-    state = TrainState(
-        model,
-        make_optimizer(components.settings, model, compute),
-        Constant(total_steps=1, steps_per_epoch=1),
-        torch.amp.GradScaler(compute.device.type) if compute.precision == "fp16" else None,
-        ModelEMA(model, ema_decay) if ema_decay else None,
-    )
-    trainer = Trainer(components.task, components.pipeline, compute, plan, loader)
-    return StepTimer(trainer, state, logger or NullLogger())
 
-
-class RepeatingLoader(Loader):
-    """Repeat the batches of a loader forever; never cached, so that each batch is augmented in its own window."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, fixed: Batch | None = None, device: torch.device | None = None) -> None:
+        self.loader, self.fixed, self.device = loader, fixed, device
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def batches(self, order: Tensor, batch_size: int, *rest: Any, **more: Any) -> Iterator[Batch]:
+    def batches(self, *arguments: Any, **more: Any) -> Iterator[Batch]:
         while True:
-            yield from self.loader.batches(order, batch_size, *rest, **more)
+            if self.fixed is None:
+                yield from self.loader.batches(*arguments, **more)
+                continue
+            images = self.fixed.images
+            if self.device is not None:
+                images = images.to(self.device, non_blocking=True)
+            yield replace(self.fixed, images=images)
 
     def _batches(self, order: Any, positions: Any, chunks: Any, transform: Any) -> Iterator[Batch]:
         raise NotImplementedError
-
-
-class FixedBatch(RepeatingLoader):
-    """Repeat one batch; with `device`, its images are copied from the host to the device each time."""
-
-    def __init__(self, batch: Batch, device: torch.device | None = None) -> None:
-        self.batch, self.device = batch, device
-        if device is not None:
-            images = batch.images.cpu()
-            self.batch = replace(batch, images=images.pin_memory() if device.type == "cuda" else images)
-
-    def __len__(self) -> int:
-        return len(self.batch)
-
-    def batches(self, order: Tensor, batch_size: int, *rest: Any, **more: Any) -> Iterator[Batch]:
-        while True:
-            images = self.batch.images
-            if self.device is not None:
-                images = images.to(self.device, non_blocking=True)
-            yield replace(self.batch, images=images)
 
 
 class _IdentityPipeline:
@@ -222,7 +194,7 @@ class _IdentityPipeline:
         return None
 
 
-class _TimestampLogger(NullLogger):
+class _TimestampLogger(Logger):
     """Record when each log entry was complete."""
 
     def __init__(self, logger: Logger) -> None:

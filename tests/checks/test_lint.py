@@ -6,7 +6,8 @@ import pytest
 
 from cnntrain.checks.lint import lint, typed_keys
 from cnntrain.config.compose import read_settings
-from cnntrain.train.setup import build_components, build_training_parts
+from cnntrain.train.prepare import build_training_parts
+from cnntrain.train.setup import build_components
 from cnntrain.types import Finding
 
 FEW = "data=toy_faces data.train_count=80 data.test_count=2 data.size=32"

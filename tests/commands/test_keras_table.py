@@ -14,7 +14,7 @@ from torch import nn
 from cnntrain.cli import main
 from cnntrain.commands.inspect import summarize_model
 from cnntrain.config.compose import read_settings
-from cnntrain.train.parts import make_model
+from cnntrain.train.setup import make_model
 
 KERAS = {
     "vgg16": 138_357_544,

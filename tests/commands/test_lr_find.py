@@ -11,7 +11,7 @@ import yaml
 from cnntrain import compose, overfit, train
 from cnntrain.cli import commands, main
 from cnntrain.errors import StoppedError, UserError
-from cnntrain.train import checkpoint, loop, setup
+from cnntrain.train import checkpoint, loop, prepare
 
 SMALL = ("data.limit=300", "epochs=2", "batch_size=32", "log.figures=false", "log.tensorboard=false", "threads=1",
          "model=mlp", "lr_find.steps=40", "lr_find.lowest=1e-5")  # fmt: skip
@@ -70,7 +70,7 @@ def test_a_training_with_auto_is_one_with_the_found_rate_and_resumes_bit_for_bit
     monkeypatch.setattr(loop, "set_learning_rate", stopping)
     with pytest.raises(StoppedError):
         train(compose(*SMALL, "optimizer.lr=auto", "run_dir=broken"))
-    monkeypatch.setattr(setup, "run_range_test", None)  # a resumed run has no need of it
+    monkeypatch.setattr(prepare, "run_range_test", None)  # a resumed run has no need of it
     train(compose(*SMALL, "optimizer.lr=auto", "run_dir=broken", "resume=auto"))
     train(compose(*SMALL, f"optimizer.lr={rate}", "run_dir=typed"))
     for other in ("broken", "typed"):

@@ -11,7 +11,7 @@ from cnntrain.config.compose import read_settings
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
 from cnntrain.randomness import epoch_order
-from cnntrain.train.parts import build_pipeline, build_source
+from cnntrain.train.setup import build_pipeline, build_source
 
 SMALL = ["preview.images=2", "preview.epochs=2", "threads=1", "run_dir=out"]
 FEW = ["data.train_count=6", "data.test_count=1"]

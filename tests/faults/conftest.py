@@ -46,12 +46,7 @@ class Cnntrain:
         return process
 
     def __call__(
-        self,
-        *arguments: str,
-        code: int = 0,
-        around: Sequence[str] = (),
-        timeout_s: float = 240,
-        **environment: str,
+        self, *arguments: str, code: int = 0, around: Sequence[str] = (), timeout_s: float = 240, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run the command to its end; it must exit with `code`, and only a bug may show a traceback."""
         if around:

@@ -182,8 +182,5 @@ def test_an_endless_annotation_file_is_rejected(cnntrain) -> None:
     Path("root").mkdir()
     os.mkfifo("root/points.xml")
     os.symlink("/dev/zero", "root/points.json")
-    for arguments in (
-        ("data=dlib_xml", "data.train=points.xml"),
-        ("data=coco_keypoints", "data.train=points.json"),
-    ):
+    for arguments in (("data=dlib_xml", "data.train=points.xml"), ("data=coco_keypoints", "data.train=points.json")):
         assert "not a regular file" in cnntrain.refused(*arguments, "data.root=root", "model=keypoint_cnn", "threads=1")

@@ -151,19 +151,13 @@ SAMPLE = {
         "plain",
         (Kill("cnntrain.io.safe_files:os.replace", 5), Kill("cnntrain.io.safe_files:os.fsync", 9)),
     ),
-    "between row and checkpoint": (
-        "plain",
-        (Kill("cnntrain.report.metrics:MetricsFile.append", 2, "after"),),
-    ),
+    "between row and checkpoint": ("plain", (Kill("cnntrain.report.metrics:MetricsFile.append", 2, "after"),)),
     "between last.pt and best.pt": ("plain", (Kill("cnntrain.train.checkpoint:write", 3, "after"),)),
     "after the last step": ("plain", (Kill("cnntrain.train.loop:evaluate", 3),)),
     "before the results": ("plain", (Kill("cnntrain.train.run_dir:RunDir.write_json", 2),)),
     "while resuming": (
         "plain",
-        (
-            Kill("cnntrain.train.loop:set_learning_rate", 12),
-            Kill("cnntrain.commands.train:resume", 1, "after"),
-        ),
+        (Kill("cnntrain.train.loop:set_learning_rate", 12), Kill("cnntrain.commands.train:resume", 1, "after")),
     ),
     "while drawing figures": ("figures", (Kill("cnntrain.report.run_logger:save_figure", 3),)),
     "in a sweep": (
@@ -185,8 +179,7 @@ def test_a_run_killed_at_a_chosen_call_ends_like_an_unbroken_run(name: str, fork
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("mode", "kills"),
-    [("plain", 60), ("figures", 10), ("sweep", 15), ("ranks", 10), ("parallel sweep", 5)],
+    ("mode", "kills"), [("plain", 60), ("figures", 10), ("sweep", 15), ("ranks", 10), ("parallel sweep", 5)]
 )
 def test_a_hundred_kills_at_random_calls(mode: str, kills: int, fork_server: ForkServer) -> None:
     """One to three kills per run, some of them while it resumes."""

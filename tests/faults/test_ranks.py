@@ -13,27 +13,13 @@ import pytest
 import torch
 
 from cnntrain.train import checkpoint
-from cnntrain.train.watchdog import SILENCE_S
+from cnntrain.train.process_group import SILENCE_S
 
 pytestmark = pytest.mark.slow
 LONG = pytest.mark.long  # each of these starts and stops several processes
-QUIET = (
-    "model=mlp",
-    "threads=1",
-    "log.figures=false",
-    "log.tensorboard=false",
-    "precision=fp32",
-    "device=cpu",
-)
+QUIET = ("model=mlp", "threads=1", "log.figures=false", "log.tensorboard=false", "precision=fp32", "device=cpu")
 TWO = (*QUIET, "data.limit=200", "batch_size=32", "launch.devices=2")
-TORCHRUN = (
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node=2",
-    "--no-python",
-)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python")
 ENDLESS = (*TWO, "epochs=1000000", "schedule=constant", "run_dir=run")
 
 
@@ -108,14 +94,7 @@ def test_103_validation_images_are_counted_once_each(cnntrain, make_images, proc
     make_images(splits=("train",), count=10)
     make_images(splits=("val",), count=52)
     next(Path("images/val/light").iterdir()).unlink()
-    data = (
-        "data=image_folder",
-        "data.root=images",
-        "data.size=8",
-        "data.scan=off",
-        "epochs=2",
-        "batch_size=5",
-    )
+    data = ("data=image_folder", "data.root=images", "data.size=8", "data.scan=off", "epochs=2", "batch_size=5")
     cnntrain(*QUIET, *data, "run_dir=one")
     cnntrain(*QUIET, *data, "run_dir=several", f"launch.devices={processes}")
     one, several = rows("one"), rows("several")
@@ -176,11 +155,7 @@ def test_under_torchrun_the_others_say_that_one_was_killed(cnntrain, wait_for) -
 def test_nobody_outside_can_reach_it(cnntrain, started) -> None:
     process, ranks = started
     addresses = [address for pid in (process.pid, *ranks) for address in listening(pid)]
-    assert addresses and set(addresses) <= {
-        "0100007F",
-        "0000000000000000FFFF00000100007F",
-        "0" * 24 + "01000000",
-    }
+    assert addresses and set(addresses) <= {"0100007F", "0000000000000000FFFF00000100007F", "0" * 24 + "01000000"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=LONG)], ids=lambda n: n.name)
@@ -250,10 +225,7 @@ def test_between_epochs_it_goes_on_with_any_number_of_processes(cnntrain) -> Non
 
 
 REFUSED = {
-    "more processes than images in a batch": (
-        ("batch_size=2", "launch.devices=3"),
-        "launch.devices: 3 processes",
-    ),
+    "more processes than images in a batch": (("batch_size=2", "launch.devices=3"), "launch.devices: 3 processes"),
     "no batch size": (("batch_size=auto", "launch.devices=2"), "batch_size: auto"),
     "one GPU for two": (("device=cuda:0", "launch.devices=2"), "device: 2 processes"),
     "no process": (("launch.devices=0",), "launch.devices"),
@@ -348,13 +320,7 @@ def test_a_sweep_that_is_stopped_stops_the_processes_of_its_run(cnntrain, wait_f
 @LONG
 def test_a_sweep_of_trainings_in_two_processes_each(cnntrain) -> None:
     said = cnntrain(
-        *TWO,
-        "-m",
-        "optimizer.lr=0.001,0.01",
-        "epochs=3",
-        "run_dir=sweep",
-        "sweep.pruner=median",
-        timeout_s=300,
+        *TWO, "-m", "optimizer.lr=0.001,0.01", "epochs=3", "run_dir=sweep", "sweep.pruner=median", timeout_s=300
     )
     assert "epoch 1/3" not in said.stdout + said.stderr  # each run speaks in its own log
     assert "best: optimizer.lr=" in said.stdout

@@ -16,14 +16,8 @@ NAMED = {
     "the hub": ("model._target_=torch.hub.load", "'torch.hub.load' is not allowed as model"),
     "a builtin": ("task._target_=builtins.eval", "'builtins.eval' is not allowed as task"),
     "the system": ("optimizer._target_=os.system", "'os.system' is not allowed as optimizer"),
-    "an optimizer where data belong": (
-        "data._target_=torch.optim.SGD",
-        "'torch.optim.SGD' is not allowed as data",
-    ),
-    "what a module imported": (
-        "model._target_=torch.nn.modules.module.OrderedDict",
-        "is not allowed as model",
-    ),
+    "an optimizer where data belong": ("data._target_=torch.optim.SGD", "'torch.optim.SGD' is not allowed as data"),
+    "what a module imported": ("model._target_=torch.nn.modules.module.OrderedDict", "is not allowed as model"),
     "a function of torch.nn's": ("model._target_=torch.nn.utils.get_total_norm", "is not allowed as model"),
     "code of one's own": ("schedule._target_=evil.Net", "add trusted_packages=[evil]"),
 }
@@ -51,10 +45,7 @@ BOMB = "a0: &a0 [x, x, x]\n" + "".join(f"a{i}: &a{i} [{FLOW.replace('{}', str(i 
 FILES = {
     "a bomb": (BOMB, "bad.yaml:6: has more than 100,000 values"),
     "an alias of itself": ("layers: &a [*a]\n", "bad.yaml:1: *a refers to itself"),
-    "nested beyond measure": (
-        "layers: " + "[" * 5000 + "]" * 5000,
-        "bad.yaml:1: is nested more than 50 deep",
-    ),
+    "nested beyond measure": ("layers: " + "[" * 5000 + "]" * 5000, "bad.yaml:1: is nested more than 50 deep"),
     "a key twice": ("width: 1\nlayers: []\nwidth: 2\n", "bad.yaml:3: not valid YAML"),
     "no syntax": ("layers: [a, b\nwidth: 3\n", "bad.yaml:2: not valid YAML"),
     "a tab": ("layers:\n\t- output\n", "bad.yaml:2: not valid YAML"),

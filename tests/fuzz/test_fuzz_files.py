@@ -24,7 +24,7 @@ from cnntrain.data.files import BadFile
 from cnntrain.data.image_reader import read_size
 from cnntrain.data.load import load_data
 from cnntrain.train.checkpoint import load_validated
-from cnntrain.train.parts import build_source
+from cnntrain.train.setup import build_source
 
 pytestmark = pytest.mark.long
 # `FUZZ_EXAMPLES=20000 python -m pytest -m long tests/fuzz` takes an hour.

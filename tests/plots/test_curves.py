@@ -33,7 +33,7 @@ def test_training_curves_have_a_panel_per_metric_and_mark_the_best_epoch() -> No
 def test_the_learning_rate_is_drawn_for_every_step() -> None:
     """A one-cycle run of two epochs: warm-up and peak lie inside the first epoch."""
     cycle = OneCycle(warmup=0.3, start=0.04, final=1e-4, shape="cosine", total_steps=40, steps_per_epoch=20)
-    rates = [0.01 * cycle.factor(step) for step in range(40)]
+    rates = [0.01 * cycle.multiplier(step) for step in range(40)]
     rows = [{"epoch": 1, "step": 20, "lr": rates[19]}, {"epoch": 2, "step": 40, "lr": rates[39]}]
     panel = plot_training_curves(rows, None, rates.__getitem__).axes[0]
     (line,) = panel.lines

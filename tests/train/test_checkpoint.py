@@ -226,8 +226,8 @@ def test_the_number_of_pixels_is_limited() -> None:
 
 
 INVALID = {
-    "state": [None, [], 5], "config": [None, "x", []], "spec": [None, [], 5], "fingerprint": [None, 5],
-    "resolved": [[], 5], "monitor": [5, "top1", ["top1"], ["top1", "most"], [1, "max"]],
+    "state": [None, [], 5], "config": [None, "x", []], "spec": [None, [], 5], "fingerprint": [None, []],
+    "resolved": [[], 5], "monitor": [5, "top1", ["top1"], ["top1", "most"], [None, "max"]],
     "state.model": [None, [], {"weight": 5}, {5: torch.zeros(1)}, {"w": torch.zeros(1, dtype=torch.complex64)}],
     "state.ema": [5, {"weight": None}], "state.optimizer": [None, []], "state.scaler": [5],
     "state.meter": [None, {"loss": 1.0}], "state.schedule": [None, {"best": "x"}, {"best": NAN}, {"best": True}],
@@ -236,8 +236,8 @@ INVALID = {
     "state.progress.batch": [-1, 2**60], "state.progress.wall_s": [NAN, -1.0, "x"],
     "state.progress.best": [5, {"epoch": 1.0}, {"epoch": "x", "step": 1.0}, {"epoch": NAN, "step": 1.0}],
     "state.progress.finished": [1, "yes"],
-    "spec.channels": [0, -1, "3", None, 10**9], "spec.height": [0, 10**9, 8.0, True], "spec.width": [0, 2**20],
-    "spec.classes": ["ab", [1], 5], "spec.keypoints": ["ab", [None]],
+    "spec.channels": [0, -1, "3", None, 10**9], "spec.height": [0, 10**9, 8.5, True], "spec.width": [0, 2**20],
+    "spec.classes": ["ab", [[]], 5], "spec.keypoints": ["ab", [None]],
     "spec.flip_pairs": [[0], [0, 2], [0, -1], 5], "spec.skeleton": [[0], [[0]], [[0, 2]], 5],
     "spec.per_pixel": [1, "x"], "spec.hflip_ok": [1, None], "spec.ignore_index": ["x", 2**40],
     "spec.mean": [[NAN], [0.1, 0.2], ["x"], 5], "spec.std": [[0.0], [NAN], [-1.0], [float("inf")], "x"],

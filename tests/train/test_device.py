@@ -11,12 +11,7 @@ from torch import nn
 
 from cnntrain.errors import explain_machine, is_out_of_memory
 from cnntrain.report.console import explain_warning
-from cnntrain.train.device import (
-    choose_compute,
-    missing_for_compiling,
-    prepare_torch,
-    preserve_process_settings,
-)
+from cnntrain.train.device import choose_compute, missing_for_compiling, prepare_torch, preserve_process_settings
 from cnntrain.transfer import free_bytes
 from tests.simulated_cuda import simulated_cuda
 
@@ -65,11 +60,7 @@ def test_a_gpu_by_number_becomes_the_current_one() -> None:
     ],
 )
 def test_what_compiling_needs(
-    device: str,
-    environment: dict[str, str],
-    there: set[str],
-    missing: str | None,
-    monkeypatch: pytest.MonkeyPatch,
+    device: str, environment: dict[str, str], there: set[str], missing: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)

@@ -13,13 +13,14 @@ import torch
 from cnntrain.augment.geometry import HorizontalFlip, Shift
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.config.compose import read_settings
-from cnntrain.train.distributed import gather_states, pack_states, unpack_state
+from cnntrain.train.distributed import gather_states, own_state
 from cnntrain.train.evaluate import evaluate
-from cnntrain.train.loop import NullLogger, Trainer, train_epoch
+from cnntrain.train.loop import Logger, Trainer, train_epoch
 from cnntrain.train.nonfinite import NonFiniteGuard
-from cnntrain.train.setup import build_components, prepare_training
+from cnntrain.train.prepare import prepare_training
+from cnntrain.train.setup import build_components
 from cnntrain.train.signals import StopFlag
-from cnntrain.train.step_timer import make_step_timer
+from cnntrain.train.step_timer import StepTimer
 from cnntrain.transfer import constant
 from cnntrain.types import Batch, DataSpec
 from tests.simulated_cuda import DeviceMixError, simulated_cuda
@@ -32,12 +33,7 @@ QUICK = {
     "classification, bf16": ["model=lenet5", "augment=[shift,rotation]", "ema_decay=0.9", "clip_grad_norm=1"],
     "keypoints": [*FACES, "augment=[flip,rotation,jitter]"],
     "heat maps": [*FACES, "task.head=heatmap", "model=unet_small", "model.width=4"],
-    "segmentation": [
-        *SHAPES,
-        "task.loss=ce_dice",
-        "task.class_weights=balanced",
-        "augment=[flip,crop,jitter]",
-    ],
+    "segmentation": [*SHAPES, "task.loss=ce_dice", "task.class_weights=balanced", "augment=[flip,crop,jitter]"],
     "streamed images": ["data.cache=none", "data.workers=0"],
     "fp16": ["precision=fp16", "optimizer=sgd", "accumulate=2", "clip_grad_norm=1", "ema_decay=0.9"],
 }
@@ -49,10 +45,7 @@ MORE = {
     "images in host memory": ["data.cache=ram", "augment=[shift,rotation]"],
     "streamed keypoints": [*FACES, "data.cache=none", "data.workers=0"],
     "streamed masks": [*SHAPES, "data.cache=none", "data.workers=0"],
-    "keypoints, all effects": [
-        *FACES,
-        "augment=[flip,rotation,jitter,blur,noise,random_erasing,perspective,zoom]",
-    ],
+    "keypoints, all effects": [*FACES, "augment=[flip,rotation,jitter,blur,noise,random_erasing,perspective,zoom]"],
     "keypoints by a pair of points": [*FACES, "task.normalize_by=[left_eye,right_eye]", "task.loss=mse"],
     "heat maps, mse": [*FACES, "task.head=heatmap", "task.loss=mse", "model=unet_small", "model.width=4"],
     "masks, all effects": [*SHAPES, "augment=[flip,crop,jitter,hue,blur,noise,rotation,zoom]"],
@@ -78,15 +71,15 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
         finite = NonFiniteGuard(assembly.compute.device, state.scaler is not None, AssertionError)
         trainer = Trainer(assembly.task, assembly.pipeline, assembly.compute, plan, training)
         meter, world = assembly.task.meter(), assembly.compute.world
-        train_epoch(trainer, state, meter, NullLogger(), finite, StopFlag())
+        train_epoch(trainer, state, meter, Logger(), finite, StopFlag())
         if resumed:
-            saved = {name: value.cpu() for name, value in pack_states(gather_states(meter, world)).items()}
-            saved = unpack_state(saved, world)
+            saved = {name: value.cpu() for name, value in gather_states(meter, world).items()}
+            saved = own_state(saved, world)
             meter.load_state(saved, assembly.compute.device)
             assert all(cuda.holds(value) for value in meter.state().values())
             state.progress.batch = 0
             cuda.events.clear()
-            train_epoch(trainer, state, meter, NullLogger(), finite, StopFlag())
+            train_epoch(trainer, state, meter, Logger(), finite, StopFlag())
         evaluate(trainer, state.eval_model, validation, plan.batch_size, STEPS)
         assert state.progress.batch == STEPS
         assert all(cuda.holds(parameter) for parameter in state.model.parameters())
@@ -115,8 +108,7 @@ def test_no_step_waits_for_the_device_in_rarer_setups(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "most"),
-    [(["model=lenet5", "augment=none"], 26), ([*FACES, "augment=flip", "ema_decay=0.9"], 95)],
+    ("words", "most"), [(["model=lenet5", "augment=none"], 26), ([*FACES, "augment=flip", "ema_decay=0.9"], 95)]
 )
 def test_a_step_of_the_loop_launches_few_kernels_beside_the_bare_step(words: list[str], most: int) -> None:
     """On a GPU a small kernel costs what a large one does: the time to launch it."""
@@ -128,7 +120,7 @@ def test_a_step_of_the_loop_launches_few_kernels_beside_the_bare_step(words: lis
         plan, state = prepare_training(assembly, data)
         plan = replace(plan, log_every_steps=10**9, total_steps=10**9)
         training = assembly.loader(data.train, augmented=True)
-        rig = make_step_timer(assembly, plan, training)
+        rig = StepTimer(assembly, plan, training)
         rig._bare_steps(1)
         finite = NonFiniteGuard(assembly.compute.device, False, AssertionError)
         meter = assembly.task.meter()
@@ -136,7 +128,7 @@ def test_a_step_of_the_loop_launches_few_kernels_beside_the_bare_step(words: lis
         for _ in range(2):  # constants and the optimizer's state are made in the first one
             cuda.kernels.clear()
             state.progress.batch = 0
-            train_epoch(trainer, state, meter, NullLogger(), finite, StopFlag())
+            train_epoch(trainer, state, meter, Logger(), finite, StopFlag())
         rig._bare_steps(steps)
     extra = (cuda.kernels["train_epoch"] - cuda.kernels["_bare_steps"]) / steps
     assert 0 < extra <= most

@@ -21,7 +21,7 @@ from cnntrain.data.share import BatchShard
 from cnntrain.errors import MachineError, StoppedError, UserError
 from cnntrain.models.modify import freeze_layers, stays_in_eval, unfreeze
 from cnntrain.tasks.meter import Meter
-from cnntrain.train.device import Compute, own_gpu, prepare_torch
+from cnntrain.train.device import own_gpu, prepare_torch
 from cnntrain.train.distributed import (
     SINGLE,
     RankInfo,
@@ -29,16 +29,15 @@ from cnntrain.train.distributed import (
     check_launch,
     check_replicas_equal,
     first_node,
+    gather_states,
     merge_meters,
-    pack_states,
+    own_state,
     rank_from_env,
     running_statistics,
     synchronize_norms,
-    unpack_state,
 )
 from cnntrain.train.launch import _answering
 from cnntrain.train.schedule import Constant
-from cnntrain.train.setup import build_components, build_training_parts, smallest_batch
 from cnntrain.train.state import TrainState
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
@@ -104,27 +103,14 @@ def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
 
 
-def test_meter_states_are_packed_and_unpacked() -> None:
-    states = [{"loss_sum": torch.ones(1)}, {"loss_sum": torch.zeros(1), "rows/score": torch.ones(3)}]
-    packed = pack_states(states)
-    assert [unpack_state(packed, World(rank, 2)) for rank in range(2)] == states
-    assert unpack_state(pack_states(states[:1]), SINGLE) == states[0]
-
-
-@pytest.mark.parametrize(
-    ("model", "device", "size", "smallest"),
-    [("mlp", "cpu", 1, 1), ("mlp", "cpu", 4, 4), ("norm", "cpu", 1, 2), ("norm", "cpu", 4, 8), ("norm", "cuda", 1, 2),
-     ("norm", "cuda", 4, 4)],
-)  # fmt: skip
-def test_each_rank_needs_an_image_and_each_batch_norm_two(model: str, device: str, size: int, smallest: int) -> None:
-    compute = Compute(torch.device(device), "fp32", False, World(0, size))
-    assert smallest_batch(model == "norm", compute) == smallest
-
-
-def test_fewer_training_images_than_ranks_are_refused() -> None:
-    components = build_components(compose("model=mlp", "data.limit=3", "threads=1", "device=cpu"), world=World(0, 4))
-    with pytest.raises(UserError, match=r"launch\.devices"):
-        build_training_parts(components, components.load())
+def test_each_rank_finds_the_state_of_its_meter_in_a_checkpoint() -> None:
+    states = {"0/loss_sum": torch.ones(1), "1/loss_sum": torch.zeros(1), "1/rows/score": torch.ones(3)}
+    assert own_state(states, World(0, 2)) == {"loss_sum": torch.ones(1)}
+    assert own_state(states, World(1, 2)) == {"loss_sum": torch.zeros(1), "rows/score": states["1/rows/score"]}
+    meter = Loss()
+    meter.update(torch.ones(2), {}, torch.tensor(3.0), torch.tensor(2.0))
+    saved = gather_states(meter, SINGLE)
+    assert saved.keys() == meter.state().keys() and own_state(saved, SINGLE) == saved
 
 
 class Loss(Meter):
@@ -153,10 +139,7 @@ def run_rank(rank: int, port: int, results) -> None:
 
     prepare_torch(1, deterministic=False)
     with join_process_group(RankInfo(rank, 2, rank, 2, "127.0.0.1", port), cuda=False) as world:
-        found: dict[str, Any] = {
-            "gathered": world.all_gather(rank),
-            "broadcast": world.broadcast({"by": rank}),
-        }
+        found: dict[str, Any] = {"gathered": world.all_gather(rank), "broadcast": world.broadcast({"by": rank})}
         meter = Loss()
         if rank == 0:  # the other rank had no image
             meter.update(torch.tensor([1.0, 2.0]), {}, torch.tensor(3.0), torch.tensor(2.0))
@@ -219,10 +202,10 @@ def test_what_two_ranks_sum_gather_and_broadcast() -> None:
 
 def run_mismatched(rank: int, port: int, results) -> None:
     """Rank 1 does not take part in a collective operation of rank 0."""
-    from cnntrain.train import watchdog
+    from cnntrain.train import process_group
     from cnntrain.train.process_group import join_process_group
 
-    watchdog.LAST_WORDS_S = 0.5
+    process_group.LAST_WORDS_S = 0.5
     info, ends, started = RankInfo(rank, 2, rank, 2, "127.0.0.1", port), [], time.monotonic()
     with join_process_group(info, False, timeout_s=1, end=lambda *end: ends.append(end)) as world:
         if rank == 0:

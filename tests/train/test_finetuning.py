@@ -90,7 +90,7 @@ def test_each_layer_learns_slower_than_the_one_after_it() -> None:
     schedule = Cosine(final=0.1, total_steps=10, steps_per_epoch=5)
     for step in range(10):
         head = set_learning_rate(optimizer, schedule, step)
-        assert head == pytest.approx(0.5 * schedule.factor(step))
+        assert head == pytest.approx(0.5 * schedule.multiplier(step))
         found = rates(optimizer)
         assert found.keys() == {id(p) for p in model.parameters()}
         for distance, layer in enumerate(reversed(layers_of(model))):
@@ -119,16 +119,10 @@ def test_a_decay_of_one_changes_no_bit() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "optimizer.layer_decay=0",
-            r"optimizer\.layer_decay: must be a number >= 1e-06 and <= 1 or null, got 0",
-        ),
+        ("optimizer.layer_decay=0", r"optimizer\.layer_decay: must be a number >= 1e-06 and <= 1 or null, got 0"),
         ("optimizer.layer_decay=1.1", r"optimizer\.layer_decay: must be a number .* got 1\.1"),
         ("optimizer.layer_decay=deep", r"optimizer\.layer_decay: must be a number .* got 'deep'"),
-        (
-            "optimizer.layer_dekay=0.5",
-            r"optimizer\.layer_dekay: no such key; did you mean 'optimizer\.layer_decay'",
-        ),
+        ("optimizer.layer_dekay=0.5", r"optimizer\.layer_dekay: no such key; did you mean 'optimizer\.layer_decay'"),
         ("model.unfreeze=2", r"model\.unfreeze=2: nothing is frozen; set model\.freeze=backbone"),
         ("model.unfreeze=1", r"model\.unfreeze: must be a whole number >= 2 or null, got 1"),
     ],

@@ -20,7 +20,8 @@ from cnntrain.errors import UserError
 from cnntrain.train.device import Compute
 from cnntrain.train.loop import Trainer
 from cnntrain.train.lr_finder import BASELINE_STEPS, RangeTest, choose_learning_rate, range_test
-from cnntrain.train.setup import build_components, build_training_parts, run_range_test
+from cnntrain.train.prepare import build_training_parts, run_range_test
+from cnntrain.train.setup import build_components
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import TrainingPlan
 from cnntrain.types import Batch

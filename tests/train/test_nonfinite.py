@@ -10,22 +10,9 @@ from torch import Tensor, nn
 from cnntrain import compose, train
 from cnntrain.errors import DivergedError
 from cnntrain.train import checkpoint, loop
-from cnntrain.train.nonfinite import (
-    MAX_SKIPPED_STEPS,
-    SHOWN_EXAMPLES,
-    NonFiniteGuard,
-    step_unless,
-    watch_layers,
-)
+from cnntrain.train.nonfinite import MAX_SKIPPED_STEPS, SHOWN_EXAMPLES, NonFiniteGuard, step_unless, watch_layers
 
-QUICK = (
-    "model=mlp",
-    "data.limit=200",
-    "batch_size=20",
-    "threads=1",
-    "log.figures=false",
-    "log.tensorboard=false",
-)
+QUICK = ("model=mlp", "data.limit=200", "batch_size=20", "threads=1", "log.figures=false", "log.tensorboard=false")
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop")
 
 

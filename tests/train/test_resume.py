@@ -8,13 +8,7 @@ import pytest
 from cnntrain import compose, train
 from cnntrain.errors import UserError
 from cnntrain.train import checkpoint
-from cnntrain.train.resume import (
-    change_rule,
-    changed_settings,
-    flatten_settings,
-    locate_checkpoint,
-    run_identity,
-)
+from cnntrain.train.resume import change_rule, changed_settings, flatten_settings, locate_checkpoint, run_identity
 from cnntrain.train.run_dir import lock_run_dir
 
 QUICK = ("model=mlp", "model.values.width=8", "data.limit=100", "threads=1", "log.figures=false",

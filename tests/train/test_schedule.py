@@ -14,7 +14,7 @@ STEPS = 60
 
 
 def factors(schedule: Schedule) -> list[float]:
-    return [schedule.factor(step) for step in range(STEPS)]
+    return [schedule.multiplier(step) for step in range(STEPS)]
 
 
 def torch_factors(make) -> list[float]:
@@ -52,7 +52,7 @@ def test_one_cycle_is_torchs_momentum_too(shape: str) -> None:
     )
     for step in range(STEPS):
         group = optimizer.param_groups[0]
-        assert mine.factor(step) == pytest.approx(group["lr"], abs=1e-9)
+        assert mine.multiplier(step) == pytest.approx(group["lr"], abs=1e-9)
         assert mine.momentum(step) == pytest.approx(group["momentum"], abs=1e-9)
         optimizer.step()
         if step < STEPS - 1:
@@ -74,7 +74,7 @@ def test_plateau_is_torchs() -> None:
     for loss in losses:
         mine.observe(loss)
         theirs.step(loss)
-        assert mine.factor(0) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert mine.multiplier(0) == pytest.approx(optimizer.param_groups[0]["lr"])
     again = Plateau(factor=0.1, patience=2, threshold=1e-4, minimum=0.0, **FACTS)
     again.load_state(mine.state())
     assert again.state() == mine.state()

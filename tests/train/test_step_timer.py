@@ -4,8 +4,9 @@ import pytest
 
 from cnntrain import compose
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.train.setup import build_components, build_training_parts
-from cnntrain.train.step_timer import StepTimer, make_step_timer
+from cnntrain.train.prepare import build_training_parts
+from cnntrain.train.setup import build_components
+from cnntrain.train.step_timer import StepTimer
 from cnntrain.types import Batch
 
 
@@ -15,7 +16,7 @@ def timer_for(*overrides: str) -> StepTimer:
     data = components.load()
     plan, _, _ = build_training_parts(components, data)
 
-    made = make_step_timer(components, plan, components.loader(data.train, augmented=True))
+    made = StepTimer(components, plan, components.loader(data.train, augmented=True))
     made.window_s = 0.001
     return made
 

@@ -66,10 +66,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [
-        ("optimizer=sgd", "schedule=plateau"),
-        ("ema_decay=0.9", "data.cache=none", "data.workers=0"),
-    ],
+    [("optimizer=sgd", "schedule=plateau"), ("ema_decay=0.9", "data.cache=none", "data.workers=0")],
     ids=["dropout and plateau", "average and stream"],
 )
 def test_a_run_stopped_in_the_middle_of_an_epoch_goes_on_as_if_unbroken(
@@ -158,13 +155,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -
     monkeypatch.setattr(MetricsFile, "append", append)
 
 
-KILLED = (
-    *SMALL,
-    "model=mlp",
-    "model.values.width=8",
-    "steps=22",
-    "checkpoint.every_steps=1",
-)  # of 9 an epoch
+KILLED = (*SMALL, "model=mlp", "model.values.width=8", "steps=22", "checkpoint.every_steps=1")  # of 9 an epoch
 # The checkpoints of steps 1 to 8 come first, then last.pt and best.pt of epoch 1, and so on.
 INSTANTS = {
     "before the row": (MetricsFile, "append", 2),
@@ -348,13 +339,7 @@ def test_a_last_batch_of_one_image_is_left_out_for_batchnorm(caplog: pytest.LogC
 def test_early_stopping_and_limit_batches() -> None:
     result = train(
         compose(
-            *SMALL,
-            "model=mlp",
-            "optimizer.lr=0",
-            "early_stopping=2",
-            "epochs=9",
-            "limit_batches=2",
-            "run_dir=early",
+            *SMALL, "model=mlp", "optimizer.lr=0", "early_stopping=2", "epochs=9", "limit_batches=2", "run_dir=early"
         )
     )
     assert result["epochs"] == 3 and result["steps"] == 6
@@ -389,9 +374,7 @@ def test_a_run_that_patience_ended_is_finished(capsys: pytest.CaptureFixture[str
     assert train(compose(*asked[:-1], "early_stopping=2", "run_dir=early", "epochs=9", "resume=auto"))["epochs"] == 3
 
 
-def test_a_run_that_was_rewound_has_no_best_epoch_of_its_other_future(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_run_that_was_rewound_has_no_best_epoch_of_its_other_future(capsys: pytest.CaptureFixture[str]) -> None:
     asked = (*SMALL, "model=mlp", "epochs=4", "checkpoint.keep=9")
     train(compose(*asked, "optimizer.lr=0.01", "run_dir=run"))
     state, first = checkpoint.load(Path("run/checkpoints/best.pt"))["state"], "run/checkpoints/epoch-00001.pt"
@@ -477,11 +460,7 @@ LENGTHENED = {
     "one_cycle": (("epochs=1",), ("epochs=3",), True),
     "a constant one": (("epochs=1", "schedule=constant"), ("epochs=3", "schedule=constant"), False),
     "one that watches": (("epochs=1", "schedule=plateau"), ("epochs=3", "schedule=plateau"), False),
-    "another rate": (
-        ("epochs=2", "schedule=constant"),
-        ("epochs=3", "schedule=constant", "optimizer.lr=0.1"),
-        True,
-    ),
+    "another rate": (("epochs=2", "schedule=constant"), ("epochs=3", "schedule=constant", "optimizer.lr=0.1"), True),
 }
 
 

@@ -15,7 +15,7 @@ from cnntrain.data.loader import make_loader
 from cnntrain.data.sources.mask_folder import MaskFolder
 from cnntrain.data.sources.oxford_pet_voc import OxfordIIITPet, VOCSegmentation
 from cnntrain.errors import UserError
-from cnntrain.train.parts import build_source
+from cnntrain.train.setup import build_source
 
 
 @pytest.fixture

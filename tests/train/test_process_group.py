@@ -1,14 +1,13 @@
 """A rank that failed, stalled or disappeared ends the others; suspension of all ranks does not."""
 
-import threading
 import time
 from typing import Any
 
 import pytest
 
 from cnntrain.errors import MachineError
-from cnntrain.train import watchdog
-from cnntrain.train.watchdog import PERIOD_S, SILENCE_S, Watchdog
+from cnntrain.train import process_group
+from cnntrain.train.process_group import PERIOD_S, SILENCE_S, Watchdog
 
 
 class Store:
@@ -16,16 +15,25 @@ class Store:
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
-        self.lock = threading.Lock()
+        self.values: dict[str, bytes] = {}
 
     def add(self, name: str, number: int) -> int:
-        with self.lock:
-            self.numbers[name] = self.numbers.get(name, 0) + number
-            return self.numbers[name]
+        self.numbers[name] = self.numbers.get(name, 0) + number
+        return self.numbers[name]
+
+    def compare_set(self, name: str, expected: str, value: str) -> bytes:
+        assert not expected
+        return self.values.setdefault(name, value.encode())
+
+    def check(self, names: list[str]) -> bool:
+        return all(name in self.values for name in names)
+
+    def get(self, name: str) -> bytes:
+        return self.values[name]
 
 
 class Clock:
-    """Replaces the module `time` of the watchdog."""
+    """Replaces the module `time`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -40,7 +48,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(process_group, "time", clock)
+    monkeypatch.setattr(process_group, "LAST_WORDS_S", 0)
     return clock
 
 
@@ -110,12 +119,14 @@ class BrokenStore(Store):
         self.clock.now += self.fails_after_s
         raise RuntimeError("Connection reset by peer")
 
+    def compare_set(self, name: str, expected: str, value: str) -> bytes:
+        raise RuntimeError("Connection reset by peer")
+
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_request_that_was_suspended_is_repeated_and_a_closed_connection_ends_the_rank(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock, rank: int
+    clock: Clock, rank: int
 ) -> None:
-    monkeypatch.setattr(watchdog, "LAST_WORDS_S", 0)
     stores: list[Any] = [BrokenStore(clock, 100), Store(), AssertionError]
     ended: list[Any] = []
     dog = Watchdog(lambda: stores.pop(0), rank, 2, 60, lambda *end: ended.append(end))

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cnntrain.train.measurement import (
+from cnntrain.benchmark.measurement import (
     TICKS_PER_S,
     CpuTimes,
     TimingWindows,

@@ -1,11 +1,21 @@
-"""The search for `batch_size=auto`."""
+"""The plan of a training run, and the search for `batch_size=auto`."""
 
 import pytest
+import torch
 
 from cnntrain import compose
 from cnntrain.errors import MachineError, UserError
-from cnntrain.train.batch_size import fastest, largest_that_fits, power_of_two
-from cnntrain.train.setup import build_components, build_training_parts, search_batch_size
+from cnntrain.train.device import Compute
+from cnntrain.train.distributed import World
+from cnntrain.train.prepare import (
+    build_training_parts,
+    fastest,
+    largest_that_fits,
+    power_of_two,
+    search_batch_size,
+    smallest_batch,
+)
+from cnntrain.train.setup import build_components
 
 
 def test_largest_batch_that_fits_is_a_power_of_two() -> None:
@@ -46,3 +56,19 @@ def test_auto_becomes_a_number_and_the_model_is_unchanged() -> None:
     assert all(value.equal(before[name]) for name, value in components.model.state_dict().items())
     with pytest.raises(UserError, match="a whole number >= 1 or auto"):
         compose("batch_size=automatic")
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "size", "smallest"),
+    [("mlp", "cpu", 1, 1), ("mlp", "cpu", 4, 4), ("norm", "cpu", 1, 2), ("norm", "cpu", 4, 8), ("norm", "cuda", 1, 2),
+     ("norm", "cuda", 4, 4)],
+)  # fmt: skip
+def test_each_rank_needs_an_image_and_each_batch_norm_two(model: str, device: str, size: int, smallest: int) -> None:
+    compute = Compute(torch.device(device), "fp32", False, World(0, size))
+    assert smallest_batch(model == "norm", compute) == smallest
+
+
+def test_fewer_training_images_than_ranks_are_refused() -> None:
+    components = build_components(compose("model=mlp", "data.limit=3", "threads=1", "device=cpu"), world=World(0, 4))
+    with pytest.raises(UserError, match=r"launch\.devices"):
+        build_training_parts(components, components.load())

@@ -1,29 +1,22 @@
-"""Measure the time and peak memory of a piece of work, and the CPU load of other processes meanwhile.
+"""Measure the time of a piece of work, and the CPU load of other processes meanwhile.
 
 GPU load of other processes is not measured.
 """
 
 from __future__ import annotations
 
-import gc
 import os
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from cnntrain.memory import give_back_freed_memory
 from cnntrain.train.signals import StopFlag
 
 BUSY_CORES = 0.1  # a window in which other processes used more CPU time than this is disturbed
 TICKS_PER_S = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
-PROC_SELF = Path("/proc/self")
 
 
 @dataclass
@@ -150,27 +143,3 @@ def _process_stats(proc: Path) -> list[str]:
             with suppress(OSError):  # the process has ended
                 texts.append((folder / "stat").read_text(errors="replace"))
     return texts
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Release unused memory and restart the measurement of `peak_memory_mib`."""
-    gc.collect()
-    give_back_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):  # without write access the peak counts from the start of the process
-        (PROC_SELF / "clear_refs").write_text("5")  # proc(5): resets the peak resident set size
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Return the peak memory since `reset_peak_memory`: allocated by torch on a GPU, resident set size on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with suppress(OSError):
-        for line in (PROC_SELF / "status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

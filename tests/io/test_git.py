@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cnntrain.train import git as git_module
-from cnntrain.train.git import Commit, find_commit
+from cnntrain.io import git as git_module
+from cnntrain.io.git import Commit, find_commit
 from cnntrain.train.run_dir import provenance
 
 GIT = shutil.which("git")
