@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cnntrain.errors import UserError
 from cnntrain.io import safe_files as files
@@ -90,15 +91,12 @@ def _is_dirty(root: Path, index: Path, hash_bytes: int) -> bool | None:
     bytes_left = MAX_BYTES
     try:
         for entry in _entries(files.read_bytes(index, max_bytes=MAX_BYTES), hash_bytes):
-            if not entry.merged:
-                return True
             path = os.path.join(os.fsencode(root), entry.path)
-            try:
-                found = os.lstat(path)
-            except FileNotFoundError:
+            if not entry.merged or not os.path.lexists(path):
                 return True
             if stat.S_IFMT(entry.mode) == SUBMODULE:
                 continue
+            found = os.lstat(path)
             if stat.S_IFMT(found.st_mode) != stat.S_IFMT(entry.mode) or found.st_size & 0xFFFFFFFF != entry.size:
                 return True
             if (int(found.st_mtime), found.st_mtime_ns % 10**9) == entry.mtime or not stat.S_ISREG(entry.mode):
@@ -106,22 +104,19 @@ def _is_dirty(root: Path, index: Path, hash_bytes: int) -> bool | None:
             bytes_left -= entry.size
             if bytes_left < 0:
                 return None
-            if _blob_hash(Path(os.fsdecode(path)), len(entry.hash)) != entry.hash:
+            content = files.read_bytes(Path(os.fsdecode(path)), max_bytes=MAX_BYTES)
+            algorithm = "sha1" if hash_bytes == 20 else "sha256"
+            if (
+                hashlib.new(algorithm, b"blob %d\0" % len(content) + content, usedforsecurity=False).digest()
+                != entry.hash
+            ):
                 return True
     except (OSError, UserError, ValueError, struct.error, IndexError):
         return None
     return False
 
 
-def _blob_hash(path: Path, hash_bytes: int) -> bytes:
-    """Return git's object hash for the file's content."""
-    content = files.read_bytes(path, max_bytes=MAX_BYTES)
-    algorithm = hashlib.sha1 if hash_bytes == 20 else hashlib.sha256
-    return algorithm(b"blob %d\0" % len(content) + content, usedforsecurity=False).digest()
-
-
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """A file in git's index; `mtime` is (seconds, nanoseconds)."""
 
     path: bytes
@@ -148,13 +143,14 @@ def _entries(index: bytes, hash_bytes: int) -> Iterator[_Entry]:
     offset, path = 12, b""
     for _ in range(count):
         start = offset
-        fields = struct.unpack_from(f">10I{hash_bytes}sH", index, offset)
-        flags = fields[11]
-        extended = version >= 3 and flags & 0x4000
-        offset += 42 + hash_bytes + (2 if extended else 0)
+        _, _, seconds, nanoseconds, _, _, mode, _, _, size, digest, flags = struct.unpack_from(
+            f">10I{hash_bytes}sH", index, offset
+        )
+        offset += 42 + hash_bytes
         ignored = flags & 0x8000  # --assume-unchanged
-        if extended:
-            ignored |= struct.unpack_from(">H", index, offset - 2)[0] & 0x4000  # --skip-worktree
+        if version >= 3 and flags & 0x4000:  # extended flags follow
+            ignored |= struct.unpack_from(">H", index, offset)[0] & 0x4000  # --skip-worktree
+            offset += 2
         prefix = b""
         if version == 4:  # the path is prefix-compressed against the previous one
             strip, offset = _read_varint(index, offset)
@@ -167,16 +163,13 @@ def _entries(index: bytes, hash_bytes: int) -> Iterator[_Entry]:
         if b".." in path.split(b"/") or path.startswith(b"/"):
             raise ValueError("a path outside the folder")
         if not ignored:
-            merged = not flags & 0x3000  # stages above 0 are unmerged
-            yield _Entry(path, fields[6], fields[9], (fields[2], fields[3]), fields[10], merged)
+            yield _Entry(path, mode, size, (seconds, nanoseconds), digest, merged=not flags & 0x3000)  # stage 0
 
 
 def _read_varint(index: bytes, offset: int) -> tuple[int, int]:
     """Decode git's variable-length integer; return it and the offset after it."""
-    byte = index[offset]
-    value = byte & 0x7F
-    while byte & 0x80:
+    value = index[offset] & 0x7F
+    while index[offset] & 0x80:
         offset += 1
-        byte = index[offset]
-        value = ((value + 1) << 7) | (byte & 0x7F)
+        value = ((value + 1) << 7) | (index[offset] & 0x7F)
     return value, offset + 1

@@ -56,6 +56,9 @@ class Trainer:
             yield shard.drop_predecessor(batch), len(batch) if shard.count == 1 else min(plan.batch_size, rest)
 
 
+Row = Mapping[str, float]  # metrics by name
+
+
 class Logger:
     """Receives the metrics of a training run and does nothing with them; base class of those that do."""
 
@@ -64,14 +67,7 @@ class Logger:
     def log_checkpoint(self, row: dict[str, float]) -> None: ...
     def log_batch(self, step: int, batch: Batch) -> None: ...
     def finish(
-        self,
-        model: nn.Module,
-        meter: Meter,
-        mistakes: Any,
-        split: str,
-        best: Mapping[str, float],
-        test: Mapping[str, float],
-        step: int,
+        self, model: nn.Module, meter: Meter, mistakes: Any, split: str, best: Row, test: Row, step: int
     ) -> None: ...
 
 

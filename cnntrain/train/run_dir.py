@@ -81,20 +81,16 @@ def _lock_file(folder: Path, locks: contextlib.ExitStack) -> None:
         with contextlib.ExitStack() as opened:
             lock = opened.enter_context(files.open_lock(folder / ".lock"))
             unsupported = _try_lock(lock.fileno())
-            try:
-                replaced = not os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / ".lock"))
-            except FileNotFoundError:
-                replaced = True
-            if replaced:
-                continue
-            if unsupported:
-                log.warning(
-                    "run_dir: the file system of %s does not support file locks (%s); do not start a second process "
-                    "in this folder, it would not be detected",
-                    *(folder, unsupported),
-                )
-            locks.enter_context(opened.pop_all())
-            return
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / ".lock")):
+                    locks.enter_context(opened.pop_all())
+                    break
+    if unsupported:
+        log.warning(
+            "run_dir: the file system of %s does not support file locks (%s); do not start a second process in this "
+            "folder, it would not be detected",
+            *(folder, unsupported),
+        )
 
 
 def _try_lock(descriptor: int) -> str | None:

@@ -142,7 +142,10 @@ class StepTimer:
         first = 2 * every  # step of the first log entry; not 0, where the training logs its first batch
         self.state.progress = Progress(step=first - min(LEAD_IN_STEPS, every))
         timestamps = _TimestampLogger(logger)
-        guard = NonFiniteGuard(self.compute.device, self.state.scaler is not None, _diverged)
+        message = "the loss or a gradient was not finite during timing (batch {})"
+        guard = NonFiniteGuard(
+            self.compute.device, self.state.scaler is not None, lambda batch: DivergedError(message.format(batch))
+        )
         plan = replace(self.plan, log_every_steps=every, total_steps=first + steps)
         trainer = replace(self.trainer, pipeline=pipeline, plan=plan, training=training)
         train_epoch(trainer, self.state, trainer.task.meter(), timestamps, guard, StopFlag())
@@ -204,7 +207,3 @@ class _TimestampLogger(Logger):
     def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
         self.logger.log_step(step, epoch, batch, values)
         self.seconds.append(time.perf_counter())
-
-
-def _diverged(batch: int) -> DivergedError:
-    return DivergedError(f"the loss or a gradient was not finite during timing (batch {batch})")
