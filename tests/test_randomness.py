@@ -2,7 +2,7 @@
 
 import torch
 
-from cnntrain.randomness import epoch_order, hash_seed, uniform
+from cnntrain.randomness import epoch_order, hash_seed, seed_generators, uniform
 
 
 def test_uniform_numbers_depend_on_position_only() -> None:
@@ -17,3 +17,13 @@ def test_uniform_numbers_depend_on_position_only() -> None:
     assert (correlation - torch.eye(4)).abs().max() < 0.12
     assert sorted(epoch_order(0, 0, 50).tolist()) == list(range(50))
     assert len({hash_seed(a, b) for a in range(30) for b in range(30)}) == 900
+
+
+def test_seeding_draws_what_torch_draws_and_stores_nothing() -> None:
+    torch.manual_seed(77)
+    expected = torch.rand(5)
+    remembered = len(torch.cuda._queued_calls)
+    for _ in range(100):
+        seed_generators(77)
+    assert torch.equal(torch.rand(5), expected)
+    assert len(torch.cuda._queued_calls) == remembered

@@ -18,7 +18,7 @@ from cnntrain import compose
 from cnntrain.data.examples import Examples
 from cnntrain.data.loader import make_loader
 from cnntrain.data.share import BatchShard
-from cnntrain.errors import MachineError, StoppedError, UserError
+from cnntrain.errors import StoppedError, UserError
 from cnntrain.models.modify import freeze_layers, stays_in_eval, unfreeze
 from cnntrain.tasks.meter import Meter
 from cnntrain.train.device import own_gpu, prepare_torch
@@ -36,7 +36,6 @@ from cnntrain.train.distributed import (
     running_statistics,
     synchronize_norms,
 )
-from cnntrain.train.launch import _answering
 from cnntrain.train.schedule import Constant
 from cnntrain.train.state import TrainState
 
@@ -322,24 +321,6 @@ def test_synchronized_norms_of_a_frozen_backbone_stay_frozen() -> None:
     model.train()
     model.backbone(torch.randn(4, 1, 8, 8))  # pyright: ignore[reportCallIssue]
     assert not all(value.equal(dict(model.named_buffers())[k]) for k, value in before.items())
-
-
-def test_whoever_waits_for_a_watcher_gets_an_answer() -> None:
-    def watch(row: dict[str, float]) -> None:
-        if row["epoch"] == 1:
-            raise OSError("the disk is full")
-        if row["epoch"] == 2:
-            raise UserError("no such thing")
-
-    with _answering(watch) as end:
-        assert end is not None
-        answers = []
-        for epoch in range(4):
-            end.send({"epoch": epoch})
-            assert end.poll(10)
-            answers.append(end.recv())
-    assert answers[0] is None and answers[3] is None and isinstance(answers[2], UserError)
-    assert isinstance(answers[1], MachineError) and "the disk is full" in str(answers[1])
 
 
 @pytest.mark.parametrize("bound", [True, False])

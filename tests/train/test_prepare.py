@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cnntrain import compose
+from cnntrain import compose, train
 from cnntrain.errors import MachineError, UserError
 from cnntrain.train.device import Compute
 from cnntrain.train.distributed import World
@@ -16,6 +16,7 @@ from cnntrain.train.prepare import (
     smallest_batch,
 )
 from cnntrain.train.setup import build_components
+from tests.runs import SMALL
 
 
 def test_largest_batch_that_fits_is_a_power_of_two() -> None:
@@ -72,3 +73,10 @@ def test_fewer_training_images_than_ranks_are_refused() -> None:
     components = build_components(compose("model=mlp", "data.limit=3", "threads=1", "device=cpu"), world=World(0, 4))
     with pytest.raises(UserError, match=r"launch\.devices"):
         build_training_parts(components, components.load())
+
+
+def test_a_last_batch_of_one_image_is_left_out_with_batch_norm(caplog: pytest.LogCaptureFixture) -> None:
+    result = train(
+        compose(*SMALL, "data.limit=290", "batch_size=26", "data.val_fraction=0.1", "epochs=1", "run_dir=one")
+    )
+    assert result["steps"] == 10  # 261 images: ten batches of 26 and one image

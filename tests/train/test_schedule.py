@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from torch.optim import SGD, Adam
@@ -7,7 +5,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, O
 
 from cnntrain.config.instantiate import build
 from cnntrain.errors import UserError
-from cnntrain.train.optim import build_optimizer, by_name, set_learning_rate
+from cnntrain.train.optim import build_optimizer, set_learning_rate
 from cnntrain.train.schedule import Constant, Cosine, OneCycle, Plateau, Schedule, Step
 
 STEPS = 60
@@ -98,28 +96,9 @@ def test_invalid_argument_is_refused_by_key(name: str, arguments: dict[str, obje
         build(node, "schedule", "schedule", **FACTS)
 
 
-def test_norms_and_biases_do_not_decay() -> None:
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
-    optimizer = build_optimizer(lambda p: SGD(p, lr=0.1, weight_decay=0.5), model, 0.5, False)
-    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
-    assert decayed == {id(model[0].weight)}
-    everything = build_optimizer(lambda p: SGD(p, lr=0.1, weight_decay=0.5), model, 0.5, True)
-    assert len(everything.param_groups[0]["params"]) == 4
-
-
 def test_learning_rate_and_first_beta_follow_the_schedule() -> None:
     optimizer = build_optimizer(lambda p: Adam(p, lr=0.2), torch.nn.Linear(2, 2), 0.0, False)
     schedule = OneCycle(warmup=0.5, start=0.5, final=0.1, shape="linear", **FACTS)
     assert set_learning_rate(optimizer, schedule, 0) == pytest.approx(0.1)
     assert optimizer.param_groups[0]["betas"][0] == pytest.approx(0.95)
     assert set_learning_rate(optimizer, schedule, 29) == pytest.approx(0.2)
-
-
-def test_any_optimizer_by_name_and_its_near_miss() -> None:
-    parameters = [torch.nn.Parameter(torch.zeros(2, 2))]
-    made = by_name(parameters, "RMSprop", 0.01, 0.0, {"momentum": 0.5})
-    assert made.defaults["momentum"] == 0.5 and math.isclose(made.defaults["lr"], 0.01)
-    with pytest.raises(UserError, match="did you mean 'RMSprop'"):
-        by_name(parameters, "RMSProp", 0.01, 0.0, None)
-    with pytest.raises(UserError, match=r"optimizer\.options\.momentun.*did you mean 'momentum'"):
-        by_name(parameters, "RMSprop", 0.01, 0.0, {"momentun": 0.5})

@@ -1,5 +1,6 @@
-"""Fine-tuning: learning rates that fall towards the images, and a backbone that is set free at an epoch."""
+"""Parameter groups by weight decay and layer; freezing and unfreezing a backbone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cnntrain.models.fcn import FCN
 from cnntrain.models.resnet import ResNet
 from cnntrain.models.sequential.parser import Sequential
 from cnntrain.train import checkpoint, loop
-from cnntrain.train.optim import build_optimizer, layers_of, set_learning_rate
+from cnntrain.train.optim import build_optimizer, by_name, layers_of, set_learning_rate
 from cnntrain.train.schedule import Constant, Cosine
 from cnntrain.train.setup import build_components
 
@@ -182,3 +183,22 @@ def test_a_run_broken_around_the_epoch_goes_on_as_if_unbroken(step: int, monkeyp
         assert not changed(whole[part], broken[part])
     for index, moments in whole["optimizer"]["state"].items():
         assert not changed(moments, broken["optimizer"]["state"][index])
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    optimizer = build_optimizer(lambda p: SGD(p, lr=0.1, weight_decay=0.5), model, 0.5, False)
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {id(model[0].weight)}
+    everything = build_optimizer(lambda p: SGD(p, lr=0.1, weight_decay=0.5), model, 0.5, True)
+    assert len(everything.param_groups[0]["params"]) == 4
+
+
+def test_any_optimizer_by_name_and_its_near_miss() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(2, 2))]
+    made = by_name(parameters, "RMSprop", 0.01, 0.0, {"momentum": 0.5})
+    assert made.defaults["momentum"] == 0.5 and math.isclose(made.defaults["lr"], 0.01)
+    with pytest.raises(UserError, match="did you mean 'RMSprop'"):
+        by_name(parameters, "RMSProp", 0.01, 0.0, None)
+    with pytest.raises(UserError, match=r"optimizer\.options\.momentun.*did you mean 'momentum'"):
+        by_name(parameters, "RMSprop", 0.01, 0.0, {"momentun": 0.5})
