@@ -166,7 +166,11 @@ def search_batch_size(components: Components, data: Data) -> int:
     max_size = max(min_size, power_of_two(len(loader) // MIN_STEPS_PER_EPOCH))
     if device.type == "cuda":
         allowed_mib = (torch.cuda.memory_allocated(device) + GPU_SHARE * free_bytes(device)) / 2**20
-        size, reason = largest_that_fits(lambda size: _fits(step_timer, device, size, allowed_mib), max_size, min_size)
+        # As if the speed were proportional to the size: the largest size that fits.
+        size, reason = fastest(
+            lambda size: size if _fits(step_timer, device, size, allowed_mib) else None,
+            *(max_size, min_size, min_size, "does not fit in the device's memory"),
+        )
     else:
         size, reason = fastest(lambda size: _images_per_s(step_timer, device, size), max_size, min_size)
     log.info("batch_size=auto: using batch_size=%d (%s); optimizer.lr is not changed", size, reason)
@@ -179,28 +183,23 @@ def power_of_two(limit: int) -> int:
     return 1 << (max(limit, 1).bit_length() - 1)
 
 
-def largest_that_fits(fits: Callable[[int], bool], max_size: int, min_size: int = 1) -> tuple[int, str]:
-    """Return the largest power of two from `min_size` to `max_size` that `fits`, and the reason."""
-    size = min_size
-    if not fits(size):
-        raise MachineError(f"batch_size=auto: a step with batch_size={size} does not fit in the device's memory")
-    while size * 2 <= max_size:
-        if not fits(size * 2):
-            return size, f"{size * 2} does not fit in the device's memory"
-        size *= 2
-    return size, f"with more, an epoch would have fewer than {MIN_STEPS_PER_EPOCH} steps"
+def fastest(
+    images_per_s: Callable[[int], float | None],
+    max_size: int,
+    min_size: int = 1,
+    start: int = SMALLEST_ON_CPU,
+    too_large: str = "needs more than a quarter of the free memory",
+) -> tuple[int, str]:
+    """Return the smallest power of two from `start` to `max_size` for which doubling gains less than 5 %, and why.
 
-
-def fastest(images_per_s: Callable[[int], float | None], max_size: int, min_size: int = 1) -> tuple[int, str]:
-    """Return the smallest power of two from 32 to `max_size` for which doubling gains less than 5 %, and the reason.
-
-    Smaller sizes are tried if 32 needs too much memory.
+    Smaller sizes are tried if `start` is too large.
 
     Args:
-        images_per_s: returns the speed for a batch size, or None if it needs too much memory.
+        images_per_s: returns the speed for a batch size, or None if it is too large.
+        too_large: the reason in this case.
     """
-    size = max(min_size, min(SMALLEST_ON_CPU, max_size))
-    speed, too_large = images_per_s(size), "needs more than a quarter of the free memory"
+    size = max(min_size, min(start, max_size))
+    speed = images_per_s(size)
     if speed is None:
         while size > min_size:
             size //= 2
