@@ -1,7 +1,7 @@
 """Randomness as a function: every draw is a hash of (seed, epoch, position, name), never a generator's state.
 
 The hash is SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014), used as a
-counter-based generator on the CPU: it knows no batch size, device or rank.
+counter-based generator on the CPU, so that numbers do not depend on batch size, device or rank.
 """
 
 import zlib
@@ -17,14 +17,14 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: an avalanche over 64 bits."""
+    """Apply SplitMix64's finalizer, which spreads each bit over all 64."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(_FIRST)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(_SECOND)
     return value ^ (value >> np.uint64(31))
 
 
 def _chain(*parts: int | str) -> int:
-    """A word that is a function of `parts`. In Python's own numbers, which one by one are ten times as fast."""
+    """Hash `parts` to 64 bits, in Python integers, which are ten times as fast as NumPy's for single numbers."""
     state = 0
     for part in parts:
         word = zlib.crc32(part.encode()) if isinstance(part, str) else part & _WORD
@@ -36,7 +36,7 @@ def _chain(*parts: int | str) -> int:
 
 
 def hash_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**63) that is a function of `parts` alone; other parts, or another order, give another."""
+    """Return a seed in [0, 2**63) that depends only on `parts` and their order."""
     return _chain(*parts) >> 1
 
 
@@ -59,12 +59,12 @@ def fork_generators(device: torch.device) -> AbstractContextManager[None]:
 
 
 def uniform(seed: int, epoch: int, positions: Tensor, name: str, count: int) -> Tensor:
-    """Draws for whole images: float64 (N, count), uniform in [0, 1).
+    """Return random numbers for N images: (N, count) float64, uniform in [0, 1).
 
     Args:
         positions: (N,) int64, each image's position in the epoch.
-        name: whose draws these are; other names draw independently.
-        count: how many numbers an image needs; the first ones don't depend on it.
+        name: of the augmentation; numbers for different names are independent.
+        count: numbers per image; the first ones do not depend on it.
     """
     base, golden = np.uint64(_chain(seed, epoch, name)), np.uint64(_GOLDEN)
     per_image = _mix((positions.cpu().numpy().astype(np.uint64) ^ base) + golden)  # (N,)
@@ -74,6 +74,6 @@ def uniform(seed: int, epoch: int, positions: Tensor, name: str, count: int) -> 
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order in which epoch `epoch` visits `count` examples: (count,) int64, a permutation."""
+    """Return the order of the examples in an epoch: (count,) int64, a permutation."""
     generator = torch.Generator().manual_seed(hash_seed(seed, epoch, "order"))
     return torch.randperm(count, generator=generator)

@@ -44,7 +44,7 @@ print(after - before, held_mib() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator is told on Linux alone")
-def test_a_step_finds_the_memory_of_the_one_before() -> None:
+def test_a_step_reuses_the_memory_of_the_previous_one() -> None:
     plain, kept = (
         int(subprocess.run([sys.executable, "-c", CODE, how], capture_output=True, text=True, check=True).stdout)
         for how in ("plain", "kept")
@@ -54,7 +54,7 @@ def test_a_step_finds_the_memory_of_the_one_before() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator is told on Linux alone")
-def test_it_is_given_back_where_it_is_in_the_way() -> None:
+def test_freed_memory_is_returned_before_a_fork() -> None:
     done = subprocess.run([sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True)
     kept, returned = map(int, done.stdout.split())
     assert kept > 150 and returned < 50

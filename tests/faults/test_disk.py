@@ -48,7 +48,7 @@ def test_a_limit_on_file_sizes_leaves_the_old_one(cnntrain) -> None:
 
 
 @pytest.mark.slow
-def test_logs_that_can_not_be_written_warn_once_and_training_goes_on(cnntrain) -> None:
+def test_logs_that_cannot_be_written_warn_once_and_training_continues(cnntrain) -> None:
     Path("run/metrics.csv").mkdir(parents=True)
     arguments = ("model=mlp", "model.values.width=8", "threads=1", "data.limit=200", "epochs=3", "run_dir=run")
     done = cnntrain(*arguments, around=(*from_limit, "80"))

@@ -11,7 +11,7 @@ def finite(path: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_it_names_step_epoch_rate_layer_and_examples(cnntrain) -> None:
+def test_the_error_names_step_epoch_rate_layer_and_examples(cnntrain) -> None:
     said = cnntrain(
         *cnntrain.quick, "optimizer=sgd", "optimizer.lr=1e30", "schedule=constant", "run_dir=run", code=3
     ).stderr
@@ -22,7 +22,7 @@ def test_it_names_step_epoch_rate_layer_and_examples(cnntrain) -> None:
 
 
 @pytest.mark.slow
-def test_it_names_the_last_good_checkpoint_and_leaves_it_alone(cnntrain, trained: Path) -> None:
+def test_the_error_names_the_last_good_checkpoint(cnntrain, trained: Path) -> None:
     before = {path: path.read_bytes() for path in trained.glob("checkpoints/*.pt")}
     arguments = (*cnntrain.quick, "epochs=3", "run_dir=run", "resume=auto", "schedule=constant")
     said = cnntrain(*arguments, "optimizer.lr=1e35", code=3).stderr

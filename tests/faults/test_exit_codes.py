@@ -23,28 +23,28 @@ SLIPS = {
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_a_slip_is_refused_at_once(cnntrain, slip: str) -> None:
+def test_a_typing_error_is_refused(cnntrain, slip: str) -> None:
     arguments, expected = SLIPS[slip]
     assert expected in cnntrain.refused(*arguments)
 
 
-def test_what_only_the_parts_can_tell_is_refused_too(cnntrain) -> None:
+def test_arguments_that_only_the_class_can_check_are_refused(cnntrain) -> None:
     said = cnntrain.refused(*cnntrain.quick, "optimizer.lr=-1")
     assert said.startswith("error: optimizer.lr: ")
 
 
 @pytest.mark.slow
-def test_data_that_are_not_there(cnntrain) -> None:
+def test_missing_data_are_refused(cnntrain) -> None:
     for command in ((), ("overfit",)):
         assert "data.root" in cnntrain.refused(*command, "data=image_folder", "data.root=nowhere", "threads=1")
 
 
-def test_out_of_memory_is_the_machines_fault(cnntrain) -> None:
+def test_out_of_memory_has_the_exit_code_of_the_machine(cnntrain) -> None:
     said = cnntrain.refused(*cnntrain.quick, "model.values.width=4000000000", code=4)
     assert "memory" in said
 
 
 @pytest.mark.slow
-def test_divergence_inside_overfit_is_its_verdict(cnntrain) -> None:
+def test_divergence_in_overfit_is_its_verdict(cnntrain) -> None:
     done = cnntrain("overfit", *cnntrain.quick, "optimizer.lr=1e30", "run_dir=run", code=1)
     assert "FAIL" in done.stdout and "learning rate" in done.stdout

@@ -126,7 +126,7 @@ def test_a_killed_launcher_leaves_no_orphans(cnntrain, started) -> None:
 
 
 @LONG
-def test_one_that_answers_no_more_ends_all(cnntrain, started) -> None:
+def test_a_suspended_rank_ends_all(cnntrain, started) -> None:
     """As on a machine that was cut off: it is not dead, and the other one waits for it in a transfer."""
     process, ranks = started
     os.kill(ranks[1], signal.SIGSTOP)
@@ -140,7 +140,7 @@ def test_one_that_answers_no_more_ends_all(cnntrain, started) -> None:
 
 
 @LONG
-def test_under_torchrun_the_others_say_that_one_was_killed(cnntrain, wait_for) -> None:
+def test_under_torchrun_the_other_ranks_report_a_killed_one(cnntrain, wait_for) -> None:
     settings = (*TWO[:-1], "epochs=1000000", "schedule=constant", "run_dir=run")
     process = cnntrain.start(*settings, around=TORCHRUN)
     wait_for(lambda: Path("run/metrics.csv").exists(), process)
@@ -152,7 +152,7 @@ def test_under_torchrun_the_others_say_that_one_was_killed(cnntrain, wait_for) -
     assert gone(ranks)
 
 
-def test_nobody_outside_can_reach_it(cnntrain, started) -> None:
+def test_ranks_listen_on_the_loopback_interface_only(cnntrain, started) -> None:
     process, ranks = started
     addresses = [address for pid in (process.pid, *ranks) for address in listening(pid)]
     assert addresses and set(addresses) <= {"0100007F", "0000000000000000FFFF00000100007F", "0" * 24 + "01000000"}
@@ -162,7 +162,7 @@ def test_nobody_outside_can_reach_it(cnntrain, started) -> None:
 @pytest.mark.parametrize(
     "who", [pytest.param("launcher", marks=LONG), pytest.param("first", marks=LONG), "second", "terminal"]
 )
-def test_a_signal_to_any_stops_all_at_the_same_step(cnntrain, started, number: int, who: str) -> None:
+def test_a_signal_to_any_process_stops_all_at_the_same_step(cnntrain, started, number: int, who: str) -> None:
     process, ranks = started
     if who == "terminal":  # Ctrl-C reaches all of them
         os.killpg(process.pid, number)
@@ -175,7 +175,7 @@ def test_a_signal_to_any_stops_all_at_the_same_step(cnntrain, started, number: i
     assert f"at step {progress['step']};" in said
 
 
-def test_ranks_that_were_suspended_together_go_on(cnntrain, wait_for) -> None:
+def test_ranks_that_were_suspended_together_continue(cnntrain, wait_for) -> None:
     """Ctrl-Z for longer than any time limit, then `fg`."""
     process = cnntrain.start(*ENDLESS, "launch.timeout_s=5")
     wait_for(lambda: Path("run/metrics.csv").exists() and len(rows("run")) > 1, process)
@@ -191,7 +191,7 @@ def test_ranks_that_were_suspended_together_go_on(cnntrain, wait_for) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=LONG)])
 @pytest.mark.parametrize("model", ["mlp", "batchnorm_cnn"])
-def test_resumed_in_the_middle_of_an_epoch_it_ends_with_the_same_bits(cnntrain, model: str, count: int) -> None:
+def test_a_run_resumed_within_an_epoch_ends_with_the_same_bits(cnntrain, model: str, count: int) -> None:
     settings = (*TWO[1:-1], f"model={model}", f"launch.devices={count}", "schedule=constant", "augment=[crop,mixup]",
                 "ema_decay=0.9", "accumulate=2")  # fmt: skip
     cnntrain(*settings, "epochs=3", "run_dir=unbroken")
@@ -215,7 +215,7 @@ def test_a_last_batch_with_fewer_images_than_ranks_is_left_out(cnntrain) -> None
 
 
 @LONG
-def test_between_epochs_it_goes_on_with_any_number_of_processes(cnntrain) -> None:
+def test_a_run_resumes_between_epochs_with_any_number_of_ranks(cnntrain) -> None:
     settings = (*TWO, "schedule=constant", "augment=crop")
     cnntrain(*settings, "epochs=1", "run_dir=run")
     cnntrain(*settings, "epochs=2", "run_dir=run", "resume=auto", "launch.devices=3")
@@ -233,7 +233,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_makes_no_sense_is_refused(cnntrain, what: str) -> None:
+def test_launches_that_cannot_train_are_refused(cnntrain, what: str) -> None:
     arguments, said = REFUSED[what]
     assert said in cnntrain.refused(*QUIET[:-1], *arguments)
 
@@ -266,7 +266,7 @@ class Wrong(nn.Sequential):
         pytest.param("nan", 3, "first not finite: the activation of 0 (Flatten)", marks=LONG),
     ],
 )
-def test_an_error_of_one_process_is_that_of_all(cnntrain, kind: str, code: int, said: str) -> None:
+def test_an_error_in_one_rank_is_reported_once(cnntrain, kind: str, code: int, said: str) -> None:
     Path("mine/model").mkdir(parents=True)
     Path("mine/wrong.py").write_text(WRONG_ON_ONE)
     Path("mine/model/wrong.yaml").write_text(f"_target_: wrong.Wrong\nkind: {kind}\n")
@@ -278,7 +278,7 @@ def test_an_error_of_one_process_is_that_of_all(cnntrain, kind: str, code: int, 
 
 
 @LONG
-def test_errors_in_the_data_are_told_once(cnntrain, make_images) -> None:
+def test_errors_in_the_data_are_reported_once(cnntrain, make_images) -> None:
     make_images(count=4)
     Path("images/train/dark/0.png").write_bytes(b"no image")
     said = cnntrain(*TWO[:-3], "launch.devices=2", "data=image_folder", "data.root=images", "data.size=8", code=2)
@@ -303,7 +303,7 @@ def test_torchrun_and_srun_are_recognized(cnntrain, tmp_path) -> None:
 
 
 @LONG
-def test_a_sweep_that_is_stopped_stops_the_processes_of_its_run(cnntrain, wait_for) -> None:
+def test_stopping_a_sweep_stops_the_ranks_of_its_run(cnntrain, wait_for) -> None:
     process = cnntrain.start(
         *TWO, "-m", "optimizer.lr=0.001,0.01", "epochs=1000000", "schedule=constant", "run_dir=sweep"
     )
@@ -318,7 +318,7 @@ def test_a_sweep_that_is_stopped_stops_the_processes_of_its_run(cnntrain, wait_f
 
 
 @LONG
-def test_a_sweep_of_trainings_in_two_processes_each(cnntrain) -> None:
+def test_a_sweep_of_runs_with_two_ranks_each(cnntrain) -> None:
     said = cnntrain(
         *TWO, "-m", "optimizer.lr=0.001,0.01", "epochs=3", "run_dir=sweep", "sweep.pruner=median", timeout_s=300
     )

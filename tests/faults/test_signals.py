@@ -29,7 +29,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_terminated_with_its_workers_it_saves_and_goes_on_bit_for_bit(cnntrain, wait_for, make_images) -> None:
+def test_a_terminated_run_with_workers_resumes_with_the_same_bits(cnntrain, wait_for, make_images) -> None:
     root = make_images(count=40)
     common = ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8",
               "data.cache=none", "data.workers=2", "batch_size=4", "augment=flip",
@@ -52,7 +52,7 @@ def test_terminated_with_its_workers_it_saves_and_goes_on_bit_for_bit(cnntrain, 
 
 
 @pytest.mark.slow
-def test_interrupted_in_validation(cnntrain, wait_for) -> None:
+def test_a_run_interrupted_in_validation_saves_its_state(cnntrain, wait_for) -> None:
     """Nine tenths are held out; the last checkpoint within the epoch tells when training is nearly over."""
     run = cnntrain.start(
         "model=mlp", "model.values.width=75000", "threads=1", "log.figures=false", "log.tensorboard=false",
@@ -68,7 +68,7 @@ def test_interrupted_in_validation(cnntrain, wait_for) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_interrupt_ends_it_at_once(cnntrain, wait_for) -> None:
+def test_a_second_interrupt_kills_the_run(cnntrain, wait_for) -> None:
     run = cnntrain.start(
         "model=mlp", "model.values.width=200000", "threads=1", "log.figures=false", "log.tensorboard=false",
         "batch_size=800", "checkpoint.every_steps=1", "epochs=100", "run_dir=run",
@@ -82,7 +82,7 @@ def test_a_second_interrupt_ends_it_at_once(cnntrain, wait_for) -> None:
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_stops_a_run_unless_nohup_was_asked(cnntrain, wait_for) -> None:
+def test_sighup_stops_a_run_except_under_nohup(cnntrain, wait_for) -> None:
     """Its standard error is gone as well: a pipe that nobody reads."""
     endless = (*cnntrain.quick, "epochs=1000000", "schedule=constant", "run_dir=run", "resume=auto")
     run = cnntrain.start(*endless)
@@ -101,7 +101,7 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_was_asked(cnntrain, wait_for
 
 
 @pytest.mark.slow
-def test_slurms_warning_is_heeded_under_slurm_alone(cnntrain, wait_for) -> None:
+def test_sigusr1_stops_a_run_only_under_slurm(cnntrain, wait_for) -> None:
     endless = (*cnntrain.quick, "epochs=1000000", "run_dir=run", "resume=auto")
     run = cnntrain.start(*endless, SLURM_JOB_ID="17")
     wait_for(LAST.exists, run)

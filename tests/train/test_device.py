@@ -38,7 +38,7 @@ def test_no_thread_computes_subnormal_numbers(tmp_path: Path) -> None:
     assert "subnormal: 0\n" in done.stdout
 
 
-def test_a_gpu_by_number_becomes_the_current_one() -> None:
+def test_a_numbered_gpu_becomes_the_current_device() -> None:
     """Streams, cuBLAS handles and libraries that are given no device use the current one."""
     with simulated_cuda():
         torch.cuda.device_count.return_value = 2
@@ -63,7 +63,7 @@ def test_a_gpu_by_number_becomes_the_current_one() -> None:
         ("cuda", {}, {"gcc"}, "Triton"),
     ],
 )
-def test_what_compiling_needs(
+def test_missing_compilers_are_named(
     device: str, environment: dict[str, str], there: set[str], missing: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CC", "CXX"):
@@ -83,7 +83,7 @@ def strict_host() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("strict_host")
-def test_an_operation_without_a_deterministic_kernel_is_a_warning() -> None:
+def test_an_operation_without_a_deterministic_kernel_gives_a_warning() -> None:
     prepare_torch(threads=None, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
@@ -103,14 +103,14 @@ def test_the_warning_names_the_setting() -> None:
     assert explain_warning("another warning") == "another warning"
 
 
-def test_what_torch_keeps_of_freed_tensors_counts_as_free() -> None:
+def test_memory_in_torchs_cache_counts_as_free() -> None:
     with simulated_cuda(free_bytes=5 << 30):
         torch.cuda.memory_reserved.return_value = 3 << 30
         torch.cuda.memory_allocated.return_value = 1 << 30
         assert free_bytes(torch.device("cuda", 0)) == 7 << 30
 
 
-def test_deterministic_pooling_is_put_in_on_cuda_alone() -> None:
+def test_pooling_is_replaced_by_a_deterministic_one_only_on_cuda() -> None:
     for device, replaced in (("cpu", False), ("cuda", True)):
         with simulated_cuda(), preserve_process_settings():
             prepare_torch(threads=None, deterministic=True)
@@ -131,7 +131,7 @@ def test_deterministic_pooling_is_put_in_on_cuda_alone() -> None:
         ("mat1 and mat2 shapes cannot be multiplied", False),
     ],
 )
-def test_memory_that_cuda_could_not_allocate(text: str, memory: bool) -> None:
+def test_failed_cuda_allocations_count_as_out_of_memory(text: str, memory: bool) -> None:
     assert is_out_of_memory(RuntimeError(text)) == memory
     assert (explain_machine(RuntimeError(text)) is not None) == memory
 
@@ -189,9 +189,7 @@ FEW = "model=lenet5 data.limit=200 epochs=1 batch_size=32 limit_batches=4 thread
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler here")
 
 
-def test_without_a_compiler_it_is_refused_before_the_first_step(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_compiler_is_an_error_before_the_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(MachineError, match=r"compile: default needs a C\+\+ compiler.*use compile=off"):
         train(compose(*FEW, "compile=default", f"run_dir={tmp_path}/run"))
@@ -209,7 +207,7 @@ def test_off_compiles_nothing(written: str, monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.slow
 @NEEDS_COMPILER
-def test_a_compiled_training_is_the_same_training(tmp_path: Path) -> None:
+def test_a_compiled_run_equals_an_eager_run(tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 
     plain = train(compose(*FEW, f"run_dir={tmp_path}/plain"))
@@ -229,7 +227,7 @@ def test_a_compiled_training_is_the_same_training(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @NEEDS_COMPILER
-def test_a_compiled_training_that_diverges_names_the_layer(tmp_path: Path) -> None:
+def test_a_compiled_run_that_diverges_names_the_layer(tmp_path: Path) -> None:
     """Compiled code heeds no hooks, so it is the network as it was written that is looked through."""
     with pytest.raises(DivergedError, match=r"first not finite: the (activation|gradient)") as plain:
         train(compose(*FEW, "optimizer.lr=1e30", f"run_dir={tmp_path}/plain"))

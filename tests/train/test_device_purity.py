@@ -97,20 +97,20 @@ def test_no_step_waits_for_the_device(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["classification, bf16", "keypoints"])
-def test_an_epoch_that_is_resumed_collects_its_metrics_on_the_device(case: str) -> None:
+def test_a_resumed_epoch_accumulates_its_metrics_on_the_device(case: str) -> None:
     assert waits_at_each_step(QUICK[case], resumed=True) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", MORE)
-def test_no_step_waits_for_the_device_in_rarer_setups(case: str) -> None:
+def test_no_step_waits_for_the_device_in_rare_setups(case: str) -> None:
     assert waits_at_each_step(MORE[case]) == []
 
 
 @pytest.mark.parametrize(
     ("words", "most"), [(["model=lenet5", "augment=none"], 26), ([*FACES, "augment=flip", "ema_decay=0.9"], 95)]
 )
-def test_a_step_of_the_loop_launches_few_kernels_beside_the_bare_step(words: list[str], most: int) -> None:
+def test_the_loop_launches_few_kernels_besides_those_of_the_bare_step(words: list[str], most: int) -> None:
     """On a GPU a small kernel costs what a large one does: the time to launch it."""
     steps = 4
     more = ["device=cuda", "precision=fp32", "batch_size=8", "threads=1", f"limit_batches={steps}"]
@@ -134,7 +134,7 @@ def test_a_step_of_the_loop_launches_few_kernels_beside_the_bare_step(words: lis
     assert 0 < extra <= most
 
 
-def test_large_batches_are_moved_without_a_large_copy_from_pageable_memory() -> None:
+def test_large_batches_are_copied_from_pinned_memory() -> None:
     """An index of every row of 512 images of 64 px would be 256 KiB, which CUDA copies while the host waits."""
     with simulated_cuda() as cuda:
         images = torch.zeros(512, 1, 64, 64, dtype=torch.uint8).to("cuda")
@@ -164,7 +164,7 @@ def test_constants_are_copied_once() -> None:
         (lambda x: x[torch.tensor([0])], "blocking copy of an index"),
     ],
 )
-def test_the_simulation_finds_what_waits(work, kind: str) -> None:
+def test_the_simulation_detects_host_syncs(work, kind: str) -> None:
     with simulated_cuda() as cuda:
         x = torch.ones(4, device="cuda")
         cuda.events.clear()

@@ -46,7 +46,7 @@ SLURM = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_
 
 
 @pytest.mark.parametrize(("images", "count"), product((1, 3, 4, 64, 103), (1, 2, 3, 4)))
-def test_shares_divide_a_batch_without_overlap_and_the_first_gets_something(images: int, count: int) -> None:
+def test_shards_partition_a_batch_and_rank_0_gets_an_image(images: int, count: int) -> None:
     parts = [BatchShard(rank, count).of(10, 10 + images) for rank in range(count)]
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(10, 10 + images))
     sizes = [part.stop - part.start for part in parts]
@@ -55,7 +55,7 @@ def test_shares_divide_a_batch_without_overlap_and_the_first_gets_something(imag
 
 @pytest.mark.parametrize("cache", ["ram", "none"])
 @pytest.mark.parametrize("with_predecessor", [False, True])
-def test_processes_see_together_the_batches_that_one_sees(cache, with_predecessor: bool) -> None:
+def test_the_shards_of_all_ranks_make_up_the_batches_of_one_process(cache, with_predecessor: bool) -> None:
     """10 images in batches of 4 by 3 processes: the last batch has 2, and nothing for the third."""
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 2, 2).contiguous()
     loader = make_loader(Examples(images, {"label": torch.arange(10)}, [str(i) for i in range(10)]), "cpu", cache=cache)
@@ -74,13 +74,13 @@ def test_processes_see_together_the_batches_that_one_sees(cache, with_predecesso
     assert torch.equal(shares[0].drop_predecessor(resumed[0]).index, parts[0][2].index)
 
 
-def test_a_with_predecessor_is_the_image_before_in_the_whole_batch() -> None:
+def test_the_predecessor_is_the_previous_image_of_the_whole_batch() -> None:
     assert [BatchShard(rank, 3, with_predecessor=True).rows(4, 10).tolist() for rank in range(3)] == [
         [9, 4, 5], [5, 6, 7], [7, 8, 9],
     ]  # fmt: skip
 
 
-def test_places_are_read_from_the_environment() -> None:
+def test_ranks_are_read_from_the_environment() -> None:
     assert rank_from_env({}) is None
     assert rank_from_env({**TORCHRUN, "WORLD_SIZE": "1"}) is None
     assert rank_from_env(TORCHRUN) == RankInfo(3, 4, 1, 2, "a", 29500)
@@ -98,7 +98,7 @@ def test_places_are_read_from_the_environment() -> None:
 @pytest.mark.parametrize(
     ("nodes", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("gpu[03-05,7],c", "gpu03"), ("a-b[7,9]", "a-b7")]
 )
-def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
+def test_the_first_node_of_a_slurm_list(nodes: str, first: str) -> None:
     assert first_node(nodes) == first
 
 
@@ -177,7 +177,7 @@ def run_rank(rank: int, port: int, results) -> None:
 
 
 @pytest.mark.slow
-def test_what_two_ranks_sum_gather_and_broadcast() -> None:
+def test_two_ranks_sum_gather_and_broadcast() -> None:
     found = run_two(run_rank)
     torch.manual_seed(0)
     alone = TwoHeads().train()
@@ -217,7 +217,7 @@ def run_mismatched(rank: int, port: int, results) -> None:
 
 
 @pytest.mark.slow
-def test_a_collective_that_not_all_ranks_take_part_in_ends_after_the_timeout() -> None:
+def test_a_collective_with_a_missing_rank_ends_after_the_timeout() -> None:
     found = run_two(run_mismatched)
     assert [code for code, _ in found[0]] == [4] and "launch.timeout_s=1" in found[0][0][1]
     assert found[1] == [(4, None)], "one message"
@@ -244,7 +244,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_one_process_starts_nothing_and_imports_nothing_for_several() -> None:
+def test_a_single_process_imports_nothing_for_several() -> None:
     code = """
 import sys, threading
 from cnntrain import compose, train
@@ -275,7 +275,7 @@ class NormThenReLU(nn.BatchNorm2d):
         return super().forward(input).relu()
 
 
-def test_a_norm_that_computes_more_stays(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_subclass_of_batch_norm_is_not_replaced(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 3), NormThenReLU(3), nn.Sequential(nn.BatchNorm2d(3))).eval()
     images = torch.randn(2, 1, 8, 8)
     before = model(images)
@@ -286,7 +286,7 @@ def test_a_norm_that_computes_more_stays(caplog: pytest.LogCaptureFixture) -> No
     assert "NormThenReLU" in caplog.text
 
 
-def test_timms_norms_with_activations_are_synchronized_with_them() -> None:
+def test_timms_norms_with_activations_are_synchronized() -> None:
     """A bare norm in their place is another network; parameters, names and what is frozen stay."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -324,7 +324,7 @@ def test_synchronized_norms_of_a_frozen_backbone_stay_frozen() -> None:
 
 
 @pytest.mark.parametrize("bound", [True, False])
-def test_tasks_that_see_one_gpu_each_have_their_own(monkeypatch: pytest.MonkeyPatch, bound: bool) -> None:
+def test_tasks_that_see_one_gpu_each_use_it(monkeypatch: pytest.MonkeyPatch, bound: bool) -> None:
     """`srun --ntasks=4 --gpus-per-task=1`: each task's GPU is its number 0."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     settings, place = compose("device=cuda", "batch_size=32"), RankInfo(3, 4, 3, 4, has_own_gpu=bound)

@@ -99,14 +99,14 @@ def test_a_parabola_diverges_at_two_over_its_curvature(curvature: float) -> None
     assert test.steepest is not None and test.steepest < 2 / curvature
 
 
-def test_momentum_bears_twice_one_plus_momentum() -> None:
+def test_momentum_raises_the_limit_of_a_parabola() -> None:
     """Heavy-ball descent on a parabola is stable up to 2 (1 + momentum) / curvature (Polyak 1964)."""
     plain, heavy = on_parabola(4.0), on_parabola(4.0, momentum=0.9)
     assert plain.diverged_at and heavy.diverged_at
     assert 1.3 < heavy.diverged_at / plain.diverged_at < 2.8
 
 
-def test_rates_grow_by_the_same_factor_and_each_goes_with_its_loss() -> None:
+def test_rates_grow_by_a_constant_factor_and_match_their_losses() -> None:
     test = on_parabola(1e-9, steps=50)  # so flat that nothing happens
     assert test.complete and len(test.rates) == len(test.losses) == len(test.smoothed) == 50
     assert np.allclose(np.diff(np.log(test.rates)), np.log(1e6) / 49)
@@ -125,29 +125,29 @@ def test_a_loss_that_is_not_finite_ends_the_test_as_divergence() -> None:
     assert test.suggestion is None
 
 
-def test_time_that_is_over_ends_the_test_and_it_says_so() -> None:
+def test_the_deadline_ends_the_test_as_incomplete() -> None:
     test = on_parabola(1.0, ends_at=time.monotonic())
     assert not test.complete and len(test.rates) == 1
 
 
-def test_it_stops_soon_after_divergence() -> None:
+def test_the_test_ends_soon_after_divergence() -> None:
     test = on_parabola(4.0)
     assert test.rates[-1] == test.diverged_at
 
 
-def test_nothing_learned_can_not_be_choose_learning_rated() -> None:
+def test_no_rate_is_chosen_if_the_loss_does_not_decrease() -> None:
     flat = RangeTest(list(np.geomspace(1e-6, 1, 40)), [1.0] * 40)
     with pytest.raises(UserError, match=r"optimizer\.lr=auto"):
         choose_learning_rate(flat)
 
 
-def test_a_rate_is_choose_learning_rated_in_two_digits() -> None:
+def test_the_chosen_rate_has_two_digits() -> None:
     losses = [2.0] * (BASELINE_STEPS + 10) + [1.0] * 10 + [9.0] * 5
     test = RangeTest(list(np.geomspace(1e-6, 1, len(losses))), losses)
     assert choose_learning_rate(test) == float(f"{test.suggestion:.2g}")
 
 
-def test_weights_statistics_and_generators_are_untouched(tmp_path: Path) -> None:
+def test_weights_statistics_and_generators_are_not_changed(tmp_path: Path) -> None:
     settings = compose("model=fmnist_cnn", "data.limit=200", "threads=1", "lr_find.steps=20", "precision=bf16")
     assembly = build_components(settings)
     data = assembly.load()
@@ -164,7 +164,7 @@ def test_weights_statistics_and_generators_are_untouched(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-def test_each_layer_keeps_its_share_of_the_rate() -> None:
+def test_each_layer_keeps_its_ratio_to_the_rate() -> None:
     settings = compose("model=mlp", "data.limit=200", "threads=1", "lr_find.steps=20", "optimizer.layer_decay=0.5")
     assembly = build_components(settings)
     data = assembly.load()
@@ -187,7 +187,7 @@ def context_of(*overrides: str, budget_s: float = 600.0) -> CheckContext:
         ("model=mlp", "batch_size=1000", "data.limit=300", "limit_batches=1"),
     ],
 )
-def test_check_and_lr_find_say_the_same_of_one_set_up(overrides: tuple[str, ...], tmp_path: Path) -> None:
+def test_check_and_lr_find_agree(overrides: tuple[str, ...], tmp_path: Path) -> None:
     context = context_of(*overrides)
     finding = learning_rate(context)
     found = context.cache["range test"]
@@ -197,7 +197,7 @@ def test_check_and_lr_find_say_the_same_of_one_set_up(overrides: tuple[str, ...]
     assert found.suggestion and f"{found.suggestion:.2g}" in finding.evidence
 
 
-def test_a_range_test_with_smaller_batches_says_so() -> None:
+def test_a_range_test_with_smaller_batches_logs_it() -> None:
     """Where the budget does not suffice for the run's batches, the answer may differ from `lr-find`'s."""
     context = context_of("model=mlp", "lr_find.steps=40")
     seconds = RANGE_SHARE * context.seconds_left

@@ -37,7 +37,7 @@ def test_a_skipped_update_changes_no_weight_and_the_next_one_works(name: str, fu
         assert all(value.isfinite().all() for value in state.values() if isinstance(value, Tensor))
 
 
-def test_the_flag_stays_and_waits_for_nothing() -> None:
+def test_the_flag_is_sticky_and_needs_no_host_sync() -> None:
     meta = NonFiniteGuard(torch.device("meta"), False, explain)
     norm = torch.zeros((), device="meta")
     meta.record(norm)
@@ -51,7 +51,7 @@ def test_the_flag_stays_and_waits_for_nothing() -> None:
         finite.raise_if_bad()
 
 
-def test_with_scaled_gradients_only_twenty_skipped_steps_in_a_row_count() -> None:
+def test_with_a_loss_scaler_only_twenty_consecutive_skipped_steps_count() -> None:
     finite, overflow = NonFiniteGuard(torch.device("cpu"), True, explain), torch.tensor(float("inf"))
     for batch in range(MAX_SKIPPED_STEPS - 1):
         assert finite.should_skip(overflow, batch) == 1
@@ -80,7 +80,7 @@ def test_a_loss_that_is_not_finite_is_found_at_the_end_of_its_step(value: float,
         finite.raise_if_bad()
 
 
-def test_the_advice_comes_before_a_few_of_the_examples(tmp_path: Path) -> None:
+def test_the_remedy_comes_before_a_few_of_the_examples(tmp_path: Path) -> None:
     with pytest.raises(DivergedError) as raised:
         train(compose(*QUICK, "epochs=1", "optimizer.lr=1e30", "schedule=constant", f"run_dir={tmp_path}/run"))
     said = str(raised.value)
@@ -136,9 +136,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_run_names_the_step_that_was_bad_though_it_is_noticed_later(
-    accumulate: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_names_the_step_that_was_not_finite(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, 3 if accumulate == 1 else 5)
     with pytest.raises(DivergedError) as raised:
         train(compose(*QUICK, "epochs=3", f"accumulate={accumulate}", "run_dir=run", "log.every_steps=100"))
@@ -154,7 +152,7 @@ def test_a_run_names_the_step_that_was_bad_though_it_is_noticed_later(
         assert all(v.isfinite().all() for v in checkpoint.load(path)["state"]["model"].values())
 
 
-def test_a_plan_that_ends_between_two_readings_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverges_before_the_last_log_entry_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, 2)
     with pytest.raises(DivergedError, match="step 3"):
         train(compose(*QUICK, "epochs=1", "steps=5", "run_dir=run", "log.every_steps=100"))

@@ -69,14 +69,14 @@ def test_a_resnets_layers_are_its_blocks() -> None:
     assert blocks == [{f"layer{stage}.{block}"} for stage in (1, 2, 3, 4) for block in (0, 1)]
 
 
-def test_a_list_of_layers_is_opened_and_a_norm_belongs_to_its_convolution() -> None:
+def test_a_norm_belongs_to_the_layer_of_its_convolution() -> None:
     layers = [{"conv": 4}, "batch_norm", "relu", {"repeat": {"times": 2, "layers": [{"conv": 4}, "relu"]}}]
     found = names(Sequential(layers=[*layers, "flatten", "output"], **FACTS))
     assert [layer[0] for layer in found] == [f"layers.{n}.weight" for n in ("0", "3.0.0", "3.1.0", "5")]
     assert found[0] == [f"layers.{n}" for n in ("0.weight", "0.bias", "1.weight", "1.bias")]
 
 
-def test_the_head_is_the_last_layer_wherever_it_stands() -> None:
+def test_the_head_is_the_last_layer_wherever_it_is_registered() -> None:
     """An FCN scores three maps, and all three scorings are its head; a mere wrapper is no layer."""
     net = FCN(**FACTS)
     assert [name.split(".")[0] for name in names(net)[-1]] == ["score"] * 6
@@ -84,7 +84,7 @@ def test_the_head_is_the_last_layer_wherever_it_stands() -> None:
     assert [len(layer) for layer in names(wrapped)] == [len(layer) for layer in names(resnet())]
 
 
-def test_each_layer_learns_slower_than_the_one_after_it() -> None:
+def test_each_layer_has_a_lower_rate_than_the_next() -> None:
     """lr * decay^distance (Bao et al. 2022, BEiT), at any step of a schedule; the head's is reported."""
     model = resnet()
     optimizer = sgd(model, 0.5, weight_decay=0.1)
@@ -98,7 +98,7 @@ def test_each_layer_learns_slower_than_the_one_after_it() -> None:
             assert [found[id(p)] for p in layer] == pytest.approx([head * 0.5**distance] * len(layer))
 
 
-def test_one_step_goes_as_far_as_the_layers_learning_rate_says() -> None:
+def test_the_size_of_a_step_is_proportional_to_the_layers_rate() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     before = [p.detach().clone() for p in model.parameters()]
@@ -128,19 +128,19 @@ def test_a_decay_of_one_changes_no_bit() -> None:
         ("model.unfreeze=1", r"model\.unfreeze: must be a whole number >= 2 or null, got 1"),
     ],
 )
-def test_what_makes_no_sense_is_refused(override: str, message: str) -> None:
+def test_invalid_fine_tuning_settings_are_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(compose(*SMALL, override))
     assert not Path("outputs").exists()
 
 
-def test_other_groups_than_the_checkpoints_are_refused() -> None:
+def test_parameter_groups_unlike_the_checkpoints_are_refused() -> None:
     train(compose(*SMALL, "epochs=1", "run_dir=run"))
     with pytest.raises(UserError, match=r"resume: .* parameter groups .* optimizer\.layer_decay"):
         train(compose(*SMALL, "epochs=2", "run_dir=run", "resume=auto", "optimizer.layer_decay=0.5"))
 
 
-def test_a_backbone_is_set_free_at_its_epoch() -> None:
+def test_a_backbone_is_unfrozen_at_its_epoch() -> None:
     """Before it the head alone changes; from it on everything does, the running statistics too."""
     model = build_components(compose(*FROZEN)).model
     start, (last,) = model.state_dict(), model.head_names
@@ -153,14 +153,16 @@ def test_a_backbone_is_set_free_at_its_epoch() -> None:
     assert changed(before, weights("run")) == set(start)
 
 
-def test_an_epoch_that_never_comes_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unfreeze_epoch_after_the_end_gives_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", "cnntrain"):
         train(compose(*FROZEN, "epochs=1", "model.unfreeze=2", "run_dir=run"))
     assert "model.unfreeze=2: the training ends before that epoch" in caplog.text
 
 
 @pytest.mark.parametrize("step", [STEPS_PER_EPOCH - 4, STEPS_PER_EPOCH, STEPS_PER_EPOCH + 4])
-def test_a_run_broken_around_the_epoch_goes_on_as_if_unbroken(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stopped_around_the_unfreeze_epoch_resumes_with_the_same_bits(
+    step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before, at and in the epoch from which the backbone is free; with learning rates by layer."""
     settings = (*FROZEN, "model.unfreeze=2", "optimizer.layer_decay=0.7", "ema_decay=0.9")
     train(compose(*settings, "run_dir=whole"))
@@ -194,7 +196,7 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert len(everything.param_groups[0]["params"]) == 4
 
 
-def test_any_optimizer_by_name_and_its_near_miss() -> None:
+def test_optimizers_are_built_by_name_and_similar_names_suggested() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(2, 2))]
     made = by_name(parameters, "RMSprop", 0.01, 0.0, {"momentum": 0.5})
     assert made.defaults["momentum"] == 0.5 and math.isclose(made.defaults["lr"], 0.01)

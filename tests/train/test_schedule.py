@@ -28,20 +28,20 @@ def torch_factors(make) -> list[float]:
 FACTS = {"total_steps": STEPS, "steps_per_epoch": 10}
 
 
-def test_cosine_is_torchs() -> None:
+def test_cosine_equals_torchs() -> None:
     assert factors(Cosine(final=0.1, **FACTS)) == pytest.approx(
         torch_factors(lambda o: CosineAnnealingLR(o, STEPS, eta_min=0.1))
     )
 
 
-def test_step_is_torchs() -> None:
+def test_step_equals_torchs() -> None:
     assert factors(Step(milestones=[0.75, 0.5], factor=0.1, **FACTS)) == pytest.approx(
         torch_factors(lambda o: MultiStepLR(o, [30, 45], 0.1))
     )
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear"])
-def test_one_cycle_is_torchs_momentum_too(shape: str) -> None:
+def test_one_cycle_and_its_momentum_equal_torchs(shape: str) -> None:
     mine = OneCycle(warmup=0.3, start=0.04, final=1e-4, shape=shape, **FACTS)
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
     anneal = "cos" if shape == "cosine" else "linear"
@@ -64,7 +64,7 @@ def test_warm_up_is_linear_and_reaches_the_peak() -> None:
     assert mine[19] == 1.0
 
 
-def test_plateau_is_torchs() -> None:
+def test_plateau_equals_torchs() -> None:
     losses = [1.0, 0.9, 0.9, 0.9, 0.9, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6]
     mine = Plateau(factor=0.1, patience=2, threshold=1e-4, minimum=0.0, **FACTS)
     optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)

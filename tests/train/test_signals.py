@@ -24,7 +24,7 @@ def test_a_signal_asks_to_stop_with_its_own_exit_code(number: signal.Signals) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
-def test_a_signal_that_is_ignored_stays_so(number: signal.Signals) -> None:
+def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
     """As SIGHUP under nohup, and SIGINT for what a script starts with `&`."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
