@@ -104,8 +104,10 @@ def test_another_architecture_is_rejected_with_both_described(cnntrain, trained:
 
 def test_other_classes_are_rejected_with_both_described(cnntrain, make_images) -> None:
     root = make_images()
-    arguments = ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8",
-                 "log.figures=false", "log.tensorboard=false", "run_dir=run")  # fmt: skip
+    arguments = (
+        f"model=mlp threads=1 data=image_folder data.root={root} data.size=8 log.figures=false "
+        "log.tensorboard=false run_dir=run"
+    ).split()
     cnntrain(*arguments, "epochs=1")
     (root / "train" / "light").rename(root / "train" / "bright")
     said = cnntrain.refused(*arguments, "epochs=2", "resume=auto")

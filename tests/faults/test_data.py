@@ -30,9 +30,11 @@ def photograph(path: Path) -> None:
     Image.effect_noise((48, 48), 50).convert("RGB").save(path)
 
 
-def arguments(root: Path) -> tuple[str, ...]:
-    return ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8", "epochs=1",
-            "log.figures=false", "log.tensorboard=false")  # fmt: skip
+def arguments(root: Path) -> list[str]:
+    return (
+        f"model=mlp threads=1 data=image_folder data.root={root} data.size=8 epochs=1 "
+        "log.figures=false log.tensorboard=false"
+    ).split()
 
 
 def test_all_errors_are_reported_together(cnntrain, make_images) -> None:

@@ -79,8 +79,13 @@ def started(cnntrain, wait_for):
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=LONG)])
 def test_the_same_losses_and_metrics_as_one_process(cnntrain, processes: int) -> None:
     """With 180 images in batches of 32, of which the last has 20; two batches a step; mixed labels; 20 to validate."""
-    settings = (*QUIET, "data.limit=200", "batch_size=32", "epochs=2", "accumulate=2", "augment=[crop,mixup]",
-                "ema_decay=0.9", "clip_grad_norm=1", "log.every_steps=1")  # fmt: skip
+    settings = (
+        *QUIET,
+        *(
+            "data.limit=200 batch_size=32 epochs=2 accumulate=2 augment=[crop,mixup] ema_decay=0.9 "
+            "clip_grad_norm=1 log.every_steps=1"
+        ).split(),
+    )
     cnntrain(*settings, "run_dir=one")
     cnntrain(*settings, "run_dir=several", f"launch.devices={processes}")
     for one, several in zip(rows("one"), rows("several"), strict=True):
@@ -192,8 +197,12 @@ def test_ranks_that_were_suspended_together_continue(cnntrain, wait_for) -> None
 @pytest.mark.parametrize("count", [1, 2, pytest.param(4, marks=LONG)])
 @pytest.mark.parametrize("model", ["mlp", "batchnorm_cnn"])
 def test_a_run_resumed_within_an_epoch_ends_with_the_same_bits(cnntrain, model: str, count: int) -> None:
-    settings = (*TWO[1:-1], f"model={model}", f"launch.devices={count}", "schedule=constant", "augment=[crop,mixup]",
-                "ema_decay=0.9", "accumulate=2")  # fmt: skip
+    settings = (
+        *TWO[1:-1],
+        *(
+            f"model={model} launch.devices={count} schedule=constant augment=[crop,mixup] ema_decay=0.9 accumulate=2"
+        ).split(),
+    )
     cnntrain(*settings, "epochs=3", "run_dir=unbroken")
     cnntrain(*settings, "steps=5", "run_dir=run")  # of 3 an epoch
     assert checkpoint.load(Path("run/checkpoints/last.pt"))["state"]["progress"]["batch"] == 4
@@ -292,8 +301,14 @@ def test_torchrun_and_srun_are_recognized(cnntrain, tmp_path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "here",
-             "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": str(port)}  # fmt: skip
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "here",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "MASTER_PORT": str(port),
+    }
     tasks = [
         cnntrain.start(*settings, "run_dir=srun", **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("1", "0")
     ]

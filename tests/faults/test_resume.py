@@ -32,9 +32,9 @@ def test_settings_that_do_not_fit_the_state_are_rejected(cnntrain, trained: Path
 
 def test_a_new_learning_rate_applies_and_is_logged(cnntrain, trained: Path) -> None:
     done = cnntrain(
-        *cnntrain.quick, "epochs=2", "run_dir=run", "resume=auto", "optimizer.lr=0.5", "schedule=constant",
-        "device=cpu", "log.every_steps=7",
-    )  # fmt: skip
+        *cnntrain.quick,
+        *"epochs=2 run_dir=run resume=auto optimizer.lr=0.5 schedule=constant device=cpu log.every_steps=7".split(),
+    )
     assert "optimizer.lr was 0.001 and is 0.5" in done.stderr
     assert "state from run/checkpoints/last.pt" in done.stderr and "log.every_steps" not in done.stderr
     rows = metrics("run")

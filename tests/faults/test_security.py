@@ -85,9 +85,12 @@ def test_a_run_opens_no_sockets(cnntrain, make_images, inside_namespace) -> None
     """The run has its own network namespace without loopback, whose tables list every open socket."""
     isolated = inside_namespace("true", "--net")
     run = cnntrain.start(
-        "model=mlp", "threads=1", "data=image_folder", f"data.root={make_images(count=30)}", "data.size=8",
-        "data.cache=none", "data.workers=2", "epochs=3", "run_dir=run", around=isolated,
-    )  # fmt: skip
+        *(
+            f"model=mlp threads=1 data=image_folder data.root={make_images(count=30)} data.size=8 "
+            "data.cache=none data.workers=2 epochs=3 run_dir=run"
+        ).split(),
+        around=isolated,
+    )
     seen, looked = [], 0
     while run.poll() is None:
         with suppress(OSError):  # it has just ended

@@ -31,9 +31,10 @@ def children(pid: int) -> list[int]:
 @pytest.mark.slow
 def test_a_terminated_run_with_workers_resumes_with_the_same_bits(cnntrain, wait_for, make_images) -> None:
     root = make_images(count=40)
-    common = ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8",
-              "data.cache=none", "data.workers=2", "batch_size=4", "augment=flip",
-              "log.figures=false", "log.tensorboard=false")  # fmt: skip
+    common = (
+        f"model=mlp threads=1 data=image_folder data.root={root} data.size=8 data.cache=none "
+        "data.workers=2 batch_size=4 augment=flip log.figures=false log.tensorboard=false"
+    ).split()
     run = cnntrain.start(*common, "epochs=100000", "run_dir=run", "early_stopping=100000", "schedule=constant")
     wait_for(LAST.exists, run)
     workers = children(run.pid)
@@ -55,9 +56,11 @@ def test_a_terminated_run_with_workers_resumes_with_the_same_bits(cnntrain, wait
 def test_a_run_interrupted_in_validation_saves_its_state(cnntrain, wait_for) -> None:
     """Nine tenths are held out; the last checkpoint within the epoch tells when training is nearly over."""
     run = cnntrain.start(
-        "model=mlp", "model.values.width=75000", "threads=1", "log.figures=false", "log.tensorboard=false",
-        "data.val_fraction=0.9", "batch_size=4", "checkpoint.every_steps=35", "epochs=1", "run_dir=run",
-    )  # fmt: skip
+        *(
+            "model=mlp model.values.width=75000 threads=1 log.figures=false log.tensorboard=false "
+            "data.val_fraction=0.9 batch_size=4 checkpoint.every_steps=35 epochs=1 run_dir=run"
+        ).split(),
+    )
     wait_for(LAST.exists, run)
     time.sleep(0.5)
     run.send_signal(signal.SIGINT)
@@ -70,9 +73,11 @@ def test_a_run_interrupted_in_validation_saves_its_state(cnntrain, wait_for) -> 
 @pytest.mark.slow
 def test_a_second_interrupt_kills_the_run(cnntrain, wait_for) -> None:
     run = cnntrain.start(
-        "model=mlp", "model.values.width=200000", "threads=1", "log.figures=false", "log.tensorboard=false",
-        "batch_size=800", "checkpoint.every_steps=1", "epochs=100", "run_dir=run",
-    )  # fmt: skip
+        *(
+            "model=mlp model.values.width=200000 threads=1 log.figures=false log.tensorboard=false "
+            "batch_size=800 checkpoint.every_steps=1 epochs=100 run_dir=run"
+        ).split(),
+    )
     wait_for(LAST.exists, run)
     while run.poll() is None:  # impatient fingers: Python hears of a signal when an operation of torch's is over
         run.send_signal(signal.SIGINT)

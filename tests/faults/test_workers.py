@@ -14,10 +14,12 @@ import torch
 LAST = Path("run/checkpoints/last.pt")
 
 
-def streaming(root: Path) -> tuple[str, ...]:
-    return ("model=mlp", "threads=1", "data=image_folder", f"data.root={root}", "data.size=8", "data.cache=none",
-            "data.workers=2", "data.timeout_s=3", "batch_size=4", "epochs=100000", "log.figures=false",
-            "log.tensorboard=false", "run_dir=run")  # fmt: skip
+def streaming(root: Path) -> list[str]:
+    return (
+        f"model=mlp threads=1 data=image_folder data.root={root} data.size=8 data.cache=none "
+        "data.workers=2 data.timeout_s=3 batch_size=4 epochs=100000 log.figures=false "
+        "log.tensorboard=false run_dir=run"
+    ).split()
 
 
 def children(pid: int) -> list[int]:

@@ -144,8 +144,9 @@ def test_dirty_is_unknown_beyond_the_size_limit(repository: Path, monkeypatch: p
 def test_no_program_is_started(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch = f"touch {repository / 'touched'}"
     Path(".gitattributes").write_text("* filter=evil diff=evil\n")
-    for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.process", "diff.evil.textconv", "core.pager",
-                "core.sshCommand", "core.editor"):  # fmt: skip
+    for key in (
+        "core.fsmonitor filter.evil.clean filter.evil.process diff.evil.textconv core.pager core.sshCommand core.editor"
+    ).split():
         git("config", key, touch)
     hooks = repository / ".git" / "hooks"
     hooks.mkdir(exist_ok=True)

@@ -144,8 +144,11 @@ def test_the_writer_keeps_the_newest_epochs(tmp_path: Path, state: TrainState) -
             state.progress.epoch = epoch
             writer.save("last", "best")
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [
-        "best.pt", "epoch-00002.pt", "epoch-00003.pt", "last.pt",
-    ]  # fmt: skip
+        "best.pt",
+        "epoch-00002.pt",
+        "epoch-00003.pt",
+        "last.pt",
+    ]
     assert checkpoint.load(run.best)["state"]["progress"]["epoch"] == 3
 
 
@@ -178,16 +181,26 @@ def content() -> dict[str, Any]:
     """Return the valid content of a training run's checkpoint."""
     progress = asdict(Progress(epoch=1, step=5, best={"epoch": 1.0, "step": 5.0, "val/top1": NAN}))
     state = {
-        "model": {"weight": torch.zeros(2)}, "ema": None, "optimizer": {}, "schedule": {}, "scaler": None,
-        "progress": progress, "meter": {},
-    }  # fmt: skip
+        "model": {"weight": torch.zeros(2)},
+        "ema": None,
+        "optimizer": {},
+        "schedule": {},
+        "scaler": None,
+        "progress": progress,
+        "meter": {},
+    }
     keypoints = {"keypoints": ("left", "right"), "flip_pairs": (1, 0), "skeleton": ((0, 1),)}
     spec = asdict(DataSpec(1, 8, 8, classes=("a", "b"), **keypoints, mean=(0.5,), std=(0.2,)))
     resolved = {"precision": "fp32", "threads": 1, "processes": 1}
     return {
-        "state": state, "config": copy.deepcopy(config()), "spec": spec, "fingerprint": "10-abc",
-        "resolved": resolved, "monitor": ("top1", "max"), "versions": {},
-    }  # fmt: skip
+        "state": state,
+        "config": copy.deepcopy(config()),
+        "spec": spec,
+        "fingerprint": "10-abc",
+        "resolved": resolved,
+        "monitor": ("top1", "max"),
+        "versions": {},
+    }
 
 
 def test_valid_content_is_accepted_unchanged() -> None:
@@ -226,27 +239,50 @@ def test_the_number_of_pixels_is_limited() -> None:
 
 
 INVALID = {
-    "state": [None, [], 5], "config": [None, "x", []], "spec": [None, [], 5], "fingerprint": [None, []],
-    "resolved": [[], 5], "monitor": [5, "top1", ["top1"], ["top1", "most"], [None, "max"]],
+    "state": [None, [], 5],
+    "config": [None, "x", []],
+    "spec": [None, [], 5],
+    "fingerprint": [None, []],
+    "resolved": [[], 5],
+    "monitor": [5, "top1", ["top1"], ["top1", "most"], [None, "max"]],
     "state.model": [None, [], {"weight": 5}, {5: torch.zeros(1)}, {"w": torch.zeros(1, dtype=torch.complex64)}],
-    "state.ema": [5, {"weight": None}], "state.optimizer": [None, []], "state.scaler": [5],
-    "state.meter": [None, {"loss": 1.0}], "state.schedule": [None, {"best": "x"}, {"best": NAN}, {"best": True}],
+    "state.ema": [5, {"weight": None}],
+    "state.optimizer": [None, []],
+    "state.scaler": [5],
+    "state.meter": [None, {"loss": 1.0}],
+    "state.schedule": [None, {"best": "x"}, {"best": NAN}, {"best": True}],
     "state.progress": [None, [], {"evil": 1}],
     "state.progress.step": ["x", None, -1, 0.5, NAN, 2**60, True],
-    "state.progress.batch": [-1, 2**60], "state.progress.wall_s": [NAN, -1.0, "x"],
+    "state.progress.batch": [-1, 2**60],
+    "state.progress.wall_s": [NAN, -1.0, "x"],
     "state.progress.best": [5, {"epoch": 1.0}, {"epoch": "x", "step": 1.0}, {"epoch": NAN, "step": 1.0}],
     "state.progress.finished": [1, "yes"],
-    "spec.channels": [0, -1, "3", None, 10**9], "spec.height": [0, 10**9, 8.5, True], "spec.width": [0, 2**20],
-    "spec.classes": ["ab", [[]], 5], "spec.keypoints": ["ab", [None]],
-    "spec.flip_pairs": [[0], [0, 2], [0, -1], 5], "spec.skeleton": [[0], [[0]], [[0, 2]], 5],
-    "spec.per_pixel": [1, "x"], "spec.hflip_ok": [1, None], "spec.ignore_index": ["x", 2**40],
-    "spec.mean": [[NAN], [0.1, 0.2], ["x"], 5], "spec.std": [[0.0], [NAN], [-1.0], [float("inf")], "x"],
+    "spec.channels": [0, -1, "3", None, 10**9],
+    "spec.height": [0, 10**9, 8.5, True],
+    "spec.width": [0, 2**20],
+    "spec.classes": ["ab", [[]], 5],
+    "spec.keypoints": ["ab", [None]],
+    "spec.flip_pairs": [[0], [0, 2], [0, -1], 5],
+    "spec.skeleton": [[0], [[0]], [[0, 2]], 5],
+    "spec.per_pixel": [1, "x"],
+    "spec.hflip_ok": [1, None],
+    "spec.ignore_index": ["x", 2**40],
+    "spec.mean": [[NAN], [0.1, 0.2], ["x"], 5],
+    "spec.std": [[0.0], [NAN], [-1.0], [float("inf")], "x"],
     "spec.evil": [5],
-    "config.model": [5, None, "mlp"], "config.data": [5], "config.batch_size": ["auto", "${oc.env:HOME}", 0, None],
-    "config.choices": [5, None], "config.epochs": ["x", 0], "config.log": [5], "config.precision": ["fp8"],
-    "config.evil": [5], "config.trusted_packages": ["os"],
-    "resolved.precision": ["fp8", 5], "resolved.threads": [0, 10**6, "x"], "resolved.processes": [0, "x"],
-}  # fmt: skip
+    "config.model": [5, None, "mlp"],
+    "config.data": [5],
+    "config.batch_size": ["auto", "${oc.env:HOME}", 0, None],
+    "config.choices": [5, None],
+    "config.epochs": ["x", 0],
+    "config.log": [5],
+    "config.precision": ["fp8"],
+    "config.evil": [5],
+    "config.trusted_packages": ["os"],
+    "resolved.precision": ["fp8", 5],
+    "resolved.threads": [0, 10**6, "x"],
+    "resolved.processes": [0, "x"],
+}
 
 
 @pytest.mark.parametrize("path", INVALID)

@@ -39,10 +39,23 @@ from cnntrain.train.distributed import (
 from cnntrain.train.schedule import Constant
 from cnntrain.train.state import TrainState
 
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a",
-            "MASTER_PORT": "29500"}  # fmt: skip
-SLURM = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "20007",
-         "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NODELIST": "gpu[03-05,7],cpu1"}  # fmt: skip
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "29500",
+}
+SLURM = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "20007",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "gpu[03-05,7],cpu1",
+}
 
 
 @pytest.mark.parametrize(("images", "count"), product((1, 3, 4, 64, 103), (1, 2, 3, 4)))
@@ -76,8 +89,10 @@ def test_the_shards_of_all_ranks_make_up_the_batches_of_one_process(cache, with_
 
 def test_the_predecessor_is_the_previous_image_of_the_whole_batch() -> None:
     assert [BatchShard(rank, 3, with_predecessor=True).rows(4, 10).tolist() for rank in range(3)] == [
-        [9, 4, 5], [5, 6, 7], [7, 8, 9],
-    ]  # fmt: skip
+        [9, 4, 5],
+        [5, 6, 7],
+        [7, 8, 9],
+    ]
 
 
 def test_ranks_are_read_from_the_environment() -> None:

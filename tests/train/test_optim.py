@@ -20,9 +20,11 @@ from cnntrain.train.schedule import Constant, Cosine
 from cnntrain.train.setup import build_components
 
 SMALL = (
-    "data.limit=300", "epochs=3", "batch_size=32", "log.figures=false", "log.tensorboard=false", "threads=1",
-    "model=fmnist_cnn", "schedule=constant",
-)  # fmt: skip
+    *(
+        "data.limit=300 epochs=3 batch_size=32 log.figures=false log.tensorboard=false threads=1 "
+        "model=fmnist_cnn schedule=constant"
+    ).split(),
+)
 FROZEN = (*SMALL, "model.freeze=backbone")
 STEPS_PER_EPOCH = 9
 FACTS: dict[str, Any] = {"in_channels": 3, "num_outputs": 10, "image_size": (32, 32)}

@@ -67,9 +67,15 @@ def test_auto_becomes_a_number_and_the_model_is_unchanged() -> None:
 
 @pytest.mark.parametrize(
     ("model", "device", "size", "smallest"),
-    [("mlp", "cpu", 1, 1), ("mlp", "cpu", 4, 4), ("norm", "cpu", 1, 2), ("norm", "cpu", 4, 8), ("norm", "cuda", 1, 2),
-     ("norm", "cuda", 4, 4)],
-)  # fmt: skip
+    [
+        ("mlp", "cpu", 1, 1),
+        ("mlp", "cpu", 4, 4),
+        ("norm", "cpu", 1, 2),
+        ("norm", "cpu", 4, 8),
+        ("norm", "cuda", 1, 2),
+        ("norm", "cuda", 4, 4),
+    ],
+)
 def test_each_rank_needs_an_image_and_each_batch_norm_two(model: str, device: str, size: int, smallest: int) -> None:
     compute = Compute(torch.device(device), "fp32", False, World(0, size))
     assert smallest_batch(model == "norm", compute) == smallest

@@ -14,8 +14,9 @@ from cnntrain.train.resume import change_rule, changed_settings, flatten_setting
 from cnntrain.train.run_dir import lock_run_dir
 from tests.runs import SMALL, change_checkpoint, column, rows, weights
 
-QUICK = ("model=mlp", "model.values.width=8", "data.limit=100", "threads=1", "log.figures=false",
-         "log.tensorboard=false", "schedule=constant")  # fmt: skip
+QUICK = (
+    "model=mlp model.values.width=8 data.limit=100 threads=1 log.figures=false log.tensorboard=false schedule=constant"
+).split()
 
 
 def test_a_locked_folder_is_rejected_before_its_checkpoint_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +125,18 @@ def test_a_checkpoint_is_located_by_file_or_run_folder() -> None:
 @pytest.mark.parametrize(
     ("key", "rule"),
     [
-        ("epochs", "free"), ("log.every_steps", "free"), ("optimizer.lr", "new"), ("optimizer.name", "fixed"),
-        ("data.size", "fixed"), ("data.workers", "free"), ("model.width", "fixed"), ("model.freeze", "new"),
-        ("augment.flip.p", "new"), ("seed", "fixed"),
+        ("epochs", "free"),
+        ("log.every_steps", "free"),
+        ("optimizer.lr", "new"),
+        ("optimizer.name", "fixed"),
+        ("data.size", "fixed"),
+        ("data.workers", "free"),
+        ("model.width", "fixed"),
+        ("model.freeze", "new"),
+        ("augment.flip.p", "new"),
+        ("seed", "fixed"),
     ],
-)  # fmt: skip
+)
 def test_the_longest_prefix_of_a_key_decides_whether_it_may_change(key: str, rule: str) -> None:
     assert change_rule(key) == rule
 

@@ -15,10 +15,12 @@ from cnntrain.train.state import ModelEMA, validate_optimizer_state
 
 # LBFGS needs a closure, SparseAdam needs sparse gradients, and Muon accepts only matrices.
 NAMES = sorted(
-    name for name, member in vars(torch.optim).items()
-    if inspect.isclass(member) and issubclass(member, torch.optim.Optimizer)
+    name
+    for name, member in vars(torch.optim).items()
+    if inspect.isclass(member)
+    and issubclass(member, torch.optim.Optimizer)
     and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
-)  # fmt: skip
+)
 OPTIONS = {"SGD": {"momentum": 0.9}, "RMSprop": {"momentum": 0.9, "centered": True}, "Adam": {"amsgrad": True}}
 
 
@@ -142,8 +144,11 @@ def test_invalid_state_is_rejected(kind: str) -> None:
 
 def test_other_parameter_groups_are_rejected() -> None:
     _, optimizer = make("Adam")
-    for change in (lambda groups: groups.pop(), lambda groups: groups[0]["params"].pop(),
-                   lambda groups: groups[0].update(params=[0, 0, 0])):  # fmt: skip
+    for change in (
+        lambda groups: groups.pop(),
+        lambda groups: groups[0]["params"].pop(),
+        lambda groups: groups[0].update(params=[0, 0, 0]),
+    ):
         saved = copy.deepcopy(optimizer.state_dict())
         change(saved["param_groups"])
         with pytest.raises(ValueError, match="group"):
