@@ -152,14 +152,10 @@ class TrainState:
         self.model.load_state_dict(state["model"])
         if self.ema:
             self.ema.model.load_state_dict(state["ema"] or state["model"])
-        # With fp16 the first steps may all have been skipped.
-        trained, moves_momentum = (
-            state["progress"]["step"] > 0 and not self.scaler,
-            self.schedule.momentum(0) is not None,
-        )
-        self.optimizer.load_state_dict(
-            validate_optimizer_state(self.optimizer, state["optimizer"], trained, moves_momentum)
-        )
+        has_trained = state["progress"]["step"] > 0 and not self.scaler  # with fp16 all steps may have been skipped
+        moves_momentum = self.schedule.momentum(0) is not None
+        optimizer_state = validate_optimizer_state(self.optimizer, state["optimizer"], has_trained, moves_momentum)
+        self.optimizer.load_state_dict(optimizer_state)
         if state["schedule"].keys() == self.schedule.state().keys():  # otherwise a new schedule, which starts afresh
             self.schedule.load_state(state["schedule"])
         if self.scaler and state["scaler"]:
@@ -170,14 +166,14 @@ class TrainState:
 
 
 def validate_optimizer_state(
-    optimizer: Optimizer, saved: Mapping[str, Any], trained: bool = False, moves_momentum: bool = True
+    optimizer: Optimizer, saved: Mapping[str, Any], has_trained: bool = False, moves_momentum: bool = True
 ) -> dict[str, Any]:
     """Return a state dict for `optimizer.load_state_dict` with validated copies of the tensors in `saved`.
 
     The settings are those of `optimizer`, except for the learning rate of the last step.
 
     Args:
-        trained: the saved optimizer has made a step, so it has the moments of at least one parameter.
+        has_trained: the saved optimizer has made a step, so it has the moments of at least one parameter.
         moves_momentum: the schedule changes the momentum (the first of `betas`), so it is that of the last step too.
 
     Raises:
@@ -191,7 +187,7 @@ def validate_optimizer_state(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     parameter_of = dict(zip(keys, parameters, strict=True))
     expected = _state_after_a_step(optimizer)
-    if trained and not saved["state"] and any((expected or {}).values()):
+    if has_trained and not saved["state"] and any((expected or {}).values()):
         raise TypeError("the optimizer's moments are missing")
     state: dict[Any, dict[str, Any]] = {}
     for key, values in saved["state"].items():

@@ -167,9 +167,9 @@ def test_moments_that_are_missing_after_a_step_are_an_error() -> None:
     saved = {**optimizer.state_dict(), "state": {}}
     assert validate_optimizer_state(optimizer, saved)["state"] == {}
     with pytest.raises(TypeError, match="missing"):
-        validate_optimizer_state(optimizer, saved, trained=True)
+        validate_optimizer_state(optimizer, saved, has_trained=True)
     _, without_moments = make("SGD", momentum=0.0)
-    validate_optimizer_state(without_moments, without_moments.state_dict(), trained=True)
+    validate_optimizer_state(without_moments, without_moments.state_dict(), has_trained=True)
 
 
 def test_momentum_may_change() -> None:
