@@ -76,12 +76,12 @@ def check_ended(done: subprocess.CompletedProcess[str], code: int) -> subprocess
 
 
 def files() -> set[str]:
-    """What lies below the working folder, but the program's cache."""
+    """Return the paths below the working folder, without the program's cache."""
     return {str(p) for p in Path().rglob("*") if not str(p).startswith("cache")}
 
 
 def message(stderr: str) -> str:
-    """The last block of stderr, which must be an error's."""
+    """Return the last block of stderr, which must be an error message."""
     lines = stderr.rstrip("\n").split("\n")
     begins = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     assert begins, stderr
@@ -113,7 +113,7 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServ
 
 @pytest.fixture
 def trained(trained_once: Path, own_folder: Path) -> Path:
-    """A finished run of one epoch in `run`, to be spoilt."""
+    """A finished run of one epoch in `run`, which tests may modify."""
     shutil.copytree(trained_once, own_folder / "run")
     return Path("run")
 

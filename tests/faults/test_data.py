@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def huge_png(path: Path, side: int = 20_000) -> None:
-    """A PNG whose header says side x side pixels; it holds next to nothing."""
+    """Write a small PNG whose header claims side x side pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -97,7 +97,7 @@ def test_hidden_files_are_ignored_and_labels_have_the_indices_of_train(cnntrain,
 
 
 def test_the_extent_of_each_scan_mode(cnntrain, make_images) -> None:
-    """A header alone does not show that the rest is gone: then it is told when the image is met."""
+    """A scan of headers does not detect a truncated file; it is reported when the image is read."""
     root = make_images(count=12)
     photograph(root / "train" / "dark" / "half.png")
     whole = (root / "train" / "dark" / "half.png").read_bytes()
@@ -124,7 +124,7 @@ def test_a_scan_records_good_files(cnntrain, make_images) -> None:
 
 
 def test_modes_and_orientations_are_converted(cnntrain, make_images) -> None:
-    """One picture as 1, L, LA, P, RGBA, CMYK and 16 bits, and turned with an EXIF note: the same answer to each."""
+    """The same picture in modes 1, L, LA, P, RGBA, CMYK, with 16 bits and with an EXIF orientation."""
     root = make_images()
     cnntrain(*arguments(root), "data.channels=1", "run_dir=run")
     plain = Image.new("L", (32, 24), 255)

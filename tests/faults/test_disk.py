@@ -10,14 +10,14 @@ FOLDER = Path("disk/run/checkpoints")
 
 
 def whole_and_alone(folder: Path) -> bool:
-    """The old checkpoint loads, and there is no temporary."""
+    """Require that the old checkpoint loads and that there is no temporary file."""
     torch.load(folder / "last.pt", weights_only=True)
     return sorted(path.name for path in folder.iterdir()) in (["last.pt"], ["best.pt", "last.pt"])
 
 
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(cnntrain, inside_namespace) -> None:
-    """On a file system of 1.5 times the checkpoint the first one fits, and none beside it."""
+    """A file system of 1.5 times the size of the checkpoint has no room for a second one."""
     width, size_kib = 3000, 1.5 * 3 * 4 * 75 * 3000 / 1024
     script = f"mount -t tmpfs -o size={size_kib:.0f}k none disk"
     Path("disk").mkdir()
@@ -37,7 +37,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_old_one(cnntrain, inside_name
 
 @pytest.mark.slow
 def test_a_limit_on_file_sizes_leaves_the_old_one(cnntrain) -> None:
-    """Plain SGD's checkpoint fits below the limit, AdamW's does not."""
+    """The checkpoint of SGD without momentum is below the limit, that of AdamW above it."""
     wide = (*cnntrain.quick, "model.values.width=3000", "run_dir=disk/run", "schedule=constant")
     cnntrain(*wide, "epochs=1")
     before = (FOLDER / "last.pt").read_bytes()

@@ -34,7 +34,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    """Process ids of the ranks, by rank, that the command started."""
+    """Return the process ids of the ranks that the command started, ordered by rank."""
     return [pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
@@ -43,7 +43,7 @@ def gone(pids: list[int]) -> bool:
 
 
 def ended(pid: int) -> bool:
-    """Gone, or a zombie that nobody has waited for yet."""
+    """Return True if the process has ended; it may be a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -51,7 +51,7 @@ def ended(pid: int) -> bool:
 
 
 def listening(pid: int) -> list[str]:
-    """Addresses, in hexadecimal, at which a process waits for connections."""
+    """Return the addresses at which a process listens, in hexadecimal."""
     held = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()}
     found = []
     for table in ("tcp", "tcp6"):
@@ -68,7 +68,7 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def started(cnntrain, wait_for):
-    """A training of two processes that has ended its second epoch, and the processes."""
+    """A run of two ranks that has finished its second epoch, and the process ids of its ranks."""
     process = cnntrain.start(*ENDLESS)
     wait_for(lambda: Path("run/metrics.csv").exists() and len(rows("run")) > 1, process)
     ranks = ranks_of(process)
@@ -78,7 +78,7 @@ def started(cnntrain, wait_for):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=LONG)])
 def test_the_same_losses_and_metrics_as_one_process(cnntrain, processes: int) -> None:
-    """With 180 images in batches of 32, of which the last has 20; two batches a step; mixed labels; 20 to validate."""
+    """180 images in batches of 32, the last of which has 20; two batches per step; mixed labels; 20 validation images."""
     settings = (
         *QUIET,
         *(
@@ -132,7 +132,7 @@ def test_a_killed_launcher_leaves_no_orphans(cnntrain, started) -> None:
 
 @LONG
 def test_a_suspended_rank_ends_all(cnntrain, started) -> None:
-    """As on a machine that was cut off: it is not dead, and the other one waits for it in a transfer."""
+    """Like a machine that lost its network: the other rank waits for it in a collective."""
     process, ranks = started
     os.kill(ranks[1], signal.SIGSTOP)
     until = time.monotonic() + 25

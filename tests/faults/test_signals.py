@@ -16,7 +16,7 @@ def progress() -> dict[str, float]:
 
 
 def children(pid: int) -> list[int]:
-    """Processes below `pid`, from /proc."""
+    """Return the descendants of `pid`, from /proc."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -54,7 +54,7 @@ def test_a_terminated_run_with_workers_resumes_with_the_same_bits(cnntrain, wait
 
 @pytest.mark.slow
 def test_a_run_interrupted_in_validation_saves_its_state(cnntrain, wait_for) -> None:
-    """Nine tenths are held out; the last checkpoint within the epoch tells when training is nearly over."""
+    """90 % are validation images; the last checkpoint of the epoch shows that training is nearly over."""
     run = cnntrain.start(
         *(
             "model=mlp model.values.width=75000 threads=1 log.figures=false log.tensorboard=false "
@@ -88,7 +88,7 @@ def test_a_second_interrupt_kills_the_run(cnntrain, wait_for) -> None:
 
 @pytest.mark.slow
 def test_sighup_stops_a_run_except_under_nohup(cnntrain, wait_for) -> None:
-    """Its standard error is gone as well: a pipe that nobody reads."""
+    """Standard error is a pipe without a reader."""
     endless = (*cnntrain.quick, "epochs=1000000", "schedule=constant", "run_dir=run", "resume=auto")
     run = cnntrain.start(*endless)
     wait_for(LAST.exists, run)

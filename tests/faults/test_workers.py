@@ -29,7 +29,7 @@ def children(pid: int) -> list[int]:
 
 
 def test_a_worker_does_not_report_a_closed_connection(capfd) -> None:
-    """The thread that hands it over calls sys.excepthook, in the worker, where the main process breaks off."""
+    """If the main process closes the connection, a thread of the worker calls sys.excepthook."""
     from cnntrain.data.workers import _start_worker
 
     def reset(hook_of: str) -> None:
@@ -72,7 +72,7 @@ def test_a_killed_worker_ends_the_run_with_a_message(cnntrain, wait_for, make_im
 
 @pytest.mark.slow
 def test_a_suspended_run_continues(cnntrain, wait_for, make_images) -> None:
-    """Ctrl-Z for longer than data.timeout_s, then fg: it trains on, and ends as it would have."""
+    """Ctrl-Z for longer than data.timeout_s, then fg: the run continues and ends normally."""
     run = cnntrain.start(*(a.replace("timeout_s=3", "timeout_s=2") for a in streaming(make_images(count=40))))
     wait_for(LAST.exists, run)
     for _ in range(2):

@@ -32,7 +32,7 @@ print("subnormal:", (torch.full((1_000_000,), 1e-30) * 1e-10).count_nonzero().it
 
 @pytest.mark.slow
 def test_no_thread_computes_subnormal_numbers(tmp_path: Path) -> None:
-    """A thread that was there before the setting would go on as it began: none may be."""
+    """Threads that exist before the option is set keep their old setting, so there must be none."""
     command = [sys.executable, "-c", CODE, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "subnormal: 0\n" in done.stdout
@@ -198,7 +198,7 @@ def test_a_missing_compiler_is_an_error_before_the_first_step(monkeypatch: pytes
 
 @pytest.mark.parametrize("written", ["off", "false"])
 def test_off_compiles_nothing(written: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A bare `off` is false to YAML."""
+    """YAML reads an unquoted `off` as false."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: pytest.fail("compiled"))
     settings = compose(*FEW, f"compile={written}", f"run_dir={tmp_path}/run")
     assert settings.compile == "off"
@@ -228,7 +228,7 @@ def test_a_compiled_run_equals_an_eager_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 @NEEDS_COMPILER
 def test_a_compiled_run_that_diverges_names_the_layer(tmp_path: Path) -> None:
-    """Compiled code heeds no hooks, so it is the network as it was written that is looked through."""
+    """Compiled code ignores hooks, so the eager network is replayed."""
     with pytest.raises(DivergedError, match=r"first not finite: the (activation|gradient)") as plain:
         train(compose(*FEW, "optimizer.lr=1e30", f"run_dir={tmp_path}/plain"))
     with pytest.raises(DivergedError) as compiled:

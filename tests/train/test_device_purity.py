@@ -55,7 +55,7 @@ MORE = {
 
 
 def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
-    """What made the host wait more than once in an epoch of `STEPS` batches, or in a validation.
+    """Return the host syncs that happened more than once in an epoch of `STEPS` batches, or in a validation.
 
     Args:
         resumed: whether the epoch goes on with the metrics that a checkpoint, on the CPU, has of its first part.
@@ -111,7 +111,7 @@ def test_no_step_waits_for_the_device_in_rare_setups(case: str) -> None:
     ("words", "most"), [(["model=lenet5", "augment=none"], 26), ([*FACES, "augment=flip", "ema_decay=0.9"], 95)]
 )
 def test_the_loop_launches_few_kernels_besides_those_of_the_bare_step(words: list[str], most: int) -> None:
-    """On a GPU a small kernel costs what a large one does: the time to launch it."""
+    """On a GPU the cost of a small kernel is the time of its launch."""
     steps = 4
     more = ["device=cuda", "precision=fp32", "batch_size=8", "threads=1", f"limit_batches={steps}"]
     with simulated_cuda() as cuda:

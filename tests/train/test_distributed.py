@@ -69,7 +69,7 @@ def test_shards_partition_a_batch_and_rank_0_gets_an_image(images: int, count: i
 @pytest.mark.parametrize("cache", ["ram", "none"])
 @pytest.mark.parametrize("with_predecessor", [False, True])
 def test_the_shards_of_all_ranks_make_up_the_batches_of_one_process(cache, with_predecessor: bool) -> None:
-    """10 images in batches of 4 by 3 processes: the last batch has 2, and nothing for the third."""
+    """10 images in batches of 4 on 3 ranks: the last batch has 2 images, none of them for the third rank."""
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 2, 2).contiguous()
     loader = make_loader(Examples(images, {"label": torch.arange(10)}, [str(i) for i in range(10)]), "cpu", cache=cache)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
@@ -148,7 +148,7 @@ class TwoHeads(nn.Module):
 
 
 def run_rank(rank: int, port: int, results) -> None:
-    """Record what one of two ranks finds; at the top level, because it is imported by a new process."""
+    """Record the results of one of two ranks; at the top level of the module so that a new process can import it."""
     from cnntrain.train.process_group import join_process_group
 
     prepare_torch(1, deterministic=False)
@@ -284,7 +284,7 @@ def test_synchronized_norms_keep_the_names_of_a_checkpoint() -> None:
 
 
 class NormThenReLU(nn.BatchNorm2d):
-    """More than a norm, as timm's layers that bring an activation."""
+    """A norm with an activation, like timm's."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input).relu()
@@ -302,7 +302,7 @@ def test_a_subclass_of_batch_norm_is_not_replaced(caplog: pytest.LogCaptureFixtu
 
 
 def test_timms_norms_with_activations_are_synchronized() -> None:
-    """A bare norm in their place is another network; parameters, names and what is frozen stay."""
+    """Outputs, parameters, their names and frozen layers are preserved."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = timm.create_model("test_efficientnet", num_classes=3).eval()

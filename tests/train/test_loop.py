@@ -89,7 +89,7 @@ def test_a_run_stopped_after_its_last_step_still_validates_that_epoch(
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing is written after it, whatever the program does on its way out."""
+    """Stands for SIGKILL: nothing is written after it."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
@@ -248,7 +248,7 @@ def test_early_stopping_and_limit_batches() -> None:
 
 @pytest.mark.parametrize("extra", [("steps=2",), ("batch_size=290", "epochs=1"), ("epochs=1",)])
 def test_images_per_s_counts_the_images_of_the_epoch(extra: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on by a second whenever it is looked at: the epoch took whole seconds."""
+    """The clock advances by one second with each reading, so an epoch takes whole seconds."""
     ticks = itertools.count()
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     train(compose(*SMALL, "model=mlp", *extra, "run_dir=speed"))
@@ -272,7 +272,7 @@ def test_the_monitored_metric_selects_the_best_epoch(direction: str, chosen: flo
 
 @pytest.mark.parametrize("saves", [(), ("checkpoint.every_steps=2",)])
 def test_figures_do_not_count_as_training_time(saves: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that stands still except while the first batch is drawn."""
+    """The clock advances only a little, except while the first batch is drawn."""
     now = [0.0]
 
     def draw(self: RunLogger) -> None:

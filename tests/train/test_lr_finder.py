@@ -41,7 +41,7 @@ class Parabola(nn.Module):
 
 
 class Noise:
-    """Loader, pipeline and task at once: all that the training step asks of them."""
+    """Loader, pipeline and task in one object, as far as the training step uses them."""
 
     def __init__(self, curvature: float, noise: float = 0.1) -> None:
         self.curvature, self.noise = curvature, noise
@@ -198,7 +198,7 @@ def test_check_and_lr_find_agree(overrides: tuple[str, ...], tmp_path: Path) -> 
 
 
 def test_a_range_test_with_smaller_batches_logs_it() -> None:
-    """Where the budget does not suffice for the run's batches, the answer may differ from `lr-find`'s."""
+    """If the budget is too small for the run's batch size, the result may differ from that of `lr-find`."""
     context = context_of("model=mlp", "lr_find.steps=40")
     seconds = RANGE_SHARE * context.seconds_left
     context.cache["step seconds"] = 8 * seconds / (40 * 16.5)  # enough for 16 images a step

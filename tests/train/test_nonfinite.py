@@ -121,7 +121,7 @@ def test_the_first_layer_is_named(layer: nn.Module, named: str) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Make one weight NaN before `step`, once: the batch meets it, and so does the replay."""
+    """Make one weight NaN before `step`, once; the replay sees it too."""
     original: Callable[..., float] = loop.set_learning_rate
     met = []
 
@@ -160,7 +160,7 @@ def test_a_run_that_diverges_before_the_last_log_entry_saves_nothing(monkeypatch
 
 
 def test_a_validation_loss_that_is_not_finite_is_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Statistics that only evaluation uses: training is as finite as ever."""
+    """Only evaluation uses running statistics, so training stays finite."""
     original = loop.evaluate
 
     def spoiling(trainer: object, model: nn.Module, *arguments: object, **more: object) -> object:

@@ -45,7 +45,7 @@ def names(model: nn.Module) -> list[list[str]]:
 
 
 def rates(optimizer: Optimizer) -> dict[int, float]:
-    """Learning rate by parameter; every parameter is in one group alone."""
+    """Return the learning rate of each parameter; a parameter is in one group only."""
     found: dict[int, float] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -79,7 +79,7 @@ def test_a_norm_belongs_to_the_layer_of_its_convolution() -> None:
 
 
 def test_the_head_is_the_last_layer_wherever_it_is_registered() -> None:
-    """An FCN scores three maps, and all three scorings are its head; a mere wrapper is no layer."""
+    """The three scoring layers of an FCN are its head; a wrapper is not a layer."""
     net = FCN(**FACTS)
     assert [name.split(".")[0] for name in names(net)[-1]] == ["score"] * 6
     wrapped = nn.Sequential(nn.ModuleDict({"network": resnet()}))
@@ -87,7 +87,7 @@ def test_the_head_is_the_last_layer_wherever_it_is_registered() -> None:
 
 
 def test_each_layer_has_a_lower_rate_than_the_next() -> None:
-    """lr * decay^distance (Bao et al. 2022, BEiT), at any step of a schedule; the head's is reported."""
+    """lr * decay^distance (Bao et al. 2022, BEiT) at every step of a schedule; the head's rate is logged."""
     model = resnet()
     optimizer = sgd(model, 0.5, weight_decay=0.1)
     schedule = Cosine(final=0.1, total_steps=10, steps_per_epoch=5)
@@ -143,7 +143,7 @@ def test_parameter_groups_unlike_the_checkpoints_are_refused() -> None:
 
 
 def test_a_backbone_is_unfrozen_at_its_epoch() -> None:
-    """Before it the head alone changes; from it on everything does, the running statistics too."""
+    """Before that epoch only the head changes; from then on everything does, including running statistics."""
     model = build_components(compose(*FROZEN)).model
     start, (last,) = model.state_dict(), model.head_names
     head = {f"{last}.weight", f"{last}.bias"}
@@ -165,7 +165,7 @@ def test_an_unfreeze_epoch_after_the_end_gives_a_warning(caplog: pytest.LogCaptu
 def test_a_run_stopped_around_the_unfreeze_epoch_resumes_with_the_same_bits(
     step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before, at and in the epoch from which the backbone is free; with learning rates by layer."""
+    """Before, at the start of and within the epoch that unfreezes the backbone; with learning rates by layer."""
     settings = (*FROZEN, "model.unfreeze=2", "optimizer.layer_decay=0.7", "ema_decay=0.9")
     train(compose(*settings, "run_dir=whole"))
     original = loop.set_learning_rate

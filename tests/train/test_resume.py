@@ -197,7 +197,7 @@ def test_a_finished_run_is_neither_shortened_nor_rewritten() -> None:
 
 
 def test_a_run_ended_by_early_stopping_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where it was killed between its last epoch and its results."""
+    """Also if it was killed after its last epoch, before it wrote its results."""
     asked = (*SMALL, "model=mlp", "optimizer.lr=0", "early_stopping=1", "limit_batches=2", "run_dir=early")
     first = train(compose(*asked, "epochs=9"))
     results = (Path("early") / "results.json").read_bytes()

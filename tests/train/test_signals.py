@@ -25,7 +25,7 @@ def test_a_signal_asks_to_stop_with_its_own_exit_code(number: signal.Signals) ->
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
 def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
-    """As SIGHUP under nohup, and SIGINT for what a script starts with `&`."""
+    """SIGHUP is ignored under nohup, and SIGINT in commands that a script starts with `&`."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with stop_flag() as stop:
