@@ -78,7 +78,7 @@ def started(cnntrain, wait_for):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=LONG)])
 def test_the_same_losses_and_metrics_as_one_process(cnntrain, processes: int) -> None:
-    """180 images in batches of 32, the last of which has 20; two batches per step; mixed labels; 20 validation images."""
+    """180 images in batches of 32, the last with 20; two batches per step; mixed labels; 20 validation images."""
     settings = (
         *QUIET,
         *(
