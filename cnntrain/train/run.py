@@ -21,7 +21,7 @@ from cnntrain.train.evaluate import evaluate
 from cnntrain.train.loop import Logger, Trainer, fit
 from cnntrain.train.setup import Components
 from cnntrain.train.signals import StopFlag
-from cnntrain.train.state import TrainingPlan, TrainState
+from cnntrain.train.state import Progress, TrainingPlan, TrainState
 from cnntrain.types import Batch
 
 log = logging.getLogger("cnntrain")
@@ -51,15 +51,15 @@ def train_to_the_end(
         DivergedError: the loss or a gradient is not finite.
         MachineError: a loader worker died.
     """
-    settings, compute, task = components.settings, components.compute, components.task
-    world = compute.world
+    settings, task, progress = components.settings, components.task, state.progress
+    world = components.compute.world
     training = components.loader(data.train, augmented=True)
     validation = components.loader(data.val) if data.val else None
-    trainer = Trainer(task, components.pipeline, compute, plan, training, validation)
+    trainer = Trainer(task, components.pipeline, components.compute, plan, training, validation)
     _fit(trainer, state, writer, logger, stop, components.data_settings.timeout_s)
-
-    if world.is_main and (message := _early_stop(state, plan, task)):
-        log.info("%s", message)
+    stopped_early = progress.step < plan.total_steps
+    if stopped_early and world.is_main:
+        _log_early_stop(progress, plan, task)
     best = state.eval_model
     writer.flush()
     if world.is_main:
@@ -76,8 +76,8 @@ def train_to_the_end(
         return {}
     mistakes = _draw_mistakes(best, components, selection, hardest) if settings.log.figures else None
     split = "validation" if validation else "training"
-    logger.finish(best, meter, mistakes, split, state.progress.best, test, state.progress.step)
-    ended_by = "early_stopping" if _early_stop(state, plan, task) else "steps" if settings.steps else "epochs"
+    logger.finish(best, meter, mistakes, split, progress.best, test, progress.step)
+    ended_by = "early_stopping" if stopped_early else "steps" if settings.steps else "epochs"
     return {**_summary(state, best, test), "ended_by": ended_by}
 
 
@@ -104,18 +104,13 @@ def _fit(
         raise explained from error
 
 
-def _early_stop(state: TrainState, plan: TrainingPlan, task: Task) -> str:
-    """Return the message for a training run ended by early stopping; empty if it ran to completion."""
-    progress = state.progress
-    if plan.early_stopping is None or progress.step >= plan.total_steps:
-        return ""
-    if progress.epochs_since_best < plan.early_stopping:
-        return ""
-    name = next((key for key in (f"val/{task.monitor[0]}", f"train/{task.monitor[0]}") if key in progress.best), "")
-    planned = -(-plan.total_steps // plan.steps_per_epoch)
-    return (
-        f"early stopping: ended after epoch {progress.epoch} of {planned}; no improvement of {name or 'train/loss'} "
-        f"for {progress.epochs_since_best} epochs; the best epoch is {progress.best['epoch']:.0f}"
+def _log_early_stop(progress: Progress, plan: TrainingPlan, task: Task) -> None:
+    keys = (f"val/{task.monitor[0]}", f"train/{task.monitor[0]}")
+    name = next((key for key in keys if key in progress.best), "train/loss")
+    log.info(
+        "early stopping: ended after epoch %d of %d; no improvement of %s for %d epochs; the best epoch is %d",
+        *(progress.epoch, -(-plan.total_steps // plan.steps_per_epoch), name, progress.epochs_since_best),
+        progress.best["epoch"],
     )
 
 
