@@ -255,8 +255,8 @@ def _reject_mismatches(
         lines = [
             f"resume: {source} is from another {kind}; use the settings of that run (run.json has its command), or "
             "start a new run in another run_dir",
-            f"checkpoint: {_describe(content['config'], before, weights)}",
-            f"now:        {_describe(config, now, own_weights)}",
+            f"checkpoint: {_describe(content['config'], spec, weights)}",
+            f"now:        {_describe(config, data.spec, own_weights)}",
             *(problem for _, problem in problems[:MAX_SHOWN_PROBLEMS]),
             *([f"and {hidden} more differences"] if hidden > 0 else []),
         ]
@@ -343,12 +343,11 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
     return flat
 
 
-def _describe(config: Mapping[str, Any], names: tuple[str, ...], weights: Mapping[str, Any]) -> str:
+def _describe(config: Mapping[str, Any], spec: DataSpec, weights: Mapping[str, Any]) -> str:
     count, choices = sum(value.numel() for value in weights.values()), config["choices"]
-    listed = ", ".join([*names[:5], *["..."] * (len(names) > 5)])
-    return (
-        f"model={choices.get('model')} ({count:,} weights), data={choices.get('data')}, {len(names)} names ({listed})"
-    )
+    names, kind = spec.classes or spec.keypoints, "classes" if spec.classes else "keypoints"
+    listed = f"{len(names)} {kind} ({', '.join([*names[:5], *['...'] * (len(names) > 5)])})"
+    return f"model={choices.get('model')} ({count:,} weights), data={choices.get('data')}, {listed}"
 
 
 def _short(value: Any) -> str:
