@@ -48,21 +48,12 @@ class CifarResNet(nn.Module):
     Args:
         depth: number of layers with weights, 6n + 2.
         shortcut: pad (option A, without parameters), projection (option B), or none (the plain network).
-
-    Raises:
-        UserError: a depth that is not 6n + 2, or an unknown shortcut.
     """
 
     head_names = ("fc",)
 
     def __init__(
-        self,
-        *,
-        depth: int,
-        in_channels: int,
-        num_outputs: int,
-        image_size: Sequence[int],
-        shortcut: str = "pad",
+        self, *, depth: int, in_channels: int, num_outputs: int, image_size: Sequence[int], shortcut: str = "pad"
     ) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:

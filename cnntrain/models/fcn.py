@@ -3,7 +3,8 @@
 Source: Long et al. 2015, Fully Convolutional Networks for Semantic Segmentation, sections 3.1 and 4.1.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,6 @@ class FCN(nn.Module):
         skips: number of finer maps with scores.
         upsampling: nearest, bilinear or bicubic.
         stem: auto, imagenet or small; only for resnet backbones.
-
-    Raises:
-        UserError: an unknown backbone or option; a backbone that has no feature maps or that torch.fx cannot trace.
     """
 
     head_names = ("score",)
@@ -106,21 +104,17 @@ def last_map_of_each_size(network: nn.Module, in_channels: int) -> list[tuple[st
     ended = False
     heads: tuple[str, ...] = getattr(network, "head_names", ())
 
-    def record(name: str, module: nn.Module, result: object) -> None:
+    def record(name: str, module: nn.Module, inputs: object, result: object) -> None:
         nonlocal ended
         ended = ended or isinstance(module, nn.Flatten) or name in heads
-        if ended or not isinstance(result, Tensor) or result.dim() != 4:
-            return
-        if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
+        pool = isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d))
+        if ended or pool or not isinstance(result, Tensor) or result.dim() != 4:
             return
         height, width = result.shape[-2:]
         if height == width and 1 < width < _PROBE_PX:  # channels-last maps inside a block are not square
             last[width] = (name, result.shape[1])
 
-    def hook(name: str) -> Callable[[nn.Module, object, object], None]:
-        return lambda module, inputs, result: record(name, module, result)
-
-    handles = [m.register_forward_hook(hook(name)) for name, m in network.named_modules() if name]
+    handles = [m.register_forward_hook(partial(record, name)) for name, m in network.named_modules() if name]
     state = {name: t.to("meta") for name, t in (*network.named_parameters(), *network.named_buffers())}
     try:
         image = torch.empty(2, in_channels, _PROBE_PX, _PROBE_PX, device="meta")

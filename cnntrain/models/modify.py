@@ -4,17 +4,21 @@ These are the keys that every model config has; the networks themselves do not i
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
 from cnntrain.config.schema import ModelSettings
 from cnntrain.errors import UserError, suggest
-from cnntrain.models.norm_act import check_choice, make_activation, make_norm
+from cnntrain.models.norm_act import ACTIVATIONS, check_choice, make_activation, make_norm
 from cnntrain.models.pretrained import Weights, in_head, load_pretrained
+from cnntrain.transfer import constant
 
 log = logging.getLogger("cnntrain")
 INITS = ("default", "he", "xavier")
@@ -27,10 +31,7 @@ _NORM_DIMENSIONS: dict[type[nn.Module], int] = {
     nn.InstanceNorm3d: 3,
     nn.GroupNorm: 2,
 }
-_ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.GELU),
-    *(nn.SiLU, nn.Mish, nn.Hardswish, nn.Softplus, nn.Tanh),
-)
+_SWAPPED_ACTIVATIONS = tuple(kind for kind in ACTIVATIONS.values() if kind is not nn.Sigmoid)
 
 
 def apply_model_settings(
@@ -52,13 +53,11 @@ def apply_model_settings(
             `unfreeze`.
         weights: pretrained weights to load.
         num_outputs, outputs, image_size: task and data properties for loading the weights; see `load_pretrained`.
-
-    Raises:
-        UserError: an unknown option, an option that does not apply to this network, or weights that do not fit.
     """
     if settings.unfreeze is not None and settings.freeze is None:
         raise UserError(f"model.unfreeze={settings.unfreeze}: nothing is frozen; set model.freeze=backbone too")
-    _check_pretrained_layers(model, weights, settings.norm, settings.activation)
+    if weights is not None or is_pretrained(model):
+        _check_pretrained_layers(weights.model if weights else None, settings)
     if settings.norm is not None:
         swap_norm(model, settings.norm)
     if settings.activation is not None:
@@ -79,36 +78,29 @@ def is_pretrained(model: nn.Module) -> bool:
     return any(hasattr(module, "pretrained_from") for module in model.modules())
 
 
-def _check_pretrained_layers(
-    model: nn.Module, weights: Weights | None, norm: str | None, activation: str | None
-) -> None:
-    """Reject norms that differ from those of the pretrained weights; warn if the activations differ."""
-    config = weights.model if weights is not None else None
-    if norm is not None and config is None and (weights is not None or is_pretrained(model)):
+def _check_pretrained_layers(config: Mapping[str, Any] | None, settings: ModelSettings) -> None:
+    """Reject norms that differ from those of the pretrained weights; warn if the activations differ.
+
+    Args:
+        config: `model` section of the run that trained the weights; None for other weights, which have the network's
+            own norms and activations.
+    """
+    norm, activation = (config.get("norm"), config.get("activation")) if config else (None, None)
+    if settings.norm != norm:
         raise UserError(
-            f"model.norm={norm}: would replace the norms that the pretrained weights were trained with; "
-            "set model.norm=null"
+            f"model.norm={settings.norm or 'null'}: the pretrained weights were trained with "
+            f"model.norm={norm or 'null'}; use that value"
         )
-    if config is not None and config.get("norm") != norm:
-        pretrained, current = (value or "null" for value in (config.get("norm"), norm))
-        raise UserError(
-            f"model.norm={current}: the pretrained weights were trained with model.norm={pretrained}; use that value"
-        )
-    pretrained = config.get("activation") if config is not None else None
-    if activation != pretrained and (weights is not None or is_pretrained(model)):
+    if settings.activation != activation:
         log.warning(
             "model.activation=%s: the pretrained weights were trained with %s",
-            activation or "null",
-            pretrained or "the network's own activations",
+            settings.activation or "null",
+            activation or "the network's own activations",
         )
 
 
 def materialize(model: nn.Module, channels: int, image_size: tuple[int, int]) -> None:
-    """Initialize lazy modules (`nn.LazyLinear`) by a forward pass of two images of `image_size` (height, width).
-
-    Raises:
-        UserError: the forward pass failed.
-    """
+    """Initialize lazy modules (`nn.LazyLinear`) by a forward pass of two images of `image_size` (height, width)."""
     if not any(map(is_lazy, chain(model.parameters(), model.buffers()))):
         return
     training = model.training
@@ -126,11 +118,8 @@ def materialize(model: nn.Module, channels: int, image_size: tuple[int, int]) ->
 def swap_norm(model: nn.Module, norm: str) -> None:
     """Replace every batch, instance and group norm of `model` in place; scale and shift are initialized anew.
 
-    Local response normalization stays. With 'none', convolutions without a bias get none.
-
-    Raises:
-        UserError: an unknown norm; a network without norms; or a network with layer norms, which normalize the last
-            dimensions, and these need not be channels.
+    Local response normalization stays. With 'none', convolutions without a bias get none. Networks with layer norms are
+    refused: these normalize the last dimensions, which need not be channels.
     """
     make_norm(norm, 1)
     if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
@@ -161,14 +150,9 @@ def _replacement_norm(old: nn.Module, norm: str) -> nn.Module:
 
 
 def swap_activation(model: nn.Module, activation: str) -> None:
-    """Replace every activation of `model` in place; sigmoids (gates of squeeze-and-excitation) stay.
-
-    Raises:
-        UserError: an unknown activation, or a network without activation modules (torchvision's Inception calls
-            functions).
-    """
+    """Replace every activation module of `model` in place; sigmoids (gates of squeeze-and-excitation) stay."""
     make_activation(activation)
-    if not _replace(model, _ACTIVATIONS, lambda old: make_activation(activation)):
+    if not _replace(model, _SWAPPED_ACTIVATIONS, lambda old: make_activation(activation)):
         raise UserError(
             f"model.activation={activation}: this network has no activation module to replace; set "
             "model.activation=null"
@@ -194,9 +178,6 @@ def initialize(model: nn.Module, init: str) -> None:
 
     he: N(0, 2 / fan_in) (He et al. 2015); xavier: uniform, variance 2 / (fan_in + fan_out) (Glorot and Bengio
     2010).
-
-    Raises:
-        UserError: unknown `init`, or the network has pretrained weights that would be lost.
     """
     check_choice("init", init, INITS)
     if init == "default":
@@ -204,15 +185,14 @@ def initialize(model: nn.Module, init: str) -> None:
     if is_pretrained(model):
         raise UserError(f"model.init={init}: would overwrite the pretrained weights; set model.init=default")
     for module in model.modules():
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or not isinstance(weight, Tensor):
+        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             continue
         if init == "he":
-            nn.init.kaiming_normal_(weight, nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         else:
-            nn.init.xavier_uniform_(weight)
-        if isinstance(bias, Tensor):
-            nn.init.zeros_(bias)
+            nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def freeze_layers(model: nn.Module, freeze: str | Sequence[str], new: Sequence[str] = ()) -> None:
@@ -229,16 +209,13 @@ def freeze_layers(model: nn.Module, freeze: str | Sequence[str], new: Sequence[s
             the head's modules).
     """
     heads: tuple[str, ...] = getattr(model, "head_names", ())
-    if freeze == "backbone":
-        if not heads:
-            raise UserError(
-                f"model.freeze=backbone: {type(model).__name__} does not define its head; set the class attribute "
-                "head_names = ('fc',) with the names of its last layers, or list the layers to freeze: "
-                "model.freeze=[conv1,conv2]"
-            )
-    else:
-        _check_layers(model, freeze)
-    names = (freeze,) if isinstance(freeze, str) else tuple(freeze)
+    names = _layer_names(model, freeze)
+    if freeze == "backbone" and not heads:
+        raise UserError(
+            f"model.freeze=backbone: {type(model).__name__} does not define its head; set the class attribute "
+            "head_names = ('fc',) with the names of its last layers, or list the layers to freeze: "
+            "model.freeze=[conv1,conv2]"
+        )
 
     def is_frozen(name: str) -> bool:
         return not in_head(name, heads) if freeze == "backbone" else in_head(name, names)
@@ -257,21 +234,22 @@ def freeze_layers(model: nn.Module, freeze: str | Sequence[str], new: Sequence[s
             keep_in_eval(module)
 
 
-def _check_layers(model: nn.Module, freeze: object) -> None:
-    """Reject names that are not a layer or parameter of the network."""
-    known = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
+def _layer_names(model: nn.Module, freeze: object) -> tuple[str, ...]:
+    """Return `freeze` as names; reject names other than `backbone` that the network lacks."""
     names = [freeze] if isinstance(freeze, str) else freeze
     if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(
             f"model.freeze: must be null, backbone, or a list of layers like [layer1,layer2], got {freeze!r}"
         )
+    known = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
     for name in names:
-        if name not in known:
+        if name not in known and freeze != "backbone":
             top = ", ".join(name for name, _ in model.named_children())
             raise UserError(
                 f"model.freeze: {name!r} is neither `backbone` nor a layer of this network"
                 f"{suggest(name, ['backbone', *known])} (it has {top}; `cnntrain inspect inspect.depth=0` shows all)"
             )
+    return tuple(names)
 
 
 def count_trainable(model: nn.Module) -> tuple[int, int]:
@@ -305,3 +283,45 @@ def unfreeze(model: nn.Module) -> None:
 def _stay_in_eval(module: nn.Module, inputs: object) -> None:
     """Forward pre-hook; unlike an override of `train`, it survives deepcopy."""
     module.training = False
+
+
+def make_pooling_deterministic(model: nn.Module) -> None:
+    """Make the network's `nn.AdaptiveAvgPool2d` modules use `deterministic_adaptive_avg_pool2d`.
+
+    The backward pass of PyTorch's is nondeterministic on CUDA.
+    """
+    for module in model.modules():
+        if type(module) is nn.AdaptiveAvgPool2d:
+            size = module.output_size
+            height, width = size if isinstance(size, tuple) else (size, size)
+            module.forward = partial(deterministic_adaptive_avg_pool2d, height=height, width=width)
+
+
+def deterministic_adaptive_avg_pool2d(input: Tensor, height: int | None, width: int | None) -> Tensor:
+    """Compute `functional.adaptive_avg_pool2d` for (N, C, H, W) or (C, H, W) input; None keeps a side.
+
+    If the output size divides the input size, the windows do not overlap and average pooling with a stride is used.
+    Otherwise the input is multiplied by one matrix per side.
+    """
+    height, width = height or input.shape[-2], width or input.shape[-1]
+    if (height, width) == (1, 1):
+        return input.mean((-2, -1), keepdim=True)
+    if input.shape[-2] % height == 0 and input.shape[-1] % width == 0:
+        return functional.avg_pool2d(input, (input.shape[-2] // height, input.shape[-1] // width))
+    rows = window_means(input.shape[-2], height, input.device)
+    columns = window_means(input.shape[-1], width, input.device)
+    with torch.autocast(input.device.type, enabled=False):  # bf16 would round the averaging weights
+        return (rows @ input.float() @ columns.mT).to(input.dtype)
+
+
+def window_means(length: int, output_length: int, device: torch.device) -> Tensor:
+    """Return the averaging matrix (output_length, length) float32.
+
+    Row i averages inputs floor(i * length / output_length) to ceil((i + 1) * length / output_length), end excluded, as
+    in `torch.nn.AdaptiveAvgPool2d`.
+    """
+    rows = []
+    for row in range(output_length):
+        start, end = row * length // output_length, -(-(row + 1) * length // output_length)
+        rows += [1 / (end - start) if start <= i < end else 0.0 for i in range(length)]
+    return constant(rows, device).view(output_length, length)

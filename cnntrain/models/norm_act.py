@@ -1,7 +1,7 @@
 """Norms, activations, dropout, and small blocks shared by the networks and the layer list."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from cnntrain.errors import UserError, suggest
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
-    "leaky_relu": lambda: nn.LeakyReLU(0.01),
+    "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
     "selu": nn.SELU,
     "gelu": nn.GELU,
@@ -37,9 +37,6 @@ class LayerNorm(nn.GroupNorm):
 
     def __init__(self, channels: int) -> None:
         super().__init__(1, channels)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, eps={self.eps}"
 
 
 class ChannelShuffle(nn.Module):

@@ -1,10 +1,12 @@
 """Find and load pretrained weights: of torchvision or timm, of a file, or of an earlier run."""
 
 import logging
-import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 from urllib.error import URLError
 
@@ -34,13 +36,9 @@ class Preprocessing:
 
     def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and std for another number of channels, consistent with `adapt_first_conv`."""
-        return _for_channels(self.mean, channels), _for_channels(self.std, channels)
-
-
-def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    if channels == 1:
-        return (math.fsum(values) / len(values),)
-    return tuple(values[i % len(values)] for i in range(channels))
+        if channels == 1:
+            return (fmean(self.mean),), (fmean(self.std),)
+        return tuple(islice(cycle(self.mean), channels)), tuple(islice(cycle(self.std), channels))
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,7 @@ class PublishedWeights:
 
     def names(self) -> tuple[str, ...]:
         """Return the valid names for `model.pretrained`; includes DEFAULT even if the architecture is unknown."""
-        if self.library == "timm":
-            return ("DEFAULT",)
-        return ("DEFAULT", *(entry.name for entry in self._weights() or ()))
+        return ("DEFAULT", *(entry.name for entry in self._enum()))
 
     def preprocessing(self, name: str) -> Preprocessing | None:
         """Return the preprocessing of the weights `name`; None if the library does not define it."""
@@ -67,28 +63,19 @@ class PublishedWeights:
             from cnntrain.models.timm import preprocessing
 
             return preprocessing(self.architecture)
-        weights = self._weights()
-        if not weights:
+        if not (weights := self._enum()):
             return None
         transforms = weights[name].transforms()
         crop = getattr(transforms, "crop_size", None)
         return Preprocessing(tuple(transforms.mean), tuple(transforms.std), (crop[0], crop[-1]) if crop else None)
 
     def read(self, name: str, image_size: Sequence[int]) -> Mapping[str, Tensor]:
-        """Return the state dict, downloaded if it is not cached.
-
-        Args:
-            image_size: (height, width) in pixels, for position embeddings.
-
-        Raises:
-            UserError: the weights do not exist or cannot be downloaded.
-        """
+        """Return the state dict (downloaded unless cached); position embeddings fit `image_size` (height, width)."""
         if self.library == "timm":
             from cnntrain.models.timm import published_weights
 
             return published_weights(self.architecture, image_size)
-        weights = self._weights()
-        if not weights:
+        if not (weights := self._enum()):
             raise UserError(f"model.pretrained: torchvision has no weights for {self.architecture}; give a file")
         chosen = weights[name]
         try:
@@ -99,32 +86,32 @@ class PublishedWeights:
                 "and set model.pretrained=FILE.pth"
             ) from error
 
-    def _weights(self) -> Any:
-        """Return torchvision's weights enum; None if it has none."""
+    def _enum(self) -> Any:
+        """Return torchvision's enum of weights; empty if it has none."""
+        if self.library == "timm":
+            return ()
         from torchvision import models
 
         try:
             return models.get_model_weights(self.architecture)
         except ValueError:
-            return None
+            return ()
 
 
 def published_for(model: Mapping[str, Any]) -> PublishedWeights | None:
     """Return the published weights for the network of a config node; None if there are none."""
-    target = str(model.get("_target_")).removeprefix("cnntrain.models.")
     name, backbone = str(model.get("name")), model.get("backbone", "resnet18")
-    if target == model.get("_target_"):  # a user-defined network
-        return None
-    if target == "resnet.ResNet":
-        return PublishedWeights("torchvision", f"resnet{model.get('depth')}")
-    if target == "torchvision.classifier":
-        return PublishedWeights("torchvision", name)
-    if target == "torchvision.Segmenter":
-        return PublishedWeights("torchvision", name, "network")
-    if target == "timm.classifier":
-        return PublishedWeights("timm", name)
-    if target == "fcn.FCN" and isinstance(backbone, str) and not backbone.startswith("cifar_resnet"):
-        return PublishedWeights("torchvision", backbone, "backbone")
+    match model.get("_target_"):
+        case "cnntrain.models.resnet.ResNet":
+            return PublishedWeights("torchvision", f"resnet{model.get('depth')}")
+        case "cnntrain.models.torchvision.classifier":
+            return PublishedWeights("torchvision", name)
+        case "cnntrain.models.torchvision.Segmenter":
+            return PublishedWeights("torchvision", name, "network")
+        case "cnntrain.models.timm.classifier":
+            return PublishedWeights("timm", name)
+        case "cnntrain.models.fcn.FCN" if isinstance(backbone, str) and not backbone.startswith("cifar_resnet"):
+            return PublishedWeights("torchvision", backbone, "backbone")
     return None
 
 
@@ -160,9 +147,8 @@ class Weights:
         """Return the ResNet stem of these weights, imagenet or small; None if they have neither."""
         if self.state is None:
             return "imagenet"
-        first = next((self.state[key] for key in ("conv1.weight", "backbone.conv1.weight") if key in self.state), None)
-        sizes = {7: "imagenet", 3: "small"}
-        return sizes.get(first.shape[-1]) if first is not None and first.ndim == 4 else None
+        first = self.state.get("conv1.weight", self.state.get("backbone.conv1.weight"))
+        return {7: "imagenet", 3: "small"}.get(first.shape[-1]) if first is not None and first.ndim == 4 else None
 
 
 def find_weights(
@@ -173,9 +159,6 @@ def find_weights(
     Args:
         pretrained: null or false (None); true or DEFAULT; a name of published weights; a file; a run folder.
         check_run: validates the content of a run's checkpoint and returns it, or raises UserError.
-
-    Raises:
-        UserError: the weights or the file do not exist, or the file contains no weights.
     """
     if pretrained is None or pretrained is False:
         return None
@@ -210,15 +193,11 @@ def _find_file(path: Path) -> Path:
 
 
 def _read_file(
-    name: str,
-    path: Path,
-    published: PublishedWeights | None,
-    check_run: Callable[[dict[str, Any]], dict[str, Any]],
+    name: str, path: Path, published: PublishedWeights | None, check_run: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Weights:
     """Read weights from a file: a state dict, a checkpoint that contains one, or a cnntrain checkpoint."""
     content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
-    if not isinstance(content, dict):
-        content = {}
+    content = content if isinstance(content, dict) else {}
     if isinstance(content.get("state"), dict) and "config" in content:
         try:
             return _from_run(name, check_run(content), published)
@@ -235,11 +214,7 @@ def _read_file(
 
 
 def _from_run(name: str, saved: Mapping[str, Any], published: PublishedWeights | None) -> Weights:
-    """Return the weights of an earlier run: the EMA weights if it has them, as used in validation.
-
-    Args:
-        saved: the validated content of its checkpoint.
-    """
+    """Return the weights in a validated checkpoint: the EMA weights if it has them, as used in validation."""
     state, spec, model = saved["state"], saved["spec"], saved["config"]["model"]
     for key in ("norm", "activation"):
         if not isinstance(model.get(key), str | None):
@@ -280,16 +255,14 @@ def load_pretrained(
 
     Returns:
         names of the randomly initialized layers.
-
-    Raises:
-        UserError: weights of another architecture.
     """
-    loaded = dict(weights.state) if weights.state is not None else {}
-    if weights.state is None and weights.published:
-        loaded = dict(weights.published.read(weights.name, image_size))
+    state = weights.state
+    if state is None:
+        state = weights.published.read(weights.name, image_size) if weights.published else {}
     prefix = f"{weights.part}." if weights.part else ""
-    loaded = {f"{prefix}{key}": value for key, value in loaded.items()}
-    heads = heads_of(model, num_outputs)
+    loaded = {f"{prefix}{key}": value for key, value in state.items()}
+    heads: tuple[str, ...] = getattr(model, "head_names", ())
+    heads = heads or tuple(filter(None, [last_of_width(model, num_outputs)]))
     first = first_conv_name(model.get_submodule(weights.part))
     first = None if first is None else f"{prefix}{first}"
     current = model.state_dict()
@@ -299,16 +272,17 @@ def load_pretrained(
     if first is not None and (key := f"{first}.weight") in loaded and loaded[key].ndim == 4:
         loaded[key] = adapt_first_conv(loaded[key], current[key].shape[1])
     other_outputs = weights.outputs is not None and weights.outputs != outputs
+    layers = _by_layer(current)
     new: list[str] = []
     mismatched: list[str] = []
-    for name, keys in _by_layer(current).items():
-        if other_outputs and in_head(name, heads):
+    for name, keys in layers.items():
+        fits = all(key in loaded and loaded[key].shape == current[key].shape for key in keys)
+        is_head = in_head(name, heads)
+        if not fits or (other_outputs and is_head):
             new.append(name)
-        elif any(key not in loaded or loaded[key].shape != current[key].shape for key in keys):
-            new.append(name)
-            replaceable = name == first or in_head(name, heads) or _differs_in_inputs(name, keys, current, loaded)
-            mismatched += [] if replaceable else [name]
-    if mismatched or len(new) == len(_by_layer(current)):
+        if not (fits or is_head or name == first or _differs_in_inputs(name, keys, current, loaded)):
+            mismatched.append(name)
+    if mismatched or len(new) == len(layers):
         architecture = weights.published.architecture if weights.published else type(model).__name__
         raise UserError(
             f"model.pretrained: {weights.name!r} does not fit {architecture}: {(mismatched or new)[0]} is missing "
@@ -327,10 +301,10 @@ def _layer(key: str) -> str:
 
 def _by_layer(state: Iterable[str]) -> dict[str, list[str]]:
     """Group the keys of a state dict by layer. `num_batches_tracked` is skipped, because old files lack it."""
-    layers: dict[str, list[str]] = {}
+    layers: defaultdict[str, list[str]] = defaultdict(list)
     for key in state:
         if not key.endswith(".num_batches_tracked"):
-            layers.setdefault(_layer(key), []).append(key)
+            layers[_layer(key)].append(key)
     return layers
 
 
@@ -345,12 +319,6 @@ def _differs_in_inputs(
         return False
     shape, other = current[weight].shape, loaded[weight].shape
     return len(shape) == len(other) == 2 and shape[0] == other[0]
-
-
-def heads_of(model: nn.Module, num_outputs: int) -> tuple[str, ...]:
-    """Return the names of a network's last layers: `head_names`, or the last layer with `num_outputs` outputs."""
-    heads: tuple[str, ...] = getattr(model, "head_names", ())
-    return heads or tuple(filter(None, [last_of_width(model, num_outputs)]))
 
 
 def last_of_width(model: nn.Module, num_outputs: int) -> str:

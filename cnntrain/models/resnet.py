@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from cnntrain.errors import UserError
 from cnntrain.models.norm_act import check_choice
 
-_BLOCKS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
+_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _SMALL_STEM_MAX_PX = 64
 
 
@@ -36,10 +30,6 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = downsample
-
-    @property
-    def last_norm(self) -> nn.Module:
-        return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -64,10 +54,6 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
-    @property
-    def last_norm(self) -> nn.Module:
-        return self.bn3
-
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
@@ -84,9 +70,6 @@ class ResNet(nn.Module):
         stem: imagenet (7x7 stride 2, then 3x3 max pool stride 2), small (3x3 stride 1, no pool), or auto: small if the
             longer side of the images is at most 64 px. The attribute `stem` holds the choice.
         zero_init_last_norm: initialize every block as the identity (Goyal et al. 2017, section 5.1).
-
-    Raises:
-        UserError: an unknown depth or stem.
     """
 
     head_names = ("fc",)
@@ -117,14 +100,11 @@ class ResNet(nn.Module):
         self.layer4, channels = _stage(block, channels, 512, _BLOCKS[depth][3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_outputs)
-        self._initialize(zero_init_last_norm)
-
-    def _initialize(self, zero_init_last_norm: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if zero_init_last_norm and isinstance(module, (BasicBlock, Bottleneck)):
-                nn.init.zeros_(module.last_norm.weight)  # type: ignore[arg-type]
+            elif zero_init_last_norm and isinstance(module, (BasicBlock, Bottleneck)):
+                nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))

@@ -15,9 +15,6 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
 
     Args:
         name: one of `timm.list_models()`, for example convnext_atto; `.tag` selects pretrained weights.
-
-    Raises:
-        UserError: timm is not installed, or the name is unknown (the message suggests a similar name).
     """
     timm = _timm()
     if not timm.is_model(name):
@@ -34,11 +31,7 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
 
 
 def published_weights(name: str, image_size: Sequence[int]) -> Mapping[str, Tensor]:
-    """Download timm's weights for a model, with position embeddings for `image_size` (height, width).
-
-    Raises:
-        UserError: the weights do not exist or cannot be downloaded.
-    """
+    """Download timm's weights for a model, with position embeddings for `image_size` (height, width)."""
     try:
         return _create(name, image_size, pretrained=True).state_dict()
     except UserError as error:

@@ -17,9 +17,6 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
 
     Args:
         name: one of `torchvision.models.list_models()`, for example mobilenet_v2.
-
-    Raises:
-        UserError: an unknown name (the message suggests a similar one), or an image size it does not support.
     """
     model = build(name, "classifier", in_channels, num_outputs, image_size)
     model.head_names = (last_of_width(model, num_outputs),)  # type: ignore[assignment]
@@ -31,21 +28,11 @@ class Segmenter(nn.Module):
 
     Args:
         name: for example fcn_resnet50, deeplabv3_mobilenet_v3_large, lraspp_mobilenet_v3_large.
-
-    Raises:
-        UserError: an unknown name (the message suggests a similar one).
     """
 
     head_names = ("network.classifier",)
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        in_channels: int,
-        num_outputs: int,
-        image_size: Sequence[int],
-    ) -> None:
+    def __init__(self, *, name: str, in_channels: int, num_outputs: int, image_size: Sequence[int]) -> None:
         super().__init__()
         self.network = build(name, "segmentation model", in_channels, num_outputs, image_size)
 
@@ -87,17 +74,11 @@ def build(name: str, kind: str, in_channels: int, num_outputs: int, image_size: 
 def set_in_channels(model: nn.Module, in_channels: int) -> None:
     """Replace the first convolution if it has another number of input channels."""
     name = first_conv_name(model)
-    old = model.get_submodule(name) if name is not None else None
-    if name is None or not isinstance(old, nn.Conv2d) or old.in_channels == in_channels:
+    if name is None:
         return
-    new = nn.Conv2d(
-        in_channels,
-        old.out_channels,
-        old.kernel_size,  # type: ignore[arg-type]
-        old.stride,  # type: ignore[arg-type]
-        old.padding,  # type: ignore[arg-type]
-        old.dilation,  # type: ignore[arg-type]
-        bias=old.bias is not None,
-    )
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
+    old: Any = model.get_submodule(name)
+    if old.in_channels != in_channels:
+        sizes = (old.kernel_size, old.stride, old.padding, old.dilation)
+        new = nn.Conv2d(in_channels, old.out_channels, *sizes, bias=old.bias is not None)
+        setattr(model.get_submodule(parent), leaf, new)

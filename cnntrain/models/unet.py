@@ -68,9 +68,6 @@ class UNet(nn.Module):
         upsampling: transposed (the paper's 2x2 up-convolution), nearest, bilinear, bicubic (each after a 1x1
             convolution that halves the channels), or unpool (values return to the positions of the encoder's maxima).
         batch_norm: batch norm after each 3x3 convolution; the paper has none.
-
-    Raises:
-        UserError: an unknown option, or images too small for the depth.
     """
 
     head_names = ("head",)

@@ -25,19 +25,10 @@ class VGG(Sequential):
     Args:
         configuration: column of the table: A (11 layers), A-LRN, B (13), C (16, with 1x1 convolutions), D (16), E (19).
         dropout: probability after each hidden dense layer.
-
-    Raises:
-        UserError: an unknown configuration, or images that are too small.
     """
 
     def __init__(
-        self,
-        *,
-        configuration: str,
-        in_channels: int,
-        num_outputs: int,
-        image_size: Sequence[int],
-        dropout: float = 0.5,
+        self, *, configuration: str, in_channels: int, num_outputs: int, image_size: Sequence[int], dropout: float = 0.5
     ) -> None:
         check_choice("configuration", configuration, tuple(_CONVS_PER_STAGE))
         layers: list[object] = []

@@ -16,7 +16,6 @@ class Geometry:
 
     Attributes:
         same: padding was given as 'same'.
-        ceil: the output size is rounded up (`ceil_mode`).
     """
 
     kernel: Shape
@@ -26,7 +25,6 @@ class Geometry:
     out_channels: int | None = None
     groups: int = 1
     transposed: bool = False
-    ceil: bool = False
     same: bool = False
 
     def notation(self) -> str:
@@ -88,13 +86,10 @@ def operation_geometry(name: str, arguments: Sequence[Any]) -> Geometry | None:
         return Geometry(tuple(weight.shape[2:]), strides, pads, dilations, out_channels, groups, transposed)
     if name.startswith(("max_pool", "avg_pool")):
         n = int(name[name.index("pool") + 4])
-        given = [*arguments[1:], None, None, None, None, None]
+        given = [*arguments[1:], None, None, None]
         kernel = _tuple(given[0], n)
-        stride = _tuple(given[1], n) if given[1] not in (None, [], ()) else kernel
-        padding = _tuple(given[2] or 0, n)
-        is_max = name.startswith("max")
-        dilation = _tuple(given[3] or 1, n) if is_max else (1,) * n
-        return Geometry(kernel, stride, padding, dilation, ceil=bool(given[4] if is_max else given[3]))
+        dilation = given[3] if name.startswith("max") else 1
+        return Geometry(kernel, _tuple(given[1] or kernel, n), _tuple(given[2] or 0, n), _tuple(dilation or 1, n))
     return None
 
 
@@ -104,29 +99,19 @@ def module_geometry(module: nn.Module) -> Geometry | None:
     Padding that another operation adds ('same', reflect, circular) is included.
     """
     if isinstance(module, conv._ConvNd):
-        n = len(module.kernel_size)
+        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
         same = module.padding == "same"
+        padding = _tuple(0 if isinstance(module.padding, str) else module.padding, len(kernel))
         if same:  # of the smaller side: an odd total puts one pixel more on the other
-            pads = zip(module.dilation, module.kernel_size, strict=True)
-            padding = tuple(d * (k - 1) // 2 for d, k in pads)
-        else:
-            padding = (0,) * n if module.padding == "valid" else _tuple(module.padding, n)
+            padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
         return Geometry(
-            tuple(module.kernel_size),
-            tuple(module.stride),
-            padding,
-            tuple(module.dilation),
-            module.out_channels,
-            module.groups,
-            module.transposed,
-            same=same,
+            kernel, stride, padding, dilation, module.out_channels, module.groups, module.transposed, same=same
         )
     if isinstance(module, (pooling._MaxPoolNd, pooling._AvgPoolNd)):
         n = int(type(module).__name__[-2]) if type(module).__name__[-2:-1].isdigit() else 2
-        stride = module.stride if module.stride is not None else module.kernel_size
-        dilation = getattr(module, "dilation", 1)
         kernel, padding = _tuple(module.kernel_size, n), _tuple(module.padding, n)
-        return Geometry(kernel, _tuple(stride, n), padding, _tuple(dilation, n), ceil=bool(module.ceil_mode))
+        stride = kernel if module.stride is None else _tuple(module.stride, n)
+        return Geometry(kernel, stride, padding, _tuple(getattr(module, "dilation", 1), n))
     return None
 
 

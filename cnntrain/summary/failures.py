@@ -6,16 +6,16 @@ from math import prod
 from torch import nn
 
 from cnntrain.summary.conv_arithmetic import Shape, describe_module, module_geometry
-from cnntrain.summary.trace import ModuleCall, Trace
+from cnntrain.summary.trace import ModuleCall, Trace, TraceError
 
 _TOO_SMALL = (  # parts of torch's messages
     "Output size is too small",
     "can't be greater than actual input size",
-    "kernel_size can't be greater",
     "Padding size should be less than",
     "non-zero size",
     "should be greater than 0",
 )
+_TOO_SMALL_REMEDY = "use a smaller kernel or more padding, or remove a pool or a stride before it"
 
 
 @dataclass(frozen=True)
@@ -23,28 +23,25 @@ class Failure:
     """Explanation of a forward pass that raised an error.
 
     Attributes:
-        layer: name of the innermost running module; '' for the network.
         message: the layer, its input and the problem, in one line.
         remedy: what to change, apart from the image size.
-        too_small: a kernel is larger than its input, so that larger images are a remedy.
         positions: the inputs of a dense layer are positions instead of channels, so that another image size would fit
             only by coincidence.
     """
 
-    layer: str
     message: str
     remedy: str
-    too_small: bool = False
     positions: bool = False
 
 
-def explain(trace: Trace, error: BaseException) -> Failure:
-    """Explain the error that was raised while `trace` was recorded."""
+def explain(failed: TraceError) -> Failure:
+    """Explain why a network raised."""
+    trace, error = failed.trace, failed.__cause__ or failed
     if not trace.stack:
-        return Failure("", first_line(error), "")
+        return Failure(first_line(error), "")
     call = trace.stack[-1]
     shape = call.input_shapes[0] if call.input_shapes else ()
-    reason, remedy, too_small = _layer_reason(call.module, shape, error)
+    reason, remedy = explain_error(call.module, shape, error)
     if positions := _gets_positions(trace, call.module, shape):
         remedy = "average only over rows and columns, x.mean((2, 3)), or use flatten"
         reason += ": one value per position, because the channels were averaged"
@@ -53,11 +50,9 @@ def explain(trace: Trace, error: BaseException) -> Failure:
         if trace.failed_operation is not None:
             name, shapes = trace.failed_operation
             reason = f"{name} of {' and '.join(map(_without_batch, shapes))}: {reason}"
-        too_small = too_small or _is_too_small(error)
-        remedy = "" if too_small else "make these shapes agree"
     inputs = " and ".join(map(_without_batch, call.input_shapes))
     message = f"{layer_name(call)}: {reason} (its input is {inputs})"
-    return Failure(call.name, message, remedy, too_small, positions)
+    return Failure(message, remedy or "make these shapes agree", positions)
 
 
 def _gets_positions(trace: Trace, module: nn.Module, shape: Shape) -> bool:
@@ -82,32 +77,28 @@ def _without_batch(shape: Shape) -> str:
     return "x".join(map(str, shape[1:] if len(shape) > 1 else shape))
 
 
-def _is_too_small(error: BaseException) -> bool:
-    return any(text in str(error) for text in _TOO_SMALL)
-
-
-def _layer_reason(module: nn.Module, shape: Shape, error: BaseException) -> tuple[str, str, bool]:
-    """Return (problem, remedy, input too small) for layers of torch.nn; ('', '', False) if unknown."""
+def explain_error(module: nn.Module, shape: Shape, error: BaseException) -> tuple[str, str]:
+    """Return (problem, remedy) for an error that a layer raised for an input of `shape`; '' for what is unknown."""
     geometry = module_geometry(module)
     dimensions = len(geometry.kernel) if geometry else 0
+    too_small = any(text in str(error) for text in _TOO_SMALL)
     if geometry and len(shape) == dimensions + 2 and (arithmetic := geometry.size_error(shape[2:])):
-        return arithmetic, "use a smaller kernel or more padding", True
-    if geometry and shape and len(shape) != dimensions + 2 and not _is_too_small(error):
+        return f"{arithmetic}: the kernel is larger than its input", _TOO_SMALL_REMEDY
+    if geometry and shape and len(shape) != dimensions + 2 and not too_small:
         problem = f"needs an input with {dimensions + 2} dimensions (N, C, ...), but gets {len(shape)}"
-        return problem, "move it before the flatten", False
+        return problem, "move it before the flatten"
     channels = getattr(module, "in_channels", getattr(module, "num_features", None))
     if isinstance(channels, int) and len(shape) > 1 and shape[1] != channels:
         key = "in_channels" if hasattr(module, "in_channels") else "num_features"
-        return f"needs {channels} channels, but gets {shape[1]}", f"set {key}={shape[1]}", False
+        return f"needs {channels} channels, but gets {shape[1]}", f"set {key}={shape[1]}"
     if isinstance(module, nn.Linear) and shape and shape[-1] != module.in_features:
-        remedy = f"set in_features={shape[-1]}"
-        if len(shape) == 4:
-            remedy = "put a flatten or a global pool before it"
-        return f"needs in_features={module.in_features}, but gets {shape[-1]}", remedy, False
+        flat = "put a flatten or a global pool before it"
+        remedy = flat if len(shape) == 4 else f"set in_features={shape[-1]}"
+        return f"needs in_features={module.in_features}, but gets {shape[-1]}", remedy
     if "more than 1 value per channel" in str(error):
         problem = "one value per channel is too few for the mean and variance of BatchNorm"
-        return problem, "use a larger batch_size, or norm=group", len(shape) > 2
-    return "", "", _is_too_small(error)
+        return problem, "use a larger batch_size or norm=group, or remove a pool or a stride before it"
+    return "", _TOO_SMALL_REMEDY if too_small else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,16 +1,17 @@
 """Summary of a network: one row per layer, and totals that are the sums of the rows."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from cnntrain.errors import UserError
 from cnntrain.summary.conv_arithmetic import Shape, module_geometry
 from cnntrain.summary.failures import explain
-from cnntrain.summary.op_rules import all_tensors
+from cnntrain.summary.op_rules import BATCH_NORMS, tensors_in
 from cnntrain.summary.receptive_field import Axes
 from cnntrain.summary.trace import (
     ModelOrBuilder,
@@ -28,7 +29,6 @@ Convention = Literal["torch", "keras", "folded"]
 
 _BYTES = 4  # of a float32
 _OPERATION_NAMES = {"cat": "concat", "mm": "matmul", "bmm": "matmul", "addmm": "linear"}
-_NORM_OPERATIONS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_with_update")
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,6 @@ class Row:
         extra = self.statistics if convention == "keras" else 0
         return self.folded if convention == "folded" else self.parameters + extra
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class ModelSummary:
@@ -94,11 +91,11 @@ class ModelSummary:
     name: str
     input_shape: Shape
     output_shape: Shape
-    rows: list[Row]
     receptive_field: Shape | None
-    depth: int = 0
-    uncounted: list[str] = field(default_factory=list)
-    unfollowed: list[str] = field(default_factory=list)
+    depth: int
+    rows: list[Row]
+    uncounted: list[str]
+    unfollowed: list[str]
 
     def parameters(self, convention: Convention = "torch") -> int:
         return sum(row.count(convention) for row in self.rows)
@@ -115,32 +112,15 @@ class ModelSummary:
     def activations_kib(self) -> float:
         return sum(row.activations_kib for row in self.rows)
 
-    def row(self, name: str) -> Row:
-        """Return the row called `name`; KeyError if there is none."""
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(f"{self.name} has no row {name!r}")
-
     def as_dict(self, convention: Convention = "torch") -> dict[str, object]:
         """Return the summary for JSON."""
-        return {
-            "name": self.name,
-            "input_shape": self.input_shape,
-            "output_shape": self.output_shape,
-            "receptive_field": self.receptive_field,
-            "depth": self.depth,
-            "convention": convention,
-            "totals": {
-                "parameters": self.parameters(convention),
-                "trainable": self.trainable,
-                "multiply_adds": self.multiply_adds,
-                "activations_kib": self.activations_kib,
-            },
-            "rows": [row.as_dict() for row in self.rows],
-            "uncounted": self.uncounted,
-            "unfollowed": self.unfollowed,
+        totals = {
+            "parameters": self.parameters(convention),
+            "trainable": self.trainable,
+            "multiply_adds": self.multiply_adds,
+            "activations_kib": self.activations_kib,
         }
+        return {"convention": convention, "totals": totals} | asdict(self)
 
 
 def summarize(model_or_builder: ModelOrBuilder, input_shape: Sequence[int], name: str | None = None) -> ModelSummary:
@@ -152,79 +132,53 @@ def summarize(model_or_builder: ModelOrBuilder, input_shape: Sequence[int], name
         UserError: the network does not fit its input; names the layer.
     """
     model = as_meta(model_or_builder).eval()
-    channels, *size = (int(n) for n in input_shape)
+    channels, *sides = (int(n) for n in input_shape)
+    size = tuple(sides)
     try:
-        trace, output = trace_run(model, meta_images(channels, tuple(size)))
+        trace, output = trace_run(model, meta_images(channels, size))
     except TraceError as error:
-        failure = explain(error.trace, error.__cause__ or error)
+        failure = explain(error)
         raise UserError(f"{failure.message}\n{failure.remedy}".strip()) from error
-    counter = _ParameterCounter(model)
+    counted: set[int] = set()
     folded = _folding_changes(trace)
-    rows = _unique([_row(event, counter, tuple(size), folded) for event in trace.events]) + counter.rest()
+    rows = _unique([_row(event, model, size, counted, folded) for event in trace.events])
+    rows += _unused(model, counted)
     last, unfollowed = trace.last_local(), _unfollowed(trace)
-    local_field = _fields(last.axes, tuple(size))[1] if last and last.axes and not unfollowed else None
     shape = tuple(output.shape[1:]) if hasattr(output, "shape") else ()
     return ModelSummary(
         name or type(model).__name__,
         (channels, *size),
         shape or (rows[-1].output_shape if rows else ()),
-        rows,
-        local_field,
+        _fields(last.axes, size)["local_field"] if last and last.axes and not unfollowed else None,
         _depth(trace, output),
+        rows,
         sorted({f"{module or 'model'}: {operation}" for module, operation in trace.uncounted}),
         unfollowed,
     )
 
 
-class _ParameterCounter:
-    """Assigns every parameter and running statistic to the first row that uses it."""
+def _count(tensors: Iterable[Tensor], counted: set[int]) -> dict[str, Any]:
+    """Count the elements of the tensors that no earlier row has, and add these tensors to `counted`."""
+    new = {id(t): t for t in tensors if id(t) not in counted}
+    counted.update(new)
+    parameters = [t for t in new.values() if isinstance(t, nn.Parameter)]
+    statistics = [t for t in new.values() if not isinstance(t, nn.Parameter) and t.is_floating_point()]
+    return {
+        "parameters": sum(t.numel() for t in parameters),
+        "trainable": sum(t.numel() for t in parameters if t.requires_grad),
+        "statistics": sum(t.numel() for t in statistics),
+    }
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.parameters = dict(model.named_parameters())
-        self.remaining = {id(p): name for name, p in self.parameters.items()}
-        self.buffers = {id(b) for b in model.buffers() if b.is_floating_point()}
 
-    def take_names(self, names: Iterable[str]) -> tuple[int, int]:
-        """Return (parameters, trainable parameters) of the remaining ones among `names`."""
-        return self._take(self.parameters[name] for name in names)
-
-    def take_module(self, module: nn.Module) -> tuple[tuple[int, int], int]:
-        """Return (parameters, trainable parameters), and the number of running statistics."""
-        return self._take(module.parameters()), self._take_statistics(module)
-
-    def _take(self, parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-        taken = [p for p in parameters if self.remaining.pop(id(p), None)]
-        return sum(p.numel() for p in taken), sum(p.numel() for p in taken if p.requires_grad)
-
-    def _take_statistics(self, module: nn.Module, recurse: bool = True) -> int:
-        taken = {id(b): b.numel() for b in module.buffers(recurse) if id(b) in self.buffers}
-        self.buffers -= set(taken)
-        return sum(taken.values())
-
-    def rest(self) -> list[Row]:
-        """Return rows for modules that were not used, for example auxiliary heads."""
-        rows = []
-        for owner in dict.fromkeys(name.rpartition(".")[0] for name in self.remaining.values()):
-            names = [name for name in self.remaining.values() if name.rpartition(".")[0] == owner]
-            count, trainable = self.take_names(names)
-            module = self.model.get_submodule(owner)
-            statistics = self._take_statistics(module, recurse=False)
+def _unused(model: nn.Module, counted: set[int]) -> list[Row]:
+    """Return rows for modules with parameters that were not used, for example auxiliary heads."""
+    rows = []
+    for name, module in model.named_modules():
+        counts = _count([*module.parameters(recurse=False), *module.buffers(recurse=False)], counted)
+        if folded := counts["parameters"]:
             kind = type(module).__name__
-            rows.append(
-                Row(
-                    owner or "model",
-                    kind,
-                    "not run",
-                    (),
-                    count,
-                    statistics,
-                    count,
-                    ran=False,
-                    trainable=trainable,
-                )
-            )
-        return rows
+            rows.append(Row(name or "model", kind, "not run", (), folded=folded, ran=False, **counts))
+    return rows
 
 
 def _folding_changes(trace: Trace) -> dict[int, int]:
@@ -232,14 +186,11 @@ def _folding_changes(trace: Trace) -> dict[int, int]:
 
     A norm is folded into the convolution or dense layer before it if no other operation reads that layer's output.
     """
-    readers: dict[int, int] = {}
-    for operation in trace.operations:
-        for i in operation.inputs:
-            readers[i] = readers.get(i, 0) + 1
+    readers = Counter(i for operation in trace.operations for i in operation.inputs)
     change: dict[int, int] = {}
     for operation in trace.operations:
         module, before = operation.call.module, trace.first_producer(operation)
-        if operation.name not in _NORM_OPERATIONS or not isinstance(module, nn.modules.batchnorm._NormBase):
+        if operation.name not in BATCH_NORMS or not isinstance(module, nn.modules.batchnorm._NormBase):
             continue
         if before is None or before.name not in ("convolution", "addmm", "mm") or readers[before.index] != 1:
             continue
@@ -263,7 +214,7 @@ def _depth(trace: Trace, output: object) -> int:
     for operation in trace.operations:
         before = max((depths[i] for i in operation.inputs if i >= 0), default=0)
         depths.append(before + (_is_weighted(operation) and not _ends_separable(trace, operation)))
-    last = [operation for tensor in all_tensors(output) if (operation := trace.producer(tensor))]
+    last = [operation for tensor in tensors_in(output) if (operation := trace.producer(tensor))]
     return max((depths[operation.index] for operation in last), default=0)
 
 
@@ -280,49 +231,41 @@ def _ends_separable(trace: Trace, operation: Operation) -> bool:
     return pointwise and before is not None and before.is_depthwise
 
 
-def _row(event: ModuleCall | Operation, counter: _ParameterCounter, size: Shape, folded: dict[int, int]) -> Row:
+def _row(
+    event: ModuleCall | Operation, model: nn.Module, size: Shape, counted: set[int], folded: dict[int, int]
+) -> Row:
     if isinstance(event, ModuleCall):
         operations, module = event.operations, event.module
         shape = event.output_shapes[0] if event.output_shapes else ()
         elements = 0 if event.same_storage else sum(map(prod, event.output_shapes))
-        (parameters, trainable), statistics = counter.take_module(module)
+        counts = _count([*module.parameters(), *module.buffers()], counted)
         geometry = module_geometry(module) or (operations[0].geometry if len(operations) == 1 else None)
         name, kind = event.name + (f"#{event.run}" if event.run > 1 else ""), type(module).__name__
         notation = f"C{module.out_features}" if isinstance(module, nn.Linear) else ""
     else:
         operations, shape, geometry, notation = [event], event.output_shape, event.geometry, ""
         elements = 0 if event.in_place and event.name != "flatten" else prod(shape)
-        (parameters, trainable), statistics = counter.take_names(event.parameters), 0
+        counts = _count(map(model.get_parameter, event.parameters), counted)
         kind = _OPERATION_NAMES.get(event.name, event.name)
         name = f"{event.call.name}.{kind}".lstrip(".")
-    axes = event.axes
-    exact, local, jump, start = _fields(axes, size) if axes else (None, None, None, None)
     return Row(
         name,
         kind,
         geometry.notation() if geometry else notation,
         tuple(shape[1:] if shape and shape[0] == 1 else shape),
-        parameters,
-        statistics,
-        parameters + sum(folded.get(op.index, 0) for op in operations),
-        sum(op.multiply_adds for op in operations),
-        sum(prod(op.output_shape) for op in operations if not op.multiply_adds and op.name != "flatten"),
-        elements * _BYTES / 1024,
-        exact,
-        local,
-        jump,
-        start,
-        whole=exact == size and any(axis.whole for axis in axes or ()),
-        trainable=trainable,
+        folded=counts["parameters"] + sum(folded.get(op.index, 0) for op in operations),
+        multiply_adds=sum(op.multiply_adds for op in operations),
+        elements=sum(prod(op.output_shape) for op in operations if not op.multiply_adds and op.name != "flatten"),
+        activations_kib=elements * _BYTES / 1024,
+        **counts,
+        **(_fields(event.axes, size) if event.axes else {}),
     )
 
 
-def _fields(
-    axes: Axes, size: Shape
-) -> tuple[Shape | None, Shape | None, tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Return (receptive field, local field, jump, start) per axis of the image."""
+def _fields(axes: Axes, size: Shape) -> dict[str, Any]:
+    """Return the values of a row that describe the receptive field; none if it is unknown."""
     if any(axis.kind == "unknown" for axis in axes):
-        return None, None, None, None
+        return {}
     exact, local = [], []
     for axis, side in zip(axes, size, strict=True):
         pixels = axis.interval.size
@@ -331,18 +274,20 @@ def _fields(
             pixels = min(high, side - 1) - max(low, 0) + 1
         local.append(pixels)
         exact.append(side if axis.whole and axis.kind != "fixed" else pixels)
-    if any(axis.kind != "along" for axis in axes):
-        return tuple(exact), tuple(local), None, None
-    jump = tuple(float(axis.interval.jump) for axis in axes)
-    return tuple(exact), tuple(local), jump, tuple(axis.interval.start for axis in axes)
+    whole = tuple(exact) == size and any(axis.whole for axis in axes)
+    values: dict[str, Any] = {"receptive_field": tuple(exact), "local_field": tuple(local), "whole": whole}
+    if all(axis.kind == "along" for axis in axes):
+        values["jump"] = tuple(float(axis.interval.jump) for axis in axes)
+        values["start"] = tuple(axis.interval.start for axis in axes)
+    return values
 
 
 def _unique(rows: list[Row]) -> list[Row]:
     """Make names unique: the second `block.add` becomes `block.add#2`."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     named = []
     for row in rows:
-        counts[row.name] = counts.get(row.name, 0) + 1
+        counts[row.name] += 1
         count = counts[row.name]
         named.append(row if count == 1 else replace(row, name=f"{row.name}#{count}"))
     return named

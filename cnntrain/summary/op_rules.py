@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from cnntrain.summary.conv_arithmetic import operation_geometry
 from cnntrain.summary.receptive_field import (
@@ -22,8 +23,8 @@ from cnntrain.summary.receptive_field import (
     broadcast_axes,
     interpolation,
     join_axes,
-    reshape_axes,
     transposed_window,
+    view_axes,
     window,
 )
 
@@ -32,38 +33,39 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+# They compute nothing and have no row in the table.
 VIEWS = _names("""
-    view _unsafe_view reshape _reshape_alias unsqueeze squeeze expand permute transpose t select slice
-    split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unbind detach alias as_strided
-    lift_fresh view_as narrow unfold diagonal
-""")  # they compute nothing and have no row in the table
-COPIES = _names("clone contiguous _to_copy zeros_like")
+    view _unsafe_view _reshape_alias unsqueeze squeeze expand permute transpose t select slice split split_with_sizes
+    unsafe_split unsafe_split_with_sizes unbind detach alias as_strided lift_fresh unfold diagonal
+""")
+COPIES = _names("clone _to_copy zeros_like")
 FACTORIES = _names("empty empty_like new_empty zeros new_zeros ones new_ones full arange linspace rand randn")
 _SPLITS = _names("split split_with_sizes unsafe_split unsafe_split_with_sizes")
-_SAME_POSITION = _names("""
-    clone contiguous _to_copy detach alias lift_fresh as_strided native_dropout dropout bernoulli
-    native_batch_norm batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
-    _batch_norm_with_update cudnn_batch_norm native_group_norm native_layer_norm _fused_rms_norm
-    channel_shuffle native_channel_shuffle prelu _prelu_kernel rrelu_with_noise hardswish celu
-""")  # element-wise if the shape stays; the statistics of a norm are not part of the receptive field
-_REDUCTIONS = _names("mean sum amax amin max min var std var_mean logsumexp prod")
-_SOFTMAXES = _names("_softmax _log_softmax _safe_softmax softmax log_softmax cumsum sort")
-# Operations with a small, constant cost per element: they count as 0 multiply-adds.
-_NO_MULTIPLY_ADDS = _names("""
-    native_batch_norm batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
-    _batch_norm_with_update cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm
-    native_dropout max_pool1d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d
-    avg_pool3d max_unpool2d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool1d
-    adaptive_max_pool2d adaptive_max_pool3d mean sum amax amin max min var std var_mean std_mean argmax
-    argmin norm linalg_vector_norm logsumexp prod cat stack roll flip repeat index index_select
-    gather scatter embedding masked_fill where topk sort cumsum tril triu one_hot col2im im2col
-    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle _softmax _log_softmax
-    _safe_softmax bernoulli hardswish celu prelu _prelu_kernel constant_pad_nd reflection_pad1d
-    reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
-    upsample_trilinear3d upsample_bicubic2d
+_MATRIX_PRODUCTS = _names("mm addmm bmm baddbmm")
+_REDUCTIONS = _names("""
+    mean sum amax amin max min var std var_mean logsumexp prod
+    _softmax _log_softmax _safe_softmax cumsum
 """)
+BATCH_NORMS = _names("""
+    native_batch_norm _native_batch_norm_legit_no_training _batch_norm_with_update cudnn_batch_norm
+""")
+_NORMS = BATCH_NORMS | _names("_native_batch_norm_legit native_group_norm native_layer_norm _fused_rms_norm")
+# Element-wise if the shape stays; the statistics of a norm are not part of the receptive field.
+_SAME_POSITION = _NORMS | _names("""
+    clone _to_copy detach alias lift_fresh as_strided native_dropout dropout bernoulli
+    channel_shuffle native_channel_shuffle prelu _prelu_kernel rrelu_with_noise hardswish celu
+""")
+# A small, constant cost per element counts as 0 multiply-adds; these are beginnings of names.
+_NO_MULTIPLY_ADDS = (
+    *_NORMS,
+    *_REDUCTIONS,
+    *_names("""
+        native_dropout avg_pool adaptive_ _adaptive_ arg norm linalg_vector_norm cat stack roll flip repeat index gather
+        scatter embedding masked_fill where topk sort tril triu one_hot col2im im2col pixel_ channel_shuffle
+        native_channel_shuffle bernoulli hardswish celu prelu _prelu_kernel constant_pad_nd reflection_pad
+        replication_pad upsample_ _upsample_
+    """),
+)
 
 
 @dataclass
@@ -85,7 +87,7 @@ class OpCall:
 
     @property
     def inputs(self) -> list[Tensor]:
-        return tensors_of(self.args, self.kwargs)
+        return tensors_in(self.args, self.kwargs)
 
     @property
     def axes(self) -> Axes:
@@ -114,37 +116,22 @@ class OpCall:
 Rule = Callable[[OpCall], Axes | None]
 
 
-def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Return all tensors among the arguments, including those in lists."""
-    tensors: list[Tensor] = []
-    for value in (*args, *kwargs.values()):
-        values = value if isinstance(value, (list, tuple)) else (value,)
-        tensors += [v for v in values if isinstance(v, Tensor)]
-    return tensors
-
-
-def all_tensors(output: Any) -> list[Tensor]:
-    """Return the tensors of a nested output of lists, tuples and dicts."""
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output
-    return [t for value in values for t in all_tensors(value)] if isinstance(output, (dict, list, tuple)) else []
+def tensors_in(*values: Any) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and dicts."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def output_axes(call: OpCall) -> list[Axes | None]:
     """Return the axes of each output; None for outputs that do not depend on the image."""
     if not call.outs or all(call.axes_of(t) is None for t in call.inputs):
         return [None] * len(call.outs)
-    if call.name in _SPLITS:
-        dim = call.argument(2, 0) % len(call.shape) - len(call.shape)
-        return [tuple(UNKNOWN if axis.dim == dim else axis for axis in call.axes)] * len(call.outs)
     rule = RULES.get(call.name)
     if rule is None:
         same_shape = call.out_shape == call.inputs[0].shape
         elementwise = call.is_pointwise or (call.name in _SAME_POSITION and same_shape)
         rule = _elementwise if elementwise else _unknown
     axes = rule(call)
-    return [axes] + [axes if out.shape == call.outs[0].shape else None for out in call.outs[1:]]
+    return [axes if call.name in _SPLITS or out.shape == call.out_shape else None for out in call.outs]
 
 
 def multiply_adds(call: OpCall) -> int | None:
@@ -157,11 +144,9 @@ def multiply_adds(call: OpCall) -> int | None:
         images, weight, transposed = args[0], args[1], bool(args[6])
         counted = images if transposed else call.outs[0]
         return counted.numel() * weight.shape[1] * prod(weight.shape[2:])
-    if call.name in ("mm", "bmm"):
-        return args[0].numel() * args[1].shape[-1]
-    if call.name in ("addmm", "baddbmm"):
-        return args[1].numel() * args[2].shape[-1]
-    if call.is_pointwise or call.name in _NO_MULTIPLY_ADDS:
+    if call.name in _MATRIX_PRODUCTS:
+        return args[-2].numel() * args[-1].shape[-1]
+    if call.is_pointwise or call.name.startswith(_NO_MULTIPLY_ADDS):
         return 0
     from torch.utils.flop_counter import flop_registry  # imports triton
 
@@ -197,41 +182,8 @@ def _change_last(call: OpCall, changes: Sequence[Change]) -> Axes:
 
 
 def _view(call: OpCall) -> Axes:
-    return reshape_axes(call.axes, call.shape, call.out_shape)
-
-
-def _permute(call: OpCall) -> Axes:
-    n = len(call.shape)
-    order = list(range(n))
-    if call.name == "permute":
-        order = [d % n for d in call.args[1]]
-    else:  # t and transpose
-        a, b = (0, n - 1) if call.name == "t" else (call.args[1], call.args[2])
-        order[a], order[b] = order[b], order[a]
-    return tuple(replace(a, dim=order.index(a.dim % n) - n) if a.dim else a for a in call.axes)
-
-
-def _unsqueeze(call: OpCall) -> Axes:
-    n = len(call.out_shape)
-    new = call.args[1] % n - n
-    return tuple(replace(a, dim=a.dim - 1) if a.dim and a.dim <= new else a for a in call.axes)
-
-
-def _squeeze(call: OpCall) -> Axes:
-    n, given = len(call.shape), call.argument(1, range(len(call.shape)))
-    dims = [given] if isinstance(given, int) else given
-    removed = {d % n - n for d in dims if call.shape[d] == 1}
-    axes = (a.fixed_at(*a.interval.at(0)) if a.dim in removed else a for a in call.axes)
-    return tuple(_without_dims(a, removed) for a in axes)
-
-
-def _without_dims(axis: Axis, removed: set[int]) -> Axis:
-    """Return the axis after dimensions of the tensor were removed."""
-    return replace(axis, dim=axis.dim + sum(d > axis.dim for d in removed)) if axis.dim else axis
-
-
-def _expand(call: OpCall) -> Axes:
-    return broadcast_axes(call.axes, call.shape, call.out_shape[-len(call.shape) :])
+    sizes = [list(zip(t.shape, t.stride(), strict=True)) for t in (call.args[0], call.outs[0])]
+    return view_axes(call.axes, *sizes)
 
 
 def _slice(call: OpCall) -> Axes:
@@ -250,11 +202,16 @@ def _slice(call: OpCall) -> Axes:
 
 
 def _cat(call: OpCall) -> Axes | None:
-    """Concatenation along channels; along an image axis it is unknown."""
-    n = len(call.out_shape)
-    dim = call.argument(1, 0) % n - n
-    joined = join_axes([axes for t in call.args[0] if (axes := call.axes_of(t)) is not None], call.out_shape)
-    return None if joined is None else tuple(UNKNOWN if a.dim == dim else a for a in joined)
+    axes = join_axes([axes for t in call.args[0] if (axes := call.axes_of(t)) is not None], call.out_shape)
+    return axes and _unknown_along(axes, call.argument(1, 0), len(call.out_shape))
+
+
+def _split(call: OpCall) -> Axes:
+    return _unknown_along(call.axes, call.argument(2, 0), len(call.shape))
+
+
+def _unknown_along(axes: Axes, dim: int, dimensions: int) -> Axes:
+    return tuple(UNKNOWN if axis.dim == dim % dimensions - dimensions else axis for axis in axes)
 
 
 def _windows(call: OpCall) -> Axes:
@@ -284,7 +241,7 @@ def _adaptive_pool(call: OpCall) -> Axes:
 
 def _upsample(mode: str) -> Rule:
     def rule(call: OpCall) -> Axes:
-        corners = "nearest" not in mode and call.argument(2) is True
+        corners = mode != "nearest" and call.argument(2) is True
         sizes = zip(call.shape[2:], call.out_shape[2:], strict=True)
         return _change_last(call, [interpolation(a, b, mode, corners) for a, b in sizes])
 
@@ -301,29 +258,19 @@ def _pixel_shuffle(call: OpCall) -> Axes:
     return _change_last(call, [lambda interval: interval.compose(lambda o: (o // factor,), factor, 1)] * 2)
 
 
-def _pixel_unshuffle(call: OpCall) -> Axes:
-    return _change_last(call, [window(int(call.args[1]), int(call.args[1]), 0)] * 2)
-
-
 def _reduce(call: OpCall) -> Axes:
-    n = len(call.shape)
-    given = call.argument(2 if "norm" in call.name else 1, call.kwargs.get("dim"))  # norms have their order first
-    dims = [given] if isinstance(given, int) else list(given or range(n))
-    removed = {d % n - n for d in dims}
-    kept = len(call.out_shape) == n
-    axes = tuple(a.combined(call.shape) if a.dim in removed else a for a in call.axes)
-    return axes if kept else tuple(_without_dims(a, removed) for a in axes)
-
-
-def _softmax(call: OpCall) -> Axes:
-    n = len(call.shape)
-    dim = call.argument(1, -1) % n - n
-    return tuple(axis.combined(call.shape) if axis.dim == dim else axis for axis in call.axes)
+    """Reduction or softmax: the positions of some dimensions are combined."""
+    n, given = len(call.shape), call.argument(1, call.kwargs.get("dim"))
+    dims = {d % n - n for d in ([given] if isinstance(given, int) else given or range(n))}
+    axes = tuple(axis.combined(call.shape) if axis.dim in dims else axis for axis in call.axes)
+    if len(call.out_shape) == n:
+        return axes
+    return tuple(replace(a, dim=a.dim + sum(d > a.dim for d in dims)) if a.dim else a for a in axes)
 
 
 def _matrix_product(call: OpCall) -> Axes:
     """Product with a weight: the summed dimension is combined. A product of two activations is unknown."""
-    left, right = [t for t in call.args if isinstance(t, Tensor)][-2:]
+    left, right = call.args[-2:]
     factors = [(axes, t, dim) for t, dim in ((left, -1), (right, -2)) if (axes := call.axes_of(t)) is not None]
     if len(factors) != 1:
         return _unknown(call)
@@ -332,11 +279,10 @@ def _matrix_product(call: OpCall) -> Axes:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _view),
-    **dict.fromkeys(("permute", "transpose", "t"), _permute),
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
-    "expand": _expand,
+    **dict.fromkeys(_names("view _unsafe_view _reshape_alias permute transpose t unsqueeze squeeze expand"), _view),
+    **dict.fromkeys(_SPLITS, _split),
+    **dict.fromkeys(_REDUCTIONS, _reduce),
+    **dict.fromkeys(_MATRIX_PRODUCTS, _matrix_product),
     "slice": _slice,
     "cat": _cat,
     "convolution": _windows,
@@ -345,14 +291,9 @@ RULES: dict[str, Rule] = {
     **{f"_adaptive_avg_pool{n}d": _adaptive_pool for n in (2, 3)},
     **{f"adaptive_{kind}_pool{n}d": _adaptive_pool for n in (1, 2, 3) for kind in ("avg", "max")},
     **{f"upsample_nearest{n}d": _upsample("nearest") for n in (1, 2, 3)},
-    **{f"_upsample_nearest_exact{n}d": _upsample("nearest-exact") for n in (1, 2, 3)},
     **{f"upsample_{kind}": _upsample("linear") for kind in ("linear1d", "bilinear2d", "trilinear3d")},
     "upsample_bicubic2d": _upsample("cubic"),
     "constant_pad_nd": _pad,
     **{f"{kind}_pad{n}d": _pad for n in (1, 2, 3) for kind in ("reflection", "replication")},
     "pixel_shuffle": _pixel_shuffle,
-    "pixel_unshuffle": _pixel_unshuffle,
-    **dict.fromkeys((*_REDUCTIONS, "norm", "linalg_vector_norm"), _reduce),
-    **dict.fromkeys(_SOFTMAXES, _softmax),
-    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _matrix_product),
 }

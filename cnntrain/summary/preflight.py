@@ -12,14 +12,7 @@ from torch import Tensor, nn
 from cnntrain.errors import CnntrainError
 from cnntrain.summary.design_warnings import design_warnings
 from cnntrain.summary.failures import Failure, explain, first_line
-from cnntrain.summary.trace import (
-    ModelOrBuilder,
-    TraceError,
-    as_meta,
-    meta_images,
-    needs_data,
-    trace_run,
-)
+from cnntrain.summary.trace import ModelOrBuilder, TraceError, as_meta, meta_images, needs_data, trace_run
 from cnntrain.types import Finding
 
 _SIZES = (8, 16, 28, 32, 48, 64, 96, 128, 160, 192, 224, 227, 256, 299, 320, 384, 448, 512)
@@ -64,7 +57,7 @@ def preflight(
         cause = raised.__cause__ or raised
         if needs_data(cause):
             return [_skipped(cause)]
-        return [_failure_finding(model, name, explain(raised.trace, cause), requirements)]
+        return [_failure_finding(model, name, explain(raised), requirements)]
     if finding := _check_output(output, expected_output_shape):
         return [finding]
     return design_warnings(trace, size, batch_size, classification)
@@ -80,24 +73,18 @@ class _Requirements:
     output_shape: OutputShape | None
 
 
-def output_size(model: nn.Module, in_channels: int, image_size: Sequence[int]) -> tuple[int, int] | None:
+def output_size(model: nn.Module, in_channels: int, image_size: Sequence[int]) -> tuple[int, ...] | None:
     """Return (height, width) of a meta network's output map; None if it fails or its output is not a map."""
     try:
         with torch.no_grad():
             output = model(meta_images(in_channels, tuple(image_size), 1))
     except Exception:
         return None
-    if not isinstance(output, Tensor) or output.dim() != 4:
-        return None
-    return int(output.shape[2]), int(output.shape[3])
+    return tuple(output.shape[2:]) if isinstance(output, Tensor) and output.dim() == 4 else None
 
 
 def _run_training_pass(model: nn.Module, needed: _Requirements) -> None:
-    """Run the network in training mode: BatchNorm needs more than one value, auxiliary heads need large images.
-
-    Raises:
-        TraceError: the network raised.
-    """
+    """Run the network in training mode: BatchNorm needs more than one value, auxiliary heads need large images."""
     model.train()
     batch = meta_images(needed.in_channels, needed.image_size, needed.batch_size)
     try:
@@ -122,26 +109,23 @@ def _check_output(output: Any, expected: OutputShape | None) -> Finding | None:
     """Return a FAIL finding unless the output is one tensor (N, *expected)."""
     if expected is None:
         return None
+    if not isinstance(output, Tensor):
+        returned = f"returns a {type(output).__name__}"
+        returned += f" with {', '.join(map(str, output))}" if isinstance(output, dict) else ""
+        remedy = "return only the main output"
+    else:
+        actual = output.shape[1:]
+        if len(actual) == len(expected) and all(n in (None, m) for n, m in zip(expected, actual, strict=True)):
+            return None
+        returned = f"returns (N, {', '.join(map(str, actual))})"
+        remedy = f"give its last layer {expected[0]} outputs (num_outputs)"
+        if len(actual) > len(expected):
+            remedy = f"end it with global pooling or flatten, and {expected[0]} outputs"
+        elif len(actual) < len(expected):
+            remedy = "choose a network that returns a map (model=unet_small, model=fcn)"
     names = ("C", "height", "width")
     shape = ", ".join(str(n) if n else name for n, name in zip(expected, names, strict=False))
-    needed = f"the task needs one tensor (N, {shape})"
-    if not isinstance(output, Tensor):
-        kind = f"a {type(output).__name__}"
-        kind += f" with {', '.join(map(str, output))}" if isinstance(output, dict) else ""
-        evidence, remedy = f"the network returns {kind}; {needed}", "return only the main output"
-    elif output.dim() != len(expected) + 1 or any(
-        n is not None and n != actual for n, actual in zip(expected, output.shape[1:], strict=True)
-    ):
-        shape = ", ".join(map(str, output.shape[1:]))
-        evidence = f"the network's output is (N, {shape}); {needed}"
-        if output.dim() > len(expected) + 1:
-            remedy = f"end it with global pooling or flatten, and {expected[0]} outputs"
-        elif output.dim() < len(expected) + 1:
-            remedy = "choose a network that returns a map (model=unet_small, model=fcn)"
-        else:
-            remedy = f"give its last layer {expected[0]} outputs (num_outputs)"
-    else:
-        return None
+    evidence = f"the network {returned}; the task needs one tensor (N, {shape})"
     cause = "the network's output does not fit the task"
     return Finding("preflight", "FAIL", evidence, cause, remedy, ("model", "task"))
 
@@ -157,7 +141,6 @@ def _failure_finding(model: nn.Module, name: str, failure: Failure, needed: _Req
         keys = ("data.size", "model")
         cause += f"; {name} needs {'at least' if accepts_larger else 'exactly'} {side} px"
         remedies = [f"set data.size={side}", "choose a smaller network", *remedies]
-        remedies += ["remove a pool or a stride"] if failure.too_small else []
     remedy = ", or ".join(filter(None, [", ".join(remedies[:-1]), *remedies[-1:]]))
     return Finding("preflight", "FAIL", f"{failure.message}; {cause}", cause, remedy, keys)
 
@@ -192,12 +175,10 @@ def smallest_size(model: nn.Module, needed: _Requirements) -> tuple[int, bool] |
             high = side
             break
         low = side
-    if not high:
-        return None
     while high - low > 1 and time.monotonic() < deadline:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    if high - low > 1:
+    if high - low != 1:
         return None
     accepts_larger = fits(2 * high)
     if not accepts_larger and dimensions == 2 and (fits(high, 2 * high) or fits(2 * high, high)):

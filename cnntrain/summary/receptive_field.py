@@ -11,7 +11,7 @@ recursions for a chain of layers; here they are kept per position.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import gcd, lcm, prod
+from math import gcd, lcm
 from typing import Literal
 
 # Interval of a position that no input reaches (a transposed convolution with stride > kernel size).
@@ -125,17 +125,15 @@ def adaptive_window(size_in: int, size_out: int) -> Change:
 
 
 def interpolation(size_in: int, size_out: int, mode: str, align_corners: bool) -> Change:
-    """`functional.interpolate` with mode `nearest`, `nearest-exact`, `linear` (two taps) or `cubic` (four taps)."""
+    """`functional.interpolate` with mode `nearest`, `linear` (two taps) or `cubic` (four taps)."""
     corners = align_corners and size_out > 1
     ratio = Fraction(size_in - 1, size_out - 1) if corners else Fraction(size_in, size_out)
     shift = Fraction(0) if corners or mode == "nearest" else (ratio - 1) / 2
-    if mode == "nearest-exact":
-        shift = ratio / 2
 
     def taps(o: int) -> Iterable[int]:
         source = o * ratio + shift
-        floor = source.numerator // source.denominator
-        if "nearest" in mode or source == floor:
+        floor = source // 1
+        if mode == "nearest" or source == floor:
             return (floor,)
         return range(floor, floor + 2) if mode == "linear" else range(floor - 1, floor + 3)
 
@@ -170,20 +168,24 @@ class Axis:
     adapted: bool = False
     length: int = 0
 
-    def fixed_at(self, low: int, high: int, whole: bool | None = None) -> "Axis":
-        """Return this axis after a single interval of it was selected or combined."""
-        interval = ReceptiveInterval((low,), (high,), 0)
-        return Axis("fixed", 0, interval, self.whole if whole is None else whole, self.adapted)
+    def fixed_at(self, low: int, high: int) -> "Axis":
+        """Return this axis if every element reads pixels `low` to `high`."""
+        return replace(self, kind="fixed", dim=0, interval=ReceptiveInterval((low,), (high,), 0), length=0)
+
+    def first(self) -> "Axis":
+        """Return this axis of a tensor that repeats the first position."""
+        return self.fixed_at(*self.interval.at(0))
 
     def combined(self, shape: Sequence[int]) -> "Axis":
         """Return this axis after all positions of a tensor of `shape` were combined."""
         if self.kind in ("fixed", "unknown"):
             return self
         length = shape[self.dim] if self.kind == "along" else self.length
-        return self.fixed_at(*self.interval.hull(length), whole=True)
+        return replace(self.fixed_at(*self.interval.hull(length)), whole=True)
 
 
 Axes = tuple[Axis, ...]
+Size = tuple[int, int]
 UNKNOWN = Axis("unknown")
 
 
@@ -194,12 +196,11 @@ def image_axes(dimensions: int) -> Axes:
 
 def broadcast_axes(axes: Axes, shape: Sequence[int], out_shape: Sequence[int]) -> Axes:
     """Return the axes of a tensor of `shape` after broadcasting to `out_shape`."""
-    return tuple(
-        axis.fixed_at(*axis.interval.at(0))
-        if axis.kind == "along" and shape[axis.dim] == 1 and out_shape[axis.dim] > 1
-        else axis
-        for axis in axes
-    )
+
+    def is_repeated(axis: Axis) -> bool:
+        return axis.kind == "along" and shape[axis.dim] == 1 < out_shape[axis.dim]
+
+    return tuple(axis.first() if is_repeated(axis) else axis for axis in axes)
 
 
 def join_axes(parts: Sequence[Axes], out_shape: Sequence[int]) -> Axes | None:
@@ -217,8 +218,7 @@ def _join(a: Axis, b: Axis, out_shape: Sequence[int]) -> Axis:
     if "unknown" in (a.kind, b.kind):
         return UNKNOWN
     if a.kind == b.kind == "fixed":
-        (low_a, high_a), (low_b, high_b) = a.interval.at(0), b.interval.at(0)
-        return replace(a, adapted=adapted).fixed_at(min(low_a, low_b), max(high_a, high_b), whole)
+        return replace(a, interval=a.interval.join(b.interval, 1), whole=whole, adapted=adapted)
     if "fixed" in (a.kind, b.kind):  # squeeze-and-excitation: a map times one number per channel
         return replace(a if b.kind == "fixed" else b, whole=whole, adapted=adapted)
     if (a.kind, a.dim, a.length) != (b.kind, b.dim, b.length):
@@ -226,26 +226,25 @@ def _join(a: Axis, b: Axis, out_shape: Sequence[int]) -> Axis:
     return replace(a, interval=a.interval.join(b.interval, out_shape[a.dim]), whole=whole, adapted=adapted)
 
 
-def reshape_axes(axes: Axes, old: Sequence[int], new: Sequence[int]) -> Axes:
-    """Return the axes after a view from shape `old` to shape `new`.
+def view_axes(axes: Axes, old: Sequence[Size], new: Sequence[Size]) -> Axes:
+    """Return the axes of a view; `old` and `new` are the (size, stride) of each dimension.
 
-    Known are views that leave the dimension of an axis unchanged (channel shuffle) or merge it into a larger one
-    (flatten).
+    Known are views that keep the dimension of an axis (permutation, channel shuffle) or merge it with others (flatten).
     """
-    return tuple(_reshape(axis, old, new) for axis in axes)
+    return tuple(_view_axis(axis, old, new) for axis in axes)
 
 
-def _reshape(axis: Axis, old: Sequence[int], new: Sequence[int]) -> Axis:
+def _view_axis(axis: Axis, old: Sequence[Size], new: Sequence[Size]) -> Axis:
     if axis.kind in ("fixed", "unknown"):
         return axis
-    size, stride = old[axis.dim], prod(old[len(old) + axis.dim + 1 :])
+    size, stride = old[axis.dim]
+    if len(new) >= -axis.dim and new[axis.dim] == (size, stride):
+        return axis
+    if (size, stride) in new:
+        return replace(axis, dim=new.index((size, stride)) - len(new))
     if size == 1:
-        unchanged = len(new) >= -axis.dim and new[axis.dim] == 1
-        return axis if unchanged else axis.fixed_at(*axis.interval.at(0))
-    for i, new_size in enumerate(new):
-        new_stride, dim = prod(new[i + 1 :]), i - len(new)
-        if (new_size, new_stride) == (size, stride):
-            return replace(axis, dim=dim)
-        if stride % new_stride == 0 and new_size * new_stride % (size * stride) == 0:
-            return replace(axis, kind="merged", dim=dim, length=axis.length or size)
+        return axis.first()
+    for i, (new_size, new_stride) in enumerate(new):
+        if new_stride and stride % new_stride == 0 and new_size * new_stride % (size * stride) == 0:
+            return replace(axis, kind="merged", dim=i - len(new), length=axis.length or size)
     return UNKNOWN

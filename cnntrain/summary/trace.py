@@ -2,9 +2,11 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnntrain.summary.conv_arithmetic import Geometry, Shape, operation_geometry
-from cnntrain.summary.op_rules import (
-    COPIES,
-    FACTORIES,
-    VIEWS,
-    OpCall,
-    all_tensors,
-    multiply_adds,
-    output_axes,
-    tensors_of,
-)
-from cnntrain.summary.receptive_field import Axes, image_axes, window
+from cnntrain.summary.op_rules import COPIES, FACTORIES, VIEWS, OpCall, multiply_adds, output_axes, tensors_in
+from cnntrain.summary.receptive_field import Axes, Axis, image_axes, window
 
 ModelOrBuilder = nn.Module | Callable[[], nn.Module]
 _Key = tuple[int, int, Shape, Shape]
@@ -162,7 +155,7 @@ class Trace(TorchDispatchMode):
         self._infos: dict[_Key, _TensorInfo] = {}
         self._alive: list[Tensor] = []  # keeps storages alive, so that a key identifies one tensor
         self._buffers: dict[int, tuple[Tensor, int]] = {}  # new tensors and the largest number of elements copied
-        self._runs: dict[int, int] = {}
+        self._runs: Counter[int] = Counter()
         self._set_info(batch, _TensorInfo(image_axes(batch.dim() - 2), -1))
         for name, parameter in model.named_parameters():
             if not nn.parameter.is_lazy(parameter):
@@ -197,27 +190,28 @@ class Trace(TorchDispatchMode):
         self._infos[_key(tensor)] = info
         self._alive.append(tensor)
 
-    def enter(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
-        inside = any(call.layer for call in self.stack)
-        layer = not inside and _is_layer(module, root=not name)
-        run = self._runs[id(module)] = self._runs.get(id(module), 0) + 1
-        call = ModuleCall(name, module, layer, run, _shapes(inputs))
+    def enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook."""
+        layer = not any(call.layer for call in self.stack) and _is_layer(module, root=not name)
+        self._runs[id(module)] += 1
+        call = ModuleCall(name, module, layer, self._runs[id(module)], _shapes(tensors_in(args, kwargs)))
         self.stack.append(call)
         self.calls.append(call)
         if layer:
             self.events.append(call)
 
-    def leave(self, module: nn.Module, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        while self.stack:
-            call = self.stack.pop()
-            if call.module is module:
-                call.output_shapes = _shapes(outputs)
-                if isinstance(module, nn.Linear) and inputs and outputs:
-                    self._set_linear_axes(inputs[0], outputs[0])
-                call.axes = self._info(outputs[0]).axes if outputs else None
-                storages = {(_key(t)[0], tuple(t.shape)) for t in inputs}
-                call.same_storage = bool(outputs) and (_key(outputs[0])[0], tuple(outputs[0].shape)) in storages
-                return
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Forward hook; calls above the module's on the stack ended with an error that the network caught."""
+        inputs, outputs = tensors_in(args, kwargs), tensors_in(output)
+        while (call := self.stack.pop()).module is not module:
+            pass
+        call.output_shapes = _shapes(outputs)
+        if not outputs:
+            return
+        if isinstance(module, nn.Linear) and inputs:
+            self._set_linear_axes(inputs[0], outputs[0])
+        call.axes = self._info(outputs[0]).axes
+        call.same_storage = (_storage(outputs[0]), outputs[0].shape) in [(_storage(t), t.shape) for t in inputs]
 
     def _set_linear_axes(self, source: Tensor, output: Tensor) -> None:
         """Keep the axes of channels-last maps (ConvNeXt), which torch flattens for the matrix product."""
@@ -226,8 +220,7 @@ class Trace(TorchDispatchMode):
             self._set_info(output, replace(self._info(output), axes=axes))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, name = func._schema.name.split("::")
-        name = name if namespace == "aten" else func._schema.name
+        name = func._schema.name.removeprefix("aten::")
         in_place = name.endswith("_") and name != "copy_"
         name = name.rstrip("_") if in_place else name
         call = OpCall(func, name, args, kwargs or {}, lambda t: self._info(t).axes, in_place)
@@ -239,38 +232,40 @@ class Trace(TorchDispatchMode):
         except Exception:
             self.failed_operation = (name, _shapes(call.inputs))
             raise
-        call.outs = all_tensors(out)
-        self._record(call, infos)
+        call.outs = tensors_in(out)
+        if name in FACTORIES and call.outs:
+            self._buffers[_storage(call.outs[0])] = (call.outs[0], 0)
+            self._alive.append(call.outs[0])
+        elif name == "copy_":
+            self._record_copy(call.args[0], call.args[1])
+        else:
+            self._record(call, infos)
         return out
 
     def _record(self, call: OpCall, infos: list[_TensorInfo]) -> None:
         """Record which tensors the operation computed from which."""
-        if call.name in FACTORIES and call.outs:
-            self._buffers[_key(call.outs[0])[0]] = (call.outs[0], 0)
-            self._alive.append(call.outs[0])
-            return
-        if call.name == "copy_":
-            self._record_copy(call.args[0], call.args[1])
-            return
         axes = output_axes(call)
-        if (call.name in VIEWS and not self._is_flatten(call, axes)) or call.name in COPIES:
-            source = infos[0] if infos else _TensorInfo()
-            producer, parameter = source.producer, source.parameter
+        flatten = call.name in VIEWS and self._is_flatten(call, axes)
+        producer, parameter = None, None
+        if call.name in VIEWS | COPIES and not flatten:
+            if infos:
+                producer, parameter = infos[0].producer, infos[0].parameter
         else:
-            producer, parameter = self._record_operation(call, infos, axes), None
+            producer = self._record_operation(call, "flatten" if flatten else call.name, infos, axes)
         for out, out_axes in zip(call.outs, axes, strict=True):
             self._set_info(out, _TensorInfo(out_axes, producer, parameter))
 
     def _is_flatten(self, call: OpCall, axes: list[Axes | None]) -> bool:
         """Return True if a view turns maps into vectors; it has a row although it computes nothing."""
-        if len(call.outs) != 1 or axes[0] is None or not self.stack:
+        if len(call.outs) != 1 or axes[0] is None:
             return False
-        before, after = call.inputs[0].shape, call.outs[0].shape
+        before, after = call.shape, call.out_shape
         return len(after) == 2 < len(before) and after[0] == before[0] == self.batch_size
 
-    def _record_operation(self, call: OpCall, infos: list[_TensorInfo], axes: list[Axes | None]) -> int | None:
+    def _record_operation(
+        self, call: OpCall, name: str, infos: list[_TensorInfo], axes: list[Axes | None]
+    ) -> int | None:
         """Record an operation that depends on the image or has multiply-adds; return its index."""
-        name = "flatten" if call.name in VIEWS else call.name
         producers = tuple(info.producer for info in infos if info.producer is not None)
         count = 0 if name == "flatten" else multiply_adds(call)
         if not call.outs or not self.stack or (not producers and not count):
@@ -298,26 +293,29 @@ class Trace(TorchDispatchMode):
         return operation.index
 
     def _record_copy(self, target: Tensor, source: Tensor) -> None:
-        """Record a copy into a part of a new tensor (circular padding); the tensor gets the largest part's axes."""
+        """Record a copy into a part of a new tensor (circular padding); the largest part decides about its axes."""
         info = self._info(source)
         self._set_info(target, info)
-        whole, copied = self._buffers.get(_key(target)[0], (target, source.numel()))
+        whole, copied = self._buffers.get(_storage(target), (target, source.numel()))
         if info.axes is None or source.numel() <= copied or whole.dim() != target.dim():
             return
-        self._buffers[_key(target)[0]] = (whole, source.numel())
-        rest, offsets = target.storage_offset() - whole.storage_offset(), []
-        for stride in whole.stride():
-            offsets.append(rest // stride)
-            rest %= stride
-        axes = tuple(
-            replace(a, interval=window(1, 1, offsets[a.dim])(a.interval)) if a.kind == "along" else a for a in info.axes
-        )
+        self._buffers[_storage(target)] = (whole, source.numel())
+        start = int(target.storage_offset() - whole.storage_offset())
+
+        def shifted(axis: Axis) -> Axis:
+            offset = start // whole.stride(axis.dim) % whole.shape[axis.dim]
+            return replace(axis, interval=window(1, 1, offset)(axis.interval))
+
+        axes = tuple(shifted(axis) if axis.kind == "along" else axis for axis in info.axes)
         self._set_info(whole, _TensorInfo(axes, info.producer))
 
 
 def _key(tensor: Tensor) -> _Key:
-    storage = tensor.untyped_storage()._cdata
-    return storage, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+    return _storage(tensor), int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _shapes(tensors: list[Tensor]) -> tuple[Shape, ...]:
@@ -357,31 +355,11 @@ def trace_run(model: nn.Module, batch: Tensor) -> tuple[Trace, Any]:
             model(batch)  # initializes lazy modules; an error is raised again below
     trace = Trace(model, batch)
     try:
-        with torch.no_grad(), _module_hooks(model, trace), trace:
-            return trace, model(batch)
+        with torch.no_grad(), ExitStack() as hooks:
+            for name, module in model.named_modules():
+                hooks.enter_context(module.register_forward_pre_hook(partial(trace.enter, name), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(trace.leave, with_kwargs=True))
+            with trace:
+                return trace, model(batch)
     except Exception as error:
         raise TraceError(trace) from error
-
-
-@contextmanager
-def _module_hooks(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Report module calls to `trace`."""
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(
-            module.register_forward_pre_hook(
-                lambda m, args, kwargs, name=name: trace.enter(name, m, tensors_of(args, kwargs)),
-                with_kwargs=True,
-            )
-        )
-        handles.append(
-            module.register_forward_hook(
-                lambda m, args, kwargs, out: trace.leave(m, tensors_of(args, kwargs), all_tensors(out)),
-                with_kwargs=True,
-            )
-        )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BAR_WIDTH = 12  # characters
-_BLOCKS = " ▏▎▍▌▋▊▉█"
 _MAX_ROWS = 45  # more are folded by default
 _MAX_BARS = 40
+_TOTALS = ("parameters", "trainable", "statistics", "folded", "multiply_adds", "elements", "activations_kib")
 _CONVENTIONS: dict[Convention, str] = {
     "torch": "parameters as torch counts them",
     "keras": "parameters as Keras counts them: with BatchNorm's running mean and variance",
@@ -35,14 +36,14 @@ _DEPTH = (
 
 
 def report(
-    summaries: ModelSummary | Sequence[ModelSummary],
+    summaries: Sequence[ModelSummary],
     folder: Path | None = None,
     depth: int | None = None,
     convention: Convention = "torch",
     console: Console | None = None,
     figures: bool = True,
 ) -> list[Path]:
-    """Print the table of one network, or one row per network; with a folder, write CSV, JSON and PNG files.
+    """Print the table of one network, or one row per network; return the paths of the files that were written.
 
     Args:
         folder: is created. One network: layers.csv (every row, not folded), summary.json and summary.png. Several:
@@ -50,38 +51,35 @@ def report(
         depth: number of parts of a layer's name that are kept when rows are folded; None folds large networks to a
             page, 0 shows every row.
         figures: write PNG files.
-
-    Returns:
-        the paths of the files.
     """
-    networks = [summaries] if isinstance(summaries, ModelSummary) else list(summaries)
     console = console or Console()
-    if len(networks) == 1:
-        fold_depth = fitting_depth(networks[0].rows) if depth is None else depth or None
-        print_table(layer_table(networks[0], fold_depth, convention), console)
-        for line in parameter_lines(networks[0], convention):
-            console.print(line, highlight=False)
+    if not console.is_terminal:  # files and pipes get whole columns
+        console = Console(file=console.file, width=200)
+    rows = compare(summaries, convention)
+    content: object = rows
+    table, data, names = "comparison.csv", "comparison.json", [summary.name for summary in summaries]
+    if len(summaries) == 1:
+        (summary,) = summaries
+        console.print(layer_table(summary, fitting_depth(summary.rows) if depth is None else depth or None, convention))
+        console.print("\n".join(parameter_lines(summary, convention)), highlight=False)
+        rows, content = [csv_row(row, convention) for row in summary.rows], summary.as_dict(convention)
+        table, data, names = "layers.csv", "summary.json", ["summary"]
     else:
-        print_table(comparison_table(networks, convention), console)
+        console.print(comparison_table(rows, convention))
     if folder is None:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    if len(networks) == 1:
-        rows: list[dict[str, object]] = [csv_row(row, convention) for row in networks[0].rows]
-        written = [write_csv(folder / "layers.csv", rows)]
-        written.append(write_json(folder / "summary.json", networks[0].as_dict(convention)))
-        names = ["summary"]
-    else:
-        rows = compare(networks, convention)
-        written = [write_csv(folder / "comparison.csv", rows), write_json(folder / "comparison.json", rows)]
-        names = [summary.name for summary in networks]
-        names = [n if names.count(n) == 1 else f"{n}-{names[: i + 1].count(n)}" for i, n in enumerate(names)]
-    if figures:
-        for name, summary in zip(names, networks, strict=True):
-            content = io.BytesIO()
-            draw_bars(summary, depth or None, convention).savefig(content, dpi=130, format="png")
-            files.write_atomic(folder / f"{name}.png", content.getbuffer(), sync=False)
-            written.append(folder / f"{name}.png")
+    with files.open_atomic_text(folder / table, sync=False) as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+    files.write_text(folder / data, json.dumps(content, indent=2) + "\n")
+    written = [folder / table, folder / data]
+    for i, (name, summary) in enumerate(zip(names, summaries, strict=True) if figures else ()):
+        number = f"-{names[: i + 1].count(name)}" if names.count(name) > 1 else ""
+        written.append(folder / f"{name}{number}.png")
+        with files.open_atomic(written[-1], sync=False) as image:
+            draw_bars(summary, depth or None, convention).savefig(image, dpi=130, format="png")
     return written
 
 
@@ -92,13 +90,7 @@ def fold(rows: Sequence[Row], depth: int | None) -> list[Row]:
     """
     if depth is None:
         return list(rows)
-    groups: list[list[Row]] = []
-    for row in rows:
-        if groups and _stem(groups[-1][0], depth) == _stem(row, depth):
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [_merge(group, depth) for group in groups]
+    return [_merge(list(group), depth) for _, group in groupby(rows, lambda row: _stem(row, depth))]
 
 
 def _stem(row: Row, depth: int) -> str:
@@ -109,19 +101,8 @@ def _merge(group: list[Row], depth: int) -> Row:
     if len(group) == 1:
         return group[0]
     last = next((row for row in reversed(group) if row.ran), group[-1])
-    return replace(
-        last,
-        name=_stem(last, depth),
-        kind=f"{len(group)} layers",
-        notation="",
-        parameters=sum(row.parameters for row in group),
-        trainable=sum(row.trainable for row in group),
-        statistics=sum(row.statistics for row in group),
-        folded=sum(row.folded for row in group),
-        multiply_adds=sum(row.multiply_adds for row in group),
-        elements=sum(row.elements for row in group),
-        activations_kib=sum(row.activations_kib for row in group),
-    )
+    totals = {name: sum(getattr(row, name) for row in group) for name in _TOTALS}
+    return replace(last, name=_stem(last, depth), kind=f"{len(group)} layers", notation="", **totals)
 
 
 def fitting_depth(rows: Sequence[Row], max_rows: int = _MAX_ROWS) -> int | None:
@@ -148,9 +129,9 @@ def layer_table(summary: ModelSummary, depth: int | None = None, convention: Con
         ("field", _field(summary)),
     ):
         table.add_column(header, footer, justify="right", no_wrap=True)
-    table.add_column("jump", justify="right")
-    table.add_column("start", justify="right")
-    table.add_column("share", justify="left", no_wrap=True)
+    for header in ("jump", "start", "share"):
+        table.add_column(header, justify="right")
+    table.add_column("", no_wrap=True)
     for row in fold(summary.rows, depth):
         table.add_row(
             row.name,
@@ -163,7 +144,8 @@ def layer_table(summary: ModelSummary, depth: int | None = None, convention: Con
             field_text(row),
             _numbers(row.jump),
             _numbers(row.start),
-            bar(row.multiply_adds / total),
+            f"{row.multiply_adds / total:.1%}" if row.multiply_adds else "",
+            Bar(total, 0, row.multiply_adds, width=_BAR_WIDTH) if row.multiply_adds else "",
         )
     return table
 
@@ -181,14 +163,13 @@ def parameter_lines(summary: ModelSummary, convention: Convention = "torch") -> 
     return lines
 
 
-def comparison_table(summaries: Sequence[ModelSummary], convention: Convention = "torch") -> Table:
-    """Return a table with one row per network."""
+def comparison_table(rows: Sequence[dict[str, object]], convention: Convention = "torch") -> Table:
+    """Return a table of the rows that `compare` returns."""
     table = Table(pad_edge=False, caption=f"{_CONVENTIONS[convention]}\n{_DEPTH}")
-    rows = compare(summaries, convention)
     for column in rows[0] if rows else ():
         table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(f"{value:,}" if isinstance(value, int | float) else str(value) for value in row.values()))
     return table
 
 
@@ -227,14 +208,6 @@ def caption(summary: ModelSummary, convention: Convention) -> str:
     return "\n".join(lines)
 
 
-def bar(share: float, width: int = _BAR_WIDTH) -> str:
-    """Return a per cent value and a bar of up to `width` characters for `share` (0 to 1); '' for 0."""
-    if share <= 0:
-        return ""
-    full, rest = divmod(round(share * width * 8), 8)
-    return f"{share:5.1%} {'█' * full}{_BLOCKS[rest] if rest else ''}"
-
-
 def field_text(row: Row) -> str:
     """Return `67`; `all`; or `all (299)` if a global pool on one path reads everything, and the other paths 299 px."""
     if row.receptive_field is None or row.local_field is None:
@@ -259,87 +232,45 @@ def _times(shape: Sequence[int] | None) -> str:
 def _numbers(values: Sequence[float] | None) -> str:
     if values is None:
         return ""
-    shown = [f"{value:g}" for value in values]
+    shown = [_number(value) for value in values]
     return shown[0] if len(set(shown)) == 1 else "x".join(shown)
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.1f}" if isinstance(value, float) else str(value)
-
-
-def print_table(table: Table, console: Console) -> None:
-    """Print a table; in files and pipes without cutting columns."""
-    if not console.is_terminal:
-        console = Console(file=console.file, width=200)
-    console.print(table)
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def csv_row(row: Row, convention: Convention = "torch") -> dict[str, object]:
     """Return a row for CSV: shapes as 64x56x56, parameters by the convention."""
-    values = row.as_dict() | {"parameters": row.count(convention)}
+    values = asdict(row) | {"parameters": row.count(convention)}
     del values["folded"]
-    return {name: _csv_value(value) for name, value in values.items()}
-
-
-def _csv_value(value: object) -> object:
-    if isinstance(value, tuple):
-        return "x".join(f"{n:g}" for n in value)
-    return "" if value is None else value
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> Path:
-    with files.open_atomic_text(path, sync=False) as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def write_json(path: Path, value: object) -> Path:
-    files.write_text(path, json.dumps(value, indent=2) + "\n")
-    return path
+    return {
+        name: "x".join(map(_number, value)) if isinstance(value, tuple) else value for name, value in values.items()
+    }
 
 
 def draw_bars(summary: ModelSummary, depth: int | None = None, convention: Convention = "torch") -> Figure:
-    """Draw bar charts of memory, parameters and multiply-adds by layer.
-
-    Args:
-        depth: folds rows (see `fold`); by default until they fit on a page.
-    """
+    """Draw bar charts of memory, parameters and multiply-adds by layer, folded to `depth`; None: to fit on a page."""
     from matplotlib.figure import Figure
 
     rows = fold(summary.rows, depth if depth is not None else fitting_depth(summary.rows, _MAX_BARS))
     rows = [row for row in rows if row.activations_kib or row.count(convention) or row.multiply_adds]
+    parameters, total = [row.count(convention) / 1e3 for row in rows], summary.parameters(convention) / 1e3
     charts = (
         ("memory (KiB)", "#4878cf", [row.activations_kib for row in rows], summary.activations_kib),
-        (
-            "parameters (thousands)",
-            "#6acc65",
-            [row.count(convention) / 1e3 for row in rows],
-            summary.parameters(convention) / 1e3,
-        ),
-        (
-            "multiply-adds (millions)",
-            "#d65f5f",
-            [row.multiply_adds / 1e6 for row in rows],
-            summary.multiply_adds / 1e6,
-        ),
+        ("parameters (thousands)", "#6acc65", parameters, total),
+        ("multiply-adds (millions)", "#d65f5f", [r.multiply_adds / 1e6 for r in rows], summary.multiply_adds / 1e6),
     )
     figure = Figure(figsize=(13, 2.2 + 0.24 * len(rows)), layout="constrained")
-    figure.suptitle(f"{summary.name} on {'x'.join(map(str, summary.input_shape))}", fontweight="bold")
+    figure.suptitle(f"{summary.name} on {_times(summary.input_shape)}", fontweight="bold")
     for axes, (title, color, values, total) in zip(figure.subplots(1, 3, sharey=True), charts, strict=True):
-        axes.barh(range(len(rows)), values, color=color, height=0.75)
+        bars = axes.barh(range(len(rows)), values, color=color, height=0.75)
         axes.set_title(f"{title}: {total:,.1f}")
         axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        top = max(values, default=0) or 1
-        axes.set_xlim(0, 1.18 * top)
-        for i, value in enumerate(values):
-            if value:
-                text = f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
-                axes.text(value + 0.01 * top, i, text, va="center", fontsize=7)
+        axes.set_xlim(0, 1.18 * (max(values, default=0) or 1))
+        texts = [f"{value:,.1f}" if value < 100 else f"{value:,.0f}" for value in values]
+        axes.bar_label(bars, [text if value else "" for text, value in zip(texts, values, strict=True)], fontsize=7)
     figure.axes[0].invert_yaxis()
     return figure

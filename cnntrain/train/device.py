@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from cnntrain.errors import MachineError, UserError
-from cnntrain.models.pooling import make_pooling_deterministic
+from cnntrain.models.modify import make_pooling_deterministic
 from cnntrain.randomness import hash_seed, seed_generators
 from cnntrain.train.distributed import SINGLE, World
 

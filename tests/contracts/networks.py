@@ -12,16 +12,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 MASKS = ("fcn", "torchvision_segmentation", "unet", "unet_small")
 # Smaller networks of the same families are tested in a fraction of the time.
-COSTLY = (
-    "densenet161",
-    "densenet169",
-    "densenet201",
-    "resnet101",
-    "resnet152",
-    "vgg16",
-    "vgg19",
-    "wide_resnet50",
-)
+COSTLY = ("densenet161", "densenet169", "densenet201", "resnet101", "resnet152", "vgg16", "vgg19", "wide_resnet50")
 # Smallest square image that a network accepts, in pixels, if 8 is too small.
 SMALLEST_PX = {
     "keypoint_cnn": 16,

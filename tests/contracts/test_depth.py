@@ -24,9 +24,7 @@ MARKED = [pytest.param(name, marks=pytest.mark.slow if name in DEEP else ()) for
 def test_published_depth(name: str) -> None:
     native = header(name)
     summary = summarize(
-        lambda: build(name, native.channels, native.outputs, native.size),
-        (native.channels, *native.size),
-        name,
+        lambda: build(name, native.channels, native.outputs, native.size), (native.channels, *native.size), name
     )
     assert summary.depth == PUBLISHED[name]
     assert compare([summary])[0]["depth"] == summary.as_dict()["depth"] == summary.depth

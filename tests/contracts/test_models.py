@@ -41,16 +41,7 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-DEEP = (
-    "densenet121",
-    "densenet161",
-    "densenet169",
-    "densenet201",
-    "resnet101",
-    "resnet152",
-    "timm",
-    "xception",
-)
+DEEP = ("densenet121", "densenet161", "densenet169", "densenet201", "resnet101", "resnet152", "timm", "xception")
 
 
 def mark(name: str) -> tuple[pytest.MarkDecorator, ...]:

@@ -1,4 +1,4 @@
-"""Modifying a built network: norms, activations, initialization, freezing."""
+"""Modifying a built network: norms, activations, initialization, freezing, deterministic pooling."""
 
 import copy
 import pickle
@@ -7,11 +7,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from cnntrain.config.schema import ModelSettings
 from cnntrain.errors import UserError
 from cnntrain.models.cifar_resnet import CifarResNet
-from cnntrain.models.modify import apply_model_settings, freeze_layers, initialize, materialize, unfreeze
+from cnntrain.models.modify import (
+    apply_model_settings,
+    deterministic_adaptive_avg_pool2d,
+    freeze_layers,
+    initialize,
+    make_pooling_deterministic,
+    materialize,
+    unfreeze,
+)
 from cnntrain.models.sequential.parser import Sequential
 
 
@@ -197,3 +206,34 @@ def test_materialize_initializes_lazy_layers_only() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(UserError, match=r"lazy layers .* \(2, 3, 2, 2\): RuntimeError: .*[Kk]ernel"):
         materialize(lazy(), 3, (2, 2))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (14, 10), (3, 2), (2, 9), (6, 20), (None, 4), (5, None)])
+def test_deterministic_pooling_has_the_values_and_gradients_of_torch(size):
+    images = torch.randn(2, 3, 14, 10, dtype=torch.float32)
+    ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
+    result, expected = (deterministic_adaptive_avg_pool2d(ours, *size), functional.adaptive_avg_pool2d(theirs, size))
+    torch.testing.assert_close(result, expected)
+    weights = torch.randn_like(expected)
+    (result * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_deterministic_pooling_in_bf16_is_not_biased():
+    images = torch.ones(1, 1, 7, 7, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(deterministic_adaptive_avg_pool2d(images, 3, 3), torch.ones(1, 1, 3, 3).bfloat16())
+
+
+@pytest.mark.parametrize("size", [1, 3, (2, 5), (None, 2)])
+def test_a_network_with_deterministic_pooling_keeps_its_parameters_and_outputs(size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(size), nn.Flatten()).eval()
+    images, names = torch.randn(2, 1, 12, 12), list(model.state_dict())
+    expected = model(images)
+    make_pooling_deterministic(model)
+    assert list(model.state_dict()) == names
+    for network in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(network(images), expected)
+        assert "AdaptiveAvgPool" not in str(network(images).grad_fn.next_functions)

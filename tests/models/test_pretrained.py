@@ -127,12 +127,7 @@ def test_auxiliary_heads_of_the_weights_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "googlenet.pth"
     torch.save(models.get_model("googlenet", aux_logits=True, init_weights=False).state_dict(), path)
     network = classifier("googlenet")
-    load(
-        network,
-        {"_target_": "cnntrain.models.torchvision.classifier", "name": "googlenet"},
-        str(path),
-        7,
-    )
+    load(network, {"_target_": "cnntrain.models.torchvision.classifier", "name": "googlenet"}, str(path), 7)
     assert network(torch.randn(2, 3, 64, 64)).shape == (2, 7)
 
 
@@ -193,8 +188,7 @@ def test_a_damaged_safetensors_file_is_rejected(content: bytes, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "weight",
-    [torch.zeros(64, 0, 7, 7), torch.zeros(0, 3, 7, 7), torch.zeros(64, 3, 7, 7, dtype=torch.complex64)],
+    "weight", [torch.zeros(64, 0, 7, 7), torch.zeros(0, 3, 7, 7), torch.zeros(64, 3, 7, 7, dtype=torch.complex64)]
 )
 def test_empty_or_complex_weights_are_rejected(weight: torch.Tensor, tmp_path: Path) -> None:
     path = tmp_path / "w.pth"

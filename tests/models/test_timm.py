@@ -50,9 +50,7 @@ def test_weights_from_a_file_for_other_classes(channels: int, outputs: int, tmp_
         torch.testing.assert_close(features, donor.forward_features(images.expand(-1, 3, -1, -1)))
 
 
-def test_published_weights_are_downloaded_or_the_error_suggests_a_file(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_published_weights_are_downloaded_or_the_error_suggests_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     donor = timm.create_model("test_efficientnet")

@@ -89,7 +89,6 @@ BUILDERS = {
     "inception": lambda: Concatenation(conv(1), nn.Sequential(conv(1), conv(5, padding=2))),
     "adaptive": lambda: nn.AdaptiveAvgPool2d(7),
     "pixel shuffle": lambda: nn.Sequential(nn.Conv2d(2, 8, 1, bias=False), nn.PixelShuffle(2)),
-    "pixel unshuffle": lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(8, 2, 1, bias=False)),
     **{
         name: (lambda name=name: Function(name))
         for name in ("every second row", "pad", "functional pool", "transpose twice")
@@ -225,24 +224,6 @@ def test_squeeze_and_excitation_keeps_the_local_field() -> None:
 
     row = summarize(nn.Sequential(nn.Conv2d(3, 4, 5), Squeeze()), (3, 40, 40)).rows[-1]
     assert (row.receptive_field, row.local_field, row.whole) == ((40, 40), (5, 5), True)
-
-
-@pytest.mark.parametrize("order", [1, 2.0, float("inf")])
-def test_a_vector_norm_over_channels_keeps_the_field(order: float) -> None:
-    """As in the cosine attention of Swin v2; a norm over the map sees all of it."""
-
-    class Divided(nn.Module):
-        def __init__(self, dim: int | tuple[int, int]) -> None:
-            super().__init__()
-            self.dim = dim
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x / torch.linalg.vector_norm(x, order, dim=self.dim, keepdim=True)
-
-    over_channels = summarize(nn.Sequential(nn.Conv2d(3, 4, 5), Divided(1)), (3, 40, 40))
-    over_map = summarize(nn.Sequential(nn.Conv2d(3, 4, 5), Divided((2, 3))), (3, 40, 40))
-    assert (over_channels.rows[-1].receptive_field, over_channels.rows[-1].whole) == ((5, 5), False)
-    assert (over_map.rows[-1].receptive_field, over_map.rows[-1].whole) == ((40, 40), True)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])

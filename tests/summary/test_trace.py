@@ -44,13 +44,7 @@ def test_events_are_layers_and_operations_between_layers_in_order() -> None:
     trace, output = trace_run(as_meta(Net()), meta_images(3, (8, 8)))
     names = [getattr(event, "module", None).__class__.__name__ for event in trace.events]
     assert names == ["Conv2d", "ReLU", "Conv2d", "NoneType", "NoneType"]
-    assert [operation.name for operation in trace.operations] == [
-        "convolution",
-        "relu",
-        "convolution",
-        "add",
-        "mean",
-    ]
+    assert [operation.name for operation in trace.operations] == ["convolution", "relu", "convolution", "add", "mean"]
     assert [operation.inputs for operation in trace.operations] == [(-1,), (0,), (1,), (1, 2), (3,)]
     assert [call.run for call in trace.calls if call.name == "conv"] == [1, 2]
     assert [operation.multiply_adds for operation in trace.operations] == [64 * 27 * 4, 0, 64 * 27 * 4, 0, 0]

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from cnntrain.summary.layer_table import ModelSummary, summarize
-from cnntrain.summary.view import bar, compare, fitting_depth, fold, report
+from cnntrain.summary.view import compare, fitting_depth, fold, report
 
 
 def block(width: int) -> nn.Module:
@@ -35,7 +35,7 @@ def test_folding_keeps_the_totals(summary: ModelSummary) -> None:
 def test_files(summary: ModelSummary, tmp_path: Path) -> None:
     """The CSV has every row and sums to the JSON's totals; the picture is there."""
     console = Console(file=io.StringIO())
-    written = report(summary, tmp_path / "inspect", convention="keras", console=console)
+    written = report([summary], tmp_path / "inspect", convention="keras", console=console)
     assert [path.name for path in written] == ["layers.csv", "summary.json", "summary.png"]
     rows = list(csv.DictReader(written[0].open()))
     totals = json.loads(written[1].read_text())["totals"]
@@ -49,7 +49,7 @@ def test_files(summary: ModelSummary, tmp_path: Path) -> None:
 def test_printed_table(summary: ModelSummary) -> None:
     """Folded to a page, with totals and the conventions below."""
     stream = io.StringIO()
-    report(summary, console=Console(file=stream))
+    report([summary], console=Console(file=stream))
     text = stream.getvalue()
     assert "tower on 4x16x16" in text
     assert f"{summary.multiply_adds:,}" in text
@@ -70,9 +70,3 @@ def test_comparison(summary: ModelSummary, tmp_path: Path) -> None:
 def test_networks_with_one_name_get_two_figures(summary: ModelSummary, tmp_path: Path) -> None:
     written = report([summary, summary], tmp_path, console=Console(file=io.StringIO()))
     assert [path.name for path in written[2:]] == ["tower-1.png", "tower-2.png"]
-
-
-def test_bars() -> None:
-    assert bar(0) == ""
-    assert bar(1, 4) == "100.0% ████"
-    assert bar(0.5, 4) == "50.0% ██"

@@ -29,37 +29,25 @@ class LayerContext:
         """Number of spatial dimensions: 2 for images, 1 for signals, 3 for volumes, 0 for vectors."""
         return len(self.shape) - 1
 
-    def with_shape(self, shape: Shape) -> "LayerContext":
-        return replace(self, shape=shape)
+    def at(self, path: str, shape: Shape | None = None) -> "LayerContext":
+        """Return the context of a layer at `path` below this one; by default with the same input."""
+        return replace(self, path=self.path + path, shape=self.shape if shape is None else shape)
 
-    def with_path(self, suffix: str) -> "LayerContext":
-        return replace(self, path=self.path + suffix)
-
-    def require_map(self) -> int:
-        """Return the number of spatial dimensions.
-
-        Raises:
-            ValueError: the input is a vector.
-        """
+    def require_map(self, dimensions: int | None = None) -> int:
+        """Return the number of spatial dimensions; ValueError for a vector, or if it is not `dimensions`."""
         if not self.dimensions:
             raise ValueError(
                 f"needs a feature map, but its input is a vector of {self.channels} numbers; move it before `flatten`"
             )
-        return self.dimensions
-
-    def require_dimensions(self, dimensions: int) -> None:
-        if self.dimensions != dimensions:
+        if dimensions not in (None, self.dimensions):
             raise ValueError(
                 f"needs an input with {dimensions} spatial dimensions, but its input has {self.dimensions}"
             )
+        return self.dimensions
 
 
 def per_dimension(name: str, value: object, dimensions: int, minimum: int = 1) -> Shape:
-    """Return one value per dimension: 3 -> (3, 3); [3, 5] -> (3, 5).
-
-    Raises:
-        ValueError: not whole numbers, below `minimum`, or the wrong count.
-    """
+    """Return one value per dimension: 3 -> (3, 3); [3, 5] -> (3, 5). ValueError if `value` has no such form."""
     listed = isinstance(value, Sequence) and not isinstance(value, str)
     values = list(value) if listed else [value] * dimensions  # type: ignore[arg-type]
     whole = [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
@@ -75,9 +63,6 @@ def resolve_padding(padding: object, kernel: Shape, stride: Shape, dilation: Sha
 
     same: keep the size (with a stride: ceil(size / stride)); valid: no padding; full: every overlap of kernel and input
     counts.
-
-    Raises:
-        ValueError: an unknown name, or 'same' with an even kernel and a stride.
     """
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     if padding == "valid":
@@ -112,37 +97,20 @@ def conv(
     kernel = per_dimension("kernel", kernel, n)
     stride = per_dimension("stride", stride, n)
     dilation = per_dimension("dilation", dilation, n)
-    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1](
-        context.channels,
-        out,
-        kernel,  # type: ignore[arg-type]
-        stride=stride,  # type: ignore[arg-type]
-        padding=resolve_padding(padding, kernel, stride, dilation),  # type: ignore[arg-type]
-        dilation=dilation,  # type: ignore[arg-type]
-        groups=groups,
-        bias=bias,
-        padding_mode=padding_mode,  # type: ignore[arg-type]
-    )
+    pixels = resolve_padding(padding, kernel, stride, dilation)
+    kind = getattr(nn, f"Conv{n}d")
+    return kind(context.channels, out, kernel, stride, pixels, dilation, groups, bias, padding_mode)
 
 
 def transposed_conv(
-    context: LayerContext,
-    out: int,
-    kernel: object = 2,
-    stride: object = 2,
-    padding: object = 0,
-    bias: bool = True,
+    context: LayerContext, out: int, kernel: object = 2, stride: object = 2, padding: object = 0, bias: bool = True
 ) -> nn.Module:
     """Transposed convolution; output size (W - 1)*S - 2P + K."""
     n = context.require_map()
-    return (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[n - 1](
-        context.channels,
-        *per_dimension("out", out, 1),
-        per_dimension("kernel", kernel, n),  # type: ignore[arg-type]
-        stride=per_dimension("stride", stride, n),  # type: ignore[arg-type]
-        padding=per_dimension("padding", padding, n, minimum=0),  # type: ignore[arg-type]
-        bias=bias,
-    )
+    (out,) = per_dimension("out", out, 1)
+    kernel, stride = per_dimension("kernel", kernel, n), per_dimension("stride", stride, n)
+    pixels = per_dimension("padding", padding, n, minimum=0)
+    return getattr(nn, f"ConvTranspose{n}d")(context.channels, out, kernel, stride, pixels, bias=bias)
 
 
 def depthwise_separable(
@@ -162,8 +130,7 @@ def depthwise_separable(
     depthwise = conv(context, context.channels, kernel, stride, padding, groups=context.channels, bias=bias)
     pointwise = conv(context, out, 1, bias=bias)
     return nn.Sequential(
-        ConvNormActivation(depthwise, norm, activation),
-        ConvNormActivation(pointwise, norm, activation),
+        ConvNormActivation(depthwise, norm, activation), ConvNormActivation(pointwise, norm, activation)
     )
 
 
@@ -258,13 +225,13 @@ def dropout(context: LayerContext, probability: float = 0.5) -> nn.Module:
 
 def dropout1d(context: LayerContext, probability: float = 0.5) -> nn.Module:
     """Set whole channels of a signal to zero in training."""
-    context.require_dimensions(1)
+    context.require_map(1)
     return nn.Dropout1d(probability)
 
 
 def dropout2d(context: LayerContext, probability: float = 0.5) -> nn.Module:
     """Set whole channels of a feature map to zero in training."""
-    context.require_dimensions(2)
+    context.require_map(2)
     return nn.Dropout2d(probability)
 
 
@@ -287,8 +254,7 @@ def output(context: LayerContext, kernel: int | None = None, bias: bool = True) 
     """Last layer, with the task's number of outputs: dense, or with `kernel: 1` a convolution (outputs per pixel)."""
     if kernel is None:
         return linear(context, context.num_outputs, bias)
-    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[context.require_map() - 1]
-    return kind(context.channels, context.num_outputs, kernel, padding="same", bias=bias)
+    return conv(context, context.num_outputs, kernel, padding="same", bias=bias)
 
 
 def upsample(context: LayerContext, scale: float = 2, mode: str = "nearest") -> nn.Module:
@@ -299,7 +265,7 @@ def upsample(context: LayerContext, scale: float = 2, mode: str = "nearest") -> 
 
 def pixel_shuffle(context: LayerContext, factor: int = 2) -> nn.Module:
     """Rearrange channels into pixels: (C*f*f, H, W) -> (C, H*f, W*f)."""
-    context.require_dimensions(2)
+    context.require_map(2)
     return nn.PixelShuffle(factor)
 
 
@@ -312,7 +278,7 @@ def channel_shuffle(context: LayerContext, groups: int) -> nn.Module:
 
 def pad(context: LayerContext, pixels: int, mode: str = "zeros") -> nn.Module:
     """Add `pixels` on every side; mode zeros, reflect, replicate or circular."""
-    context.require_dimensions(2)
+    context.require_map(2)
     kinds = {"zeros": nn.ZeroPad2d, "reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d}
     kinds["circular"] = nn.CircularPad2d
     if mode not in kinds:

@@ -12,9 +12,8 @@ A layer is a name, a name with its first argument, or a name with named argument
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch.func import functional_call
 from cnntrain.errors import MachineError, UserError, is_out_of_memory, suggest
 from cnntrain.models.norm_act import ACTIVATIONS, Branches, PadShortcut, Residual
 from cnntrain.models.sequential.layers import LAYERS, LayerContext, Shape, format_shape
-from cnntrain.summary.conv_arithmetic import module_geometry
+from cnntrain.summary.failures import explain_error, first_line
 
 MAX_LAYERS = 10_000  # with repeats expanded; ResNet-1202 has about 3,000
 Builder = Callable[..., nn.Module]
@@ -53,8 +52,7 @@ class Sequential(nn.Module):
     ) -> None:
         super().__init__()
         context = LayerContext((in_channels, *image_size), num_outputs, "model.layers")
-        count = count_layers(layers) if isinstance(layers, list | tuple) else 0
-        if count > MAX_LAYERS:
+        if (count := count_layers(layers)) > MAX_LAYERS:
             raise UserError(f"model.layers: expands to {count:,} layers; the maximum is {MAX_LAYERS:,}")
         outputs = [i for i, entry in enumerate(layers) if _name_of(entry) == "output"]
         if len(outputs) != 1:
@@ -71,30 +69,18 @@ class Sequential(nn.Module):
         return self.layers(images)
 
 
-def count_layers(layers: Sequence[object]) -> int:
+def count_layers(entry: object) -> int:
     """Return an upper bound of the number of layers after expansion; invalid layers are rejected when built."""
-    total = 0
-    for entry in layers:
-        if isinstance(entry, list | tuple):
-            total += count_layers(entry)
-        elif isinstance(entry, Mapping):
-            nested = max(1, sum(map(count_layers, _lists_in(entry))))
-            arguments = entry.get("repeat")
-            times = arguments.get("times") if isinstance(arguments, Mapping) else None
-            if isinstance(times, int | float) and times > 1:
-                nested *= int(min(times, 10 * MAX_LAYERS))
-            total += nested
-        else:
-            total += 1
-    return total
-
-
-def _lists_in(entry: Mapping[Any, object]) -> Iterator[Sequence[object]]:
-    for value in entry.values():
-        if isinstance(value, list | tuple):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from _lists_in(value)
+    if isinstance(entry, list | tuple):
+        return sum(max(1, count_layers(each)) for each in entry)
+    if not isinstance(entry, Mapping):
+        return 0
+    nested = sum(map(count_layers, entry.values()))
+    arguments = entry.get("repeat")
+    times = arguments.get("times") if isinstance(arguments, Mapping) else None
+    if isinstance(times, int | float) and times > 1:
+        nested = max(1, nested) * int(min(times, 10 * MAX_LAYERS))
+    return nested
 
 
 def build_layers(layers: Sequence[object], context: LayerContext) -> tuple[nn.Sequential, Shape]:
@@ -103,7 +89,7 @@ def build_layers(layers: Sequence[object], context: LayerContext) -> tuple[nn.Se
         raise UserError(f"{context.path}: must be a list of layers, not {layers!r}")
     modules, shape = nn.Sequential(), context.shape
     for i, entry in enumerate(layers):
-        module, shape = _build_layer(entry, context.with_shape(shape).with_path(f"[{i}]"))
+        module, shape = _build_layer(entry, context.at(f"[{i}]", shape))
         modules.append(module)
     return modules, shape
 
@@ -160,29 +146,21 @@ def _build_layer(entry: object, context: LayerContext) -> tuple[nn.Module, Shape
     name, builder, arguments = _parse(entry, context.path)
     shown = ", ".join(f"{k}={v}" for k, v in arguments.items() if not isinstance(v, (list, Mapping)) or len(v) < 4)
     described = f"{context.path} {name}({shown})" if shown else f"{context.path} {name}"
+    module: nn.Module | None = None
     try:
         module = builder(context, **arguments)
         shape = output_shape(module, context.shape)
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        problem, remedy = explain_error(module, (2, *context.shape), error) if module is not None else ("", "")
+        hint = f"; {remedy}; larger images help too" if remedy else ""
         kind = MachineError if is_out_of_memory(error) else UserError
-        raise kind(f"{described}: {str(error).strip().splitlines()[0]}") from error
+        raise kind(f"{described}: {problem or first_line(error)}{hint}") from error
     module.in_config = described  # type: ignore[assignment]  # the layer's name in messages
     return module, shape
 
 
 def output_shape(module: nn.Module, shape: Shape) -> Shape:
-    """Return the output shape of `module` for one example of `shape`, by running it on the meta device.
-
-    Raises:
-        ValueError: its kernel is larger than its padded input.
-        RuntimeError, ...: what the module raises for this input.
-    """
-    geometry = module_geometry(module)
-    if geometry and not geometry.ceil and not geometry.same and (error := geometry.size_error(shape[1:])):
-        raise ValueError(
-            f"{error}: the kernel is larger than its input of {format_shape(shape[1:])} px; use a smaller kernel or "
-            "more padding, remove a pool or a stride before it, or use larger images"
-        )
+    """Return the output shape of `module` for one example of `shape`, by running it on the meta device."""
     tensors = {k: t.to("meta") for k, t in (*module.named_parameters(), *module.named_buffers())}
     with torch.no_grad():
         return tuple(functional_call(module, tensors, (torch.empty(2, *shape, device="meta"),)).shape[1:])
@@ -192,7 +170,7 @@ def repeat(context: LayerContext, times: int, layers: Sequence[object]) -> nn.Mo
     """The same layers `times` in sequence, each time with new weights."""
     copies, shape = nn.Sequential(), context.shape
     for _ in range(times):
-        copy, shape = build_layers(layers, context.with_shape(shape).with_path(".layers"))
+        copy, shape = build_layers(layers, context.at(".layers", shape))
         copies.append(copy)
     return copies
 
@@ -204,7 +182,7 @@ def residual(context: LayerContext, layers: Sequence[object], shortcut: object =
         shortcut: auto (identity if the shape stays the same, else projection), identity, projection (1x1 convolution
             and batch norm: option B of He et al. 2016), pad (option A), or a list of layers.
     """
-    body, shape = build_layers(layers, context.with_path(".layers"))
+    body, shape = build_layers(layers, context.at(".layers"))
     if shortcut == "auto":
         shortcut = "identity" if shape == context.shape else "projection"
     strides = [-(-before // after) for before, after in zip(context.shape[1:], shape[1:], strict=True)]
@@ -216,7 +194,7 @@ def residual(context: LayerContext, layers: Sequence[object], shortcut: object =
     elif shortcut == "pad":
         side = PadShortcut(shape[0] - context.channels, max(strides))
     elif isinstance(shortcut, Sequence) and not isinstance(shortcut, str):
-        side, _ = build_layers(shortcut, context.with_path(".shortcut"))
+        side, _ = build_layers(shortcut, context.at(".shortcut"))
     else:
         raise ValueError(f"shortcut must be auto, identity, projection, pad or a list of layers, not {shortcut!r}")
     side_shape = output_shape(side, context.shape)
@@ -229,7 +207,7 @@ def residual(context: LayerContext, layers: Sequence[object], shortcut: object =
 
 def branches(context: LayerContext, branches: Sequence[Sequence[object]]) -> nn.Module:
     """Several lists of layers applied to the same input; their channels are concatenated."""
-    built = [build_layers(layers, context.with_path(f".branches[{i}]")) for i, layers in enumerate(branches)]
+    built = [build_layers(layers, context.at(f".branches[{i}]")) for i, layers in enumerate(branches)]
     if len({shape[1:] for _, shape in built}) > 1:
         sizes = ", ".join(format_shape(shape) for _, shape in built)
         raise ValueError(f"its branches return different sizes: {sizes}")
@@ -237,11 +215,7 @@ def branches(context: LayerContext, branches: Sequence[Sequence[object]]) -> nn.
 
 
 def inception(
-    context: LayerContext,
-    out: Sequence[int],
-    reduce: Sequence[int] = (),
-    kind: str = "reduced",
-    norm: str = "batch",
+    context: LayerContext, out: Sequence[int], reduce: Sequence[int] = (), kind: str = "reduced", norm: str = "batch"
 ) -> nn.Module:
     """1x1, 3x3 and 5x5 convolutions and a 3x3 max pool in parallel (Szegedy et al. 2015, figure 2).
 

@@ -55,9 +55,7 @@ def count(module: nn.Module) -> int:
         pytest.param({"inception": {"out": [1, 2, 3, 4], "kind": "naive"}}, (10, 8, 8), id="naive inception"),
         pytest.param({"residual": {"layers": [{"conv": {"out": 4, "padding": 1}}]}}, (4, 8, 8), id="residual"),
         pytest.param(
-            {"residual": {"layers": [{"conv": {"out": 6, "stride": 2, "padding": 1}}]}},
-            (6, 4, 4),
-            id="projected",
+            {"residual": {"layers": [{"conv": {"out": 6, "stride": 2, "padding": 1}}]}}, (6, 4, 4), id="projected"
         ),
         pytest.param(
             {"residual": {"layers": [{"conv": {"out": 6, "stride": 2, "padding": 1}}], "shortcut": "pad"}},

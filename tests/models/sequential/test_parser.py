@@ -19,12 +19,7 @@ def build(*layers: object, channels: int = 3, size: tuple[int, ...] = (32, 32), 
 
 def test_list_index_is_the_module_index() -> None:
     network = build({"conv": 4}, "relu", "flatten", "output")
-    assert list(network.state_dict()) == [
-        "layers.0.weight",
-        "layers.0.bias",
-        "layers.3.weight",
-        "layers.3.bias",
-    ]
+    assert list(network.state_dict()) == ["layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias"]
     assert network.head_names == ("layers.3",)
     assert network.layers[0].in_config == "model.layers[0] conv(out=4)"
 
@@ -40,9 +35,7 @@ def test_list_index_is_the_module_index() -> None:
         pytest.param([{"conv": {"out": 5, "dilation": 20}}], r"\(32 - 41 \+ 2\*0\)/1 \+ 1 < 1 \(41 = ", id="dilated"),
         pytest.param(["rleu"], r"model\.layers\[0\]: unknown layer 'rleu'; did you mean 'relu'\?", id="word"),
         pytest.param(
-            [{"conv": {"out": 5, "kernal": 3}}],
-            r"\[0\] conv: no argument 'kernal'; .*'kernel'",
-            id="argument",
+            [{"conv": {"out": 5, "kernal": 3}}], r"\[0\] conv: no argument 'kernal'; .*'kernel'", id="argument"
         ),
         pytest.param(["conv"], r"model\.layers\[0\] conv: needs out", id="missing"),
         pytest.param([{"conv": 5, "kernel": 3}], r"a layer has one name, not conv, kernel", id="indentation"),
@@ -98,11 +91,19 @@ def test_layers_are_counted_with_repeats_expanded() -> None:
     assert count_layers([{"residual": {"layers": ["relu", "relu"]}}, {"branches": [RELU, RELU * 2]}]) == 5
 
 
-@pytest.mark.parametrize("layers", [
-    nested(10**9, 1), nested(1e9, 1), nested(100, 3), nested(2, 15), [{"repeat": {"times": 10**9, "layers": []}}],
-    [{"residual": {"layers": nested(10**9, 1)}}], [{"branches": [nested(10**9, 1)]}],
+BOMBS = [
+    nested(10**9, 1),
+    nested(1e9, 1),
+    nested(100, 3),
+    nested(2, 15),
+    [{"repeat": {"times": 10**9, "layers": []}}],
+    [{"residual": {"layers": nested(10**9, 1)}}],
+    [{"branches": [nested(10**9, 1)]}],
     [{"residual": [{"repeat": {"times": 10**9, "layers": RELU}}]}],
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("layers", BOMBS)
 def test_too_many_layers_are_rejected_before_building(layers: list[Any]) -> None:
     with pytest.raises(UserError, match=r"model\.layers"):
         Sequential(layers=["flatten", *layers, "output"], in_channels=1, num_outputs=2, image_size=(8, 8))
@@ -118,10 +119,7 @@ windows = st.fixed_dictionaries(
 
 
 conv_layers = st.builds(
-    lambda w, out, d: {"conv": {**w, "out": out, "dilation": d}},
-    windows,
-    st.integers(1, 4),
-    st.integers(1, 3),
+    lambda w, out, d: {"conv": {**w, "out": out, "dilation": d}}, windows, st.integers(1, 4), st.integers(1, 3)
 )
 
 
