@@ -141,7 +141,7 @@ def summarize(model_or_builder: ModelOrBuilder, input_shape: Sequence[int], name
         raise UserError(f"{failure.message}\n{failure.remedy}".strip()) from error
     counted: set[int] = set()
     folded = _folding_changes(trace)
-    rows = _unique([_row(event, model, size, counted, folded) for event in trace.events])
+    rows = _unique([_row(event, size, counted, folded) for event in trace.events])
     rows += _unused(model, counted)
     last, unfollowed = trace.last_local(), _unfollowed(trace)
     shape = tuple(output.shape[1:]) if hasattr(output, "shape") else ()
@@ -231,9 +231,7 @@ def _ends_separable(trace: Trace, operation: Operation) -> bool:
     return pointwise and before is not None and before.is_depthwise
 
 
-def _row(
-    event: ModuleCall | Operation, model: nn.Module, size: Shape, counted: set[int], folded: dict[int, int]
-) -> Row:
+def _row(event: ModuleCall | Operation, size: Shape, counted: set[int], folded: dict[int, int]) -> Row:
     if isinstance(event, ModuleCall):
         operations, module = event.operations, event.module
         shape = event.output_shapes[0] if event.output_shapes else ()
@@ -245,7 +243,7 @@ def _row(
     else:
         operations, shape, geometry, notation = [event], event.output_shape, event.geometry, ""
         elements = 0 if event.in_place and event.name != "flatten" else prod(shape)
-        counts = _count(map(model.get_parameter, event.parameters), counted)
+        counts = _count(event.parameters, counted)
         kind = _OPERATION_NAMES.get(event.name, event.name)
         name = f"{event.call.name}.{kind}".lstrip(".")
     return Row(

@@ -78,7 +78,7 @@ class Operation:
 
     Attributes:
         inputs: indices of the operations that computed its inputs; -1 is the image.
-        parameters: names of the parameters it reads.
+        parameters: those that it reads.
         in_place: it overwrites its input.
         call: the layer it belongs to, or else the innermost module.
         axes: how its output depends on the axes of the image.
@@ -91,7 +91,7 @@ class Operation:
     output_shape: Shape
     geometry: Geometry | None
     multiply_adds: int
-    parameters: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
     in_place: bool
     call: "ModuleCall"
     axes: Axes | None = None
@@ -125,11 +125,11 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class _TensorInfo:
-    """The image axes of a tensor, the operation that computed it, and its name if it is a parameter."""
+    """The image axes of a tensor, the operation that computed it, and the parameter that it is or is a view of."""
 
     axes: Axes | None = None
     producer: int | None = None
-    parameter: str | None = None
+    parameter: nn.Parameter | None = None
 
 
 class Trace(TorchDispatchMode):
@@ -157,9 +157,9 @@ class Trace(TorchDispatchMode):
         self._buffers: dict[int, tuple[Tensor, int]] = {}  # new tensors and the largest number of elements copied
         self._runs: Counter[int] = Counter()
         self._set_info(batch, _TensorInfo(image_axes(batch.dim() - 2), -1))
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if not nn.parameter.is_lazy(parameter):
-                self._set_info(parameter, _TensorInfo(parameter=name))
+                self._set_info(parameter, _TensorInfo(parameter=parameter))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
