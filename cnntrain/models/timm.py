@@ -43,10 +43,8 @@ def published_weights(name: str, image_size: Sequence[int]) -> Mapping[str, Tens
 
 def preprocessing(name: str) -> Preprocessing | None:
     """Return the preprocessing of timm's weights; None if timm is not installed or does not know the model."""
-    with contextlib.suppress(ImportError, RuntimeError):
-        import timm  # pyright: ignore[reportMissingImports]  (an optional extra)
-
-        config = timm.get_pretrained_cfg(name)
+    with contextlib.suppress(UserError, RuntimeError):
+        config = _timm().get_pretrained_cfg(name)
         if config is not None:
             _, height, width = config.input_size
             return Preprocessing(tuple(config.mean), tuple(config.std), (height, width))

@@ -83,7 +83,7 @@ def explain_error(module: nn.Module, shape: Shape, error: BaseException) -> tupl
     dimensions = len(geometry.kernel) if geometry else 0
     too_small = any(text in str(error) for text in _TOO_SMALL)
     if geometry and len(shape) == dimensions + 2 and (arithmetic := geometry.size_error(shape[2:])):
-        return f"{arithmetic}: the kernel is larger than its input", _TOO_SMALL_REMEDY
+        return f"{arithmetic}: the kernel is larger than the padded map", _TOO_SMALL_REMEDY
     if geometry and shape and len(shape) != dimensions + 2 and not too_small:
         problem = f"needs an input with {dimensions + 2} dimensions (N, C, ...), but gets {len(shape)}"
         return problem, "move it before the flatten"
