@@ -237,15 +237,15 @@ class ProcessGroup(World):
         if self.is_main:
             self.store.set(key, json.dumps(value))
             return value
-        self._poll(lambda: self.store.check([key]))
+        self.poll(lambda: self.store.check([key]))
         return json.loads(self.store.get(key))
 
     def barrier(self) -> None:
         key = f"barrier/{next(self._numbers)}"
         self.store.add(key, 1)
-        self._poll(lambda: self.store.add(key, 0) == self.size)
+        self.poll(lambda: self.store.add(key, 0) == self.size)
 
-    def _poll(self, is_done: Callable[[], bool]) -> None:
+    def poll(self, is_done: Callable[[], bool]) -> None:
         """Wait without a time limit: rank 0 may be downloading data or drawing figures."""
         while not is_done():
             if self.watchdog.failed is not None:
@@ -363,6 +363,10 @@ def join_process_group(
     try:
         yield group
         group.barrier()
+        if is_host:  # ends last, because the others still read from its store
+            group.poll(lambda: store.add("left", 0) == info.world_size - 1)
+        else:
+            store.add("left", 1)
     except BaseException as error:
         final = group.explain(error)
         if final is error:
