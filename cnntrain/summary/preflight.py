@@ -73,14 +73,14 @@ class _Requirements:
     output_shape: OutputShape | None
 
 
-def output_size(model: nn.Module, in_channels: int, image_size: Sequence[int]) -> tuple[int, ...] | None:
+def output_size(model: nn.Module, in_channels: int, image_size: Sequence[int]) -> tuple[int, int] | None:
     """Return (height, width) of a meta network's output map; None if it fails or its output is not a map."""
     try:
         with torch.no_grad():
             output = model(meta_images(in_channels, tuple(image_size), 1))
     except Exception:
         return None
-    return tuple(output.shape[2:]) if isinstance(output, Tensor) and output.dim() == 4 else None
+    return (output.shape[2], output.shape[3]) if isinstance(output, Tensor) and output.dim() == 4 else None
 
 
 def _run_training_pass(model: nn.Module, needed: _Requirements) -> None:
