@@ -18,11 +18,7 @@ importlib.import_module("cnntrain.train")
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None) -> "Settings":
-    """The settings that the command line would make of `overrides`.
-
-    Raises:
-        UserError: a group, an option, a key or a value is wrong.
-    """
+    """Return the settings for command-line overrides; raise `UserError` if one is invalid."""
     from cnntrain.config.compose import read_settings
 
     return read_settings(overrides, Path(config_dir) if config_dir else None)
@@ -41,12 +37,7 @@ def train(settings: "Settings") -> dict[str, Any]:
         TypeError: `settings` has another type.
         CnntrainError: one of the subclasses in `cnntrain.errors`.
     """
-    _check_settings(settings, "train")
-    from cnntrain.commands.train import train as run
-    from cnntrain.train.device import preserve_process_settings
-
-    with preserve_process_settings():
-        return run(settings)
+    return _run("cnntrain.commands.train", "train", settings)
 
 
 def overfit(settings: "Settings") -> dict[str, Any]:
@@ -54,15 +45,10 @@ def overfit(settings: "Settings") -> dict[str, Any]:
 
     Arguments, errors and the handling of process-wide settings are the same as for `train`.
     """
-    _check_settings(settings, "overfit")
-    from cnntrain.checks.overfit import overfit as run
-    from cnntrain.train.device import preserve_process_settings
-
-    with preserve_process_settings():
-        return run(settings)
+    return _run("cnntrain.checks.overfit", "overfit", settings)
 
 
-def _check_settings(settings: object, name: str) -> None:
+def _run(module: str, name: str, settings: object) -> dict[str, Any]:
     from cnntrain.config.schema import Settings
 
     if not isinstance(settings, Settings):
@@ -70,3 +56,7 @@ def _check_settings(settings: object, name: str) -> None:
             f"{name}() takes the settings that compose() returns, as {name}(compose('model=mlp', 'epochs=5')); "
             f"got {type(settings).__name__}"
         )
+    from cnntrain.train.device import preserve_process_settings
+
+    with preserve_process_settings():
+        return getattr(importlib.import_module(module), name)(settings)

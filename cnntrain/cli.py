@@ -30,6 +30,7 @@ from cnntrain.io.streams import flush_or_discard, lenient, printable
 from cnntrain.memory import keep_freed_memory
 
 MULTIRUN_COMMANDS = ("train", "overfit", "inspect")  # accept keys with several values
+COMMANDS_WITH_WORDS = ("check", "clean", "compare", "help")  # read arguments that are not KEY=VALUE
 WITHOUT_CONFIG = ("clean", "help")
 COMMANDS_FOLDER = Path(__file__).parent / "commands"
 
@@ -42,18 +43,10 @@ class _Parser(argparse.ArgumentParser):
 def options_parser() -> argparse.ArgumentParser:
     """Return a parser of the options; command words and overrides are left to `parse_arguments`."""
     parser = _Parser(
-        prog="cnntrain",
-        usage="cnntrain [COMMAND] [options] [KEY=VALUE ...]",
-        add_help=False,
-        allow_abbrev=False,
+        prog="cnntrain", usage="cnntrain [COMMAND] [options] [KEY=VALUE ...]", add_help=False, allow_abbrev=False
     )
     add = parser.add_argument
-    add(
-        "-h",
-        "--help",
-        action="store_true",
-        help="print this help, that of COMMAND, or the keys of GROUP=OPTION",
-    )
+    add("-h", "--help", action="store_true", help="print this help, that of COMMAND, or the keys of GROUP=OPTION")
     add("-m", "--multirun", action="store_true", help="run all combinations of keys with several values")
     add("--cfg", action="store_true", dest="print_config", help="print the composed config and exit")
     add("--config-dir", metavar="DIR", help="folder with your own config groups and Python modules")
@@ -74,11 +67,7 @@ def _docstring(path: Path) -> str:
 
 
 def parse_arguments(argv: Sequence[str]) -> Invocation:
-    """Parse the command line.
-
-    Raises:
-        UserError: an unknown option or command.
-    """
+    """Parse the command line. Raises `UserError` for an unknown option or command."""
     parser = options_parser()
     options, rest = parser.parse_known_args(list(argv))
     words: list[str] = []
@@ -94,9 +83,15 @@ def parse_arguments(argv: Sequence[str]) -> Invocation:
     if command not in (known := commands()):
         raise _unknown_command(command, words, list(known))
     return Invocation(
-        command, tuple(words), tuple(overrides), Path(options.config_dir) if options.config_dir else None,
-        options.multirun, options.help, options.print_config, tuple(argv),
-    )  # fmt: skip
+        command,
+        tuple(words),
+        tuple(overrides),
+        config_dir=Path(options.config_dir) if options.config_dir else None,
+        multirun=options.multirun,
+        help=options.help,
+        print_config=options.print_config,
+        argv=tuple(argv),
+    )
 
 
 def _unknown_option(parser: argparse.ArgumentParser, option: str, following: Sequence[str]) -> UserError:
@@ -117,22 +112,24 @@ def _unknown_command(command: str, following: Sequence[str], known: list[str]) -
     return UserError(f"unknown command {command!r}{hint}")
 
 
-def check_early(command: str, overrides: Sequence[str], config_dir: Path | None) -> None:
-    """Validate the settings before the command's module imports torch, which takes seconds.
-
-    Raises:
-        UserError: see `read_settings`.
-    """
+def _config_of(command: str, overrides: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """Return the name of a command's primary config, and the overrides that belong to it."""
     from cnntrain.config.schema import conf_folder
+
+    if command == "check":  # `checks=` is not a config key; with a checkpoint, the settings are those of `evaluate`
+        command = "evaluate" if any(each.startswith("checkpoint=") for each in overrides) else command
+        overrides = [each for each in overrides if not each.startswith("checks=")]
+    return command if (conf_folder() / f"{command}.yaml").exists() else "config", list(overrides)
+
+
+def check_early(command: str, overrides: Sequence[str], config_dir: Path | None) -> None:
+    """Validate the settings before the command's module imports torch, which takes seconds."""
     from cnntrain.sweep.search_space import add_swept_keys
 
     if command != "train" and any(override.lstrip("+").startswith("launch.") for override in overrides):
         raise UserError(f"launch.devices: `{command}` uses one process; leave this key out")
-    has_config = (conf_folder() / f"{command}.yaml").exists()
-    if command == "check":  # with a checkpoint, the config comes from there; `checks=` is not a config key
-        has_config = any(override.startswith("checkpoint=") for override in overrides)
-        overrides = [override for override in overrides if not override.startswith("checks=")]
-    if not has_config:
+    name, overrides = _config_of(command, overrides)
+    if name == "config":
         add_swept_keys(overrides, config_dir)
 
 
@@ -142,19 +139,15 @@ def composed_text(command: str, overrides: Sequence[str], config_dir: Path | Non
 
     from cnntrain.config.command_line import without_passwords
     from cnntrain.config.compose import compose, read_settings
-    from cnntrain.config.schema import conf_folder
     from cnntrain.sweep.search_space import expand_grid
 
-    if command == "check":
-        overrides = [override for override in overrides if not override.startswith("checks=")]
-        command = "evaluate" if any(each.startswith("checkpoint=") for each in overrides) else command
-    elif command == "inspect":
-        overrides = expand_grid(overrides, config_dir)[0]
-    if (conf_folder() / f"{command}.yaml").exists():
-        composed = compose(command, overrides, config_dir)
-        composed.pop("choices")
-    else:
+    name, overrides = _config_of(command, overrides)
+    if name == "config":
+        overrides = expand_grid(overrides, config_dir)[0] if command == "inspect" else overrides
         composed = without_passwords(dataclasses.asdict(read_settings(overrides, config_dir)))
+    else:
+        composed = compose(name, overrides, config_dir)
+        composed.pop("choices")
     return yaml.safe_dump(composed, sort_keys=False)
 
 
@@ -171,17 +164,17 @@ def help_text(invocation: Invocation) -> str:
         parts = [options_parser().format_help().rstrip(), _command_table()]
     else:
         parts = [_docstring(COMMANDS_FOLDER / f"{command.replace('-', '_')}.py")]
-    own_config = conf_folder() / f"{command}.yaml"
-    if own_config.exists():
-        parts.append("keys:\n" + textwrap.indent(own_config.read_text("utf-8").rstrip(), "  "))
+    name, _ = _config_of(command)
+    keys = (conf_folder() / f"{name}.yaml").read_text("utf-8").rstrip()
+    if name != "config":
+        parts.append("keys:\n" + textwrap.indent(keys, "  "))
     elif command not in WITHOUT_CONFIG:
         groups = ["choices (`cnntrain help GROUP` describes them):"]
         for group, names in options.items():
             head = f"  {group + '=':<11}"
             groups += textwrap.wrap(", ".join(names), 108, initial_indent=head, subsequent_indent=" " * len(head))
-        config = (conf_folder() / "config.yaml").read_text("utf-8").split("\n\n", 1)[1].rstrip()
-        parts += ["\n".join(groups), "keys (`cnntrain help GROUP=OPTION` prints those of an option):"]
-        parts[-1] += "\n" + textwrap.indent(config, "  ")
+        title = "keys (`cnntrain help GROUP=OPTION` prints those of an option):"
+        parts += ["\n".join(groups), title + "\n" + textwrap.indent(keys.split("\n\n", 1)[1], "  ")]
     return "\n\n".join(parts)
 
 
@@ -196,14 +189,13 @@ def complete(line: str) -> list[str]:
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
     from cnntrain.config.compose import hydra_session
-    from cnntrain.config.schema import conf_folder
 
     typed = line.split()[1:]
     words = commands()
     word = "" if line.endswith(" ") or not typed else typed[-1]
     before = typed if not word else typed[:-1]
     command = next((w for w in before if w in words), None)
-    primary = command if command and (conf_folder() / f"{command}.yaml").exists() else "config"
+    primary = _config_of(command)[0] if command else "config"
     matches = [w for w in words if command is None and w.startswith(word) and "=" not in word]
     arguments = [w for w in before if w != command and w not in ("-m", "--multirun")]
     with hydra_session() as hydra:
@@ -235,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = _run(arguments)
     lost = flush_or_discard(sys.stdout)
     if lost and not isinstance(lost, BrokenPipeError) and code == 0:
-        print(f"error: standard output: {lost.strerror}", file=lenient(sys.stderr))
+        _print_error(f"error: standard output: {lost.strerror}")
         code = MachineError.exit_code
     flush_or_discard(sys.stderr)
     return code
@@ -243,35 +235,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     """Run the command, print errors, and return the exit code for the kind of error."""
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
         return _dispatch(arguments)
     except CnntrainError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if show_traceback:
             raise
         if not isinstance(error, ElsewhereError):
-            prefix = "" if isinstance(error, StoppedError) else "error: "
-            print(printable(mask_passwords(f"{prefix}{error}")), file=lenient(sys.stderr))
+            _print_error(str(error) if isinstance(error, StoppedError) else f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=lenient(sys.stderr))
+        _print_error("interrupted")
         return 128 + signal.SIGINT
     except SystemExit as ended:
-        if isinstance(
-            ended.__context__, BrokenPipeError
-        ):  # raised by rich if the reader of the output has ended, as in `cnntrain | head -1`
+        # rich raises it if the reader of the output has ended, as in `cnntrain | head -1`
+        if isinstance(ended.__context__, BrokenPipeError):
             return 0
-        print("error: user code raised SystemExit", file=lenient(sys.stderr))
+        _print_error("error: user code raised SystemExit")
         return 1
-    except (OSError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, BrokenPipeError):
-            cause = None if is_from_user_code(error) else explain_machine(error)
-            if cause is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
-            print(printable(mask_passwords(f"error: {cause}")), file=lenient(sys.stderr))
-            return MachineError.exit_code
+    except BrokenPipeError:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (OSError, RuntimeError, MemoryError) as error:
+        cause = None if is_from_user_code(error) else explain_machine(error)
+        if cause is None or show_traceback:
+            raise
+        _print_error(f"error: {cause}")
+        return MachineError.exit_code
+
+
+def _print_error(text: str) -> None:
+    print(printable(mask_passwords(text)), file=lenient(sys.stderr))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -290,6 +285,12 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(f"{command}: has no config")
     if invocation.multirun and command not in MULTIRUN_COMMANDS:
         raise UserError(f"{command}: -m is not supported; give each key one value")
+    if words and command not in COMMANDS_WITH_WORDS:
+        from cnntrain.config.reference import suggest_setting
+
+        usual = "model=resnet18" if _config_of(command)[0] == "config" else "checkpoint=PATH"
+        example = suggest_setting(words[0], words[1:]) or usual
+        raise UserError(f"{command}: {words[0]!r} is not an override; write KEY=VALUE, for example {example}")
     if command not in WITHOUT_CONFIG:
         check_early(command, overrides, invocation.config_dir)
     if invocation.print_config and not invocation.multirun:

@@ -1,24 +1,26 @@
-"""The ways a run can end badly, each with its exit code; caught in one place, `cli.main`."""
+"""Exceptions with a message for the user, each with its exit code. `cli.main` catches them."""
 
+import difflib
 import errno
 import os
 import sysconfig
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 
 class CnntrainError(Exception):
-    """A failure whose message is meant for the user: what, where, and what to do next."""
+    """An error whose message is for the user: what happened, where, and what to do next."""
 
     exit_code = 1
 
 
 class CheckFailedError(CnntrainError):
-    """A check that was to come first failed: the training was not begun."""
+    """A check before the training failed, so the training was not started."""
 
 
 class UserError(CnntrainError):
-    """The config, the data or the command line is wrong: refused before the first step."""
+    """The config, the data or the command line is invalid."""
 
     exit_code = 2
 
@@ -30,13 +32,33 @@ class DivergedError(CnntrainError):
 
 
 class MachineError(CnntrainError):
-    """The machine gave out: disk full, out of memory, a lost worker."""
+    """The machine failed: disk full, out of memory, a worker process died."""
 
     exit_code = 4
 
 
+class StoppedError(CnntrainError):
+    """A signal stopped the run after its state was saved. The exit code is 128 + the signal's number."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class PrunedError(CnntrainError):
+    """A sweep stopped a trial that was worse than others on validation data. Its state has been saved."""
+
+
+class ElsewhereError(CnntrainError):
+    """Another rank failed and reported the error; this rank ends silently with its exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this training failed")
+        self.exit_code = exit_code
+
+
 def explain_machine(error: BaseException) -> str | None:
-    """What an error of Python's or torch's says about the machine: out of memory, a disk, a worker; else None."""
+    """Return a message for an error of Python or torch that means a machine failure; None for other errors."""
     text = str(error).strip() or type(error).__name__
     if is_out_of_memory(error):
         return f"out of memory ({text.splitlines()[0]}); lower batch_size, take a smaller model, or data.cache=none"
@@ -68,41 +90,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     `torch.OutOfMemoryError` covers only PyTorch's CUDA allocator. CUDA, cuDNN and cuBLAS allocate memory themselves and
     raise RuntimeError with their own messages; cuBLAS fails to create its handle.
     """
-    words = (
-        "out of memory",
-        "can't allocate memory",
-        "not enough memory",
-        "_ALLOC_FAILED",
-        "`cublasCreate(handle)`",
-    )
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
-    )
+    words = "out of memory", "can't allocate memory", "not enough memory", "_ALLOC_FAILED", "`cublasCreate(handle)`"
+    failed = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    return failed or isinstance(error, MemoryError)
 
 
-def suggest(wrong: str, known: list[str] | tuple[str, ...]) -> str:
-    """`; did you mean 'lenet5'?` for the nearest of `known`, or an empty string when none is near."""
-    import difflib
-
+def suggest(wrong: str, known: Sequence[str]) -> str:
+    """Return `; did you mean 'lenet5'?` for the nearest of `known`, or an empty string when none is near."""
     near = difflib.get_close_matches(str(wrong), known, n=1, cutoff=0.55)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-class StoppedError(CnntrainError):
-    """A signal asked the run to stop; it saved its state first. The exit code is 128 + the signal's number."""
-
-    def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
-
-
-class PrunedError(CnntrainError):
-    """A sweep gave the training up: it fell behind the others on validation data. Its state has been saved."""
-
-
-class ElsewhereError(CnntrainError):
-    """Another process of this training failed, and has said why: this one ends with its exit code and no word."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("another process of this training failed")
-        self.exit_code = exit_code

@@ -125,11 +125,7 @@ def concat_batches(batches: Sequence[Batch]) -> Batch:
 
 
 def flip_permutation(keypoints: tuple[str, ...], partners: Mapping[str, str]) -> tuple[int, ...]:
-    """Return the partner index of each keypoint, from pairs of names (in either direction, each pair once).
-
-    Raises:
-        UserError: a name is not a keypoint, or a keypoint has two different partners.
-    """
+    """Return the partner index of each keypoint, from pairs of names (in either direction, each pair once)."""
     index = {name: i for i, name in enumerate(keypoints)}
     result = list(range(len(keypoints)))
     for first, second in partners.items():
@@ -150,9 +146,6 @@ def infer_flip_pairs(keypoints: tuple[str, ...]) -> tuple[int, ...] | None:
 
     A name contains a side if it has the word left or right, or begins or ends with l or r. Words end at non-letters and
     before capitals: `left_eye`, `eyeLeft`, `left-eye2`. `lefteye` and `eyeleft` count only if the partner exists.
-
-    Raises:
-        UserError: a name says its side, but its partner's name is missing.
     """
     pairs: dict[str, str] = {}
     for name in keypoints:
@@ -164,10 +157,8 @@ def infer_flip_pairs(keypoints: tuple[str, ...]) -> tuple[int, ...] | None:
     return flip_permutation(keypoints, pairs) if pairs else None
 
 
-_OPPOSITE = {
-    "left": "right", "Left": "Right", "LEFT": "RIGHT", "l": "r", "L": "R",
-    "right": "left", "Right": "Left", "RIGHT": "LEFT", "r": "l", "R": "L",
-}  # fmt: skip
+_SIDES = [("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT"), ("l", "r"), ("L", "R")]
+_OPPOSITE = dict(_SIDES) | {right: left for left, right in _SIDES}
 _SIDE_WORD = re.compile(
     "(?<![a-zA-Z])(?:left|right|Left|Right)(?![a-z])|(?<=[a-z])(?:Left|Right)(?![a-z])|(?<![a-zA-Z])(?:LEFT|RIGHT)(?![a-zA-Z])"
 )

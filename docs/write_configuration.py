@@ -10,9 +10,7 @@ from cnntrain.config.reference import (
     header,
     option_keys,
     option_text,
-    read_keys,
 )
-from cnntrain.config.schema import conf_folder
 
 PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """# Configuration reference
@@ -27,8 +25,7 @@ def page() -> str:
     """Return the page as Markdown."""
     parts = [INTRODUCTION, "## Keys of every training command\n", *_table(common_keys())]
     for command in COMMAND_CONFIGS:
-        text = (conf_folder() / f"{command}.yaml").read_text("utf-8")
-        parts += [f"## `cnntrain {command}`\n", *_table(read_keys(text))]
+        parts += [f"## `cnntrain {command}`\n", *_table(common_keys(command))]
     for group, options in group_options().items():
         parts.append(f"## `{group}=`\n")
         for option in options:

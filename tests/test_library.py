@@ -19,7 +19,7 @@ from cnntrain.train.device import prepare_torch, preserve_process_settings
 QUICK = ["data.limit=60", "steps=1", "log.figures=false", "log.tensorboard=false"]
 
 
-def test_compose_leaves_a_hosts_hydra_alone(tmp_path: Path) -> None:
+def test_compose_restores_hydra(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("a: 1\n")
     with initialize_config_dir(str(tmp_path), version_base="1.2", job_name="host"):
         before = GlobalHydra.instance().hydra
@@ -50,7 +50,7 @@ def process_settings() -> dict[str, object]:
     }
 
 
-def test_train_gives_the_process_its_settings_back() -> None:
+def test_train_restores_process_settings() -> None:
     torch.manual_seed(123)
     torch.set_float32_matmul_precision("highest")
     before = process_settings()
@@ -61,7 +61,7 @@ def test_train_gives_the_process_its_settings_back() -> None:
     assert process_settings() == before
 
 
-def test_an_os_error_of_a_users_code_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_os_errors_of_user_code_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "my_failing_net.py").write_text(
         "import torch\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        open('lookup-table.bin')\n"
@@ -72,19 +72,7 @@ def test_an_os_error_of_a_users_code_keeps_its_traceback(tmp_path: Path, monkeyp
         main(["--config-dir", str(tmp_path), "model=mine", *QUICK])
 
 
-def test_a_full_disk_is_the_machines_fault_whoever_meets_it() -> None:
-    def user_code() -> None:
-        raise OSError(28, "No space left on device", "mine.bin")
-
-    with pytest.raises(OSError, match="No space") as caught:
-        user_code()
-    assert not cnntrain.errors.is_from_user_code(caught.value)
-    with pytest.raises(OSError, match="denied") as caught:
-        exec("raise PermissionError(13, 'denied')", {})
-    assert cnntrain.errors.is_from_user_code(caught.value)
-
-
-def test_a_picture_never_ends_a_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_plot_errors_do_not_end_a_run(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("latex was not found")
 

@@ -14,30 +14,24 @@ from torch import Tensor
 
 from cnntrain.errors import UserError
 
+Size = tuple[int, int]  # (height, width) in pixels
+Targets = dict[str, Tensor]  # see `Batch.targets`
+
 
 class Augmentation(ABC):
-    """Base class of all augmentations.
+    """Base class of all augmentations."""
 
-    Attributes:
-        num_uniforms: how many uniform random numbers in [0, 1) one image needs.
-    """
-
-    num_uniforms: int
+    num_uniforms: int  # how many uniform random numbers in [0, 1) one image needs
 
 
 class Geometry(Augmentation):
     """A geometric transform: one homogeneous 3x3 matrix per image, from input to output pixels.
 
     Coordinates are (x, y) at pixel centers: the center of the first pixel is 0, that of the last is W - 1.
-
-    Attributes:
-        can_flip: whether the matrix can have a negative determinant with the given settings.
-        pixel_exact: whether the matrix only flips and shifts by whole pixels with the given settings, so that no
-            interpolation is needed.
     """
 
-    can_flip: bool = False
-    pixel_exact: bool = False
+    can_flip: bool = False  # with the given settings, the matrix can have a negative determinant
+    pixel_exact: bool = False  # the matrix only flips and shifts by whole pixels: no interpolation is needed
 
     @abstractmethod
     def matrix(self, uniforms: Tensor, height: int, width: int) -> Tensor:
@@ -47,8 +41,7 @@ class Geometry(Augmentation):
         """Return the (3, 3) float64 matrix for images that are not augmented; the identity by default."""
         return torch.eye(3, dtype=torch.float64)
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return (height, width) of the output in pixels."""
+    def output_size(self, height: int, width: int) -> Size:
         return height, width
 
     def magnification(self, height: int, width: int) -> float:
@@ -61,12 +54,9 @@ class Color(Augmentation):
 
     A color v becomes P v + Q m + p, where m is the mean color of the image before this transform. Only contrast uses
     m. The pixels are finally multiplied by one 3x4 matrix, because the mean is known by then.
-
-    Attributes:
-        uses_mean: whether Q can be nonzero with the given settings.
     """
 
-    uses_mean: bool = False
+    uses_mean: bool = False  # Q can be nonzero with the given settings
 
     @abstractmethod
     def color_matrix(self, uniforms: Tensor) -> Tensor:
@@ -74,34 +64,24 @@ class Color(Augmentation):
 
 
 class Effect(Augmentation):
-    """A transform that is not a matrix. It acts on the normalized batch, after geometry and color.
+    """A transform that is not a matrix. It acts on the normalized batch, after geometry and color."""
 
-    Attributes:
-        mixes_labels: whether it changes the labels together with the images (classification only).
-    """
-
-    mixes_labels: bool = False
+    mixes_labels: bool = False  # changes the labels together with the images (classification only)
 
     @abstractmethod
-    def apply(
-        self, images: Tensor, targets: dict[str, Tensor], uniforms: Tensor, std: Sequence[float]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def apply(self, images: Tensor, targets: Targets, uniforms: Tensor, std: Sequence[float]) -> tuple[Tensor, Targets]:
         """Return the new images and targets.
 
         Args:
             images: (N, C, H, W) float32, normalized. May be modified in place.
-            targets: see `Batch.targets`. Must not be modified in place.
+            targets: must not be modified in place.
             uniforms: (N, num_uniforms) float64 on the CPU.
             std: standard deviation per channel on the 0-1 scale: a difference of 1 there is 1 / std in `images`.
         """
 
 
 def check_probability(value: float, owner: object) -> float:
-    """Return `value` if it lies between 0 and 1.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Return `value` if it lies between 0 and 1."""
     if not 0.0 <= value <= 1.0:
         raise UserError(f"augment: {type(owner).__name__}: probability must be between 0 and 1, got {value}")
     return float(value)
@@ -118,9 +98,6 @@ def check_range(
     """Return (low, high) from a pair, or from a number s that stands for `center` - s to `center` + s.
 
     The lower end of a range given by one number is clipped to `minimum`.
-
-    Raises:
-        UserError: not a pair, low above high, or outside `minimum` to `maximum`.
     """
     where = f"augment: {type(owner).__name__}: {name}"
     if isinstance(value, int | float):

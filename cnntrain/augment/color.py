@@ -17,8 +17,7 @@ from cnntrain.transfer import constant, to_device
 # RGB to YIQ (NTSC, 1953). The first row is the luma of ITU-R BT.601, whose weights sum to one, so that gray stays
 # gray. The other rows sum to zero: gray is the axis of hue rotations.
 YIQ = torch.tensor(
-    [[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]],
-    dtype=torch.float64,
+    [[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]], dtype=torch.float64
 )
 _YIQ_INVERSE = torch.linalg.inv(YIQ)
 _ZEROS, _ONES = torch.zeros(3, 1, dtype=torch.float64), torch.ones(3, 1, dtype=torch.float64)
@@ -196,13 +195,9 @@ def apply_color_matrix(
     of the pixels.
 
     Args:
-        images: (N, C, H, W) on the 0-255 scale, of any type; C is 1 or 3.
+        images: (N, C, H, W) on the 0-255 scale, of any type; C is 1 or 3. The result is float32.
         matrix: (N, 3, 7) float64 on the CPU, see `Color`.
         uses_mean: whether the columns for the mean color can be nonzero.
-        mean, std: per channel on the 0-1 scale.
-
-    Returns:
-        (N, C, H, W) float32.
     """
     count, channels, height, width = images.shape
     if channels == 1:  # a gray image is a color image with three equal channels

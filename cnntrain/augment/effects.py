@@ -7,23 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cnntrain.augment.base import (
-    Effect,
-    check_probability,
-    check_range,
-    log_uniform_between,
-    uniform_between,
-)
+from cnntrain.augment.base import Effect, Targets, check_probability, check_range, log_uniform_between, uniform_between
 from cnntrain.errors import UserError
 from cnntrain.transfer import arange, to_device
 
 
 def box_mask(box: Tensor, height: int, width: int, device: torch.device) -> Tensor:
-    """Return (N, 1, height, width) bool: which pixels lie inside the box of each image.
-
-    Args:
-        box: (N, 4) on the CPU: left, top, width, height in whole pixels.
-    """
+    """Return (N, 1, height, width) bool: which pixels lie inside `box` (N, 4): left, top, width, height in pixels."""
     left, top, box_width, box_height = to_device(box, device, torch.int64).unbind(1)
     x, y = arange(width, device), arange(height, device)
     columns = (x >= left[:, None]) & (x < (left + box_width)[:, None])  # (N, W)
@@ -32,14 +22,10 @@ def box_mask(box: Tensor, height: int, width: int, device: torch.device) -> Tens
 
 
 def gaussian_blur(images: Tensor, sigma_px: Tensor) -> Tensor:
-    """Blur each image with its own Gaussian along each axis; a sigma of 0 leaves the axis unchanged.
+    """Blur each image (N, C, H, W) with its own Gaussian, `sigma_px` (N, 2) along x and y; 0 leaves an axis unchanged.
 
     The kernel is applied as a sum of shifted copies instead of a convolution, so that the bits of an image do not
     depend on the rest of the batch.
-
-    Args:
-        images: (N, C, H, W) float.
-        sigma_px: (N, 2) on the CPU, standard deviations along x and y in pixels.
     """
     for axis, dim in ((0, 3), (1, 2)):
         sigma = sigma_px[:, axis].double()
@@ -61,12 +47,9 @@ def gaussian_blur(images: Tensor, sigma_px: Tensor) -> Tensor:
 
 
 def normal_noise(keys: Tensor, count: int) -> Tensor:
-    """Return (N, count) float32 standard normal numbers, hashed from each key and the position in the row.
+    """Return (N, count) float32 standard normal numbers, hashed from keys (N,) int64 below 2**32 and the position.
 
     The same numbers on every device. The generators of torch are not used because their rows depend on the batch size.
-
-    Args:
-        keys: (N,) int64 from 0 to 2**32 - 1.
     """
     word = (torch.arange(count, device=keys.device) * 0x9E3779B9 + keys[:, None]) & 0xFFFFFFFF
     # The lowbias32 finalizer of Chris Wellons (Hash Function Prospector, 2018), in 64 bits because torch lacks
@@ -101,19 +84,13 @@ class RandomErasing(Effect):
     num_uniforms = 5
 
     def __init__(
-        self,
-        *,
-        scale: Sequence[float] = (0.02, 0.2),
-        ratio: Sequence[float] = (0.3, 3.3),
-        probability: float = 0.5,
+        self, *, scale: Sequence[float] = (0.02, 0.2), ratio: Sequence[float] = (0.3, 3.3), probability: float = 0.5
     ) -> None:
         self.scale = check_range(scale, self, "scale", minimum=0.0, maximum=1.0)
         self.ratio = check_range(ratio, self, "ratio", minimum=1e-2, maximum=1e2)
         self.probability = check_probability(probability, self)
 
-    def apply(
-        self, images: Tensor, targets: dict[str, Tensor], uniforms: Tensor, std: Sequence[float]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def apply(self, images: Tensor, targets: Targets, uniforms: Tensor, std: Sequence[float]) -> tuple[Tensor, Targets]:
         height, width = images.shape[2:]
         area_px = uniform_between(uniforms[:, 1], *self.scale) * height * width
         area_px = torch.where(uniforms[:, 0] < self.probability, area_px, 0.0)
@@ -136,9 +113,7 @@ class GaussianBlur(Effect):
         self.sigma_px = check_range(sigma_px, self, "sigma_px", minimum=0.0, maximum=100.0)
         self.probability = check_probability(probability, self)
 
-    def apply(
-        self, images: Tensor, targets: dict[str, Tensor], uniforms: Tensor, std: Sequence[float]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def apply(self, images: Tensor, targets: Targets, uniforms: Tensor, std: Sequence[float]) -> tuple[Tensor, Targets]:
         sigma_px = uniform_between(uniforms[:, 1], *self.sigma_px)
         chosen = (uniforms[:, 0] < self.probability).nonzero()[:, 0]
         if len(chosen) == 0:
@@ -162,9 +137,7 @@ class GaussianNoise(Effect):
         self.strength = check_range(strength, self, "strength", minimum=0.0, maximum=10.0)
         self.probability = check_probability(probability, self)
 
-    def apply(
-        self, images: Tensor, targets: dict[str, Tensor], uniforms: Tensor, std: Sequence[float]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def apply(self, images: Tensor, targets: Targets, uniforms: Tensor, std: Sequence[float]) -> tuple[Tensor, Targets]:
         strength = uniform_between(uniforms[:, 1], *self.strength)
         strength = torch.where(uniforms[:, 0] < self.probability, strength, 0.0)
         per_channel = strength[:, None] / torch.tensor(std, dtype=torch.float64)  # (N, C)
@@ -199,9 +172,7 @@ class MixUpCutMix(Effect):
         self.cutmix_share = cutmix_share
         self.probability = check_probability(probability, self)
 
-    def apply(
-        self, images: Tensor, targets: dict[str, Tensor], uniforms: Tensor, std: Sequence[float]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def apply(self, images: Tensor, targets: Targets, uniforms: Tensor, std: Sequence[float]) -> tuple[Tensor, Targets]:
         if "label" not in targets:
             raise UserError("augment: mixup and cutmix mix class labels, which this dataset does not have")
         device, (height, width) = images.device, images.shape[2:]
@@ -221,10 +192,9 @@ class MixUpCutMix(Effect):
 
 
 def _cutmix_box(area: Tensor, uniforms: Tensor, height: int, width: int) -> Tensor:
-    """Return boxes (N, 4) as in `box_mask`, cut at the image edge (Yun et al. 2019, equation 2).
+    """Return boxes (N, 4) as in `box_mask` with `area` (N,) as a fraction of the image, cut at the image edge.
 
-    Args:
-        area: (N,) fraction of the image area. uniforms: (N, 2), position of the center along x and y.
+    `uniforms` (N, 2) is the position of the center along x and y (Yun et al. 2019, equation 2).
     """
     side = area.sqrt()
     low, high = [], []

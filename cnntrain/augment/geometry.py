@@ -7,13 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnntrain.augment.base import (
-    Geometry,
-    check_probability,
-    check_range,
-    log_uniform_between,
-    uniform_between,
-)
+from cnntrain.augment.base import Geometry, Size, check_probability, check_range, log_uniform_between, uniform_between
 from cnntrain.errors import UserError
 
 
@@ -61,12 +55,10 @@ def about_center(matrix: Tensor, height: int, width: int) -> Tensor:
     return translation(x, y) @ matrix @ translation(-x, -y)
 
 
-def box_to_image(box: Tensor, output_size: tuple[int, int]) -> Tensor:
-    """Return (N, 3, 3) matrices that stretch a box over an image of `output_size` = (height, width) pixels.
+def box_to_image(box: Tensor, output_size: Size) -> Tensor:
+    """Return (N, 3, 3) matrices that resize a box to an image of `output_size`.
 
-    Args:
-        box: (N, 4) float64: left, top, width and height in pixels, measured from the image edge (not from the center
-            of the first pixel).
+    `box` (N, 4) float64 is left, top, width and height in pixels from the image edge, not from the first pixel center.
     """
     matrix = identity(len(box))
     for axis, length in ((0, output_size[1]), (1, output_size[0])):
@@ -96,12 +88,8 @@ def keep_identity(matrix: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(chosen[:, None, None], matrix, torch.eye(3, dtype=torch.float64))
 
 
-def check_size(size: int | Sequence[int] | None, owner: object) -> tuple[int, int] | None:
-    """Return (height, width) from one number for both, a pair, or None.
-
-    Raises:
-        UserError: not positive, or neither one number nor two.
-    """
+def check_size(size: int | Sequence[int] | None, owner: object) -> Size | None:
+    """Return (height, width) from one number for both, a pair, or None."""
     if size is None:
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)
@@ -156,7 +144,7 @@ class Crop(Geometry):
             raise UserError(f"augment: Crop: padding must be 0 or more, got {padding}")
         self.padding = padding
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
+    def output_size(self, height: int, width: int) -> Size:
         size = self.size or (height, width)
         if size[0] > height + 2 * self.padding or size[1] > width + 2 * self.padding:
             raise UserError(
@@ -219,7 +207,7 @@ class RandomResizedCrop(Geometry):
         self.scale = check_range(scale, self, "scale", minimum=1e-3, maximum=1.0)
         self.ratio = check_range(ratio, self, "ratio", minimum=1e-2, maximum=1e2)
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
+    def output_size(self, height: int, width: int) -> Size:
         return self.size or (height, width)
 
     def magnification(self, height: int, width: int) -> float:

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from cnntrain.augment.base import Augmentation, Color, Effect, Geometry
+from cnntrain.augment.base import Augmentation, Color, Effect, Geometry, Size
 from cnntrain.augment.color import apply_color_matrix, compose, normalize
 from cnntrain.augment.geometry import box_to_image
 from cnntrain.augment.resample import (
@@ -18,12 +19,10 @@ from cnntrain.augment.resample import (
     swap_flip_pairs,
     transform_points,
 )
-from cnntrain.augment.torchvision_transform import SampleTransform, TorchvisionTransform
+from cnntrain.augment.torchvision_transform import TorchvisionTransform, transform_sample
 from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import uniform
 from cnntrain.types import Batch, DataSpec, concat_batches
-
-Size = tuple[int, int]  # (height, width) in pixels
 
 # How many small batches are augmented at once: (batches, values of their images). Larger on CUDA, where launching a
 # kernel takes as long as running it. 4 MiB and 64 MiB of float32.
@@ -49,9 +48,6 @@ class Pipeline:
         can_flip: whether left and right may be exchanged.
         per_sample: transforms of torchvision, which the loader must apply to decoded images (`sample_transform`).
         mixes_labels: whether labels are mixed, so that training accuracy is meaningless.
-
-    Raises:
-        UserError: the augmentations do not fit each other or the data; the message names the keys.
     """
 
     def __init__(self, spec: DataSpec, augmentations: Mapping[str, Augmentation], border: str = "zero") -> None:
@@ -64,8 +60,7 @@ class Pipeline:
         self._effects = {key: item for key, item in items if isinstance(item, Effect)}
         self.per_sample = {key: item for key, item in items if isinstance(item, TorchvisionTransform)}
         self._check()
-        self.mean = spec.mean or (0.0,) * spec.channels
-        self.std = spec.std or (1.0,) * spec.channels
+        self.mean, self.std = spec.normalization
         self.can_flip = any(item.can_flip for item in self._geometries.values())
         self.mixes_labels = any(item.mixes_labels for item in self._effects.values())
         self._uses_mean = any(item.uses_mean for item in self._colors.values())
@@ -157,9 +152,9 @@ class Pipeline:
                 yield augmented.take(slice(start, start + count))
                 start += count
 
-    def sample_transform(self, seed: int, epoch: int) -> SampleTransform | None:
+    def sample_transform(self, seed: int, epoch: int) -> Callable[[Tensor, int], Tensor] | None:
         """Return the function of (image, position) to apply to decoded uint8 images; None if there is none."""
-        return SampleTransform(self.per_sample, seed, epoch) if self.per_sample else None
+        return partial(transform_sample, self.per_sample, seed, epoch) if self.per_sample else None
 
     def _draw_matrix(self, count: int, draw: Callable[[str, Augmentation], Tensor]) -> Tensor:
         """Return the products of all geometric matrices (count, 3, 3) float64, from image to output pixels."""

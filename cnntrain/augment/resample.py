@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cnntrain.augment.base import Size
 from cnntrain.augment.effects import gaussian_blur
 from cnntrain.transfer import arange, constant, to_device
 
@@ -30,14 +31,7 @@ class GatherSampler:
         device: device of the batches.
     """
 
-    def __init__(
-        self,
-        matrix: Tensor,
-        input_size: tuple[int, int],
-        output_size: tuple[int, int],
-        border: str,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, matrix: Tensor, input_size: Size, output_size: Size, border: str, device: torch.device) -> None:
         self._border = border
         self._output_size = output_size
         # Along each axis, output pixel i shows input pixel sign * i + start; both are (N, 2) int64 as (x, y).
@@ -94,19 +88,9 @@ def pad(images: Tensor, padding: list[int], border: str) -> Tensor:
 
 
 class GridSampler:
-    """Apply homographies to batches: bilinear interpolation in float32, nearest neighbor for masks.
+    """Apply any homographies to batches: bilinear interpolation in float32, nearest neighbor for masks."""
 
-    Args: see `GatherSampler`; any matrix is allowed.
-    """
-
-    def __init__(
-        self,
-        matrix: Tensor,
-        input_size: tuple[int, int],
-        output_size: tuple[int, int],
-        border: str,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, matrix: Tensor, input_size: Size, output_size: Size, border: str, device: torch.device) -> None:
         inverse = torch.linalg.inv(matrix)  # from output to input pixels
         self._padding_mode = PADDING_MODES[border]
         self._grid = sampling_grid(inverse, input_size, output_size, device)
@@ -128,14 +112,8 @@ class GridSampler:
         return (sampled + ignore_index).squeeze(1).to(masks.dtype)
 
 
-def sampling_grid(
-    inverse: Tensor, input_size: tuple[int, int], output_size: tuple[int, int], device: torch.device
-) -> Tensor:
-    """Return (N, H', W', 2) float32: the input position of each output pixel, from -1 (first center) to 1 (last).
-
-    Args:
-        inverse: (N, 3, 3) float64 on the CPU, from output to input pixels.
-    """
+def sampling_grid(inverse: Tensor, input_size: Size, output_size: Size, device: torch.device) -> Tensor:
+    """Return (N, H', W', 2) float32: the input position of each output pixel, from -1 (first center) to 1 (last)."""
     height, width = input_size
     to_unit = torch.tensor(
         [[2 / max(width - 1, 1), 0, -1], [0, 2 / max(height - 1, 1), -1], [0, 0, 1]], dtype=torch.float64
@@ -156,7 +134,7 @@ def sampling_grid(
     return grid
 
 
-def sampling_step(inverse: Tensor, output_size: tuple[int, int]) -> Tensor:
+def sampling_step(inverse: Tensor, output_size: Size) -> Tensor:
     """Return (N, 2) float64: input pixels along x and y per output pixel, at the center of the output."""
     height, width = output_size
     center = torch.tensor([(width - 1) / 2, (height - 1) / 2, 1], dtype=torch.float64)
@@ -192,13 +170,7 @@ def is_flipped(matrix: Tensor, height: int, width: int) -> Tensor:
 def swap_flip_pairs(
     points: Tensor, valid: Tensor, flipped: Tensor, flip_pairs: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Exchange left and right keypoints in flipped images.
-
-    Args:
-        points: (N, K, 2). valid: (N, K) bool.
-        flipped: (N,) bool on the CPU.
-        flip_pairs: for each keypoint the index of its partner.
-    """
+    """Exchange left and right in points (N, K, 2) and valid (N, K) of flipped images, (N,) bool on the CPU."""
     if not bool(flipped.any()):
         return points, valid
     partner = torch.where(flipped[:, None], torch.tensor(flip_pairs), torch.arange(len(flip_pairs)))
@@ -206,15 +178,10 @@ def swap_flip_pairs(
     return points.gather(1, partner[:, :, None].expand(-1, -1, 2)), valid.gather(1, partner)
 
 
-def transform_points(
-    points: Tensor, valid: Tensor, matrix: Tensor, output_size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Apply matrices to keypoints. Points outside the output or behind the camera become invalid.
+def transform_points(points: Tensor, valid: Tensor, matrix: Tensor, output_size: Size) -> tuple[Tensor, Tensor]:
+    """Apply matrices (N, 3, 3) float64 on the CPU to points (N, K, 2) with valid (N, K) bool.
 
-    Args:
-        points: (N, K, 2) pixels (x, y) at pixel centers. valid: (N, K) bool.
-        matrix: (N, 3, 3) float64 on the CPU, from input to output pixels.
-        output_size: (height, width) in pixels.
+    Points outside the output or behind the camera become invalid.
     """
     rows = to_device(matrix, points.device, points.dtype)[:, None]  # (N, 1, 3, 3)
     x, y = points[..., 0, None], points[..., 1, None]

@@ -1,5 +1,6 @@
 """Transforms of torchvision v2, applied to single images where they are decoded."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,24 +12,10 @@ from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import hash_seed
 
 # They change colors and move no pixel, so that keypoints and masks stay valid.
-COLOR_ONLY = frozenset(
-    (
-        "ColorJitter",
-        "GaussianBlur",
-        "GaussianNoise",
-        "Grayscale",
-        "Identity",
-        "JPEG",
-        "RandomAdjustSharpness",
-        "RandomAutocontrast",
-        "RandomChannelPermutation",
-        "RandomEqualize",
-        "RandomGrayscale",
-        "RandomInvert",
-        "RandomPhotometricDistort",
-        "RandomPosterize",
-        "RandomSolarize",
-    )
+COLOR_ONLY = (
+    "ColorJitter GaussianBlur GaussianNoise Grayscale Identity JPEG RandomAdjustSharpness RandomAutocontrast "
+    "RandomChannelPermutation RandomEqualize RandomGrayscale RandomInvert RandomPhotometricDistort RandomPosterize "
+    "RandomSolarize"
 )
 
 
@@ -43,9 +30,6 @@ class TorchvisionTransform(Augmentation):
 
     Attributes:
         moves_pixels: whether it may move pixels.
-
-    Raises:
-        UserError: there is no such transform, or it does not accept the arguments.
     """
 
     num_uniforms = 0
@@ -53,31 +37,23 @@ class TorchvisionTransform(Augmentation):
     def __init__(self, *, name: str, arguments: Mapping[str, Any] | None = None) -> None:
         self.name = name
         self.arguments = dict(arguments or {})
-        self.moves_pixels = name not in COLOR_ONLY
-        self._transform = self._build()
+        self.moves_pixels = name not in COLOR_ONLY.split()
+        from torchvision.transforms import v2  # slow to import
 
-    def _build(self) -> Any:
-        from torchvision.transforms import v2
-
+        classes = {key: item for key, item in vars(v2).items() if inspect.isclass(item)}
         classes = {
-            name: item
-            for name, item in vars(v2).items()
-            if isinstance(item, type) and issubclass(item, v2.Transform) and item is not v2.Transform
+            key: item for key, item in classes.items() if issubclass(item, v2.Transform) and item != v2.Transform
         }
-        if self.name not in classes:
-            hint = suggest(self.name, sorted(classes))
-            raise UserError(f"augment: {self.name!r} is not a transform of torchvision.transforms.v2{hint}")
+        if name not in classes:
+            hint = suggest(name, sorted(classes))
+            raise UserError(f"augment: {name!r} is not a transform of torchvision.transforms.v2{hint}")
         try:
-            return classes[self.name](**self.arguments)
+            self._transform = classes[name](**self.arguments)
         except (TypeError, ValueError) as error:
-            raise UserError(f"augment: torchvision's {self.name}({self.arguments}): {error}") from error
+            raise UserError(f"augment: torchvision's {name}({self.arguments}): {error}") from error
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
-        """Transform `image` (C, H, W) uint8, with random numbers from `seed` alone.
-
-        Raises:
-            UserError: the shape or type of the image changed.
-        """
+        """Transform `image` (C, H, W) uint8 with random numbers from `seed` alone; shape and type must not change."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             result = self._transform(image)
@@ -91,16 +67,10 @@ class TorchvisionTransform(Augmentation):
         return result
 
 
-class SampleTransform:
-    """All per-sample transforms of one epoch. Can be pickled for worker processes."""
-
-    def __init__(self, transforms: Mapping[str, TorchvisionTransform], seed: int, epoch: int) -> None:
-        self.transforms = dict(transforms)
-        self.seed = seed
-        self.epoch = epoch
-
-    def __call__(self, image: Tensor, position: int) -> Tensor:
-        """Transform `image` (C, H, W) uint8 at `position` in the epoch."""
-        for key, transform in self.transforms.items():
-            image = transform(image, hash_seed(self.seed, self.epoch, position, key))
-        return image
+def transform_sample(
+    transforms: Mapping[str, TorchvisionTransform], seed: int, epoch: int, image: Tensor, position: int
+) -> Tensor:
+    """Apply all transforms to `image` (C, H, W) uint8 at `position` in the epoch."""
+    for key, transform in transforms.items():
+        image = transform(image, hash_seed(seed, epoch, position, key))
+    return image

@@ -264,7 +264,7 @@ def _run_and_report(
         batch = context.eval_batch(count=IMAGES_IN_FIGURE)
         names = [context.loaders["train"].examples.names[int(i)] for i in batch.index]
         with log_plot_errors("the figures"):
-            figure = context.task.draw(batch.images, None, batch.truth, names, *context.spec.normalization)
+            figure = context.task.draw(batch.images, None, batch.truth, names)
             save_figure(figure, run_folder.figures / "images.png")
             if context.curves:
                 save_figure(plot_check_curves(context.curves), run_folder.figures / "check.png")

@@ -9,17 +9,14 @@ are ignored. Writes bench.json.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cnntrain.benchmark.tables import load_line, part_rows, recommend, speed_rows
-from cnntrain.benchmark.throughput import ThroughputBenchmark, temporary_logger
+from cnntrain.benchmark.throughput import ThroughputBenchmark, part_rows, recommend, speed_rows, temporary_logger
 from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_settings
 from cnntrain.config.schema import Settings
-from cnntrain.errors import UserError
 from cnntrain.report.console import log_to_console, print_rows
 from cnntrain.train.prepare import build_training_parts
 from cnntrain.train.run_dir import open_run_dir, provenance
@@ -28,28 +25,19 @@ from cnntrain.train.signals import stop_flag
 
 
 def run(invocation: Invocation) -> int:
-    if invocation.words:
-        raise UserError(
-            f"bench: {invocation.words[0]!r} is not an override; write KEY=VALUE, for example model=resnet18"
-        )
     bench(read_settings(invocation.overrides, invocation.config_dir), invocation.line)
     return 0
 
 
 def bench(settings: Settings, command_line: str = "") -> dict[str, Any]:
-    """Return the content of bench.json (`settings`, `parts`, `recommendation`, `load`) and `run_dir`.
-
-    Raises:
-        UserError: a setting is invalid, or the data cannot be read.
-    """
+    """Return the content of bench.json (`settings`, `parts`, `recommendation`, `load`) and `run_dir`."""
     log_to_console()
     components = build_components(settings)
     data = components.load()
     plan, _, _ = build_training_parts(components, data)
-    folder = Path(settings.run_dir) if settings.run_dir else None
     with (
         stop_flag() as stop,
-        open_run_dir(folder, f"bench-{settings.label}") as run_dir,
+        open_run_dir(settings.run_dir, f"bench-{settings.label}") as run_dir,
         temporary_logger(components, plan) as logger,
     ):
         run_dir.write_json("run.json", provenance(command_line))
@@ -62,7 +50,7 @@ def bench(settings: Settings, command_line: str = "") -> dict[str, Any]:
             "settings": [dataclasses.asdict(speed) for speed in speeds],
             "parts": part_rows({name: windows.median for name, windows in parts.items()}, images),
             "recommendation": recommend(speeds),
-            "load": load_line(*benchmark.load()),
+            "load": benchmark.load_line(),
         }
         run_dir.write_json("bench.json", report)
     print_rows(speed_rows(speeds), f"{settings.label}, images/s on {report['device']}")

@@ -12,11 +12,11 @@ a run. Writes check.json and figures. docs/checks.md describes every check.
 from pathlib import Path
 
 from cnntrain.checks.check_run import check, check_checkpoint, check_flip, select_checks
-from cnntrain.commands.evaluate import restore
 from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_command_settings, read_settings
 from cnntrain.config.schema import EvaluateSettings
 from cnntrain.train.checkpoint import load_validated
+from cnntrain.train.restore import restore
 from cnntrain.train.resume import locate_checkpoint
 
 

@@ -38,11 +38,7 @@ def run(invocation: Invocation) -> int:
 
 
 def compare(folders: list[Path], settings: CompareSettings, command_line: str = "") -> list[dict[str, Any]]:
-    """Compare runs and return the rows of the table, one per group of runs that differ only in seed and fold.
-
-    Raises:
-        UserError: a folder contains no run, or no run has the metric.
-    """
+    """Compare runs and return the rows of the table, one per group of runs that differ only in seed and fold."""
     log_to_console()
     run_folders = list(dict.fromkeys(each for folder in folders for each in find_runs(folder)))
     runs = [read_run(each) for each in run_folders]
@@ -53,8 +49,7 @@ def compare(folders: list[Path], settings: CompareSettings, command_line: str = 
         raise UserError(f"metric: no run has {metric!r}{suggest(metric, known)} (available: {', '.join(known)})")
     groups = group_runs(runs, differing_keys(runs))
     rows = comparison_rows(groups, metric, monitor)
-    run_dir = Path(settings.run_dir) if settings.run_dir else None
-    with open_run_dir(run_dir, "compare") as folder:
+    with open_run_dir(settings.run_dir, "compare") as folder:
         folder.write_json("run.json", provenance(command_line))
         write_csv(folder.path / "compare.csv", rows)
         curves = {group.name: [run.rows for run in group.runs] for group in groups}

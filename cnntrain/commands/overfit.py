@@ -13,14 +13,9 @@ from cnntrain.checks.overfit import overfit
 from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_settings
 from cnntrain.config.schema import Settings
-from cnntrain.errors import UserError
 
 
 def run(invocation: Invocation) -> int:
-    if invocation.words:
-        raise UserError(
-            f"overfit: {invocation.words[0]!r} is not an override; write KEY=VALUE, for example model=resnet18"
-        )
     if invocation.multirun:
         # Imported here because they import optuna, which a single run does not need.
         from cnntrain.sweep.sweep_run import run_sweep

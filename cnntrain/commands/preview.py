@@ -8,7 +8,6 @@ second figure shows images beside their flipped versions with keypoint names. Wr
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from cnntrain.config.compose import read_settings
 from cnntrain.config.schema import Settings
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
-from cnntrain.errors import UserError
 from cnntrain.plots.figure import save_figure
 from cnntrain.plots.previews import draw_batches, draw_flip
 from cnntrain.randomness import epoch_order
@@ -31,27 +29,18 @@ from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.train.device import prepare_torch
 from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.setup import build_pipeline, build_source, with_configured_statistics
-from cnntrain.types import Batch
 
 log = logging.getLogger("cnntrain")
 FLIPPED_IMAGES = 2
 
 
 def run(invocation: Invocation) -> int:
-    if invocation.words:
-        raise UserError(
-            f"preview: {invocation.words[0]!r} is not an override; write KEY=VALUE, for example augment=flip"
-        )
     preview(read_settings(invocation.overrides, invocation.config_dir), invocation.line)
     return 0
 
 
 def preview(settings: Settings, command_line: str = "") -> list[Path]:
-    """Draw the figures and return their paths.
-
-    Raises:
-        UserError: data or augmentation are invalid, or do not fit each other.
-    """
+    """Draw the figures and return their paths."""
     log_to_console()
     prepare_torch(settings.threads, settings.deterministic)
     source, chosen = build_source(settings)
@@ -70,7 +59,8 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     rows = torch.linspace(0, len(loader) - 1, count).round().long()
     original = pipeline.eval_transform(next(loader.batches(rows, count)))
     augmented = []
-    for epoch, positions in enumerate(_positions(rows, len(loader), settings)):
+    for epoch in range(settings.preview.epochs):
+        positions = epoch_positions(rows, len(loader), settings.seed, epoch)
         transform = pipeline.sample_transform(settings.seed, epoch)
         batch = next(loader.batches(rows, count, positions=positions, transform=transform))
         augmented.append(pipeline(batch, settings.seed, epoch))
@@ -79,18 +69,14 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     if data.spec.keypoints and data.spec.flip_pairs is None:
         log.warning("preview: data.flip_pairs is not set, so no flip is drawn")
     elif data.spec.keypoints:
-        shown = _most_valid(next(loader.batches(rows, count)), FLIPPED_IMAGES)
-        flip = Pipeline(data.spec, {"flip": HorizontalFlip(probability=1.0)})
-        straight = Pipeline(data.spec, {}).eval_transform(shown)
-        figures["flip"] = draw_flip(
-            straight,
-            flip(shown, settings.seed, 0),
-            [data.train.names[row] for row in shown.index.tolist()],
-            data.spec,
-        )
-    folder = Path(settings.run_dir) if settings.run_dir else None
+        batch = next(loader.batches(rows, count))
+        most_valid = batch.targets["valid"].sum(1).argsort(descending=True, stable=True)
+        batch = batch.take(most_valid[:FLIPPED_IMAGES].sort().values)
+        flipped = Pipeline(data.spec, {"flip": HorizontalFlip(probability=1.0)})(batch, settings.seed, 0)
+        names = [data.train.names[row] for row in batch.index.tolist()]
+        figures["flip"] = draw_flip(Pipeline(data.spec, {}).eval_transform(batch), flipped, names, data.spec)
     written = []
-    with open_run_dir(folder, f"preview-{settings.choices['data']}") as run_folder:
+    with open_run_dir(settings.run_dir, f"preview-{settings.choices['data']}") as run_folder:
         config = without_passwords(dataclasses.asdict(settings))
         run_folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
         run_folder.write_json("run.json", provenance(command_line))
@@ -105,18 +91,6 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     return written
 
 
-def _positions(rows: Tensor, count: int, settings: Settings) -> Iterator[Tensor]:
-    """Yield the positions of `rows` in the order of each epoch; random draws depend on the position."""
-    for epoch in range(settings.preview.epochs):
-        yield torch.argsort(epoch_order(settings.seed, epoch, count))[rows]
-
-
-def _most_valid(batch: Batch, count: int) -> Batch:
-    """Return the `count` examples with the most valid points."""
-    rows = batch.targets["valid"].sum(1).argsort(descending=True, stable=True)[:count].sort().values
-    return Batch(
-        batch.images[rows],
-        {name: target[rows] for name, target in batch.targets.items()},
-        batch.index[rows],
-        batch.position[rows],
-    )
+def epoch_positions(rows: Tensor, count: int, seed: int, epoch: int) -> Tensor:
+    """Return the positions of `rows` in the order of an epoch; random draws depend on the position."""
+    return torch.argsort(epoch_order(seed, epoch, count))[rows]

@@ -17,7 +17,6 @@ from cnntrain.checks.lint import lint
 from cnntrain.commands.evaluate import evaluate_checkpoint
 from cnntrain.config.command_line import Invocation, chosen_options, without_passwords
 from cnntrain.config.compose import read_command_settings, read_settings
-from cnntrain.config.reference import suggest_setting
 from cnntrain.config.schema import EvaluateSettings, Settings
 from cnntrain.errors import CheckFailedError, UserError
 from cnntrain.io.safe_files import read_text, run_folder_of
@@ -27,15 +26,7 @@ from cnntrain.report.console import log_to_console, print_findings, print_run_su
 from cnntrain.report.run_logger import RunLogger
 from cnntrain.sweep.search_space import swept_by_config
 from cnntrain.train.checkpoint import CheckpointWriter, checkpoint_metadata
-from cnntrain.train.distributed import (
-    SINGLE,
-    RankInfo,
-    World,
-    check_launch,
-    rank_from_env,
-    replica_tensors,
-    uses_gpus,
-)
+from cnntrain.train.distributed import SINGLE, RankInfo, World, check_launch, rank_from_env, replica_tensors, uses_gpus
 from cnntrain.train.loop import Logger
 from cnntrain.train.optim import learning_rate_at
 from cnntrain.train.prepare import prepare_training
@@ -59,14 +50,11 @@ if TYPE_CHECKING:
     from cnntrain.train.launch import WorkerContext
 
 log = logging.getLogger("cnntrain")
+Watch = Callable[[dict[str, float]], None]  # takes the row of metrics.csv after each epoch
 NO_HPARAMS = ("run_dir", "resume", "log", "expect", "sweep")  # settings not shown in the HParams tab
 
 
 def run(invocation: Invocation) -> int:
-    if invocation.words:
-        word, *following = invocation.words
-        example = suggest_setting(word, following) or "model=resnet18"
-        raise UserError(f"train: {word!r} is not an override; write KEY=VALUE, for example {example}")
     if invocation.multirun:
         if rank_from_env():
             raise UserError("-m: a sweep is one process; start it without torchrun or srun, with launch.devices=N")
@@ -91,12 +79,7 @@ def run(invocation: Invocation) -> int:
     return 1 if any(finding.verdict == "FAIL" for finding in findings) else 0
 
 
-def train(
-    settings: Settings,
-    command_line: str = "",
-    test: bool = True,
-    watch: Callable[[dict[str, float]], None] | None = None,
-) -> dict[str, Any]:
+def train(settings: Settings, command_line: str = "", test: bool = True, watch: Watch | None = None) -> dict[str, Any]:
     """Train and return the content of results.json plus `run_dir`.
 
     If `launch.devices` is above 1, start that many ranks. Under torchrun or srun, this process is one of the ranks, and
@@ -104,11 +87,7 @@ def train(
 
     Args:
         test: evaluate the test set at the end; a sweep does so only for its winner.
-        watch: called with the row of metrics.csv after each epoch; an exception ends the run with its state saved.
-
-    Raises:
-        UserError, DivergedError, MachineError, StoppedError: see cnntrain.errors.
-        ElsewhereError: another rank failed and reported the error.
+        watch: called after each epoch; an exception ends the run with its state saved.
     """
     log_to_console()
     if info := rank_from_env():
@@ -153,20 +132,12 @@ def _joined(info: RankInfo, settings: Settings, **more: Any) -> Iterator[World]:
         yield world
 
 
-def _train(
-    settings: Settings,
-    command_line: str,
-    test: bool,
-    watch: Callable[[dict[str, float]], None] | None,
-    world: World,
-) -> dict[str, Any]:
+def _train(settings: Settings, command_line: str, test: bool, watch: Watch | None, world: World) -> dict[str, Any]:
     """Train in this process, which is a single process or one of several ranks."""
     folder = find_run_dir(settings)
-    with contextlib.ExitStack() as stack:
-        # Lock before reading: a process that still trains in this folder may write a newer state at any time.
-        locked = world.is_main and folder is not None and needs_lock(folder)
-        if locked and folder:
-            stack.enter_context(lock_run_dir(folder))
+    # Lock before reading: a process that still trains in this folder may write a newer state at any time.
+    locked = world.is_main and folder is not None and needs_lock(folder)
+    with lock_run_dir(folder) if folder and locked else contextlib.nullcontext():
         world.barrier()
         return _train_in(folder, locked, settings, command_line, test, watch, world)
 
@@ -177,7 +148,7 @@ def _train_in(
     settings: Settings,
     command_line: str,
     test: bool,
-    watch: Callable[[dict[str, float]], None] | None,
+    watch: Watch | None,
     world: World,
 ) -> dict[str, Any]:
     """Train in `folder`, which is locked if it contains a run."""
@@ -205,10 +176,9 @@ def _train_in(
     if not test:
         data.test = None
     plan, state = prepare_training(components, data)
-    settings = dataclasses.replace(  # values that were `auto` or follow from pretrained weights
-        settings, batch_size=plan.batch_size, optimizer=components.settings.optimizer,
-        model=components.settings.model, data=components.settings.data,
-    )  # fmt: skip
+    # Values that were `auto` or follow from pretrained weights.
+    resolved = {name: getattr(components.settings, name) for name in ("optimizer", "model", "data")}
+    settings = dataclasses.replace(settings, batch_size=plan.batch_size, **resolved)
     for finding in lint(components, data, plan, command_line):
         log.warning("config: %s: %s; %s", finding.evidence, finding.cause, finding.remedy)
     best = None
@@ -282,11 +252,7 @@ def _run_folder(folder: Path | None, label: str, world: World, locked: bool) -> 
 
 
 def _check_first(settings: Settings, command_line: str) -> None:
-    """Run all checks in the subfolder `check` of the run folder, or in a new folder.
-
-    Raises:
-        CheckFailedError: a check failed.
-    """
+    """Run all checks in the subfolder `check` of the run folder, or in a new folder; raise if one fails."""
     from cnntrain.checks.check_run import check
 
     folder = str(Path(settings.run_dir) / "check") if settings.run_dir else None
@@ -298,16 +264,13 @@ def _check_first(settings: Settings, command_line: str) -> None:
         )
 
 
-def train_trial(settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]) -> dict[str, Any]:
+def train_trial(settings: Settings, command_line: str, watch: Watch) -> dict[str, Any]:
     """Train one run of a sweep, without the test set."""
     return train(settings, command_line, test=False, watch=watch)
 
 
 def test_trial(settings: Settings, command_line: str) -> dict[str, float]:
     """Return the test metrics of the best checkpoint of a run."""
-    about = dataclasses.replace(
-        read_command_settings(EvaluateSettings, "evaluate", ("checkpoint=best.pt",)),
-        checkpoint=str(settings.run_dir), device=settings.device,
-        threads=settings.threads, trusted_packages=settings.trusted_packages,
-    )  # fmt: skip
-    return evaluate_checkpoint(about, command_line)
+    about = read_command_settings(EvaluateSettings, "evaluate", ("checkpoint=best.pt",))
+    own = {name: getattr(settings, name) for name in ("device", "threads", "trusted_packages")}
+    return evaluate_checkpoint(dataclasses.replace(about, checkpoint=str(settings.run_dir), **own), command_line)

@@ -17,26 +17,16 @@ _QUERY_PASSWORD = re.compile(r"([?&](?:ssl)?(?:password|passwd|pwd)=)[^&#\s'\"]+
 
 @dataclass(frozen=True)
 class Invocation:
-    """A parsed command line.
-
-    Attributes:
-        command: the command word.
-        words: arguments after the command word that are not overrides, for example folders to compare.
-        overrides: `KEY=VALUE` arguments in Hydra's grammar.
-        config_dir: the user's folder of config groups.
-        multirun: -m: run every combination of the listed values.
-        print_config: --cfg: print the composed config instead of running the command.
-        argv: all arguments as typed.
-    """
+    """A parsed command line."""
 
     command: str = DEFAULT_COMMAND
-    words: tuple[str, ...] = ()
-    overrides: tuple[str, ...] = ()
-    config_dir: Path | None = None
-    multirun: bool = False
+    words: tuple[str, ...] = ()  # arguments that are not overrides, for example folders to compare
+    overrides: tuple[str, ...] = ()  # `KEY=VALUE` arguments in Hydra's grammar
+    config_dir: Path | None = None  # the user's folder of config groups
+    multirun: bool = False  # -m: run every combination of the listed values
     help: bool = False
-    print_config: bool = False
-    argv: tuple[str, ...] = field(default=(), compare=False)
+    print_config: bool = False  # --cfg: print the composed config instead of running the command
+    argv: tuple[str, ...] = field(default=(), compare=False)  # all arguments as typed
 
     @property
     def line(self) -> str:

@@ -18,16 +18,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from hydra.version import VersionBase
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cnntrain.config.instantiate import trust_folder
-from cnntrain.config.reference import group_options
+from cnntrain.config.reference import group_options, no_such_option, option_keys, suggest_key
 from cnntrain.config.renamed_keys import renamed
 from cnntrain.config.schema import Settings, check_groups, conf_folder, parse, shortened
 from cnntrain.config.yaml_files import check_yaml_files, yaml_files
-from cnntrain.errors import UserError, suggest
+from cnntrain.errors import UserError
 
 
 @contextmanager
@@ -47,44 +47,31 @@ T = TypeVar("T")
 
 
 def read_settings(overrides: Sequence[str], config_dir: Path | None = None) -> Settings:
-    """Compose and validate the settings of a training.
-
-    `trusted_packages` only has an effect among `overrides`: a config file cannot trust itself. The modules in
-    `config_dir` are trusted, because that folder is named on the command line.
-
-    Raises:
-        UserError: a setting is invalid.
-    """
-    settings = parse(Settings, compose("config", overrides, config_dir))
+    """Compose and validate the settings of a training. Raises `UserError` if one is invalid."""
+    settings = read_command_settings(Settings, "config", overrides, config_dir)
     check_groups(settings)
-    trusted = _trusted_packages(settings.trusted_packages, overrides, config_dir)
-    return dataclasses.replace(settings, trusted_packages=trusted)
-
-
-def read_command_settings(cls: type[T], name: str, overrides: Sequence[str], config_dir: Path | None = None) -> T:
-    """Compose and validate the settings of a command with its own config, conf/`name`.yaml.
-
-    Raises:
-        UserError: a setting is invalid.
-    """
-    composed = compose(name, overrides, config_dir)
-    composed.pop("choices")
-    settings: Any = parse(cls, composed)
-    if "trusted_packages" in composed:
-        trusted = _trusted_packages(settings.trusted_packages, overrides, config_dir)
-        settings = dataclasses.replace(settings, trusted_packages=trusted)
     return settings
 
 
-def _trusted_packages(composed: list[str], overrides: Sequence[str], config_dir: Path | None) -> list[str]:
-    """Return the packages to trust: `composed` if set on the command line, and the modules in `config_dir`."""
-    trusted = []
-    if any(override.key_or_group == "trusted_packages" for override in parse_overrides(overrides)):
-        trust_folder(Path.cwd())
-        trusted += composed
-    if config_dir:
-        trusted += trust_folder(config_dir.resolve())
-    return trusted
+def read_command_settings(cls: type[T], name: str, overrides: Sequence[str], config_dir: Path | None = None) -> T:
+    """Compose and validate the settings of a command from its config, conf/`name`.yaml.
+
+    `trusted_packages` only has an effect among `overrides`: a config file cannot trust itself. The modules in
+    `config_dir` are trusted, because that folder is named on the command line.
+    """
+    composed = compose(name, overrides, config_dir)
+    if cls is not Settings:
+        composed.pop("choices")
+    settings: Any = parse(cls, composed)
+    if "trusted_packages" in composed:
+        trusted = []
+        if any(override.key_or_group == "trusted_packages" for override in parse_overrides(overrides)):
+            trust_folder(Path.cwd())
+            trusted += settings.trusted_packages
+        if config_dir:
+            trusted += trust_folder(config_dir.resolve())
+        settings = dataclasses.replace(settings, trusted_packages=trusted)
+    return settings
 
 
 def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None) -> dict[str, Any]:
@@ -94,32 +81,21 @@ def compose(name: str, overrides: Sequence[str], config_dir: Path | None = None)
         name: primary config, a file of conf/.
         overrides: as on the command line, for example `["model=mlp", "optimizer.lr=0.1"]`.
         config_dir: the user's folder of config groups.
-
-    Raises:
-        UserError: a group, an option, a key or a value is invalid.
     """
-    return deepcopy(_compose(name, tuple(map(quote_value, overrides)), config_dir, _versions(config_dir)))
-
-
-def _versions(config_dir: Path | None) -> tuple[tuple[str, int, int], ...]:
-    """Return the name, modification time and size of the user's config files: part of the cache key."""
     files = [file for file in yaml_files(config_dir) if file.exists()] if config_dir else []
-    return tuple((str(file), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
+    versions = tuple((str(file), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
+    return deepcopy(_compose(name, tuple(map(quote_value, overrides)), config_dir, versions))
 
 
 @lru_cache(maxsize=1)  # the command line composes before it imports torch, and the command composes again
-def _compose(
-    name: str,
-    overrides: tuple[str, ...],
-    config_dir: Path | None,
-    versions: tuple[tuple[str, int, int], ...],
-) -> dict[str, Any]:
+def _compose(name: str, overrides: tuple[str, ...], config_dir: Path | None, versions: object) -> dict[str, Any]:
     if config_dir:
         check_yaml_files(config_dir)
     _check_option_names(overrides, config_dir)
     with hydra_session():
         try:
-            composed = hydra_compose(name, [*_search_path(config_dir), *overrides], return_hydra_config=True)
+            search_path = [f"hydra.searchpath=['file://{config_dir.resolve()}']"] if config_dir else []
+            composed = hydra_compose(name, [*search_path, *overrides], return_hydra_config=True)
             chosen = OmegaConf.to_container(composed.hydra.runtime.choices)
             with open_dict(composed):
                 del composed["hydra"]
@@ -136,16 +112,8 @@ def _compose(
     return {**{str(key): value for key, value in config.items()}, "choices": choices}
 
 
-def _search_path(config_dir: Path | None) -> list[str]:
-    return [f"hydra.searchpath=['file://{config_dir.resolve()}']"] if config_dir else []
-
-
 def parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Parse overrides with Hydra's grammar.
-
-    Raises:
-        UserError: a syntax error, or one of Hydra's own keys.
-    """
+    """Parse overrides with Hydra's grammar. Raises `UserError` for a syntax error or a key of Hydra's own."""
     for override in overrides:
         if override.startswith("="):
             raise UserError(f"{override!r} has no key; write KEY=VALUE, for example epochs=5")
@@ -226,7 +194,9 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
     # Without "In '...':", the message may be about Hydra's search path.
     prefix = "In '[^']*': " if "hydra.searchpath" in text else ""
     if match := re.search(prefix + r"Could not (?:load|find) '([^'/]+)/([^']+)'", text):
-        return _no_such_option(match[1], match[2], config_dir)
+        if match[2] == "_base":
+            return f"{match[1]}/_base: no longer exists; remove `_base` from `defaults`, every option has its keys now"
+        return no_such_option(match[1], match[2], config_dir)
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]}: several values; -m runs each of them, [brackets] make them one list"
     if match := re.search(r"Could not override '([^']+)'", text):
@@ -238,68 +208,24 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
     return "\n".join(line for line in text.splitlines() if line.strip())[:600]
 
 
-def _no_such_option(group: str, option: str, config_dir: Path | None) -> str:
-    if option == "_base":
-        return f"{group}/_base: no longer exists; remove `_base` from `defaults`, every {group} has these keys now"
-    options = group_options(config_dir).get(group, [])
-    hint = renamed(group, option) or suggest(option, options)
-    return f"{group}: no such option {option!r}{hint} (there is {', '.join(options)})"
-
-
 def _no_such_key(key: str, name: str, overrides: Sequence[str], config_dir: Path | None) -> str:
     """Describe an unknown key: name the options that have it, or suggest the most similar key."""
     options = group_options(config_dir)
     if name != "config" and key in options:
         return f"{key}: `{name}` takes it from the checkpoint"
-    # Hydra names a key only up to its first unknown part.
     typed = [override.lstrip("+~").partition("=")[0] for override in overrides]
     if hint := renamed(next((each for each in typed if each.startswith(f"{key}.")), key)):
         return f"{key}: no such key{hint}"
-    group, _, rest = key.partition(".")
-    if rest and group in options:
-        owners = [option for option in options[group] if rest in _option_keys(group, option, config_dir)]
-        if owners:
-            chosen = [each.partition("=")[2] for each in overrides if each.startswith(f"{group}=")]
-            default = re.search(rf"- {group}: (\w+)", (conf_folder() / "config.yaml").read_text())
-            option = chosen[-1] if chosen else default[1] if default else "the chosen one"
-            more = f" and {len(owners) - 20} more" if len(owners) > 20 else ""
-            return f"{key}: {group}={option} has no such key; {', '.join(owners[:20])}{more} have it"
-    keys = _all_keys(name, overrides, config_dir)
-    if ends := [each for each in keys if each.endswith(f".{key}")]:
-        return f"{key}: no such key; did you mean {ends[0]!r}?"
-    within = [each for each in keys if each.startswith(f"{group}.")] if rest else []
-    return f"{key}: no such key{suggest(key, within or keys)}"
-
-
-def _option_keys(group: str, option: str, config_dir: Path | None) -> set[str]:
-    """Return the keys set in an option's own file, without those from its defaults list."""
-    for folder in filter(None, (config_dir, conf_folder())):
-        if (file := folder / group / f"{option}.yaml").is_file():
-            try:
-                content = yaml.safe_load(file.read_text("utf-8"))
-            except (YAMLError, UnicodeDecodeError):
-                return set()
-            return {str(key) for key in content} if isinstance(content, dict) else set()
-    return set()
-
-
-def _all_keys(name: str, overrides: Sequence[str], config_dir: Path | None) -> list[str]:
-    """Return all dotted keys of the config with the chosen options."""
-    groups = group_options(config_dir)
-    choices = [override for override in overrides if override.split("=")[0] in groups]
-    try:
-        composed = hydra_compose(name, [*_search_path(config_dir), *choices])
-    except (HydraException, OmegaConfBaseException):
-        composed = hydra_compose(name)
-
-    def walk(node: DictConfig, prefix: str) -> Iterator[str]:
-        for key in node:
-            yield f"{prefix}{key}"
-            child = node._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-                yield from walk(child, f"{prefix}{key}.")
-
-    return [*groups, *walk(composed, "")]
+    group = key.partition(".")[0]
+    options_with_key = {option: option_keys(group, option, config_dir) for option in options.get(group, ())}
+    owners = [option for option, keys in options_with_key.items() if any(each.key == key for each in keys)]
+    if owners:
+        default = re.search(rf"- {group}: (\w+)", (conf_folder() / "config.yaml").read_text())
+        chosen = [default[1] if default else "the chosen one"]
+        chosen += [each.partition("=")[2] for each in overrides if each.startswith(f"{group}=")]
+        more = f" and {len(owners) - 20} more" if len(owners) > 20 else ""
+        return f"{key}: {group}={chosen[-1]} has no such key; {', '.join(owners[:20])}{more} have it"
+    return f"{key}: no such key{suggest_key(key, config_dir, name)}"
 
 
 def _yaml_error(error: YAMLError, file: Path | None = None) -> str:

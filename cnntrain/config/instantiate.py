@@ -16,10 +16,7 @@ from cnntrain.errors import UserError, is_out_of_memory, suggest
 # For each role: the allowed packages, and the required base class (by name, because torch is imported lazily). A class
 # or function must be defined in the package; being importable from it is not enough (`torch.load` is in torch too).
 ROLES: dict[str, tuple[tuple[str, ...], str]] = {
-    "model": (
-        ("cnntrain.models", "torch.nn.modules", "torchvision.models", "timm.models"),
-        "torch.nn.Module",
-    ),
+    "model": (("cnntrain.models", "torch.nn.modules", "torchvision.models", "timm.models"), "torch.nn.Module"),
     "data": (("cnntrain.data",), "cnntrain.data.examples.Source"),
     "augment": (("cnntrain.augment",), "cnntrain.augment.base.Augmentation"),
     "task": (("cnntrain.tasks",), "cnntrain.tasks.task.Task"),
@@ -42,15 +39,7 @@ def build(node: Mapping[str, Any], role: str, key: str, trusted: Sequence[str] =
     factory = resolve(node, role, key, trusted, **facts)
     try:
         return factory()
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         raise UserError(f"{key}: {node['_target_']} refused its arguments: {error}") from error
@@ -68,9 +57,6 @@ def resolve(
         trusted: additional packages of the user; any class or function in them is allowed. Taken from the command
             line, never from a checkpoint.
         facts: further arguments, passed if the signature has them and `node` does not set them or sets them to null.
-
-    Raises:
-        UserError: the target is not allowed, or an argument is invalid.
     """
     if not isinstance(node, Mapping):
         raise UserError(f"{key}: must be a mapping with _target_, the class of this {role}; got {shortened(node)}")

@@ -92,46 +92,43 @@ def _walk(node: yaml.MappingNode, lines: list[str], prefix: str) -> Iterator[Key
 
 
 def option_text(group: str, option: str, config_dir: Path | None = None) -> str:
-    """Return the text of an option's file, the user's file first.
-
-    Raises:
-        UserError: the group has no such option.
-    """
+    """Return the text of an option's file, the user's file first. Raises `UserError` if there is no such option."""
     for folder in filter(None, (config_dir, conf_folder())):
         if (file := folder / group / f"{option}.yaml").is_file():
             return file.read_text("utf-8")
+    raise UserError(no_such_option(group, option, config_dir))
+
+
+def no_such_option(group: str, option: str, config_dir: Path | None = None) -> str:
+    """Return the message about an unknown option of a group."""
     options = group_options(config_dir).get(group, [])
     hint = renamed(group, option) or suggest(option, options)
-    raise UserError(f"{group}: no such option {option!r}{hint} (there is {', '.join(options)})")
+    return f"{group}: no such option {option!r}{hint} (there is {', '.join(options)})"
 
 
 def option_keys(group: str, option: str, config_dir: Path | None = None) -> list[KeyReference]:
-    text = option_text(group, option, config_dir)
     try:
+        text = option_text(group, option, config_dir)
         return read_keys(text, "" if "@package _global_" in text else f"{group}.")
-    except yaml.YAMLError:  # reported with its line when the option is chosen
+    except (yaml.YAMLError, UnicodeDecodeError):  # reported with its line when the option is chosen
         return []
 
 
-def common_keys() -> list[KeyReference]:
-    """Return the keys of config.yaml, which all training commands and all options of a group have."""
-    return read_keys((conf_folder() / "config.yaml").read_text("utf-8"))
+def common_keys(name: str = "config") -> list[KeyReference]:
+    """Return the keys of conf/`name`.yaml; those of config.yaml apply to all training commands and all options."""
+    return read_keys((conf_folder() / f"{name}.yaml").read_text("utf-8"))
 
 
 def describe(word: str, config_dir: Path | None = None) -> str:
-    """Return the reference of an option (`data=image_folder`), a group (`data`) or a key (`optimizer.lr`).
-
-    Raises:
-        UserError: there is no such option, group or key.
-    """
+    """Return the reference of an option (`data=image_folder`), a group (`data`) or a key (`optimizer.lr`)."""
     group, _, option = word.partition("=")
     options = group_options(config_dir)
     if option and group in options:
         names = option.strip("[]").split(",")
         return "\n\n".join(_describe_option(group, name.strip(), config_dir) for name in names)
     word = group
-    if word in options:
-        return _describe_group(word, options[word], config_dir)
+    if group in options:
+        return _describe_group(group, options[group], config_dir)
     lines = _table([each for each in common_keys() if _is_at(each.key, word)])
     group = word.partition(".")[0]
     owners: dict[KeyReference, list[str]] = {}
@@ -142,19 +139,19 @@ def describe(word: str, config_dir: Path | None = None) -> str:
     for key, names in owners.items():
         lines += [*_wrap(f"{group}=", ", ".join(names)), *_table([key], "  ")]
     for command in COMMAND_CONFIGS:
-        keys = read_keys((conf_folder() / f"{command}.yaml").read_text("utf-8"))
-        if found := [key for key in keys if _is_at(key.key, word)]:
+        if found := [key for key in common_keys(command) if _is_at(key.key, word)]:
             lines += [f"cnntrain {command}", *_table(found, "  ")]
     if not lines:
         raise UserError(f"{word}: no such key{renamed(word) or suggest_key(word, config_dir)}")
     return "\n".join(lines)
 
 
-def suggest_key(word: str, config_dir: Path | None = None) -> str:
-    """Return `; did you mean 'optimizer.lr'?` for the most similar key of all options, or an empty string."""
-    keys = [each.key for each in common_keys()]
-    for group, options in group_options(config_dir).items():
-        keys += [group, *(key.key for option in options for key in option_keys(group, option, config_dir))]
+def suggest_key(word: str, config_dir: Path | None = None, name: str = "config") -> str:
+    """Return `; did you mean 'optimizer.lr'?` for the most similar key of a config, or an empty string."""
+    keys = [each.key for each in common_keys(name)]
+    if name == "config":
+        for group, options in group_options(config_dir).items():
+            keys += [group, *(key.key for option in options for key in option_keys(group, option, config_dir))]
     ends = [key for key in keys if key.endswith(f".{word}")]
     return f"; did you mean {ends[0]!r}?" if ends else suggest(word, keys)
 
@@ -168,21 +165,21 @@ def _describe_group(group: str, options: list[str], config_dir: Path | None) -> 
     for option in options:
         first = next(iter(header(option_text(group, option, config_dir))), "")
         lines += _wrap(f"  {option:<14} ", first)
-    if keys := [key for key in common_keys() if key.key.startswith(f"{group}.")]:
-        lines += ["", "keys of every option:", *_table(keys, "  ")]
+    lines += _keys_of_group(group, "keys of every option:")
     return "\n".join([*lines, "", f"`cnntrain help {group}=OPTION` shows the keys of an option."])
 
 
 def _describe_option(group: str, option: str, config_dir: Path | None) -> str:
-    lines = [
-        f"{group}={option}",
-        *(f"  {line}".rstrip() for line in header(option_text(group, option, config_dir))),
-    ]
+    lines = [f"{group}={option}"]
+    lines += [f"  {line}".rstrip() for line in header(option_text(group, option, config_dir))]
     if keys := option_keys(group, option, config_dir):
         lines += ["", "keys:", *_table(keys, "  ")]
-    if keys := [key for key in common_keys() if key.key.startswith(f"{group}.")]:
-        lines += ["", f"keys of every {group} option:", *_table(keys, "  ")]
-    return "\n".join(lines)
+    return "\n".join(lines + _keys_of_group(group, f"keys of every {group} option:"))
+
+
+def _keys_of_group(group: str, title: str) -> list[str]:
+    keys = [key for key in common_keys() if key.key.startswith(f"{group}.")]
+    return ["", title, *_table(keys, "  ")] if keys else []
 
 
 def _table(keys: list[KeyReference], indent: str = "") -> list[str]:

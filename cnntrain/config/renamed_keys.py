@@ -17,11 +17,7 @@ KEYS = {
     "task.fit": "task.resize_outputs",
 }
 VALUES = {
-    "augment": {
-        "erasing": "random_erasing",
-        "resized_crop": "random_resized_crop",
-        "trivial": "trivial_augment",
-    },
+    "augment": {"erasing": "random_erasing", "resized_crop": "random_resized_crop", "trivial": "trivial_augment"},
     "data.cache": {"device": "gpu", "host": "ram", "stream": "none"},
     "task.loss": {"sum": "ce_dice"},
 }

@@ -6,14 +6,12 @@ that all options of a group share are checked by `check_groups`, and the others 
 """
 
 import contextlib
-import copy
 import dataclasses
 import math
 import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -35,17 +33,8 @@ class Within:
     high: float | None = None
 
 
-_TYPE_NAMES: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list: "a list",
-    tuple: "a list",
-    Sequence: "a list",
-    dict: "a mapping",
-    Mapping: "a mapping",
-}
+_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_TYPE_NAMES |= {list: "a list", tuple: "a list", Sequence: "a list", dict: "a mapping", Mapping: "a mapping"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +87,7 @@ class LrFindSettings:
 
 @dataclass(frozen=True)
 class InspectSettings:
-    image_size: Any
+    image_size: Annotated[int | tuple[Annotated[int, Within(1)], Annotated[int, Within(1)]] | None, Within(1)]
     channels: Annotated[int | None, Within(1)]
     num_outputs: Annotated[int | None, Within(1)]
     depth: Annotated[int | None, Within(0)]
@@ -217,7 +206,7 @@ class Settings:
 
     @property
     def label(self) -> str:
-        """The name of the network and of the dataset, for the name of the run folder."""
+        """Name of the network and of the dataset, for the run folder."""
         model = self.model.get("name") or self.choices.get("model", "model")
         data = self.choices.get("data", "data")
         return re.sub(r"[^A-Za-z0-9_.]+", "-", f"{model}-{data}").lower()
@@ -230,43 +219,36 @@ class EvaluateData:
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
-    """Settings of `cnntrain evaluate`; all others come from the checkpoint."""
+class CheckpointCommandSettings:
+    """Settings that `evaluate` and `predict` share; the others come from the checkpoint."""
 
     checkpoint: str
-    split: Literal["train", "val", "test"]
-    data: EvaluateData
     batch_size: Annotated[int | None, Within(1)]
     device: str
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None
     threads: Annotated[int | None, Within(1, 1024)]
     run_dir: str | None
     trusted_packages: list[str]
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(CheckpointCommandSettings):
+    split: Literal["train", "val", "test"]
+    data: EvaluateData
+
+
+@dataclass(frozen=True)
+class PredictSettings(CheckpointCommandSettings):
+    images: str
+    boxes: str | None
+    draw: Annotated[int | None, Within(0)]
+    workers: Annotated[int, Within(0, 256)]
 
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """Settings of `cnntrain compare`."""
-
     metric: str | None
     run_dir: str | None
-
-
-@dataclass(frozen=True)
-class PredictSettings:
-    """Settings of `cnntrain predict`; all others come from the checkpoint."""
-
-    checkpoint: str
-    images: str
-    boxes: str | None
-    draw: Annotated[int | None, Within(0)]
-    batch_size: Annotated[int | None, Within(1)]
-    workers: Annotated[int, Within(0, 256)]
-    device: str
-    precision: Literal["auto", "fp32", "bf16", "fp16"] | None
-    threads: Annotated[int | None, Within(1, 1024)]
-    run_dir: str | None
-    trusted_packages: list[str]
 
 
 def split_common(node: Node, cls: type) -> tuple[Node, Node]:
@@ -285,29 +267,19 @@ def conf_folder() -> Path:
 
 def default_settings() -> dict[str, Any]:
     """Return the defaults in conf/config.yaml of all keys that do not belong to a config group."""
-    return copy.deepcopy(_default_settings())
-
-
-@cache
-def _default_settings() -> dict[str, Any]:
     defaults = yaml.safe_load((conf_folder() / "config.yaml").read_text("utf-8"))
     names = {field.name for field in dataclasses.fields(Settings)} - {*GROUPS}
     return {name: value for name, value in defaults.items() if name in names}
 
 
 def check_groups(settings: Settings) -> None:
-    """Check the keys that all options of a group share, before torch is imported and any data is read.
-
-    Raises:
-        UserError: a key is missing, or its value is invalid.
-    """
+    """Check the keys that all options of a group share, before torch is imported and any data is read."""
     parse(DataSettings, split_common(settings.data, DataSettings)[1], "data.")
     parse(ModelSettings, split_common(settings.model, ModelSettings)[1], "model.")
     parse(OptimizerSettings, split_common(settings.optimizer, OptimizerSettings)[1], "optimizer.")
-    if "lr" in settings.optimizer:
-        check_value(settings.optimizer["lr"], Annotated[float | Literal["auto"], Within(0)], "optimizer.lr")
-    if "weight_decay" in settings.optimizer:
-        check_value(settings.optimizer["weight_decay"], Annotated[float, Within(0)], "optimizer.weight_decay")
+    for name, hint in (("lr", float | Literal["auto"]), ("weight_decay", float)):
+        if name in settings.optimizer:
+            check_value(settings.optimizer[name], hint, f"optimizer.{name}", Within(0))
 
 
 def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -315,9 +287,6 @@ def parse(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
     Args:
         path: prefix of the keys in error messages, for example "optimizer.".
-
-    Raises:
-        UserError: a key is unknown or missing, or a value is invalid.
     """
     hints = get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
@@ -344,9 +313,6 @@ def check_value(value: Any, hint: Any, key: str, limits: Within = Within(), alte
         key: the config key, for messages.
         limits: range of numbers.
         alternatives: other accepted values, for messages.
-
-    Raises:
-        UserError: the type or the range is wrong.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -404,20 +370,16 @@ def _check_choice(value: Any, choices: tuple[Any, ...], key: str) -> Any:
 def _check_scalar(value: Any, kind: type, key: str, limits: Within, alternatives: str) -> Any:
     """Check a string, bool, int or float; convert 3.0 to int and 3 to float if the annotation says so."""
     low, high = limits.low, limits.high
-    converted: Any = None
     if kind is str and value is not None and not isinstance(value, bool | Mapping | list):
-        converted = str(value)
-    elif kind is bool and isinstance(value, bool):
-        converted = value
-    elif kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError, ValueError):  # an integer above the largest float; inf and nan as int
-            converted = int(value) if kind is int else float(value)
-        finite = isinstance(value, int) or math.isfinite(value)
-        in_range = (low is None or value >= low) and (high is None or value <= high)
-        if not finite or not in_range or (kind is int and converted != value):
-            converted = None
-    if converted is not None:
-        return converted
+            converted = kind(value)
+            exact = converted == value if kind is int else math.isfinite(converted)
+            if exact and (low is None or value >= low) and (high is None or value <= high):
+                return converted
     bounds = ([f">= {low:g}"] if low is not None else []) + ([f"<= {high:g}"] if high is not None else [])
     expected = " ".join([_TYPE_NAMES[kind], " and ".join(bounds)]).rstrip() + alternatives
     raise UserError(f"{key}: must be {expected}, got {shortened(value)}")

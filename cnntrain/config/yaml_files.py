@@ -24,11 +24,7 @@ def yaml_files(folder: Path) -> list[Path]:
 
 
 def check_yaml_files(folder: Path) -> None:
-    """Check the YAML files in a folder of config groups.
-
-    Raises:
-        UserError: a file is not a text file, or expands to too many values; names file and line.
-    """
+    """Check the YAML files in a folder of config groups. Raises `UserError` with the file and the line."""
     for file in yaml_files(folder):
         if not file.exists():
             raise UserError(f"{file}: is a broken link")
@@ -51,11 +47,8 @@ def check_yaml_files(folder: Path) -> None:
 def check_yaml_text(file: Path, text: str) -> None:
     """Reject a YAML text that expands to too many values (a "YAML bomb"), without constructing them.
 
-    The function iterates over the parser's events and counts each alias as many times as the values it refers to.
-
-    Raises:
-        UserError: too many values, too deep nesting, or an alias inside its own anchor; names file and line.
-        yaml.YAMLError: the text is not valid YAML.
+    The function iterates over the parser's events and counts each alias as many times as the values it refers to. It
+    also refuses deep nesting and an alias inside its own anchor. Invalid YAML raises `yaml.YAMLError`.
     """
     anchors: dict[str, int] = {}
     open_nodes: list[tuple[str | None, int]] = []  # anchor, number of values so far

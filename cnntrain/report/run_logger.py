@@ -98,16 +98,16 @@ class RunLogger(Logger):
         if self.first_batch is None:
             return
         (step, batch), self.first_batch = self.first_batch, None
-        shown, normalization = slice(0, IMAGES_IN_FIGURE), self.spec.normalization
+        shown = slice(0, IMAGES_IN_FIGURE)
         images, targets = batch.images[shown], {name: target[shown] for name, target in batch.targets.items()}
         names = [f"#{row}" for row in batch.index[shown].tolist()]
         with self.bar.paused(), log_plot_errors("the first batch"):
             if self.spec.keypoints or "mask" in targets:
-                figure = self.task.draw(images, None, targets, names, *normalization)
+                figure = self.task.draw(images, None, targets, names)
             else:
                 labels = targets["label"].tolist() if "label" in targets else []
                 captions = [self.spec.classes[i] for i in labels] if self.spec.classes else names
-                pictures = unnormalize(images, *normalization)
+                pictures = unnormalize(images, *self.spec.normalization)
                 figure = plot_images(pictures, captions, title="first batch, as the network sees it")
             self.figure("first_batch", figure, step)
 

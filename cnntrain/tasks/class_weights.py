@@ -21,9 +21,6 @@ class ClassWeights:
     Attributes:
         balanced: whether the weights depend on the training data (`set_counts`).
         values: weights (C,) float32; None if all are equal, or not known yet.
-
-    Raises:
-        UserError: wrong length, an unknown class, or a number that is negative or not finite.
     """
 
     def __init__(self, setting: ClassWeightsSetting, classes: Sequence[str]) -> None:
@@ -31,8 +28,14 @@ class ClassWeights:
         self.values = None if self.balanced else parse_class_weights(setting, classes)
 
     def set_counts(self, counts: Tensor) -> None:
-        """Balance the weights by the class counts (C,) of the training data."""
-        self.values = balanced_weights(counts)
+        """Balance the weights by the class counts (C,) of the training data, so that all classes weigh the same.
+
+        total / (C * count), and 0 for absent classes, as in scikit-learn's `class_weight='balanced'` (King and Zeng
+        2001).
+        """
+        counts = counts.double()
+        weights = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))
+        self.values = torch.where(counts > 0, weights, 0.0).float()
 
     def on(self, device: torch.device) -> Tensor | None:
         """Return the weights (C,) float32 on `device`; None if all are equal."""
@@ -44,11 +47,7 @@ class ClassWeights:
 
 
 def parse_class_weights(setting: ClassWeightsSetting, classes: Sequence[str]) -> Tensor | None:
-    """Return weights (C,) float32 from the user's setting, or None for equal weights.
-
-    Raises:
-        UserError: wrong length, an unknown class, or a number that is negative or not finite.
-    """
+    """Return weights (C,) float32 from the user's setting, or None for equal weights."""
     if setting is None:
         return None
     if isinstance(setting, str):
@@ -69,13 +68,3 @@ def parse_class_weights(setting: ClassWeightsSetting, classes: Sequence[str]) ->
     if not float(weights.sum()):
         raise UserError("task.class_weights: all weights are 0; at least one must be positive")
     return weights
-
-
-def balanced_weights(counts: Tensor) -> Tensor:
-    """Return (C,) float32: total / (C * count), so that all classes have the same total weight; 0 for absent classes.
-
-    The same as scikit-learn's `class_weight='balanced'` (King and Zeng 2001).
-    """
-    counts = counts.double()
-    weights = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))
-    return torch.where(counts > 0, weights, 0.0).float()

@@ -39,9 +39,6 @@ class Classification(Task):
             proportional to the class counts of the training data. Sum and count of the loss are both weighted, as in
             `torch.nn.CrossEntropyLoss`.
         binary: 'auto' uses one logit for two classes; False uses two outputs.
-
-    Raises:
-        UserError: the dataset has no classes, or an argument is out of range.
     """
 
     def __init__(
@@ -121,9 +118,6 @@ class Classification(Task):
     def output_shape(self) -> tuple[int, ...]:
         return (self.num_outputs,)
 
-    def zero_outputs(self, targets: Targets) -> Tensor:
-        return torch.zeros(len(targets["label"]), self.num_outputs, device=targets["label"].device)
-
     def meter(self) -> ClassificationMeter:
         return ClassificationMeter(self)
 
@@ -162,15 +156,7 @@ class Classification(Task):
         return figures
 
     @torch.no_grad()
-    def draw(
-        self,
-        images: Tensor,
-        outputs: Tensor | None,
-        targets: Targets,
-        names: Sequence[str],
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> Figure:
+    def draw(self, images: Tensor, outputs: Tensor | None, targets: Targets, names: Sequence[str]) -> Figure:
         classes, count = self.spec.classes, len(images)
         true = [classes[i] for i in targets["label"].tolist()] if "label" in targets else [None] * count
         captions, colors = [label or name for label, name in zip(true, names, strict=True)], [INK] * count
@@ -185,7 +171,7 @@ class Classification(Task):
                 else:
                     captions[i] += f"\ntrue: {true[i]}"
                     colors[i] = BAD
-        return plot_images(unnormalize(images, mean, std), captions, colors)
+        return plot_images(unnormalize(images, *self.spec.normalization), captions, colors)
 
 
 class ClassificationMeter(Meter):
@@ -272,10 +258,6 @@ class ClassificationMeter(Meter):
             return values.get("right"), values.get("seen")
         matrix = values["confusion"].view(self._task.num_classes, -1)
         return matrix.diagonal(), matrix.sum(1)
-
-    def confusion_matrix(self) -> Tensor:
-        """Return counts (C, C) float64 on the CPU; row = true class, column = predicted. Up to 2,000 classes."""
-        return self.read()["confusion"].view(self._task.num_classes, -1)
 
 
 def ranking_metrics(scores: Tensor, positive: Tensor) -> dict[str, float]:

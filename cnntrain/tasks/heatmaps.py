@@ -59,10 +59,7 @@ def decode(log_heat: Tensor) -> Tensor:
     determinant = hess_xx * hess_yy - hess_xy.square()
     is_maximum = (hess_xx < 0) & (hess_yy < 0) & (determinant > 0)  # not a saddle or a plateau
     safe = torch.where(is_maximum, determinant, 1.0)
-    newton_x, newton_y = (
-        (hess_xy * grad_y - hess_yy * grad_x) / safe,
-        (hess_xy * grad_x - hess_xx * grad_y) / safe,
-    )
+    newton_x, newton_y = ((hess_xy * grad_y - hess_yy * grad_x) / safe, (hess_xy * grad_x - hess_xx * grad_y) / safe)
     # Elsewhere, one step along each axis by itself.
     step_x = torch.where(is_maximum, newton_x, -grad_x / hess_xx.clamp(max=-1e-12))
     step_y = torch.where(is_maximum, newton_y, -grad_y / hess_yy.clamp(max=-1e-12))

@@ -49,9 +49,6 @@ class Keypoints(Task):
         normalize_by: size by which NME and PCK divide errors: 'box' (see `object_sizes`), or the distance of two named
             points, for example the outer eye corners. At least 1/20 of the longer image side, so that no single object
             dominates the mean.
-
-    Raises:
-        UserError: the dataset has no keypoints, or an argument is invalid.
     """
 
     def __init__(
@@ -108,13 +105,27 @@ class Keypoints(Task):
         if self.head == "regression":
             coordinates = outputs.float().reshape(true.shape)  # (N, 2K) -> (N, K, 2)
             error = torch.where(valid[..., None], coordinates - self.normalize_points(true), 0.0)
-            per_point = self._regression_loss(error).mean(2)
+            per_point = self._regression_losses(error).mean(2)
         else:
             per_point = torch.where(valid, self._heatmap_losses(outputs.float(), true), 0.0)
         return per_point.sum(1), valid.sum(1).float()
 
-    def _regression_loss(self, error: Tensor) -> Tensor:
-        return regression_loss(self.loss_name, error, self.beta, self.width, self.curvature)
+    def _regression_losses(self, error: Tensor) -> Tensor:
+        """Return the loss of coordinate errors, elementwise.
+
+        'smooth_l1' is quadratic within `beta` and linear beyond (Girshick, Fast R-CNN, 2015, equation 3). 'wing' is
+        logarithmic within `width` and linear beyond (Feng et al., Wing Loss, CVPR 2018, equation 5); it has gradients
+        up to width / curvature times those of L1 for small errors.
+        """
+        if self.loss_name == "mse":
+            return error.square()
+        size = error.abs()
+        if self.loss_name == "smooth_l1":
+            return torch.where(size < self.beta, 0.5 * size.square() / self.beta, size - 0.5 * self.beta)
+        if self.loss_name == "wing":
+            offset = self.width - self.width * math.log1p(self.width / self.curvature)
+            return torch.where(size < self.width, self.width * torch.log1p(size / self.curvature), size - offset)
+        return size
 
     def _heatmap_losses(self, outputs: Tensor, true: Tensor) -> Tensor:
         """Return (N, K) losses from maps (N, K, h, w) and points in image pixels."""
@@ -126,14 +137,11 @@ class Keypoints(Task):
         log_target = log_target.flatten(2).log_softmax(2)
         return (log_target.exp() * (log_target - outputs.flatten(2).log_softmax(2))).sum(2)
 
-    def min_loss(self, training: bool = True) -> float:
-        return 0.0
-
     def learned_loss(self, uninformed: float) -> float:
         """For regression, the loss of an error of 1 % of the image side: near zero, losses are not comparable."""
         if self.head == "heatmap":
             return super().learned_loss(uninformed)
-        return float(self._regression_loss(torch.tensor(LEARNED_ERROR)))
+        return float(self._regression_losses(torch.tensor(LEARNED_ERROR)))
 
     def output_shape(self) -> tuple[int | None, ...]:
         return (self.num_outputs, None, None) if self.head == "heatmap" else (self.num_outputs,)
@@ -141,13 +149,6 @@ class Keypoints(Task):
     def prepare(self, targets: Targets) -> None:
         if "valid" in targets and not targets["valid"].any():
             raise UserError("data: no training image has a point that is labeled and inside the image")
-
-    def zero_outputs(self, targets: Targets) -> Tensor:
-        """Heatmaps have a quarter of the image size: pass outputs of the model where their size matters."""
-        shape = [len(targets["points"]), self.num_outputs]
-        if self.head == "heatmap":
-            shape += [-(-side // 4) for side in self.spec.image_size]
-        return torch.zeros(shape, device=targets["points"].device)
 
     def source_points(self, points: Tensor, targets: Targets) -> Tensor:
         """Convert image pixels (N, K, 2) to pixels of the source files, in float64 where available."""
@@ -220,15 +221,7 @@ class Keypoints(Task):
         return {"error_per_keypoint": plot_bars(errors, "Error per keypoint", "mean error (source pixels)")}
 
     @torch.no_grad()
-    def draw(
-        self,
-        images: Tensor,
-        outputs: Tensor | None,
-        targets: Targets,
-        names: Sequence[str],
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> Figure:
+    def draw(self, images: Tensor, outputs: Tensor | None, targets: Targets, names: Sequence[str]) -> Figure:
         predicted = None if outputs is None else self.points(outputs).cpu().numpy()
         true = targets["points"].float().cpu().numpy() if "points" in targets else None
         captions = list(names)
@@ -240,7 +233,7 @@ class Keypoints(Task):
                 error, counted, _ = self.errors(outputs, targets)
                 mean_error = (error.sum(1) / counted.sum(1)).tolist()
                 captions = [f"{name}\n{e:.1f} px" for name, e in zip(names, mean_error, strict=True)]
-        pictures = unnormalize(images, mean, std)
+        pictures = unnormalize(images, *self.spec.normalization)
         return plot_keypoints(pictures, captions, true, predicted, valid.numpy(), self.spec.skeleton)
 
 
@@ -282,25 +275,6 @@ class KeypointMeter(Meter):
         return {f"error_px/{name}": ratio(error, count) for name, error, count in rows}
 
 
-def regression_loss(name: str, error: Tensor, beta: float, width: float, curvature: float) -> Tensor:
-    """Return the loss of coordinate errors, elementwise.
-
-    Args:
-        name: 'mse'; 'l1'; 'smooth_l1', quadratic within `beta` and linear beyond (Girshick, Fast R-CNN, 2015, equation
-            3); or 'wing', logarithmic within `width` and linear beyond (Feng et al., Wing Loss, CVPR 2018, equation 5).
-            Wing has gradients up to width / `curvature` times those of L1 for small errors.
-    """
-    if name == "mse":
-        return error.square()
-    size = error.abs()
-    if name == "smooth_l1":
-        return torch.where(size < beta, 0.5 * size.square() / beta, size - 0.5 * beta)
-    if name == "wing":
-        offset = width - width * math.log1p(width / curvature)
-        return torch.where(size < width, width * torch.log1p(size / curvature), size - offset)
-    return size
-
-
 def valid_points(targets: Targets) -> tuple[Tensor, Tensor]:
     """Return true points (N, K, 2) float32, 0 where they are not valid (they may be NaN), and validity (N, K) bool."""
     valid = targets["valid"].bool()
@@ -330,7 +304,6 @@ def object_sizes(true: Tensor, valid: Tensor, box_size: Tensor | None) -> tuple[
     side counts as at least half of the longer one, because points on a line have no area.
 
     Args:
-        true: (N, K, 2). valid: (N, K) bool.
         box_size: (N, 2) width and height of the annotated boxes, 0 for objects without one; None if there are none.
     """
     invalid = ~valid[..., None]

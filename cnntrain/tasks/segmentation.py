@@ -42,9 +42,6 @@ class Segmentation(Task):
             equal scale, upsample coarser maps of the whole image, and refuse all others. The scale is measured by
             `configure_outputs`; without it, 'auto' upsamples outputs whose size is that of the mask divided by a power
             of 2.
-
-    Raises:
-        UserError: the dataset has no mask classes, or an argument is invalid.
     """
 
     def __init__(
@@ -110,11 +107,7 @@ class Segmentation(Task):
         return center_crop(outputs, height, width), center_crop(mask, height, width)
 
     def _choose_resizing(self, output_size: tuple[int, ...], mask_size: tuple[int, ...]) -> str:
-        """Return 'crop' or 'upsample' for sizes (height, width) that differ.
-
-        Raises:
-            UserError: `resize_outputs` is auto, and neither is correct.
-        """
+        """Return 'crop' or 'upsample' for sizes (height, width) that differ."""
         if self.resize_outputs != "auto":
             return self.resize_outputs
         resizing = choose_resizing(output_size, mask_size, self.output_scale)
@@ -145,13 +138,6 @@ class Segmentation(Task):
         if self.loss_name != "cross_entropy":
             sums = sums + counts * dice_loss(logits, label, labeled)
         return sums, counts
-
-    def min_loss(self, training: bool = True) -> float:
-        return 0.0
-
-    def zero_outputs(self, targets: Targets) -> Tensor:
-        count, height, width = targets["mask"].shape
-        return torch.zeros(count, self.num_outputs, height, width, device=targets["mask"].device)
 
     def meter(self) -> SegmentationMeter:
         return SegmentationMeter(self)
@@ -230,15 +216,7 @@ class Segmentation(Task):
         }
 
     @torch.no_grad()
-    def draw(
-        self,
-        images: Tensor,
-        outputs: Tensor | None,
-        targets: Targets,
-        names: Sequence[str],
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> Figure:
+    def draw(self, images: Tensor, outputs: Tensor | None, targets: Targets, names: Sequence[str]) -> Figure:
         layers: dict[str, np.ndarray] = {}
         scores = [""] * len(images)
         if "mask" in targets:
@@ -255,7 +233,7 @@ class Segmentation(Task):
             captions += [name, *(layer + (score if layer == "predicted" else "") for layer in layers)]
         # Masks are uint8: with 255 as the id of ignored pixels, they are not colored.
         masks = [np.where(mask == self.ignore_index, 255, mask) for mask in layers.values()]
-        return plot_masks(unnormalize(images, mean, std), captions, masks, self.spec.classes)
+        return plot_masks(unnormalize(images, *self.spec.normalization), captions, masks, self.spec.classes)
 
 
 class SegmentationMeter(Meter):
@@ -272,19 +250,12 @@ class SegmentationMeter(Meter):
         matrix = values["confusion"].view(self._task.num_classes, -1)
         iou = self._task.iou(matrix)
         defined = iou[~iou.isnan()]
-        return {
-            "miou": ratio(defined.sum(), len(defined)),
-            "pixel_accuracy": ratio(matrix.trace(), matrix.sum()),
-        }
+        return {"miou": ratio(defined.sum(), len(defined)), "pixel_accuracy": ratio(matrix.trace(), matrix.sum())}
 
     def details(self) -> dict[str, float]:
         """Return `iou/<class>`."""
-        iou = self._task.iou(self.confusion_matrix())
+        iou = self._task.iou(self.read()["confusion"].view(self._task.num_classes, -1))
         return {f"iou/{name}": float(value) for name, value in zip(self._task.spec.classes, iou, strict=True)}
-
-    def confusion_matrix(self) -> Tensor:
-        """Return pixel counts (C, C) float64 on the CPU; row = true class, column = predicted."""
-        return self.read()["confusion"].view(self._task.num_classes, -1)
 
 
 def dice_loss(logits: Tensor, label: Tensor, labeled: Tensor) -> Tensor:
@@ -309,8 +280,7 @@ def dice_loss(logits: Tensor, label: Tensor, labeled: Tensor) -> Tensor:
 def choose_resizing(output_size: tuple[int, ...], mask_size: tuple[int, ...], scale: float | None) -> str | None:
     """Return 'crop' or 'upsample' for outputs and masks of different (height, width); None if neither is certain.
 
-    Args:
-        scale: output pixels per input pixel of the network; None if unknown.
+    `scale` is the number of output pixels per input pixel of the network; None if unknown.
     """
     if scale == 1:
         return "crop"  # a network without padding: the output shows the center

@@ -56,9 +56,6 @@ class Task(ABC):
         Args:
             output_size: returns the size of the output map for an image size; None if the output is not a map.
             sizes: sizes of the images in training and evaluation.
-
-        Raises:
-            UserError: outputs and targets do not correspond.
         """
 
     def output_shape(self) -> tuple[int | None, ...] | None:
@@ -69,10 +66,7 @@ class Task(ABC):
     def losses(self, outputs: Tensor, targets: Targets, training: bool = True) -> tuple[Tensor, Tensor]:
         """Return the loss of each example as (sum, count), both (N,) float32 on the device.
 
-        Args:
-            outputs: outputs of the model, of any floating-point type.
-            targets: see `Batch.targets`.
-            training: False leaves out label smoothing and class weights, as in validation.
+        `outputs` may have any floating-point type. `training=False` leaves out label smoothing and class weights.
         """
 
     def loss(self, outputs: Tensor, targets: Targets, training: bool = True) -> tuple[Tensor, Tensor]:
@@ -80,9 +74,9 @@ class Task(ABC):
         sums, counts = self.losses(outputs, targets, training)
         return sums.sum(), counts.sum()
 
-    @abstractmethod
     def min_loss(self, training: bool = True) -> float:
         """Return the smallest possible mean loss; above 0 with label smoothing."""
+        return 0.0
 
     def learned_loss(self, uninformed: float) -> float:
         """Return the mean validation loss below which examples count as memorized.
@@ -93,19 +87,10 @@ class Task(ABC):
         return lowest + 0.02 * max(uninformed - lowest, 0.0)
 
     @torch.no_grad()
-    def uninformed_loss(self, targets: Targets, outputs: Tensor | None = None) -> float:
-        """Return the mean validation loss of all-zero outputs (ln C for C classes).
-
-        Args:
-            outputs: outputs with the shape to use, if the task does not know it (heatmaps).
-        """
-        zeros = self.zero_outputs(targets) if outputs is None else torch.zeros_like(outputs)
-        loss_sum, loss_count = self.loss(zeros, targets, training=False)
+    def uninformed_loss(self, targets: Targets, outputs: Tensor) -> float:
+        """Return the mean validation loss of all-zero outputs (ln C for C classes) in the shape of `outputs`."""
+        loss_sum, loss_count = self.loss(torch.zeros_like(outputs), targets, training=False)
         return float(loss_sum / loss_count)
-
-    @abstractmethod
-    def zero_outputs(self, targets: Targets) -> Tensor:
-        """Return zeros in the shape of the outputs for `targets`."""
 
     @abstractmethod
     def meter(self) -> Meter:
@@ -113,10 +98,9 @@ class Task(ABC):
 
     @abstractmethod
     def predictions(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
-        """Return the prediction for each example as a row of a table.
+        """Return the prediction for each example as a row of a table. Does not need ground truth.
 
-        Does not need ground truth. Keypoints are given in pixels of the source file if `targets` has
-        `source_to_image`.
+        Keypoints are given in pixels of the source file if `targets` has `source_to_image`.
         """
 
     def probabilities(self, outputs: Tensor) -> Tensor | None:
@@ -140,31 +124,15 @@ class Task(ABC):
         """Return figures of the metrics of an epoch by name, for example `confusion_matrix`."""
 
     @abstractmethod
-    def draw(
-        self,
-        images: Tensor,
-        outputs: Tensor | None,
-        targets: Targets,
-        names: Sequence[str],
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> Figure:
-        """Plot images with predictions and ground truth.
+    def draw(self, images: Tensor, outputs: Tensor | None, targets: Targets, names: Sequence[str]) -> Figure:
+        """Plot normalized images (N, C, H, W) with predictions and ground truth, captioned by `names`.
 
-        Args:
-            images: (N, C, H, W) float, normalized by `mean` and `std` (per channel, on the 0-1 scale).
-            outputs: outputs for these images; None plots the ground truth only.
-            targets: see `Batch.targets`; missing targets are not plotted.
-            names: N captions, ids of the examples.
+        Without outputs, only the ground truth is plotted. Missing targets are not plotted.
         """
 
 
 def check_number(key: str, value: object, low: float, high: float = math.inf, exclude_low: bool = False) -> float:
-    """Return `value` as a float if it lies in [low, high), or in (low, high) with `exclude_low`.
-
-    Raises:
-        UserError: it does not, or is not a number.
-    """
+    """Return `value` as a float; raise `UserError` if it is not in [low, high), or (low, high) with `exclude_low`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and low <= value < high and not (exclude_low and value == low):  # type: ignore[operator]
         return float(value)  # type: ignore[arg-type]
@@ -174,11 +142,7 @@ def check_number(key: str, value: object, low: float, high: float = math.inf, ex
 
 
 def check_choice(key: str, value: object, choices: Sequence[str]) -> str:
-    """Return `value` if it is one of `choices`.
-
-    Raises:
-        UserError: it is not; the message suggests the closest one.
-    """
+    """Return `value`; raise `UserError` with the closest choice if it is not one of `choices`."""
     if value in choices:
         return str(value)
     hint = renamed(key, value) or suggest(str(value), list(choices))

@@ -141,7 +141,7 @@ def _draw_mistakes(model: nn.Module, components: Components, loader: Loader, har
     outputs = model(batch.images.contiguous(memory_format=components.compute.memory_format)).float()
     names = [loader.examples.names[row] for row in batch.index.tolist()]
     with log_plot_errors("the mistakes"):
-        return components.task.draw(batch.images, outputs, batch.truth, names, *components.spec.normalization)
+        return components.task.draw(batch.images, outputs, batch.truth, names)
 
 
 def _summary(state: TrainState, model: nn.Module, test: Mapping[str, float]) -> dict[str, Any]:

@@ -240,10 +240,7 @@ def test_eval_transform_keeps_images_with_masks_whole() -> None:
     pipeline = Pipeline(spec, {"crop": Crop(size=[6, 8], padding=0)})
     rows = torch.arange(2)
     batch = Batch(
-        torch.rand(2, 1, 12, 16).mul(255).byte(),
-        {"mask": torch.randint(0, 2, (2, 12, 16)).byte()},
-        rows,
-        rows,
+        torch.rand(2, 1, 12, 16).mul(255).byte(), {"mask": torch.randint(0, 2, (2, 12, 16)).byte()}, rows, rows
     )
     assert pipeline(batch, 0, 0).images.shape[-2:] == (6, 8)
     plain = pipeline.eval_transform(batch)

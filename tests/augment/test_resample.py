@@ -43,10 +43,7 @@ ALL: dict[str, Geometry] = {
     "trivial_augment": TrivialAugment(strength=0.3),
 }
 CHAINS = st.lists(
-    st.sampled_from(sorted(ALL.keys() - {"small_crop", "trivial_augment"})),
-    min_size=1,
-    max_size=3,
-    unique=True,
+    st.sampled_from(sorted(ALL.keys() - {"small_crop", "trivial_augment"})), min_size=1, max_size=3, unique=True
 )
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

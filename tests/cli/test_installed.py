@@ -28,7 +28,7 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_run_explains_itself_and_can_be_evaluated() -> None:
+def test_a_run_can_be_evaluated() -> None:
     cnntrain(*QUICK, "run_dir=run")
     run = Path("run")
     results = json.loads((run / "results.json").read_text())
@@ -66,13 +66,13 @@ def test_a_sweep_ends_with_a_table() -> None:
 
 
 @pytest.mark.slow
-def test_a_trial_that_diverges_is_said_and_the_sweep_goes_on() -> None:
+def test_the_sweep_continues_after_a_diverged_trial() -> None:
     done = cnntrain("-m", "optimizer=sgd", "optimizer.lr=1e30,0.01", *QUICK, "log.figures=false", "run_dir=s")
     assert [row["status"] for row in table(Path("s/results.csv"))] == ["diverged", "done"]
     assert "error: optimizer.lr=1e+30: diverged: " in done.stderr
 
 
-def test_wrong_input_is_one_clear_message_and_leaves_nothing_behind() -> None:
+def test_invalid_input_prints_one_message_and_leaves_no_files() -> None:
     done = cnntrain("modle=mlp", code=2)
     assert done.stderr == "error: modle: no such key; did you mean 'model'?\n"
     done = cnntrain("data=mnist", "data.root=nowhere", code=2)
@@ -81,7 +81,7 @@ def test_wrong_input_is_one_clear_message_and_leaves_nothing_behind() -> None:
     assert "Traceback" in cnntrain("modle=mlp", code=1, HYDRA_FULL_ERROR="1").stderr
 
 
-def test_what_can_not_be_written_is_the_machines_fault() -> None:
+def test_write_errors_are_machine_errors() -> None:
     assert COMMAND
     with open("/dev/full", "w") as full:
         done = subprocess.run([COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -114,7 +114,7 @@ def test_bash_completes() -> None:
 
 
 @pytest.mark.slow
-def test_a_network_of_ones_own_needs_one_file_and_one_yaml(tmp_path: Path) -> None:
+def test_a_user_network_needs_one_module_and_one_yaml_file(tmp_path: Path) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "mynets.py").write_text(
         "from torch import nn\n"

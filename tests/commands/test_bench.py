@@ -11,11 +11,7 @@ def test_bench_writes_one_run_folder_and_prints_two_tables(capsys) -> None:
     assert main(command) == 0
     output = capsys.readouterr().out
     assert "images/s on cpu" in output and "(16 images)" in output and "timing windows" in output
-    assert sorted(path.name for path in Path().rglob("*") if path.is_file()) == [
-        ".lock",
-        "bench.json",
-        "run.json",
-    ]
+    assert sorted(path.name for path in Path().rglob("*") if path.is_file()) == [".lock", "bench.json", "run.json"]
     report = json.loads(Path("bench/bench.json").read_text())
     configured = report["settings"][0]
     assert configured["loop"] > 0 and configured["bare"] > 0 and configured["peak_mib"] > 100

@@ -27,7 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_seeds_are_folded_and_a_group_stands_for_its_keys(runs: Path) -> None:
+def test_runs_that_differ_in_seed_are_averaged(runs: Path) -> None:
     records = [read_run(place) for place in find_runs(runs)]
     assert len(records) == 4
     keys = differing_keys(records)
@@ -40,7 +40,7 @@ def test_seeds_are_folded_and_a_group_stands_for_its_keys(runs: Path) -> None:
     assert row["val/top1 std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
 
 
-def test_the_command_writes_a_table_and_a_picture(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_table_and_a_figure(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(runs), "run_dir=c"]) == 0
     said = capsys.readouterr().out
     assert "lenet5" in said and "val/top1" in said
@@ -51,13 +51,13 @@ def test_the_command_writes_a_table_and_a_picture(runs: Path, capsys: pytest.Cap
     assert "val/loss" in capsys.readouterr().out
 
 
-def test_a_key_that_varies_within_a_choice_is_shown(runs: Path) -> None:
+def test_keys_that_vary_within_an_option_are_shown(runs: Path) -> None:
     train(compose(*QUICK, "model=mlp", "optimizer.lr=0.5", "epochs=1", "run_dir=other"))
     records = [read_run(place) for place in (*find_runs(runs), Path("other"))]
     assert differing_keys(records) == ["choices.model", "optimizer.lr", "epochs"]
 
 
-def test_a_run_that_is_not_done_counts_as_far_as_it_got(runs: Path) -> None:
+def test_unfinished_runs_are_compared(runs: Path) -> None:
     place = Path("half")
     place.mkdir()
     for name in ("config.yaml", "metrics.csv"):
@@ -67,7 +67,7 @@ def test_a_run_that_is_not_done_counts_as_far_as_it_got(runs: Path) -> None:
     assert row["val/top1"] == max(each["val/top1"] for each in known) and "parameters" not in row
 
 
-def test_what_is_no_run_is_named(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_without_a_run_are_rejected(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="not a run folder"):
         find_runs(Path.cwd())
     assert main(["compare"]) == 2 and main(["compare", "nowhere"]) == 2
@@ -104,13 +104,13 @@ def made_up(name: str, data: str | None = "9-a-b", **values: object) -> Path:
     return folder
 
 
-def test_folds_are_taken_together_as_seeds_are() -> None:
+def test_folds_are_averaged_like_seeds() -> None:
     records = [read_run(made_up(f"r{fold}", data__fold=fold, seed=fold % 2)) for fold in range(3)]
     records.append(read_run(made_up("other", data__fold=0, epochs=9)))
     assert [len(group.runs) for group in group_runs(records, differing_keys(records))] == [3, 1]
 
 
-def test_other_data_are_another_setting_and_moved_data_are_not() -> None:
+def test_moved_data_is_not_a_different_setting() -> None:
     here, moved = made_up("here", data__root="/a"), made_up("moved", data__root="/b")
     other, unknown = made_up("other", "9-a-c", data__root="/c"), made_up("unknown", None, data__root="/d")
     changed = made_up("changed", "9-a-d", data__root="/a")
@@ -133,7 +133,7 @@ def test_other_data_are_another_setting_and_moved_data_are_not() -> None:
         ("metrics.csv", b"epoch,val/top1\n1,0.5\n\xff\xfe,1\n"),
     ],
 )
-def test_a_damaged_file_of_a_run_is_named(file: str, content: bytes) -> None:
+def test_damaged_files_of_a_run_are_named(file: str, content: bytes) -> None:
     folder = made_up("run")
     (folder / file).write_bytes(content)
     with pytest.raises(UserError, match=f"run/{file}"):
@@ -143,7 +143,7 @@ def test_a_damaged_file_of_a_run_is_named(file: str, content: bytes) -> None:
 @pytest.mark.parametrize(
     "line", ["a: !!bool x", "a: !!timestamp x", "a: !!int ''", "a: !!float ''", "seed2: 0x" + "f" * 8000]
 )
-def test_a_config_that_yaml_cannot_construct_is_refused(tmp_path: Path, line: str) -> None:
+def test_configs_that_yaml_cannot_construct_are_rejected(tmp_path: Path, line: str) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text("epoch,step,val/top1\n1,1,0.5\n")
@@ -154,7 +154,7 @@ def test_a_config_that_yaml_cannot_construct_is_refused(tmp_path: Path, line: st
 
 
 @pytest.mark.parametrize("value", ["inf", "1e308"])
-def test_figures_beyond_measure_have_no_mean(tmp_path: Path, value: str) -> None:
+def test_infinite_values_have_no_mean(tmp_path: Path, value: str) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text(f"epoch,step,val/top1\n1,1,{value}\n")
@@ -162,7 +162,7 @@ def test_figures_beyond_measure_have_no_mean(tmp_path: Path, value: str) -> None
     assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "metric=top1"]) in (0, 2)
 
 
-def test_linked_runs_of_a_folder_are_left_out(tmp_path: Path) -> None:
+def test_linked_runs_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "metrics.csv").write_text("epoch,step\n1,1\n")
     (tmp_path / "sweep" / "0").mkdir(parents=True)

@@ -13,14 +13,7 @@ from cnntrain.cli import main
 from cnntrain.commands.evaluate import _hardest_first
 
 GREYS = {"ape": 10, "bee": 130, "cow": 250}
-QUICK = (
-    "model=mlp",
-    "data=image_folder",
-    "data.size=8",
-    "threads=1",
-    "log.figures=false",
-    "log.tensorboard=false",
-)
+QUICK = ("model=mlp", "data=image_folder", "data.size=8", "threads=1", "log.figures=false", "log.tensorboard=false")
 
 
 def make_folder(name: str, *classes: str) -> Path:
@@ -47,7 +40,7 @@ def table() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_classes_are_numbered_by_their_names(run: Callable[..., int]) -> None:
+def test_classes_keep_the_ids_of_the_checkpoint(run: Callable[..., int]) -> None:
     """A folder without bees: its cows are still the checkpoint's."""
     assert run(make_folder("fewer", "ape", "cow")) == 0
     rows = table()
@@ -55,7 +48,7 @@ def test_classes_are_numbered_by_their_names(run: Callable[..., int]) -> None:
     assert all(row["true"] == row["predicted"] for row in rows)
 
 
-def test_a_class_that_it_does_not_know_is_refused(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_classes_are_rejected(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     make_folder("new", "ape", "bee", "cow")
     shutil.move("new/train/bee", "new/train/wasp")
     shutil.move("new/test/bee", "new/test/wasp")
@@ -63,14 +56,14 @@ def test_a_class_that_it_does_not_know_is_refused(run: Callable[..., int], capsy
     assert "'wasp'" in capsys.readouterr().err
 
 
-def test_a_training_is_not_written_over(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_runs_are_not_overwritten(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     before = Path("run/results.json").read_bytes()
     assert main(["evaluate", "checkpoint=run", "run_dir=run", "threads=1"]) == 2
     assert "run_dir" in capsys.readouterr().err
     assert Path("run/results.json").read_bytes() == before
 
 
-def test_what_has_no_loss_comes_last() -> None:
+def test_rows_without_a_loss_come_last() -> None:
     losses = [0.1, float("nan"), 3.0, float("nan"), 1.0]
     rows = sorted(({"loss": loss} for loss in losses), key=_hardest_first)
     assert [row["loss"] for row in rows[:3]] == [3.0, 1.0, 0.1]

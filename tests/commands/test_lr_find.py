@@ -13,8 +13,17 @@ from cnntrain.cli import commands, main
 from cnntrain.errors import StoppedError, UserError
 from cnntrain.train import checkpoint, loop, prepare
 
-SMALL = ("data.limit=300", "epochs=2", "batch_size=32", "log.figures=false", "log.tensorboard=false", "threads=1",
-         "model=mlp", "lr_find.steps=40", "lr_find.lowest=1e-5")  # fmt: skip
+SMALL = (
+    "data.limit=300",
+    "epochs=2",
+    "batch_size=32",
+    "log.figures=false",
+    "log.tensorboard=false",
+    "threads=1",
+    "model=mlp",
+    "lr_find.steps=40",
+    "lr_find.lowest=1e-5",
+)
 
 
 def test_the_command_prints_and_writes_both_suggestions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +38,7 @@ def test_the_command_prints_and_writes_both_suggestions(capsys: pytest.CaptureFi
     assert Path("found/figures/lr_find.png").stat().st_size > 5000
 
 
-def test_where_nothing_is_learned_there_is_no_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_suggestion_if_nothing_is_learned(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lr-find", *SMALL, "run_dir=none", "lr_find.highest=2e-5"]) == 1
     assert "no suggestion" in capsys.readouterr().out
 
@@ -42,7 +51,7 @@ def test_where_nothing_is_learned_there_is_no_suggestion(capsys: pytest.CaptureF
         (["lr_find.highest=1e-9"], "lr_find.highest"),
     ],
 )
-def test_slips_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_exit_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lr-find", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -51,9 +60,7 @@ def weights(run_dir: str) -> dict[str, torch.Tensor]:
     return checkpoint.load(Path(run_dir) / "checkpoints" / "last.pt")["state"]["model"]
 
 
-def test_a_training_with_auto_is_one_with_the_found_rate_and_resumes_bit_for_bit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_auto_equals_the_found_rate_and_resumes_bit_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     train(compose(*SMALL, "optimizer.lr=auto", "run_dir=whole"))
     rate = yaml.safe_load(Path("whole/config.yaml").read_text())["optimizer"]["lr"]
     assert rate == checkpoint.load(Path("whole/checkpoints/last.pt"))["config"]["optimizer"]["lr"]
@@ -78,13 +85,13 @@ def test_a_training_with_auto_is_one_with_the_found_rate_and_resumes_bit_for_bit
     assert yaml.safe_load(Path("broken/config.yaml").read_text())["optimizer"]["lr"] == rate
 
 
-def test_overfit_takes_auto_too_and_what_learns_nothing_is_refused() -> None:
+def test_auto_in_overfit_and_without_learning() -> None:
     assert overfit(compose(*SMALL, "optimizer.lr=auto"))["verdict"] == "PASS"
     with pytest.raises(UserError, match="does not decrease at any learning rate"):
         train(compose(*SMALL, "optimizer.lr=auto", "lr_find.highest=2e-5", "run_dir=refused"))
     assert not Path("refused").exists()
 
 
-def test_any_other_word_is_no_rate() -> None:
+def test_other_words_are_rejected_as_learning_rate() -> None:
     with pytest.raises(UserError, match=r"optimizer.lr: must be a number >= 0 or auto, got 'high'"):
         train(compose(*SMALL, "optimizer.lr=high"))

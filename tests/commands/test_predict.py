@@ -57,7 +57,7 @@ def predict(*arguments: str) -> tuple[list[dict[str, str]], dict[str, Any]]:
         return list(csv.DictReader(file)), json.loads(Path("out/predictions.json").read_text())
 
 
-def test_points_come_back_in_the_files_own_pixels() -> None:
+def test_points_are_in_source_pixels() -> None:
     make_checkpoint("data=toy_faces", *FEW, "model=mlp")
     make_images()
     rows, told = predict("images=mine")
@@ -83,7 +83,7 @@ def test_probabilities_and_a_single_file() -> None:
     assert not Path("out/figures").exists() or not any(Path("out/figures").iterdir())
 
 
-def test_masks_have_the_images_own_size() -> None:
+def test_masks_have_the_size_of_the_image() -> None:
     make_checkpoint("data=toy_shapes", *FEW, "model=unet_small", data={"resize": "short_side"})
     make_images()
     rows, _ = predict("images=mine")
@@ -95,7 +95,7 @@ def test_masks_have_the_images_own_size() -> None:
 
 
 @pytest.mark.parametrize("resize", ["letterbox", "short_side", "stretch"])
-def test_a_mask_goes_back_where_it_came_from(resize: Any) -> None:
+def test_masks_are_resampled_to_the_source(resize: Any) -> None:
     """Enlarged onto the canvas and back, ids are those of before, wherever the canvas reached."""
     ids = np.random.default_rng(0).integers(0, 5, (12, 20), dtype=np.uint8)
     placement = resize_geometry(20, 12, (96, 96), resize)
@@ -111,16 +111,11 @@ def test_a_mask_goes_back_where_it_came_from(resize: Any) -> None:
     assert ((back == ids) | (back == 255)).all() and (back == ids).mean() > (0.5 if resize == "short_side" else 0.99)
 
 
-def test_names_of_masks_stay_apart() -> None:
-    assert mask_names(["a.jpg", "b/a.png", "c.jpg", "c.png"]) == [
-        "a.png",
-        "b/a.png",
-        "c.jpg.png",
-        "c.png.png",
-    ]
+def test_mask_names_are_unique() -> None:
+    assert mask_names(["a.jpg", "b/a.png", "c.jpg", "c.png"]) == ["a.png", "b/a.png", "c.jpg.png", "c.png.png"]
 
 
-def test_the_data_set_is_not_needed() -> None:
+def test_the_dataset_is_not_needed() -> None:
     for name in ("cat", "dog"):
         Path(f"pets/train/{name}").mkdir(parents=True)
         for i in range(3):
@@ -131,7 +126,7 @@ def test_the_data_set_is_not_needed() -> None:
     assert [row["predicted"] for row in rows] == ["cat"] * 3  # even odds: the first one
 
 
-def test_bad_images_are_named_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_bad_images_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     make_checkpoint("data=digits", "model=mlp")
     make_images()
     Path("mine/empty.png").touch()
@@ -144,22 +139,25 @@ def test_bad_images_are_named_all_at_once(capsys: pytest.CaptureFixture[str]) ->
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["images=nowhere", "checkpoint=run"], "images: nowhere does not exist"),
-    (["images=empty", "checkpoint=run"], "has no images"),
-    (["checkpoint=run"], "images: missing"),
-    (["images=one.png", "checkpoint=run"], "no checkpoint there"),
-    (["images=one.png", "checkpoint=run", "drew=3"], "did you mean 'draw'"),
-    (["here", "images=one.png"], "is not an override"),
-])  # fmt: skip
-def test_slips(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["images=nowhere", "checkpoint=run"], "images: nowhere does not exist"),
+        (["images=empty", "checkpoint=run"], "has no images"),
+        (["checkpoint=run"], "images: missing"),
+        (["images=one.png", "checkpoint=run"], "no checkpoint there"),
+        (["images=one.png", "checkpoint=run", "drew=3"], "did you mean 'draw'"),
+        (["here", "images=one.png"], "is not an override"),
+    ],
+)
+def test_invalid_arguments_exit_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty").mkdir()
     Image.new("L", (4, 4)).save("one.png")
     assert main(["predict", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_objects_are_cut_out_by_given_boxes_as_in_training() -> None:
+def test_objects_are_cropped_by_given_boxes() -> None:
     make_checkpoint("data=toy_faces", *FEW, "model=mlp", data={"crop": "points", "crop_margin": 0.25})
     make_images()
     lines = ["wide.png,10,5,30,25", "wide.png,30,10,50,20", "below/tall.png,0,0,20,20"]
@@ -172,30 +170,19 @@ def test_objects_are_cut_out_by_given_boxes_as_in_training() -> None:
     assert told["images"][1]["points"]["left_eye"] == pytest.approx([39.5, 14.5], abs=1e-4)
 
 
-def test_every_wrong_line_of_boxes_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_invalid_lines_of_boxes_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     make_checkpoint("data=toy_faces", *FEW, "model=mlp")
     make_images()
-    lines = [
-        "wide.png,10,5,30,25",
-        "nobody.png,1,1,2,2",
-        "wide.png,5,5,5,9",
-        "wide.png,a,1,2,3",
-        "wide.png,1,2",
-    ]
+    lines = ["wide.png,10,5,30,25", "nobody.png,1,1,2,2", "wide.png,5,5,5,9", "wide.png,a,1,2,3", "wide.png,1,2"]
     Path("boxes.csv").write_text("image_name,box_left,box_top,box_right,box_bottom\n" + "\n".join(lines) + "\n")
     assert main(["predict", "checkpoint=run", "images=mine", "boxes=boxes.csv", "run_dir=out"]) == 2
     told = capsys.readouterr().err
-    for line, problem in (
-        (3, "none of the images"),
-        (4, "the box is empty"),
-        (5, "four sides"),
-        (6, "3 columns"),
-    ):
+    for line, problem in ((3, "none of the images"), (4, "the box is empty"), (5, "four sides"), (6, "3 columns")):
         assert any(f"boxes.csv:{line}: " in part and problem in part for part in told.splitlines()), told
     assert not Path("out").exists()
 
 
-def test_what_is_outside_an_image_is_no_answer() -> None:
+def test_outside_image_marks_the_borders() -> None:
     """A 20x10 image letterboxed onto 40x40: twice as large, with borders of 10 px above and below."""
     matrix = torch.tensor([[2.0, 0.0, 0.5], [0.0, 2.0, 10.5], [0.0, 0.0, 1.0]], dtype=torch.float64)
     outside = outside_image(matrix, (20, 10), (40, 40))

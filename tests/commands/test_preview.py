@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cnntrain.cli import main
-from cnntrain.commands.preview import _positions
+from cnntrain.commands.preview import epoch_positions
 from cnntrain.config.compose import read_settings
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
@@ -37,14 +37,15 @@ def test_masks_and_labels(overrides: list[str]) -> None:
     assert drawn() == {"augmented.png"}
 
 
-def test_the_pictures_are_those_of_the_training() -> None:
+def test_images_equal_those_of_the_training() -> None:
     """Draws depend on an image's position in the epoch: preview gives each image the position it will have."""
     settings = read_settings(["data=toy_faces", *FEW, "augment=faces", "seed=3"])
     source, _ = build_source(settings)
     data = load_data(source)
     pipeline, loader = build_pipeline(settings, data.spec), make_loader(data.train, "cpu")
     rows = torch.tensor([0, 3])
-    for epoch, positions in zip(range(2), _positions(rows, len(loader), settings), strict=False):
+    for epoch in range(2):
+        positions = epoch_positions(rows, len(loader), settings.seed, epoch)
         shown = pipeline(next(loader.batches(rows, 2, positions=positions)), 3, epoch)
         trained = pipeline(next(loader.batches(epoch_order(3, epoch, len(loader)), len(loader))), 3, epoch)
         for i, row in enumerate(rows.tolist()):
@@ -53,9 +54,7 @@ def test_the_pictures_are_those_of_the_training() -> None:
             assert torch.equal(shown.targets["points"][i], trained.targets["points"][there])
 
 
-def test_a_mirror_without_partners_is_refused_before_anything_is_written(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_flip_without_flip_pairs_is_rejected_before_output(capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
     Image.new("RGB", (8, 8)).save("one.png")
@@ -65,6 +64,6 @@ def test_a_mirror_without_partners_is_refused_before_anything_is_written(
     assert not Path("out").exists()
 
 
-def test_a_word_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preview", "flip"]) == 2
     assert "is not an override" in capsys.readouterr().err

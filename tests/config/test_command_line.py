@@ -8,13 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnntrain.cli import parse_arguments
-from cnntrain.config.command_line import (
-    chosen_options,
-    command_text,
-    mask_passwords,
-    override,
-    without_passwords,
-)
+from cnntrain.config.command_line import chosen_options, command_text, mask_passwords, override, without_passwords
 from cnntrain.config.compose import parse_overrides
 
 SECRET = "s3c:r/t"
@@ -44,14 +38,14 @@ def read_back(text: str) -> str:
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_hydra_and_the_shell_read_a_value_as_it_is(value: str) -> None:
+def test_values_survive_hydra_and_the_shell(value: str) -> None:
     (word,) = shlex.split(command_text([override("run_dir", value)]))
     assert read_back(word) == value
 
 
 @settings(max_examples=50)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n$"), max_size=12))
-def test_any_text_survives_the_quotes(value: str) -> None:
+def test_any_text_survives_quoting(value: str) -> None:
     assert read_back(override("run_dir", value)) == value
 
 
@@ -64,10 +58,7 @@ def test_plain_paths_have_no_quotes() -> None:
     [
         ("postgresql://me:secret@host:5432/db", "postgresql://me:***@host:5432/db"),
         ("redis://:secret@host", "redis://:***@host"),
-        (
-            "mysql+pymysql://host/db?user=me&password=secret&x=1",
-            "mysql+pymysql://host/db?user=me&password=***&x=1",
-        ),
+        ("mysql+pymysql://host/db?user=me&password=secret&x=1", "mysql+pymysql://host/db?user=me&password=***&x=1"),
         ("can't reach 'postgresql://me:secret@host/db'", "can't reach 'postgresql://me:***@host/db'"),
         ("sqlite:///a.db", "sqlite:///a.db"),
         ("http://host:8080/a and me@there", "http://host:8080/a and me@there"),
@@ -87,17 +78,19 @@ def test_the_command_line_of_a_sweep_has_no_password(password: str) -> None:
     assert stored == {"sweep": {"storage": "postgresql://me:***@host/db", "jobs": 1}, "seed": 0}
 
 
-def test_other_values_of_some_keys() -> None:
+def test_line_with_replaces_keys() -> None:
     asked = parse_arguments(["-m", "--config-dir=.", "model=mlp", "run_dir=old", "resume=none", "seed=1"])
     assert asked.line_with(run_dir="my run", resume="auto") == (
         "cnntrain -m --config-dir=. model=mlp seed=1 " + shlex.quote("run_dir='my run'") + " resume=auto"
     )
 
 
-def test_options_of_a_command_are_found() -> None:
+def test_chosen_options_are_found() -> None:
     command = "cnntrain --config-dir 'my nets' model=own 'trusted_packages=[a,b]' seed=1"
     assert chosen_options(command, ("--config-dir", "trusted_packages")) == [
-        "--config-dir", "my nets", "trusted_packages=[a,b]",
-    ]  # fmt: skip
+        "--config-dir",
+        "my nets",
+        "trusted_packages=[a,b]",
+    ]
     assert chosen_options("cnntrain --config-dir=nets", ("--config-dir",)) == ["--config-dir=nets"]
     assert chosen_options("", ("--config-dir",)) == [] and chosen_options("it's", ("x",)) == []

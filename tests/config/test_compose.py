@@ -87,14 +87,7 @@ def test_a_leading_tilde_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [
-        ("1e-3", 1e-3),
-        ("null", None),
-        ("true", True),
-        ("[1,2]", [1, 2]),
-        ("${seed}", 0),
-        ("a/b.txt", "a/b.txt"),
-    ],
+    [("1e-3", 1e-3), ("null", None), ("true", True), ("[1,2]", [1, 2]), ("${seed}", 0), ("a/b.txt", "a/b.txt")],
 )
 def test_values_keep_their_types(value: str, expected: object) -> None:
     assert read_settings(["+expect={x: 0}", f"+expect.y={value}"]).expect == {"x": 0, "y": expected}

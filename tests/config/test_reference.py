@@ -4,14 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cnntrain.config.reference import (
-    KeyReference,
-    common_keys,
-    describe,
-    group_options,
-    option_keys,
-    read_keys,
-)
+from cnntrain.config.reference import KeyReference, common_keys, describe, group_options, option_keys, read_keys
 from cnntrain.errors import UserError
 
 TEXT = """# A header.

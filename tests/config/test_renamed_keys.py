@@ -11,7 +11,7 @@ GROUPS = {"task": ["data=toy_shapes", "model=unet_small"], "data": ["data=keypoi
 
 
 @pytest.mark.parametrize("old", [key for key in KEYS if "*" not in key])
-def test_old_keys_are_refused(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_keys_are_rejected(old: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*GROUPS.get(old.partition(".")[0], []), f"{old}=1"]) == 2
     assert f"renamed to {KEYS[old]}" in capsys.readouterr().err
 
@@ -27,19 +27,15 @@ def test_old_keys_are_refused(old: str, capsys: pytest.CaptureFixture[str]) -> N
         (["data=toy_shapes", "model=unet_small", "task.loss=sum", "run_dir=r"], "task.loss=ce_dice"),
     ],
 )
-def test_old_options_arguments_and_values_are_refused(
-    typed: list[str],
-    new: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_old_options_arguments_and_values_are_rejected(
+    typed: list[str], new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(typed) == 2
     assert f"renamed to {new}" in capsys.readouterr().err
 
 
-def test_old_arguments_in_a_users_own_file_are_refused(
+def test_old_arguments_in_user_files_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

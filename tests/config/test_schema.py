@@ -98,7 +98,7 @@ def test_values_of_another_type_or_range_are_rejected(value: Any, hint: Any, mes
 
 
 @pytest.mark.parametrize("key", ["optimizer.lr", "optimizer.weight_decay", "optimizer.layer_decay", "data.workers"])
-def test_keys_that_all_options_share_are_checked_when_the_settings_are_read(key: str) -> None:
+def test_shared_keys_are_checked_when_settings_are_read(key: str) -> None:
     with pytest.raises(UserError, match=f"^{key}: must be a"):
         read_settings([f"{key}=-1"])
     assert read_settings(["optimizer.lr=auto"]).optimizer["lr"] == "auto"

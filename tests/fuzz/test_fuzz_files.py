@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cnntrain.cli import main
-from cnntrain.commands.evaluate import restore
 from cnntrain.config.compose import compose, read_settings
 from cnntrain.config.schema import EvaluateSettings, Settings, parse
 from cnntrain.data.decoder import ImageDecoder
@@ -24,6 +23,7 @@ from cnntrain.data.files import BadFile
 from cnntrain.data.image_reader import read_size
 from cnntrain.data.load import load_data
 from cnntrain.train.checkpoint import load_validated
+from cnntrain.train.restore import restore
 from cnntrain.train.setup import build_source
 
 pytestmark = pytest.mark.long

@@ -25,7 +25,7 @@ def mean_loss(task, outputs, targets, training=True) -> float:
     return float(total / count)
 
 
-def test_balanced_weights_are_scikit_learns():
+def test_balanced_weights_match_scikit_learn():
     from sklearn.utils.class_weight import compute_class_weight
 
     label = torch.tensor([0] * 6 + [1] * 3 + [2])
@@ -47,6 +47,6 @@ def test_weights_by_name():
 
 
 @pytest.mark.parametrize("weights", [{0: 5}, {"0": 5}])
-def test_numbers_that_yaml_reads_are_names(weights: dict) -> None:
+def test_numeric_keys_are_class_names(weights: dict) -> None:
     assert parse_class_weights(weights, ("0", "1")).tolist() == [5, 1]  # pyright: ignore[reportOptionalMemberAccess]
     assert flip_permutation(("36", "45", "30"), {36: 45}) == (1, 0, 2)  # pyright: ignore[reportArgumentType]

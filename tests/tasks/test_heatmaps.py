@@ -16,9 +16,12 @@ def make(**settings) -> Keypoints:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.floats(0.7, 4.0), st.sampled_from(["auto", "mse"]),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 1.0),
+    st.floats(0.7, 4.0),
+    st.sampled_from(["auto", "mse"]),
     st.sampled_from([(12, 20), (24, 40), (7, 31)]),
-)  # fmt: skip
+)
 def test_decoding_recovers_sub_pixel_positions_of_an_ideal_map(x, y, sigma, loss, cells):
     task = make(head="heatmap", loss=loss, heatmap_sigma=sigma)
     h, w = cells
@@ -34,14 +37,14 @@ def test_decoding_recovers_sub_pixel_positions_of_an_ideal_map(x, y, sigma, loss
 
 @settings(max_examples=40, deadline=None)
 @given(st.floats(0.0, 19.0), st.floats(0.0, 11.0))
-def test_decoding_on_the_border_is_off_by_less_than_half_a_cell_and_a_bit(x, y):
+def test_decoding_on_the_border_is_accurate_to_about_half_a_cell(x, y):
     point = torch.tensor([[[x, y]]])
     found = heatmaps.decode(heatmaps.log_gaussian(point, (12, 20), 1.5))
     assert float((found - point).abs().max()) <= 0.501
 
 
 @pytest.mark.parametrize("heat", [torch.zeros(1, 1, 5, 5), torch.full((1, 1, 1, 1), 3.0)])
-def test_a_flat_map_decodes_to_something_on_the_map(heat):
+def test_a_flat_map_decodes_to_a_point_inside(heat):
     found = heatmaps.decode(heat)
     assert bool(((found >= 0) & (found <= 4)).all())
 
@@ -62,10 +65,9 @@ def test_a_flipped_map_decodes_to_the_flipped_point():
     torch.testing.assert_close(there[..., 1], back[..., 1], rtol=0, atol=1e-4)
 
 
-def test_a_map_covers_the_canvas_corner_to_corner():
+def test_a_map_covers_the_image_with_aligned_corners():
     corners = torch.tensor([[[0.0, 0.0], [39.0, 23.0]]])
     assert heatmaps.pixels_to_cells(corners, (24, 40), (6, 10)).tolist() == [[[0, 0], [9, 5]]]
     torch.testing.assert_close(
-        heatmaps.cells_to_pixels(heatmaps.pixels_to_cells(corners, (24, 40), (6, 10)), (24, 40), (6, 10)),
-        corners,
+        heatmaps.cells_to_pixels(heatmaps.pixels_to_cells(corners, (24, 40), (6, 10)), (24, 40), (6, 10)), corners
     )

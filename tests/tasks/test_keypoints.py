@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnntrain.errors import UserError
-from cnntrain.tasks.keypoints import Keypoints, image_to_source, object_sizes, regression_loss
+from cnntrain.tasks.keypoints import Keypoints, image_to_source, object_sizes
 from cnntrain.types import DataSpec
 
 NAMES = ("left_eye", "right_eye", "nose", "mouth")
@@ -47,7 +47,7 @@ def part_of(targets, rows):
 
 
 @pytest.mark.parametrize("loss", ["mse", "l1", "smooth_l1", "wing"])
-def test_regression_loss_is_the_definition_point_by_point(loss):
+def test_regression_losses_match_their_definitions(loss):
     task = make(loss=loss, smooth_l1_beta=0.2, wing_width=0.3, wing_curvature=0.05)
     outputs, targets = example(task)
 
@@ -74,17 +74,18 @@ def test_regression_loss_is_the_definition_point_by_point(loss):
     assert float(loss_count) == count
 
 
-def test_distances_against_torch():
+def test_regression_losses_match_torch():
     error = torch.linspace(-1, 1, 41, dtype=torch.float64)
-    smooth = regression_loss("smooth_l1", error, 0.25, 1, 1)
+    smooth = make(loss="smooth_l1", smooth_l1_beta=0.25)._regression_losses(error)
     expected = torch.nn.functional.smooth_l1_loss(error, torch.zeros_like(error), beta=0.25, reduction="none")
     torch.testing.assert_close(smooth, expected)
-    just_inside, just_outside = (regression_loss("wing", torch.tensor([0.3 + e]), 1, 0.3, 0.05) for e in (-1e-9, 1e-9))
+    wing = make(loss="wing", wing_width=0.3, wing_curvature=0.05)
+    just_inside, just_outside = (wing._regression_losses(torch.tensor([0.3 + e])) for e in (-1e-9, 1e-9))
     torch.testing.assert_close(just_inside, just_outside)  # no jump at the bend
 
 
 @pytest.mark.parametrize(("head", "loss"), LOSSES)
-def test_points_that_are_not_visible_have_no_gradient_whatever_they_hold(head, loss):
+def test_invalid_points_have_no_gradient(head, loss):
     task = make(head=head, loss=loss)
     outputs, targets = example(task)
     targets["points"][~targets["valid"]] = math.nan
@@ -99,7 +100,7 @@ def test_points_that_are_not_visible_have_no_gradient_whatever_they_hold(head, l
 
 
 @pytest.mark.parametrize(("head", "loss"), LOSSES)
-def test_a_batch_without_visible_points_is_worth_nothing(head, loss):
+def test_a_batch_without_valid_points_has_no_loss(head, loss):
     task = make(head=head, loss=loss)
     outputs, targets = example(task, 3)
     targets["valid"][:] = False
@@ -110,7 +111,7 @@ def test_a_batch_without_visible_points_is_worth_nothing(head, loss):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 11), st.integers(0, 99), st.sampled_from(LOSSES))
-def test_any_split_gives_the_same_figures(cut, seed, kind):
+def test_metrics_do_not_depend_on_batches(cut, seed, kind):
     task = make(head=kind[0], loss=kind[1], normalize_by=["left_eye", "right_eye"])
     outputs, targets = example(task, seed=seed)
     whole = metered(task, outputs, targets)
@@ -122,7 +123,7 @@ def test_any_split_gives_the_same_figures(cut, seed, kind):
 
 @pytest.mark.parametrize("annotated", [False, True])
 @pytest.mark.parametrize("normalize_by", ["box", ["left_eye", "mouth"]])
-def test_metrics_are_the_definitions_in_source_pixels(normalize_by, annotated):
+def test_metrics_match_their_definitions_in_source_pixels(normalize_by, annotated):
     task = make(normalize_by=normalize_by)
     outputs, targets = example(task, 30)
     targets["valid"][0] = torch.tensor([True, False, False, False])
@@ -167,7 +168,7 @@ def nme(task, points: list, guess: float, **more) -> float:
     return metered(task, outputs, targets).compute()["nme"]
 
 
-def test_level_points_do_not_divide_by_nothing():
+def test_points_on_a_line_have_a_size():
     task = make()
     square = [[5.0, 5.0], [15.0, 5.0], [5.0, 15.0], [15.0, 15.0]]
     level = [[5.0, 5.0], [15.0, 5.001], [8.0, 5.0], [12.0, 5.0]]
@@ -179,7 +180,7 @@ def test_level_points_do_not_divide_by_nothing():
     assert nme(task, [spot], 1.0) == pytest.approx(1 / (0.05 * 40))
 
 
-def test_the_norm_turns_and_grows_with_the_object():
+def test_the_object_size_scales_and_rotates_with_the_object():
     task = make(48, 48)
     level, upright = [[5.0, 20.0], [25.0, 20.0]] * 2, [[20.0, 5.0], [20.0, 25.0]] * 2
     assert nme(task, [level], 1.0) == pytest.approx(nme(task, [upright], 1.0), rel=1e-6)
@@ -187,7 +188,7 @@ def test_the_norm_turns_and_grows_with_the_object():
     assert nme(task, [larger], 1.0) == pytest.approx(nme(task, [level], 1.0) / 2, rel=1e-6)
 
 
-def test_an_annotated_box_comes_before_the_points():
+def test_annotated_boxes_take_precedence_over_points():
     task, spread = make(), [[5.0, 5.0], [6.0, 5.0], [5.0, 6.0], [6.0, 6.0]]
     boxes = torch.tensor([[20.0, 20.0]])
     assert nme(task, [spread], 1.0, box_size=boxes) == pytest.approx(1 / 20)
@@ -196,7 +197,7 @@ def test_an_annotated_box_comes_before_the_points():
         assert nme(task, [spread], 1.0, box_size=torch.tensor([none])) == alone
 
 
-def test_which_sizes_are_known():
+def test_object_sizes_are_known_with_two_points_or_a_box():
     true = torch.tensor([[[0.0, 0.0], [8.0, 2.0]]]).repeat(4, 1, 1)
     valid = torch.tensor([[True, True], [True, False], [True, False], [False, False]])
     boxes = torch.tensor([[0.0, 0.0], [0.0, 0.0], [9.0, 4.0], [9.0, 4.0]])
@@ -206,7 +207,7 @@ def test_which_sizes_are_known():
     assert object_sizes(true, valid, None)[1].tolist() == [True, False, False, False]
 
 
-def test_per_keypoint_errors_and_their_names():
+def test_details_have_the_error_of_each_keypoint():
     task = make()
     outputs, targets = example(task)
     del targets["source_to_image"]
@@ -217,7 +218,7 @@ def test_per_keypoint_errors_and_their_names():
     assert list(details.values()) == pytest.approx(expected.tolist(), rel=1e-6)
 
 
-def test_a_perfect_answer_has_no_loss_and_no_error():
+def test_a_perfect_prediction_has_no_loss_and_no_error():
     task = make()
     _, targets = example(task)
     outputs = task.normalize_points(targets["points"]).reshape(12, -1)
@@ -227,29 +228,29 @@ def test_a_perfect_answer_has_no_loss_and_no_error():
     assert values["pck@0.05"] == 1.0
 
 
-def test_a_flip_of_the_canvas_is_a_change_of_sign():
+def test_flipping_the_image_changes_the_sign_of_x():
     task = make()
     points = torch.tensor([[[3.0, 5.0]]])
     flipped = torch.tensor([[[39 - 3.0, 5.0]]])
     assert torch.equal(task.normalize_points(flipped), task.normalize_points(points) * torch.tensor([-1.0, 1.0]))
 
 
-def test_coordinates_go_there_and_back():
+def test_normalized_coordinates_round_trip():
     task = make()
     _, targets = example(task)
     outputs = task.normalize_points(targets["points"]).reshape(12, -1)
     torch.testing.assert_close(task.points(outputs), targets["points"], rtol=0, atol=1e-5)
 
 
-def test_knowing_nothing_is_the_center():
+def test_outputs_of_zero_predict_the_center():
     task = make(loss="l1")
-    _, targets = example(task)
+    outputs, targets = example(task)
     expected = task.normalize_points(targets["points"]).abs().mean(2)[targets["valid"]].mean()
-    assert task.uninformed_loss(targets) == pytest.approx(float(expected), rel=1e-5)
+    assert task.uninformed_loss(targets, outputs) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["auto", "mse"])
-def test_learning_a_heat_map_by_gradient_finds_the_point(loss):
+def test_optimizing_a_heatmap_finds_the_point(loss):
     task = make(head="heatmap", loss=loss)
     _, targets = example(task, 1)
     targets["valid"][:] = True
@@ -265,7 +266,7 @@ def test_learning_a_heat_map_by_gradient_finds_the_point(loss):
     assert float((task.points(outputs.detach()) - targets["points"]).norm(dim=2).max()) < 1.5
 
 
-def test_perspective_is_undone():
+def test_perspective_is_inverted():
     task = make()
     matrix = torch.eye(3, dtype=torch.float64)[None].clone()
     matrix[:, 2, 0] = 0.01
@@ -276,7 +277,7 @@ def test_perspective_is_undone():
     torch.testing.assert_close(back, source, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_and_answers_speak_of_source_pixels():
+def test_rows_and_predictions_are_in_source_pixels():
     task = make()
     outputs, targets = example(task)
     rows = task.per_example(outputs, targets)
@@ -309,13 +310,13 @@ def test_rows_and_answers_speak_of_source_pixels():
         ("task.normalize_by", {"normalize_by": "boxes"}),
         ("task.normalize_by", {"normalize_by": ["nose"]}),
     ],
-)  # fmt: skip
-def test_wrong_settings_name_their_key(key, settings):
+)
+def test_invalid_settings_are_reported_with_their_key(key, settings):
     with pytest.raises(UserError, match=key):
         make(**settings)
 
 
-def test_data_without_keypoints_is_refused():
+def test_data_without_keypoints_is_rejected():
     with pytest.raises(UserError, match="names keypoints"):
         Keypoints(DataSpec(1, 8, 8, classes=("a", "b")))
 
@@ -326,7 +327,7 @@ def test_drawings(head):
     outputs, targets = example(task, 4)
     images, names = torch.randn(4, 3, 24, 40), list("abcd")
     for answer, known in ((outputs, targets), (None, targets), (outputs, {})):
-        figure = task.draw(images, answer, known, names, (0.5,) * 3, (0.5,) * 3)
+        figure = task.draw(images, answer, known, names)
         shown = [ax for ax in figure.axes if ax.images]
         assert len(shown) == 4
         assert shown[0].get_xlim() == (-0.5, 39.5)
@@ -335,7 +336,7 @@ def test_drawings(head):
     assert task.figures(task.meter()) == {}
 
 
-def test_inverted_matrices_are_as_exact_as_linalg_inv():
+def test_inverted_matrices_match_linalg_inv():
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(200, 3, 3, dtype=torch.float64, generator=generator)
     matrix[:, 2, :2] *= 1e-3

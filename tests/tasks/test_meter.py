@@ -47,7 +47,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_state_of_another_task_raises(kind: str) -> None:
+def test_the_state_of_another_task_is_rejected(kind: str) -> None:
     """As a checkpoint saved in the middle of an epoch may bring them: they were broadcast, or ended in a traceback."""
     task = Classification(spec=DataSpec(1, 8, 8, classes=tuple("0123456789")))
     outputs, targets = torch.zeros(2, 10), {"label": torch.zeros(2, dtype=torch.int64)}

@@ -8,9 +8,7 @@ import pytest
 
 from cnntrain.cli import main
 
-QUICK = (
-    "data.limit=60", "batch_size=16", "threads=1", "log.figures=false", "log.tensorboard=false", "model=mlp",
-)  # fmt: skip
+QUICK = ("data.limit=60", "batch_size=16", "threads=1", "log.figures=false", "log.tensorboard=false", "model=mlp")
 Said = pytest.CaptureFixture[str]
 NET = """
 from torch import nn
@@ -23,7 +21,7 @@ class Net(nn.Module):
 """
 
 
-def test_early_stopping_is_said_and_stands_in_the_results(capsys: Said) -> None:
+def test_early_stopping_is_logged_and_stored(capsys: Said) -> None:
     stuck = ("optimizer=sgd", "optimizer.lr=1e-12", "early_stopping=2", "epochs=9", "run_dir=r")
     assert main([*QUICK, *stuck]) == 0
     results = json.loads(Path("r/results.json").read_text())
@@ -32,7 +30,7 @@ def test_early_stopping_is_said_and_stands_in_the_results(capsys: Said) -> None:
     assert "epoch 3 of 9" in said and "for 2 epochs" in said and "val/top1" in said and "epoch is 1" in said
 
 
-def test_a_training_that_goes_on_says_what_it_has_done(capsys: Said) -> None:
+def test_a_resumed_training_logs_its_progress(capsys: Said) -> None:
     assert main([*QUICK, "epochs=2", "run_dir=r"]) == 0
     assert json.loads(Path("r/results.json").read_text())["ended_by"] == "epochs"
     assert main([*QUICK, "epochs=3", "run_dir=r", "resume=auto"]) == 0
@@ -44,7 +42,7 @@ def test_a_training_that_goes_on_says_what_it_has_done(capsys: Said) -> None:
     assert json.loads(Path("r/results.json").read_text())["epochs"] == 3
 
 
-def test_the_commands_that_are_printed_run_as_they_are(capsys: Said) -> None:
+def test_printed_commands_can_be_run(capsys: Said) -> None:
     Path("my nets/model").mkdir(parents=True)
     Path("my nets/ownnet_printed.py").write_text(NET)
     Path("my nets/model/own.yaml").write_text("_target_: ownnet_printed.Net\n")
@@ -57,7 +55,7 @@ def test_the_commands_that_are_printed_run_as_they_are(capsys: Said) -> None:
     assert Path(shlex.split(board)[-1]).is_dir()
 
 
-def test_the_printed_evaluation_names_a_split_that_there_is(capsys: Said, tmp_path: Path) -> None:
+def test_the_printed_evaluation_names_an_existing_split(capsys: Said, tmp_path: Path) -> None:
     from PIL import Image
 
     for split, count in (("train", 6), ("valid", 3)):

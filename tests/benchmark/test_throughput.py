@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cnntrain.benchmark.tables import Speed, load_line, part_rows, recommend, speed_rows
+from cnntrain.benchmark.throughput import Speed, load_line, part_rows, recommend, speed_rows
 
 HERE = Speed("fp32", True, "off", 64, loop=100.0, bare=110.0, peak_mib=700.0, clean=5, windows=5)
 

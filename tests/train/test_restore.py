@@ -1,4 +1,4 @@
-"""A stranger's checkpoint in evaluate and predict: its config is data, and fetches, compiles and trusts nothing."""
+"""Untrusted checkpoints in evaluate and predict: they start no download, no compiler, no code and no huge network."""
 
 import shutil
 import urllib.request
@@ -9,17 +9,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from cnntrain.cli import main
+from cnntrain.errors import UserError
+from cnntrain.train.restore import limited_construction
 
-QUICK = (
-    "threads=1",
-    "data.limit=40",
-    "log.figures=false",
-    "log.tensorboard=false",
-    "device=cpu",
-    "epochs=1",
-)
+QUICK = ["threads=1", "data.limit=40", "log.figures=false", "log.tensorboard=false", "device=cpu", "epochs=1"]
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +50,17 @@ def both(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
     return commands
 
 
-def test_an_untouched_checkpoint_is_judged(both: Callable[..., tuple[int, int]]) -> None:
+def test_an_unchanged_checkpoint_is_evaluated(both: Callable[..., tuple[int, int]]) -> None:
     assert both(lambda saved: None) == (0, 0)
 
 
 @pytest.mark.parametrize("margin", [-1, 11, float("nan"), float("inf"), "x", [1], True, torch.ones(2)])
-def test_a_wrong_margin_is_refused(margin: object, both: Callable[..., tuple[int, int]]) -> None:
+def test_invalid_crop_margins_are_rejected(margin: object, both: Callable[..., tuple[int, int]]) -> None:
     assert both(lambda s: s["config"]["data"].update(crop="box", crop_margin=margin)) == (2, 2)
 
 
-def test_a_sound_margin_is_taken(both: Callable[..., tuple[int, int]]) -> None:
-    """The data set that the checkpoint has been given knows no margin, so that evaluate refuses it."""
+def test_a_valid_crop_margin_is_accepted(both: Callable[..., tuple[int, int]]) -> None:
+    """The dataset of the checkpoint has no crop margin, so evaluate rejects it."""
     assert both(lambda s: s["config"]["data"].update(crop="box", crop_margin=0.2)) == (2, 0)
 
 
@@ -96,14 +92,14 @@ REFUSED: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_strangers_config_is_refused(kind: str, both: Callable[..., tuple[int, int]]) -> None:
+def test_untrusted_configs_are_rejected(kind: str, both: Callable[..., tuple[int, int]]) -> None:
     assert (
         both(REFUSED[kind], kind in ("a function of timm", "half of the weights")) == (2, 2)
         and not Path("touched").exists()
     )
 
 
-def test_pretrained_weights_are_not_fetched_and_nothing_is_compiled(
+def test_nothing_is_downloaded_or_compiled(
     both: Callable[..., tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*words: object, **more: object) -> None:
@@ -119,34 +115,31 @@ def test_pretrained_weights_are_not_fetched_and_nothing_is_compiled(
     assert both(change) == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["cnntrain.data.sources.mnist.MNIST", "cnntrain.data.sources.cifar.CIFAR10",
-                                  "cnntrain.data.sources.oxford_pet_voc.OxfordIIITPet"])  # fmt: skip
-def test_a_checkpoint_does_not_choose_where_data_are_downloaded_to(
-    name: str, both: Callable[..., tuple[int, int]]
-) -> None:
+@pytest.mark.parametrize("name", ["mnist.MNIST", "cifar.CIFAR10", "oxford_pet_voc.OxfordIIITPet"])
+def test_a_checkpoint_does_not_choose_the_folder_of_downloads(name: str, both: Callable[..., tuple[int, int]]) -> None:
     def change(saved: dict[str, Any]) -> None:
         common = {k: v for k, v in saved["config"]["data"].items() if k not in ("_target_", "root")}
-        saved["config"]["data"] = {**common, "_target_": name, "root": "elsewhere/deep"}
+        saved["config"]["data"] = {**common, "_target_": f"cnntrain.data.sources.{name}", "root": "elsewhere/deep"}
 
     code, _ = both(change, False)
     assert code == 2 and not Path("elsewhere").exists()
 
 
-@pytest.mark.parametrize("name", ["cnntrain.data.sources.mnist.MNIST", "cnntrain.data.sources.cifar.CIFAR10"])
-def test_a_checkpoint_starts_no_download_to_the_cache(
+@pytest.mark.parametrize("name", ["mnist.MNIST", "cifar.CIFAR10"])
+def test_a_checkpoint_starts_no_download(
     name: str, both: Callable[..., tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
 
     def change(saved: dict[str, Any]) -> None:
         common = {k: v for k, v in saved["config"]["data"].items() if k not in ("_target_", "root")}
-        saved["config"]["data"] = {**common, "_target_": name, "root": None}
+        saved["config"]["data"] = {**common, "_target_": f"cnntrain.data.sources.{name}", "root": None}
 
     code, _ = both(change, False)
     assert code == 2 and not Path("cache").exists()
 
 
-def test_an_interpolation_of_a_checkpoint_stays_text(
+def test_interpolations_in_a_checkpoint_are_not_resolved(
     both: Callable[..., tuple[int, int]],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -158,3 +151,27 @@ def test_an_interpolation_of_a_checkpoint_stays_text(
 
     assert both(change) == (2, 2)
     assert "hunter2" not in "".join(capfd.readouterr())
+
+
+ONE_TENSOR = {"state": {"model": {"weight": torch.zeros(1)}}}
+NODES = {
+    "layers of an LSTM": {"_target_": "torch.nn.LSTM", "input_size": 1, "hidden_size": 1, "num_layers": 10**7},
+    "copies of a layer": {"_target_": "torch.nn.Transformer", "num_encoder_layers": 10**7},
+    "fewer layers": {"_target_": "torch.nn.LSTM", "input_size": 1, "hidden_size": 1, "num_layers": 9_999},
+}
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_networks_far_larger_than_the_weights_are_rejected(
+    node: str, both: Callable[..., tuple[int, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert both(lambda saved: saved["config"].update(model=NODES[node])) == (2, 2)
+    assert capsys.readouterr().err.count("checkpoint: its") == 2
+
+
+def test_construction_is_limited_by_the_number_of_tensors() -> None:
+    with limited_construction(ONE_TENSOR):
+        nn.Sequential(*(nn.ReLU() for _ in range(1000)))
+    with pytest.raises(UserError, match="far larger than its 1 tensors"), limited_construction(ONE_TENSOR):
+        nn.Sequential(*(nn.ReLU() for _ in range(1100)))
+    nn.Sequential(*(nn.ReLU() for _ in range(1100)))  # the limit has ended
