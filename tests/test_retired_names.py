@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
-    "tests/test_cli.py",
+    "tests/commands/test_help.py",
     "cnntrain/config/renamed_keys.py",
     "tests/config/test_renamed_keys.py",
     "tests/test_retired_names.py",
