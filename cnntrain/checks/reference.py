@@ -136,8 +136,8 @@ def loop_agrees(context: CheckContext) -> Finding:
     Runs in fp32, with one batch per step, and with two if the run accumulates gradients.
     """
     context = dataclasses.replace(context, compute=dataclasses.replace(context.compute, precision="fp32"))
-    distances: list[str] = []
     model, remedy = context.copy_model(), "report this as a bug if `repeat` and `modes` pass"
+    evidence = f"relative difference of the weights after {STEPS} steps:"
     for accumulate in (1, 2) if context.plan.accumulate > 1 else (1,):
         if len(context.loaders["train"]) < accumulate * STEPS * _batch_size(context):
             return skipped("not enough training images")
@@ -152,28 +152,24 @@ def loop_agrees(context: CheckContext) -> Finding:
         except DivergedError as error:
             return skipped(f"{str(error).splitlines()[0]}; see initial loss")
         distance = _relative_difference(context, reference, model)
-        distances.append(f"{distance:.1g} with accumulate={accumulate}")
+        evidence += f" {distance:.1g} with accumulate={accumulate}"
         if not distance <= TOLERANCE:
             rescaled = context.copy_model()
             _train_reference(context, rescaled, batches, accumulate, rate, loss_scale=3.0)
             rounding = _relative_difference(context, reference, rescaled)
             if distance <= ROUNDING_FACTOR * rounding:  # norms over few pixels amplify rounding errors
-                return skipped(f"undecided: {_describe(distances)}, but rounding alone causes {rounding:.1g}")
+                return skipped(f"undecided: {evidence}, but rounding alone causes {rounding:.1g}")
             cause = "the loop does not do zero_grad, forward in training mode, backward, clip and step with the "
             cause += "learning rate of the schedule" if accumulate == 1 else "mean over several batches"
-            return failed(_describe(distances), cause, remedy)
+            return failed(evidence, cause, remedy)
     before = {name: value.clone() for name, value in model.named_buffers()}
     expected, loss = _validation_losses(context, model)
     changed = [name for name, value in model.named_buffers() if not torch.equal(value, before[name])]
-    evidence = f"{_describe(distances)}; difference of the validation loss: {abs(loss - expected):.1g}"
+    evidence += f"; difference of the validation loss: {abs(loss - expected):.1g}"
     if changed or not abs(loss - expected) <= TOLERANCE * max(abs(expected), 1e-6):
         cause = "validation runs in training mode" + (f": it changes {join_names(changed)}" if changed else "")
         return failed(evidence, cause, remedy)
     return passed(evidence)
-
-
-def _describe(distances: list[str]) -> str:
-    return f"relative difference of the weights after {STEPS} steps: {', '.join(distances)}"
 
 
 def _relative_difference(context: CheckContext, reference: nn.Module, other: nn.Module) -> float:
