@@ -13,7 +13,7 @@ from cnntrain.checks.overfit_trial import SPEEDUP
 from cnntrain.cli import main
 from cnntrain.train.setup import build_components
 
-PLANTED = Path(__file__).parent / "planted"
+PLANTED = Path(__file__).parents[1] / "bugs" / "planted"
 QUICK = ("log.figures=false", "threads=1")
 
 
