@@ -137,7 +137,7 @@ def loop_agrees(context: CheckContext) -> Finding:
     """
     context = dataclasses.replace(context, compute=dataclasses.replace(context.compute, precision="fp32"))
     model, remedy = context.copy_model(), "report this as a bug if `repeat` and `modes` pass"
-    evidence = f"relative difference of the weights after {STEPS} steps:"
+    evidence = f"relative difference of the weights after {STEPS} steps"
     for accumulate in (1, 2) if context.plan.accumulate > 1 else (1,):
         if len(context.loaders["train"]) < accumulate * STEPS * _batch_size(context):
             return skipped("not enough training images")
@@ -152,7 +152,7 @@ def loop_agrees(context: CheckContext) -> Finding:
         except DivergedError as error:
             return skipped(f"{str(error).splitlines()[0]}; see initial loss")
         distance = _relative_difference(context, reference, model)
-        evidence += f" {distance:.1g} with accumulate={accumulate}"
+        evidence += f", {distance:.1g} with accumulate={accumulate}"
         if not distance <= TOLERANCE:
             rescaled = context.copy_model()
             _train_reference(context, rescaled, batches, accumulate, rate, loss_scale=3.0)
