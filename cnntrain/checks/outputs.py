@@ -170,9 +170,7 @@ def loss_scale(context: CheckContext) -> Finding:
         once = float(context.mean_loss(outputs, batch.truth))
         doubled = float(context.mean_loss(torch.cat((outputs, outputs)), twice))
         single = float(context.mean_loss(outputs[:1], first))
-    evidence = (
-        f"loss {once:.4g} for {len(batch)} examples, {doubled:.4g} with each one twice, {single:.4g} for the first"
-    )
+    evidence = f"loss {once:.4g} for {len(batch)} examples, {doubled:.4g} with each twice, {single:.4g} for the first"
     if abs(doubled - once) <= LOSS_TOLERANCE * max(abs(once), 1e-6) or not math.isfinite(once):
         return passed(evidence)
     if abs(doubled) > abs(once):
