@@ -31,7 +31,7 @@ def test_published_parameter_counts(depth: int, shortcut: str, parameters: int) 
 
 
 def test_pad_shortcut_subsamples_and_appends_zeros() -> None:
-    """Option A: every second pixel, the new channels zero."""
+    """Option A keeps every second pixel and fills new channels with zeros."""
     network = CifarResNet(depth=8, shortcut="pad", in_channels=3, num_outputs=10, image_size=(32, 32))
     x = torch.randn(1, 16, 8, 8)
     side = network.stage2[0].shortcut(x)  # type: ignore[operator,union-attr]

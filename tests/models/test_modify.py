@@ -64,7 +64,7 @@ def test_swapping_norms_twice_keeps_the_parameter_count() -> None:
 
 
 def test_norm_subclasses_that_compute_more_are_rejected() -> None:
-    """A class derived from BatchNorm may bring an activation; timm's do, and keep it."""
+    """A class derived from BatchNorm may contain an activation; only those of timm are supported."""
 
     class NormThenReLU(nn.BatchNorm2d):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -164,7 +164,7 @@ def test_copies_stay_frozen_until_unfreeze() -> None:
 
 
 def test_parameters_frozen_by_the_network_stay_frozen() -> None:
-    """In the backbone and in the head, while the rest is frozen and after it has been set free."""
+    """In the backbone and in the head, before and after `unfreeze`."""
     model = network()
     own = (model.conv1.weight, model.fc.bias)
     for parameter in own:

@@ -16,7 +16,7 @@ def test_dropout_zeroes_with_the_given_probability_and_rescales(p):
 
 
 def test_dropout_masks_of_neighbors_are_independent():
-    """Four numbers come out of one draw of the generator: all 16 combinations must be equally frequent."""
+    """One draw of the generator serves four elements: all 16 combinations must be equally frequent."""
     torch.manual_seed(0)
     kept = dropout(torch.ones(400_000), 0.5).view(-1, 4).ne(0).long()
     counts = torch.bincount(kept @ torch.tensor([1, 2, 4, 8]), minlength=16).double()
@@ -72,7 +72,6 @@ def test_dropout_in_evaluation_and_with_probability_0_and_1():
 
 @pytest.mark.slow
 def test_compiled_dropout_is_one_graph():
-    """Which it fuses; the whole layer is one graph."""
     compiled = torch.compile(Dropout(0.25), backend="eager", fullgraph=True)
     outputs = compiled(torch.ones(100_000))
     assert outputs.eq(0).double().mean().item() == pytest.approx(0.25, abs=0.01)

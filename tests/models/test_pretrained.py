@@ -57,7 +57,7 @@ def classifier(name: str, channels: int = 3, size: int = 64, **options: object) 
 
 
 def test_gray_images_give_the_same_output_as_in_color(weights: Path) -> None:
-    """Summing the filters over color is exact: the backbone sees no difference."""
+    """Summing the filters over colors is exact: the features are the same."""
     images = torch.randn(2, 1, 96, 96)
     answers = []
     for channels in (1, 3):
@@ -145,7 +145,7 @@ def test_a_backbone_loads_weights_of_a_classifier_and_of_its_own_run(weights: Pa
 
 
 def test_a_dense_layer_for_another_map_size_is_initialized_randomly(tmp_path: Path) -> None:
-    """What a flattened map of another size feeds; the convolution before it is kept, the bias is new too."""
+    """Another image size gives a flattened map of another length; the layer's bias is initialized too."""
     for side in (4, 6):
         torch.manual_seed(side)
         model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * side * side, 5), nn.Linear(5, 10))
@@ -166,7 +166,7 @@ def test_a_file_without_matching_layers_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
 def test_file_formats_of_state_dicts(wrapper: str | None, ending: str, tmp_path: Path) -> None:
-    """As DataParallel names the layers, beside other things, and without pickle."""
+    """With the prefix of DataParallel, inside a checkpoint, and as safetensors."""
     source = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 7, 1))
     state = {f"module.{key}": value for key, value in source.state_dict().items()}
     path = tmp_path / f"w.{ending}"

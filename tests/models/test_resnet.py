@@ -39,7 +39,7 @@ def test_outputs_equal_torchvisions(depth: int) -> None:
 
 @pytest.mark.parametrize("depth", [18, *(pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 50, 101, 152))])
 def test_initial_weights_equal_torchvisions(depth: int) -> None:
-    """The same seed draws the same weights: the modules are made, and initialized, in the same order."""
+    """The same seed gives the same weights: modules are built and initialized in the same order."""
     from torchvision import models
 
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def test_auto_stem_depends_on_the_image_size_and_is_logged(
 
 
 def test_small_stem_keeps_a_larger_last_map() -> None:
-    """The ImageNet stem leaves one pixel of 28, the small one four by four."""
+    """For 28 px, the last map of the ImageNet stem has 1x1 positions, that of the small stem 4x4."""
     with torch.device("meta"):
         sizes = []
         for stem in ("imagenet", "small"):

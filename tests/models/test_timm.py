@@ -35,7 +35,7 @@ def test_classifier() -> None:
 
 @pytest.mark.parametrize(("channels", "outputs"), [(3, 1000), (3, 7), (1, 7)])
 def test_weights_from_a_file_for_other_classes(channels: int, outputs: int, tmp_path: Path) -> None:
-    """Its features are those of the network of the file; only the head is new, where the classes differ."""
+    """The features equal those of the saved network; the head is new only if the number of classes differs."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     donor = timm.create_model("test_efficientnet", num_classes=1000).eval()
@@ -73,14 +73,14 @@ def test_published_weights_are_downloaded_or_the_error_suggests_a_file(monkeypat
 
 
 def test_a_head_with_one_output_has_small_weights() -> None:
-    """timm draws that of an EfficientNet from +-1/sqrt(outputs)."""
+    """timm initializes the head of an EfficientNet in +-1/sqrt(outputs)."""
     pytest.importorskip("timm")
     head = timm_classifier("test_efficientnet", num_outputs=1).get_classifier()  # type: ignore[operator]
     assert head.weight.abs().max() <= head.in_features**-0.5
 
 
 def test_real_weights_recognize_photographs(shared_data: Path) -> None:
-    """All layers of the published file are taken, and scikit-learn's two photographs get their ImageNet classes."""
+    """All layers of the file are loaded, and scikit-learn's two photographs get their ImageNet classes."""
     pytest.importorskip("timm")
     from sklearn.datasets import load_sample_images
 

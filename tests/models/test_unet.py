@@ -25,22 +25,22 @@ def test_published_sizes_and_parameter_count() -> None:
 @pytest.mark.parametrize("size", [(48, 48), (45, 63), (16, 31)])
 def test_any_image_size_and_upsampling(upsampling: str, size: tuple[int, int]) -> None:
     network = unet(size, channels=3, width=4, upsampling=upsampling)
-    answer = network(torch.randn(2, 3, *size))
-    assert answer.shape == (2, 2, *size)
-    answer.square().sum().backward()
+    output = network(torch.randn(2, 3, *size))
+    assert output.shape == (2, 2, *size)
+    output.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
 
 
 def test_translation_equivariance() -> None:
-    """A same-padded U-Net moved by 16 px answers the same, moved by 16 px, away from the border."""
+    """With same padding, shifting the image by 16 px shifts the output by 16 px, away from the border."""
     torch.manual_seed(0)
     network = unet((256, 256), width=2, depth=2).eval()
     image = torch.zeros(1, 1, 256, 256)
     image[..., 120:130, 110:125] = 1.0
     with torch.no_grad():
         moved = network(image.roll((16, 16), (2, 3)))
-        answer = network(image).roll((16, 16), (2, 3))
-    torch.testing.assert_close(moved[..., 64:-64, 64:-64], answer[..., 64:-64, 64:-64])
+        output = network(image).roll((16, 16), (2, 3))
+    torch.testing.assert_close(moved[..., 64:-64, 64:-64], output[..., 64:-64, 64:-64])
 
 
 def test_errors() -> None:

@@ -45,7 +45,6 @@ def test_each_warning(name: str) -> None:
 
 
 def test_batch_norm_on_1x1_maps_with_few_images() -> None:
-    """With few images only."""
     net = nn.Sequential(nn.Conv2d(1, 4, 32, bias=False), nn.BatchNorm2d(4), *head(4))
     assert names(net, batch_size=2) == ["BatchNorm on 1x1 maps"]
     assert names(net, batch_size=64) == []
@@ -58,7 +57,7 @@ def test_unread_rows_are_counted() -> None:
 
 
 def test_strided_shortcuts_and_separable_convolutions_give_no_warning() -> None:
-    """Strided 1x1 shortcuts skip rows by design, and a depthwise convolution meets its 1x1 one directly."""
+    """Strided 1x1 shortcuts skip rows by design; a separable convolution has no activation between its two parts."""
     net = nn.Sequential(nn.Conv2d(2, 2, 1, stride=2), nn.ReLU(), nn.Conv2d(2, 2, 3, groups=2), nn.Conv2d(2, 4, 1))
     assert names(nn.Sequential(net, *head(784)), 2) == []
 

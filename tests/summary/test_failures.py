@@ -36,7 +36,7 @@ def test_missing_flatten() -> None:
 
 
 def test_layers_of_a_list_have_their_config_path() -> None:
-    """A layer that was built from a list is called what the list calls it."""
+    """A layer built from a list in the config has the name that it has in that list."""
     net = nn.Sequential(nn.MaxPool2d(7), nn.Conv2d(1, 50, 5))
     net[1].in_config = "model.layers[7] conv(out=50, kernel=5)"  # type: ignore[assignment]
     finding = only(preflight(net, 1, (28, 28)))
@@ -44,7 +44,7 @@ def test_layers_of_a_list_have_their_config_path() -> None:
 
 
 def test_an_operation_is_named_by_its_module_and_shapes() -> None:
-    """An operation between layers is named by the module that does it, with the shapes that meet there."""
+    """An error in an operation between layers names the module and the shapes of the operands."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -59,7 +59,7 @@ def test_an_operation_is_named_by_its_module_and_shapes() -> None:
 
 
 def test_batch_norm_with_one_value_per_channel() -> None:
-    """In validation this network runs; a batch of one has no variance in training."""
+    """The network runs in evaluation mode, but in training mode a batch of one image has no variance."""
     net = nn.Sequential(nn.Conv2d(1, 8, 28), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
     finding = only(preflight(net, 1, (28, 28), batch_size=1))
     assert "model.1 BatchNorm2d(8): one value per channel" in finding.evidence

@@ -57,7 +57,7 @@ def test_notation(alexnet: ModelSummary) -> None:
 
 
 class Shared(nn.Module):
-    """One convolution used twice, a head that validation doesn't use, a tied weight, and a residual add."""
+    """A convolution used twice, a head not used in validation, a parameter outside of layers, and a residual add."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Shared(nn.Module):
 
 
 def test_rows_of_repeated_unused_and_functional_layers() -> None:
-    """Used twice: two rows, parameters once. Not run: it says so. A loose weight: its operation's row."""
+    """A layer used twice has two rows and is counted once; unused modules and loose parameters have rows too."""
     net = Shared()
     summary = summarize(net, (4, 8, 8))
     names = "conv norm relu conv#2 relu#2 mul add auxiliary.0 auxiliary.1"
@@ -88,7 +88,7 @@ def test_rows_of_repeated_unused_and_functional_layers() -> None:
 
 
 def test_folded_parameters_equal_those_of_torchs_fusion() -> None:
-    """As torch's own fusion does it: the norm goes, the convolution gains a bias; a late norm stays."""
+    """Fusion removes the norm and adds a bias to the convolution; a norm after an activation stays."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     conv, norm, late = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.BatchNorm2d(8)

@@ -29,7 +29,7 @@ def test_ten_5x5_filters() -> None:
 
 
 def test_convolution_and_dense_layer_of_the_same_size() -> None:
-    """Lecture: 16 -> 32 channels of 64x64 takes 4,640 parameters by 3x3, 8,590,065,664 by a dense layer."""
+    """Lecture: 16 -> 32 channels of 64x64: 4,640 parameters (3x3 convolution) or 8,590,065,664 (dense layer)."""
     assert summarize(nn.Conv2d(16, 32, 3), (16, 66, 66)).parameters() == 4_640
     with torch.device("meta"):
         dense = nn.Sequential(nn.Flatten(), nn.Linear(16 * 64 * 64, 32 * 64 * 64))
@@ -37,7 +37,7 @@ def test_convolution_and_dense_layer_of_the_same_size() -> None:
 
 
 def test_1x1_reduction_before_a_5x5_convolution() -> None:
-    """GoogLeNet's 5x5 branch in module 3a (Szegedy et al. 2015, table 1): 192 -> 32 by way of 16."""
+    """GoogLeNet's 5x5 branch in module 3a (Szegedy et al. 2015, table 1): 192 -> 16 -> 32 channels."""
     direct = cost(conv(192, 32, 5), 192, 28, 28)
     reduced = cost(nn.Sequential(conv(192, 16, 1), conv(16, 32, 5)), 192, 28, 28)
     assert (direct, reduced) == (120_422_400, 12_443_648)
@@ -73,7 +73,7 @@ def test_depthwise_separable() -> None:
 
 
 def test_mobilenet_unit() -> None:
-    """Lecture: 16 -> 32 channels by 3x3 takes 4,640 parameters; depthwise 3x3 and then 1x1, 688."""
+    """Lecture: 16 -> 32 channels need 4,640 parameters with a 3x3 convolution, 688 with depthwise 3x3 and then 1x1."""
     full = summarize(conv(16, 32, 3), (16, 8, 8)).parameters()
     unit = nn.Sequential(conv(16, 16, 3, groups=16, bias=False), nn.Conv2d(16, 32, 1))
     assert (full, summarize(unit, (16, 8, 8)).parameters()) == (4_640, 688)
@@ -136,7 +136,7 @@ CLASSIFIERS = _NAMES.split()
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_published_numbers_of_torchvision(name: str) -> None:
-    """Parameters to the digit, billions of multiply-adds as rounded there; torch's counter."""
+    """Parameters are exact, multiply-adds agree with the rounded number there and with torch's counter."""
     agrees_with_torchvision(name)
 
 

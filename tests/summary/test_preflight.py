@@ -42,7 +42,7 @@ LAYERS = st.tuples(
 @settings(max_examples=60, deadline=None)
 @given(specs=st.lists(LAYERS, min_size=1, max_size=6), size=st.integers(1, 14), batch_size=st.integers(1, 2))
 def test_the_verdict_is_that_of_torch(specs: list[tuple[Any, ...]], size: int, batch_size: int) -> None:
-    """For random layer lists: it fails where torch fails, names that layer; else the shape is torch's."""
+    """For random layer lists: it names the layer at which torch fails; otherwise it has the shape of torch's output."""
     net = nn.Sequential(*(layer(*spec) for spec in specs))
     value, failed = torch.rand(batch_size, 2, size, size), None
     for i, module in enumerate(net):
@@ -79,7 +79,7 @@ def only(findings: list[Finding]) -> Finding:
 
 
 def test_alexnet_on_28_px() -> None:
-    """The layer, its input, the arithmetic, and the smallest size that works: 63 px."""
+    """The message has the layer, its input, the arithmetic, and the smallest valid size, 63 px."""
     finding = only(preflight(torchvision("alexnet"), 3, (28, 28)))
     assert "model.features.5 MaxPool2d(K3 P0 S2): (2 - 3 + 2*0)/2 + 1 < 1" in finding.evidence
     assert "its input is 192x2x2" in finding.evidence
@@ -96,7 +96,7 @@ def test_vgg_on_8_px() -> None:
 
 
 def test_image_size_and_width_for_a_wrong_dense_layer() -> None:
-    """The size at which the numbers meet is found, and so is the number that would meet them."""
+    """The message has the image size that fits the layer, and the number of inputs that fits the image size."""
     net = nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1152, 10))
     finding = only(preflight(net, 1, (32, 32)))
     assert "model.4 Linear(1152 -> 10): needs in_features=1152, but gets 1568" in finding.evidence
@@ -105,7 +105,7 @@ def test_image_size_and_width_for_a_wrong_dense_layer() -> None:
 
 
 class Reduces(nn.Module):
-    """A convolution of `width` channels, something that should make a vector of the channels, a dense layer."""
+    """A convolution with `width` channels, a reduction to a vector, and a dense layer."""
 
     def __init__(self, width: int, reduce: Callable[[Tensor], Tensor], features: int, classes: int = 10) -> None:
         super().__init__()
@@ -129,14 +129,14 @@ class Reduces(nn.Module):
     ids=["columns", "rows", "pixels", "columns by maximum", "and an addition"],
 )
 def test_a_size_that_fits_by_coincidence_is_not_suggested(reduce: Callable[[Tensor], Tensor], width: int) -> None:
-    """Averaged over the channels, the map is as wide as the dense layer for one size; the network would be wrong."""
+    """An average over channels leaves positions; one image size has as many as the dense layer has inputs."""
     finding = only(preflight(Reduces(width, reduce, width), 1, (28, 28), (10,)))
     assert "data.size" not in finding.remedy and "exactly" not in finding.evidence
     assert "mean((2, 3))" in finding.remedy and "in_features" not in finding.remedy
 
 
 def test_a_size_with_a_wrong_output_is_not_suggested() -> None:
-    """view(-1, 64) moves pixels into the batch: it runs at 8 px, with other images than there were."""
+    """view(-1, 64) moves pixels into the batch dimension: it runs at 8 px, but mixes images."""
     net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), Views(), nn.Linear(64, 10))
     finding = only(preflight(net, 1, (30, 30), (10,)))
     assert "data.size" not in finding.remedy

@@ -99,7 +99,7 @@ BUILDERS = {
 
 
 def support(net: nn.Module, size: tuple[int, int], position: tuple[int, int]) -> list[tuple[int, int]]:
-    """First and last pixel per axis that the output at `position` has a gradient to."""
+    """Return the first and last pixel per axis on which the output at `position` depends."""
     x = torch.rand(1, 2, *size, dtype=torch.float64, requires_grad=True)
     net(x)[0, :, position[0], position[1]].sum().backward()
     assert x.grad is not None
@@ -111,7 +111,7 @@ def support(net: nn.Module, size: tuple[int, int], position: tuple[int, int]) ->
 
 
 def positive(net: nn.Module) -> nn.Module:
-    """Weights above zero, so that no two paths cancel."""
+    """Make all weights positive, so that no two paths cancel."""
     with torch.no_grad():
         for p in net.double().parameters():
             p.uniform_(0.1, 0.5)
@@ -128,7 +128,7 @@ def test_receptive_field_is_the_support_of_the_gradient(names: list[str], data: 
     try:
         shape = net(torch.zeros(1, 2, *size, dtype=torch.float64)).shape[2:]
     except RuntimeError:
-        return  # too small for its layers: pre-flight's business
+        return  # too small for its layers
     if shape.numel() > 10_000:
         return
     trace, _ = trace_run(as_meta(net), meta_images(2, size))
@@ -147,7 +147,7 @@ def test_receptive_field_is_the_support_of_the_gradient(names: list[str], data: 
 
 
 def _reads(before: Callable[[int], set[int]], numbers: tuple[bool, int, int, int, int], o: int) -> set[int]:
-    """The pixels of output o, tap by tap, from those of the layer before."""
+    """Return the pixels that output o reads, computed tap by tap from the previous layer's."""
     up, kernel, stride, padding, dilation = numbers
     if up:
         places = [o + padding - dilation * k for k in range(kernel)]
@@ -165,7 +165,7 @@ def _reads(before: Callable[[int], set[int]], numbers: tuple[bool, int, int, int
 def test_interval_is_the_hull_of_the_taps(
     layers: list[tuple[int, int, int, int]], ups: list[bool], position: int
 ) -> None:
-    """Whatever windows and transposed windows follow one another: brute force over taps, at any position."""
+    """For any sequence of windows and transposed windows, compared with brute force over taps."""
     interval = ReceptiveInterval()
     reads: Callable[[int], set[int]] = lambda i: {i}  # noqa: E731
     for (kernel, stride, padding, dilation), up in zip(layers, ups, strict=False):
@@ -216,7 +216,7 @@ def test_published_fields(name: str, field: int) -> None:
 
 
 def test_squeeze_and_excitation_keeps_the_local_field() -> None:
-    """Squeeze and excitation: the map keeps its own field, and one path sees the whole image."""
+    """The map keeps its local field, and one path sees the whole image."""
 
     class Squeeze(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def test_squeeze_and_excitation_keeps_the_local_field() -> None:
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_padding_modes_have_the_field_of_zero_padding(mode: str) -> None:
-    """Where the border comes from moves no window; what wraps round counts as lying beyond the border."""
+    """The padding mode does not move the windows; wrapped pixels count as pixels beyond the border."""
     net = nn.Sequential(nn.Conv2d(3, 4, 5, stride=2, padding=2, padding_mode=mode), nn.Conv2d(4, 4, 3))
     first, second = summarize(net, (3, 20, 20)).rows
     assert (first.receptive_field, first.start, second.receptive_field) == ((5, 5), (0.5, 0.5), (9, 9))
@@ -236,7 +236,7 @@ def test_padding_modes_have_the_field_of_zero_padding(mode: str) -> None:
 
 
 def test_a_dense_layer_reads_only_rows_that_windows_read() -> None:
-    """A dense layer over a map whose last rows no window reads doesn't see those rows."""
+    """A dense layer does not see rows that no window reads."""
     net = nn.Sequential(nn.Conv2d(1, 2, 3, stride=4), nn.Flatten(), nn.Linear(8, 10))
     assert summarize(net, (1, 10, 10)).rows[-1].receptive_field == (7, 7)
 

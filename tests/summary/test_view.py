@@ -33,7 +33,7 @@ def test_folding_keeps_the_totals(summary: ModelSummary) -> None:
 
 
 def test_files(summary: ModelSummary, tmp_path: Path) -> None:
-    """The CSV has every row and sums to the JSON's totals; the picture is there."""
+    """The CSV has every row, the sums are the totals of the JSON file, and the figure is written."""
     console = Console(file=io.StringIO())
     written = report([summary], tmp_path / "inspect", convention="keras", console=console)
     assert [path.name for path in written] == ["layers.csv", "summary.json", "summary.png"]
@@ -47,7 +47,7 @@ def test_files(summary: ModelSummary, tmp_path: Path) -> None:
 
 
 def test_printed_table(summary: ModelSummary) -> None:
-    """Folded to a page, with totals and the conventions below."""
+    """The table is folded to a page and has totals and conventions."""
     stream = io.StringIO()
     report([summary], console=Console(file=stream))
     text = stream.getvalue()

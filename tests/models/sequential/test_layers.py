@@ -12,7 +12,7 @@ def build(*layers: object, channels: int = 3, size: tuple[int, ...] = (32, 32), 
 
 
 def shape_after(*layers: object, channels: int = 4, size: tuple[int, ...] = (8, 8)) -> tuple[int, ...]:
-    """Of the map that reaches a per-pixel output."""
+    """Return the shape of the map before a per-pixel output layer."""
     network = build(*layers, {"output": {"kernel": 1}}, channels=channels, size=size, outputs=5)
     images = torch.randn(2, channels, *size)
     assert network(images).shape[:2] == (2, 5)

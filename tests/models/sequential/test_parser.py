@@ -132,7 +132,7 @@ small_layers = st.one_of(conv_layers, pool_layers, st.sampled_from(["relu", "bat
 @settings(max_examples=60, deadline=None)
 @given(st.lists(small_layers, max_size=5), st.integers(4, 20), st.integers(4, 20))
 def test_a_list_is_rejected_exactly_if_torch_rejects_its_layers(layers: list[object], height: int, width: int) -> None:
-    """The verdict is torch's: a list is refused at the layer where torch, given the same modules, fails."""
+    """A list is rejected at the layer at which torch fails with the same modules."""
     size = (height, width)
     try:
         network = build(*copy.deepcopy(layers), "flatten", "output", size=size)
