@@ -160,14 +160,14 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct, key=lambda name: (int(name) if numeric else 0, name)))
 
 
-def find_csv(file: str | None, root: str | None, expected: str) -> Path:
-    """Return the CSV file `data.file`, relative to the working directory or to `data.root`; or the only one in it.
+def find_csv(file: str | None, root: str | None, expected: str) -> tuple[Path, Path]:
+    """Find a CSV file: `data.file`, relative to the working directory or to `data.root`; or the only one in it.
 
     Args:
         expected: description of the file, for messages.
 
-    Raises:
-        UserError: the file is missing, or there are several.
+    Returns:
+        The file, and the folder that the paths in it are relative to: `data.root`, or the file's own.
     """
     folder = Path(root).expanduser() if root else None
     if file is not None:
@@ -175,7 +175,7 @@ def find_csv(file: str | None, root: str | None, expected: str) -> Path:
         candidates = [path] if folder is None else [path, folder / path, folder / path.name]
         for candidate in candidates:
             if is_file(candidate):
-                return candidate
+                return candidate, folder or candidate.parent
         looked = " and ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
         raise UserError(f"data.file: no file {looked}; it must be {expected}")
     if folder is None:
@@ -184,4 +184,4 @@ def find_csv(file: str | None, root: str | None, expected: str) -> Path:
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(f"data.file: missing; {folder.absolute()} must contain one CSV file, but has {names}")
-    return found[0]
+    return found[0], folder

@@ -85,6 +85,11 @@ def default_root() -> Path:
         ) from error
 
 
+def root_or_default(root: str | None) -> Path:
+    """Return `data.root`, or the folder for downloads if it is not set."""
+    return Path(root).expanduser() if root else default_root()
+
+
 def require_root(root: str | None, expected: str) -> Path:
     """Return `data.root` as an existing folder.
 

@@ -1,7 +1,7 @@
 """The CAT data set: photographs with nine points each, in `.cat` files."""
 
 import logging
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,13 +14,13 @@ from cnntrain.data.files import (
     require_root,
     require_split_folders,
 )
-from cnntrain.data.resize import Resize
 from cnntrain.data.sources.keypoint_base import CAT9, KeypointAnnotation, KeypointSource, Skeleton
 
 LAYOUT = "images, each with a .cat file, optionally in train/, val/ and test/"
 logger = logging.getLogger("cnntrain")
 
 
+@dataclass
 class CatFolder(KeypointSource):
     """Images `IMAGE.jpg` with `IMAGE.jpg.cat`, which contains `9 x y x y ...`, in folders of any depth.
 
@@ -30,41 +30,35 @@ class CatFolder(KeypointSource):
 
     Args:
         root: the folder.
-        size, channels, crop, crop_margin, resize, flip_pairs: as for `KeypointSource`.
+        others: as for `KeypointSource`.
     """
 
-    def __init__(
-        self,
-        root: str | None,
-        size: int | list[int] = 96,
-        channels: int = 3,
-        crop: str = "points",
-        crop_margin: float = 0.2,
-        resize: Resize = "letterbox",
-        flip_pairs: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(size, channels, crop, crop_margin, resize, "cat9", flip_pairs)
-        self.root = require_root(root, LAYOUT)
+    root: str | None
+    keypoint_set: str | None = field(default="cat9", init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.folder = require_root(self.root, LAYOUT)
 
     def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
         bad: list[BadFile] = []
         objects: list[KeypointAnnotation] = []
         count = unlabeled = 0
-        folders = find_split_folders(self.root) and require_split_folders(self.root, LAYOUT)
-        for split, folder in (folders or {"train": self.root}).items():
+        folders = find_split_folders(self.folder) and require_split_folders(self.folder, LAYOUT)
+        for split, folder in (folders or {"train": self.folder}).items():
             files = list_files(folder, bad)
             count += len(files)
             annotations = {file for file in files if file.endswith(".cat")}
             images = [file for file in files if file not in annotations]
-            unlabeled += sum(f"{image}.cat" not in annotations for image in images)
-            for orphan in sorted(annotations - {f"{image}.cat" for image in images}):
-                bad.append(BadFile(orphan, "has no image"))
+            bad += [BadFile(f, "has no image") for f in sorted(annotations - {f"{image}.cat" for image in images})]
             for image in images:
-                if f"{image}.cat" in annotations and (points := _read_points(f"{image}.cat", bad)) is not None:
-                    name = str(Path(image).relative_to(self.root))
+                if f"{image}.cat" not in annotations:
+                    unlabeled += 1
+                elif (points := _read_points(f"{image}.cat", bad)) is not None:
+                    name = str(Path(image).relative_to(self.folder))
                     labeled = torch.ones(len(points), dtype=torch.bool)
                     objects.append(KeypointAnnotation(image, name, points, labeled, split=split))
-        raise_if_bad(bad, count, self.root)
+        raise_if_bad(bad, count, self.folder)
         if unlabeled:
             logger.warning("data: %d images have no .cat file and are ignored", unlabeled)
         return CAT9.names, objects, CAT9.skeleton

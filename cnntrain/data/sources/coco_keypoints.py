@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -11,11 +11,12 @@ import torch
 
 from cnntrain.data.csv_table import ErrorList, read_annotation_file
 from cnntrain.data.files import is_file, require_root
-from cnntrain.data.resize import Box, Resize
+from cnntrain.data.resize import Box
 from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource, Skeleton
 from cnntrain.errors import UserError
 
 
+@dataclass
 class CocoKeypoints(KeypointSource):
     """COCO's person_keypoints files, or others in that format; one example per annotated object.
 
@@ -25,31 +26,29 @@ class CocoKeypoints(KeypointSource):
         root: folder that the other paths are relative to.
         train, val, test: the JSON files; null: no such split.
         train_images, val_images, test_images: folders that the `file_name`s are relative to.
-        size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs: as for `KeypointSource`.
+        others: as for `KeypointSource`.
     """
 
-    def __init__(
-        self,
-        root: str | None,
-        train: str = "annotations/person_keypoints_train2017.json",
-        val: str | None = "annotations/person_keypoints_val2017.json",
-        test: str | None = None,
-        train_images: str = "train2017",
-        val_images: str = "val2017",
-        test_images: str = "test2017",
-        size: int | list[int] = 96,
-        channels: int = 3,
-        crop: str = "box",
-        crop_margin: float = 0.2,
-        resize: Resize = "letterbox",
-        keypoint_set: str | None = None,
-        flip_pairs: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs)
-        self.root = require_root(root, "COCO's annotation files and images")
-        paths = {"train": (train, train_images), "val": (val, val_images), "test": (test, test_images)}
+    root: str | None
+    train: str = "annotations/person_keypoints_train2017.json"
+    val: str | None = "annotations/person_keypoints_val2017.json"
+    test: str | None = None
+    train_images: str = "train2017"
+    val_images: str = "val2017"
+    test_images: str = "test2017"
+    _: KW_ONLY
+    crop: str = "box"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        folder = require_root(self.root, "COCO's annotation files and images")
+        paths = {
+            "train": (self.train, self.train_images),
+            "val": (self.val, self.val_images),
+            "test": (self.test, self.test_images),
+        }
         self.files = {
-            split: (self.root / file, self.root / images) for split, (file, images) in paths.items() if file is not None
+            split: (folder / file, folder / images) for split, (file, images) in paths.items() if file is not None
         }
 
     def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
@@ -134,7 +133,7 @@ class CocoFile:
                     errors.add(where, f"no file {name!r} in {self.images}")
             path = str(self.images / name)
             example = f"{self.split}/{name}:{row.get('id')}"
-            objects.append(KeypointAnnotation(path, example, points[:, :2], points[:, 2] > 0, box, self.split, path))
+            objects.append(KeypointAnnotation(path, example, points[:, :2], points[:, 2] > 0, box, self.split))
         errors.raise_if_any()
         return objects
 

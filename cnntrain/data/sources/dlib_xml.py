@@ -1,7 +1,7 @@
 """Keypoints in dlib's XML format, which iBUG 300-W uses."""
 
 import math
-from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,6 @@ import torch
 
 from cnntrain.data.csv_table import ErrorList, read_annotation_file, sort_labels
 from cnntrain.data.files import is_file, require_root
-from cnntrain.data.resize import Resize
 from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource, Skeleton
 from cnntrain.errors import UserError
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 
+@dataclass
 class DlibXml(KeypointSource):
     """`<image file=...><box top= left= width= height=><part name= x= y=/>`; one example per box.
 
@@ -25,27 +25,21 @@ class DlibXml(KeypointSource):
     Args:
         root: folder that the other paths are relative to; images are relative to the folder of their XML file.
         train, val, test: the XML files; null: no such split.
-        size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs: as for `KeypointSource`.
+        others: as for `KeypointSource`.
     """
 
-    def __init__(
-        self,
-        root: str | None,
-        train: str = "labels_ibug_300W_train.xml",
-        val: str | None = None,
-        test: str | None = "labels_ibug_300W_test.xml",
-        size: int | list[int] = 96,
-        channels: int = 3,
-        crop: str = "box",
-        crop_margin: float = 0.2,
-        resize: Resize = "letterbox",
-        keypoint_set: str | None = None,
-        flip_pairs: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs)
-        self.root = require_root(root, "dlib's XML files")
-        files = {"train": train, "val": val, "test": test}
-        self.files = {split: self.root / file for split, file in files.items() if file}
+    root: str | None
+    train: str = "labels_ibug_300W_train.xml"
+    val: str | None = None
+    test: str | None = "labels_ibug_300W_test.xml"
+    _: KW_ONLY
+    crop: str = "box"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        folder = require_root(self.root, "dlib's XML files")
+        files = {"train": self.train, "val": self.val, "test": self.test}
+        self.files = {split: folder / file for split, file in files.items() if file}
 
     def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
         trees = {split: _parse(file) for split, file in self.files.items()}
@@ -53,10 +47,8 @@ class DlibXml(KeypointSource):
         if not found or "" in found:
             raise UserError(f"data: {self.files['train']}: expected <part name=... x=... y=.../> inside every <box>")
         names = sort_labels(found)
-        objects: list[KeypointAnnotation] = []
-        for split, file in self.files.items():
-            objects += _objects(file, trees[split], split, {name: i for i, name in enumerate(names)})
-        return names, objects, ()
+        index = {name: i for i, name in enumerate(names)}
+        return names, [o for split, file in self.files.items() for o in _objects(file, trees[split], split, index)], ()
 
 
 def _parse(file: Path) -> "Element":
@@ -96,7 +88,7 @@ def _objects(file: Path, tree: "Element", split: str, part_index: dict[str, int]
                 edges = (left, top, left + width, top + height)
                 example = f"{split}/{name}:{number + 1}"
                 path = str(file.parent / name)
-                objects.append(KeypointAnnotation(path, example, points, labeled, edges, split, path))
+                objects.append(KeypointAnnotation(path, example, points, labeled, edges, split))
     errors.raise_if_any()
     return objects
 

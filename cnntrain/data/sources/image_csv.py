@@ -1,7 +1,7 @@
 """Images listed in a CSV file with their labels."""
 
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,6 @@ import torch
 from cnntrain.data.csv_table import CsvTable, find_csv, read_csv, row_splits, sort_labels
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.files import SPLITS, is_file
-from cnntrain.data.resize import Resize
 from cnntrain.data.sources.image_folder import LabeledFiles
 from cnntrain.errors import UserError, suggest
 
@@ -22,6 +21,7 @@ class Row(NamedTuple):
     group: str
 
 
+@dataclass
 class ImageCsv(LabeledFiles):
     """Images listed in a CSV file with the columns `path` and `label`, and optionally `split` and `group`.
 
@@ -30,25 +30,19 @@ class ImageCsv(LabeledFiles):
     Args:
         file: the CSV file; null: the only one in `root`.
         root: folder that the paths are relative to; null: the folder of the CSV file.
-        size, channels, resize: as for `ImageFolder`.
+        others: as for `LabeledFiles`.
     """
 
-    def __init__(
-        self,
-        file: str | None = None,
-        root: str | None = None,
-        size: int | list[int] = 64,
-        channels: int = 3,
-        resize: Resize = "short_side",
-        hflip_ok: bool = True,
-    ) -> None:
-        self.file = find_csv(file, root, "a CSV file with the columns path,label")
-        self.root = Path(root).expanduser() if root else self.file.parent
-        super().__init__(size, channels, resize, hflip_ok)
+    file: str | None = None
+    root: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.table_file, self.folder = find_csv(self.file, self.root, "a CSV file with the columns path,label")
 
     @cached_property
     def rows(self) -> list[Row]:
-        table = read_csv(self.file)
+        table = read_csv(self.table_file)
         check_columns(table, required=("path", "label"), optional=("split", "group"))
         column = table.column_index
         rows: list[Row] = []
@@ -60,8 +54,8 @@ class ImageCsv(LabeledFiles):
                 table.errors.add(line, "has no label")
             if path in first_line:
                 table.errors.add(line, f"duplicate path {path!r} (first on line {first_line[path]})")
-            elif not path or not is_file(self.root / path):
-                table.errors.add(line, f"no file {path!r} in {self.root}")
+            elif not path or not is_file(self.folder / path):
+                table.errors.add(line, f"no file {path!r} in {self.folder}")
             first_line.setdefault(path, line)
             rows.append(Row(line, path, label, split, group or f"line {line}"))
         train_labels = {row.label for row in rows if row.split == "train"}
@@ -72,20 +66,20 @@ class ImageCsv(LabeledFiles):
         return rows
 
     @cached_property
-    def classes(self) -> tuple[str, ...]:
+    def class_names(self) -> tuple[str, ...]:
         labels = {row.label for row in self.rows if row.split == "train"}
         if len(labels) < 2:
-            raise UserError(f"data.file: {self.file}: train has {len(labels)} label(s); at least 2 are needed")
+            raise UserError(f"data.file: {self.table_file}: train has {len(labels)} label(s); at least 2 are needed")
         return sort_labels(labels)
 
     def load(self) -> dict[str, Examples]:
-        index = {label: i for i, label in enumerate(self.classes)}
+        index = {label: i for i, label in enumerate(self.class_names)}
         splits = {}
         for split in SPLITS:
             rows = [row for row in self.rows if row.split == split]
             if rows:
                 splits[split] = Examples(
-                    LazyImages([str(self.root / row.path) for row in rows], self.decoder),
+                    LazyImages([str(self.folder / row.path) for row in rows], self.decoder),
                     {"label": torch.tensor([index[row.label] for row in rows], dtype=torch.int64)},
                     [row.path for row in rows],
                     [row.group for row in rows],

@@ -1,6 +1,7 @@
 """Images in one folder per class."""
 
 import os
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -27,25 +28,37 @@ from cnntrain.types import DataSpec
 LAYOUT = "train/CLASS/IMAGE, and optionally val/ (or valid/, validation/) and test/ with the same layout"
 
 
+@dataclass
 class LabeledFiles(Source):
     """Base class of image files with one class label each.
 
     Args:
-        size, channels, resize: as for `ImageFolder`.
+        size: target size in pixels, one number for a square or [height, width].
+        channels: 1 or 3.
+        resize: letterbox (whole image, padded), short_side (cropped) or stretch.
         hflip_ok: whether a horizontally flipped image keeps its meaning.
     """
 
-    classes: tuple[str, ...] | cached_property[tuple[str, ...]]
+    _: KW_ONLY
+    size: int | list[int] = 64
+    channels: int = 3
+    resize: Resize = "short_side"
+    hflip_ok: bool = True
 
-    def __init__(self, size: int | list[int], channels: int, resize: Resize, hflip_ok: bool) -> None:
-        self.decoder = make_decoder(size, channels, resize)
-        self.hflip_ok = hflip_ok
+    def __post_init__(self) -> None:
+        self.decoder = make_decoder(self.size, self.channels, self.resize)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names by index."""
+        raise NotImplementedError
 
     def spec(self) -> DataSpec:
         d = self.decoder
-        return DataSpec(d.channels, d.height, d.width, self.classes, hflip_ok=self.hflip_ok)
+        return DataSpec(d.channels, d.height, d.width, self.class_names, hflip_ok=self.hflip_ok)
 
 
+@dataclass
 class ImageFolder(LabeledFiles):
     """Images in `root/train/<class>/...`, and optionally `val/` (or `valid/`, `validation/`) and `test/`.
 
@@ -53,51 +66,44 @@ class ImageFolder(LabeledFiles):
 
     Args:
         root: the folder that contains `train/`.
-        size: target size in pixels, one number for a square or [height, width].
-        channels: 1 or 3.
-        resize: letterbox (whole image, padded), short_side (cropped) or stretch.
+        others: as for `LabeledFiles`.
     """
 
-    def __init__(
-        self,
-        root: str | None,
-        size: int | list[int] = 64,
-        channels: int = 3,
-        resize: Resize = "short_side",
-        hflip_ok: bool = True,
-    ) -> None:
-        self.root = require_root(root, LAYOUT)
-        super().__init__(size, channels, resize, hflip_ok)
+    root: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.folder = require_root(self.root, LAYOUT)
 
     @cached_property
     def folders(self) -> dict[str, Path]:
         """Return the folder of each split."""
-        return require_split_folders(self.root, LAYOUT)
+        return require_split_folders(self.folder, LAYOUT)
 
     @cached_property
-    def classes(self) -> tuple[str, ...]:
+    def class_names(self) -> tuple[str, ...]:
         classes = tuple(list_folders(self.folders["train"]))
         if len(classes) < 2:
             raise UserError(
-                f"data.root: {self.root / 'train'} has {len(classes)} class folder(s); at least 2 are needed"
+                f"data.root: {self.folder / 'train'} has {len(classes)} class folder(s); at least 2 are needed"
             )
         return classes
 
     def load(self) -> dict[str, Examples]:
-        classes, bad, splits, count = self.classes, [], {}, 0
+        classes, bad, splits, count = self.class_names, [], {}, 0
         for split, folder in self.folders.items():
             paths, labels = self._list(folder, classes, bad)
             count += len(paths)
             if outside := _images_directly_in(folder):
                 count += len(outside)
                 shown = f"{len(outside)} image(s) outside the class folders, for example {outside[0]}"
-                remedy = f"move them into a class folder, or out of {self.root}"
+                remedy = f"move them into a class folder, or out of {self.folder}"
                 bad.append(BadFile(folder, f"has {shown}; {remedy}"))
             elif not paths:
                 bad.append(BadFile(folder, "has no images"))
             targets = {"label": torch.tensor(labels, dtype=torch.int64)}
-            splits[split] = Examples(LazyImages(paths, self.decoder), targets, relative_names(self.root, paths))
-        raise_if_bad(bad, count + len(bad), self.root)
+            splits[split] = Examples(LazyImages(paths, self.decoder), targets, relative_names(self.folder, paths))
+        raise_if_bad(bad, count + len(bad), self.folder)
         return splits
 
     def _list(self, folder: Path, classes: tuple[str, ...], bad: list[BadFile]) -> tuple[list[str], list[int]]:

@@ -3,7 +3,7 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cnntrain.data.decoder import make_decoder
 from cnntrain.data.examples import Examples, LazyImages, Source
-from cnntrain.data.files import BadFile, raise_if_bad
+from cnntrain.data.files import SPLITS, BadFile, raise_if_bad
 from cnntrain.data.parallel import read_sizes
 from cnntrain.data.resize import (
     Box,
@@ -54,6 +54,7 @@ class KeypointAnnotation:
     group: str | None = None
 
 
+@dataclass
 class KeypointSource(Source):
     """Base class of images with K named keypoints; subclasses read the annotation files.
 
@@ -69,24 +70,27 @@ class KeypointSource(Source):
             names that contain left and right.
     """
 
-    def __init__(
-        self,
-        size: int | list[int] = 96,
-        channels: int = 3,
-        crop: str = "points",
-        crop_margin: float = 0.2,
-        resize: Resize = "letterbox",
-        keypoint_set: str | None = None,
-        flip_pairs: Mapping[str, str] | None = None,
-    ) -> None:
-        if crop not in CROPS:
-            raise UserError(f"data.crop: {crop!r} is not one of {', '.join(CROPS)}{suggest(str(crop), CROPS)}")
-        if not 0 <= crop_margin <= 10:
-            raise UserError(f"data.crop_margin: must be from 0 to 10, got {crop_margin!r}")
-        self.decoder = make_decoder(size, channels, resize)
-        self.crop, self.crop_margin = crop, crop_margin
-        self.keypoint_set = find_keypoint_set(keypoint_set) if keypoint_set else None
-        self.flip_pairs = flip_pairs
+    _: KW_ONLY
+    size: int | list[int] = 96
+    channels: int = 3
+    crop: str = "points"
+    crop_margin: float = 0.2
+    resize: Resize = "letterbox"
+    keypoint_set: str | None = None
+    flip_pairs: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            near = suggest(str(self.crop), CROPS)
+            raise UserError(f"data.crop: {self.crop!r} is not one of {', '.join(CROPS)}{near}")
+        if not 0 <= self.crop_margin <= 10:
+            raise UserError(f"data.crop_margin: must be from 0 to 10, got {self.crop_margin!r}")
+        if self.keypoint_set and self.keypoint_set not in KEYPOINT_SETS:
+            near = suggest(self.keypoint_set, list(KEYPOINT_SETS))
+            known = ", ".join(KEYPOINT_SETS)
+            raise UserError(f"data.keypoint_set: {self.keypoint_set!r} is not one of {known}{near}")
+        self.decoder = make_decoder(self.size, self.channels, self.resize)
+        self.published = KEYPOINT_SETS[self.keypoint_set] if self.keypoint_set else None
 
     @abstractmethod
     def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
@@ -99,12 +103,12 @@ class KeypointSource(Source):
             if not name or not name.isprintable() or names.count(name) > 1:
                 problem = "is listed twice" if names.count(name) > 1 else "is not a valid name"
                 raise UserError(f"data: the keypoint {name!r} {problem}; names must be printable and unique")
-        if self.keypoint_set is not None:
-            if len(self.keypoint_set.names) != len(names):
+        if self.published is not None:
+            if len(self.published.names) != len(names):
                 raise UserError(
-                    f"data.keypoint_set: has {len(self.keypoint_set.names)} points, but the files have {len(names)}"
+                    f"data.keypoint_set: has {len(self.published.names)} points, but the files have {len(names)}"
                 )
-            names, skeleton = self.keypoint_set.names, self.keypoint_set.skeleton
+            names, skeleton = self.published.names, self.published.skeleton
         if not objects:
             raise UserError("data: the annotation files contain no objects")
         return names, objects, skeleton
@@ -112,8 +116,8 @@ class KeypointSource(Source):
     def spec(self) -> DataSpec:
         names, _, skeleton = self.annotations
         declared = self.flip_pairs
-        if declared is None and self.keypoint_set is not None:
-            declared = self.keypoint_set.flip_pairs
+        if declared is None and self.published is not None:
+            declared = self.published.flip_pairs
         pairs = infer_flip_pairs(names) if declared is None else flip_permutation(names, declared)
         d = self.decoder
         return DataSpec(d.channels, d.height, d.width, keypoints=names, flip_pairs=pairs, skeleton=skeleton)
@@ -126,7 +130,7 @@ class KeypointSource(Source):
         bad_paths = {file.path for file in bad}
         _warn_of_points_outside(objects, size_of)
         splits: dict[str, Examples] = {}
-        for split in ("train", "val", "test"):
+        for split in SPLITS:
             members = [item for item in objects if item.split == split and item.path not in bad_paths]
             if members:
                 splits[split] = self._examples(members, size_of, bad)
@@ -167,25 +171,20 @@ class KeypointSource(Source):
         """Return the crop with the target's aspect ratio; None for the whole image."""
         if self.crop == "none":
             return None
-        if self.crop == "points":
-            if not valid.any():
-                bad.append(BadFile(item.path, "has no labeled point inside it; set data.crop=none or box"))
-                return 0.0, 0.0, 1.0, 1.0
+        if self.crop == "points" and valid.any():
             return match_aspect(box_around_points(item.points[valid], self.crop_margin), self.decoder.target_size)
-        if _is_empty(item.box):
-            bad.append(BadFile(item.path, "has no box; set data.crop=points or none"))
-            return 0.0, 0.0, 1.0, 1.0
-        assert item.box is not None
-        return expand_box(item.box, self.crop_margin, self.decoder.target_size)
-
-
-def _is_empty(box: Box | None) -> bool:
-    return box is None or box[2] <= box[0] or box[3] <= box[1]
+        if self.crop == "box" and item.box is not None and _box_size(item.box) != (0.0, 0.0):
+            return expand_box(item.box, self.crop_margin, self.decoder.target_size)
+        missing = "labeled point inside it" if self.crop == "points" else "box"
+        others = " or ".join(crop for crop in CROPS if crop != self.crop)
+        bad.append(BadFile(item.path, f"has no {missing}; set data.crop={others}"))
+        return 0.0, 0.0, 1.0, 1.0
 
 
 def _box_size(box: Box | None) -> tuple[float, float]:
-    """Return width and height of an annotated box; (0, 0) without a box."""
-    return (0.0, 0.0) if box is None or _is_empty(box) else (box[2] - box[0], box[3] - box[1])
+    """Return width and height of an annotated box; (0, 0) for an empty box or none."""
+    left, top, right, bottom = box or (0.0, 0.0, 0.0, 0.0)
+    return (0.0, 0.0) if right <= left or bottom <= top else (right - left, bottom - top)
 
 
 def points_inside(points: Tensor, size: tuple[int, int]) -> Tensor:
@@ -224,45 +223,26 @@ class KeypointSet:
         return tuple((index[a], index[b]) for line in self.lines for a, b in pairwise(line))
 
 
-def find_keypoint_set(name: str) -> KeypointSet:
-    """Return the keypoint set `data.keypoint_set`.
-
-    Raises:
-        UserError: the name is unknown.
-    """
-    if name not in KEYPOINT_SETS:
-        near = suggest(name, list(KEYPOINT_SETS))
-        raise UserError(f"data.keypoint_set: {name!r} is not one of {', '.join(KEYPOINT_SETS)}{near}")
-    return KEYPOINT_SETS[name]
-
-
 def _numbered(name: str, *numbers: int) -> tuple[str, ...]:
     return tuple(f"{name}_{number}" for number in numbers)
 
 
 # Sagonas et al., 300 Faces in-the-Wild, 2013. "right" is the person's own right, on the left of the image. Points are
 # numbered from the outside to the inside on both sides, so the names of a pair differ only in the side.
-_IBUG_JAW = (
-    *_numbered("right_jaw", 1, 2, 3, 4, 5, 6, 7, 8),
-    "chin",
-    *_numbered("left_jaw", 8, 7, 6, 5, 4, 3, 2, 1),
-)
+_IBUG_JAW = (*_numbered("right_jaw", *range(1, 9)), "chin", *_numbered("left_jaw", *range(8, 0, -1)))
 _IBUG_RIGHT_BROW = _numbered("right_brow", 1, 2, 3, 4, 5)
 _IBUG_LEFT_BROW = _numbered("left_brow", 5, 4, 3, 2, 1)
 _IBUG_BRIDGE = _numbered("nose_bridge", 1, 2, 3, 4)
 _IBUG_NOSTRILS = (*_numbered("right_nostril", 1, 2), "nose_base", *_numbered("left_nostril", 2, 1))
 _IBUG_RIGHT_EYE = _numbered("right_eye", 1, 2, 3, 4, 5, 6)
 _IBUG_LEFT_EYE = _numbered("left_eye", 4, 3, 2, 1, 6, 5)
-_IBUG_MOUTH = (
-    *(*_numbered("right_mouth", 1, 2, 3), "mouth_top", *_numbered("left_mouth", 3, 2, 1)),
-    *(*_numbered("left_mouth", 5, 4), "mouth_bottom", *_numbered("right_mouth", 4, 5)),
-)
-_IBUG_LIPS = (
-    *(*_numbered("right_lip", 1, 2), "lip_top", *_numbered("left_lip", 2, 1)),
-    *("left_lip_3", "lip_bottom", "right_lip_3"),
-)
+_IBUG_UPPER_MOUTH = (*_numbered("right_mouth", 1, 2, 3), "mouth_top", *_numbered("left_mouth", 3, 2, 1))
+_IBUG_LOWER_MOUTH = (*_numbered("left_mouth", 5, 4), "mouth_bottom", *_numbered("right_mouth", 4, 5))
+_IBUG_UPPER_LIPS = (*_numbered("right_lip", 1, 2), "lip_top", *_numbered("left_lip", 2, 1))
+_IBUG_LOWER_LIPS = ("left_lip_3", "lip_bottom", "right_lip_3")
 _IBUG_OPEN_LINES = (_IBUG_JAW, _IBUG_RIGHT_BROW, _IBUG_LEFT_BROW, _IBUG_BRIDGE, _IBUG_NOSTRILS)
-_IBUG_RINGS = (_IBUG_RIGHT_EYE, _IBUG_LEFT_EYE, _IBUG_MOUTH, _IBUG_LIPS)
+_IBUG_MOUTHS = (_IBUG_UPPER_MOUTH + _IBUG_LOWER_MOUTH, _IBUG_UPPER_LIPS + _IBUG_LOWER_LIPS)
+_IBUG_RINGS = (_IBUG_RIGHT_EYE, _IBUG_LEFT_EYE, *_IBUG_MOUTHS)
 IBUG68 = KeypointSet(
     tuple(name for line in (*_IBUG_OPEN_LINES, *_IBUG_RINGS) for name in line),
     (*_IBUG_OPEN_LINES, *((*ring, ring[0]) for ring in _IBUG_RINGS)),
@@ -270,10 +250,9 @@ IBUG68 = KeypointSet(
 
 # Lin et al., Microsoft COCO, 2014: the order of person_keypoints_*.json.
 COCO17 = KeypointSet(
-    (
-        *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder"),
-        *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip"),
-        *("left_knee", "right_knee", "left_ankle", "right_ankle"),
+    tuple(
+        "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
+        "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle".split()
     ),
     (
         ("left_ear", "left_eye", "nose", "right_eye", "right_ear"),
@@ -295,12 +274,7 @@ CAT9 = KeypointSet(
         _numbered("right_ear", 1, 2, 3),
         _numbered("left_ear", 1, 2, 3),
     ),
-    {
-        "right_eye": "left_eye",
-        "right_ear_1": "left_ear_3",
-        "right_ear_2": "left_ear_2",
-        "right_ear_3": "left_ear_1",
-    },
+    {"right_eye": "left_eye", "right_ear_1": "left_ear_3", "right_ear_2": "left_ear_2", "right_ear_3": "left_ear_1"},
 )
 
 KEYPOINT_SETS = {"ibug68": IBUG68, "coco17": COCO17, "cat9": CAT9}

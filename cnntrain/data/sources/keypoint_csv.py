@@ -1,20 +1,20 @@
 """Keypoints in a CSV file: the image name, then x and y of each point in pixels."""
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from cnntrain.data.csv_table import BOX_COLUMNS, CsvTable, find_csv, read_csv, row_splits
 from cnntrain.data.files import is_file
-from cnntrain.data.resize import Box, Resize
+from cnntrain.data.resize import Box
 from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource, Skeleton
 from cnntrain.errors import UserError, suggest
 
 OTHER_COLUMNS = ("split", "group", *BOX_COLUMNS)
 
 
+@dataclass
 class KeypointCsv(KeypointSource):
     """A header `image_name,NAME_x,NAME_y,...` and one line per object. A point with empty cells is not labeled.
 
@@ -25,35 +25,28 @@ class KeypointCsv(KeypointSource):
     Args:
         file: the CSV file; null: the only one in `root`.
         root: folder that the image names are relative to; null: the folder of the CSV file.
-        size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs: as for `KeypointSource`.
+        others: as for `KeypointSource`.
     """
 
-    def __init__(
-        self,
-        file: str | None = None,
-        root: str | None = None,
-        size: int | list[int] = 96,
-        channels: int = 3,
-        crop: str = "points",
-        crop_margin: float = 0.2,
-        resize: Resize = "letterbox",
-        keypoint_set: str | None = None,
-        flip_pairs: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(size, channels, crop, crop_margin, resize, keypoint_set, flip_pairs)
-        self.file = find_csv(file, root, "a CSV file with the columns image_name,NAME_x,NAME_y,...")
-        self.root = Path(root).expanduser() if root else self.file.parent
+    file: str | None = None
+    root: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.table_file, self.folder = find_csv(
+            self.file, self.root, "a CSV file with the columns image_name,NAME_x,NAME_y,..."
+        )
 
     def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
-        table = read_csv(self.file)
+        table = read_csv(self.table_file)
         names = point_names(table)
         column = table.column_index
         objects: list[KeypointAnnotation] = []
         first_line: dict[tuple[str, ...], int] = {}
         for (line, cells), split in zip(table.rows, row_splits(table), strict=True):
             image = cells[0]
-            if not image or not is_file(self.root / image):
-                table.errors.add(line, f"no file {image!r} in {self.root}")
+            if not image or not is_file(self.folder / image):
+                table.errors.add(line, f"no file {image!r} in {self.folder}")
             key = (image, *(cells[column[side]] for side in BOX_COLUMNS if side in column))
             if key in first_line:
                 table.errors.add(line, f"duplicate image {image!r} (first on line {first_line[key]})")
@@ -64,7 +57,7 @@ class KeypointCsv(KeypointSource):
             points, labeled, box = numbers
             group = cells[column["group"]] if "group" in column else None
             name = f"{image}:{line}" if box else image
-            path = str(self.root / image)
+            path = str(self.folder / image)
             objects.append(KeypointAnnotation(path, name, points, labeled, box, split, group or None))
         table.errors.raise_if_any()
         return names, objects, ()

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from cnntrain.data.decoder import MaskDecoder, format_values, make_decoder
@@ -29,49 +30,49 @@ LAYOUT = (
 )
 
 
+@dataclass
 class MaskSource(Source):
-    """Base class of images with masks; subclasses list the files.
+    """Base class of images with masks; subclasses set `folder` and list the files.
 
     Args:
-        root: folder that the names of examples are relative to.
+        root: the folder of the files.
         classes: names by id.
         ignore_index: id that is excluded from the loss and the metrics; also the id of pixels outside a mask.
         ids: maps each value in the mask files to a class id (or `ignore_index`); null: the values are the ids. With two
             classes and masks that contain only 0 and 255, null means {0: 0, 255: 1}.
-        size, channels, resize: as for `ImageFolder`.
+        size: target size in pixels, one number for a square or [height, width].
+        channels: 1 or 3.
+        resize: letterbox (whole image, padded), short_side (cropped) or stretch.
     """
 
-    classes_from_user = True  # a class without pixels is then an error
+    root: str | None = None
+    classes: Sequence[str] | None = None
+    ignore_index: int = 255
+    ids: Mapping[int, int] | None = None
+    _: KW_ONLY
+    size: int | list[int] = 128
+    channels: int = 3
+    resize: Resize = "short_side"
 
-    def __init__(
-        self,
-        root: Path,
-        classes: Sequence[str] | None,
-        ignore_index: int,
-        ids: Mapping[int, int] | None,
-        size: int | list[int],
-        channels: int,
-        resize: Resize,
-    ) -> None:
-        if not 0 <= ignore_index <= 255:
-            raise UserError(f"data.ignore_index: must be from 0 to 255, got {ignore_index!r}")
-        if not classes:
+    folder: Path = field(init=False)  # names of examples are relative to it
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ignore_index <= 255:
+            raise UserError(f"data.ignore_index: must be from 0 to 255, got {self.ignore_index!r}")
+        if not self.classes:
             raise UserError(
                 "data.classes: missing; name the classes in the order of their ids in the masks, as "
                 "'data.classes=[background,object]'"
             )
-        if len(classes) < 2 or len(set(classes)) < len(classes) or len(classes) > 255:
+        self.class_names = tuple(map(str, self.classes))
+        if not 2 <= len(set(self.classes)) == len(self.classes) <= 255:
             raise UserError("data.classes: must be 2 to 255 different names, in the order of the masks' ids")
-        self.root = root
-        self.classes = tuple(str(name) for name in classes)
-        self.ignore_index = ignore_index
-        self.decoder = make_decoder(size, channels, resize)
-        self.ids = None if ids is None else _read_ids(ids, len(classes), ignore_index)
-        self.resize: Resize = resize
+        self.decoder = make_decoder(self.size, self.channels, self.resize)
+        self.id_of = None if self.ids is None else _read_ids(self.ids, len(self.classes), self.ignore_index)
 
     def spec(self) -> DataSpec:
         d = self.decoder
-        return DataSpec(d.channels, d.height, d.width, self.classes, per_pixel=True, ignore_index=self.ignore_index)
+        return DataSpec(d.channels, d.height, d.width, self.class_names, per_pixel=True, ignore_index=self.ignore_index)
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
         """Return the files; images without mask and masks without image go to `bad`."""
@@ -96,38 +97,38 @@ class MaskSource(Source):
                 unknown.append(BadFile(mask, str(problem)))
         bad += unknown
         advice = self._advice(frozenset().union(*values.values())) if unknown else ""
-        raise_if_bad(bad, max(2 * len(all_pairs), len(bad)), self.root, advice)
+        raise_if_bad(bad, max(2 * len(all_pairs), len(bad)), self.folder, advice)
         splits = {}
         for split, files in pairs.items():
             if files:
                 images = LazyImages([image for image, _ in files], self.decoder)
                 masks = LazyImages([mask for _, mask in files], decoder)
-                names = relative_names(self.root, images.paths)
+                names = relative_names(self.folder, images.paths)
                 splits[split] = Examples(images, {}, names, lazy_targets={"mask": masks})
         if "train" not in splits:
-            raise UserError(f"data.root: {self.root} has no images with masks for train")
+            raise UserError(f"data.root: {self.folder} has no images with masks for train")
         in_train = frozenset().union(*(values[mask] for _, mask in pairs["train"]))
         self._check_classes({decoder.ids[value] for value in in_train}, in_train)
         return splits
 
     def _mask_decoder(self, values: Sequence[frozenset[int]]) -> MaskDecoder:
         """Return the decoder for masks with these values (one set per mask)."""
-        ids = self.ids
+        ids = self.id_of
         if ids is None:
-            ids = {i: i for i in (*range(len(self.classes)), self.ignore_index)}
-            if len(self.classes) == 2 and self.ignore_index not in (0, 1):
+            ids = {i: i for i in (*range(len(self.class_names)), self.ignore_index)}
+            if len(self.class_names) == 2 and self.ignore_index not in (0, 1):
                 if frozenset().union(*values) in ({0, 255}, {255}):
                     ids = {0: 0, 255: 1}
                     logger.info(
                         "data: the masks contain only 0 and 255, so 255 means class %s, not ignore; set data.ids to "
                         "map values to classes differently",
-                        self.classes[1],
+                        self.class_names[1],
                     )
                 elif self.ignore_index == 255:
                     _warn_if_inconsistent(values)
         table = tuple(ids.get(value, -1) for value in range(256))
         d = self.decoder
-        return MaskDecoder(d.height, d.width, self.resize, table, self.ignore_index)
+        return MaskDecoder(d.height, d.width, d.resize, table, self.ignore_index)
 
     def _check_classes(self, ids: set[int], values: frozenset[int]) -> None:
         """Raise an error for the user's classes without a pixel in the training masks; warn for other classes.
@@ -136,15 +137,15 @@ class MaskSource(Source):
             ids: class ids in the training masks.
             values: values in the mask files.
         """
-        absent = [name for i, name in enumerate(self.classes) if i not in ids and i != self.ignore_index]
+        absent = [name for i, name in enumerate(self.class_names) if i not in ids and i != self.ignore_index]
         if not absent:
             return
         shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
-        if not self.classes_from_user:
+        if not isinstance(self, MaskFolder):
             logger.warning("data: the training masks have no pixels of %s", shown)
             return
         remedy = "remove classes without pixels from data.classes, and map the mask values to the others with data.ids"
-        if self.ids is None and 255 in values and self.ignore_index == 255:
+        if self.id_of is None and 255 in values and self.ignore_index == 255:
             remedy += f"; 255 is ignored (data.ignore_index); if it is a class, {self._advice(values)}"
         raise UserError(
             f"data: the training masks have no pixels of {shown}; their values are {format_values(values)}; {remedy}"
@@ -153,13 +154,13 @@ class MaskSource(Source):
     def _advice(self, values: frozenset[int]) -> str:
         """Return a suggestion for `data.ids` with the values found in the masks."""
         present = sorted(value for value in values if 0 <= value <= 255)
-        if len(present) > len(self.classes):
+        if len(present) > len(self.class_names):
             present = [value for value in present if value != self.ignore_index]
         advice = "map mask values to classes with data.ids"
-        if len(present) == len(self.classes):
+        if len(present) == len(self.class_names):
             example = ", ".join(f"{value}: {i}" for i, value in enumerate(present))
             return f"{advice}, for example data.ids='{{{example}}}'"
-        if len(present) > len(self.classes):
+        if len(present) > len(self.class_names):
             found = f"{len(present)} values: {format_values(present)}"
             return f"{advice} (found {found}); save masks losslessly, for example as PNG"
         return advice
@@ -213,33 +214,22 @@ def _read_ids(ids: Mapping[int, int], classes: int, ignore_index: int) -> dict[i
     return id_of
 
 
+@dataclass
 class MaskFolder(MaskSource):
     """Images `root/train/images/NAME.jpg` with masks `root/train/masks/NAME.png`.
 
     `val/` (or `valid/`, `validation/`) and `test/` are optional. Gray values or palette indices of the masks are read
-    without conversion; `ids` maps them to classes.
-
-    Args:
-        root: the folder that contains `train/`.
-        classes, ignore_index, size, channels, resize, ids: as for `MaskSource`.
+    without conversion; `ids` maps them to classes. The arguments are those of `MaskSource`.
     """
 
-    def __init__(
-        self,
-        root: str | None,
-        classes: Sequence[str] | None,
-        ignore_index: int = 255,
-        size: int | list[int] = 128,
-        channels: int = 3,
-        resize: Resize = "short_side",
-        ids: Mapping[int, int] | None = None,
-    ) -> None:
-        super().__init__(require_root(root, LAYOUT), classes, ignore_index, ids, size, channels, resize)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.folder = require_root(self.root, LAYOUT)
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
-        folders = require_split_folders(self.root, LAYOUT)
+        folders = require_split_folders(self.folder, LAYOUT)
         if not (folders["train"] / "images").is_dir():
-            raise UserError(f"data.root: {self.root} has no train/images/; it must have {LAYOUT}")
+            raise UserError(f"data.root: {self.folder} has no train/images/; it must have {LAYOUT}")
         return {split: pair_by_name(folder / "images", folder / "masks", bad) for split, folder in folders.items()}
 
 

@@ -3,13 +3,15 @@
 import gzip
 import math
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from cnntrain.data.examples import Examples, Source
-from cnntrain.data.files import default_root, download
+from cnntrain.data.files import download, root_or_default
 from cnntrain.errors import UserError
 from cnntrain.types import DataSpec
 
@@ -17,13 +19,11 @@ FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-FASHION_CLASSES = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
+FASHION_CLASSES = tuple("T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","))
 MAX_UNPACKED_BYTES = 2**28  # limit for .gz files; MNIST's 60,000 images take 47 million
 
 
+@dataclass
 class IdxDataset(Source):
     """Base class of 28x28 gray images in IDX files, in torchvision's folder layout.
 
@@ -31,17 +31,21 @@ class IdxDataset(Source):
         root: folder that contains `<folder>/raw/`, or the files; null: `~/.cache/cnntrain`. Downloaded if missing.
     """
 
-    folder: str
-    metadata: DataSpec
-
-    def __init__(self, root: str | None = None) -> None:
-        self.root = Path(root).expanduser() if root else default_root()
+    root: str | None = None
+    folder: ClassVar[str]
+    metadata: ClassVar[DataSpec]
 
     def spec(self) -> DataSpec:
         return self.metadata
 
     def load(self) -> dict[str, Examples]:
-        raw = self._find() or self._download()
+        root = root_or_default(self.root)
+        raw = self._find(root)
+        if raw is None:
+            looked_in = f"{root / self.folder / 'raw'} (and {root})"
+            download(self.folder, root, looked_in, self.downloads)
+            raw = self._find(root)
+            assert raw is not None, "torchvision changed its layout"
         splits = {}
         for split, (image_file, label_file) in FILES.items():
             images, labels = read_idx(raw / image_file, 3), read_idx(raw / label_file, 1)
@@ -54,20 +58,13 @@ class IdxDataset(Source):
             splits[split] = Examples(torch.from_numpy(images)[:, None], targets, names)
         return splits
 
-    def _find(self) -> Path | None:
+    def _find(self, root: Path) -> Path | None:
         """Return the folder that contains all four files, unpacked or as .gz."""
         names = [name for pair in FILES.values() for name in pair]
-        for folder in (self.root / self.folder / "raw", self.root / "raw", self.root):
+        for folder in (root / self.folder / "raw", root / "raw", root):
             if all((folder / name).is_file() or (folder / f"{name}.gz").is_file() for name in names):
                 return folder
         return None
-
-    def _download(self) -> Path:
-        looked_in = f"{self.root / self.folder / 'raw'} (and {self.root})"
-        download(self.folder, self.root, looked_in, self.downloads)
-        folder = self._find()
-        assert folder is not None, "torchvision changed its layout"
-        return folder
 
 
 class MNIST(IdxDataset):

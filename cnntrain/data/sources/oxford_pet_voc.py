@@ -1,19 +1,21 @@
 """Oxford-IIIT Pet and PASCAL VOC segmentation, downloaded by torchvision."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
-from cnntrain.data.files import BadFile, default_root, download
+from cnntrain.data.files import BadFile, download, root_or_default
 from cnntrain.data.resize import Resize
 from cnntrain.data.sources.mask_folder import MaskSource, Pairs
 from cnntrain.errors import UserError
 
-VOC_CLASSES = (
-    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train"),
-    "tvmonitor",
+VOC_CLASSES = tuple(
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+    "pottedplant sheep sofa train tvmonitor".split()
 )
 
 
+@dataclass
 class OxfordIIITPet(MaskSource):
     """Cats and dogs with segmentation masks (Parkhi et al., 2012): 3,680 images for training, 3,669 for testing.
 
@@ -21,35 +23,26 @@ class OxfordIIITPet(MaskSource):
 
     Args:
         root: folder that contains `oxford-iiit-pet/`; null: `~/.cache/cnntrain`. Downloaded if missing.
-        size, channels, resize: as for `ImageFolder`.
+        size, channels, resize: as for `MaskSource`.
     """
 
-    classes_from_user = False
+    classes: Sequence[str] | None = field(default=("background", "pet"), init=False)
+    ignore_index: int = field(default=255, init=False)
+    ids: Mapping[int, int] | None = field(default_factory=lambda: {1: 1, 2: 0, 3: 255}, init=False)
 
-    def __init__(
-        self,
-        root: str | None = None,
-        size: int | list[int] = 128,
-        channels: int = 3,
-        resize: Resize = "short_side",
-    ) -> None:
-        folder = Path(root).expanduser() if root else default_root()
-        super().__init__(folder, ("background", "pet"), 255, {1: 1, 2: 0, 3: 255}, size, channels, resize)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.folder = root_or_default(self.root)
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
-        base = self.root / "oxford-iiit-pet"
+        base = self.folder / "oxford-iiit-pet"
         lists = {"train": base / "annotations/trainval.txt", "test": base / "annotations/test.txt"}
         if not all(file.is_file() for file in lists.values()) or not (base / "images").is_dir():
-            download("OxfordIIITPet", self.root, str(base), self.downloads, target_types="segmentation")
-        return {
-            split: [
-                (str(base / "images" / f"{name}.jpg"), str(base / "annotations/trimaps" / f"{name}.png"))
-                for name in _names(file)
-            ]
-            for split, file in lists.items()
-        }
+            download("OxfordIIITPet", self.folder, str(base), self.downloads, target_types="segmentation")
+        return {split: _listed(file, base / "images", base / "annotations/trimaps") for split, file in lists.items()}
 
 
+@dataclass
 class VOCSegmentation(MaskSource):
     """PASCAL VOC 2012: 1,464 images for training and 1,449 for validation, 20 classes and background.
 
@@ -57,39 +50,33 @@ class VOCSegmentation(MaskSource):
 
     Args:
         root: folder that contains `VOCdevkit/VOC2012/`; null: `~/.cache/cnntrain`. Downloaded if missing.
-        size, channels, resize: as for `ImageFolder`.
+        size, channels, resize: as for `MaskSource`.
     """
 
-    classes_from_user = False
+    classes: Sequence[str] | None = field(default=VOC_CLASSES, init=False)
+    ignore_index: int = field(default=255, init=False)
+    ids: Mapping[int, int] | None = field(default=None, init=False)
+    _: KW_ONLY
+    size: int | list[int] = 224
+    resize: Resize = "letterbox"
 
-    def __init__(
-        self,
-        root: str | None = None,
-        size: int | list[int] = 224,
-        channels: int = 3,
-        resize: Resize = "letterbox",
-    ) -> None:
-        folder = Path(root).expanduser() if root else default_root()
-        super().__init__(folder, VOC_CLASSES, 255, None, size, channels, resize)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.folder = root_or_default(self.root)
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
-        base = self.root / "VOCdevkit" / "VOC2012"
+        base = self.folder / "VOCdevkit" / "VOC2012"
         lists = {split: base / "ImageSets/Segmentation" / f"{split}.txt" for split in ("train", "val")}
         if not all(file.is_file() for file in lists.values()):
-            download("VOCSegmentation", self.root, str(base), self.downloads, year="2012", image_set="train")
-        return {
-            split: [
-                (str(base / "JPEGImages" / f"{name}.jpg"), str(base / "SegmentationClass" / f"{name}.png"))
-                for name in _names(file)
-            ]
-            for split, file in lists.items()
-        }
+            download("VOCSegmentation", self.folder, str(base), self.downloads, year="2012", image_set="train")
+        return {split: _listed(file, base / "JPEGImages", base / "SegmentationClass") for split, file in lists.items()}
 
 
-def _names(file: Path) -> list[str]:
-    """Return the first word of every line that is not a comment."""
+def _listed(file: Path, images: Path, masks: Path) -> list[tuple[str, str]]:
+    """Return image and mask for the first word of every line that is not a comment."""
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data: {file}: can't be read ({error})") from error
-    return [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    names = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    return [(str(images / f"{name}.jpg"), str(masks / f"{name}.png")) for name in names]

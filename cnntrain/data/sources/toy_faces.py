@@ -34,21 +34,18 @@ class Pose:
         return (points @ self.rotation.T)[:, :2] * self.scale + self.center
 
 
+@dataclass
 class ToyFaces(ToySource):
     """Cat faces with varied pose, scale, lighting and fur, some partly occluded; occluded points stay labeled.
 
     Left and right are the cat's own: its left eye is on the right of the image. Each cat has an eye patch on one side
     and a notch in one ear, so that a flipped image differs visibly from the original. The sides are drawn at random, so
     that a flipped image is as likely as the original.
-
-    Args:
-        size, train_count, test_count, seed: as for `ToySource`.
     """
 
     name = "toy_faces"
-
-    def __init__(self, size: int = 64, train_count: int = 800, test_count: int = 400, seed: int = 0) -> None:
-        super().__init__(size, train_count, test_count, seed)
+    train_count: int = 800
+    test_count: int = 400
 
     def spec(self) -> DataSpec:
         pairs = flip_permutation(CAT9.names, CAT9.flip_pairs or {})

@@ -2,7 +2,8 @@
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ MAX_COUNT = 1_000_000  # images per split
 SUPERSAMPLING = 3  # odd, so that the middle sample of a pixel is at its center
 
 
+@dataclass
 class ToySource(Source):
     """Base class of data sets whose images are drawn by the program.
 
@@ -30,17 +32,19 @@ class ToySource(Source):
         seed: another seed draws other images.
     """
 
-    name: str
+    name: ClassVar[str]
+    size: int = 64
+    train_count: int = 1000
+    test_count: int = 250
+    seed: int = 0
 
-    def __init__(self, size: int, train_count: int, test_count: int, seed: int) -> None:
-        if not 16 <= size <= 512:
-            raise UserError(f"data.size: must be from 16 to 512 px, got {size!r}")
-        if train_count < 2 or test_count < 1:
+    def __post_init__(self) -> None:
+        if not 16 <= self.size <= 512:
+            raise UserError(f"data.size: must be from 16 to 512 px, got {self.size!r}")
+        if self.train_count < 2 or self.test_count < 1:
             raise UserError("data.train_count, data.test_count: must be at least 2 and 1")
-        if max(train_count, test_count) > MAX_COUNT:
+        if max(self.train_count, self.test_count) > MAX_COUNT:
             raise UserError(f"data.train_count, data.test_count: must be at most {MAX_COUNT:,}")
-        self.size, self.seed = size, seed
-        self.counts = {"train": train_count, "test": test_count}
 
     @abstractmethod
     def draw(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +56,7 @@ class ToySource(Source):
 
     def load(self) -> dict[str, Examples]:
         splits = {}
-        for split, count in self.counts.items():
+        for split, count in (("train", self.train_count), ("test", self.test_count)):
             drawn = [self.draw(hash_seed(self.seed, split, i)) for i in range(count)]
             images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
             targets = self.make_targets(torch.from_numpy(np.stack([target for _, target in drawn])))
@@ -61,19 +65,14 @@ class ToySource(Source):
         return splits
 
 
+@dataclass
 class ToyShapes(ToySource):
     """Discs, squares, triangles and rings of any color on a striped background, for segmentation.
 
     The class of a pixel is that of the topmost shape at its center. The color is independent of the class.
-
-    Args:
-        size, train_count, test_count, seed: as for `ToySource`.
     """
 
     name = "toy_shapes"
-
-    def __init__(self, size: int = 64, train_count: int = 1000, test_count: int = 250, seed: int = 0) -> None:
-        super().__init__(size, train_count, test_count, seed)
 
     def spec(self) -> DataSpec:
         return DataSpec(3, self.size, self.size, CLASSES, per_pixel=True, ignore_index=255)

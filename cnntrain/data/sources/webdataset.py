@@ -5,6 +5,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,6 @@ from cnntrain.data.files import (
 )
 from cnntrain.data.image_reader import DECODE_ERRORS
 from cnntrain.data.parallel import thread_map
-from cnntrain.data.resize import Resize
 from cnntrain.data.sources.image_folder import LabeledFiles
 from cnntrain.errors import UserError
 
@@ -45,6 +45,7 @@ class Item(NamedTuple):
     label: str
 
 
+@dataclass
 class TarShards(LabeledFiles):
     """Images in tar shards `root/train-000.tar` (or `root/train/000.tar`) and so on.
 
@@ -57,21 +58,15 @@ class TarShards(LabeledFiles):
     Args:
         root: the folder of the shards.
         classes: names by index; null: the indices, or the sorted class names of train.
-        size, channels, resize: as for `ImageFolder`.
+        others: as for `LabeledFiles`.
     """
 
-    def __init__(
-        self,
-        root: str | None,
-        classes: Sequence[str] | None = None,
-        size: int | list[int] = 64,
-        channels: int = 3,
-        resize: Resize = "short_side",
-        hflip_ok: bool = True,
-    ) -> None:
-        self.root = require_root(root, LAYOUT)
-        self.chosen = None if classes is None else tuple(map(str, classes))
-        super().__init__(size, channels, resize, hflip_ok)
+    root: str | None
+    classes: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.folder = require_root(self.root, LAYOUT)
 
     @cached_property
     def shards(self) -> dict[str, list[Path]]:
@@ -81,28 +76,28 @@ class TarShards(LabeledFiles):
             UserError: train has no shards, or a tar file belongs to no split.
         """
         by_prefix: dict[str, list[Path]] = {}
-        for path in sorted(self.root.glob("*.tar")):
+        for path in sorted(self.folder.glob("*.tar")):
             if not is_ignored(path.name):
                 by_prefix.setdefault(_prefix(path.name), []).append(path)
-        names = unique_split_names(by_prefix, f"data.root: {self.root}")
+        names = unique_split_names(by_prefix, f"data.root: {self.folder}")
         found = {split: by_prefix[name] for split, name in names.items()}
-        for split, folder in find_split_folders(self.root).items():
+        for split, folder in find_split_folders(self.folder).items():
             inside = sorted(path for path in folder.glob("*.tar") if not is_ignored(path.name))
             if inside and split in found:
                 raise UserError(
-                    f"data.root: {self.root} has shards for {split} both in {folder.name}/ and outside it "
+                    f"data.root: {self.folder} has shards for {split} both in {folder.name}/ and outside it "
                     f"({found[split][0].name}); keep one of the two"
                 )
             if inside:
                 found[split] = inside
         if "train" not in found:
-            packed = [path.name for path in sorted(self.root.glob("train*.tar.*"))][:3]
+            packed = [path.name for path in sorted(self.folder.glob("train*.tar.*"))][:3]
             hint = f"; {', '.join(packed)} must be unpacked to .tar first, to be read in place" if packed else ""
-            raise UserError(f"data.root: {self.root} has no train*.tar; it must have {LAYOUT}{hint}")
-        reject_other_folders(self.root, {"tar"})
+            raise UserError(f"data.root: {self.folder} has no train*.tar; it must have {LAYOUT}{hint}")
+        reject_other_folders(self.folder, {"tar"})
         if others := [paths[0].name for prefix, paths in by_prefix.items() if prefix not in SPLIT_NAMES]:
             raise UserError(
-                f"data.root: {self.root / others[0]} belongs to no split; names of shards must begin with train, "
+                f"data.root: {self.folder / others[0]} belongs to no split; names of shards must begin with train, "
                 "val (or valid, validation) or test; rename it, or move it elsewhere"
             )
         return found
@@ -113,31 +108,32 @@ class TarShards(LabeledFiles):
         bad: list[BadFile] = []
         found: dict[str, list[Item]] = {}
         count = 0
-        read = partial(_read_shard, self.root)
+        read = partial(_read_shard, self.folder)
         for split, shards in self.shards.items():
             count += len(shards)
             parts = thread_map(read, shards, f"reading the headers of {len(shards):,} shards")
             bad += [problem for _, problems in parts for problem in problems]
             found[split] = [item for items, _ in parts for item in items]
-        raise_if_bad(bad, count + sum(map(len, found.values())), self.root)
+        raise_if_bad(bad, count + sum(map(len, found.values())), self.folder)
         return found
 
     @cached_property
-    def classes(self) -> tuple[str, ...]:
+    def class_names(self) -> tuple[str, ...]:
+        chosen = tuple(map(str, self.classes or ()))
         labels = {item.label for item in self.items["train"]}
         all_labels = labels | {item.label for items in self.items.values() for item in items}
         if self._labels_are_indices:
             largest = max(map(int, all_labels), default=0)
-            names = self.chosen or tuple(map(str, range(largest + 1)))
+            names = chosen or tuple(map(str, range(largest + 1)))
             if largest >= len(names):
                 raise UserError(f"data.classes: has {len(names)} names, but there are labels up to {largest}")
         else:
-            names = self.chosen or tuple(sorted(labels))
+            names = chosen or tuple(sorted(labels))
             if unknown := sorted(all_labels - set(names)):
-                where = "data.classes" if self.chosen else "train"
+                where = "data.classes" if chosen else "train"
                 raise UserError(f"data: {where} has no class {', '.join(map(repr, unknown[:5]))}")
         if len(names) < 2:
-            raise UserError(f"data: {self.root} has {len(names)} class; at least 2 are needed")
+            raise UserError(f"data: {self.folder} has {len(names)} class; at least 2 are needed")
         return names
 
     @property
@@ -145,7 +141,7 @@ class TarShards(LabeledFiles):
         return all(i.label.isdecimal() and len(i.label) < 7 for items in self.items.values() for i in items)
 
     def load(self) -> dict[str, Examples]:
-        index = {name: i for i, name in enumerate(self.classes)}
+        index = {name: i for i, name in enumerate(self.class_names)}
         if self._labels_are_indices:
             index = {item.label: int(item.label) for items in self.items.values() for item in items}
         return {

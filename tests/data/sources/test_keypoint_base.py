@@ -319,7 +319,7 @@ def test_objects_without_labeled_points_are_not_validated(photographs):
 
 def test_an_empty_box_counts_as_missing(photographs):
     source = coco(photographs, **annotation(**SEEN, bbox=[1, 2, 0, 1]))
-    with pytest.raises(UserError, match=r"0\.png: has no box; set data\.crop=points or none"):
+    with pytest.raises(UserError, match=r"0\.png: has no box; set data\.crop=none or points"):
         source.load()
     source.crop = "none"
     assert len(source.load()["train"]) == 1
