@@ -46,10 +46,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     source, chosen = build_source(settings)
     pipeline = build_pipeline(settings, source.spec())  # report misfits before reading images
     # Only a few images are needed, so nothing is cached.
-    data = load_data(
-        source, chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit, "none",
-        chosen.scan, pipeline.magnification, chosen.bits,
-    )  # fmt: skip
+    data = load_data(source, dataclasses.replace(chosen, cache="none"), pipeline.magnification)
     data.spec = with_configured_statistics(data.spec, chosen)
     pipeline = build_pipeline(settings, data.spec)
     if pipeline.mixes_labels:

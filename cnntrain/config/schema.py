@@ -118,18 +118,18 @@ class SweepSettings:
 class DataSettings:
     """Keys of every dataset; the others in `data` are arguments of the data source."""
 
-    workers: Annotated[int, Within(0, 256)]
-    val_fraction: Annotated[float, Within(0, 0.9)]
-    folds: Annotated[int | None, Within(2)]
-    fold: Annotated[int, Within(0)]
-    split_seed: int
-    limit: Annotated[int | None, Within(2)]
-    mean: list[float] | None
-    std: list[float] | None
-    cache: Literal["auto", "gpu", "ram", "disk", "none"]
-    scan: Literal["full", "headers", "off"]
-    timeout_s: Annotated[int, Within(1)]
-    bits: Annotated[int | None, Within(9, 16)]
+    workers: Annotated[int, Within(0, 256)] = 2
+    val_fraction: Annotated[float, Within(0, 0.9)] = 0.1
+    folds: Annotated[int | None, Within(2)] = None
+    fold: Annotated[int, Within(0)] = 0
+    split_seed: int = 0
+    limit: Annotated[int | None, Within(2)] = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    cache: Literal["auto", "gpu", "ram", "disk", "none"] = "auto"
+    scan: Literal["full", "headers", "off"] = "headers"
+    timeout_s: Annotated[int, Within(1)] = 120
+    bits: Annotated[int | None, Within(9, 16)] = None
 
     def __post_init__(self) -> None:
         if self.fold and self.folds is None:

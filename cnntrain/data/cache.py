@@ -1,8 +1,13 @@
-"""Choose where decoded images are kept: GPU memory, RAM, a file on disk, or nowhere."""
+"""Choose where decoded images are kept (GPU memory, RAM, a file on disk, or nowhere), and check those kept nowhere."""
 
+import hashlib
+import json
 import logging
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import is_dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -10,13 +15,15 @@ from torch import Tensor
 
 from cnntrain.data import disk_cache
 from cnntrain.data.examples import Examples, LazyImages, lazy_images
-from cnntrain.data.files import BadFile, common_folder, raise_if_bad
-from cnntrain.data.parallel import MANY_FILES, decode_into, is_builtin, shared_zeros
+from cnntrain.data.files import BadFile, common_folder, default_root, file_stamps, raise_if_bad
+from cnntrain.data.image_reader import read_size
+from cnntrain.data.parallel import MANY_FILES, decode_into, is_builtin, shared_zeros, thread_map
 from cnntrain.errors import UserError
 from cnntrain.memory import free_host_bytes
 from cnntrain.transfer import free_bytes
 
 CacheMode = Literal["auto", "gpu", "ram", "disk", "none"]
+ScanMode = Literal["full", "headers", "off"]
 MAX_SHARE_OF_RAM = 0.5  # of the free memory; the network and its activations need the rest
 MAX_SHARE_OF_GPU = 0.4  # of the free device memory
 logger = logging.getLogger("cnntrain")
@@ -38,19 +45,14 @@ def cache_images(splits: dict[str, Examples], mode: CacheMode) -> dict[str, Exam
         return cache_on_disk(splits)
     if mode == "none" or (mode == "auto" and not fits_in_ram(splits)):
         if lazy_images(splits):
-            needed = sum(examples.decoded_bytes() for examples in splits.values()) / 2**20
+            needed = _decoded_bytes(splits) / 2**20
             logger.info("data: streaming images from disk (caching them would need %.0f MiB)", needed)
         return splits
     return decode_into_ram(splits)
 
 
 def decode_into_ram(splits: dict[str, Examples]) -> dict[str, Examples]:
-    """Decode all images and masks on all cores.
-
-    Raises:
-        UserError: lists all bad files.
-        MachineError: a decoding process died.
-    """
+    """Decode all images and masks on all cores. Errors are those of `cache_images`."""
 
     def decode(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
         images = shared_zeros(lazy.shape, torch.uint8)
@@ -62,12 +64,7 @@ def decode_into_ram(splits: dict[str, Examples]) -> dict[str, Examples]:
 
 
 def cache_on_disk(splits: dict[str, Examples]) -> dict[str, Examples]:
-    """Map all images and masks from cache files, which are created if they are missing (see `disk_cache`).
-
-    Raises:
-        UserError: lists all bad files; or a decoder cannot be identified.
-        MachineError: a decoding process died, or the disk is full.
-    """
+    """Map all images and masks from cache files, which are created if they are missing (see `disk_cache`)."""
     for lazy in lazy_images(splits):
         if not is_dataclass(lazy.decoder):
             kind = type(lazy.decoder).__name__
@@ -75,11 +72,8 @@ def cache_on_disk(splits: dict[str, Examples]) -> dict[str, Examples]:
                 f"data.cache=disk: {kind} must be a dataclass, so that the cache can identify it; set data.cache=ram"
             )
     cached = _decode_splits(splits, disk_cache.load_or_decode)
-    size = sum(examples.decoded_bytes() for examples in splits.values()) / 2**20
-    logger.info(
-        "data: decoded images are cached in %s (%.0f MiB); `cnntrain clean` removes them",
-        *(disk_cache.folder(), size),
-    )
+    folder, size = disk_cache.folder(), _decoded_bytes(splits) / 2**20
+    logger.info("data: decoded images are cached in %s (%.0f MiB); `cnntrain clean` removes them", folder, size)
     return cached
 
 
@@ -106,13 +100,72 @@ def _prefer_disk(splits: dict[str, Examples]) -> bool:
     lazy = lazy_images(splits)
     if not all(map(is_builtin, lazy)) or sum(map(len, lazy)) < MANY_FILES:  # a user's decoder may change
         return False
-    return disk_cache.has_room(lazy, sum(examples.decoded_bytes() for examples in splits.values()))
+    return disk_cache.has_room(lazy, _decoded_bytes(splits))
+
+
+def _decoded_bytes(splits: dict[str, Examples]) -> int:
+    return sum(examples.decoded_bytes() for examples in splits.values())
 
 
 def fits_in_ram(splits: dict[str, Examples]) -> bool:
-    needed = sum(examples.decoded_bytes() for examples in splits.values())
-    return needed <= MAX_SHARE_OF_RAM * free_host_bytes()
+    return _decoded_bytes(splits) <= MAX_SHARE_OF_RAM * free_host_bytes()
 
 
 def fits_on_device(examples: Examples, device: torch.device) -> bool:
     return device.type != "cuda" or examples.decoded_bytes() <= MAX_SHARE_OF_GPU * free_bytes(device)
+
+
+def scan_files(splits: dict[str, Examples], mode: ScanMode) -> None:
+    """Read the header of every file that stays on disk, or decode it if `mode` is full.
+
+    Each file is opened once. Files that passed a previous scan of the same mode, and still have the same size and
+    mtime, are skipped.
+
+    Raises:
+        UserError: lists all bad files.
+    """
+    entries = [(images, row) for images in lazy_images(splits) for row in range(len(images))]
+    if mode == "off" or not entries:
+        return
+    paths = sorted({images.paths[row] for images, row in entries})
+    root = common_folder(paths)
+    record = default_root() / "scans" / f"{hashlib.sha256(str(root).encode()).hexdigest()[:16]}-{mode}.json"
+    passed = _read_record(record)
+    stamps = {path: [size, mtime] for path, (size, mtime, _) in zip(paths, file_stamps(paths), strict=True)}
+    pending = [(images, row) for images, row in entries if passed.get(images.paths[row]) != stamps[images.paths[row]]]
+    if mode == "headers":  # one entry per file, even if it contains several objects
+        pending = list({images.paths[row]: (images, row) for images, row in pending}.values())
+
+    def check(entry: tuple[LazyImages, int]) -> BadFile | None:
+        images, row = entry
+        try:
+            if mode == "full":
+                images.read(row)
+            else:
+                read_size(images.paths[row])
+        except BadFile as problem:
+            return problem
+        return None
+
+    results = thread_map(check, pending, f"scanning {len(paths):,} files")
+    bad = {problem.path: problem for problem in results if problem}
+    if pending:
+        good = {path: stamp for path, stamp in stamps.items() if path not in bad and stamp[0] >= 0}
+        _write_record(record, {**passed, **good})
+    raise_if_bad(bad.values(), len(paths), root)
+
+
+def _read_record(record: Path) -> dict[str, list[int]]:
+    try:
+        passed = json.loads(record.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return passed if isinstance(passed, dict) else {}
+
+
+def _write_record(record: Path, passed: dict[str, list[int]]) -> None:
+    with suppress(OSError):  # the next run scans again
+        record.parent.mkdir(parents=True, exist_ok=True)
+        temporary = record.with_name(f"{record.name}.{os.getpid()}.part")
+        temporary.write_text(json.dumps(passed))
+        os.replace(temporary, record)

@@ -4,12 +4,11 @@ import csv
 import io
 import math
 import re
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnntrain.data.files import SPLIT_NAMES, is_file, unique_split_names
+from cnntrain.data.files import SPLIT_NAMES, ByteRange, is_file, unique_split_names
 from cnntrain.data.resize import Box
 from cnntrain.errors import UserError, suggest
 
@@ -35,20 +34,9 @@ class ErrorList:
             raise UserError("data: " + "\n  ".join(shown))
 
 
-def read_annotation_file(file: Path) -> bytes:
-    """Return the content of an annotation file.
-
-    Raises:
-        OSError: the file cannot be read, or is not a regular file: reading a FIFO or a device may never end.
-    """
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise OSError("not a regular file")
-    return file.read_bytes()
-
-
 @dataclass
 class CsvTable:
-    """Header and rows of a CSV file.
+    """Header and complete rows of a CSV file.
 
     Attributes:
         rows: line number and cells of each row.
@@ -66,14 +54,10 @@ class CsvTable:
 
 
 def read_csv(file: Path) -> CsvTable:
-    """Read a comma-separated file with a header line. A byte-order mark is accepted; empty lines are skipped.
-
-    Raises:
-        UserError: the file cannot be read, has no header or no rows, or has duplicate columns.
-    """
+    """Read a comma-separated file with a header line. A byte-order mark is accepted; empty lines are skipped."""
     rows: list[tuple[int, list[str]]] = []
     try:
-        with io.StringIO(read_annotation_file(file).decode("utf-8-sig"), newline="") as text:
+        with io.StringIO(ByteRange(str(file)).read().decode("utf-8-sig"), newline="") as text:
             reader = csv.reader(text, strict=True)
             columns = [name.strip() for name in next(reader, [])]
             for row in reader:
@@ -99,9 +83,6 @@ def row_splits(table: CsvTable) -> list[str]:
     """Return the split of each row from the column `split`: train, val (or valid, validation) or test.
 
     Without this column every row belongs to train. Other values are added to the errors of the table.
-
-    Raises:
-        UserError: two words in the column mean the same split.
     """
     if "split" not in table.columns:
         return ["train"] * len(table.rows)
@@ -118,13 +99,7 @@ def row_splits(table: CsvTable) -> list[str]:
 def read_boxes(file: Path, names: list[str]) -> list[tuple[str, Box]]:
     """Read (image name, box) from a CSV file `image_name,box_left,box_top,box_right,box_bottom`.
 
-    Boxes are in pixels from the image's edge. An image may have several boxes.
-
-    Args:
-        names: names of the existing images.
-
-    Raises:
-        UserError: a column is missing, or a row is invalid.
+    Boxes are in pixels from the image's edge. An image may have several boxes. `names` are the existing images.
     """
     table = read_csv(file)
     if missing := [name for name in ("image_name", *BOX_COLUMNS) if name not in table.columns]:

@@ -15,6 +15,7 @@ from cnntrain.data.image_reader import (
     MAX_PIXELS,
     UnusableImage,
     apply_orientation,
+    decode_fast_jpeg,
     distinct_values,
     exif_orientation,
     load_pixels,
@@ -60,29 +61,29 @@ class ImageDecoder:
     def shape(self) -> tuple[int, ...]:
         return self.channels, self.height, self.width
 
-    def __call__(self, path: str, box: Box | None = None) -> tuple[Tensor, Tensor]:
-        """Return the pixels, and the (3, 3) float64 matrix from source to target pixels.
+    def placement(self, size: tuple[int, int], box: Box | None = None) -> ResizePlacement:
+        """Return the placement of an image of (width, height) pixels, or of a box in it."""
+        return resize_geometry(*size, self.target_size, self.resize, box)
 
-        Raises:
-            BadFile: the file cannot be used.
-        """
+    def __call__(self, path: str, box: Box | None = None) -> tuple[Tensor, Tensor]:
+        """Return the pixels, and the (3, 3) float64 matrix from source to target pixels; raise BadFile on an error."""
         pixels, placement = self._decode_fast(path, box) or self._decode(path, box)
         array = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return torch.from_numpy(np.array(array, order="C")), placement.matrix()
 
     def _decode_fast(self, path: str, box: Box | None) -> tuple[np.ndarray, ResizePlacement] | None:
-        """Decode a `FastJpeg`; return None for other files and for errors, which `_decode` reports."""
+        """Decode most JPEG files; return None for other files and on errors, which `_decode` reports."""
         try:
             jpeg = read_fast_jpeg(byte_range(path))
-            if jpeg is None or jpeg.width * jpeg.height > MAX_PIXELS:
+            if jpeg is None:
                 return None
-            size = jpeg.width, jpeg.height
-            placement = resize_geometry(*size, self.target_size, self.resize, box)
-            if _jpeg_divisor(size, placement) > 1:
+            content, width, height, colors = jpeg
+            placement = self.placement((width, height), box)
+            if width * height > MAX_PIXELS or _jpeg_divisor((width, height), placement) > 1:
                 return None
-            pixels = jpeg.pixels()
+            pixels = decode_fast_jpeg(content, colors)
             shape = self.target_size if self.channels == 1 else (*self.target_size, 3)
-            if placement.box == (0, 0, *size) and pixels.shape == shape:
+            if placement.box == (0, 0, width, height) and pixels.shape == shape:
                 return pixels, placement
             from PIL import Image
 
@@ -93,7 +94,7 @@ class ImageDecoder:
     def _decode(self, path: str, box: Box | None) -> tuple[np.ndarray, ResizePlacement]:
         with open_image(path) as image:
             size, orientation = upright_size(image), exif_orientation(image)
-            placement = resize_geometry(*size, self.target_size, self.resize, box)
+            placement = self.placement(size, box)
             reduced = placement.reduced(_reduce_jpeg(image, placement, orientation > 1))
             load_pixels(image)
             if image.format == "TIFF":  # Pillow rotates TIFF images on load
@@ -130,11 +131,7 @@ class MaskDecoder:
         return self.height, self.width
 
     def __call__(self, path: str, box: Box | None = None) -> tuple[Tensor, Tensor]:
-        """Return the ids, and the (3, 3) float64 matrix from source to target pixels.
-
-        Raises:
-            BadFile: the file cannot be used, or has a value that is not a class.
-        """
+        """Return the ids, and the (3, 3) float64 matrix from source to target pixels; raise BadFile on an error."""
         from PIL import Image
 
         with open_image(path) as image:
@@ -147,14 +144,7 @@ class MaskDecoder:
         return torch.from_numpy(np.array(pixels)), placement.matrix()
 
     def check_values(self, values: Iterable[int]) -> None:
-        """Reject a mask with values that are not a class.
-
-        Args:
-            values: the return value of `distinct_values`.
-
-        Raises:
-            UnusableImage: lists these values.
-        """
+        """Reject a mask with values (see `distinct_values`) that are not a class."""
         unknown = [value for value in values if not 0 <= value <= 255 or self.ids[value] < 0]
         if unknown:
             raise UnusableImage(f"has ids that are no class: {format_values(unknown)}")
@@ -167,11 +157,7 @@ def format_values(values: Iterable[int]) -> str:
 
 
 def make_decoder(size: int | list[int], channels: int, resize: Resize) -> ImageDecoder:
-    """Return the decoder for `data.size`, `data.channels` and `data.resize`.
-
-    Raises:
-        UserError: one of them is out of range.
-    """
+    """Return the decoder for `data.size`, `data.channels` and `data.resize`; check their values."""
     if channels not in (1, 3):
         raise UserError(f"data.channels: must be 1 or 3, got {channels!r}")
     if resize not in RESIZES:
@@ -202,12 +188,7 @@ def resize_image(
         if (width + padding[0] + padding[2]) * (height + padding[1] + padding[3]) > MAX_PIXELS:
             raise UnusableImage("its box reaches too far outside the image")
         image = ImageOps.expand(image, tuple(padding), fill_color)
-        left, top, right, bottom = (
-            left + padding[0],
-            top + padding[1],
-            right + padding[0],
-            bottom + padding[1],
-        )
+        left, top, right, bottom = left + padding[0], top + padding[1], right + padding[0], bottom + padding[1]
     box = (left, top, min(right, image.width), min(bottom, image.height))
     if box == (0, 0, *image.size) and image.size == target_size[::-1]:
         return np.asarray(image)
@@ -224,10 +205,8 @@ def _reduce_jpeg(image: "Image.Image", placement: ResizePlacement, rotated: bool
 
     libjpeg omits the high frequencies of each 8x8 block: resampling without aliasing, and much faster.
     """
-    if image.format != "JPEG":
-        return 1
     width, height = image.size
-    divisor = _jpeg_divisor(image.size, placement, rotated)
+    divisor = _jpeg_divisor(image.size, placement, rotated) if image.format == "JPEG" else 1
     if divisor == 1:
         return 1
     image.draft(image.mode, (width // divisor, height // divisor))  # pyright: ignore[reportArgumentType]
@@ -235,7 +214,7 @@ def _reduce_jpeg(image: "Image.Image", placement: ResizePlacement, rotated: bool
 
 
 def _jpeg_divisor(size: tuple[int, int], placement: ResizePlacement, rotated: bool = False) -> int:
-    """Return the largest of 8, 4, 2, 1 by which a JPEG of (width, height) can be reduced while decoding."""
+    """Return by how much a JPEG of (width, height) can be reduced while decoding: 8, 4, 2 or 1."""
     left, top, right, bottom = placement.box
     scale = min((right - left) / placement.width, (bottom - top) / placement.height)
     for divisor in (8, 4, 2):

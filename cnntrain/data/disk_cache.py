@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cnntrain.data.examples import LazyImages
-from cnntrain.data.files import BadFile, byte_range, default_root
+from cnntrain.data.files import BadFile, byte_range, default_root, file_stamps
 from cnntrain.data.parallel import decode_into, thread_map
 from cnntrain.errors import MachineError
 
@@ -163,10 +163,8 @@ def _confirm(path: Path, lazy: LazyImages, ctimes: np.ndarray) -> bool:
     )
     changed = [row for row, value in zip(rows, checksums, strict=True) if value != cache.file_checksums[row]]
     if changed:
-        logger.info(
-            "data: %d image files have changed (first %s); all are decoded again",
-            *(len(changed), lazy.paths[changed[0]]),
-        )
+        first = lazy.paths[changed[0]]
+        logger.info("data: %d image files have changed (first %s); all are decoded again", len(changed), first)
         return False
     cache.ctimes[:] = ctimes
     return True
@@ -187,12 +185,8 @@ def _chunk_checksums(path: Path, lazy: LazyImages) -> list[int]:
 
 def _file_checksum(path: str) -> int:
     """Return the CRC-32 of an image file's bytes; 0 on a read error, which decoding reports."""
-    source = byte_range(path)
     try:
-        with open(source.file, "rb") as file:
-            if source.size is None:
-                return zlib.crc32(file.read())
-            return zlib.crc32(os.pread(file.fileno(), source.size, source.offset or 0))
+        return zlib.crc32(byte_range(path).read())
     except OSError:
         return 0
 
@@ -219,23 +213,14 @@ def _identify(lazy: LazyImages) -> tuple[Path, np.ndarray]:
     digest = hashlib.sha256(f"{FORMAT_VERSION} {pillow} {simplejpeg} {lazy.decoder!r} {lazy.shape}".encode())
     if lazy.boxes is not None:
         digest.update(lazy.boxes.double().contiguous().numpy().tobytes())
-    status = lru_cache(4096)(_file_status)  # one call per archive
     absolute = lru_cache(4096)(os.path.abspath)  # one call per folder
-    ctimes = np.zeros(len(lazy), np.int64)
-    for row, path in enumerate(lazy.paths):
-        size, mtime, ctimes[row] = status(byte_range(path).file)
+    stamps = file_stamps(lazy.paths)
+    for path, stamp in zip(lazy.paths, stamps, strict=True):
         parent, name = os.path.split(path)
-        digest.update(f"{absolute(parent)}/{name}\0{size} {mtime}\n".encode(errors="surrogateescape"))
+        line = f"{absolute(parent)}/{name}\0{stamp.size} {stamp.mtime}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    ctimes = np.array([stamp.ctime for stamp in stamps], np.int64)
     return folder() / f"{digest.hexdigest()[:32]}.u8", ctimes
-
-
-def _file_status(file: str) -> tuple[int, int, int]:
-    """Return size in bytes, mtime and ctime in ns; -1 on an error, which decoding reports."""
-    try:
-        status = os.stat(file)
-    except OSError:
-        return -1, -1, -1
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager

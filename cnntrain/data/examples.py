@@ -127,6 +127,11 @@ class Examples:
         return f"{len(self)}-{digest.hexdigest()[:16]}"
 
 
+def evenly_spaced(count: int, sample: int) -> list[int]:
+    """Return the rows of at most `sample` of `count` examples, from the first to the last."""
+    return torch.linspace(0, count - 1, min(count, sample), dtype=torch.float64).round().long().tolist()
+
+
 def lazy_images(splits: Mapping[str, Examples]) -> list[LazyImages]:
     """Return all images and masks that are not decoded yet."""
     return [lazy for examples in splits.values() for lazy in examples.lazy_images()]

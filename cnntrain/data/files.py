@@ -1,10 +1,14 @@
-"""Image files: listing folders, files inside tar archives, unusable files, and downloads."""
+"""Data files: reading, listing folders, files inside tar archives, unusable files, and downloads.
+
+Functions of this module raise `UserError` for folders and files that are missing or invalid.
+"""
 
 import logging
 import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,16 +42,13 @@ def raise_if_bad(bad: Iterable[BadFile], total: int, root: str | Path | None = N
     ordered = sorted(bad, key=lambda file: file.path)
     if not ordered:
         return
-    lines = [
-        f"  {os.path.relpath(file.path, root) if root else file.path}: {file.reason}" for file in ordered[:SHOWN_FILES]
-    ]
+    where = f" under {root}" if root else ""
+    lines = [f"data: {len(ordered)} of {total} files{where} can't be used; repair or remove them:"]
+    for file in ordered[:SHOWN_FILES]:
+        lines.append(f"  {os.path.relpath(file.path, root) if root else file.path}: {file.reason}")
     if len(ordered) > SHOWN_FILES:
         lines.append(f"  ... and {len(ordered) - SHOWN_FILES} more")
-    lines += [advice] if advice else []
-    where = f" under {root}" if root else ""
-    raise UserError(
-        f"data: {len(ordered)} of {total} files{where} can't be used; repair or remove them:\n" + "\n".join(lines)
-    )
+    raise UserError("\n".join([*lines, advice] if advice else lines))
 
 
 class ByteRange(NamedTuple):
@@ -56,6 +57,46 @@ class ByteRange(NamedTuple):
     file: str
     offset: int | None = None
     size: int | None = None
+
+    def read(self, max_bytes: int | None = None) -> bytes:
+        """Return the bytes.
+
+        Raises:
+            OSError: the file cannot be read, is not a regular file, or there are more than `max_bytes` bytes.
+        """
+        status = os.stat(self.file)
+        if not stat.S_ISREG(status.st_mode):  # opening a FIFO would block forever
+            raise OSError("not a regular file")
+        size = status.st_size if self.size is None else self.size
+        if max_bytes is not None and size > max_bytes:
+            raise OSError(f"more than {max_bytes} bytes")
+        descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(descriptor, size, self.offset or 0)
+        finally:
+            os.close(descriptor)
+
+
+class FileStamp(NamedTuple):
+    """Size in bytes, mtime and ctime in ns of a file; -1 if it cannot be read, which decoding reports."""
+
+    size: int
+    mtime: int
+    ctime: int
+
+
+def file_stamps(paths: Iterable[str]) -> list[FileStamp]:
+    """Return the stamps of files; of an archive for its members (one system call per archive)."""
+    stamp = lru_cache(4096)(_file_stamp)
+    return [stamp(byte_range(path).file) for path in paths]
+
+
+def _file_stamp(file: str) -> FileStamp:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return FileStamp(-1, -1, -1)
+    return FileStamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 _MEMBER = re.compile(r"(.+?\.tar)//(.+)::(\d+)\+(\d+)", re.DOTALL)  # a pathlib.Path never contains //
@@ -91,14 +132,7 @@ def root_or_default(root: str | None) -> Path:
 
 
 def require_root(root: str | None, expected: str) -> Path:
-    """Return `data.root` as an existing folder.
-
-    Args:
-        expected: required content of the folder, for the message.
-
-    Raises:
-        UserError: `root` is missing or not a folder.
-    """
+    """Return `data.root` as an existing folder; `expected` is its required content, for the message."""
     if root is None:
         raise UserError(f"data.root: missing; give the folder that has {expected}, as data.root=PATH")
     folder = Path(root).expanduser()
@@ -187,13 +221,10 @@ def first_file(folder: Path, extensions: Collection[str]) -> str | None:
 
 
 def unique_split_names(names: Iterable[str], where: str) -> dict[str, str]:
-    """Return the name used for each split; ignore names that are not a split.
+    """Return the name used for each split; reject two names of one split, ignore names that are not a split.
 
     Args:
         where: origin of the names, for the message.
-
-    Raises:
-        UserError: two names mean the same split.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -209,11 +240,7 @@ def unique_split_names(names: Iterable[str], where: str) -> dict[str, str]:
 
 
 def find_split_folders(root: Path) -> dict[str, Path]:
-    """Return the split folders of `root`: `train`, `val` (or `valid`, `validation`) and `test`.
-
-    Raises:
-        UserError: two folders are the same split.
-    """
+    """Return the split folders of `root`: `train`, `val` (or `valid`, `validation`) and `test`."""
     names = unique_split_names(list_folders(root), f"data.root: {root}")
     return {split: root / name for split, name in names.items()}
 
@@ -223,9 +250,6 @@ def require_split_folders(root: Path, layout: str) -> dict[str, Path]:
 
     Args:
         layout: description of the expected layout, for messages.
-
-    Raises:
-        UserError: `train/` is missing, there is another folder with images, or two folders are the same split.
     """
     found = find_split_folders(root)
     if "train" not in found:
@@ -238,14 +262,7 @@ def require_split_folders(root: Path, layout: str) -> dict[str, Path]:
 
 
 def reject_other_folders(root: Path, extensions: Collection[str]) -> None:
-    """Reject folders of `root` that contain examples but are not a split; they would be ignored silently.
-
-    Args:
-        extensions: lowercase file name extensions of examples.
-
-    Raises:
-        UserError: names the first such folder.
-    """
+    """Reject folders of `root` that are not a split but have files with these extensions, as they would be ignored."""
     for name in list_folders(root):
         if name not in SPLIT_NAMES and (example := first_file(root / name, extensions)):
             raise UserError(
@@ -262,9 +279,6 @@ def download(name: str, root: Path, looked_in: str, allowed: bool = True, **argu
         looked_in: where the files were searched, for the message.
         allowed: whether a download is allowed; False if only a checkpoint names the data set.
         arguments: further arguments of the data set's class.
-
-    Raises:
-        UserError: no network, a full or read-only disk, a corrupt download, or a download that is not allowed.
     """
     import torchvision.datasets
 

@@ -1,15 +1,13 @@
 """Fingerprints of data sets, to detect on resume that the data have changed."""
 
 import hashlib
-import os
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cnntrain.data.examples import Examples, LazyImages, Source
-from cnntrain.data.files import ByteRange, byte_range
+from cnntrain.data.examples import Examples, LazyImages, Source, evenly_spaced
+from cnntrain.data.files import ByteRange, byte_range, file_stamps
 from cnntrain.data.parallel import thread_map
 from cnntrain.memory import without_collector
 
@@ -27,11 +25,7 @@ def fingerprint(splits: dict[str, Examples]) -> str:
 
 
 def read_fingerprint(source: Source) -> str:
-    """Compute the fingerprint of a source's data without decoding images.
-
-    Raises:
-        UserError: the data cannot be loaded.
-    """
+    """Compute the fingerprint of a source's data without decoding images."""
     with without_collector():
         return fingerprint(source.load())
 
@@ -61,39 +55,24 @@ def content_hash(examples: Examples) -> str:
 
 
 def _hash_files(paths: list[str]) -> bytes:
-    file_size = lru_cache(4096)(_file_size)
     sources = [byte_range(path) for path in paths]
-    sizes = [file_size(source.file) if source.size is None else source.size for source in sources]
+    sizes = [stamp.size if s.size is None else s.size for s, stamp in zip(sources, file_stamps(paths), strict=True)]
     digest = hashlib.sha256(str(sizes).encode())
-    for content in thread_map(_read, [sources[row] for row in _sample_rows(len(paths), SAMPLED_FILES)]):
+    for content in thread_map(_read_start, [sources[row] for row in evenly_spaced(len(paths), SAMPLED_FILES)]):
         digest.update(content)
     return digest.digest()
 
 
+def _read_start(source: ByteRange) -> bytes:
+    """Return up to 1 MiB; nothing on an error, which decoding reports."""
+    try:
+        size = MAX_BYTES_PER_FILE if source.size is None else min(source.size, MAX_BYTES_PER_FILE)
+        return source._replace(size=size).read()
+    except OSError:
+        return b""
+
+
 def _summarize(images: Tensor) -> bytes:
-    sample = images[_sample_rows(len(images), SAMPLED_IMAGES)].cpu().double()
+    sample = images[evenly_spaced(len(images), SAMPLED_IMAGES)].cpu().double()
     sample = sample.unsqueeze(1) if sample.ndim == 3 else sample
     return F.adaptive_avg_pool2d(sample, 2).round().to(torch.uint8).numpy().tobytes()
-
-
-def _sample_rows(count: int, sample: int) -> list[int]:
-    return torch.linspace(0, count - 1, min(count, sample), dtype=torch.float64).round().long().tolist()
-
-
-def _file_size(file: str) -> int:
-    """Return the file size in bytes; -1 on an error, which decoding reports."""
-    try:
-        return os.stat(file).st_size
-    except OSError:
-        return -1
-
-
-def _read(source: ByteRange) -> bytes:
-    if source.size is None and not os.path.isfile(source.file):  # opening a FIFO would block forever
-        return b""
-    try:
-        with open(source.file, "rb") as file:
-            size = MAX_BYTES_PER_FILE if source.size is None else min(source.size, MAX_BYTES_PER_FILE)
-            return os.pread(file.fileno(), size, source.offset or 0)
-    except OSError:
-        return b""

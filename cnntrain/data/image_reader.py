@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from simplejpeg import decode_jpeg, decode_jpeg_header
@@ -22,23 +22,8 @@ MAX_PIXELS = 100_000_000  # checked in the header: a few kilobytes of PNG can de
 MAX_JPEG_BYTES = 1 << 26  # larger files are not read into memory at once
 # Allowed formats, all decoded inside this process. Pillow's other formats are risky: EPS runs Ghostscript, WMF and
 # others call registered handlers, IPTC opens embedded files, and decoders of rare formats are hardly tested.
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "GIF",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "WEBP",
-    "AVIF",
-    "JPEG2000",
-    "PPM",
-    "QOI",
-    "TGA",
-    "PCX",
-    "ICO",
-)
-HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+FORMATS = "JPEG PNG GIF BMP DIB TIFF WEBP AVIF JPEG2000 PPM QOI TGA PCX ICO".split()
+HEIF_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()
 HEIF_EXTENSIONS = {".heic", ".heif"}
 # Magic bytes of rejected formats, for the error message.
 REJECTED_FORMATS = {
@@ -57,17 +42,7 @@ REJECTED_FORMATS = {
 }
 # Exceptions of Pillow's readers on damaged files, except its DecompressionBombError.
 DECODE_ERRORS = (
-    *(
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        KeyError,
-        TypeError,
-        OverflowError,
-        RuntimeError,
-    ),
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError),
     *(AttributeError, AssertionError, struct.error, zlib.error),
 )
 # Markers of metadata with an orientation: EXIF 2.32, section 4.7.2; XMP part 3, section 1.1.3.
@@ -79,49 +54,27 @@ class UnusableImage(ValueError):
     """An intact image that cannot be used; the message is the reason."""
 
 
-class FastJpeg(NamedTuple):
-    """A gray or YCbCr JPEG without orientation metadata, for libjpeg-turbo.
+def read_fast_jpeg(source: ByteRange) -> tuple[bytes, int, int, str] | None:
+    """Read a gray or YCbCr JPEG without orientation metadata, which libjpeg-turbo decodes five times as fast as Pillow.
 
-    Small images are decoded to the same pixels as by Pillow, but five times as fast.
-    """
-
-    content: bytes
-    width: int
-    height: int
-    colors: str
-
-    def pixels(self) -> np.ndarray:
-        """Decode to uint8 (height, width), or (height, width, 3) for RGB.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        decoded = decode_jpeg(self.content, self.colors)
-        return decoded[:, :, 0] if self.colors == "GRAY" else decoded
-
-
-def read_fast_jpeg(source: ByteRange) -> FastJpeg | None:
-    """Read a file if it is a `FastJpeg`; return None for all other files.
+    Returns:
+        The file's content, width, height, and simplejpeg's name of its colors; None for all other files.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is large.
         ValueError: the header is damaged.
     """
-    status = os.stat(source.file)
-    size = status.st_size if source.size is None else source.size
-    if not stat.S_ISREG(status.st_mode) or size > MAX_JPEG_BYTES:  # opening a FIFO would block forever
-        return None
-    file = os.open(source.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
-        if source.offset:
-            os.lseek(file, source.offset, os.SEEK_SET)
-        content = os.read(file, size)
-    finally:
-        os.close(file)
+    content = source.read(MAX_JPEG_BYTES)
     if not content.startswith(b"\xff\xd8\xff") or any(marker in content for marker in ORIENTATION_MARKERS):
         return None
     height, width, space, _ = decode_jpeg_header(content)
-    return FastJpeg(content, int(width), int(height), JPEG_COLORS[space]) if space in JPEG_COLORS else None
+    return (content, int(width), int(height), JPEG_COLORS[space]) if space in JPEG_COLORS else None
+
+
+def decode_fast_jpeg(content: bytes, colors: str) -> np.ndarray:
+    """Decode to uint8 (height, width), or (height, width, 3) for RGB: for small images the same pixels as Pillow's."""
+    decoded = decode_jpeg(content, colors)
+    return decoded[:, :, 0] if colors == "GRAY" else decoded
 
 
 @contextmanager
@@ -155,22 +108,15 @@ def open_image(path: str) -> Iterator["Image.Image"]:
 
 
 def _open(source: ByteRange) -> "Image.Image":
-    """Open an image with Pillow: one of `FORMATS`, or HEIC if `pillow_heif` is installed.
-
-    Raises:
-        UnusableImage: the file has another format.
-    """
+    """Open an image with Pillow: one of `FORMATS`, or HEIC if `pillow_heif` is installed."""
     from PIL import Image, UnidentifiedImageError
 
-    file = source.file if source.size is None else _read_bytes(source)
+    file = source.file if source.size is None else io.BytesIO(source.read())
     try:
         return Image.open(file, formats=supported_formats())
-    except (
-        UnidentifiedImageError,
-        RuntimeError,
-    ) as error:  # the AVIF reader raises RuntimeError for corrupt files
+    except (UnidentifiedImageError, RuntimeError) as error:  # the AVIF reader raises RuntimeError for corrupt files
         failure = error
-    start = _read_bytes(source._replace(offset=source.offset or 0, size=min(source.size or 16, 16))).getvalue()
+    start = source._replace(size=min(source.size or 16, 16)).read()
     if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
         try:
             from pillow_heif import HeifImageFile
@@ -184,11 +130,6 @@ def _open(source: ByteRange) -> "Image.Image":
     if isinstance(failure, RuntimeError):
         raise failure
     raise UnusableImage("is not an image in a supported format (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF and others)")
-
-
-def _read_bytes(source: ByteRange) -> io.BytesIO:
-    with open(source.file, "rb") as file:
-        return io.BytesIO(os.pread(file.fileno(), source.size or 0, source.offset or 0))
 
 
 def _reason(error: BaseException) -> str:
@@ -223,11 +164,7 @@ def image_extensions() -> set[str]:
 
 
 def load_pixels(image: "Image.Image") -> None:
-    """Decode an opened image.
-
-    Raises:
-        UnusableImage: the size of the pixel data differs from the header's, which determines the placement.
-    """
+    """Decode an opened image; reject pixel data of another size than the header's, which determines the placement."""
     size = image.size
     image.load()
     rotated = image.format == "TIFF" and image.size == size[::-1]
@@ -237,11 +174,7 @@ def load_pixels(image: "Image.Image") -> None:
 
 
 def read_size(path: str) -> tuple[int, int]:
-    """Return (width, height) in pixels after the EXIF orientation, from the header.
-
-    Raises:
-        BadFile: the header cannot be read.
-    """
+    """Return (width, height) in pixels after the EXIF orientation, from the header; raise BadFile on an error."""
     with open_image(path) as image:
         return upright_size(image)
 
@@ -269,32 +202,21 @@ def exif_orientation(image: "Image.Image") -> int:
     return value if value in range(1, 9) else 1
 
 
-def apply_orientation(image: "Image.Image", orientation: int | None = None) -> "Image.Image":
-    """Rotate and flip the image upright (EXIF 2.32, section 4.6.4).
-
-    Args:
-        orientation: 1 to 8; None: read from the image.
-    """
-    orientation = orientation or exif_orientation(image)
+def apply_orientation(image: "Image.Image", orientation: int) -> "Image.Image":
+    """Rotate and flip the image upright (EXIF 2.32, section 4.6.4); `orientation` is from 1 to 8."""
     if orientation == 1:
         return image
     from PIL.Image import Transpose
 
-    transposes = (
-        *(Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE),
-        *(Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90),
-    )
-    return image.transpose(transposes[orientation - 2])
+    transposes = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+    return image.transpose(Transpose[transposes[orientation - 2]])
 
 
 def to_8_bits(image: "Image.Image", bits: int = 16) -> "Image.Image":
     """Convert any mode to L or RGB. 16-bit values are scaled (Pillow saturates); transparent pixels become white.
 
-    Args:
-        bits: number of bits in use: the value 2**bits - 1 becomes 255.
-
-    Raises:
-        UnusableImage: 32-bit values with an unknown range, or values that need more than `bits` bits.
+    `bits` are the bits in use: the value 2**bits - 1 becomes 255. Values that need more bits are rejected, and 32-bit
+    values of an unknown range.
     """
     from PIL import Image
 
@@ -322,27 +244,19 @@ def to_8_bits(image: "Image.Image", bits: int = 16) -> "Image.Image":
 def mask_values(image: "Image.Image") -> np.ndarray:
     """Return the values of an opened mask file as integers (h, w); palette images give their indices.
 
-    RGB images are accepted if all channels are equal and no pixel is transparent.
-
-    Raises:
-        UnusableImage: the file contains colors.
+    RGB images are accepted if all channels are equal and no pixel is transparent; others are rejected.
     """
     load_pixels(image)
     if image.mode in ("1", "L", "P", "I;16", "I"):
         return np.asarray(image)
-    error = UnusableImage(
+    if image.mode in ("RGB", "RGBA", "LA"):
+        pixels = np.asarray(image)
+        colors, alpha = (pixels, None) if image.mode == "RGB" else (pixels[..., :-1], pixels[..., -1])
+        if (colors == colors[..., :1]).all() and (alpha is None or (alpha == 255).all()):
+            return colors[..., 0]
+    raise UnusableImage(
         f"must contain class ids (gray or palette), but is {image.mode}; save each pixel's class id as a gray value"
     )
-    if image.mode not in ("RGB", "RGBA", "LA"):
-        raise error
-    pixels = np.asarray(image)
-    if image.mode != "RGB":
-        if (pixels[..., -1] != 255).any():
-            raise error
-        pixels = pixels[..., :-1]
-    if (pixels != pixels[..., :1]).any():
-        raise error
-    return pixels[..., 0]
 
 
 def distinct_values(values: np.ndarray) -> frozenset[int]:

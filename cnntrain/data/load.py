@@ -1,24 +1,30 @@
 """Load a data source: split, limit, decode and measure it."""
 
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from cnntrain.data.cache import CacheMode, cache_images
-from cnntrain.data.examples import Examples, LazyImages, Source, check_examples
+from cnntrain.config.schema import DataSettings
+from cnntrain.data.cache import cache_images, scan_files
+from cnntrain.data.decoder import ImageDecoder, MaskDecoder
+from cnntrain.data.examples import Examples, LazyImages, Source, check_examples, evenly_spaced
 from cnntrain.data.files import SPLIT_NAMES, SPLITS, unique_split_names
 from cnntrain.data.fingerprint import fingerprint
-from cnntrain.data.high_resolution import use_high_resolution
-from cnntrain.data.scan import ScanMode, scan_files
+from cnntrain.data.parallel import read_sizes
+from cnntrain.data.resize import transform_points
 from cnntrain.data.splits import check_groups, limit_rows, split_train_val
 from cnntrain.data.statistics import measure_statistics, set_bits, warn_of_unused_bits
 from cnntrain.errors import UserError, suggest
 from cnntrain.memory import without_collector
 from cnntrain.types import DataSpec
 
+SAMPLED_FILES = 200
+RESOLUTION_QUANTILE = 0.9  # the resolution of the files limits the magnification; ignores a few large images
+MIN_MAGNIFICATION = 1.02  # smallest magnification per side that is worth the memory
 logger = logging.getLogger("cnntrain")
 
 
@@ -43,32 +49,19 @@ class Data:
     own_val: bool = False
 
 
-def load_data(
-    source: Source,
-    val_fraction: float = 0.1,
-    folds: int | None = None,
-    fold: int = 0,
-    split_seed: int = 0,
-    limit: int | None = None,
-    cache: CacheMode = "auto",
-    scan: ScanMode = "headers",
-    magnification: float = 1.0,
-    bits: int | None = None,
-) -> Data:
+def load_data(source: Source, settings: DataSettings | None = None, magnification: float = 1.0) -> Data:
     """Load a data source and split off validation examples.
 
     Args:
-        val_fraction, folds, fold, split_seed: see `split_train_val`; ignored if the source has its own val split.
-        limit: maximum number of examples per split of the source.
-        cache: see `cache_images`.
-        scan: see `scan_files`, for images that stay on disk; bad files that it misses are reported in training.
+        settings: the keys of `data` that are common to all sources; None: their defaults.
         magnification: of the random crops; above 1, training images have a higher resolution (see
             `use_high_resolution`).
-        bits: number of bits in use in 16-bit files; None: 16, with a warning if 12 are enough.
 
     Raises:
         UserError: the data are missing or invalid; lists all bad files.
     """
+    settings = settings or DataSettings()
+    seed = settings.split_seed
     with without_collector():
         splits = _check_splits(source.load())
     spec = source.spec()
@@ -76,7 +69,7 @@ def load_data(
         examples = check_examples(name, examples, spec)
         if name == "train":
             _warn_of_empty_classes(examples, spec)
-        rows = limit_rows(len(examples), limit, split_seed, name)
+        rows = limit_rows(len(examples), settings.limit, seed, name)
         splits[name] = examples if rows is None else examples.subset(rows)
     check_groups({name: examples.groups for name, examples in splits.items()})
     data_fingerprint = fingerprint(splits)
@@ -85,34 +78,30 @@ def load_data(
     if not own_val:
         train = splits["train"]
         with without_collector():
-            train_rows, val_rows = split_train_val(train, val_fraction, folds, fold, split_seed)
-        splits = {**splits, "train": train.subset(train_rows), "val": train.subset(val_rows)}
-    elif folds is not None:
+            rows = split_train_val(train, settings.val_fraction, settings.folds, settings.fold, seed)
+        splits = {**splits, "train": train.subset(rows[0]), "val": train.subset(rows[1])}
+    elif settings.folds is not None:
         raise UserError(
             "data.folds: this data set has its own val split, which folds would ignore; set data.folds=null, or move "
             "its examples into train"
         )
     if magnification > 1:
         splits["train"] = use_high_resolution(splits["train"], magnification)
-    if bits is not None:
-        splits = set_bits(splits, bits)
+    if settings.bits is not None:
+        splits = set_bits(splits, settings.bits)
     else:
         warn_of_unused_bits(splits["train"])
     train_files = splits["train"].images
-    splits = cache_images(splits, cache)
-    scan_files(splits, scan)
+    splits = cache_images(splits, settings.cache)
+    scan_files(splits, settings.scan)
     if spec.mean is None or spec.std is None:
         files = train_files if isinstance(train_files, LazyImages) else None
-        spec = spec.with_statistics(*measure_statistics(splits["train"], split_seed, files))
+        spec = spec.with_statistics(*measure_statistics(splits["train"], seed, files))
     return Data(spec, splits["train"], splits["val"], splits.get("test"), data_fingerprint, own_val)
 
 
 def _check_splits(splits: Any) -> dict[str, Examples]:
-    """Validate the return value of a source's `load()` and use the standard split names as keys.
-
-    Raises:
-        UserError: the value is not a dictionary of examples, has no train split, or has an unknown or empty split.
-    """
+    """Validate the return value of a source's `load()` and use the standard split names as keys."""
     if not isinstance(splits, Mapping) or not all(isinstance(each, Examples) for each in splits.values()):
         raise UserError(
             'data: load() must return a dictionary of Examples with "train", and optionally "val" and "test"'
@@ -142,11 +131,66 @@ def _warn_of_empty_classes(train: Examples, spec: DataSpec) -> None:
         logger.warning("data: no training images for %d of the %d classes: %s", len(absent), len(counts), shown)
 
 
+def use_high_resolution(examples: Examples, magnification: float) -> Examples:
+    """Return the examples decoded at ceil(`magnification` * size), so that random crops keep detail.
+
+    The resolution of the files limits the magnification. Points and masks are transformed as well. Images in memory or
+    from another decoder are returned unchanged.
+    """
+    lazy = examples.images
+    if not isinstance(lazy, LazyImages) or type(lazy.decoder) is not ImageDecoder or not len(lazy):
+        return examples
+    if not all(type(masks.decoder) is MaskDecoder for masks in examples.lazy_targets.values()):
+        return examples
+    low = lazy.decoder
+    factor = min(magnification, _file_resolution(lazy, low))
+    if factor < MIN_MAGNIFICATION:
+        return examples
+    size = {name: math.ceil(round(factor * getattr(low, name), 6)) for name in ("height", "width")}
+    high = replace(low, **size)
+    masks = {}
+    for name, target in examples.lazy_targets.items():
+        assert isinstance(target.decoder, MaskDecoder)
+        masks[name] = replace(target, decoder=replace(target.decoder, **size))
+    result = replace(examples, images=replace(lazy, decoder=high), lazy_targets=masks)
+    if examples.source_to_image is not None:
+        sizes, bad = read_sizes(lazy.paths if lazy.boxes is None else [])  # boxes determine the placement
+        if bad:
+            return examples  # decoding reports the unreadable files
+        placements = (high.placement(sizes.get(path, (1, 1)), lazy.box(row)) for row, path in enumerate(lazy.paths))
+        result.source_to_image = torch.stack([placement.matrix() for placement in placements])
+        if "points" in examples.targets:
+            scaling = result.source_to_image @ torch.linalg.inv(examples.source_to_image)
+            points = transform_points(examples.targets["points"], scaling).float()
+            points = torch.where(examples.targets["valid"][..., None], points, 0.0)
+            result.targets = {**examples.targets, "points": points}
+    before, after = (each.decoded_bytes() / 2**20 for each in (examples, result))
+    logger.info(
+        "data: training images are decoded at %d x %d px so that random crops are not upsampled (%.0f MiB instead of "
+        "%.0f); validation images at %d x %d",
+        *(high.width, high.height, after, before, low.width, low.height),
+    )
+    return result
+
+
+def _file_resolution(lazy: LazyImages, decoder: ImageDecoder) -> float:
+    """Estimate the ratio of file pixels to target pixels per side, from the headers of a sample of files."""
+    rows = evenly_spaced(len(lazy), SAMPLED_FILES)
+    sizes, _ = read_sizes(lazy.paths[row] for row in rows)  # decoding reports bad files
+    ratios = []
+    for row in rows:
+        if size := sizes.get(lazy.paths[row]):
+            placement = decoder.placement(size, lazy.box(row))
+            left, top, right, bottom = placement.box
+            ratios.append(max((right - left) / placement.width, (bottom - top) / placement.height))
+    ratios.sort()
+    return ratios[int(RESOLUTION_QUANTILE * (len(ratios) - 1))] if ratios else 1.0
+
+
 def align_labels(data: Data, checkpoint_spec: DataSpec) -> None:
     """Convert labels to the class indices of a checkpoint, by class name; the data may have fewer classes.
 
-    Raises:
-        UserError: the checkpoint lacks a class, or has other keypoints or classes of pixels.
+    A checkpoint that lacks a class, or has other keypoints or classes of pixels, is rejected.
     """
     names, expected = (spec.classes or spec.keypoints for spec in (data.spec, checkpoint_spec))
     if names == expected:

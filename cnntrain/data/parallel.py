@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
@@ -42,9 +42,6 @@ def decode_into(
             in memory that is shared with forked processes (`shared_zeros`, or a mapped file).
         description: label of the progress bar.
         on_decoded: called with the index of each decoded file, in the process that decoded it.
-
-    Raises:
-        MachineError: a process died.
     """
     image_rows, matrix_rows = images.numpy(), matrices.numpy()
 
@@ -68,18 +65,19 @@ def is_builtin(lazy: LazyImages) -> bool:
     return type(lazy.decoder).__module__.startswith("cnntrain.")
 
 
-def read_sizes(paths: Sequence[str]) -> tuple[list[tuple[int, int]], list[BadFile]]:
-    """Return (width, height) of every image from its header, (0, 0) for bad files, and the bad files."""
-    bad: list[BadFile] = []
+def read_sizes(paths: Iterable[str]) -> tuple[dict[str, tuple[int, int]], list[BadFile]]:
+    """Return (width, height) of the images from their headers, without bad files; and the bad files."""
+    unique = sorted(set(paths))
 
-    def read(path: str) -> tuple[int, int]:
+    def read(path: str) -> tuple[int, int] | BadFile:
         try:
             return read_size(path)
         except BadFile as problem:
-            bad.append(problem)
-            return 0, 0
+            return problem
 
-    return thread_map(read, paths, f"reading the headers of {len(paths):,} files"), bad
+    found = thread_map(read, unique, f"reading the headers of {len(unique):,} files")
+    sizes = {path: size for path, size in zip(unique, found, strict=True) if not isinstance(size, BadFile)}
+    return sizes, [problem for problem in found if isinstance(problem, BadFile)]
 
 
 def shared_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -95,11 +93,7 @@ def usable_cores() -> int:
 
 
 def thread_map(function: Callable[[T], R], items: Sequence[T], description: str = "") -> list[R]:
-    """Return `function` of each item, computed by one thread per core.
-
-    Args:
-        description: label of the progress bar; without one, no bar is shown.
-    """
+    """Return `function` of each item, computed by one thread per core; without a description, no progress bar."""
     results: list[R] = []
     pool = ThreadPoolExecutor(usable_cores())
     try:
@@ -133,15 +127,14 @@ def process_map(function: Callable[[int], R | None], count: int, description: st
             sender.close()
             processes[receiver] = process
         with _progress_bar(description, count) as advance:
-            open_receivers = list(processes)
-            while open_receivers:
-                for receiver in wait(open_receivers):
+            running = dict(processes)
+            while running:
+                for receiver in wait(list(running)):
                     assert isinstance(receiver, Connection)
                     try:
                         done, chunk = receiver.recv()
                     except EOFError:
-                        open_receivers.remove(receiver)
-                        _join(processes[receiver])
+                        _join(running.pop(receiver))
                         continue
                     results += chunk
                     advance(done)

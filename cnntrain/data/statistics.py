@@ -11,11 +11,11 @@ from torch import Tensor
 
 from cnntrain.data.cache import decode_into_ram
 from cnntrain.data.decoder import ImageDecoder
-from cnntrain.data.examples import Examples, LazyImages
+from cnntrain.data.examples import Examples, LazyImages, evenly_spaced
 from cnntrain.data.files import BadFile
-from cnntrain.data.image_reader import load_pixels, open_image, read_size
-from cnntrain.data.parallel import thread_map
-from cnntrain.data.resize import ResizePlacement, resize_geometry
+from cnntrain.data.image_reader import load_pixels, open_image
+from cnntrain.data.parallel import read_sizes, thread_map
+from cnntrain.data.resize import ResizePlacement
 from cnntrain.errors import UserError
 from cnntrain.randomness import hash_seed
 
@@ -88,18 +88,11 @@ def coverage(files: LazyImages, rows: Tensor) -> Tensor:
     decoder = files.decoder
     assert isinstance(decoder, ImageDecoder)
     covered = torch.zeros(len(rows), *decoder.target_size, dtype=torch.bool)
-
-    def cover(item: tuple[int, int]) -> None:
-        index, row = item
-        try:
-            size = read_size(files.paths[row])
-        except BadFile:
-            return  # decoding reports it
-        placement = resize_geometry(*size, decoder.target_size, decoder.resize, files.box(row))
-        x, y = covered_slices(placement, size)
-        covered[index, y, x] = True
-
-    thread_map(cover, list(enumerate(rows.tolist())))
+    sizes, _ = read_sizes(files.paths[row] for row in rows.tolist())  # decoding reports bad files
+    for index, row in enumerate(rows.tolist()):
+        if size := sizes.get(files.paths[row]):
+            x, y = covered_slices(decoder.placement(size, files.box(row)), size)
+            covered[index, y, x] = True
     return covered
 
 
@@ -119,11 +112,7 @@ def covered_slices(placement: ResizePlacement, size: tuple[int, int]) -> tuple[s
 
 
 def set_bits(splits: dict[str, Examples], bits: int) -> dict[str, Examples]:
-    """Return the examples with a decoder that scales 16-bit files by their maximum value 2**bits - 1.
-
-    Raises:
-        UserError: the images are not decoded from files by cnntrain.
-    """
+    """Return the examples with a decoder that scales 16-bit files by their maximum value 2**bits - 1."""
     result = {}
     for name, examples in splits.items():
         images = examples.images
@@ -142,40 +131,38 @@ def warn_of_unused_bits(examples: Examples) -> None:
     images = examples.images
     if not isinstance(images, LazyImages) or not isinstance(images.decoder, ImageDecoder) or not len(images):
         return
-    count = min(len(images), SAMPLED_FILES)
-    rows = torch.linspace(0, len(images) - 1, count, dtype=torch.float64).round().long()
-    sample = [images.paths[row] for row in rows.tolist()]
+    sample = [images.paths[row] for row in evenly_spaced(len(images), SAMPLED_FILES)]
     if not any(thread_map(_is_deep, sample)):
         return
     highest = 0
     for paths in (sample, sorted(set(images.paths) - set(sample))[:MAX_BIT_DEPTH_FILES]):
-        highest = max([highest, *(value for value in thread_map(_max_value, paths) if value is not None)])
+        highest = max([highest, *thread_map(_max_value, paths)])
         if highest >= 2**FEW_BITS:
             return
     if highest:
-        needed = max(9, highest.bit_length())
         logger.warning(
             "data: the training images have 16 bits but no value above %d, so they use at most %d of 256 gray levels; "
             "set data.bits=%d to use the full range",
-            *(highest, highest // 257 + 1, needed),
+            *(highest, highest // 257 + 1, max(9, highest.bit_length())),
         )
 
 
 def _is_deep(path: str) -> bool:
+    """Return True if a file has more than 8 bits; decoding reports unreadable files."""
     try:
         with open_image(path) as image:
             return image.mode.startswith("I")
     except BadFile:
-        return False  # decoding reports it
+        return False
 
 
-def _max_value(path: str) -> int | None:
-    """Return the largest value of a file with more than 8 bits; None for other and for unreadable files."""
+def _max_value(path: str) -> int:
+    """Return the largest value of a file with more than 8 bits; 0 for other and for unreadable files."""
     try:
         with open_image(path) as image:
-            if not image.mode.startswith("I"):
-                return None
-            load_pixels(image)
-            return int(np.asarray(image).max())
+            if image.mode.startswith("I"):
+                load_pixels(image)
+                return int(np.asarray(image).max())
     except BadFile:
-        return None
+        pass
+    return 0

@@ -7,14 +7,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cnntrain.data.examples import Examples, LazyImages
@@ -183,17 +183,13 @@ def _close(pool: "weakref.ref[WorkerPool]") -> None:
         alive.close()
 
 
-class _RequestSampler(Sampler[Request]):
+class _RequestSampler:
     """Yield the requests of the next pass."""
 
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
+    requests: Sequence[Request] = ()
 
     def __iter__(self) -> Iterator[Request]:
         return iter(self.requests)
-
-    def __len__(self) -> int:
-        return len(self.requests)
 
 
 class _RequestDataset(Dataset[Any]):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.data.share import BatchShard
+from cnntrain.data.loader import BatchShard
 from cnntrain.errors import UserError
 from cnntrain.models.modify import keep_in_eval, stays_in_eval
 from cnntrain.tasks.meter import Meter

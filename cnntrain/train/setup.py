@@ -60,10 +60,7 @@ class Components:
         Args:
             augmented: whether training images will be augmented; random crops need images at a higher resolution.
         """
-        chosen = self.data_settings
-        magnification = self.pipeline.magnification if augmented else 1.0
-        split = (chosen.val_fraction, chosen.folds, chosen.fold, chosen.split_seed, chosen.limit)
-        data = load_data(self.source, *split, chosen.cache, chosen.scan, magnification, chosen.bits)
+        data = load_data(self.source, self.data_settings, self.pipeline.magnification if augmented else 1.0)
         if self.spec.mean is None:
             self.spec = data.spec
         align_labels(data, self.spec)

@@ -33,7 +33,7 @@ REFUSED = [
     ("model", "cnntrain.models.torchvision.build"),
     ("model", "cnntrain.models.sequential.layers.LayerContext"),
     ("data", "cnntrain.data.files.download"),
-    ("data", "cnntrain.data.scan.scan_files"),
+    ("data", "cnntrain.data.cache.scan_files"),
     ("data", "cnntrain.data.decoder.ImageDecoder"),
     ("data", "cnntrain.data.examples._as_tensor"),
     ("data", "cnntrain.data.files.Path"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cnntrain.cli import main
+from cnntrain.config.schema import DataSettings
 from cnntrain.data.examples import Examples, Source
 from cnntrain.data.load import Data, load_data
 from cnntrain.errors import UserError
@@ -34,7 +35,7 @@ def examples(count: int = 6, **targets: Any) -> Examples:
 
 
 def load(splits: Any, **facts: Any) -> Data:
-    return load_data(Own(splits, **facts), val_fraction=0.5)
+    return load_data(Own(splits, **facts), DataSettings(val_fraction=0.5))
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from cnntrain.config.schema import DataSettings
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import CachedLoader, StreamingLoader, make_loader
 from cnntrain.data.sources.digits import Digits
@@ -39,7 +40,7 @@ def source(make_folder):
 
 
 def test_cached_and_streamed_batches_are_equal_for_any_number_of_workers(source):
-    cached, streamed = load_data(source), load_data(source, cache="none")
+    cached, streamed = load_data(source), load_data(source, DataSettings(cache="none"))
     assert cached.fingerprint == streamed.fingerprint
     assert cached.spec == streamed.spec
     order = epoch_order(1, 2, len(cached.train))
@@ -84,7 +85,7 @@ def test_an_interrupted_pass_does_not_affect_the_next():
 
 def test_the_global_generator_is_not_used(source):
     before = torch.random.get_rng_state()
-    data = load_data(source, cache="none")
+    data = load_data(source, DataSettings(cache="none"))
     for workers in (0, 1):
         collect(make_loader(data.train, "cpu", workers=workers), torch.arange(5))
     assert torch.equal(before, torch.random.get_rng_state())
@@ -175,7 +176,7 @@ def test_a_worker_that_stops_while_sending_a_batch_ends_the_run():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_is_damaged_during_training_is_named(make_folder, workers):
     root = make_folder("train", "val")
-    data = load_data(ImageFolder(str(root), size=16), cache="none")
+    data = load_data(ImageFolder(str(root), size=16), DataSettings(cache="none"))
     (root / "train/cat/3.png").write_bytes(b"gone")
     loader = make_loader(data.train, "cpu", workers=workers)
     with pytest.raises(UserError, match=r"train/cat/3.png: is not an image"):
@@ -190,27 +191,27 @@ def test_headers_are_checked_before_streaming(make_folder):
     with pytest.raises(
         UserError, match=r"(?s)2 of 24 files.*train/cat/3.png: is empty.*val/dog/1.png: is not an image"
     ):
-        load_data(ImageFolder(str(root), size=16), cache="none")
+        load_data(ImageFolder(str(root), size=16), DataSettings(cache="none"))
 
 
 def test_fingerprints_depend_on_names_and_labels_but_not_on_the_split(make_folder):
     root = make_folder("train")
-    first = load_data(ImageFolder(str(root), size=16), split_seed=0).fingerprint
-    assert first == load_data(ImageFolder(str(root), size=16), split_seed=1).fingerprint
+    first = load_data(ImageFolder(str(root), size=16), DataSettings(split_seed=0)).fingerprint
+    assert first == load_data(ImageFolder(str(root), size=16), DataSettings(split_seed=1)).fingerprint
     assert first.startswith("12-")
     (root / "train/cat/3.png").rename(root / "train/dog/33.png")
     assert first != load_data(ImageFolder(str(root), size=16)).fingerprint
 
 
 def test_limit_applies_per_split_before_validation_is_split_off(make_folder):
-    data = load_data(ImageFolder(str(make_folder("train", "test")), size=16), limit=8, val_fraction=0.25)
+    data = load_data(ImageFolder(str(make_folder("train", "test")), size=16), DataSettings(limit=8, val_fraction=0.25))
     assert data.test is not None
     assert (len(data.train), len(data.val), len(data.test)) == (6, 2, 8)
 
 
 def test_folds_and_an_explicit_val_split_exclude_each_other(source):
     with pytest.raises(UserError, match=r"data\.folds"):
-        load_data(source, folds=3)
+        load_data(source, DataSettings(folds=3))
 
 
 def test_a_constant_channel_has_standard_deviation_1(tmp_path, save):
@@ -226,5 +227,5 @@ def test_a_constant_channel_has_standard_deviation_1(tmp_path, save):
     data = load_data(ImageFolder(str(tmp_path), size=8))
     assert data.spec.mean == (0.5, 0.0, 0.0)
     assert data.spec.std == (0.5, 1.0, 1.0)
-    streamed = load_data(ImageFolder(str(tmp_path), size=8), cache="none")
+    streamed = load_data(ImageFolder(str(tmp_path), size=8), DataSettings(cache="none"))
     assert measure_statistics(streamed.train, 0) == (data.spec.mean, data.spec.std)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cnntrain.cli import main
 from cnntrain.config.compose import read_settings
+from cnntrain.config.schema import DataSettings
 from cnntrain.data import statistics
 from cnntrain.data.decoder import ImageDecoder, resize_image
 from cnntrain.data.examples import Examples, LazyImages
@@ -54,7 +55,7 @@ def test_letterbox_padding_is_excluded_from_the_statistics(tmp_path: Path, cache
         for number, shape in enumerate(shapes):
             noise(tmp_path / "train" / label / f"{number}.png", *shape, seed=number)
     source = ImageFolder(str(tmp_path), size=32, resize="letterbox")
-    spec = load_data(source, cache=cache, magnification=magnification).spec
+    spec = load_data(source, DataSettings(cache=cache), magnification).spec
     assert spec.mean == pytest.approx((144.5 / 255,) * 3, abs=0.01)
     assert spec.std is not None and max(spec.std) < 0.13  # 0.28 with black borders
 
@@ -157,7 +158,7 @@ def test_unused_bits_cause_a_warning(folder: Path, caplog: pytest.LogCaptureFixt
     assert "data.bits=12" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, "cnntrain"):
-        assert levels(load_data(source, bits=12)) == 256
+        assert levels(load_data(source, DataSettings(bits=12))) == 256
     assert not caplog.text
 
 
@@ -190,7 +191,7 @@ def test_no_warning_for_files_that_use_their_bits(folder: Path, other: str, capl
 
 def test_bits_are_rejected_for_images_in_memory() -> None:
     with pytest.raises(UserError, match=r"data\.bits"):
-        load_data(Digits(), bits=12)
+        load_data(Digits(), DataSettings(bits=12))
     for wrong in ("8", "17", "many"):
         with pytest.raises(UserError, match=r"data\.bits"):
             build_components(read_settings([f"data.bits={wrong}", "model=mlp"]))

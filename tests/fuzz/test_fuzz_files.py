@@ -17,7 +17,7 @@ from PIL import Image
 
 from cnntrain.cli import main
 from cnntrain.config.compose import compose, read_settings
-from cnntrain.config.schema import EvaluateSettings, Settings, parse
+from cnntrain.config.schema import DataSettings, EvaluateSettings, Settings, parse
 from cnntrain.data.decoder import ImageDecoder
 from cnntrain.data.files import BadFile
 from cnntrain.data.image_reader import read_size
@@ -110,7 +110,7 @@ def settings_of(kind: str) -> Settings:
 def load(kind: str) -> None:
     source, _ = build_source(settings_of(kind))
     source.spec()
-    load_data(source, val_fraction=0.5)
+    load_data(source, DataSettings(val_fraction=0.5))
 
 
 @pytest.mark.parametrize("kind", SOURCES)

@@ -16,8 +16,7 @@ from torch import nn
 
 from cnntrain import compose
 from cnntrain.data.examples import Examples
-from cnntrain.data.loader import make_loader
-from cnntrain.data.share import BatchShard
+from cnntrain.data.loader import BatchShard, make_loader
 from cnntrain.errors import StoppedError, UserError
 from cnntrain.models.modify import freeze_layers, stays_in_eval, unfreeze
 from cnntrain.tasks.meter import Meter

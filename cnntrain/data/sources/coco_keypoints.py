@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 import torch
 
-from cnntrain.data.csv_table import ErrorList, read_annotation_file
-from cnntrain.data.files import is_file, require_root
+from cnntrain.data.csv_table import ErrorList
+from cnntrain.data.files import ByteRange, is_file, require_root
 from cnntrain.data.resize import Box
 from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource, Skeleton
 from cnntrain.errors import UserError
@@ -75,7 +75,7 @@ class CocoFile:
     def __init__(self, file: Path, images: Path, split: str) -> None:
         self.file, self.images, self.split = file, images, split
         try:
-            content = json.loads(read_annotation_file(file))
+            content = json.loads(ByteRange(str(file)).read())
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"data: {file}: can't be read as JSON ({error})") from error
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}

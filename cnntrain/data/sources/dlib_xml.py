@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cnntrain.data.csv_table import ErrorList, read_annotation_file, sort_labels
-from cnntrain.data.files import is_file, require_root
+from cnntrain.data.csv_table import ErrorList, sort_labels
+from cnntrain.data.files import ByteRange, is_file, require_root
 from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource, Skeleton
 from cnntrain.errors import UserError
 
@@ -55,7 +55,7 @@ def _parse(file: Path) -> "Element":
     from xml.etree import ElementTree
 
     try:
-        content = read_annotation_file(file)
+        content = ByteRange(str(file)).read()
         if b"<!ENTITY" in content:  # entities can expand to gigabytes; dlib writes none
             raise UserError(f"data: {file}: has entity declarations, which are not allowed")
         return ElementTree.fromstring(content)

@@ -20,7 +20,6 @@ from cnntrain.data.resize import (
     box_around_points,
     expand_box,
     match_aspect,
-    resize_geometry,
     transform_points,
 )
 from cnntrain.errors import UserError, suggest
@@ -124,16 +123,15 @@ class KeypointSource(Source):
 
     def load(self) -> dict[str, Examples]:
         _, objects, _ = self.annotations
-        paths = sorted({item.path for item in objects})
+        paths = {item.path for item in objects}
         sizes, bad = read_sizes(paths)
-        size_of = dict(zip(paths, sizes, strict=True))
-        bad_paths = {file.path for file in bad}
-        _warn_of_points_outside(objects, size_of)
+        objects = [item for item in objects if item.path in sizes]
+        _warn_of_points_outside(objects, sizes)
         splits: dict[str, Examples] = {}
         for split in SPLITS:
-            members = [item for item in objects if item.split == split and item.path not in bad_paths]
+            members = [item for item in objects if item.split == split]
             if members:
-                splits[split] = self._examples(members, size_of, bad)
+                splits[split] = self._examples(members, sizes, bad)
         raise_if_bad(bad, len(paths))
         if "train" not in splits:
             raise UserError("data: the annotation files have no examples for train")
@@ -142,13 +140,13 @@ class KeypointSource(Source):
     def _examples(
         self, objects: list[KeypointAnnotation], sizes: dict[str, tuple[int, int]], bad: list[BadFile]
     ) -> Examples:
-        height, width = target_size = self.decoder.target_size
+        height, width = self.decoder.target_size
         boxes: list[Box | None] = []
         matrices, points, valid = [], [], []
         for item in objects:
             is_valid = points_inside(item.points, sizes[item.path]) & item.labeled
             box = self._crop_box(item, is_valid, bad)
-            matrix = resize_geometry(*sizes[item.path], target_size, self.decoder.resize, box).matrix()
+            matrix = self.decoder.placement(sizes[item.path], box).matrix()
             transformed = transform_points(item.points, matrix)
             is_valid &= points_inside(transformed, (width, height))
             boxes.append(box)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cnntrain.config.schema import DataSettings
 from cnntrain.data.load import load_data
 from cnntrain.data.sources import mnist
 from cnntrain.data.sources.cifar import CIFAR10, CIFAR100, CIFAR100_CLASSES
@@ -155,7 +156,7 @@ def test_image_folder_lists_classes_from_train(make_folder):
 
 
 def test_without_test_folder_there_is_no_test_split(make_folder):
-    data = load_data(ImageFolder(str(make_folder("train")), size=16), val_fraction=0.25)
+    data = load_data(ImageFolder(str(make_folder("train")), size=16), DataSettings(val_fraction=0.25))
     assert data.test is None
     assert (len(data.train), len(data.val)) == (9, 3)
     assert not set(data.train.names) & set(data.val.names)
@@ -297,7 +298,7 @@ def test_image_csv_with_splits_groups_and_a_byte_order_mark(make_folder):
     text = "path,label,split,group\n" + "\n".join(rows) + "\ntrain/dog/0.png,9,test,h\n"
     source = ImageCsv(write_csv(root, text, "utf-8-sig"), size=16)
     assert source.spec().classes == ("9", "10")
-    data = load_data(source, val_fraction=0.4)
+    data = load_data(source, DataSettings(val_fraction=0.4))
     assert data.test is not None
     assert len(data.test) == 1
     assert set(data.train.groups).isdisjoint(data.val.groups)

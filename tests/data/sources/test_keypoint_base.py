@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cnntrain.config.schema import DataSettings
 from cnntrain.data.load import load_data
 from cnntrain.data.resize import transform_points
 from cnntrain.data.sources.cat_folder import CatFolder
@@ -139,7 +140,7 @@ def test_groups_boxes_and_splits_of_a_csv(photographs):
         f"{i}.png,20,10,40,10,{'test' if i == 3 else 'train'},g{i // 2},10,5,50,{s}" for i in range(3) for s in (25, 30)
     ]
     path = write(photographs, *rows, "3.png,20,10,40,10,test,h,10,5,50,25", header=header)
-    data = load_data(KeypointCsv(path, crop="box", crop_margin=0.0, size=[20, 40]), val_fraction=0.4)
+    data = load_data(KeypointCsv(path, crop="box", crop_margin=0.0, size=[20, 40]), DataSettings(val_fraction=0.4))
     assert data.test is not None
     assert set(data.train.groups).isdisjoint(data.val.groups)
     assert torch.allclose(data.test.source_to_image[0], torch.tensor([[1.0, 0, -10], [0, 1, -5], [0, 0, 1]]).double())
@@ -214,7 +215,7 @@ def test_a_keypoint_set_of_another_length_is_rejected(photographs):
 
 def test_real_faces(shared):
     source = KeypointCsv(root=str(shared("faces")), keypoint_set="ibug68", size=64)
-    data = load_data(source, folds=5, fold=2)
+    data = load_data(source, DataSettings(folds=5, fold=2))
     assert len(data.train) + len(data.val) == 69
     assert data.test is None
     assert data.spec.flip_pairs is not None

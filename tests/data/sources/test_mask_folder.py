@@ -10,6 +10,7 @@ from PIL import Image
 
 from cnntrain.cli import main
 from cnntrain.config.compose import read_settings
+from cnntrain.config.schema import DataSettings
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
 from cnntrain.data.sources.mask_folder import MaskFolder
@@ -50,7 +51,7 @@ def test_mask_values_are_read_unchanged(root):
 def test_streamed_and_cached_masks_are_equal(root):
     order = torch.tensor([1, 0])
     cached = load_data(folder(root, size=[20, 20], resize="letterbox"))
-    streamed = load_data(folder(root, size=[20, 20], resize="letterbox"), cache="none")
+    streamed = load_data(folder(root, size=[20, 20], resize="letterbox"), DataSettings(cache="none"))
     expected = next(make_loader(cached.train, "cpu").batches(order, 2))
     assert (expected.targets["mask"][:, 0] == 255).all()
     assert cached.fingerprint == streamed.fingerprint

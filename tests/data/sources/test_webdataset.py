@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from cnntrain import compose, train
+from cnntrain.config.schema import DataSettings
 from cnntrain.data.files import byte_range, member_path
 from cnntrain.data.load import load_data
 from cnntrain.data.sources.image_folder import ImageFolder
@@ -62,8 +63,8 @@ def test_shards_and_folder_have_the_same_examples(make_folder, tmp_path, monkeyp
     for split in ("train", "test"):
         pack_folder(folder, shards, split, WRITTEN[how])
     classes = ["cat", "dog"] if "numbers" in how else None
-    ours = load_data(TarShards(str(shards), classes, size=16), cache=cache)
-    theirs = load_data(ImageFolder(str(folder), size=16), cache="ram")
+    ours = load_data(TarShards(str(shards), classes, size=16), DataSettings(cache=cache))
+    theirs = load_data(ImageFolder(str(folder), size=16), DataSettings(cache="ram"))
     assert ours.spec.classes == theirs.spec.classes == ("cat", "dog")
 
     def examples(data):
@@ -116,7 +117,7 @@ def test_a_folder_may_end_in_tar(tmp_path):
         root / "train.tar",
         {"a/x.png": png(1), "a/x.cls": b"cat", ".b/z.png": png(3), "y.png": png(2), "y.cls": b"dog"},
     )
-    data = load_data(TarShards(str(root)), val_fraction=0.5, cache="ram")
+    data = load_data(TarShards(str(root)), DataSettings(val_fraction=0.5, cache="ram"))
     assert {*data.train.names, *data.val.names} == {"train.tar/a/x", "train.tar/y"}
 
 
@@ -187,7 +188,7 @@ def test_a_damaged_image_is_named_with_its_archive_position(tmp_path):
     members = {"x.png": png(1), "x.cls": b"cat", "y.png": png(2)[:40], "y.cls": b"dog"}
     pack(tmp_path / "train.tar", members)
     with pytest.raises(UserError, match=r"train\.tar can't be used; .*\n  y\.png::\d+\+40: is not an image"):
-        load_data(TarShards(str(tmp_path)), val_fraction=0.5, cache="ram")
+        load_data(TarShards(str(tmp_path)), DataSettings(val_fraction=0.5, cache="ram"))
 
 
 @pytest.mark.parametrize("path", ["photos/cat.jpg", "a.tar", "a.tar/b.jpg", "x::1+2", "été/a.tar.gz/b::1+2"])

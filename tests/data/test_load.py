@@ -12,10 +12,10 @@ from torch import Tensor
 from cnntrain.augment.geometry import HorizontalFlip, RandomResizedCrop, Rotation
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.config.compose import read_settings
+from cnntrain.config.schema import DataSettings
 from cnntrain.data.decoder import ImageDecoder
 from cnntrain.data.examples import Examples, LazyImages
-from cnntrain.data.high_resolution import use_high_resolution
-from cnntrain.data.load import load_data
+from cnntrain.data.load import load_data, use_high_resolution
 from cnntrain.data.loader import make_loader
 from cnntrain.data.resize import resize_geometry, transform_points
 from cnntrain.data.sources.image_folder import ImageFolder
@@ -185,7 +185,7 @@ def test_masks_are_decoded_at_the_high_resolution(tmp_path: Path) -> None:
     source = MaskFolder(str(tmp_path), ["no", "yes"], size=32, channels=1)
     pipeline = Pipeline(source.spec(), {"crop": RandomResizedCrop(scale=[0.25, 1])})
     for cache in ("auto", "none"):
-        high, plain = (load_data(source, val_fraction=0.25, cache=cache, magnification=m) for m in (2.0, 1.0))
+        high, plain = (load_data(source, DataSettings(val_fraction=0.25, cache=cache), m) for m in (2.0, 1.0))
         fine, coarse = (next(make_loader(d.train, "cpu").batches(torch.arange(3), 3)) for d in (high, plain))
         assert fine.targets["mask"].shape == (3, 64, 64)
         for f in (pipeline.eval_transform, lambda b: pipeline(b, 0, 0)):
