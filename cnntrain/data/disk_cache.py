@@ -33,7 +33,7 @@ CHUNK_BYTES = 1 << 26  # per checksum
 logger = logging.getLogger("cnntrain")
 
 
-class CacheFile(NamedTuple):
+class Parts(NamedTuple):
     """Memory-mapped parts of a cache file, in the order of the file.
 
     Attributes:
@@ -63,8 +63,8 @@ def has_room(lazy: Sequence[LazyImages], needed: int) -> bool:
         available = MAX_SHARE_OF_DISK * shutil.disk_usage(folder()).free
         if needed <= available:
             return True
-        existing = sum(path.stat().st_size for path, _ in map(_identify, lazy) if path.exists())
-        return needed - existing <= available
+        paths = [CacheFile(images).path for images in lazy]
+        return needed - sum(path.stat().st_size for path in paths if path.exists()) <= available
     return False
 
 
@@ -73,114 +73,131 @@ def load_or_decode(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor
 
     Bad files are added to `bad`; zeros are returned in that case.
     """
-    path, ctimes = _identify(lazy)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not _is_current(path, lazy, ctimes):
-        with _exclusive_lock(path.with_suffix(".lock")):
+    cache = CacheFile(lazy)
+    cache.path.parent.mkdir(parents=True, exist_ok=True)
+    if not cache.is_current():
+        with _exclusive_lock(cache.path.with_suffix(".lock")):
             # Another process may have written or confirmed the file in the meantime.
-            if not _is_current(path, lazy, ctimes) and not _confirm(path, lazy, ctimes):
-                _create(lazy, path, ctimes, bad)
-    if bad or not path.exists():
+            if not cache.is_current() and not cache.confirm():
+                cache.create(bad)
+    if bad or not cache.path.exists():
         zero = torch.zeros(1)
         return zero.byte().expand(lazy.shape), zero.double().expand(len(lazy), 3, 3)
-    cache = _map(path, lazy, "c")
-    return torch.from_numpy(cache.pixels), torch.from_numpy(cache.matrices)
+    parts = cache.map_parts(cache.path, "c")
+    return torch.from_numpy(parts.pixels), torch.from_numpy(parts.matrices)
 
 
-def _layout(lazy: LazyImages) -> list[tuple[type, tuple[int, ...]]]:
-    """Return data type and shape of the parts of a `CacheFile`."""
-    count = len(lazy)
-    checked_bytes = count * (9 * 8 + 4) + math.prod(lazy.shape)
-    chunks = -(-checked_bytes // CHUNK_BYTES)
-    shapes = ((count,), (count, 3, 3), (count,), lazy.shape, (chunks,))
-    return list(zip((np.int64, np.float64, np.uint32, np.uint8, np.uint32), shapes, strict=True))
+class CacheFile:
+    """The cache file of images or masks, which may not exist yet.
 
-
-def _size(lazy: LazyImages) -> int:
-    """Return the size of the whole file in bytes."""
-    return sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in _layout(lazy))
-
-
-def _map(path: Path, lazy: LazyImages, mode: Literal["c", "r+"]) -> CacheFile:
-    """Map the parts of a cache file; in mode "c" (copy-on-write), writes stay in this process."""
-    content, parts, start = np.memmap(path, np.uint8, mode), [], 0
-    for kind, shape in _layout(lazy):
-        parts.append(np.ndarray(shape, kind, content, start))
-        start += np.dtype(kind).itemsize * math.prod(shape)
-    return CacheFile(*parts)
-
-
-def _create(lazy: LazyImages, path: Path, ctimes: np.ndarray, bad: list[BadFile]) -> None:
-    temporary = path.with_suffix(".part")  # an existing one was left by a process that died: we hold the lock
-    try:
-        with temporary.open("wb") as file:
-            _reserve(file.fileno(), _size(lazy), path)
-        cache = _map(temporary, lazy, "r+")
-        images, matrices = torch.from_numpy(cache.pixels), torch.from_numpy(cache.matrices)
-
-        def store_checksum(row: int) -> None:
-            cache.file_checksums[row] = _file_checksum(lazy.paths[row])
-
-        description = f"decoding {len(lazy):,} files (only once)"
-        if found := decode_into(images, matrices, lazy, description, store_checksum):
-            bad += found
-            return
-        cache.ctimes[:] = ctimes
-        cache.chunk_checksums[:] = _chunk_checksums(temporary, lazy)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _is_current(path: Path, lazy: LazyImages, ctimes: np.ndarray) -> bool:
-    """Return True if the cache file is intact and no image file has changed since it was written or confirmed."""
-    if not path.exists() or path.stat().st_size != _size(lazy):
-        return False
-    cache = _map(path, lazy, "c")
-    return np.array_equal(cache.ctimes, ctimes) and np.array_equal(cache.chunk_checksums, _chunk_checksums(path, lazy))
-
-
-def _confirm(path: Path, lazy: LazyImages, ctimes: np.ndarray) -> bool:
-    """Return True if image files with a new ctime (for example, after a copy) still have the same bytes.
-
-    The new ctimes are then stored. Size and modification time are equal, but they can be set to any value, so the bytes
-    are compared by checksum.
+    Attributes:
+        path: its name is a hash of all inputs.
+        ctimes: (N,) int64, the present ctimes of the image files in ns.
+        size: of the whole file in bytes.
     """
-    if not path.exists():
-        return False
-    if path.stat().st_size != _size(lazy):
-        logger.warning("data: %s is truncated or damaged; its images are decoded again", path)
-        return False
-    cache = _map(path, lazy, "r+")
-    if not np.array_equal(cache.chunk_checksums, _chunk_checksums(path, lazy)):
-        logger.warning("data: %s is damaged (its checksum is wrong); its images are decoded again", path)
-        return False
-    rows = np.flatnonzero(cache.ctimes != ctimes).tolist()
-    checksums = thread_map(
-        lambda row: _file_checksum(lazy.paths[row]), rows, f"verifying the checksums of {len(rows):,} files"
-    )
-    changed = [row for row, value in zip(rows, checksums, strict=True) if value != cache.file_checksums[row]]
-    if changed:
-        first = lazy.paths[changed[0]]
-        logger.info("data: %d image files have changed (first %s); all are decoded again", len(changed), first)
-        return False
-    cache.ctimes[:] = ctimes
-    return True
+
+    def __init__(self, lazy: LazyImages) -> None:
+        self.lazy = lazy
+        stamps = file_stamps(lazy.paths)
+        self.ctimes = np.array([stamp.ctime for stamp in stamps], np.int64)
+        digest = hashlib.sha256(_identify_decoder(lazy).encode())
+        if lazy.boxes is not None:
+            digest.update(lazy.boxes.double().contiguous().numpy().tobytes())
+        absolute = lru_cache(4096)(os.path.abspath)  # one call per folder
+        for path, stamp in zip(lazy.paths, stamps, strict=True):
+            parent, name = os.path.split(path)
+            line = f"{absolute(parent)}/{name}\0{stamp.size} {stamp.mtime}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+        self.path = folder() / f"{digest.hexdigest()[:32]}.u8"
+        count = len(lazy)
+        self.chunks = -(-(count * (9 * 8 + 4) + math.prod(lazy.shape)) // CHUNK_BYTES)
+        shapes = ((count,), (count, 3, 3), (count,), lazy.shape, (self.chunks,))
+        kinds = (np.int64, np.float64, np.uint32, np.uint8, np.uint32)
+        self.layout = list(zip(map(np.dtype, kinds), shapes, strict=True))
+        self.size = sum(kind.itemsize * math.prod(shape) for kind, shape in self.layout)
+
+    def map_parts(self, path: Path, mode: Literal["c", "r+"]) -> Parts:
+        """Map a complete or partial cache file; in mode "c" (copy-on-write), writes stay in this process."""
+        content, parts, start = np.memmap(path, np.uint8, mode), [], 0
+        for kind, shape in self.layout:
+            parts.append(np.ndarray(shape, kind, content, start))
+            start += kind.itemsize * math.prod(shape)
+        return Parts(*parts)
+
+    def is_current(self) -> bool:
+        """Return True if the file is intact and no image file has changed since it was written or confirmed."""
+        if not self.path.exists() or self.path.stat().st_size != self.size:
+            return False
+        return np.array_equal(self.map_parts(self.path, "c").ctimes, self.ctimes) and self.is_intact()
+
+    def is_intact(self) -> bool:
+        stored = self.map_parts(self.path, "c").chunk_checksums
+        return np.array_equal(stored, self.compute_checksums(self.path))
+
+    def confirm(self) -> bool:
+        """Return True if image files with a new ctime (for example, after a copy) still have the same bytes.
+
+        The new ctimes are then stored. Size and modification time are equal, but they can be set to any value, so the
+        bytes are compared by checksum.
+        """
+        if not self.path.exists():
+            return False
+        if self.path.stat().st_size != self.size or not self.is_intact():
+            logger.warning("data: %s is damaged (wrong size or checksum); its images are decoded again", self.path)
+            return False
+        parts, paths = self.map_parts(self.path, "r+"), self.lazy.paths
+        rows = np.flatnonzero(parts.ctimes != self.ctimes).tolist()
+        description = f"verifying the checksums of {len(rows):,} files"
+        checksums = thread_map(lambda row: _file_checksum(paths[row]), rows, description)
+        changed = [row for row, value in zip(rows, checksums, strict=True) if value != parts.file_checksums[row]]
+        if changed:
+            first = paths[changed[0]]
+            logger.info("data: %d image files have changed (first %s); all are decoded again", len(changed), first)
+            return False
+        parts.ctimes[:] = self.ctimes
+        return True
+
+    def create(self, bad: list[BadFile]) -> None:
+        """Decode all images into the file; on bad files, add them to `bad` and create nothing."""
+        temporary = self.path.with_suffix(".part")  # an existing one was left by a process that died: we hold the lock
+        try:
+            with temporary.open("wb") as file:
+                _reserve(file.fileno(), self.size, self.path)
+            parts = self.map_parts(temporary, "r+")
+            images, matrices = torch.from_numpy(parts.pixels), torch.from_numpy(parts.matrices)
+
+            def store_checksum(row: int) -> None:
+                parts.file_checksums[row] = _file_checksum(self.lazy.paths[row])
+
+            description = f"decoding {len(self.lazy):,} files (only once)"
+            if found := decode_into(images, matrices, self.lazy, description, store_checksum):
+                bad += found
+                return
+            parts.ctimes[:] = self.ctimes
+            parts.chunk_checksums[:] = self.compute_checksums(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def compute_checksums(self, path: Path) -> list[int]:
+        """Return the CRC-32 of each chunk: about 3 GB/s per core, of data that will be read soon anyway."""
+        content = np.memmap(path, np.uint8, "r").data
+        start, end = 8 * len(self.lazy), self.size - 4 * self.chunks
+
+        def checksum(chunk: int) -> int:
+            first = start + chunk * CHUNK_BYTES
+            return zlib.crc32(content[first : min(first + CHUNK_BYTES, end)])
+
+        return thread_map(checksum, range(self.chunks))
 
 
-def _chunk_checksums(path: Path, lazy: LazyImages) -> list[int]:
-    """Return the CRC-32 of each chunk: about 3 GB/s per core, of data that will be read soon anyway."""
-    content = np.memmap(path, np.uint8, "r").data
-    chunks, start = math.prod(_layout(lazy)[-1][1]), 8 * len(lazy)
-    end = len(content) - 4 * chunks
+def _identify_decoder(lazy: LazyImages) -> str:
+    from PIL import __version__ as pillow
+    from simplejpeg import __version__ as simplejpeg
 
-    def checksum(chunk: int) -> int:
-        first = start + chunk * CHUNK_BYTES
-        return zlib.crc32(content[first : min(first + CHUNK_BYTES, end)])
-
-    return thread_map(checksum, range(chunks))
+    return f"{FORMAT_VERSION} {pillow} {simplejpeg} {lazy.decoder!r} {lazy.shape}"
 
 
 def _file_checksum(path: str) -> int:
@@ -203,24 +220,6 @@ def _reserve(file: int, size: int, path: Path) -> None:
             f"data.cache=disk: {path.parent} has no room for {size / 2**20:.0f} MiB of decoded images "
             f"({error.strerror}); free some space, set XDG_CACHE_HOME to another disk, or set data.cache=none"
         ) from error
-
-
-def _identify(lazy: LazyImages) -> tuple[Path, np.ndarray]:
-    """Return the path of the cache file (a hash of all inputs), and the (N,) int64 ctimes of the image files in ns."""
-    from PIL import __version__ as pillow
-    from simplejpeg import __version__ as simplejpeg
-
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {pillow} {simplejpeg} {lazy.decoder!r} {lazy.shape}".encode())
-    if lazy.boxes is not None:
-        digest.update(lazy.boxes.double().contiguous().numpy().tobytes())
-    absolute = lru_cache(4096)(os.path.abspath)  # one call per folder
-    stamps = file_stamps(lazy.paths)
-    for path, stamp in zip(lazy.paths, stamps, strict=True):
-        parent, name = os.path.split(path)
-        line = f"{absolute(parent)}/{name}\0{stamp.size} {stamp.mtime}\n"
-        digest.update(line.encode(errors="surrogateescape"))
-    ctimes = np.array([stamp.ctime for stamp in stamps], np.int64)
-    return folder() / f"{digest.hexdigest()[:32]}.u8", ctimes
 
 
 @contextmanager

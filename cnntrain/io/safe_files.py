@@ -4,6 +4,9 @@ A run folder may come from an untrusted source. A link inside it could make the 
 file elsewhere, and opening a FIFO would block forever. Links on the path to a run folder (`outputs` on another disk)
 and links inside data folders are allowed. `root` is the folder below which no link is followed; it defaults to the
 file's parent folder. Files are replaced atomically: a reader sees either the old file or the new one.
+
+A path that is a link, lies below one, or is of another kind than expected raises `UserError`. Operations that fail
+raise `OSError` with the path as its `filename`.
 """
 
 import contextlib
@@ -43,22 +46,12 @@ def exists(path: Path) -> bool:
 
 
 def open_read(path: Path, root: Path | None = None) -> IO[bytes]:
-    """Open a regular file for reading.
-
-    Raises:
-        UserError: `path` is a link or not a regular file.
-        OSError: the file is missing or cannot be read.
-    """
+    """Open a regular file for reading."""
     return _with_name(path, _open(path, root, os.O_RDONLY), "rb")
 
 
 def read_bytes(path: Path, root: Path | None = None, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
-    """Return the content of a regular file of at most `max_bytes` bytes.
-
-    Raises:
-        UserError: `path` is a link, not a regular file, or too large.
-        OSError: the file is missing or cannot be read.
-    """
+    """Return the content of a regular file; raise `UserError` if it has more than `max_bytes` bytes."""
     with open_read(path, root) as file:
         if os.fstat(file.fileno()).st_size > max_bytes:
             raise UserError(f"{path}: the file is larger than the limit of {max_bytes:,} bytes")
@@ -66,12 +59,7 @@ def read_bytes(path: Path, root: Path | None = None, max_bytes: int = MAX_TEXT_B
 
 
 def read_text(path: Path, root: Path | None = None, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Return the content of a regular UTF-8 text file.
-
-    Raises:
-        UserError: see `read_bytes`; or the file is not valid UTF-8.
-        OSError: the file is missing or cannot be read.
-    """
+    """Return the content of a regular UTF-8 text file; raise `UserError` if it is not valid."""
     content = read_bytes(path, root, max_bytes)
     try:
         return content.decode("utf-8")
@@ -81,15 +69,7 @@ def read_text(path: Path, root: Path | None = None, max_bytes: int = MAX_TEXT_BY
 
 
 def read_json(path: Path, remedy: str, root: Path | None = None) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Args:
-        remedy: what to do if the file is damaged; appended to the error message.
-
-    Raises:
-        UserError: see `read_text`; or the file is empty, truncated or not a JSON object.
-        OSError: the file is missing or cannot be read.
-    """
+    """Return the object in a JSON file; raise `UserError`, with this remedy, if the file is damaged."""
     text = read_text(path, root)
     try:
         content = json.loads(text)
@@ -102,34 +82,22 @@ def read_json(path: Path, remedy: str, root: Path | None = None) -> dict[str, An
 
 
 def write_atomic(path: Path, content: bytes | memoryview, root: Path | None = None, sync: bool = True) -> None:
-    """Replace a file atomically: write a temporary file, sync it to disk, then rename it to `path`.
-
-    Args:
-        sync: call fsync so that the file survives a power failure. Killing the process is safe without it too.
-
-    Raises:
-        UserError: a parent folder is a link.
-        OSError: the file cannot be written; the temporary file is removed.
-    """
+    """Write a file with `open_atomic`."""
     with open_atomic(path, root, sync) as file:
         file.write(content)
 
 
 def write_text(path: Path, text: str, root: Path | None = None, sync: bool = True) -> None:
-    """Write text with `write_atomic`, encoded in UTF-8; bytes that are not valid UTF-8 (in file names) are escaped."""
+    """Write text with `open_atomic`, encoded in UTF-8; bytes that are not valid UTF-8 (in file names) are escaped."""
     write_atomic(path, text.encode("utf-8", "backslashreplace"), root, sync)
 
 
 @contextlib.contextmanager
 def open_atomic(path: Path, root: Path | None = None, sync: bool = True) -> Iterator[IO[bytes]]:
-    """Yield a temporary binary file that replaces `path` when the block ends without an error.
+    """Yield a temporary binary file that replaces `path` when the block ends without an error; else it is removed.
 
     Args:
-        sync: see `write_atomic`.
-
-    Raises:
-        UserError: a parent folder is a link.
-        OSError: the file cannot be written; the temporary file is removed.
+        sync: call fsync so that the file survives a power failure. Killing the process is safe without it too.
     """
     with _parent(path, root) as (folder, name):
         temporary = f".{name}.{os.getpid()}.tmp"
@@ -163,12 +131,7 @@ def open_atomic_text(path: Path, root: Path | None = None, sync: bool = True) ->
 
 
 def open_append(path: Path, root: Path | None = None) -> IO[bytes]:
-    """Open a regular file for appending; create it if it is missing.
-
-    Raises:
-        UserError: `path` is a link, not a regular file, or has more than one hard link.
-        OSError: the file cannot be opened.
-    """
+    """Open a regular file without other hard links for appending; create it if it is missing."""
     descriptor = _open(path, root, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     if os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)
@@ -183,33 +146,17 @@ def open_append_text(path: Path, root: Path | None = None) -> io.TextIOWrapper:
 
 
 def open_new(path: Path, root: Path | None = None) -> IO[bytes]:
-    """Create a file and open it for writing.
-
-    Raises:
-        FileExistsError: the file exists already.
-        UserError: a parent folder is a link.
-        OSError: the file cannot be created.
-    """
+    """Create a file and open it for writing; raise `FileExistsError` if it exists already."""
     return _with_name(path, _open(path, root, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
 
 
 def open_lock(path: Path, root: Path | None = None) -> IO[bytes]:
-    """Open a file for `fcntl.flock` without changing its content; create it if it is missing.
-
-    Raises:
-        UserError: `path` is a link or not a regular file.
-        OSError: the file cannot be opened.
-    """
+    """Open a file for `fcntl.flock` without changing its content; create it if it is missing."""
     return open(_open(path, root, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
 
 
 def make_folder(path: Path, root: Path | None = None) -> None:
-    """Create a folder and its missing parents below `root`.
-
-    Raises:
-        UserError: one of these folders is a link or a file.
-        OSError: a folder cannot be created.
-    """
+    """Create a folder and its missing parents below `root`."""
     with _parent(path, root, make=True) as (folder, name):
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, dir_fd=folder)
@@ -217,12 +164,7 @@ def make_folder(path: Path, root: Path | None = None) -> None:
 
 
 def remove(path: Path, root: Path | None = None) -> None:
-    """Delete a file or link (never the link's target); do nothing if it is missing.
-
-    Raises:
-        UserError: a parent folder is a link.
-        OSError: the file cannot be deleted.
-    """
+    """Delete a file or link (never the link's target); do nothing if it is missing."""
     with _parent(path, root) as (folder, name), contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
 

@@ -16,9 +16,9 @@ from cnntrain.io import safe_files as files
 
 # Exceptions that zipfile and torch's unpickler raise on damaged or malicious files.
 READ_ERRORS = (
-    OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OverflowError,
-    MemoryError, RecursionError, struct.error, zlib.error, zipfile.BadZipFile, pickle.PickleError,
-)  # fmt: skip
+    *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError),
+    *(OverflowError, MemoryError, RecursionError, struct.error, zlib.error, zipfile.BadZipFile, pickle.PickleError),
+)
 MAX_VALUES = 1_000_000  # an object that is referenced twice counts twice
 MAX_DEPTH = 50
 MAX_TEXT_LENGTH = 1_000_000

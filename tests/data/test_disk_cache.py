@@ -19,7 +19,7 @@ from cnntrain.cli import main
 from cnntrain.data import cache, disk_cache
 from cnntrain.data.cache import _prefer_disk, cache_on_disk, decode_into_ram
 from cnntrain.data.decoder import ImageDecoder
-from cnntrain.data.disk_cache import folder
+from cnntrain.data.disk_cache import CacheFile, folder
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.files import BadFile, member_path
 from cnntrain.errors import MachineError, UserError
@@ -38,11 +38,11 @@ def splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Example
     decoder = ImageDecoder(8, 12, 3)
     masks = LazyImages(paths[:4], ImageDecoder(8, 12, 1))
     boxes = torch.tensor([[1.0, 1.0, 9.0, 6.0]], dtype=torch.float64)
-    train = LazyImages(paths[:4], decoder)
+    train, val = LazyImages(paths[:4], decoder), LazyImages(paths[4:], decoder, boxes)
     return {
         "train": Examples(train, {"label": torch.arange(4)}, paths[:4], lazy_targets={"mask": masks}),
-        "val": Examples(LazyImages(paths[4:], decoder, boxes), {"label": torch.zeros(1)}, paths[4:]),
-    }  # fmt: skip
+        "val": Examples(val, {"label": torch.zeros(1)}, paths[4:]),
+    }
 
 
 def same(one: dict[str, Examples], other: dict[str, Examples]) -> bool:
@@ -129,21 +129,13 @@ def test_a_damaged_cache_file_is_rebuilt(splits: dict[str, Examples], damage: st
         elif damage == "times":
             content[0] ^= 1
         path.unlink()  # the file that is mapped stays
-        path.write_bytes(
-            {
-                "zeroed": bytes(len(content)),
-                "cut": content[:-100],
-                "longer": content + b"?",
-                "empty": b"",
-            }.get(damage, content)
-        )
+        others = {"zeroed": bytes(len(content)), "cut": content[:-100], "longer": content + b"?", "empty": b""}
+        path.write_bytes(others.get(damage, content))
     assert same(cache_on_disk(splits), good)
     assert same(cache_on_disk(splits), decode_into_ram(splits))
 
 
-def test_damaged_images_are_named_although_a_damaged_cache_file_exists(
-    splits: dict[str, Examples],
-) -> None:
+def test_damaged_images_are_named_although_a_damaged_cache_file_exists(splits: dict[str, Examples]) -> None:
     cache_on_disk(splits)
     for path in folder().glob("*.u8"):
         path.unlink()
@@ -181,9 +173,7 @@ def test_bad_files_of_a_data_set_larger_than_memory_are_named(
     images, bad = splits["train"].images, []
     assert isinstance(images, LazyImages)
     large = LazyImages(images.paths[:1] * 100_000, ImageDecoder(8192, 8192, 3))  # 20 TB
-    monkeypatch.setattr(
-        disk_cache, "_create", lambda lazy, path, ctimes, bad: bad.append(BadFile("0.png", "is damaged"))
-    )
+    monkeypatch.setattr(CacheFile, "create", lambda self, bad: bad.append(BadFile("0.png", "is damaged")))
     pixels, matrices = disk_cache.load_or_decode(large, bad)
     assert len(bad) == 1 and pixels.shape == large.shape and matrices.shape == (100_000, 3, 3)
 
