@@ -140,27 +140,18 @@ def lazy_images(splits: Mapping[str, Examples]) -> list[LazyImages]:
 class Source(ABC):
     """Base class of data sources: one class per file format, one YAML file per data set.
 
-    Attributes:
-        downloads: whether missing files may be downloaded.
+    If the data are missing or invalid, the methods raise `UserError`.
     """
 
-    downloads = True
+    downloads = True  # whether missing files may be downloaded
 
     @abstractmethod
     def spec(self) -> DataSpec:
-        """Return the metadata. May list folders and read tables, but must not decode images.
-
-        Raises:
-            UserError: the data are missing or invalid.
-        """
+        """Return the metadata. May list folders and read tables, but must not decode images."""
 
     @abstractmethod
     def load(self) -> dict[str, Examples]:
-        """Return the examples by split: 'train', and optionally 'val' and 'test'.
-
-        Raises:
-            UserError: the data are missing or invalid; lists all bad files.
-        """
+        """Return the examples by split: 'train', and optionally 'val' and 'test'. Errors list all bad files."""
 
 
 def check_examples(split: str, examples: Examples, spec: DataSpec) -> Examples:
@@ -168,9 +159,6 @@ def check_examples(split: str, examples: Examples, spec: DataSpec) -> Examples:
 
     Unambiguous targets are converted: numpy arrays and lists; labels of other integer types, as whole floats, of shape
     (N, 1) or one-hot (N, C); masks of other integer types; points of other number types.
-
-    Raises:
-        UserError: names the split, the problem, and the remedy.
     """
     images, count = examples.images, len(examples)
     if not isinstance(images, Tensor | LazyImages):
@@ -214,19 +202,18 @@ def _as_tensor(values: Any, what: str) -> Tensor:
 
 def _labels(label: Tensor, split: str, names: Sequence[str], classes: int) -> Tensor:
     """Return labels as (N,) int64; check their range."""
-    remedy = "labels must be int64 (N,), the class index of each image"
+    shape, kind = tuple(label.shape), label.dtype
+    remedy = f"labels must be int64 (N,), the class index of each image; the {split} labels are {kind} {shape}"
     if label.dim() == 2 and label.shape[1] == 1:
         label = label[:, 0]
-    elif label.dim() == 2 and label.shape[1] == classes and _is_one_hot(label):
-        label = label.long().argmax(1)
+    elif label.dim() == 2 and label.shape[1] == classes and not label.is_complex():
+        is_one_hot = ((label == 0) | (label == 1)).all() and (label.double().sum(1) == 1).all()
+        label = label.long().argmax(1) if is_one_hot else label
     if label.dim() != 1:
         hint = "; for one-hot rows or scores use .argmax(1)" if label.dim() == 2 else ""
-        raise UserError(f"data: the {split} labels are {label.dtype} {tuple(label.shape)}; {remedy}{hint}")
-    whole = not label.is_complex() and (
-        not label.is_floating_point() or bool((label.isfinite() & (label == label.round())).all())
-    )
-    if not whole:
-        raise UserError(f"data: the {split} labels are {label.dtype} but not whole numbers; {remedy}")
+        raise UserError(f"data: {remedy}{hint}")
+    if label.is_complex() or (label.is_floating_point() and not (label.isfinite() & (label == label.round())).all()):
+        raise UserError(f"data: {remedy}, and not whole numbers")
     label = label.to(torch.int64)
     wrong = ((label < 0) | (label >= classes)).nonzero().flatten().tolist()
     if wrong:
@@ -235,13 +222,6 @@ def _labels(label: Tensor, split: str, names: Sequence[str], classes: int) -> Te
             f"data: {len(wrong)} of {len(label)} {split} labels are out of range, 0 to {classes - 1}: {shown}"
         )
     return label
-
-
-def _is_one_hot(rows: Tensor) -> bool:
-    """Return True if each row has a single 1 and is 0 elsewhere."""
-    if rows.is_complex():
-        return False
-    return bool((((rows == 0) | (rows == 1)).all(1) & (rows.double().sum(1) == 1)).all())
 
 
 def _masks(mask: Tensor, split: str, spec: DataSpec) -> Tensor:

@@ -25,21 +25,6 @@ MAX_JPEG_BYTES = 1 << 26  # larger files are not read into memory at once
 FORMATS = "JPEG PNG GIF BMP DIB TIFF WEBP AVIF JPEG2000 PPM QOI TGA PCX ICO".split()
 HEIF_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()
 HEIF_EXTENSIONS = {".heic", ".heif"}
-# Magic bytes of rejected formats, for the error message.
-REJECTED_FORMATS = {
-    b"%!PS": "EPS or PostScript",
-    b"\xc5\xd0\xd3\xc6": "EPS",
-    b"%PDF": "PDF",
-    b"8BPS": "Photoshop",
-    b"<svg": "SVG",
-    b"<?xml": "XML or SVG",
-    b"\xd7\xcd\xc6\x9a": "WMF",
-    b"\x89HDF": "HDF5",
-    b"SIMPLE  =": "FITS",
-    b"icns": "ICNS",
-    b"DDS ": "DDS",
-    b"\x01\xda": "SGI",
-}
 # Exceptions of Pillow's readers on damaged files, except its DecompressionBombError.
 DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError),
@@ -124,12 +109,10 @@ def _open(source: ByteRange) -> "Image.Image":
             remedy = "run `pip install pillow-heif`, or convert it to JPEG or PNG"
             raise UnusableImage(f"is HEIC, which needs another package: {remedy}") from None
         return HeifImageFile(file)  # opened directly, not registered with Pillow for the whole process
-    for magic, name in REJECTED_FORMATS.items():
-        if start.startswith(magic):
-            raise UnusableImage(f"is {name}, which is not supported; convert it to PNG or JPEG")
     if isinstance(failure, RuntimeError):
         raise failure
-    raise UnusableImage("is not an image in a supported format (JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF and others)")
+    formats = "JPEG, PNG, GIF, BMP, TIFF, WebP, AVIF and others"
+    raise UnusableImage(f"is not an image in a supported format ({formats}); convert it to PNG or JPEG")
 
 
 def _reason(error: BaseException) -> str:

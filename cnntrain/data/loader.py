@@ -68,7 +68,10 @@ class Loader(ABC):
         self.device = device
         # Masks are as large as images, and stay in the same memory.
         self.targets = {k: v if k == "mask" else v.to(device) for k, v in examples.targets.items()}
-        self.source_to_image = _unless_identity(examples.source_to_image)
+        matrices = examples.source_to_image
+        if matrices is not None and torch.equal(matrices, torch.eye(3, dtype=matrices.dtype).expand_as(matrices)):
+            matrices = None
+        self.source_to_image = matrices
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -116,10 +119,24 @@ class Loader(ABC):
         for _ in range(len(rows) - len(sizes)):  # only the last batch can have fewer images than ranks
             yield Batch(torch.zeros(0, device=self.device), {}, empty, empty)
 
-    @abstractmethod
     def _batches(
         self, order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
-    ) -> Iterator[Batch]: ...
+    ) -> Iterator[Batch]:
+        device_order = to_device(order, self.device)  # once per pass
+        parts = self._read(order, device_order, positions, chunks, transform)
+        for chunk, part in zip(chunks, parts, strict=True):
+            rows, matrices = order[chunk], part.pop("source_to_image", None)
+            if self.source_to_image is not None:
+                matrices = self.source_to_image[rows]
+            targets = {name: _select(target, rows, device_order[chunk]) for name, target in self.targets.items()}
+            targets |= {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
+            yield Batch(targets.pop("images"), targets, rows, positions[chunk], matrices)
+
+    @abstractmethod
+    def _read(
+        self, order: Tensor, device_order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the 'images' of each chunk; of files also the decoded targets, and 'source_to_image' if unknown."""
 
     def close(self) -> None:  # noqa: B027  most loaders have nothing to close
         """End the worker processes, if there are any."""
@@ -137,26 +154,12 @@ class CachedLoader(Loader):
         if on_device:
             self.targets = {name: target.to(device) for name, target in self.targets.items()}
 
-    def _batches(
-        self, order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
-    ) -> Iterator[Batch]:
+    def _read(
+        self, order: Tensor, device_order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
+    ) -> Iterator[dict[str, Tensor]]:
         assert transform is None, "cached images are transformed in batches"
-        device_order = to_device(order, self.device)  # once per pass
         for chunk in chunks:
-            rows, device_rows = order[chunk], device_order[chunk]
-            images = _select(self.images, rows, device_rows)
-            targets = {name: _select(target, rows, device_rows) for name, target in self.targets.items()}
-            matrices = None if self.source_to_image is None else self.source_to_image[rows]
-            yield Batch(images, targets, rows, positions[chunk], matrices)
-
-
-def _select(tensor: Tensor, rows: Tensor, device_rows: Tensor) -> Tensor:
-    """Return rows of a tensor on the host or on the device, copied to the device of `device_rows`."""
-    if tensor.device == device_rows.device:
-        return tensor.index_select(0, device_rows)
-    selected = tensor.index_select(0, rows)
-    selected = selected.pin_memory() if device_rows.device.type == "cuda" else selected
-    return selected.to(device_rows.device, non_blocking=True)
+            yield {"images": _select(self.images, order[chunk], device_order[chunk])}
 
 
 class StreamingLoader(Loader):
@@ -170,24 +173,22 @@ class StreamingLoader(Loader):
         pin = device.type == "cuda"
         self.pool = WorkerPool(examples, workers, timeout_s, pin, self.source_to_image is None)
 
-    def _batches(
-        self, order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
-    ) -> Iterator[Batch]:
-        device_order = to_device(order, self.device)  # once per pass
-        requests = [(order[chunk].tolist(), positions[chunk].tolist(), transform) for chunk in chunks]
-        for chunk, decoded in zip(chunks, self.pool.run(requests), strict=True):
-            rows = order[chunk]
-            images = decoded.pop("images").to(self.device, non_blocking=True)
-            matrices = decoded.pop("source_to_image", None)
-            if self.source_to_image is not None:
-                matrices = self.source_to_image[rows]
-            device_rows = device_order[chunk]
-            targets = {name: _select(target, rows, device_rows) for name, target in self.targets.items()}
-            targets |= {name: target.to(self.device, non_blocking=True) for name, target in decoded.items()}
-            yield Batch(images, targets, rows, positions[chunk], matrices)
+    def _read(
+        self, order: Tensor, device_order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
+    ) -> Iterator[dict[str, Tensor]]:
+        return self.pool.run([(order[chunk].tolist(), positions[chunk].tolist(), transform) for chunk in chunks])
 
     def close(self) -> None:
         self.pool.close()
+
+
+def _select(tensor: Tensor, rows: Tensor, device_rows: Tensor) -> Tensor:
+    """Return rows of a tensor on the host or on the device, copied to the device of `device_rows`."""
+    if tensor.device == device_rows.device:
+        return tensor.index_select(0, device_rows)
+    selected = tensor.index_select(0, rows)
+    selected = selected.pin_memory() if device_rows.device.type == "cuda" else selected
+    return selected.to(device_rows.device, non_blocking=True)
 
 
 def make_loader(
@@ -206,9 +207,6 @@ def make_loader(
         cache: 'gpu', 'ram' and 'disk' need decoded images, and decode them now if necessary; 'none' reads even decoded
             images in workers; 'auto' streams images on disk, and moves decoded images to the device if they fit.
         per_sample: a transform of single images will be used, so workers must read the images, as for 'none'.
-
-    Raises:
-        UserError: images that are decoded now cannot be used.
     """
     device = torch.device(device)
     if cache == "none" or per_sample or (cache == "auto" and isinstance(examples.images, LazyImages)):
@@ -217,9 +215,3 @@ def make_loader(
         examples = decode_into_ram({"examples": examples})["examples"]
     on_device = cache == "gpu" or (cache == "auto" and fits_on_device(examples, device))
     return CachedLoader(examples, device, on_device)
-
-
-def _unless_identity(matrices: Tensor | None) -> Tensor | None:
-    if matrices is None or torch.equal(matrices, torch.eye(3, dtype=matrices.dtype).expand_as(matrices)):
-        return None
-    return matrices

@@ -24,9 +24,6 @@ def split_train_val(
         val_fraction: share of validation examples, between 0 and 1; ignored if `folds` is given.
         folds, fold: use part `fold` of `folds` equal parts for validation.
         seed: another seed gives another split.
-
-    Raises:
-        UserError: a value is out of range, or there are too few examples (or groups).
     """
     units = _units(examples)
     strata = _strata(units, examples.targets.get("label"), seed)
@@ -122,11 +119,7 @@ def limit_rows(count: int, limit: int | None, seed: int, name: str) -> Tensor | 
 
 
 def check_groups(splits: dict[str, Sequence[str] | None]) -> None:
-    """Reject groups with examples in more than one split, because training data would be tested.
-
-    Raises:
-        UserError: names the groups.
-    """
+    """Reject groups with examples in more than one split, because training data would be tested."""
     splits_of: dict[str, set[str]] = {}
     for split, groups in splits.items():
         for group in groups or ():

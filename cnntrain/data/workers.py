@@ -52,12 +52,7 @@ class WorkerPool:
         atexit.register(_close, weakref.ref(self))
 
     def run(self, requests: list[Request]) -> Iterator[dict[str, Tensor]]:
-        """Yield one dictionary per request: 'images' (M, C, H, W), 'source_to_image' if requested, and lazy targets.
-
-        Raises:
-            UserError: lists all bad files of a batch.
-            MachineError: a worker died, is stuck, or has no shared memory.
-        """
+        """Yield one dictionary per request: 'images' (M, C, H, W), 'source_to_image' if requested, and lazy targets."""
         self.sampler.requests = requests
         watchdog = _Watchdog(self.loader, self.timeout_s)
         # Workers that are forked now would keep freed memory.
@@ -72,9 +67,7 @@ class WorkerPool:
                     with watchdog.paused():
                         yield batch
         except (RuntimeError, OSError, EOFError) as error:
-            explained = explain_worker_error(error, self.timeout_s)
-            if watchdog.expired:
-                explained = _stuck(self.timeout_s)
+            explained = _stuck(self.timeout_s) if watchdog.expired else explain_worker_error(error, self.timeout_s)
             if explained is None:
                 raise
             self.close(kill=True)

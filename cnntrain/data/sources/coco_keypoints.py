@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -53,27 +52,28 @@ class CocoKeypoints(KeypointSource):
 
     def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
         objects: list[KeypointAnnotation] = []
-        names, skeleton = None, ()
+        names, skeleton = (), ()
         for split, (file, images) in self.files.items():
             annotations = CocoFile(file, images, split)
-            if names is None:
-                names, skeleton = annotations.names, annotations.skeleton
+            if not names:
+                names, skeleton = annotations.names, annotations.skeleton()
             elif names != annotations.names:
                 raise UserError(f"data: {file}: its keypoints differ from those of the train file")
             objects += annotations.objects()
-        assert names is not None
         return names, objects, skeleton
 
 
 class CocoFile:
-    """One annotation file.
+    """One annotation file; reading lists all bad annotations.
 
-    Raises:
-        UserError: the file cannot be read or is not in COCO format; lists all bad annotations.
+    Attributes:
+        category: the one with keypoints.
+        names: of its keypoints.
     """
 
     def __init__(self, file: Path, images: Path, split: str) -> None:
         self.file, self.images, self.split = file, images, split
+        self.errors = ErrorList(file)
         try:
             content = json.loads(ByteRange(str(file)).read())
         except (OSError, ValueError, RecursionError) as error:
@@ -83,22 +83,12 @@ class CocoFile:
             rows = self.content.get(key)
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise UserError(f"data: {file}: expected an object with a list of objects {key!r}")
-
-    @cached_property
-    def category(self) -> dict[str, Any]:
-        found = [c for c in self.content["categories"] if c.get("keypoints")]
+        found = [category for category in self.content["categories"] if category.get("keypoints")]
         names = found[0]["keypoints"] if len(found) == 1 else None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise UserError(
-                f"data: {self.file}: expected one category with a list of names 'keypoints', found {len(found)}"
-            )
-        return found[0]
+            raise UserError(f"data: {file}: expected one category with a list of names 'keypoints', found {len(found)}")
+        self.category, self.names = found[0], tuple(names)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.category["keypoints"])
-
-    @property
     def skeleton(self) -> Skeleton:
         """Return pairs of point indices (1-based in the file). Invalid pairs are ignored: they are only for drawing."""
         pairs = self.category.get("skeleton")
@@ -110,60 +100,58 @@ class CocoFile:
         )
 
     def objects(self) -> list[KeypointAnnotation]:
-        errors = ErrorList(self.file)
-        file_names = self._file_names(errors)
+        file_names = self._file_names()
         exists: dict[str, bool] = {}
         objects = []
         for row in self.content["annotations"]:
             if row.get("category_id") != self.category.get("id") or row.get("iscrowd"):
                 continue
             where = f"annotation {row.get('id')!r}"
-            points = self._points(row, errors, where)
+            points = self._points(row, where)
             if points is None or not points[:, 2].any():
                 continue  # objects without labeled points are not used
-            box = self._box(row, errors, where)
+            box = self._box(row, where)
             image = row.get("image_id")
             name = file_names.get(image) if _is_id(image) else None
             if name is None:
-                errors.add(where, f"no image has the id {image!r}")
+                self.errors.add(where, f"no image has the id {image!r}")
                 continue
             if name not in exists:
                 exists[name] = is_file(self.images / name)
                 if not exists[name]:
-                    errors.add(where, f"no file {name!r} in {self.images}")
-            path = str(self.images / name)
-            example = f"{self.split}/{name}:{row.get('id')}"
+                    self.errors.add(where, f"no file {name!r} in {self.images}")
+            path, example = str(self.images / name), f"{self.split}/{name}:{row.get('id')}"
             objects.append(KeypointAnnotation(path, example, points[:, :2], points[:, 2] > 0, box, self.split))
-        errors.raise_if_any()
+        self.errors.raise_if_any()
         return objects
 
-    def _file_names(self, errors: ErrorList) -> dict[float | str, str]:
+    def _file_names(self) -> dict[float | str, str]:
         """Return the file name of each image by id; report images that are not in COCO format."""
         names: dict[float | str, str] = {}
         for row, image in enumerate(self.content["images"]):
             where, number, name = f"image {row} of the list", image.get("id"), image.get("file_name")
             if not _is_id(number) or not isinstance(name, str):
                 problem = f"id must be a number or a string, and file_name a string; got {number!r} and {name!r}"
-                errors.add(where, problem[:200])
+                self.errors.add(where, problem[:200])
             elif names.setdefault(number, name) != name:
-                errors.add(where, f"duplicate id {number!r}")
+                self.errors.add(where, f"duplicate id {number!r}")
         return names
 
-    def _points(self, row: dict[str, Any], errors: ErrorList, where: str) -> torch.Tensor | None:
+    def _points(self, row: dict[str, Any], where: str) -> torch.Tensor | None:
         """Return (K, 3): x, y and 0 (not labeled), 1 (labeled, but occluded) or 2; None for invalid values."""
         values: Any = row.get("keypoints")
         count = 3 * len(self.names)
         if not _are_numbers(values, count) or not all(v in (0, 1, 2) for v in values[2::3]):
-            errors.add(where, f"keypoints must be {count} numbers x, y, v with v of 0, 1, 2")
+            self.errors.add(where, f"keypoints must be {count} numbers x, y, v with v of 0, 1, 2")
             return None
         return torch.tensor(values, dtype=torch.float64).view(-1, 3)
 
-    def _box(self, row: dict[str, Any], errors: ErrorList, where: str) -> Box | None:
+    def _box(self, row: dict[str, Any], where: str) -> Box | None:
         values = row.get("bbox")
         if values is None:
             return None
         if not _are_numbers(values, 4) or values[2] < 0 or values[3] < 0:
-            errors.add(where, f"bbox must be left, top, width, height in pixels, got {str(values)[:80]}")
+            self.errors.add(where, f"bbox must be left, top, width, height in pixels, got {str(values)[:80]}")
             return None
         return values[0], values[1], values[0] + values[2], values[1] + values[3]
 

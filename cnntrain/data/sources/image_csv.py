@@ -88,18 +88,13 @@ class ImageCsv(LabeledFiles):
 
 
 def check_columns(table: CsvTable, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
-    """Reject a table with a missing or an unknown column.
-
-    Raises:
-        UserError: names file, line and column.
-    """
+    """Reject a table with a missing or an unknown column."""
     allowed = (*required, *optional)
     for name in table.columns:
         if name not in allowed:
             expected = ",".join(required) + "".join(f"[,{o}]" for o in optional)
-            raise UserError(
-                f"data: {table.file}:1: unknown column {name!r}{suggest(name, allowed)}; expected {expected}"
-            )
+            near = suggest(name, allowed)
+            raise UserError(f"data: {table.file}:1: unknown column {name!r}{near}; expected {expected}")
     for name in required:
         if name not in table.columns:
             raise UserError(f"data: {table.file}:1: no column {name!r}; the columns are {', '.join(table.columns)}")

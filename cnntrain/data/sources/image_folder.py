@@ -124,6 +124,5 @@ class ImageFolder(LabeledFiles):
 
 def _images_directly_in(folder: Path) -> list[str]:
     """Return the sorted names of image files that are outside the class folders."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if has_extension(entry.name, IMAGE_EXTENSIONS) and entry.is_file()]
-    return sorted(name for name in names if not is_ignored(name))
+    entries = [entry for entry in os.scandir(folder) if has_extension(entry.name, IMAGE_EXTENSIONS)]
+    return sorted(entry.name for entry in entries if entry.is_file() and not is_ignored(entry.name))

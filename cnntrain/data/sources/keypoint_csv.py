@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
@@ -52,42 +53,32 @@ class KeypointCsv(KeypointSource):
                 table.errors.add(line, f"duplicate image {image!r} (first on line {first_line[key]})")
             first_line.setdefault(key, line)
             numbers = _parse_row(table, line, cells, names)
-            if numbers is None:
-                continue
-            points, labeled, box = numbers
-            group = cells[column["group"]] if "group" in column else None
-            name = f"{image}:{line}" if box else image
-            path = str(self.folder / image)
-            objects.append(KeypointAnnotation(path, name, points, labeled, box, split, group or None))
+            if numbers is not None:
+                points, labeled, box = numbers
+                group = cells[column["group"]] if "group" in column else None
+                name = f"{image}:{line}" if box else image
+                path = str(self.folder / image)
+                objects.append(KeypointAnnotation(path, name, points, labeled, box, split, group or None))
         table.errors.raise_if_any()
         return names, objects, ()
 
 
 def point_names(table: CsvTable) -> tuple[str, ...]:
-    """Return the names of the points from the columns NAME_x, NAME_y, ...
-
-    Raises:
-        UserError: names the first unexpected column.
-    """
+    """Return the names of the points from the columns NAME_x, NAME_y, ..."""
     columns = [name for name in table.columns[1:] if name not in OTHER_COLUMNS]
+    where = f"data: {table.file}:1"
     sides = [side for side in BOX_COLUMNS if side in table.columns]
     if sides and len(sides) < 4:
-        raise UserError(
-            f"data: {table.file}:1: a box needs the columns {', '.join(BOX_COLUMNS)}; found {', '.join(sides)}"
-        )
-    names = []
-    for i in range(0, len(columns), 2):
-        name = columns[i].removesuffix("_x")
-        if not columns[i].endswith("_x"):
-            near = suggest(columns[i], OTHER_COLUMNS)
-            raise UserError(f"data: {table.file}:1: expected a column NAME_x, found {columns[i]!r}{near}")
-        if i + 1 == len(columns) or columns[i + 1] != f"{name}_y":
-            found = repr(columns[i + 1]) if i + 1 < len(columns) else "nothing"
-            raise UserError(f"data: {table.file}:1: expected '{name}_y' after {columns[i]!r}, found {found}")
-        names.append(name)
-    if not names:
-        raise UserError(f"data: {table.file}:1: no points; expected image_name,NAME_x,NAME_y,...")
-    return tuple(names)
+        raise UserError(f"{where}: a box needs the columns {', '.join(BOX_COLUMNS)}; found {', '.join(sides)}")
+    for x, y in zip_longest(columns[::2], columns[1::2]):
+        name = x.removesuffix("_x")
+        if name == x:
+            raise UserError(f"{where}: expected a column NAME_x, found {x!r}{suggest(x, OTHER_COLUMNS)}")
+        if y != f"{name}_y":
+            raise UserError(f"{where}: expected '{name}_y' after {x!r}, found {'nothing' if y is None else repr(y)}")
+    if not columns:
+        raise UserError(f"{where}: no points; expected image_name,NAME_x,NAME_y,...")
+    return tuple(x.removesuffix("_x") for x in columns[::2])
 
 
 def _parse_row(

@@ -55,6 +55,7 @@ class MaskSource(Source):
     resize: Resize = "short_side"
 
     folder: Path = field(init=False)  # names of examples are relative to it
+    classes_from_user = True  # a class without pixels is then an error
 
     def __post_init__(self) -> None:
         if not 0 <= self.ignore_index <= 255:
@@ -89,14 +90,13 @@ class MaskSource(Source):
             else:
                 values[mask] = result
         decoder = self._mask_decoder(list(values.values()))
-        unknown = []
+        advice = ""
         for mask, found in values.items():
             try:
                 decoder.check_values(found)
             except UnusableImage as problem:
-                unknown.append(BadFile(mask, str(problem)))
-        bad += unknown
-        advice = self._advice(frozenset().union(*values.values())) if unknown else ""
+                bad.append(BadFile(mask, str(problem)))
+                advice = self._advice(frozenset().union(*values.values()))
         raise_if_bad(bad, max(2 * len(all_pairs), len(bad)), self.folder, advice)
         splits = {}
         for split, files in pairs.items():
@@ -131,17 +131,12 @@ class MaskSource(Source):
         return MaskDecoder(d.height, d.width, d.resize, table, self.ignore_index)
 
     def _check_classes(self, ids: set[int], values: frozenset[int]) -> None:
-        """Raise an error for the user's classes without a pixel in the training masks; warn for other classes.
-
-        Args:
-            ids: class ids in the training masks.
-            values: values in the mask files.
-        """
+        """Raise an error for the user's classes without a pixel in the training masks; warn for other classes."""
         absent = [name for i, name in enumerate(self.class_names) if i not in ids and i != self.ignore_index]
         if not absent:
             return
         shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
-        if not isinstance(self, MaskFolder):
+        if not self.classes_from_user:
             logger.warning("data: the training masks have no pixels of %s", shown)
             return
         remedy = "remove classes without pixels from data.classes, and map the mask values to the others with data.ids"
@@ -193,11 +188,7 @@ def _warn_if_inconsistent(values: Sequence[frozenset[int]]) -> None:
 
 
 def _read_ids(ids: Mapping[int, int], classes: int, ignore_index: int) -> dict[int, int]:
-    """Return `data.ids` with integer keys; `ignore_index` maps to itself unless given.
-
-    Raises:
-        UserError: a value or an id is out of range.
-    """
+    """Return `data.ids` with integer keys; `ignore_index` maps to itself unless given."""
     id_of = {ignore_index: ignore_index}
     allowed = {*range(classes), ignore_index}
     pairs: Iterable[tuple[object, object]] = ids.items() if isinstance(ids, Mapping) else [(ids, None)]

@@ -86,9 +86,6 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
     The format: two zero bytes, the type (8: unsigned byte), the number of dimensions, the length of each as a
     big-endian int32, and the values (http://yann.lecun.com/exdb/mnist/).
-
-    Raises:
-        UserError: the file is not an IDX file, its length does not match its header, or a .gz file is too large.
     """
     packed = not path.is_file()
     if packed:

@@ -26,6 +26,7 @@ class OxfordIIITPet(MaskSource):
         size, channels, resize: as for `MaskSource`.
     """
 
+    classes_from_user = False
     classes: Sequence[str] | None = field(default=("background", "pet"), init=False)
     ignore_index: int = field(default=255, init=False)
     ids: Mapping[int, int] | None = field(default_factory=lambda: {1: 1, 2: 0, 3: 255}, init=False)
@@ -53,6 +54,7 @@ class VOCSegmentation(MaskSource):
         size, channels, resize: as for `MaskSource`.
     """
 
+    classes_from_user = False
     classes: Sequence[str] | None = field(default=VOC_CLASSES, init=False)
     ignore_index: int = field(default=255, init=False)
     ids: Mapping[int, int] | None = field(default=None, init=False)

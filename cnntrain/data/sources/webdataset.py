@@ -70,15 +70,11 @@ class TarShards(LabeledFiles):
 
     @cached_property
     def shards(self) -> dict[str, list[Path]]:
-        """Return the shards of each split: files whose names begin with the split, or files in a folder of that name.
-
-        Raises:
-            UserError: train has no shards, or a tar file belongs to no split.
-        """
+        """The shards of each split: files whose names begin with the split, or files in a folder of that name."""
         by_prefix: dict[str, list[Path]] = {}
         for path in sorted(self.folder.glob("*.tar")):
             if not is_ignored(path.name):
-                by_prefix.setdefault(_prefix(path.name), []).append(path)
+                by_prefix.setdefault(re.findall("^[A-Za-z]*", path.name)[0], []).append(path)
         names = unique_split_names(by_prefix, f"data.root: {self.folder}")
         found = {split: by_prefix[name] for split, name in names.items()}
         for split, folder in find_split_folders(self.folder).items():
@@ -154,11 +150,6 @@ class TarShards(LabeledFiles):
         }
 
 
-def _prefix(name: str) -> str:
-    """Return the leading letters of a file name."""
-    return re.match(r"[A-Za-z]*", name)[0]  # pyright: ignore[reportOptionalSubscript]
-
-
 def _read_shard(root: Path, shard: Path) -> tuple[list[Item], list[BadFile]]:
     """Return the examples of a shard, and its bad files."""
     bad: list[BadFile] = []
@@ -180,7 +171,10 @@ def _read_shard(root: Path, shard: Path) -> tuple[list[Item], list[BadFile]]:
                 elif extension in labels:
                     content = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES + 1), member.offset_data)
                     labels[extension][key] = _parse_label(content, extension, path)
-            _check_end(os.pread(file.fileno(), 2 * tarfile.RECORDSIZE, archive.offset))
+            # Python ignores a truncated archive, and stops at a damaged header.
+            rest = os.pread(file.fileno(), 2 * tarfile.RECORDSIZE, archive.offset)
+            if len(rest) < tarfile.BLOCKSIZE or any(rest):
+                raise tarfile.ReadError("data after the last member: truncated, damaged, or several archives in one")
     except (tarfile.TarError, RecursionError, *DECODE_ERRORS) as error:
         return [], [BadFile(shard, f"is not a complete tar archive ({error})")]
     items = []
@@ -198,28 +192,14 @@ def _read_shard(root: Path, shard: Path) -> tuple[list[Item], list[BadFile]]:
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
-    """Yield regular members with their key and their lowercase extension; skip hidden members.
-
-    Raises:
-        tarfile.ReadError: a negative size, for which older versions of Python loop forever.
-    """
+    """Yield regular members with their key and their lowercase extension; skip hidden members."""
     for member in archive:
-        if member.size < 0:
+        if member.size < 0:  # older versions of Python loop forever
             raise tarfile.ReadError("a member's size is below 0")
         parts = [part for part in member.name.split("/") if part != "."]
         stem, _, extension = parts[-1].partition(".") if parts else ("", "", "")
         if member.isreg() and not member.issparse() and not any(map(is_ignored, parts)):
             yield member, "/".join([*parts[:-1], stem]), extension.lower()
-
-
-def _check_end(rest: bytes) -> None:
-    """Check the bytes after the last member. Python ignores a truncated archive, and stops at a damaged header.
-
-    Raises:
-        tarfile.ReadError: the bytes are not the end of an archive.
-    """
-    if len(rest) < tarfile.BLOCKSIZE or any(rest):
-        raise tarfile.ReadError("data after the last member: truncated, damaged, or several archives in one")
 
 
 def _parse_label(content: bytes, extension: str, path: str) -> str | BadFile:
