@@ -17,7 +17,7 @@ from cnntrain.data import disk_cache
 from cnntrain.data.examples import Examples, LazyImages, lazy_images
 from cnntrain.data.files import BadFile, common_folder, default_root, file_stamps, raise_if_bad
 from cnntrain.data.image_reader import read_size
-from cnntrain.data.parallel import MANY_FILES, decode_into, is_builtin, shared_zeros, thread_map
+from cnntrain.data.parallel import MANY_FILES, decode_into, is_builtin, shared_zeros, try_map
 from cnntrain.errors import UserError
 from cnntrain.memory import free_host_bytes
 from cnntrain.transfer import free_bytes
@@ -136,19 +136,15 @@ def scan_files(splits: dict[str, Examples], mode: ScanMode) -> None:
     if mode == "headers":  # one entry per file, even if it contains several objects
         pending = list({images.paths[row]: (images, row) for images, row in pending}.values())
 
-    def check(entry: tuple[LazyImages, int]) -> BadFile | None:
+    def check(entry: tuple[LazyImages, int]) -> None:
         images, row = entry
-        try:
-            if mode == "full":
-                images.read(row)
-            else:
-                read_size(images.paths[row])
-        except BadFile as problem:
-            return problem
-        return None
+        if mode == "full":
+            images.read(row)
+        else:
+            read_size(images.paths[row])
 
-    results = thread_map(check, pending, f"scanning {len(paths):,} files")
-    bad = {problem.path: problem for problem in results if problem}
+    _, found = try_map(check, pending, f"scanning {len(paths):,} files")
+    bad = {problem.path: problem for problem in found}
     if pending:
         good = {path: stamp for path, stamp in stamps.items() if path not in bad and stamp[0] >= 0}
         _write_record(record, {**passed, **good})

@@ -68,16 +68,8 @@ def is_builtin(lazy: LazyImages) -> bool:
 def read_sizes(paths: Iterable[str]) -> tuple[dict[str, tuple[int, int]], list[BadFile]]:
     """Return (width, height) of the images from their headers, without bad files; and the bad files."""
     unique = sorted(set(paths))
-
-    def read(path: str) -> tuple[int, int] | BadFile:
-        try:
-            return read_size(path)
-        except BadFile as problem:
-            return problem
-
-    found = thread_map(read, unique, f"reading the headers of {len(unique):,} files")
-    sizes = {path: size for path, size in zip(unique, found, strict=True) if not isinstance(size, BadFile)}
-    return sizes, [problem for problem in found if isinstance(problem, BadFile)]
+    sizes, bad = try_map(read_size, unique, f"reading the headers of {len(unique):,} files")
+    return {path: size for path, size in zip(unique, sizes, strict=True) if size}, bad
 
 
 def shared_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -107,14 +99,27 @@ def thread_map(function: Callable[[T], R], items: Sequence[T], description: str 
     return results
 
 
+def try_map(
+    function: Callable[[T], R], items: Sequence[T], description: str = ""
+) -> tuple[list[R | None], list[BadFile]]:
+    """Return the results of `thread_map`, with None where the function raises BadFile; and these bad files."""
+    bad: list[BadFile] = []
+
+    def attempt(item: T) -> R | None:
+        try:
+            return function(item)
+        except BadFile as problem:
+            bad.append(problem)
+            return None
+
+    return thread_map(attempt, items, description), bad
+
+
 def process_map(function: Callable[[int], R | None], count: int, description: str = "") -> list[R]:
     """Call `function` for 0, ..., count - 1 in one forked process per core; return the results that are not None.
 
     The order of the results is arbitrary. `function` need not be picklable. What it writes is lost, except in shared
-    memory.
-
-    Raises:
-        MachineError: a process died.
+    memory. A process that dies raises `MachineError`.
     """
     context = multiprocessing.get_context("fork")
     cores, results = usable_cores(), []

@@ -12,9 +12,8 @@ from torch import Tensor
 from cnntrain.data.cache import decode_into_ram
 from cnntrain.data.decoder import ImageDecoder
 from cnntrain.data.examples import Examples, LazyImages, evenly_spaced
-from cnntrain.data.files import BadFile
 from cnntrain.data.image_reader import load_pixels, open_image
-from cnntrain.data.parallel import read_sizes, thread_map
+from cnntrain.data.parallel import read_sizes, try_map
 from cnntrain.data.resize import ResizePlacement
 from cnntrain.errors import UserError
 from cnntrain.randomness import hash_seed
@@ -132,11 +131,11 @@ def warn_of_unused_bits(examples: Examples) -> None:
     if not isinstance(images, LazyImages) or not isinstance(images.decoder, ImageDecoder) or not len(images):
         return
     sample = [images.paths[row] for row in evenly_spaced(len(images), SAMPLED_FILES)]
-    if not any(thread_map(_is_deep, sample)):
+    if not any(try_map(_is_deep, sample)[0]):  # decoding reports unreadable files
         return
     highest = 0
     for paths in (sample, sorted(set(images.paths) - set(sample))[:MAX_BIT_DEPTH_FILES]):
-        highest = max([highest, *thread_map(_max_value, paths)])
+        highest = max([highest, *filter(None, try_map(_max_value, paths)[0])])
         if highest >= 2**FEW_BITS:
             return
     if highest:
@@ -148,21 +147,15 @@ def warn_of_unused_bits(examples: Examples) -> None:
 
 
 def _is_deep(path: str) -> bool:
-    """Return True if a file has more than 8 bits; decoding reports unreadable files."""
-    try:
-        with open_image(path) as image:
-            return image.mode.startswith("I")
-    except BadFile:
-        return False
+    """Return True if a file has more than 8 bits."""
+    with open_image(path) as image:
+        return image.mode.startswith("I")
 
 
 def _max_value(path: str) -> int:
-    """Return the largest value of a file with more than 8 bits; 0 for other and for unreadable files."""
-    try:
-        with open_image(path) as image:
-            if image.mode.startswith("I"):
-                load_pixels(image)
-                return int(np.asarray(image).max())
-    except BadFile:
-        pass
-    return 0
+    """Return the largest value of a file with more than 8 bits; 0 for other files."""
+    with open_image(path) as image:
+        if not image.mode.startswith("I"):
+            return 0
+        load_pixels(image)
+        return int(np.asarray(image).max())

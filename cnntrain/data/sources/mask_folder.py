@@ -17,7 +17,7 @@ from cnntrain.data.files import (
     require_split_folders,
 )
 from cnntrain.data.image_reader import UnusableImage, distinct_values, mask_values, open_image, read_size
-from cnntrain.data.parallel import thread_map
+from cnntrain.data.parallel import try_map
 from cnntrain.data.resize import Resize
 from cnntrain.errors import UserError
 from cnntrain.types import DataSpec
@@ -83,17 +83,14 @@ class MaskSource(Source):
         bad: list[BadFile] = []
         pairs = self.pairs(bad)
         all_pairs = [pair for split in pairs.values() for pair in split]
-        values: dict[str, frozenset[int]] = {}
-        for (_, mask), result in zip(all_pairs, thread_map(_read_values, all_pairs), strict=True):
-            if isinstance(result, BadFile):
-                bad.append(result)
-            else:
-                values[mask] = result
+        found, unreadable = try_map(_read_values, all_pairs)
+        bad += unreadable
+        values = {mask: each for (_, mask), each in zip(all_pairs, found, strict=True) if each is not None}
         decoder = self._mask_decoder(list(values.values()))
         advice = ""
-        for mask, found in values.items():
+        for mask, present in values.items():
             try:
-                decoder.check_values(found)
+                decoder.check_values(present)
             except UnusableImage as problem:
                 bad.append(BadFile(mask, str(problem)))
                 advice = self._advice(frozenset().union(*values.values()))
@@ -161,18 +158,15 @@ class MaskSource(Source):
         return advice
 
 
-def _read_values(pair: tuple[str, str]) -> BadFile | frozenset[int]:
-    """Return the values of a mask, or the problem with the pair of files: different sizes, or colors."""
+def _read_values(pair: tuple[str, str]) -> frozenset[int]:
+    """Return the values of a mask; raise BadFile if its size is not that of the image, or it has colors."""
     image_file, mask_file = pair
-    try:
-        size = read_size(image_file)
-        with open_image(mask_file) as mask:
-            if mask.size != size:
-                shown = "{} x {}".format(*mask.size), "{} x {}".format(*size)
-                return BadFile(mask_file, f"is {shown[0]} pixels, but its image is {shown[1]}")
-            return distinct_values(mask_values(mask))
-    except BadFile as problem:
-        return problem
+    size = read_size(image_file)
+    with open_image(mask_file) as mask:
+        if mask.size != size:
+            shown = "{} x {}".format(*mask.size), "{} x {}".format(*size)
+            raise BadFile(mask_file, f"is {shown[0]} pixels, but its image is {shown[1]}")
+        return distinct_values(mask_values(mask))
 
 
 def _warn_if_inconsistent(values: Sequence[frozenset[int]]) -> None:
