@@ -119,10 +119,7 @@ def scan_files(splits: dict[str, Examples], mode: ScanMode) -> None:
     """Read the header of every file that stays on disk, or decode it if `mode` is full.
 
     Each file is opened once. Files that passed a previous scan of the same mode, and still have the same size and
-    mtime, are skipped.
-
-    Raises:
-        UserError: lists all bad files.
+    mtime, are skipped. The error lists all bad files.
     """
     entries = [(images, row) for images in lazy_images(splits) for row in range(len(images))]
     if mode == "off" or not entries:

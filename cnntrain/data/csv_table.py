@@ -36,17 +36,12 @@ class ErrorList:
 
 @dataclass
 class CsvTable:
-    """Header and complete rows of a CSV file.
-
-    Attributes:
-        rows: line number and cells of each row.
-        errors: errors of rows found so far; the caller adds its own and raises them.
-    """
+    """Header and complete rows of a CSV file."""
 
     file: Path
     columns: list[str]
-    rows: list[tuple[int, list[str]]]
-    errors: ErrorList
+    rows: list[tuple[int, list[str]]]  # line number and cells
+    errors: ErrorList  # of rows found so far; the caller adds its own and raises them
 
     @property
     def column_index(self) -> dict[str, int]:
@@ -137,9 +132,6 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
 
 def find_csv(file: str | None, root: str | None, expected: str) -> tuple[Path, Path]:
     """Find a CSV file: `data.file`, relative to the working directory or to `data.root`; or the only one in it.
-
-    Args:
-        expected: description of the file, for messages.
 
     Returns:
         The file, and the folder that the paths in it are relative to: `data.root`, or the file's own.

@@ -41,16 +41,13 @@ class ImageDecoder:
     """Decode an image file to uint8 (channels, height, width).
 
     Transparent pixels become white. Padding (letterbox, or a box that extends beyond the image) is black.
-
-    Attributes:
-        bits: number of bits in use in 16-bit files: the value 2**bits - 1 becomes white.
     """
 
     height: int
     width: int
     channels: int
     resize: Resize = "letterbox"
-    bits: int = 16
+    bits: int = 16  # in use in 16-bit files: the value 2**bits - 1 becomes white
 
     @property
     def target_size(self) -> tuple[int, int]:
@@ -113,18 +110,13 @@ class ImageDecoder:
 
 @dataclass(frozen=True)
 class MaskDecoder:
-    """Decode a mask file to uint8 class ids (height, width), resized by nearest neighbor.
-
-    Attributes:
-        ids: class id for each of the 256 values in the file; -1 for values that are not a class.
-        fill: id of pixels outside the mask.
-    """
+    """Decode a mask file to uint8 class ids (height, width), resized by nearest neighbor."""
 
     height: int
     width: int
     resize: Resize
-    ids: tuple[int, ...]
-    fill: int
+    ids: tuple[int, ...]  # class id for each of the 256 values in the file; -1 for values that are not a class
+    fill: int  # id of pixels outside the mask
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -173,11 +165,7 @@ def make_decoder(size: int | list[int], channels: int, resize: Resize) -> ImageD
 def resize_image(
     image: "Image.Image", placement: ResizePlacement, target_size: tuple[int, int], resample: Any, fill: int
 ) -> np.ndarray:
-    """Crop the placement's box, resize it with antialiasing, and pad it to (height, width) with `fill`.
-
-    Returns:
-        uint8 (height, width) or (height, width, 3).
-    """
+    """Crop the placement's box, resize it with antialiasing, and pad it to uint8 (height, width[, 3]) with `fill`."""
     from PIL import Image, ImageOps
 
     fill_color = fill if image.mode == "L" else (fill,) * 3

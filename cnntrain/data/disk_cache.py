@@ -34,21 +34,13 @@ logger = logging.getLogger("cnntrain")
 
 
 class Parts(NamedTuple):
-    """Memory-mapped parts of a cache file, in the order of the file.
+    """Memory-mapped parts of a cache file, in the order of the file; all checksums are CRC-32."""
 
-    Attributes:
-        ctimes: (N,) int64, ctime of each image file in ns; unlike mtime, it cannot be set.
-        matrices: (N, 3, 3) float64, from source to target pixels.
-        file_checksums: (N,) uint32, CRC-32 of each image file.
-        pixels: uint8, of the shape of the images.
-        chunk_checksums: uint32, CRC-32 of each 64 MiB chunk of the parts between `ctimes` and `chunk_checksums`.
-    """
-
-    ctimes: np.ndarray
-    matrices: np.ndarray
-    file_checksums: np.ndarray
-    pixels: np.ndarray
-    chunk_checksums: np.ndarray
+    ctimes: np.ndarray  # (N,) int64, ctime of each image file in ns; unlike mtime, it cannot be set
+    matrices: np.ndarray  # (N, 3, 3) float64, from source to target pixels
+    file_checksums: np.ndarray  # (N,) uint32, of each image file
+    pixels: np.ndarray  # uint8, of the shape of the images
+    chunk_checksums: np.ndarray  # uint32, of each 64 MiB chunk of the three parts before it
 
 
 def folder() -> Path:
@@ -88,13 +80,7 @@ def load_or_decode(lazy: LazyImages, bad: list[BadFile]) -> tuple[Tensor, Tensor
 
 
 class CacheFile:
-    """The cache file of images or masks, which may not exist yet.
-
-    Attributes:
-        path: its name is a hash of all inputs.
-        ctimes: (N,) int64, the present ctimes of the image files in ns.
-        size: of the whole file in bytes.
-    """
+    """The cache file of images or masks, which may not exist yet; its name is a hash of all inputs."""
 
     def __init__(self, lazy: LazyImages) -> None:
         self.lazy = lazy

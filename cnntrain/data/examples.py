@@ -25,17 +25,11 @@ class Decoder(Protocol):
 
 @dataclass
 class LazyImages:
-    """Images (or masks) that are decoded on access.
+    """Images (or masks) that are decoded on access."""
 
-    Attributes:
-        paths: N files.
-        decoder: decodes one file.
-        boxes: (N, 4) float64 left, top, right, bottom of the crops, in source pixels from the image's edge; None: whole
-            images.
-    """
-
-    paths: list[str]
+    paths: list[str]  # N files
     decoder: Decoder
+    # (N, 4) float64: left, top, right, bottom of crops in source pixels, from the image's edge; None: whole images
     boxes: Tensor | None = None
 
     def __len__(self) -> int:
@@ -50,11 +44,7 @@ class LazyImages:
         return self.read(index)[0]
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return the image, uint8 (C, H, W), and the (3, 3) float64 matrix from source to target pixels.
-
-        Raises:
-            BadFile: the file cannot be used.
-        """
+        """Return uint8 (C, H, W), and the (3, 3) float64 matrix from source to target pixels; may raise BadFile."""
         return self.decoder(self.paths[index], self.box(index))
 
     def box(self, index: int) -> Box | None:
@@ -70,24 +60,15 @@ class LazyImages:
 
 @dataclass
 class Examples:
-    """N examples.
+    """N examples."""
 
-    Attributes:
-        images: uint8 (N, C, H, W), or `LazyImages`.
-        targets: as in `Batch.targets`.
-        names: name of each example for messages and reports: its file, or 'train/00012'.
-        groups: group of each example; a group (for example a patient) is never split; None: no groups.
-        source_to_image: (N, 3, 3) float64 matrices from source pixels to image pixels; None: identity, or unknown until
-            the images are decoded.
-        lazy_targets: targets that are decoded from files (masks); they join `targets` when decoded.
-    """
-
-    images: Tensor | LazyImages
-    targets: dict[str, Tensor]
-    names: list[str]
-    groups: list[str] | None = None
+    images: Tensor | LazyImages  # uint8 (N, C, H, W)
+    targets: dict[str, Tensor]  # as in `Batch.targets`
+    names: list[str]  # for messages and reports: the file of each example, or 'train/00012'
+    groups: list[str] | None = None  # of each example; a group (for example a patient) is never split
+    # (N, 3, 3) float64, from source to image pixels; None: identity, or unknown until the images are decoded
     source_to_image: Tensor | None = None
-    lazy_targets: dict[str, LazyImages] = field(default_factory=dict)
+    lazy_targets: dict[str, LazyImages] = field(default_factory=dict)  # masks; they join `targets` when decoded
 
     def __len__(self) -> int:
         return len(self.names)

@@ -59,11 +59,7 @@ class ByteRange(NamedTuple):
     size: int | None = None
 
     def read(self, max_bytes: int | None = None) -> bytes:
-        """Return the bytes.
-
-        Raises:
-            OSError: the file cannot be read, is not a regular file, or there are more than `max_bytes` bytes.
-        """
+        """Return the bytes; raise `OSError` if the file is not regular or there are more than `max_bytes`."""
         status = os.stat(self.file)
         if not stat.S_ISREG(status.st_mode):  # opening a FIFO would block forever
             raise OSError("not a regular file")
@@ -221,11 +217,7 @@ def first_file(folder: Path, extensions: Collection[str]) -> str | None:
 
 
 def unique_split_names(names: Iterable[str], where: str) -> dict[str, str]:
-    """Return the name used for each split; reject two names of one split, ignore names that are not a split.
-
-    Args:
-        where: origin of the names, for the message.
-    """
+    """Return the name used for each split; reject two names of one split, ignore names that are not a split."""
     found: dict[str, str] = {}
     for name in names:
         split = SPLIT_NAMES.get(name)
@@ -246,11 +238,7 @@ def find_split_folders(root: Path) -> dict[str, Path]:
 
 
 def require_split_folders(root: Path, layout: str) -> dict[str, Path]:
-    """Return the split folders of `root`; require `train/` and reject other folders with images.
-
-    Args:
-        layout: description of the expected layout, for messages.
-    """
+    """Return the split folders of `root`; require `train/` and reject other folders with images."""
     found = find_split_folders(root)
     if "train" not in found:
         names = list_folders(root)

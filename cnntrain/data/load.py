@@ -30,23 +30,14 @@ logger = logging.getLogger("cnntrain")
 
 @dataclass
 class Data:
-    """The splits of a data set.
+    """The splits of a data set."""
 
-    Attributes:
-        spec: metadata, including mean and std.
-        train: training examples.
-        val: validation examples, which select the best checkpoint.
-        test: test examples, used once after training; None if the data set has none.
-        fingerprint: of all splits, before val was split off (see `fingerprint`).
-        own_val: True if the data set has its own val split; False if it was split off from train.
-    """
-
-    spec: DataSpec
+    spec: DataSpec  # including mean and std
     train: Examples
-    val: Examples
-    test: Examples | None
-    fingerprint: str
-    own_val: bool = False
+    val: Examples  # select the best checkpoint
+    test: Examples | None  # used once after training; None if the data set has none
+    fingerprint: str  # of all splits, before val was split off (see `fingerprint`)
+    own_val: bool = False  # True if the data set has its own val split; False if it was split off from train
 
 
 def load_data(source: Source, settings: DataSettings | None = None, magnification: float = 1.0) -> Data:

@@ -55,13 +55,9 @@ WHOLE = BatchShard()
 
 
 class Loader(ABC):
-    """Yield batches of one split in a given order. The loader itself is deterministic.
+    """Yield batches of one split in a given order. The loader itself is deterministic."""
 
-    Attributes:
-        is_cached: True if the images are decoded, so that a batch is cheap.
-    """
-
-    is_cached = False
+    is_cached = False  # True if the images are decoded, so that a batch is cheap
 
     def __init__(self, examples: Examples, device: torch.device) -> None:
         self.examples = examples

@@ -17,14 +17,9 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 @dataclass(frozen=True)
 class ResizePlacement:
-    """A box of the source image that is resized to a rectangle of the target.
+    """A box of the source image that is resized to a rectangle of the target, in whole target pixels."""
 
-    Attributes:
-        box: left, top, right, bottom in source pixels from the edge; may extend beyond the image.
-        left, top, width, height: the rectangle in whole target pixels.
-    """
-
-    box: Box
+    box: Box  # in source pixels from the edge; may extend beyond the image
     left: int
     top: int
     width: int
@@ -111,11 +106,7 @@ def transform_points(points: Tensor, matrix: Tensor) -> Tensor:
 
 
 def parse_size(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) from `data.size`, which is one number for a square or [height, width].
-
-    Raises:
-        ValueError: `size` has another form, or a side is below 1 or above 8192 px.
-    """
+    """Return (height, width) from `data.size`, which is one number for a square or [height, width]."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
     valid = all(isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= 8192 for side in pair)
     if len(pair) != 2 or not valid:

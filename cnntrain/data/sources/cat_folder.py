@@ -27,10 +27,6 @@ class CatFolder(KeypointSource):
     Folders `train/`, `val/` (or `valid/`, `validation/`) and `test/` in `root` are splits. Without them, all images are
     training images. Images without a `.cat` file are ignored (the original download has one).
     Left and right are the cat's own: the first eye in a file, on the left of the image, is `right_eye`.
-
-    Args:
-        root: the folder.
-        others: as for `KeypointSource`.
     """
 
     root: str | None

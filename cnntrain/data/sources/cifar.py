@@ -23,13 +23,9 @@ CIFAR100_CLASSES = tuple(
 
 @dataclass
 class CIFAR10(Source):
-    """60,000 color images 32x32 in 10 classes (Krizhevsky 2009).
+    """60,000 color images 32x32 in 10 classes (Krizhevsky 2009); downloaded if missing."""
 
-    Args:
-        root: folder with torchvision's folder of batches; null: `~/.cache/cnntrain`. Downloaded if missing.
-    """
-
-    root: str | None = None
+    root: str | None = None  # folder with torchvision's folder of batches; None: `~/.cache/cnntrain`
     name = "CIFAR10"
     folder = "cifar-10-batches-py"
     metadata = DataSpec(3, 32, 32, CIFAR10_CLASSES, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))

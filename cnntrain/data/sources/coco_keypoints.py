@@ -20,19 +20,13 @@ class CocoKeypoints(KeypointSource):
     """COCO's person_keypoints files, or others in that format; one example per annotated object.
 
     Crowds and objects without a labeled point are ignored. All objects of an image are in the same split.
-
-    Args:
-        root: folder that the other paths are relative to.
-        train, val, test: the JSON files; null: no such split.
-        train_images, val_images, test_images: folders that the `file_name`s are relative to.
-        others: as for `KeypointSource`.
     """
 
-    root: str | None
+    root: str | None  # the other paths are relative to it
     train: str = "annotations/person_keypoints_train2017.json"
     val: str | None = "annotations/person_keypoints_val2017.json"
     test: str | None = None
-    train_images: str = "train2017"
+    train_images: str = "train2017"  # folders that the `file_name`s are relative to
     val_images: str = "val2017"
     test_images: str = "test2017"
     _: KW_ONLY
@@ -64,12 +58,7 @@ class CocoKeypoints(KeypointSource):
 
 
 class CocoFile:
-    """One annotation file; reading lists all bad annotations.
-
-    Attributes:
-        category: the one with keypoints.
-        names: of its keypoints.
-    """
+    """One annotation file; errors list all bad annotations."""
 
     def __init__(self, file: Path, images: Path, split: str) -> None:
         self.file, self.images, self.split = file, images, split

@@ -21,14 +21,9 @@ class DlibXml(KeypointSource):
     """`<image file=...><box top= left= width= height=><part name= x= y=/>`; one example per box.
 
     Boxes with `ignore='1'` are ignored. Parts that are missing in a box are not labeled.
-
-    Args:
-        root: folder that the other paths are relative to; images are relative to the folder of their XML file.
-        train, val, test: the XML files; null: no such split.
-        others: as for `KeypointSource`.
     """
 
-    root: str | None
+    root: str | None  # the XML files are relative to it, and images to the folder of their XML file
     train: str = "labels_ibug_300W_train.xml"
     val: str | None = None
     test: str | None = "labels_ibug_300W_test.xml"

@@ -26,15 +26,10 @@ class ImageCsv(LabeledFiles):
     """Images listed in a CSV file with the columns `path` and `label`, and optionally `split` and `group`.
 
     `split` is train, val (or valid, validation) or test. The classes are the sorted labels of train.
-
-    Args:
-        file: the CSV file; null: the only one in `root`.
-        root: folder that the paths are relative to; null: the folder of the CSV file.
-        others: as for `LabeledFiles`.
     """
 
-    file: str | None = None
-    root: str | None = None
+    file: str | None = None  # None: the only CSV file in `root`
+    root: str | None = None  # folder that the paths are relative to; None: the folder of the CSV file
 
     def __post_init__(self) -> None:
         super().__post_init__()

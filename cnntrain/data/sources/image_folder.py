@@ -30,20 +30,13 @@ LAYOUT = "train/CLASS/IMAGE, and optionally val/ (or valid/, validation/) and te
 
 @dataclass
 class LabeledFiles(Source):
-    """Base class of image files with one class label each.
-
-    Args:
-        size: target size in pixels, one number for a square or [height, width].
-        channels: 1 or 3.
-        resize: letterbox (whole image, padded), short_side (cropped) or stretch.
-        hflip_ok: whether a horizontally flipped image keeps its meaning.
-    """
+    """Base class of image files with one class label each."""
 
     _: KW_ONLY
-    size: int | list[int] = 64
+    size: int | list[int] = 64  # target size in pixels, one number for a square or [height, width]
     channels: int = 3
     resize: Resize = "short_side"
-    hflip_ok: bool = True
+    hflip_ok: bool = True  # whether a horizontally flipped image keeps its meaning
 
     def __post_init__(self) -> None:
         self.decoder = make_decoder(self.size, self.channels, self.resize)
@@ -63,10 +56,6 @@ class ImageFolder(LabeledFiles):
     """Images in `root/train/<class>/...`, and optionally `val/` (or `valid/`, `validation/`) and `test/`.
 
     The classes are the class folders of train, sorted by name.
-
-    Args:
-        root: the folder that contains `train/`.
-        others: as for `LabeledFiles`.
     """
 
     root: str | None

@@ -32,51 +32,31 @@ logger = logging.getLogger("cnntrain")
 
 @dataclass
 class KeypointAnnotation:
-    """Annotation of one object (a face, a person) in an image.
+    """Annotation of one object (a face, a person) in an image."""
 
-    Attributes:
-        path: the image file.
-        name: name of the example for messages and reports.
-        points: (K, 2) float64, (x, y) in source pixels at pixel centers; arbitrary where not labeled.
-        labeled: (K,) bool.
-        box: left, top, right, bottom in source pixels from the edge, if the file has one.
-        split: train, val or test.
-        group: examples of a group are never split; None: the image is the group.
-    """
-
-    path: str
-    name: str
-    points: Tensor
-    labeled: Tensor
-    box: Box | None = None
+    path: str  # the image file
+    name: str  # of the example, for messages and reports
+    points: Tensor  # (K, 2) float64, (x, y) in source pixels at pixel centers; arbitrary where not labeled
+    labeled: Tensor  # (K,) bool
+    box: Box | None = None  # in source pixels from the edge, if the file has one
     split: str = "train"
-    group: str | None = None
+    group: str | None = None  # examples of a group are never split; None: the image is the group
 
 
 @dataclass
 class KeypointSource(Source):
-    """Base class of images with K named keypoints; subclasses read the annotation files.
-
-    Args:
-        size: target size in pixels, one number for a square or [height, width].
-        channels: 1 or 3.
-        crop: 'points' crops the bounding box of the object's points, 'box' the annotated box (both extended to the
-            target's aspect ratio), 'none' keeps the whole image, resized by `resize`.
-        crop_margin: added on each side of the box, as a share of its longer side.
-        resize: letterbox, short_side or stretch, for `crop='none'`.
-        keypoint_set: published keypoint set with the names of the points in the file's order; null: the file's names.
-        flip_pairs: left/right pairs by name, {left_eye: right_eye}; null: those of the keypoint set, or inferred from
-            names that contain left and right.
-    """
+    """Base class of images with K named keypoints; subclasses read the annotation files."""
 
     _: KW_ONLY
-    size: int | list[int] = 96
+    size: int | list[int] = 96  # target size in pixels, one number for a square or [height, width]
     channels: int = 3
+    # 'points' crops the bounding box of the object's points, 'box' the annotated box (both extended to the target's
+    # aspect ratio), 'none' keeps the whole image, resized by `resize`
     crop: str = "points"
-    crop_margin: float = 0.2
-    resize: Resize = "letterbox"
-    keypoint_set: str | None = None
-    flip_pairs: Mapping[str, str] | None = None
+    crop_margin: float = 0.2  # added on each side of the box, as a share of its longer side
+    resize: Resize = "letterbox"  # for `crop='none'`
+    keypoint_set: str | None = None  # names of the points in the file's order; None: the file's names
+    flip_pairs: Mapping[str, str] | None = None  # by name; None: those of the keypoint set, or inferred from the names
 
     def __post_init__(self) -> None:
         if self.crop not in CROPS:
@@ -204,16 +184,11 @@ def _warn_of_points_outside(objects: list[KeypointAnnotation], sizes: dict[str, 
 
 @dataclass(frozen=True)
 class KeypointSet:
-    """Names of K keypoints in the order of the annotation files.
-
-    Attributes:
-        lines: names to connect in plots.
-        flip_pairs: left/right pairs by name; None: inferred from left and right in the names.
-    """
+    """Names of K keypoints in the order of the annotation files."""
 
     names: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...] = ()
-    flip_pairs: Mapping[str, str] | None = None
+    lines: tuple[tuple[str, ...], ...] = ()  # names to connect in plots
+    flip_pairs: Mapping[str, str] | None = None  # left/right pairs by name; None: inferred from the names
 
     @property
     def skeleton(self) -> Skeleton:

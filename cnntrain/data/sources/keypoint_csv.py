@@ -22,15 +22,10 @@ class KeypointCsv(KeypointSource):
     Optional columns: `split` (train, val or test; valid and validation mean val), `group`, and a box
     `box_left,box_top,box_right,box_bottom` in pixels from the image's edge. An image may have several lines if they
     have boxes.
-
-    Args:
-        file: the CSV file; null: the only one in `root`.
-        root: folder that the image names are relative to; null: the folder of the CSV file.
-        others: as for `KeypointSource`.
     """
 
-    file: str | None = None
-    root: str | None = None
+    file: str | None = None  # None: the only CSV file in `root`
+    root: str | None = None  # folder that the image names are relative to; None: the folder of the CSV file
 
     def __post_init__(self) -> None:
         super().__post_init__()

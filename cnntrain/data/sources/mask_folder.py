@@ -32,25 +32,16 @@ LAYOUT = (
 
 @dataclass
 class MaskSource(Source):
-    """Base class of images with masks; subclasses set `folder` and list the files.
-
-    Args:
-        root: the folder of the files.
-        classes: names by id.
-        ignore_index: id that is excluded from the loss and the metrics; also the id of pixels outside a mask.
-        ids: maps each value in the mask files to a class id (or `ignore_index`); null: the values are the ids. With two
-            classes and masks that contain only 0 and 255, null means {0: 0, 255: 1}.
-        size: target size in pixels, one number for a square or [height, width].
-        channels: 1 or 3.
-        resize: letterbox (whole image, padded), short_side (cropped) or stretch.
-    """
+    """Base class of images with masks; subclasses set `folder` and list the files."""
 
     root: str | None = None
-    classes: Sequence[str] | None = None
-    ignore_index: int = 255
+    classes: Sequence[str] | None = None  # names by id
+    ignore_index: int = 255  # id that is excluded from the loss and the metrics; also the id of pixels outside a mask
+    # Class id (or `ignore_index`) of each value in the mask files; None: the values are the ids. With two classes and
+    # masks that contain only 0 and 255, None means {0: 0, 255: 1}.
     ids: Mapping[int, int] | None = None
     _: KW_ONLY
-    size: int | list[int] = 128
+    size: int | list[int] = 128  # target size in pixels, one number for a square or [height, width]
     channels: int = 3
     resize: Resize = "short_side"
 
@@ -204,7 +195,7 @@ class MaskFolder(MaskSource):
     """Images `root/train/images/NAME.jpg` with masks `root/train/masks/NAME.png`.
 
     `val/` (or `valid/`, `validation/`) and `test/` are optional. Gray values or palette indices of the masks are read
-    without conversion; `ids` maps them to classes. The arguments are those of `MaskSource`.
+    without conversion; `ids` maps them to classes.
     """
 
     def __post_init__(self) -> None:

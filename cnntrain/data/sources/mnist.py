@@ -25,13 +25,9 @@ MAX_UNPACKED_BYTES = 2**28  # limit for .gz files; MNIST's 60,000 images take 47
 
 @dataclass
 class IdxDataset(Source):
-    """Base class of 28x28 gray images in IDX files, in torchvision's folder layout.
+    """Base class of 28x28 gray images in IDX files, in torchvision's folder layout; downloaded if missing."""
 
-    Args:
-        root: folder that contains `<folder>/raw/`, or the files; null: `~/.cache/cnntrain`. Downloaded if missing.
-    """
-
-    root: str | None = None
+    root: str | None = None  # folder that contains `<folder>/raw/`, or the files; None: `~/.cache/cnntrain`
     folder: ClassVar[str]
     metadata: ClassVar[DataSpec]
 

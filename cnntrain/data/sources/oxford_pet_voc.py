@@ -20,10 +20,7 @@ class OxfordIIITPet(MaskSource):
     """Cats and dogs with segmentation masks (Parkhi et al., 2012): 3,680 images for training, 3,669 for testing.
 
     The values 1, 2, 3 in the masks are pet, background and unclassified border, which is ignored.
-
-    Args:
-        root: folder that contains `oxford-iiit-pet/`; null: `~/.cache/cnntrain`. Downloaded if missing.
-        size, channels, resize: as for `MaskSource`.
+    `root` contains `oxford-iiit-pet/`; None: `~/.cache/cnntrain`. Downloaded if missing.
     """
 
     classes_from_user = False
@@ -47,11 +44,8 @@ class OxfordIIITPet(MaskSource):
 class VOCSegmentation(MaskSource):
     """PASCAL VOC 2012: 1,464 images for training and 1,449 for validation, 20 classes and background.
 
-    There is no test split, because the test masks are not public.
-
-    Args:
-        root: folder that contains `VOCdevkit/VOC2012/`; null: `~/.cache/cnntrain`. Downloaded if missing.
-        size, channels, resize: as for `MaskSource`.
+    There is no test split, because the test masks are not public. `root` contains `VOCdevkit/VOC2012/`; None:
+    `~/.cache/cnntrain`. Downloaded if missing.
     """
 
     classes_from_user = False

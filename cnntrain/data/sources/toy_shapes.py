@@ -24,17 +24,11 @@ SUPERSAMPLING = 3  # odd, so that the middle sample of a pixel is at its center
 
 @dataclass
 class ToySource(Source):
-    """Base class of data sets whose images are drawn by the program.
-
-    Args:
-        size: target size in pixels, square.
-        train_count, test_count: number of images; the first images do not depend on it.
-        seed: another seed draws other images.
-    """
+    """Base class of data sets whose images are drawn by the program; another seed draws other images."""
 
     name: ClassVar[str]
-    size: int = 64
-    train_count: int = 1000
+    size: int = 64  # px, square
+    train_count: int = 1000  # the first images do not depend on it
     test_count: int = 250
     seed: int = 0
 

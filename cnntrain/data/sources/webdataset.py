@@ -38,7 +38,7 @@ MAX_LABEL_BYTES = 65_536  # of a .cls or .json file
 
 
 class Item(NamedTuple):
-    """One example: its name, the path of its image, and its label as text."""
+    """One example."""
 
     name: str
     path: str
@@ -54,15 +54,10 @@ class TarShards(LabeledFiles):
 
     The label is the text of KEY.cls; without that file, `label` (or `cls`) in KEY.json. Labels are class indices if all
     are integers below a million, otherwise class names. Nothing is unpacked: images are read from the archive.
-
-    Args:
-        root: the folder of the shards.
-        classes: names by index; null: the indices, or the sorted class names of train.
-        others: as for `LabeledFiles`.
     """
 
     root: str | None
-    classes: Sequence[str] | None = None
+    classes: Sequence[str] | None = None  # names by index; None: the indices, or the sorted class names of train
 
     def __post_init__(self) -> None:
         super().__post_init__()
