@@ -14,7 +14,7 @@ from torch import Tensor
 from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_command_settings
 from cnntrain.config.schema import EvaluateSettings
-from cnntrain.data.fingerprint import same_data
+from cnntrain.data.load import same_data
 from cnntrain.errors import DivergedError, UserError
 from cnntrain.io.safe_files import exists, is_folder, run_folder_of
 from cnntrain.plots.figure import label_split, log_plot_errors, save_figure

@@ -27,12 +27,11 @@ from cnntrain.config.compose import read_command_settings
 from cnntrain.config.schema import PredictSettings, Settings
 from cnntrain.data.cache import decode_into_ram, fits_in_ram, scan_files
 from cnntrain.data.csv_table import read_boxes
-from cnntrain.data.decoder import ImageDecoder, make_decoder
+from cnntrain.data.decoder import ImageDecoder, expand_box, make_decoder
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.files import BadFile, list_files, raise_if_bad
 from cnntrain.data.image_reader import image_extensions, read_size
 from cnntrain.data.loader import Loader, make_loader
-from cnntrain.data.resize import expand_box
 from cnntrain.errors import UserError
 from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.report.compare import write_csv

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnntrain.data.decoder import Box
 from cnntrain.data.files import SPLIT_NAMES, ByteRange, is_file, unique_split_names
-from cnntrain.data.resize import Box
 from cnntrain.errors import UserError, suggest
 
 SHOWN_LINES = 20  # in an error message

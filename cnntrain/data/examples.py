@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cnntrain.data.resize import Box
+from cnntrain.data.decoder import Box
 from cnntrain.errors import UserError
 from cnntrain.types import DataSpec
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from cnntrain.data.cache import decode_into_ram
-from cnntrain.data.decoder import ImageDecoder
+from cnntrain.data.decoder import ImageDecoder, ResizePlacement
 from cnntrain.data.examples import Examples, LazyImages, evenly_spaced
 from cnntrain.data.image_reader import load_pixels, open_image
 from cnntrain.data.parallel import read_sizes, try_map
-from cnntrain.data.resize import ResizePlacement
 from cnntrain.errors import UserError
 from cnntrain.randomness import hash_seed
 

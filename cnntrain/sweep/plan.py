@@ -12,7 +12,7 @@ from typing import Any
 from cnntrain.config.command_line import DEFAULT_COMMAND, Invocation, command_text
 from cnntrain.config.compose import parse_overrides, read_settings
 from cnntrain.config.schema import Settings, SweepSettings
-from cnntrain.data.fingerprint import read_fingerprint
+from cnntrain.data.load import read_fingerprint
 from cnntrain.errors import UserError
 from cnntrain.report.compare import NEUTRAL
 from cnntrain.sweep.search_space import SearchDimension, add_swept_keys, grid, read_space

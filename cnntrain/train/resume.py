@@ -18,8 +18,7 @@ from typing import Any
 
 from cnntrain.config.command_line import typed
 from cnntrain.config.schema import Settings
-from cnntrain.data.fingerprint import same_data, same_examples
-from cnntrain.data.load import Data
+from cnntrain.data.load import Data, same_data, same_examples
 from cnntrain.errors import UserError
 from cnntrain.io import safe_files as files
 from cnntrain.train import checkpoint

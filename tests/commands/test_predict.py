@@ -13,7 +13,7 @@ from PIL import Image
 
 from cnntrain.cli import main
 from cnntrain.config.compose import read_settings
-from cnntrain.data.resize import resize_geometry
+from cnntrain.data.decoder import resize_geometry
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
 from cnntrain.train import checkpoint
 from cnntrain.train.checkpoint import checkpoint_metadata

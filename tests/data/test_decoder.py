@@ -19,10 +19,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 import cnntrain
-from cnntrain.data.decoder import ImageDecoder, MaskDecoder
+from cnntrain.data.decoder import ImageDecoder, MaskDecoder, parse_size, resize_geometry, transform_points
 from cnntrain.data.files import BadFile
 from cnntrain.data.image_reader import read_size
-from cnntrain.data.resize import parse_size, resize_geometry, transform_points
 
 EVERY_ID = tuple(range(256))
 

@@ -16,11 +16,10 @@ from cnntrain.cli import main
 from cnntrain.config.compose import read_settings
 from cnntrain.config.schema import DataSettings
 from cnntrain.data import statistics
-from cnntrain.data.decoder import ImageDecoder, resize_image
+from cnntrain.data.decoder import ImageDecoder, Resize, resize_geometry, resize_image
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.files import BadFile
 from cnntrain.data.load import load_data
-from cnntrain.data.resize import Resize, resize_geometry
 from cnntrain.data.sources.digits import Digits
 from cnntrain.data.sources.image_folder import ImageFolder
 from cnntrain.data.sources.keypoint_csv import KeypointCsv

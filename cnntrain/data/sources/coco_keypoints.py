@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 import torch
 
 from cnntrain.data.csv_table import ErrorList
+from cnntrain.data.decoder import Box
 from cnntrain.data.files import ByteRange, is_file, require_root
-from cnntrain.data.resize import Box
 from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource, Skeleton
 from cnntrain.errors import UserError
 

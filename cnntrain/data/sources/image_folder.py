@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cnntrain.data.decoder import make_decoder
+from cnntrain.data.decoder import Resize, make_decoder
 from cnntrain.data.examples import Examples, LazyImages, Source
 from cnntrain.data.files import (
     IMAGE_EXTENSIONS,
@@ -21,7 +21,6 @@ from cnntrain.data.files import (
     require_root,
     require_split_folders,
 )
-from cnntrain.data.resize import Resize
 from cnntrain.errors import UserError, suggest
 from cnntrain.types import DataSpec
 

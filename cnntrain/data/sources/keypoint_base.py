@@ -10,18 +10,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cnntrain.data.decoder import make_decoder
-from cnntrain.data.examples import Examples, LazyImages, Source
-from cnntrain.data.files import SPLITS, BadFile, raise_if_bad
-from cnntrain.data.parallel import read_sizes
-from cnntrain.data.resize import (
+from cnntrain.data.decoder import (
     Box,
     Resize,
     box_around_points,
     expand_box,
+    make_decoder,
     match_aspect,
     transform_points,
 )
+from cnntrain.data.examples import Examples, LazyImages, Source
+from cnntrain.data.files import SPLITS, BadFile, raise_if_bad
+from cnntrain.data.parallel import read_sizes
 from cnntrain.errors import UserError, suggest
 from cnntrain.types import DataSpec, flip_permutation, infer_flip_pairs
 

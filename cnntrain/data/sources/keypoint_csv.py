@@ -7,8 +7,8 @@ from itertools import zip_longest
 import torch
 
 from cnntrain.data.csv_table import BOX_COLUMNS, CsvTable, find_csv, read_csv, row_splits
+from cnntrain.data.decoder import Box
 from cnntrain.data.files import is_file
-from cnntrain.data.resize import Box
 from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource, Skeleton
 from cnntrain.errors import UserError, suggest
 

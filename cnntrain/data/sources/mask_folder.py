@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
-from cnntrain.data.decoder import MaskDecoder, format_values, make_decoder
+from cnntrain.data.decoder import MaskDecoder, Resize, format_values, make_decoder
 from cnntrain.data.examples import Examples, LazyImages, Source
 from cnntrain.data.files import (
     BadFile,
@@ -18,7 +18,6 @@ from cnntrain.data.files import (
 )
 from cnntrain.data.image_reader import UnusableImage, distinct_values, mask_values, open_image, read_size
 from cnntrain.data.parallel import try_map
-from cnntrain.data.resize import Resize
 from cnntrain.errors import UserError
 from cnntrain.types import DataSpec
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
+from cnntrain.data.decoder import Resize
 from cnntrain.data.files import BadFile, download, root_or_default
-from cnntrain.data.resize import Resize
 from cnntrain.data.sources.mask_folder import MaskSource, Pairs
 from cnntrain.errors import UserError
 

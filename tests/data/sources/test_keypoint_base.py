@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cnntrain.config.schema import DataSettings
+from cnntrain.data.decoder import transform_points
 from cnntrain.data.load import load_data
-from cnntrain.data.resize import transform_points
 from cnntrain.data.sources.cat_folder import CatFolder
 from cnntrain.data.sources.coco_keypoints import CocoKeypoints
 from cnntrain.data.sources.dlib_xml import DlibXml
