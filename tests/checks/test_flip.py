@@ -11,7 +11,7 @@ from torch import Tensor
 from cnntrain.checks.flip import diagnose_flip, diagnose_map, diagnose_names, measure_symmetry, side_and_part
 from cnntrain.cli import main
 from cnntrain.data.sources.keypoint_base import CAT9, COCO17, IBUG68, KeypointSet
-from cnntrain.data.sources.toy_faces import ToyFaces
+from cnntrain.data.sources.toys import ToyFaces
 from cnntrain.types import DataSpec, Finding, flip_permutation, infer_flip_pairs
 
 Shapes = tuple[Tensor, Tensor]

@@ -115,7 +115,7 @@ def test_nothing_is_downloaded_or_compiled(
     assert both(change) == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["mnist.MNIST", "cifar.CIFAR10", "oxford_pet_voc.OxfordIIITPet"])
+@pytest.mark.parametrize("name", ["mnist.MNIST", "cifar.CIFAR10", "mask_folder.OxfordIIITPet"])
 def test_a_checkpoint_does_not_choose_the_folder_of_downloads(name: str, both: Callable[..., tuple[int, int]]) -> None:
     def change(saved: dict[str, Any]) -> None:
         common = {k: v for k, v in saved["config"]["data"].items() if k not in ("_target_", "root")}

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.sources.digits import Digits
-from cnntrain.data.sources.toy_faces import ToyFaces
-from cnntrain.data.sources.toy_shapes import ToyShapes
+from cnntrain.data.sources.toys import ToyFaces, ToyShapes
 from cnntrain.types import DataSpec
 
 Splits = dict[str, Examples]

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from cnntrain.data.examples import Examples
 from cnntrain.data.sources.digits import Digits
-from cnntrain.data.sources.toy_faces import ToyFaces
-from cnntrain.data.sources.toy_shapes import ToyShapes
+from cnntrain.data.sources.toys import ToyFaces, ToyShapes
 
 Splits = dict[str, Examples]
 

@@ -13,8 +13,7 @@ from cnntrain.config.compose import read_settings
 from cnntrain.config.schema import DataSettings
 from cnntrain.data.load import load_data
 from cnntrain.data.loader import make_loader
-from cnntrain.data.sources.mask_folder import MaskFolder
-from cnntrain.data.sources.oxford_pet_voc import OxfordIIITPet, VOCSegmentation
+from cnntrain.data.sources.mask_folder import MaskFolder, OxfordIIITPet, VOCSegmentation
 from cnntrain.errors import UserError
 from cnntrain.train.setup import build_source
 

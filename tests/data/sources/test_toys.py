@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from cnntrain.data.load import load_data
-from cnntrain.data.sources.toy_faces import ToyFaces, _Drawing, _ring, draw_face
-from cnntrain.data.sources.toy_shapes import CLASSES, ToyShapes, draw_shapes
+from cnntrain.data.sources.toys import CLASSES, ToyFaces, ToyShapes, _Drawing, _ring, draw_face, draw_shapes
 from cnntrain.errors import UserError
 
 
