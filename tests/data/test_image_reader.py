@@ -49,9 +49,14 @@ def by_pillow(monkeypatch):
     return decoded
 
 
+ENCODINGS = (
+    *({}, {"quality": 30}, {"quality": 98, "subsampling": 0}, {"subsampling": 1}),
+    *({"progressive": True}, {"restart_marker_rows": 1}),
+)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-@pytest.mark.parametrize("how", [{}, {"quality": 30}, {"quality": 98, "subsampling": 0}, {"subsampling": 1},
-                                 {"progressive": True}, {"restart_marker_rows": 1}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("how", ENCODINGS, ids=str)
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (1, 1), (96, 17)], ids=str)
 def test_pixels_equal_those_of_pillow(tmp_path, mode, how, size):
     (tmp_path / "a.jpg").write_bytes(encoded(picture(size, mode), **how))

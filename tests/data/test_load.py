@@ -304,10 +304,13 @@ def test_resume_with_changed_pixels_is_rejected(tmp_path: Path) -> None:
         for number in range(6):
             pixels = random.integers(0, 255, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data/train" / label / f"{number}.bmp")
-    arguments = ["data=image_folder", f"data.root={tmp_path / 'data'}", "data.size=8", "model=mlp", "threads=1",
-                 "device=cpu", "model.values.width=4", "augment=none", "log.figures=false", "log.tensorboard=false",
-                 f"run_dir={tmp_path / 'run'}", "resume=auto", "batch_size=4"]  # fmt: skip
-    assert main([*arguments[:-2], "batch_size=4", "epochs=1"]) == 0
+    words = (
+        "data=image_folder data.size=8 model=mlp threads=1 device=cpu model.values.width=4 augment=none "
+        "log.figures=false log.tensorboard=false batch_size=4".split()
+    )
+    arguments = [*words, f"data.root={tmp_path / 'data'}", f"run_dir={tmp_path / 'run'}"]
+    assert main([*arguments, "epochs=1"]) == 0
+    arguments.append("resume=auto")
     changed = tmp_path / "data/train/a/3.bmp"
     before = changed.read_bytes()
     Image.new("RGB", (8, 8), (7, 7, 7)).save(changed)

@@ -99,11 +99,13 @@ def test_a_box_beyond_the_image_is_padded(tmp_path: Path, resize: Resize) -> Non
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(1, 60), st.integers(1, 60),
-    st.tuples(*[st.floats(-30, 30)] * 2), st.tuples(*[st.floats(2, 80)] * 2), st.booleans(),
-)  # fmt: skip
-def test_covered_pixels_of_a_white_image_are_white(width, height, start, extent, boxed) -> None:
-    box = (start[0], start[1], start[0] + extent[0], start[1] + extent[1]) if boxed else None
+    st.tuples(*[st.integers(1, 60)] * 2),
+    st.none() | st.tuples(*[st.floats(-30, 30)] * 2, *[st.floats(2, 80)] * 2),
+)
+def test_covered_pixels_of_a_white_image_are_white(size, start_and_extent) -> None:
+    width, height = size
+    left, top, *extent = start_and_extent or (0, 0, 0, 0)
+    box = (left, top, left + extent[0], top + extent[1]) if start_and_extent else None
     placement = resize_geometry(width, height, (24, 20), "letterbox", box)
     x, y = covered_slices(placement, (width, height))
     drawn = resize_image(Image.new("L", (width, height), 255), placement, (24, 20), Image.Resampling.BILINEAR, 0)
@@ -197,22 +199,8 @@ def test_bits_are_rejected_for_images_in_memory() -> None:
 
 
 def test_predict_uses_the_bits_of_the_training(folder: Path) -> None:
-    quick = [
-        "model=mlp",
-        "model.values.width=4",
-        "threads=1",
-        "device=cpu",
-        "log.figures=false",
-        "log.tensorboard=false",
-    ]
-    data = [
-        "data=image_folder",
-        f"data.root={folder}",
-        "data.size=8",
-        "data.channels=1",
-        "data.bits=12",
-        "augment=none",
-    ]
+    quick = "model=mlp model.values.width=4 threads=1 device=cpu log.figures=false log.tensorboard=false".split()
+    data = f"data=image_folder data.root={folder} data.size=8 data.channels=1 data.bits=12 augment=none".split()
     assert main([*quick, *data, "epochs=1", "run_dir=run"]) == 0
     (folder / "asked").mkdir()
     sixteen = np.linspace(0, 65535, 256).round().astype(np.uint16)

@@ -12,8 +12,10 @@ from cnntrain.io import streams
 from cnntrain.io.streams import LenientStream, flush_or_discard, lenient, output_to
 from cnntrain.report.console import log_to_console
 
-QUICK = ("model=mlp", "model.values.width=8", "data.limit=100", "threads=1", "log.figures=false",
-         "log.tensorboard=false", "epochs=1", "run_dir=run")  # fmt: skip
+QUICK = (
+    "model=mlp model.values.width=8 data.limit=100 threads=1 log.figures=false log.tensorboard=false epochs=1 "
+    "run_dir=run".split()
+)
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full to write to")
 
 

@@ -33,10 +33,20 @@ def cyclic() -> list[Any]:
 
 
 VALID = [
-    None, 5, "text", [], {}, {"a": [1, 2.0, None, True, "x"], 5: (1, (2, 3))}, doubled(15), deep(40),
+    None,
+    5,
+    "text",
+    [],
+    {},
+    {"a": [1, 2.0, None, True, "x"], 5: (1, (2, 3))},
+    doubled(15),
+    deep(40),
     {"w": torch.zeros(3), "expanded": torch.zeros(1).expand(1000), "half": torch.zeros(2, dtype=torch.float16)},
-    torch.zeros(4, 5).t(), [torch.float32, torch.device("cpu"), b"raw"], float("inf"), 2**63,
-]  # fmt: skip
+    torch.zeros(4, 5).t(),
+    [torch.float32, torch.device("cpu"), b"raw"],
+    float("inf"),
+    2**63,
+]
 INVALID: dict[str, Any] = {
     "2**32 values": doubled(32),
     "2**45 values": doubled(45),

@@ -13,15 +13,15 @@ SEEN = {"keypoints": [1, 2, 2, 3, 4, 2]}
 
 
 def coco(folder, **changes) -> CocoKeypoints:
+    boxed = {"category_id": 1, "bbox": [10, 5, 40, 20]}
     content = {
         "images": [{"id": i, "file_name": f"{i}.png"} for i in range(4)],
         "categories": [{"id": 1, "keypoints": ["left_eye", "right_eye"], "skeleton": [[1, 2]]}],
         "annotations": [
-            {"id": 10 + i, "image_id": i // 2, "category_id": 1, "bbox": [10, 5, 40, 20],
-             "keypoints": [20, 10, 2, 40, 10, i % 2]} for i in range(6)
+            {"id": 10 + i, "image_id": i // 2, **boxed, "keypoints": [20, 10, 2, 40, 10, i % 2]} for i in range(6)
         ],
         **changes,
-    }  # fmt: skip
+    }
     (folder / "train.json").write_text(json.dumps(content))
     return CocoKeypoints(str(folder), "train.json", None, None, ".", size=[20, 40], crop_margin=0)
 

@@ -68,8 +68,8 @@ def test_groups_boxes_and_splits_of_a_csv(photographs):
 
 
 def test_a_group_with_one_example_in_another_split_is_rejected(photographs):
-    rows = [f"{i}.png,20,10,40,10,{split},{who}" for i, (split, who) in enumerate(
-        [("train", "ann"), ("train", "ann"), ("test", "ann"), ("test", "bob")])]  # fmt: skip
+    members = ("train,ann", "train,ann", "test,ann", "test,bob")
+    rows = [f"{i}.png,20,10,40,10,{split_and_group}" for i, split_and_group in enumerate(members)]
     path = write(photographs, *rows, header=f"{HEADER},split,group")
     with pytest.raises(UserError, match="ann"):
         load_data(KeypointCsv(path, size=[20, 40]))

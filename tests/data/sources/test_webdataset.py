@@ -200,15 +200,11 @@ def test_byte_ranges_of_files_and_members(path):
 @pytest.mark.slow
 def test_cached_and_streamed_runs_have_equal_metrics(make_folder, tmp_path):
     pack_folder(make_folder("train", count=20), tmp_path, "train", WRITTEN["names"])
+    words = "model=mlp data=webdataset data.size=16 epochs=2 threads=1 batch_size=8 log.figures=false".split()
+    words.append(f"data.root={tmp_path}")
     held, streamed = (
-        train(
-            compose(
-                "model=mlp", "data=webdataset", f"data.root={tmp_path}", "data.size=16", "epochs=2", "threads=1",
-                "batch_size=8", f"run_dir={tmp_path}/{cache}", f"data.cache={cache}", "log.figures=false",
-            )
-        )
-        for cache in ("ram", "none")
-    )  # fmt: skip
+        train(compose(*words, f"run_dir={tmp_path}/{cache}", f"data.cache={cache}")) for cache in ("ram", "none")
+    )
     assert held["best"] == streamed["best"]
 
 
