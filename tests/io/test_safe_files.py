@@ -106,7 +106,7 @@ OPEN = (files.open_read, files.open_append, files.open_new, files.open_lock)
 CHANGE = (lambda path, root: files.write_atomic(path, b"new", root), files.make_folder, files.remove)
 
 
-@pytest.mark.parametrize("call", (*OPEN, *CHANGE))
+@pytest.mark.parametrize("call", [*OPEN, *CHANGE])
 def test_linked_folders_are_not_followed(call: Callable[[Path, Path], object]) -> None:
     Path("elsewhere").mkdir()
     Path("elsewhere/file").write_text("mine")
