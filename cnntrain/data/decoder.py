@@ -134,10 +134,9 @@ def transform_points(points: Tensor, matrix: Tensor) -> Tensor:
 
 def parse_size(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) from `data.size`, which is one number for a square or [height, width]."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    valid = all(isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= 8192 for side in pair)
-    if len(pair) != 2 or not valid:
-        raise ValueError(f"size must be pixels from 1 to 8192, one number or [height, width], got {size!r}")
+    pair = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(pair) != 2 or not all(type(side) is int and 1 <= side <= 8192 for side in pair):
+        raise UserError(f"data.size must be pixels from 1 to 8192, one number or [height, width], got {size!r}")
     return pair[0], pair[1]
 
 
@@ -260,11 +259,7 @@ def make_decoder(size: int | list[int], channels: int, resize: Resize) -> ImageD
     if resize not in RESIZES:
         near = suggest(str(resize), RESIZES)
         raise UserError(f"data.resize: {resize!r} is not one of {', '.join(RESIZES)}{near}")
-    try:
-        height, width = parse_size(size)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"data.{error}") from error
-    return ImageDecoder(height, width, channels, resize)
+    return ImageDecoder(*parse_size(size), channels, resize)
 
 
 def resize_image(
