@@ -40,12 +40,8 @@ class CsvTable:
 
     file: Path
     columns: list[str]
-    rows: list[tuple[int, list[str]]]  # line number and cells
+    rows: list[tuple[int, dict[str, str]]]  # line number, and cells by column
     errors: ErrorList  # of rows found so far; the caller adds its own and raises them
-
-    @property
-    def column_index(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self.columns)}
 
 
 def read_csv(file: Path) -> CsvTable:
@@ -68,7 +64,7 @@ def read_csv(file: Path) -> CsvTable:
     complete = []
     for line, row in rows:
         if len(row) == len(columns):
-            complete.append((line, row))
+            complete.append((line, dict(zip(columns, row, strict=True))))
         else:
             errors.add(line, f"has {len(row)} columns, but the header has {len(columns)}")
     return CsvTable(file, columns, complete, errors)
@@ -81,8 +77,7 @@ def row_splits(table: CsvTable) -> list[str]:
     """
     if "split" not in table.columns:
         return ["train"] * len(table.rows)
-    column = table.columns.index("split")
-    words = [cells[column] for _, cells in table.rows]
+    words = [cells["split"] for _, cells in table.rows]
     unique_split_names(dict.fromkeys(words), f"data: {table.file}: the column split")
     for (line, _), word in zip(table.rows, words, strict=True):
         if word not in SPLIT_NAMES:
@@ -99,14 +94,14 @@ def read_boxes(file: Path, names: list[str]) -> list[tuple[str, Box]]:
     table = read_csv(file)
     if missing := [name for name in ("image_name", *BOX_COLUMNS) if name not in table.columns]:
         raise UserError(f"boxes: {file}:1: has no column {', '.join(missing)}")
-    column, existing = table.column_index, set(names)
+    existing = set(names)
     boxes: list[tuple[str, Box]] = []
     for line, cells in table.rows:
-        name, sides = cells[column["image_name"]], [_number(cells[column[side]]) for side in BOX_COLUMNS]
-        left, top, right, bottom = sides
+        name = cells["image_name"]
+        left, top, right, bottom = sides = [parse_number(cells[side]) for side in BOX_COLUMNS]
         if name not in existing:
             table.errors.add(line, f"{name!r} is none of the images")
-        elif not all(math.isfinite(side) and abs(side) <= 1e6 for side in sides):
+        elif any(map(math.isnan, sides)):
             table.errors.add(line, "expected four sides in pixels")
         elif right <= left or bottom <= top:
             table.errors.add(line, f"the box is empty: {left:g} to {right:g}, {top:g} to {bottom:g}")
@@ -116,11 +111,13 @@ def read_boxes(file: Path, names: list[str]) -> list[tuple[str, Box]]:
     return boxes
 
 
-def _number(text: str) -> float:
+def parse_number(text: str) -> float:
+    """Return a coordinate; NaN if the text is not a number, or one above a million."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return math.nan
+    return value if abs(value) <= 1e6 else math.nan
 
 
 def sort_labels(names: Iterable[str]) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """Loaders that yield batches: by indexing cached images, or from worker processes that decode files."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -54,7 +53,7 @@ class BatchShard:
 WHOLE = BatchShard()
 
 
-class Loader(ABC):
+class Loader:
     """Yield batches of one split in a given order. The loader itself is deterministic."""
 
     is_cached = False  # True if the images are decoded, so that a batch is cheap
@@ -128,13 +127,13 @@ class Loader(ABC):
             targets |= {name: tensor.to(self.device, non_blocking=True) for name, tensor in part.items()}
             yield Batch(targets.pop("images"), targets, rows, positions[chunk], matrices)
 
-    @abstractmethod
     def _read(
         self, order: Tensor, device_order: Tensor, positions: Tensor, chunks: list[slice], transform: Transform | None
     ) -> Iterator[dict[str, Tensor]]:
         """Yield the 'images' of each chunk; of files also the decoded targets, and 'source_to_image' if unknown."""
+        raise NotImplementedError
 
-    def close(self) -> None:  # noqa: B027  most loaders have nothing to close
+    def close(self) -> None:
         """End the worker processes, if there are any."""
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cnntrain.data.csv_table import ErrorList, sort_labels
+from cnntrain.data.csv_table import ErrorList, parse_number, sort_labels
 from cnntrain.data.files import ByteRange, is_file, require_root
 from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource, Skeleton
 from cnntrain.errors import UserError
@@ -89,9 +89,4 @@ def _objects(file: Path, tree: "Element", split: str, part_index: dict[str, int]
 
 
 def _number(element: "Element", key: str) -> float:
-    """Return the attribute as a number; NaN if it is not one."""
-    try:
-        value = float(element.get(key, "nan"))
-    except ValueError:
-        return math.nan
-    return value if abs(value) <= 1e6 else math.nan
+    return parse_number(element.get(key, ""))

@@ -39,12 +39,10 @@ class ImageCsv(LabeledFiles):
     def rows(self) -> list[Row]:
         table = read_csv(self.table_file)
         check_columns(table, required=("path", "label"), optional=("split", "group"))
-        column = table.column_index
         rows: list[Row] = []
         first_line: dict[str, int] = {}
         for (line, cells), split in zip(table.rows, row_splits(table), strict=True):
-            path, label = cells[column["path"]], cells[column["label"]]
-            group = cells[column["group"]] if "group" in column else ""
+            path, label = cells["path"], cells["label"]
             if not label:
                 table.errors.add(line, "has no label")
             if path in first_line:
@@ -52,7 +50,7 @@ class ImageCsv(LabeledFiles):
             elif not path or not is_file(self.folder / path):
                 table.errors.add(line, f"no file {path!r} in {self.folder}")
             first_line.setdefault(path, line)
-            rows.append(Row(line, path, label, split, group or f"line {line}"))
+            rows.append(Row(line, path, label, split, cells.get("group") or f"line {line}"))
         train_labels = {row.label for row in rows if row.split == "train"}
         for row in rows:
             if row.label and row.label not in train_labels:

@@ -6,7 +6,7 @@ from itertools import zip_longest
 
 import torch
 
-from cnntrain.data.csv_table import BOX_COLUMNS, CsvTable, find_csv, read_csv, row_splits
+from cnntrain.data.csv_table import BOX_COLUMNS, CsvTable, find_csv, parse_number, read_csv, row_splits
 from cnntrain.data.decoder import Box
 from cnntrain.data.files import is_file
 from cnntrain.data.sources.keypoint_base import KeypointAnnotation, KeypointSource, Skeleton
@@ -36,24 +36,22 @@ class KeypointCsv(KeypointSource):
     def read(self) -> tuple[tuple[str, ...], list[KeypointAnnotation], Skeleton]:
         table = read_csv(self.table_file)
         names = point_names(table)
-        column = table.column_index
         objects: list[KeypointAnnotation] = []
         first_line: dict[tuple[str, ...], int] = {}
         for (line, cells), split in zip(table.rows, row_splits(table), strict=True):
-            image = cells[0]
+            image = cells[table.columns[0]]
             if not image or not is_file(self.folder / image):
                 table.errors.add(line, f"no file {image!r} in {self.folder}")
-            key = (image, *(cells[column[side]] for side in BOX_COLUMNS if side in column))
+            key = (image, *(cells[side] for side in BOX_COLUMNS if side in cells))
             if key in first_line:
                 table.errors.add(line, f"duplicate image {image!r} (first on line {first_line[key]})")
             first_line.setdefault(key, line)
             numbers = _parse_row(table, line, cells, names)
             if numbers is not None:
                 points, labeled, box = numbers
-                group = cells[column["group"]] if "group" in column else None
                 name = f"{image}:{line}" if box else image
                 path = str(self.folder / image)
-                objects.append(KeypointAnnotation(path, name, points, labeled, box, split, group or None))
+                objects.append(KeypointAnnotation(path, name, points, labeled, box, split, cells.get("group") or None))
         table.errors.raise_if_any()
         return names, objects, ()
 
@@ -77,34 +75,20 @@ def point_names(table: CsvTable) -> tuple[str, ...]:
 
 
 def _parse_row(
-    table: CsvTable, line: int, cells: list[str], names: tuple[str, ...]
+    table: CsvTable, line: int, cells: dict[str, str], names: tuple[str, ...]
 ) -> tuple[torch.Tensor, torch.Tensor, Box | None] | None:
     """Return points (K, 2), labeled (K,) and the box of a line; None (and an error in the table) for invalid cells."""
-    text_of = dict(zip(table.columns, cells, strict=True))
-    pairs: list[tuple[float, float]] = []
-    labeled: list[bool] = []
-    invalid: list[str] = []
-
-    def number(column: str) -> float:
-        text = text_of[column]
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or abs(value) > 1e6:
-            invalid.append(f"{column} is {text!r}")
-            return 0.0
-        return value
-
-    for name in names:
-        empty = not text_of[f"{name}_x"] and not text_of[f"{name}_y"]
-        pairs.append((0.0, 0.0) if empty else (number(f"{name}_x"), number(f"{name}_y")))
-        labeled.append(not empty)
-    sides = [number(side) for side in BOX_COLUMNS if side in text_of]
+    labeled = [bool(cells[f"{name}_x"] or cells[f"{name}_y"]) for name in names]
+    used = [f"{name}_{axis}" for name, is_labeled in zip(names, labeled, strict=True) if is_labeled for axis in "xy"]
+    used += [side for side in BOX_COLUMNS if side in cells]
+    number = {column: parse_number(cells[column]) for column in used}
+    invalid = [f"{column} is {cells[column]!r}" for column in used if math.isnan(number[column])]
     if invalid:
         more = f" and {len(invalid) - 3} more" if len(invalid) > 3 else ""
         expected = "expected pixels (leave both cells of a point empty if it is not labeled)"
         table.errors.add(line, f"{', '.join(invalid[:3])}{more}; {expected}")
         return None
+    points = [[number.get(f"{name}_{axis}", 0.0) for axis in "xy"] for name in names]
+    sides = [number[side] for side in BOX_COLUMNS if side in cells]
     box = (sides[0], sides[1], sides[2], sides[3]) if sides else None
-    return torch.tensor(pairs, dtype=torch.float64), torch.tensor(labeled), box
+    return torch.tensor(points, dtype=torch.float64), torch.tensor(labeled), box
