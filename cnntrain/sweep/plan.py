@@ -1,8 +1,8 @@
 """The plan of a sweep, read from the command line: search dimensions, repeats, and the settings of each run."""
 
 import dataclasses
+import itertools
 import math
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from cnntrain.config.schema import Settings, SweepSettings
 from cnntrain.data.load import read_fingerprint
 from cnntrain.errors import UserError
 from cnntrain.report.compare import NEUTRAL
-from cnntrain.sweep.search_space import SearchDimension, add_swept_keys, grid, read_space
+from cnntrain.sweep.search_space import SearchDimension, add_swept_keys, grid, read_space, typed_values
+from cnntrain.train.device import count_cores
 from cnntrain.train.resume import flatten_settings
 from cnntrain.train.setup import build_pipeline, build_source, build_task
 
@@ -25,7 +26,7 @@ REPEAT_KEYS = ("seed", "data.fold", "data.split_seed")
 VALIDATION_KEYS = ("data", "data.root", "data.file", "data.limit", "data.val_fraction", "data.folds")
 # Keys that may change when a sweep is resumed. Data paths may change too, because fingerprints identify the data.
 MAY_CHANGE = (NEUTRAL - {"seed"}) | {"data.file", "data.scan"}
-MAY_CHANGE |= {f"sweep.{key}" for key in ("trials", "timeout_s", "jobs", "on_error")}
+MAY_CHANGE |= {f"sweep.{key}" for key in ("trials", "timeout_s", "jobs", "on_error", "storage")}
 UNLIMITED = (-math.inf, math.inf)
 
 
@@ -34,7 +35,6 @@ class Repeat:
     """Seed and, in cross-validation, the validation split of one run of a setting.
 
     Attributes:
-        seed: training seed.
         fold, split_seed: as in `data`; None if the sweep does not vary them.
     """
 
@@ -50,11 +50,11 @@ class Repeat:
     @property
     def values(self) -> dict[str, int]:
         """Return the values by config key."""
-        values = {"seed": self.seed, "data.fold": self.fold, "data.split_seed": self.split_seed}
-        return {key: value for key, value in values.items() if value is not None}
+        values = zip(REPEAT_KEYS, (self.seed, self.fold, self.split_seed), strict=True)
+        return {key: value for key, value in values if value is not None}
 
     def __str__(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.values.items())
+        return " ".join(typed_values(self.values))
 
     @classmethod
     def parse(cls, text: str) -> "Repeat":
@@ -133,34 +133,25 @@ class SweepPlan:
         return self.base.sweep
 
     @property
-    def identifying_overrides(self) -> list[str]:
-        """Return the overrides that must be the same when the sweep is resumed, in normal form."""
-        fixed = [
-            override
-            for override in self.fixed
-            if override.split("=")[0] not in MAY_CHANGE
-            and not override.startswith(("log.", "checkpoint.", "sweep.storage="))
-        ]
-        columns = {key: dict.fromkeys(r.values.get(key) for r in self.repeats) for key in REPEAT_KEYS}
-        repeats = [f"{key}={','.join(map(str, each))}" for key, each in columns.items() if None not in each]
-        return sorted([*fixed, *map(str, self.dimensions), *repeats])
+    def metric(self) -> str:
+        """Return the name of the monitored metric in metrics.csv; empty if there is none."""
+        return f"val/{self.monitor[0]}" if self.monitor else ""
 
-    @property
-    def identifying_settings(self) -> dict[str, Any]:
-        """Return the first trial's settings by key, without keys that may change when the sweep is resumed."""
-        return {
-            key: value
-            for key, value in flatten_settings(dataclasses.asdict(self.base)).items()
-            if key not in MAY_CHANGE and key != "sweep.storage" and not key.startswith(("log.", "checkpoint."))
-        }
-
-    def fingerprints(self) -> list[str]:
-        """Return the fingerprints of the datasets that the sweep trains on.
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same when the sweep is resumed: overrides, data fingerprints, and settings.
 
         Raises:
             UserError: a dataset cannot be read.
         """
-        return sorted({read_fingerprint(build_source(settings)[0]) for settings in self.variants})
+        fixed = [override for override in self.fixed if not _may_change(override.split("=")[0])]
+        columns = {key: dict.fromkeys(r.values.get(key) for r in self.repeats) for key in REPEAT_KEYS}
+        repeats = [f"{key}={','.join(map(str, each))}" for key, each in columns.items() if None not in each]
+        settings = flatten_settings(dataclasses.asdict(self.base))
+        return {
+            "asked": sorted([*fixed, *map(str, self.dimensions), *repeats]),
+            "data": sorted({read_fingerprint(build_source(settings)[0]) for settings in self.variants}),
+            "settings": {key: value for key, value in settings.items() if not _may_change(key)},
+        }
 
     @property
     def overlap(self) -> float:
@@ -178,9 +169,7 @@ class SweepPlan:
 
     def grid(self) -> list[dict[str, str]] | None:
         """Return the settings of a grid search in order; None if a sampler draws them."""
-        if self.sweep.sampler != "grid":
-            return None
-        return grid(self.dimensions)[: self.sweep.trials]
+        return grid(self.dimensions)[: self.sweep.trials] if self.sweep.sampler == "grid" else None
 
     @property
     def num_trials(self) -> int:
@@ -190,42 +179,24 @@ class SweepPlan:
     def run(self, trial: int, values: Mapping[str, str], repeat: Repeat, folder: Path) -> PlannedRun:
         """Build the run for one repeat of a setting, in its own subfolder of the sweep."""
         fixed = [override for override in self.fixed if override.split("=")[0] not in repeat.values]
-        overrides = (*fixed, *(f"{key}={value}" for key, value in {**values, **repeat.values}.items()))
-        name = "-".join([f"{trial:03d}", *map(_path_part, values.values())])
-        varying = self.varying(repeat).items()
-        name += "".join(f"-{key.removeprefix('data.')}{value}" for key, value in varying)
+        overrides = (*fixed, *typed_values({**values, **repeat.values}))
+        varying = [f"{key.removeprefix('data.')}{value}" for key, value in self.varying(repeat).items()]
+        name = "-".join([f"{trial:03d}", *map(_path_part, values.values()), *varying])
+        words = ["cnntrain"] if self.command == DEFAULT_COMMAND else ["cnntrain", self.command]
+        words += [f"--config-dir={self.config_dir}"] if self.config_dir else []
+        words += [o for o in overrides if o.split("=")[0] not in ("resume", "run_dir") and not o.startswith("sweep.")]
         threads = None
         if self.sweep.jobs > 1 and self.base.threads is None:
-            threads = max(1, len(available_cores()) // self.sweep.jobs)
+            threads = max(1, count_cores() // self.sweep.jobs)
+            words.append(f"threads={threads}")
         return PlannedRun(
-            trial=trial,
-            repeat=repeat,
-            values=dict(values),
-            overrides=overrides,
-            config_dir=self.config_dir,
-            threads=threads,
-            folder=folder / name,
-            command=self._run_command(overrides, threads),
+            trial, repeat, dict(values), overrides, self.config_dir, threads, folder / name, command_text(words)
         )
 
     def varying(self, repeat: Repeat) -> dict[str, int]:
         """Return a repeat's values for the keys that vary between repeats."""
         values = repeat.values.items()
         return {k: v for k, v in values if len({other.values.get(k) for other in self.repeats}) > 1}
-
-    def _run_command(self, overrides: Sequence[str], threads: int | None) -> str:
-        """Format the command line that executes one run alone."""
-        words = ["cnntrain"] if self.command == DEFAULT_COMMAND else ["cnntrain", self.command]
-        if self.config_dir:
-            words.append(f"--config-dir={self.config_dir}")
-        words += [
-            override
-            for override in overrides
-            if override.split("=")[0] not in ("resume", "run_dir") and not override.startswith("sweep.")
-        ]
-        if threads is not None:
-            words.append(f"threads={threads}")
-        return command_text(words)
 
 
 def read_plan(invocation: Invocation, ranked: bool) -> SweepPlan:
@@ -242,8 +213,7 @@ def read_plan(invocation: Invocation, ranked: bool) -> SweepPlan:
     overrides = add_swept_keys(invocation.overrides, invocation.config_dir)
     fixed, dimensions = read_space(overrides, invocation.config_dir)
     variants = [
-        read_settings([*fixed, *(f"{k}={v}" for k, v in values.items())], invocation.config_dir)
-        for values in _one_at_a_time(dimensions)
+        read_settings([*fixed, *typed_values(values)], invocation.config_dir) for values in _one_at_a_time(dimensions)
     ]
     base, sweep = variants[0], variants[0].sweep
     if any(settings.sweep != sweep for settings in variants):
@@ -279,13 +249,13 @@ def read_plan(invocation: Invocation, ranked: bool) -> SweepPlan:
 def _repeats(listed: Mapping[str, SearchDimension], base: Settings, cross_validate: bool) -> tuple[Repeat, ...]:
     """Return every combination of seeds, folds and split seeds; the fold varies fastest."""
     values: dict[str, list[Any]] = {
-        key: list(dict.fromkeys(int(value) for value in dimension.values)) for key, dimension in listed.items()
+        key: list(dict.fromkeys(map(int, dimension.values))) for key, dimension in listed.items()
     }
     values.setdefault("seed", list(range(base.seed, base.seed + base.sweep.seeds)))
     if cross_validate:
         values.setdefault("data.fold", list(range(base.data["folds"])))
-    splits, folds = values.get("data.split_seed", [None]), values.get("data.fold", [None])
-    return tuple(Repeat(seed, fold, split) for split in splits for seed in values["seed"] for fold in folds)
+    columns = (values.get(key, [None]) for key in ("data.split_seed", "seed", "data.fold"))
+    return tuple(Repeat(seed, fold, split_seed) for split_seed, seed, fold in itertools.product(*columns))
 
 
 def _uses_all_folds(overrides: Sequence[str], variants: Sequence[Settings]) -> bool:
@@ -319,26 +289,25 @@ def _common_monitor(variants: Sequence[Settings]) -> tuple[tuple[str, str], tupl
     return monitors.pop() if len(monitors) == 1 else None
 
 
-def available_cores() -> list[int]:
-    """Return the CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+def _may_change(key: str) -> bool:
+    return key in MAY_CHANGE or key.startswith(("log.", "checkpoint."))
 
 
 def repeats_text(repeats: Collection[Repeat]) -> str:
     """Format the number of repeats: `3 seeds`, `5 folds x 2 seeds`."""
-    counts = {
-        name: len({getattr(repeat, attribute) for repeat in repeats})
-        for name, attribute in (("split", "split_seed"), ("fold", "fold"), ("seed", "seed"))
-    }
+    names = {"split": "split_seed", "fold": "fold", "seed": "seed"}
+    counts = {name: len({getattr(repeat, field) for repeat in repeats}) for name, field in names.items()}
     return " x ".join(f"{count} {name}s" for name, count in counts.items() if count > 1) or "1 run"
 
 
 def setting_name(values: Mapping[str, str], repeat: Mapping[str, int] | None = None) -> str:
     """Format a setting and its repeat for display, with rounded numbers."""
-    named = {key: round_text(value) for key, value in values.items()}
-    return " ".join(f"{key}={value}" for key, value in {**named, **(repeat or {})}.items())
+    return " ".join(typed_values({**rounded(values), **(repeat or {})})) or "the only setting"
+
+
+def rounded(values: Mapping[str, str]) -> dict[str, str]:
+    """Round values for display."""
+    return {key: round_text(value) for key, value in values.items()}
 
 
 def round_text(value: str) -> str:

@@ -19,8 +19,8 @@ from cnntrain.plots.figure import save_figure
 from cnntrain.plots.sweep import Scale, plot_marginal_effect, plot_parallel_coordinates
 from cnntrain.report.compare import find_runs, read_run, write_csv
 from cnntrain.report.console import markdown, value_text
-from cnntrain.sweep.plan import UNLIMITED, Repeat, SweepPlan, repeats_text, round_text, setting_name
-from cnntrain.sweep.study import Study, Trial, mean_value
+from cnntrain.sweep.plan import UNLIMITED, Repeat, SweepPlan, repeats_text, rounded, setting_name
+from cnntrain.sweep.study import Study, Trial
 
 CONFIDENCE = 0.95
 MIN_TRIALS_FOR_IMPORTANCE = 4
@@ -58,7 +58,6 @@ class WinnerComparison:
             95 % confidence holds simultaneously for the winner against every other setting.
         repeats: the repeats that both have.
         tied_rank: rank of the first setting that is not significantly worse than the winner; None if there is none.
-        num_settings: number of settings that the winner was selected from.
     """
 
     difference: float
@@ -66,12 +65,6 @@ class WinnerComparison:
     high: float | None
     repeats: list[Repeat]
     tied_rank: int | None
-    num_settings: int
-
-    @property
-    def is_significant(self) -> bool | None:
-        """Return True if the winner is significantly better than every other setting; None for a single repeat."""
-        return None if self.low is None else self.tied_rank is None
 
 
 def rank_trials(
@@ -86,14 +79,13 @@ def rank_trials(
     """
     ranking = []
     for trial in trials:
-        mean = mean_value(trial)
         completed = trial.is_finished and {o.status for o in trial.outcomes.values()} == {"done"}
-        if mean is None or not completed:
+        if trial.mean is None or not completed:
             continue
         values = {repeat: o.value for repeat, o in sorted(trial.outcomes.items()) if o.value is not None}
         std = statistics.stdev(values.values()) if len(values) > 1 else None
         low, high = (confidence_interval(_by_split(values), limits, overlap) if std else None) or (None, None)
-        ranking.append(RankedTrial(trial, mean, std, low, high, values))
+        ranking.append(RankedTrial(trial, trial.mean, std, low, high, values))
     sign = -1 if mode == "max" else 1
     return sorted(ranking, key=lambda ranked: (sign * ranked.mean, ranked.trial.number))
 
@@ -126,7 +118,7 @@ def compare_winner(
     low, high = interval or (None, None)
     tied = (rank for rank, (_, each) in enumerate(pairs, 2) if each is None or each[0] <= 0)
     difference = sign * (winner.mean - others[0].mean)
-    return WinnerComparison(difference, low, high, repeats, next(tied, None), len(ranking))
+    return WinnerComparison(difference, low, high, repeats, next(tied, None))
 
 
 def _by_split(values: Mapping[Repeat, float]) -> list[float]:
@@ -193,31 +185,27 @@ class SweepReport:
     importance: dict[str, float] | str = "not computed"
     figures: list[str] = field(default_factory=list)
 
-    @property
-    def metric(self) -> str:
-        return f"val/{self.plan.monitor[0]}" if self.plan.monitor else ""
 
-
-def make_report(plan: SweepPlan, study: Study) -> SweepReport:
+def make_report(study: Study) -> SweepReport:
     """Rank the trials, compare the winner and compute the importance of the keys."""
-    report = SweepReport(plan, study.trials())
+    plan, report = study.plan, SweepReport(study.plan, study.trials())
     if plan.monitor:
         arguments = plan.monitor[1], plan.monitor_range, plan.overlap
         report.ranking = rank_trials(report.trials, *arguments)
         if len(report.ranking) > 1:
             report.comparison = compare_winner(report.ranking, *arguments)
-        report.importance = _key_importance(plan, study, len(report.ranking))
+        report.importance = _key_importance(study, len(report.ranking))
     return report
 
 
-def _key_importance(plan: SweepPlan, study: Study, num_ranked: int) -> dict[str, float] | str:
+def _key_importance(study: Study, num_ranked: int) -> dict[str, float] | str:
     """Return the share of the variance between settings that each key explains by itself, or why it is unknown.
 
     The variance of the metric is decomposed by functional ANOVA (Hutter, Hoos and Leyton-Brown 2014).
     """
     from optuna.importance import FanovaImportanceEvaluator
 
-    if len(plan.dimensions) < 2:
+    if len(study.plan.dimensions) < 2:
         return "needs at least two keys that vary"
     if num_ranked < MIN_TRIALS_FOR_IMPORTANCE:
         return f"{num_ranked} finished settings are too few"
@@ -232,11 +220,11 @@ def ranking_rows(report: SweepReport) -> list[dict[str, Any]]:
     """Return the rows of the table: ranked settings, the best first, then the others with their status."""
     rows = []
     for place, ranked in enumerate(report.ranking, 1):
-        row = {"place": place, **_rounded_values(ranked.trial), report.metric: ranked.mean}
+        row = {"place": place, **rounded(ranked.trial.values), report.plan.metric: ranked.mean}
         if len(report.plan.repeats) > 1:
             interval = "–" if ranked.low is None else f"{ranked.low:.4g} to {ranked.high:.4g}"
             row |= {"std": ranked.std, "95 % interval": interval, "runs": len(ranked.values)}
-        rows.append({**row, **_mean_metrics(ranked.trial, report.metric), "trial": ranked.trial.number})
+        rows.append({**row, **_mean_metrics(ranked.trial, report.plan.metric), "trial": ranked.trial.number})
     ranked_numbers = {ranked.trial.number for ranked in report.ranking}
     unranked = [trial for trial in report.trials if trial.number not in ranked_numbers]
     if unranked:
@@ -245,14 +233,10 @@ def ranking_rows(report: SweepReport) -> list[dict[str, Any]]:
         outcomes = list(trial.outcomes.values())
         status = ", ".join(dict.fromkeys(o.status for o in outcomes)) or "running"
         error = next((o.error for o in outcomes if o.error), None)
-        row = {"place": None, **_rounded_values(trial), **_mean_metrics(trial, report.metric)}
+        row = {"place": None, **rounded(trial.values), **_mean_metrics(trial, report.plan.metric)}
         row |= {"trial": trial.number, "status": status}
         rows.append(row | ({"error": error} if error else {}))
     return rows
-
-
-def _rounded_values(trial: Trial) -> dict[str, str]:
-    return {key: round_text(value) for key, value in trial.values.items()}
 
 
 def _mean_metrics(trial: Trial, metric: str) -> dict[str, Any]:
@@ -272,10 +256,10 @@ def summary_lines(report: SweepReport) -> list[str]:
     """Describe the winner, whether its lead is significant, its test metrics, and the importance of the keys."""
     if not report.ranking:
         return ["no setting completed with a metric"] if report.plan.monitor else []
-    best, metric = report.ranking[0], report.metric
+    best, metric = report.ranking[0], report.plan.metric
     repeats = repeats_text(best.values)
     spread = "" if best.std is None else f" ± {best.std:.2g} over {repeats}"
-    name = setting_name(best.trial.values) or "the only setting"
+    name = setting_name(best.trial.values)
     lines = [f"best: {name}: {metric} {value_text(best.mean)}{spread}"]
     if report.comparison:
         count = len(report.ranking)
@@ -315,7 +299,7 @@ def _comparison_line(report: SweepReport, comparison: WinnerComparison) -> str:
     elif comparison.tied_rank is not None:
         tied = setting_name(report.ranking[comparison.tied_rank - 1].trial.values)
         verdict += f"; no significant difference from {tied} (place {comparison.tied_rank})"
-    count = comparison.num_settings
+    count = len(report.ranking)
     correction = f", corrected for selecting the best of {count}" if count > 2 else ""
     interval = f"{comparison.low:.2g} to {comparison.high:.2g}"
     paired = f"paired over {repeats_text(comparison.repeats)}"
@@ -333,12 +317,12 @@ def draw_figures(report: SweepReport, folder: Path) -> list[str]:
         paths.append(f"figures/{name}.png")
         save_figure(figure, folder / paths[-1])
 
-    names = {trial.number: setting_name(trial.values) or "all" for trial in report.trials}
+    names = {trial.number: setting_name(trial.values) for trial in report.trials}
     groups: dict[str, list[Any]] = {}
     for run in find_runs(folder) if any(folder.glob("*/metrics.csv")) else []:
-        name = names.get(int(run.name.split("-")[0]))
-        if name is not None:
-            groups.setdefault(name, []).append(read_run(run).rows)
+        number = int(run.name.split("-")[0])
+        if number in names:
+            groups.setdefault(names[number], []).append(read_run(run).rows)
     if groups:
         add("curves", plot_learning_curves(groups, metric))
     points = [(r.trial.values, r.mean) for r in report.ranking if math.isfinite(r.mean)]
@@ -349,10 +333,10 @@ def draw_figures(report: SweepReport, folder: Path) -> list[str]:
             names = [value for value in each.values if value in used]
             scales.append(Scale(each.key, names, (each.low or 0.0, each.high or 0.0), each.log))
     if scales:
-        add("parallel", plot_parallel_coordinates(points, scales, report.metric, mode))
+        add("parallel", plot_parallel_coordinates(points, scales, report.plan.metric, mode))
     for scale in scales:
         name = scale.key.replace("/", "_")
-        add(f"effect-{name}", plot_marginal_effect(points, scale, report.metric, mode))
+        add(f"effect-{name}", plot_marginal_effect(points, scale, report.plan.metric, mode))
     return paths
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,14 +69,12 @@ def grid(dimensions: Sequence[SearchDimension]) -> list[dict[str, str]]:
     Raises:
         UserError: a key has an interval, which a grid cannot enumerate.
     """
-    for dimension in dimensions:
-        if not dimension.values:
-            key = dimension.key
-            raise UserError(
-                f"{key}: a grid needs listed values, as {key}=0.1,0.01 or {key}='range(0,3)'; "
-                "sweep.sampler=random or tpe draws from an interval"
-            )
     keys = [dimension.key for dimension in dimensions]
+    if key := next((dimension.key for dimension in dimensions if not dimension.values), None):
+        raise UserError(
+            f"{key}: a grid needs listed values, as {key}=0.1,0.01 or {key}='range(0,3)'; "
+            "sweep.sampler=random or tpe draws from an interval"
+        )
     combinations = itertools.product(*(dimension.values for dimension in dimensions))
     return [dict(zip(keys, values, strict=True)) for values in combinations]
 
@@ -108,7 +106,12 @@ def _dimension(override: "Override", config_dir: Path | None) -> SearchDimension
     if getattr(value, "shuffle", False):
         raise UserError(f"{key}: shuffle is not supported; sweep.sampler=random draws values in random order")
     if override.is_interval_sweep():
-        return _interval(key, value)
+        low, high, integer, log = value.start or 0, value.end or 0, isinstance(value.start, int), bool(tags)
+        high -= integer
+        if low >= high or (log and low <= 0):
+            condition = "above 0 and " if log else ""
+            raise UserError(f"{key}: interval({low},{high}) needs a lower end {condition}below the upper end")
+        return SearchDimension(key, (), low, high, None, log, integer)
     if hasattr(value, "filter"):  # glob
         values = value.filter(group_options(config_dir).get(key, []))
     else:
@@ -124,15 +127,6 @@ def _dimension(override: "Override", config_dir: Path | None) -> SearchDimension
     return SearchDimension(key, tuple(values))
 
 
-def _interval(key: str, value: Any) -> SearchDimension:
-    low, high, integer, log = value.start or 0, value.end or 0, isinstance(value.start, int), bool(value.tags)
-    high = high - 1 if integer else high
-    if low >= high or (log and low <= 0):
-        condition = "above 0 and " if log else ""
-        raise UserError(f"{key}: interval({low},{high}) needs a lower end {condition}below the upper end")
-    return SearchDimension(key, (), low, high, None, log, integer)
-
-
 def expand_grid(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
     """Return every combination of the listed values: `a=1,2 b=range(0,3)` gives six lists of overrides.
 
@@ -140,14 +134,19 @@ def expand_grid(overrides: Sequence[str], config_dir: Path | None = None) -> lis
         UserError: a key has an interval, which a grid cannot enumerate.
     """
     fixed, dimensions = read_space(overrides, config_dir)
-    return [[*fixed, *(f"{key}={value}" for key, value in values.items())] for values in grid(dimensions)]
+    return [[*fixed, *typed_values(values)] for values in grid(dimensions)]
 
 
 def add_swept_keys(overrides: Sequence[str], config_dir: Path | None = None) -> list[str]:
     """Return the overrides plus those of `sweep.over` in the config."""
     fixed, dimensions = read_space(overrides, config_dir)
-    settings = read_settings([*fixed, *(f"{each.key}={each.first}" for each in dimensions)], config_dir)
-    return [*overrides, *(f"{key}={values}" for key, values in swept_by_config(settings, overrides).items())]
+    settings = read_settings([*fixed, *typed_values({each.key: each.first for each in dimensions})], config_dir)
+    return [*overrides, *typed_values(swept_by_config(settings, overrides))]
+
+
+def typed_values(values: Mapping[str, object]) -> list[str]:
+    """Return overrides of values that are formatted as on the command line."""
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 def swept_by_config(settings: Settings, overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,18 +1,20 @@
 """Progress of a sweep on the console: a live table on a terminal, otherwise one line per finished run."""
 
+import statistics
 import sys
-import time
+from collections import Counter
 from collections.abc import Mapping
-from types import TracebackType
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from cnntrain.io.streams import lenient, printable
-from cnntrain.report.console import columns_of, rows_table, seconds_text, value_text
-from cnntrain.sweep.plan import PlannedRun, Repeat, SweepPlan, round_text, setting_name
+from cnntrain.io.streams import lenient
+from cnntrain.report.console import columns_of, print_line, rows_table, seconds_text, value_text
+from cnntrain.sweep.plan import PlannedRun, SweepPlan, rounded, setting_name
 from cnntrain.sweep.study import Outcome
+from cnntrain.sweep.trial_workers import LOG_FILE
 
 
 class SweepProgress:
@@ -29,14 +31,12 @@ class SweepProgress:
         # Bind the current stream: runs in this process replace sys.stderr by their own log.
         self.console = console or Console(file=lenient(sys.stderr))
         self.plan, self.pending = plan, 0
-        self.metric = f"val/{plan.monitor[0]}" if plan.monitor else ""
-        self.counts: dict[str, int] = {}  # finished runs by status
+        self.counts: Counter[str] = Counter()  # finished runs by status
         self.best: tuple[float, str] | None = None  # mean over the runs of the best finished setting
         self._values: dict[int, list[float]] = {}  # metrics of completed runs by trial
-        self._running: dict[tuple[int, Repeat], dict[str, object]] = {}
+        self._running: dict[Path, dict[str, object]] = {}  # rows of the table by run folder
         self._finished: list[dict[str, object]] = []
-        self._start_s: dict[tuple[int, Repeat], float] = {}
-        self._durations_s: list[float] = []
+        self._durations_s: list[float] = []  # in this session
         self._live = Live(
             get_renderable=self._draw,
             console=self.console,
@@ -51,70 +51,64 @@ class SweepProgress:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._live.stop()
 
     def start_run(self, run: PlannedRun) -> None:
-        key = (run.trial, run.repeat)
-        self._start_s[key] = time.monotonic()
-        self._running[key] = {**self._row(run), "status": "running"}
+        self._running[run.folder] = {**self._row(run), "status": "running"}
 
     def update_run(self, run: PlannedRun, epoch: int, value: float) -> None:
         """Show the metric of a running run after an epoch."""
-        self._running[run.trial, run.repeat] |= {"epoch": epoch, self.metric or "metric": value}
+        self._running[run.folder] |= {"epoch": epoch, self.plan.metric or "metric": value}
 
     def finish_run(self, run: PlannedRun, outcome: Outcome) -> None:
         """Show the outcome of a run; an error is printed immediately."""
-        key = (run.trial, run.repeat)
-        self._running.pop(key, None)
-        self._durations_s.append(time.monotonic() - self._start_s.pop(key, time.monotonic()))
+        metric = self.plan.metric
+        del self._running[run.folder]
         row = {**self._row(run), "status": outcome.status, "epoch": outcome.metrics.get("epoch")}
-        row |= {self.metric: outcome.value} if self.metric else outcome.metrics
+        row |= {metric: outcome.value} if metric else outcome.metrics
         self._finished.append({**row, "time": seconds_text(outcome.time_s)})
-        name = setting_name(run.values, self.plan.varying(run.repeat)) or str(run.repeat)
+        if outcome.time_s:  # unknown for a run whose process died
+            self._durations_s.append(outcome.time_s)
         self.count(outcome, run.trial, run.values)
+        name = setting_name(run.values, self.plan.varying(run.repeat))
         if outcome.error:
-            self._print(f"error: {name}: {outcome.status}: {outcome.error}\n       {run.folder / 'log.txt'}")
+            error = f"error: {name}: {outcome.status}: {outcome.error}\n       {run.folder / LOG_FILE}"
+            print_line(error, self.console)
         if not self.console.is_terminal:
             result = str(outcome.metrics.get("verdict", ""))
             if outcome.value is not None:
-                result = f"{self.metric} {value_text(outcome.value)}"
+                result = f"{metric} {value_text(outcome.value)}"
             parts = [f"{outcome.status} {result}".rstrip(), seconds_text(outcome.time_s), self._time_left()]
-            number = sum(self.counts.values())
-            self._print(f"[{number}/{self.total}] {name}: {', '.join(part for part in parts if part)}")
+            text = ", ".join(part for part in parts if part)
+            print_line(f"[{self.counts.total()}/{self.total}] {name}: {text}", self.console)
 
     def count(self, outcome: Outcome, trial: int, values: Mapping[str, str]) -> None:
         """Count a finished run, from this session or an earlier one, and update the best setting."""
-        self.counts[outcome.status] = self.counts.get(outcome.status, 0) + 1
+        self.counts[outcome.status] += 1
         if outcome.status != "done" or outcome.value is None or not self.plan.monitor:
             return
         completed = self._values.setdefault(trial, [])
         completed.append(outcome.value)
         if len(completed) == len(self.plan.repeats):
-            mean = sum(completed) / len(completed)
+            mean = statistics.fmean(completed)
             if self.best is None or (mean > self.best[0]) == (self.plan.monitor[1] == "max"):
-                self.best = (mean, setting_name(values) or "the only setting")
+                self.best = (mean, setting_name(values))
+
+    def _row(self, run: PlannedRun) -> dict[str, object]:
+        return {"run": run.trial, **rounded(run.values), **self.plan.varying(run.repeat)}
 
     @property
     def total(self) -> int:
-        return sum(self.counts.values()) + len(self._running) + self.pending
-
-    def _print(self, text: str) -> None:
-        self.console.print(Text(printable(text)), soft_wrap=True)
-
-    def _row(self, run: PlannedRun) -> dict[str, object]:
-        values = {key: round_text(value) for key, value in run.values.items()}
-        return {"run": run.trial, **values, **self.plan.varying(run.repeat)}
+        return self.counts.total() + len(self._running) + self.pending
 
     def _time_left(self) -> str:
         """Estimate the time left from the mean duration of the runs in this session."""
         unfinished = len(self._running) + self.pending
         if not self._durations_s or unfinished <= 0:
             return ""
-        mean_s = sum(self._durations_s) / len(self._durations_s)
-        return f"about {seconds_text(mean_s * unfinished / min(self.plan.sweep.jobs, unfinished))} left"
+        seconds = statistics.fmean(self._durations_s) * unfinished / min(self.plan.sweep.jobs, unfinished)
+        return f"about {seconds_text(seconds)} left"
 
     def _draw(self) -> Group:
         running = list(self._running.values())
@@ -127,5 +121,5 @@ class SweepProgress:
         counts = {"running": len(running), **self.counts, "pending": self.pending}
         text = ", ".join(f"{count} {status}" for status, count in counts.items())
         head.append(f"{text}   {self._time_left()}", style="not bold")
-        best = f"best so far: {self.metric} {value_text(self.best[0])} ({self.best[1]})" if self.best else ""
+        best = f"best so far: {self.plan.metric} {value_text(self.best[0])} ({self.best[1]})" if self.best else ""
         return Group(head, table, Text(best, style="green"))

@@ -7,19 +7,17 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from optuna.exceptions import OptunaError
 
 from cnntrain.config.command_line import MASK, Invocation, command_text, typed, without_passwords
 from cnntrain.errors import CnntrainError, MachineError, StoppedError, UserError
 from cnntrain.io.safe_files import read_json
 from cnntrain.plots.figure import log_plot_errors
-from cnntrain.report.console import console, log_to_console, print_rows
+from cnntrain.report.console import log_to_console, print_rows
 from cnntrain.report.tensorboard import TensorBoardWriter
-from cnntrain.sweep.plan import PlannedRun, Repeat, SweepPlan, read_plan, repeats_text
+from cnntrain.sweep.plan import PlannedRun, SweepPlan, read_plan, repeats_text
 from cnntrain.sweep.results import (
     SweepReport,
     draw_figures,
@@ -29,15 +27,9 @@ from cnntrain.sweep.results import (
     write_report,
     write_results_csv,
 )
-from cnntrain.sweep.storage import JOURNAL_FILE, SWEEP_FILE, database_errors, open_study, storage_problem
-from cnntrain.sweep.study import Outcome, Study, Trial
+from cnntrain.sweep.study import SWEEP_FILE, Study, open_study, storage_errors, storage_problem
 from cnntrain.sweep.sweep_progress import SweepProgress
-from cnntrain.sweep.trial_workers import (
-    InProcessRunner,
-    ProcessPoolRunner,
-    SweepTarget,
-    evaluate_on_test_set,
-)
+from cnntrain.sweep.trial_workers import InProcessRunner, ProcessPoolRunner, SweepTarget, run_log
 from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
 from cnntrain.train.signals import StopFlag, stop_flag
 
@@ -68,16 +60,16 @@ def run_sweep(invocation: Invocation, target: SweepTarget) -> int:
             raise UserError(
                 f"run_dir: {folder} already contains a sweep; continue it with resume=auto, or choose another folder"
             )
-        study = open_study(plan, folder, None if plan.base.steps else plan.base.epochs)
+        study = open_study(plan, folder)
         if not (folder / "run.json").exists():
             run_dir.write_json("run.json", provenance(invocation.line))
         with _errors_with_resume_command(invocation, plan, folder) as resume_command:
             try:
-                complete = _run_trials(plan, target, study, folder, stop, resume_command)
+                complete = _run_trials(target, study, stop, resume_command)
             finally:
                 write_results_csv(folder, study.trials())
             stop.check()
-            report = make_report(plan, study)
+            report = make_report(study)
             winner_command = _test_winner(report, target, folder, complete)
         if plan.base.log.figures:
             with log_plot_errors("the sweep's figures"):
@@ -102,143 +94,73 @@ def _errors_with_resume_command(invocation: Invocation, plan: SweepPlan, folder:
         name = signal.Signals(number).name
         message = f"stopped by {name}; unfinished runs are saved; to continue: {command}"
         raise StoppedError(number, message) from error
-    except (OptunaError, *database_errors(plan.sweep.storage)) as error:
-        problem = storage_problem(plan.sweep.storage or folder / JOURNAL_FILE, error)
-        raise MachineError(f"{problem}\nto continue: {command}") from error
+    except storage_errors(plan.sweep.storage) as error:
+        raise MachineError(f"{storage_problem(plan, folder, error)}\nto continue: {command}") from error
 
 
 def _sweep_folder(plan: SweepPlan) -> Path | None:
     """Return the folder given by `run_dir` or `resume`; None for a new folder under outputs/."""
-    if plan.base.resume not in ("none", "auto"):
-        folder = Path(plan.base.resume)
-        if not (folder / SWEEP_FILE).is_file():
-            raise UserError(f"resume: {folder} contains no sweep; to continue a sweep use resume=auto run_dir=FOLDER")
-        return folder
-    if plan.base.resume == "auto" and not plan.base.run_dir:
+    resume, run_dir = plan.base.resume, plan.base.run_dir
+    if resume not in ("none", "auto"):
+        if not Path(resume, SWEEP_FILE).is_file():
+            raise UserError(f"resume: {resume} contains no sweep; to continue a sweep use resume=auto run_dir=FOLDER")
+        return Path(resume)
+    if resume == "auto" and not run_dir:
         raise UserError(
             "resume: auto continues the sweep in run_dir, but run_dir is not set; add run_dir=FOLDER, or name the "
             "sweep with resume=FOLDER"
         )
-    return Path(plan.base.run_dir) if plan.base.run_dir else None
+    return Path(run_dir) if run_dir else None
 
 
-def _run_trials(
-    plan: SweepPlan, target: SweepTarget, study: Study, folder: Path, stop: StopFlag, resume_command: str
-) -> bool:
+def _run_trials(target: SweepTarget, study: Study, stop: StopFlag, resume_command: str) -> bool:
     """Run trials until none is left, the time budget is used up, or a stop is requested.
 
     Returns True if the sweep is complete: all trials have finished, here and on other machines, or its time budget is
     used up.
     """
-    progress, queue = SweepProgress(plan), RunQueue(plan, study, folder)
+    plan, progress = study.plan, SweepProgress(study.plan)
     for trial in study.trials():
         for outcome in trial.outcomes.values():
             progress.count(outcome, trial.number, trial.values)
     deadline = math.inf if plan.sweep.timeout_s is None else time.monotonic() + plan.sweep.timeout_s
+    closed = ""  # why no further runs are started
 
     def should_prune(run: PlannedRun, epoch: int, value: float) -> bool:
-        """Show the metric of an epoch and decide whether to prune the run; only a setting's first repeat is pruned."""
         progress.update_run(run, epoch, value)
-        may_prune = plan.sweep.pruner != "none" and run.repeat == plan.repeats[0]
-        return may_prune and study.should_prune(run.trial, epoch, value)
+        return study.should_prune(run, epoch, value)
 
-    monitor, jobs = plan.monitor[0] if plan.monitor else None, plan.sweep.jobs
-    if jobs > 1:
-        runner = ProcessPoolRunner(target.run, monitor, should_prune, jobs)
-    else:
-        runner = InProcessRunner(target.run, monitor, should_prune)
+    arguments = target.run, plan.monitor[0] if plan.monitor else None, should_prune
+    jobs = plan.sweep.jobs
+    runner = ProcessPoolRunner(*arguments, jobs) if jobs > 1 else InProcessRunner(*arguments)
     try:
         with progress:
             while True:
                 if stop.number is not None:
-                    queue.close("stopped")
+                    closed = closed or "stopped"
                     runner.stop()
                 elif time.monotonic() > deadline:
-                    queue.close(f"sweep.timeout_s={plan.sweep.timeout_s:g} is over")
-                while runner.can_start and (run := queue.next_run()):
+                    closed = closed or f"sweep.timeout_s={plan.sweep.timeout_s:g} is over"
+                while not closed and len(runner.running) < jobs and (run := study.next_run()):
                     progress.start_run(run)
-                    progress.pending = queue.num_pending
+                    progress.pending = study.num_pending
                     runner.start(run)
-                if not runner.is_busy:
+                if not runner.running:
                     break
                 for run, outcome in runner.collect_finished():
                     if outcome.status == "stopped":
                         continue  # the run continues when the sweep is resumed
-                    queue.finish_run(run, outcome)
-                    progress.pending = queue.num_pending
+                    study.finish_run(run, outcome)
+                    progress.pending = study.num_pending
                     progress.finish_run(run, outcome)
-                    write_results_csv(folder, study.trials())
+                    write_results_csv(study.folder, study.trials())
                     if outcome.status in ("failed", "killed") and plan.sweep.on_error == "stop":
-                        queue.close("sweep.on_error=stop")
-    except StoppedError:
-        queue.close("stopped")
-        raise
+                        closed = closed or "sweep.on_error=stop"
     finally:
         runner.close()
-        if queue.close_reason not in ("", "stopped") and queue.num_pending:
-            log.info("%s: no further runs are started; to continue: %s", queue.close_reason, resume_command)
+    if closed not in ("", "stopped") and study.num_pending:
+        log.info("%s: no further runs are started; to continue: %s", closed, resume_command)
     return time.monotonic() > deadline or all(trial.is_finished for trial in study.trials())
-
-
-@dataclass
-class _OpenTrial:
-    """An unfinished trial: its waiting repeats and its running repeats."""
-
-    trial: Trial
-    waiting: list[Repeat]
-    running: set[Repeat] = field(default_factory=set)
-
-
-class RunQueue:
-    """Choose the next run. With a pruner, the other repeats of a setting wait until its first run was not pruned."""
-
-    def __init__(self, plan: SweepPlan, study: Study, folder: Path) -> None:
-        self.plan, self.study, self.folder = plan, study, folder
-        self.close_reason = ""
-        self._open: dict[int, _OpenTrial] = {}
-
-    def next_run(self) -> PlannedRun | None:
-        """Return a run to start now; None if the queue is closed or no trial is waiting."""
-        while not self.close_reason:
-            for each in self._open.values():
-                blocked = self.plan.sweep.pruner != "none" and self.plan.repeats[0] in each.running
-                if each.waiting and not blocked:
-                    repeat = each.waiting.pop(0)
-                    each.running.add(repeat)
-                    return self.plan.run(each.trial.number, each.trial.values, repeat, self.folder)
-            trial = self.study.next_trial()
-            if trial is None:
-                return None
-            pruned = any(outcome.status == "pruned" for outcome in trial.outcomes.values())
-            waiting = [each for each in self.plan.repeats if each not in trial.outcomes and not pruned]
-            self._open[trial.number] = _OpenTrial(trial, waiting)
-            self._finish_trial_if_done(trial.number)
-        return None
-
-    def finish_run(self, run: PlannedRun, outcome: Outcome) -> None:
-        """Store the outcome of a run, and finish its trial after the last run."""
-        self.study.record(run.trial, run.repeat, outcome)
-        each = self._open[run.trial]
-        each.running.discard(run.repeat)
-        if outcome.status == "pruned":
-            each.waiting.clear()
-        self._finish_trial_if_done(run.trial)
-
-    def close(self, reason: str) -> None:
-        """Start no further runs; the first reason is kept."""
-        self.close_reason = self.close_reason or reason
-
-    @property
-    def num_pending(self) -> int:
-        """Return the maximum number of runs that have not started."""
-        waiting = sum(len(each.waiting) for each in self._open.values())
-        return waiting + self.study.num_waiting * len(self.plan.repeats)
-
-    def _finish_trial_if_done(self, number: int) -> None:
-        each = self._open[number]
-        if not each.waiting and not each.running:
-            self.study.finish(number)
-            del self._open[number]
 
 
 def _test_winner(report: SweepReport, target: SweepTarget, folder: Path, complete: bool) -> str | None:
@@ -258,12 +180,12 @@ def _test_winner(report: SweepReport, target: SweepTarget, folder: Path, complet
 
 def _test_metrics(run: PlannedRun, target: SweepTarget, tensorboard: bool) -> dict[str, float]:
     """Return the test metrics from the run's results.json; evaluate and store them there if they are missing."""
-    results = read_json(
-        run.folder / "results.json",
-        f"{run.command} {typed(run_dir=run.folder, resume='auto')} rewrites it",
-    )
+    remedy = f"{run.command} {typed(run_dir=run.folder, resume='auto')} rewrites it"
+    results = read_json(run.folder / "results.json", remedy)
     if not results.get("test"):
-        results["test"] = evaluate_on_test_set(target, run)
+        assert target.test is not None
+        with run_log(run):
+            results["test"] = target.test(run.settings(), run.command)
         RunDir(run.folder).write_json("results.json", results)
         if tensorboard:
             with TensorBoardWriter(run.folder) as events:
@@ -272,11 +194,10 @@ def _test_metrics(run: PlannedRun, target: SweepTarget, tensorboard: bool) -> di
 
 
 def _print_report(report: SweepReport, study: Study, folder: Path, winner_command: str | None) -> None:
-    rows = [
-        {key: value[:60] if isinstance(value, str) else value for key, value in row.items()}
-        for row in ranking_rows(report)
-    ]
-    print_rows(rows, title="sweep", console=console)
+    rows = ranking_rows(report)
+    for row in rows:
+        row.update({key: value[:60] for key, value in row.items() if isinstance(value, str)})
+    print_rows(rows, title="sweep")
     for line in summary_lines(report):
         print(line)
     if study.num_duplicates:

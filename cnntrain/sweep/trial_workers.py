@@ -5,7 +5,6 @@ When the sweep's process dies, its workers are killed immediately, so that `resu
 """
 
 import contextlib
-import itertools
 import math
 import multiprocessing
 import os
@@ -17,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 
 from cnntrain.config.schema import Settings
@@ -27,20 +27,14 @@ from cnntrain.io.safe_files import make_folder
 from cnntrain.io.streams import output_to
 from cnntrain.memory import keep_freed_memory
 from cnntrain.report.console import log_to_console
-from cnntrain.sweep.plan import PlannedRun, available_cores
+from cnntrain.sweep.plan import PlannedRun
 from cnntrain.sweep.study import Outcome
 
-T = TypeVar("T")
 LOG_FILE = "log.txt"
 PruneCheck = Callable[[PlannedRun, int, float], bool]  # run, epoch from 1, metric -> whether to prune the run
-
-
-class Command(Protocol):
-    """A command that a sweep repeats: a function at module level, because worker processes import it by name."""
-
-    def __call__(
-        self, settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]
-    ) -> Mapping[str, Any]: ...
+# A function at module level, because worker processes import it by name. Its arguments are the settings, the command
+# line and a function to call with the row of metrics.csv after each epoch; it returns the results of the run.
+Command = Callable[[Settings, str, Callable[[dict[str, float]], None]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ def execute_run(
             raise PrunedError(f"pruned after epoch {row['epoch']:.0f}")
 
     threads = torch.get_num_threads()
-    with _run_log(run):
+    with run_log(run):
         try:
             results = command(run.settings(), run.command, watch)
         except StoppedError:
@@ -105,15 +99,8 @@ def execute_run(
     return Outcome(status, value, _table_metrics(results), error, round(time.perf_counter() - started, 2))
 
 
-def evaluate_on_test_set(target: SweepTarget, run: PlannedRun) -> dict[str, float]:
-    """Return the test metrics of a finished run; printed output goes to the log of the run."""
-    assert target.test is not None
-    with _run_log(run):
-        return target.test(run.settings(), run.command)
-
-
 @contextlib.contextmanager
-def _run_log(run: PlannedRun) -> Iterator[None]:
+def run_log(run: PlannedRun) -> Iterator[None]:
     """Redirect printed output to the log file of a run."""
     make_folder(run.folder, run.folder.parent)
     with output_to(run.folder / LOG_FILE):
@@ -127,34 +114,23 @@ def _table_metrics(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class InProcessRunner:
-    """Execute runs in this process. `start` returns when the run has finished."""
+    """Execute runs in this process, one at a time, when their outcome is collected."""
 
     def __init__(self, command: Command, monitor: str | None, should_prune: PruneCheck) -> None:
         self.command, self.monitor, self.should_prune = command, monitor, should_prune
-        self._finished: list[tuple[PlannedRun, Outcome]] = []
-
-    @property
-    def can_start(self) -> bool:
-        return not self._finished
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self._finished)
+        self.running: list[PlannedRun] = []
 
     def start(self, run: PlannedRun) -> None:
-        """Execute a run.
+        self.running.append(run)
+
+    def collect_finished(self) -> list[tuple[PlannedRun, Outcome]]:
+        """Execute the run that was started.
 
         Raises:
             StoppedError: a signal arrived during the run.
         """
-        outcome = execute_run(
-            self.command, run, self.monitor, lambda epoch, value: self.should_prune(run, epoch, value)
-        )
-        self._finished.append((run, outcome))
-
-    def collect_finished(self) -> list[tuple[PlannedRun, Outcome]]:
-        finished, self._finished = self._finished, []
-        return finished
+        run = self.running.pop()
+        return [(run, execute_run(self.command, run, self.monitor, lambda *report: self.should_prune(run, *report)))]
 
     def stop(self) -> None: ...
 
@@ -178,17 +154,12 @@ class ProcessPoolRunner:
         methods = multiprocessing.get_all_start_methods()
         self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         self.context.set_forkserver_preload([command.__module__])  # pyright: ignore[reportFunctionMemberAccess]
-        self._cores, self._gpus = available_cores(), visible_gpus()
         self._stopping = False
         self._workers: list[_Worker] = []
 
     @property
-    def can_start(self) -> bool:
-        return len(self._workers) < self.jobs or any(worker.run is None for worker in self._workers)
-
-    @property
-    def is_busy(self) -> bool:
-        return any(worker.run is not None for worker in self._workers)
+    def running(self) -> list[PlannedRun]:
+        return [worker.run for worker in self._workers if worker.run is not None]
 
     def start(self, run: PlannedRun) -> None:
         """Send a run to an idle worker, or to a new one."""
@@ -206,9 +177,9 @@ class ProcessPoolRunner:
 
     def _start_worker(self, index: int) -> _Worker:
         parent_end, worker_end = self.context.Pipe()
-        cores, gpus = (worker_share(index, self.jobs, each) for each in (self._cores, self._gpus))
-        arguments = (worker_end, self.command, self.monitor, cores, gpus)
-        process = self.context.Process(target=_run_worker, args=arguments)
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        shares = (worker_share(index, self.jobs, each) for each in (cores, visible_gpus()))
+        process = self.context.Process(target=_run_worker, args=(worker_end, self.command, self.monitor, *shares))
         process.start()
         worker_end.close()  # the pipe then closes when the worker dies
         return _Worker(process, parent_end)
@@ -229,17 +200,19 @@ class ProcessPoolRunner:
     def _receive(self, worker: _Worker) -> Outcome | None:
         """Read a message: the outcome of the run, or the metric of an epoch, which is answered."""
         assert worker.run is not None
-        try:
+        message = None
+        with contextlib.suppress(EOFError, OSError):
             if worker.connection.poll():
                 message = worker.connection.recv()
-                if isinstance(message, Outcome):
-                    return message
-                worker.connection.send(self.should_prune(worker.run, *message))
+            elif worker.process.is_alive():
                 return None
-            if worker.process.is_alive():
-                return None
-        except (EOFError, OSError):
-            pass
+        if isinstance(message, Outcome):
+            return message
+        if message is not None:
+            prune = self.should_prune(worker.run, *message)
+            with contextlib.suppress(OSError):  # the next call notices that the worker died
+                worker.connection.send(prune)
+            return None
         worker.process.join()
         if self._stopping:
             return Outcome("stopped")
@@ -267,11 +240,7 @@ class ProcessPoolRunner:
 
 
 def _run_worker(
-    connection: "Connection[Any, Any]",
-    command: Command,
-    monitor: str | None,
-    cores: list[int],
-    gpus: list[str],
+    connection: "Connection[Any, Any]", command: Command, monitor: str | None, cores: list[int], gpus: list[str]
 ) -> None:
     """Execute runs until the sweep closes the connection: the main function of a worker process."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -308,13 +277,12 @@ def _die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def worker_share(worker: int, jobs: int, available: Sequence[T]) -> list[T]:
+def worker_share(worker: int, jobs: int, available: Sequence[Any]) -> list[Any]:
     """Return the cores or GPUs of a worker: a part of them if there are more than workers, else a single one."""
     count = len(available)
     if count <= jobs:
         return [available[worker % count]] if count else []
-    ends = list(itertools.accumulate(count // jobs + (i < count % jobs) for i in range(jobs)))
-    return list(available[ends[worker - 1] if worker else 0 : ends[worker]])
+    return np.array_split(available, jobs)[worker].tolist()
 
 
 def visible_gpus() -> list[str]:
@@ -322,4 +290,4 @@ def visible_gpus() -> list[str]:
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is not None:
         return [name for name in names.split(",") if name.strip()]
-    return [str(number) for number in range(torch.cuda.device_count())]
+    return list(map(str, range(torch.cuda.device_count())))

@@ -110,7 +110,7 @@ OF_MODE = {
     "plain": RUN | RESUMING,
     "figures": {"cnntrain.report.run_logger:save_figure": 5},
     "ranks": RUN | RESUMING,
-    "sweep": RUN | RESUMING | {"cnntrain.sweep.study:Study.record": 2, "cnntrain.sweep.sweep_run:make_report": 1},
+    "sweep": RUN | RESUMING | {"cnntrain.sweep.study:Study.finish_run": 2, "cnntrain.sweep.sweep_run:make_report": 1},
     "parallel sweep": {name: RUN[name] for name in RUN if "files" not in name},
 }
 
@@ -162,7 +162,7 @@ SAMPLE = {
     "while drawing figures": ("figures", (Kill("cnntrain.report.run_logger:save_figure", 3),)),
     "in a sweep": (
         "sweep",
-        (Kill("cnntrain.report.metrics:MetricsFile.append", 3), Kill("cnntrain.sweep.study:Study.record", 1)),
+        (Kill("cnntrain.report.metrics:MetricsFile.append", 3), Kill("cnntrain.sweep.study:Study.finish_run", 1)),
     ),
     "with two ranks": ("ranks", (Kill("cnntrain.report.metrics:MetricsFile.append", 2, whom="process"),)),
 }

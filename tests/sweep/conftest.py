@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,19 +6,12 @@ import pytest
 from cnntrain.cli import parse_arguments
 from cnntrain.sweep.plan import SweepPlan, read_plan
 
-QUICK = (
-    "epochs=1",
-    "data.limit=60",
-    "batch_size=16",
-    "threads=1",
-    "log.figures=false",
-    "log.tensorboard=false",
-)
+QUICK = ("epochs=1", "data.limit=60", "batch_size=16", "threads=1", "log.figures=false", "log.tensorboard=false")
 
 
 @pytest.fixture
 def plan() -> Callable[..., SweepPlan]:
-    """Reads a sweep's command line."""
+    """Return a function that reads the command line of a sweep."""
 
     def read(*arguments: str, ranked: bool = True) -> SweepPlan:
         return read_plan(parse_arguments(["-m", *QUICK, *arguments]), ranked)
@@ -28,7 +21,7 @@ def plan() -> Callable[..., SweepPlan]:
 
 @pytest.fixture
 def nets(own_folder: Path) -> Path:
-    """A folder of networks that raise, that die, and that are well, for `--config-dir`."""
+    """Return a folder for `--config-dir` with a network that can raise or kill its process."""
     folder = own_folder / "mine"
     (folder / "model").mkdir(parents=True)
     (folder / "badnets.py").write_text(
@@ -49,7 +42,3 @@ def nets(own_folder: Path) -> Path:
     )
     (folder / "model" / "ill.yaml").write_text("_target_: badnets.Net\nill: no\n")
     return folder
-
-
-def columns(rows: Sequence[dict[str, str]], *names: str) -> list[tuple[str, ...]]:
-    return [tuple(row[name] for name in names) for row in rows]

@@ -1,4 +1,4 @@
-"""What a user watches."""
+"""Progress of a sweep on a terminal and in a log file."""
 
 import dataclasses
 import io
@@ -19,28 +19,28 @@ OUTCOMES = [
 ]
 
 
-def play(plan: SweepPlan, console: Console) -> SweepProgress:
-    board = SweepProgress(plan, console)
-    with board:
-        board.pending = 2
+def run_outcomes(plan: SweepPlan, console: Console) -> SweepProgress:
+    progress = SweepProgress(plan, console)
+    with progress:
+        progress.pending = 2
         for seed, outcome in enumerate(OUTCOMES):
             values = {"model": "mlp", "optimizer.lr": f"0.{seed}1234567890"}
             run = plan.run(seed, values, Repeat(seed), Path("s"))
-            board.start_run(run)
-            board.update_run(run, 1, 0.5)
-            board.finish_run(run, outcome)
-        board.start_run(dataclasses.replace(run, trial=9))
-        board.update_run(dataclasses.replace(run, trial=9), 7, 0.123)
+            progress.start_run(run)
+            progress.update_run(run, 1, 0.5)
+            progress.finish_run(run, outcome)
+        progress.start_run(dataclasses.replace(run, trial=9))
+        progress.update_run(dataclasses.replace(run, trial=9), 7, 0.123)
         drawn = Console(file=io.StringIO(), width=110)
-        drawn.print(board._draw())
+        drawn.print(progress._draw())
         assert isinstance(drawn.file, io.StringIO)
-        board.drawn = drawn.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    return board
+        progress.drawn = drawn.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    return progress
 
 
-def test_a_log_has_a_line_a_run_and_the_error_at_once(plan: Callable[..., SweepPlan]) -> None:
+def test_a_log_has_a_line_per_run_and_errors_immediately(plan: Callable[..., SweepPlan]) -> None:
     console = Console(file=io.StringIO(), width=80)
-    play(plan("model=mlp,lenet5"), console)
+    run_outcomes(plan("model=mlp,lenet5"), console)
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert lines[0].startswith("[1/3] model=mlp optimizer.lr=0.01235: done val/top1 0.91, 4.0 s, about")
@@ -48,25 +48,25 @@ def test_a_log_has_a_line_a_run_and_the_error_at_once(plan: Callable[..., SweepP
     assert any(line.startswith("[4/6]") and "pruned" in line for line in lines)
 
 
-def test_the_table_tells_what_runs_what_is_best_and_what_is_left(plan: Callable[..., SweepPlan]) -> None:
+def test_the_table_shows_running_runs_the_best_setting_and_the_time_left(plan: Callable[..., SweepPlan]) -> None:
     terminal = Console(file=io.StringIO(), width=110, force_terminal=True)
-    drawn = play(plan("model=mlp,lenet5"), terminal).drawn  # pyright: ignore[reportAttributeAccessIssue]
+    drawn = run_outcomes(plan("model=mlp,lenet5"), terminal).drawn  # pyright: ignore[reportAttributeAccessIssue]
     assert "sweep of 7 runs: 1 running, 2 done, 1 killed, 1 pruned, 2 pending" in drawn
     assert "best so far: val/top1 0.95 (model=mlp optimizer.lr=0.1123)" in drawn
     assert "0.123" in drawn and "running" in drawn and "left" in drawn
 
 
-def test_lower_is_better_for_errors(plan: Callable[..., SweepPlan]) -> None:
-    asked = plan("model=mlp,lenet5")
-    board = SweepProgress(dataclasses.replace(asked, monitor=("nme", "min")), Console(file=io.StringIO()))
+def test_lower_is_better_with_mode_min(plan: Callable[..., SweepPlan]) -> None:
+    plan_ = plan("model=mlp,lenet5")
+    progress = SweepProgress(dataclasses.replace(plan_, monitor=("nme", "min")), Console(file=io.StringIO()))
     for trial, value in enumerate((0.3, 0.1, 0.2)):
-        board.count(Outcome("done", value), trial, {"model": str(value)})
-    assert board.best == (0.1, "model=0.1")
+        progress.count(Outcome("done", value), trial, {"model": str(value)})
+    assert progress.best == (0.1, "model=0.1")
 
 
-def test_the_best_so_far_is_a_setting_by_its_mean_and_not_a_lucky_run(plan: Callable[..., SweepPlan]) -> None:
-    board = SweepProgress(plan("model=mlp,lenet5", "data.folds=3"), Console(file=io.StringIO()))
+def test_the_best_setting_is_selected_by_its_mean(plan: Callable[..., SweepPlan]) -> None:
+    progress = SweepProgress(plan("model=mlp,lenet5", "data.folds=3"), Console(file=io.StringIO()))
     for trial, values in enumerate([(0.5, 0.99, 0.4), (0.7, 0.7, 0.7), (0.98, 0.98)]):
         for value in values:
-            board.count(Outcome("done", value), trial, {"model": str(trial)})
-    assert board.best is not None and board.best[1] == "model=1"
+            progress.count(Outcome("done", value), trial, {"model": str(trial)})
+    assert progress.best is not None and progress.best[1] == "model=1"

@@ -1,31 +1,105 @@
-"""Whole sweeps, in this process: what runs, what is written, what is said."""
+"""Whole sweeps in this process: which runs are executed, and what is written and printed."""
 
 import csv
 import json
+import shlex
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 
 from cnntrain import compose, train
-from cnntrain.cli import main
+from cnntrain.cli import main, parse_arguments
+from cnntrain.config.command_line import Invocation
+from cnntrain.errors import MachineError, StoppedError, UserError
 from cnntrain.report.metrics import read_metrics
-from cnntrain.sweep import storage
+from cnntrain.sweep import study
+from cnntrain.sweep.study import Study
+from cnntrain.sweep.sweep_run import run_sweep
+from cnntrain.sweep.trial_workers import SweepTarget
 from cnntrain.train.checkpoint import load_validated
 
-pytestmark = pytest.mark.slow
+NO_FILES = ("log.figures=false", "log.tensorboard=false")
+QUICK = ("epochs=1", "data.limit=60", "batch_size=16", "threads=1", *NO_FILES)
+TWO_SETTINGS = ("model=mlp", "optimizer.lr=0.01,0.02", *NO_FILES)
+Output = pytest.CaptureFixture[str]
 
-QUICK = (
-    "epochs=1",
-    "data.limit=60",
-    "batch_size=16",
-    "threads=1",
-    "log.figures=false",
-    "log.tensorboard=false",
-)
-Said = pytest.CaptureFixture[str]
+
+def invocation(*more: str) -> Invocation:
+    return parse_arguments(["-m", *TWO_SETTINGS, *more])
+
+
+def stopped(settings: Any, command_line: str, watch: Any) -> dict[str, Any]:
+    raise StoppedError(15, f"stopped by SIGTERM at step 3; the same command with run_dir={settings.run_dir}")
+
+
+def done(settings: Any, command_line: str, watch: Any) -> dict[str, Any]:
+    results = {"best": {"val/top1": settings.optimizer["lr"], "epoch": 1}, "test": None, "steps": 5}
+    Path(settings.run_dir, "results.json").write_text(json.dumps(results))
+    return results
+
+
+def evaluate(settings: Any, command_line: str) -> dict[str, float]:
+    return {"test/top1": 0.5}
+
+
+def command_in(message: str) -> list[str]:
+    return shlex.split(message[message.index("cnntrain ") :].partition(" (replace")[0])[1:]
+
+
+def test_a_stopped_sweep_prints_the_command_that_continues_it() -> None:
+    first = invocation("run_dir='my sweeps/s'", "resume=none")
+    with pytest.raises(StoppedError) as caught:
+        run_sweep(first, SweepTarget(stopped, evaluate))
+    assert caught.value.exit_code == 128 + 15
+    again = parse_arguments(command_in(str(caught.value)))
+    assert again.multirun and again.overrides == (*TWO_SETTINGS, "run_dir='my sweeps/s'", "resume=auto")
+    assert run_sweep(again, SweepTarget(done, evaluate)) == 0
+    assert json.loads(Path("my sweeps/s/001-0.02/results.json").read_text())["test"] == {"test/top1": 0.5}
+
+
+def test_a_sweep_that_lost_its_storage_can_be_continued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(*_: object) -> None:
+        raise StorageInternalError("no connection to postgresql://me:s3cret@host/db")
+
+    monkeypatch.setattr(Study, "finish_run", lost)
+    with pytest.raises(MachineError) as caught:
+        run_sweep(invocation("run_dir=s"), SweepTarget(done, evaluate))
+    assert "s3cret" not in str(caught.value)
+    assert command_in(str(caught.value).splitlines()[-1]) == ["-m", *TWO_SETTINGS, "run_dir=s", "resume=auto"]
+
+
+def test_without_results_of_the_winner_only_the_test_metrics_are_missing(
+    capsys: Output,
+) -> None:
+    def damaged(settings: Any, command_line: str, watch: Any) -> dict[str, Any]:
+        results = done(settings, command_line, watch)
+        Path(settings.run_dir, "results.json").write_text("")
+        return results
+
+    assert run_sweep(invocation("run_dir=s"), SweepTarget(damaged, evaluate)) == 0
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if "results.json" in line]
+    assert command_in(message.partition(" rewrites it")[0])[-2:] == ["run_dir=s/001-0.02", "resume=auto"]
+
+
+@pytest.mark.parametrize("name", ["journal.log", "journal.lock", "sweep.json", "results.csv", "results.md"])
+def test_links_in_the_folder_of_a_sweep_are_not_followed(name: str) -> None:
+    victim = Path("victim.txt")
+    victim.write_text("precious")
+    Path("s").mkdir()
+    Path("s", name).symlink_to(victim.absolute())
+    if name.startswith("results"):  # replaced, not read
+        assert run_sweep(invocation("run_dir=s"), SweepTarget(done, evaluate)) == 0
+    else:
+        with pytest.raises(UserError, match="is a link"):
+            run_sweep(invocation("run_dir=s", "resume=auto"), SweepTarget(done, evaluate))
+    assert victim.read_text() == "precious"
 
 
 def rows(folder: str = "s") -> list[dict[str, str]]:
@@ -37,14 +111,15 @@ def sweep(*arguments: str, folder: str = "s") -> int:
     return main(["-m", *QUICK, f"run_dir={folder}", *arguments])
 
 
-def results(folder: str | Path) -> dict[str, object]:
-    """results.json without what the clock says and without the test set."""
+def read_results(folder: str | Path) -> dict[str, object]:
+    """Return results.json without times and without the test set."""
     known = json.loads(Path(folder, "results.json").read_text())
     known["best"] = {k: v for k, v in known["best"].items() if "per_s" not in k}
     return {k: v for k, v in known.items() if k not in ("wall_s", "images_per_s", "test")}
 
 
-def test_a_sweep_ends_with_an_answer(capsys: Said) -> None:
+@pytest.mark.slow
+def test_a_sweep_reports_its_ranking_and_writes_figures(capsys: Output) -> None:
     space = ("model=mlp,lenet5", "optimizer.lr=0.03,0.001", "sweep.seeds=2")
     assert sweep(*space) == 0
     found = rows()
@@ -53,44 +128,47 @@ def test_a_sweep_ends_with_an_answer(capsys: Said) -> None:
     ]
     for row in found:
         assert row["status"] == "done" and float(row["time_s"]) > 0 and 0 <= float(row["val/top1"]) <= 1
-    said, report = capsys.readouterr().out, Path("s/results.md").read_text()
-    for text in (said, report):
+    output, report = capsys.readouterr().out, Path("s/results.md").read_text()
+    for text in (output, report):
         assert "95 % interval" in text and "runner-up: " in text and "paired over 2 seeds" in text
         assert "explains by itself" in text and "cnntrain epochs=1" in text and "used once" in text
 
-    assert sweep(*space, "resume=auto", "log.figures=true") == 0  # all is done: nothing but the pictures
+    assert sweep(*space, "resume=auto", "log.figures=true") == 0  # all runs are done: only the figures are drawn
     report = Path("s/results.md").read_text()
     assert rows() == found
     for name in ("curves", "parallel", "effect-model", "effect-optimizer.lr"):
         assert (Path("s/figures") / f"{name}.png").stat().st_size > 5000 and f"figures/{name}.png" in report
 
 
-def test_the_mean_over_seeds_is_that_of_the_runs(capsys: Said) -> None:
+@pytest.mark.slow
+def test_the_reported_mean_is_that_of_the_runs(capsys: Output) -> None:
     sweep("model=mlp,lenet5", "sweep.seeds=2")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     means = {}
     for model in ("mlp", "lenet5"):
         values = [float(r["val/top1"]) for r in rows() if r["model"] == model]
         means[model] = sum(values) / len(values)
     best = max(means, key=lambda model: means[model])
-    assert f"best: model={best}: val/top1 {means[best]:.4g} ±" in said
+    assert f"best: model={best}: val/top1 {means[best]:.4g} ±" in output
 
 
-def test_only_the_winner_sees_the_test_set_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_the_test_set_is_used_once_for_the_winner_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from cnntrain.commands import train as command
 
-    judged = []
+    evaluated = []
     real = command.evaluate_checkpoint
-    monkeypatch.setattr(command, "evaluate_checkpoint", lambda *a: judged.append(a[0].checkpoint) or real(*a))
+    monkeypatch.setattr(command, "evaluate_checkpoint", lambda *a: evaluated.append(a[0].checkpoint) or real(*a))
     sweep("optimizer.lr=0.003,1e-9")
-    assert judged == ["s/000-0.003"]
+    assert evaluated == ["s/000-0.003"]
     tests = {p.parent.name: json.loads(p.read_text())["test"] for p in Path("s").glob("*/results.json")}
     assert tests.pop("000-0.003")["test/top1"] >= 0 and set(tests.values()) == {None}
     assert sweep("optimizer.lr=0.003,1e-9", "resume=auto") == 0
-    assert len(judged) == 1
+    assert len(evaluated) == 1
 
 
-def test_folds_rank_settings_and_every_fold_of_the_winner_is_tested() -> None:
+@pytest.mark.slow
+def test_all_folds_of_the_winner_are_tested() -> None:
     assert sweep("data.folds=3", "data.fold=0,1,2", "optimizer.lr=0.003,1e-9", "epochs=2") == 0
     found = rows()
     assert [(r["optimizer.lr"], r["seed"], r["data.fold"]) for r in found] == [
@@ -108,15 +186,16 @@ def secrets(folder: str, secret: str) -> list[str]:
     return [str(p) for p in Path(folder).rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
 
 
-def test_the_password_of_a_storage_is_written_nowhere(monkeypatch: pytest.MonkeyPatch, capfd: Said) -> None:
-    real, url = storage._open_storage, "postgresql://me:s3cret@host/db"
+@pytest.mark.slow
+def test_the_password_of_a_storage_is_never_written(monkeypatch: pytest.MonkeyPatch, capfd: Output) -> None:
+    real, url = study._open_storage, "postgresql://me:s3cret@host/db"
     opened: list[str | None] = []
 
     def local(folder: Path, where: str | None) -> BaseStorage:
         opened.append(where)
         return real(folder, None)
 
-    monkeypatch.setattr(storage, "_open_storage", local)
+    monkeypatch.setattr(study, "_open_storage", local)
     more = ("model=mlp", "optimizer.lr=0.01,0.02", "log.tensorboard=true")
     assert sweep(*more, f"sweep.storage={url}") == 0
     assert sweep(*more, f"sweep.storage={url}", "resume=auto") == 0
@@ -127,24 +206,25 @@ def test_the_password_of_a_storage_is_written_nowhere(monkeypatch: pytest.Monkey
     monkeypatch.setenv("DB", url)
     asked = ["--config-dir", "mine", *QUICK, "model=mlp", "experiment=shared"]
     assert main(["-m", *asked, "optimizer.lr=0.01,0.02", "run_dir=t"]) == 0 and opened[2] == url
-    assert main([*asked, "run_dir=u"]) == 0  # a training alone needs no storage
+    assert main([*asked, "run_dir=u"]) == 0  # a single run needs no storage
     assert main(["-m", "--cfg", *asked]) == 0 and main(["--cfg", *asked]) == 0
     assert main(["-m", *asked, f"sweep.storage={url}x=[y"]) == 2
     assert [secrets(folder, "s3cret") for folder in "stu"] == [[], [], []]
-    said = capfd.readouterr()
-    assert "s3cret" not in said.out + said.err and "me:***@host" in said.out
+    output = capfd.readouterr()
+    assert "s3cret" not in output.out + output.err and "me:***@host" in output.out
     checkpoint = load_validated(Path("u/checkpoints/last.pt"))
     assert checkpoint["config"]["sweep"]["storage"] == "postgresql://me:***@host/db"
 
 
-def test_a_trial_is_what_its_command_gives_alone() -> None:
+@pytest.mark.slow
+def test_the_command_of_a_run_gives_the_same_results_alone() -> None:
     sweep("model=mlp,lenet5", "optimizer.lr=0.01,0.003", "seed=0,3", "epochs=2")
     for row in rows():
         overrides = [f"{key}={row[key]}" for key in ("model", "optimizer.lr", "seed")]
         alone = f"alone-{row['trial']}-{row['seed']}"
         train(compose(*QUICK, "epochs=2", *overrides, f"run_dir={alone}"))
         name = f"s/{int(row['trial']):03d}-{row['model']}-{row['optimizer.lr']}-seed{row['seed']}"
-        assert results(name) == results(alone)
+        assert read_results(name) == read_results(alone)
         for one, other in zip(read_metrics(f"{name}/metrics.csv"), read_metrics(f"{alone}/metrics.csv"), strict=True):
             assert {**one, "images_per_s": 0} == {**other, "images_per_s": 0}
     winner = next(p for p in Path("s").glob("*/results.json") if json.loads(p.read_text())["test"])
@@ -155,7 +235,8 @@ def test_a_trial_is_what_its_command_gives_alone() -> None:
     ]
 
 
-def test_a_run_that_raises_and_one_that_diverges_are_told_apart(nets: Path, capsys: Said) -> None:
+@pytest.mark.slow
+def test_failed_and_diverged_runs_have_different_statuses(nets: Path, capsys: Output) -> None:
     space = ["model=ill", "model.ill=no,raises", "optimizer=sgd", "optimizer.lr=0.01,1e30"]
     code = main(["-m", "--config-dir", str(nets), *QUICK, "run_dir=s", *space])
     assert code == 1
@@ -164,40 +245,45 @@ def test_a_run_that_raises_and_one_that_diverges_are_told_apart(nets: Path, caps
         ("failed", "IndexError: a slip of the author"),
     ]  # fmt: skip
     assert "not finite" in rows()[1]["error"] or "the loss is" in rows()[1]["error"]
-    said = capsys.readouterr()
-    assert "error: model.ill=raises optimizer.lr=0.01: failed: IndexError: a slip of the author" in said.err
-    assert "Traceback" not in said.err and "Traceback" in Path("s/002-raises-0.01/log.txt").read_text()
+    output = capsys.readouterr()
+    assert "error: model.ill=raises optimizer.lr=0.01: failed: IndexError: a slip of the author" in output.err
+    assert "Traceback" not in output.err and "Traceback" in Path("s/002-raises-0.01/log.txt").read_text()
     assert "epoch 1/1" in Path("s/000-no-0.01/log.txt").read_text()
 
 
-def test_a_diverged_run_is_a_result_and_no_failure() -> None:
+@pytest.mark.slow
+def test_a_diverged_run_is_a_result_and_not_a_failure() -> None:
     assert sweep("optimizer=sgd", "optimizer.lr=1e30,0.01") == 0
     assert [r["status"] for r in rows()] == ["diverged", "done"]
     assert sweep("optimizer=sgd", "optimizer.lr=1e30,1e31", folder="all") == 1
 
 
-def test_values_that_do_not_go_together_fail_in_their_place(capsys: Said) -> None:
+@pytest.mark.slow
+def test_invalid_combinations_of_values_fail_and_the_sweep_continues(capsys: Output) -> None:
     assert sweep("model.activation=relu,gelu", "model=mlp,lenet5", "model.norm=null,batch") == 1
     assert {r["status"] for r in rows()} <= {"done", "failed"} and len(rows()) == 8
     assert "error: " in capsys.readouterr().err
 
 
-def test_on_error_stop_begins_nothing_more(nets: Path) -> None:
+@pytest.mark.slow
+def test_on_error_stop_starts_no_further_runs(nets: Path) -> None:
     asked = ["-m", "--config-dir", str(nets), *QUICK, "run_dir=s", "model=ill", "model.ill=raises,no,nothing"]
     assert main([*asked, "sweep.on_error=stop"]) == 1
     assert [r["status"] for r in rows()] == ["failed"]
-    assert main([*asked, "resume=auto"]) == 1  # the failed one stays failed and is not tried again
+    assert main([*asked, "resume=auto"]) == 1  # the failed run is not repeated
     assert [r["status"] for r in rows()] == ["failed", "done", "done"]
 
 
-def test_no_time_begins_nothing_and_more_time_goes_on() -> None:
+@pytest.mark.slow
+def test_a_sweep_that_ran_out_of_time_can_be_resumed() -> None:
     assert sweep("model=mlp,lenet5", "sweep.timeout_s=0") == 1
     assert rows() == []
     assert sweep("model=mlp,lenet5", "resume=auto") == 0
     assert [r["status"] for r in rows()] == ["done", "done"]
 
 
-def test_a_finished_sweep_is_not_overwritten(capsys: Said) -> None:
+@pytest.mark.slow
+def test_a_finished_sweep_is_not_overwritten(capsys: Output) -> None:
     sweep("model=mlp,lenet5")
     before = Path("s/results.csv").read_text()
     assert sweep("model=mlp,lenet5") == 2
@@ -207,7 +293,8 @@ def test_a_finished_sweep_is_not_overwritten(capsys: Said) -> None:
     assert main(["-m", *QUICK, "model=mlp,lenet5", "resume=elsewhere"]) == 2
 
 
-def test_pruning_spares_epochs_and_the_other_seeds() -> None:
+@pytest.mark.slow
+def test_a_pruned_setting_trains_fewer_epochs_and_no_other_seeds() -> None:
     assert sweep("optimizer.lr=0.003,0.0031,0.0032,0.0033,1e-9", "sweep.pruner=median", "epochs=4", "sweep.seeds=2",
                  "model=mlp", "data.limit=100") == 0  # fmt: skip
     last = [r for r in rows() if r["optimizer.lr"] in ("1e-09", "1e-9")]
@@ -215,14 +302,16 @@ def test_pruning_spares_epochs_and_the_other_seeds() -> None:
     assert len(read_metrics("s/004-1e-09-seed0/metrics.csv")) < 4
 
 
-def test_random_and_tpe_draw_as_many_as_asked_for() -> None:
+@pytest.mark.slow
+def test_random_and_tpe_draw_the_given_number_of_trials() -> None:
     for sampler in ("random", "tpe"):
         space = ("optimizer.lr=tag(log,interval(1e-4,1e-1))", "model=mlp,lenet5")
         assert sweep(*space, f"sweep.sampler={sampler}", "sweep.trials=3", folder=sampler) == 0
         assert len(rows(sampler)) == 3
 
 
-def test_sweeping_over_checks_gives_verdicts(capsys: Said) -> None:
+@pytest.mark.slow
+def test_sweeps_of_overfit_give_verdicts(capsys: Output) -> None:
     arguments = ["overfit", "-m", *QUICK, "run_dir=s", "model=mlp,lenet5", "overfit.steps=100"]
     assert main(arguments) == 0
     assert [(r["model"], r["verdict"]) for r in rows()] == [("mlp", "PASS"), ("lenet5", "PASS")]
@@ -231,12 +320,14 @@ def test_sweeping_over_checks_gives_verdicts(capsys: Said) -> None:
     assert {r["verdict"] for r in rows("t")} == {"FAIL"}
 
 
-def test_data_sets_with_different_metrics_run_without_a_ranking(capsys: Said) -> None:
+@pytest.mark.slow
+def test_settings_with_different_metrics_are_not_ranked(capsys: Output) -> None:
     assert sweep("data=digits,toy_faces", "model=lenet5") in (0, 1)
     assert "best:" not in capsys.readouterr().out
 
 
-def test_groups_and_experiments_are_swept_like_keys() -> None:
+@pytest.mark.slow
+def test_config_groups_and_experiments_are_swept_like_keys() -> None:
     assert sweep("model=mlp", "augment=none,[shift],[shift,rotation]") == 0
     assert [r["augment"] for r in rows()] == ["none", "[shift]", "[shift,rotation]"]
     assert (
