@@ -25,18 +25,15 @@ def write_mask(
     target: Path,
     root: Path | None = None,
 ) -> np.ndarray:
-    """Resample a mask to the size of its source image by nearest neighbor and write it as a PNG.
+    """Resample a mask to the size of its source image by nearest neighbor, write it as a PNG file and return it.
 
     Args:
-        mask: (H, W) class ids at the network's image size.
+        mask: (H, W) class ids at the network's image size, uint8.
         source_to_image: (3, 3) matrix from source pixels to `mask` pixels; scale and translation only.
         size: (width, height) of the source image.
         outside: id of source pixels that lie outside the network's image.
         target: file to write.
         root: run folder that contains `target`; links below it are refused.
-
-    Returns:
-        The written ids (height, width), uint8.
 
     Raises:
         UserError: a folder in the path is a link.

@@ -73,21 +73,25 @@ class TensorBoardWriter:
                 written as text.
             metrics: tags of this run's scalars to show as columns with their last values.
         """
-        api, metadata = _tensorboard("plugins.hparams.api_pb2"), _tensorboard("plugins.hparams.metadata")
-        experiment = api.Experiment()
+        infos = []
         start = _tensorboard("plugins.hparams.plugin_data_pb2").SessionStartInfo(start_time_secs=time.time())
         for name, value in settings.items():
-            experiment.hparam_infos.add(name=name, type=_set_value(start.hparams[name], value))
-        for tag in metrics:
-            experiment.metric_infos.add(name=api.MetricName(tag=tag))
-        self._write_hparams(metadata.EXPERIMENT_TAG, experiment=experiment)
-        self._write_hparams(metadata.SESSION_START_INFO_TAG, session_start_info=start)
+            if isinstance(value, bool):
+                kind, field = "BOOL", "bool_value"
+            elif isinstance(value, int | float):
+                kind, field = "FLOAT64", "number_value"
+            else:
+                kind, field, value = "STRING", "string_value", "null" if value is None else str(value)
+            infos.append({"name": name, "type": f"DATA_TYPE_{kind}"})
+            setattr(start.hparams[name], field, value)
+        experiment = {"hparam_infos": infos, "metric_infos": [{"name": {"tag": tag}} for tag in metrics]}
+        self._write_hparams("EXPERIMENT_TAG", experiment=experiment)
+        self._write_hparams("SESSION_START_INFO_TAG", session_start_info=start)
 
     def finish(self, success: bool = True) -> None:
         """Write the status of the finished run for the HParams tab."""
-        status = _tensorboard("plugins.hparams.api_pb2").Status.Value("STATUS_SUCCESS" if success else "STATUS_FAILURE")
-        end = _tensorboard("plugins.hparams.plugin_data_pb2").SessionEndInfo(status=status, end_time_secs=time.time())
-        self._write_hparams(_tensorboard("plugins.hparams.metadata").SESSION_END_INFO_TAG, session_end_info=end)
+        end = {"status": "STATUS_SUCCESS" if success else "STATUS_FAILURE", "end_time_secs": time.time()}
+        self._write_hparams("SESSION_END_INFO_TAG", session_end_info=end)
 
     def flush(self) -> None:
         """Write pending events to disk."""
@@ -114,7 +118,7 @@ class TensorBoardWriter:
     def _write_hparams(self, tag: str, **content: Any) -> None:
         metadata, data = _tensorboard("plugins.hparams.metadata"), _tensorboard("plugins.hparams.plugin_data_pb2")
         about = metadata.create_summary_metadata(data.HParamsPluginData(**content))
-        self._write(0, {"tag": tag, "metadata": about, "tensor": metadata.NULL_TENSOR})
+        self._write(0, {"tag": getattr(metadata, tag), "metadata": about, "tensor": metadata.NULL_TENSOR})
 
     def _write(self, step: int, *values: Mapping[str, Any]) -> None:
         """Write a Summary of `values` (fields of Summary.Value)."""
@@ -170,16 +174,3 @@ def _event(**content: Any) -> bytes:
 def _clamp_to_float32(value: float) -> float:
     """Replace values beyond the range of float32 by infinity, because protobuf rejects them."""
     return value if math.isnan(value) or abs(value) <= _MAX_FLOAT32 else math.copysign(math.inf, value)
-
-
-def _set_value(field: Any, value: object) -> int:
-    """Store a setting in a protobuf Value and return its DataType."""
-    DataType = _tensorboard("plugins.hparams.api_pb2").DataType
-    if isinstance(value, bool):
-        field.bool_value = value
-        return DataType.Value("DATA_TYPE_BOOL")
-    if isinstance(value, int | float):
-        field.number_value = value
-        return DataType.Value("DATA_TYPE_FLOAT64")
-    field.string_value = "null" if value is None else str(value)
-    return DataType.Value("DATA_TYPE_STRING")

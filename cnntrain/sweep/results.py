@@ -34,7 +34,7 @@ class RankedTrial:
     Attributes:
         mean: mean of the metric over the runs.
         std: sample standard deviation over the runs (n - 1); None for one run.
-        low, high: 95 % confidence interval of the mean (see `confidence_interval`); None if the runs do not differ. It
+        interval: 95 % confidence interval of the mean (see `confidence_interval`); None if the runs do not differ. It
             covers the variation between repeats: initial weights, order of images, augmentation, and the split if it
             varies. Otherwise all runs use the same validation images.
         values: metric by repeat.
@@ -43,8 +43,7 @@ class RankedTrial:
     trial: Trial
     mean: float
     std: float | None
-    low: float | None
-    high: float | None
+    interval: Range | None
     values: dict[Repeat, float]
 
 
@@ -54,15 +53,14 @@ class WinnerComparison:
 
     Attributes:
         difference: how much better the winner is, >= 0.
-        low, high: paired Student's t interval of the difference over the repeats of both; None for fewer than two. The
+        interval: paired Student's t interval of the difference over the repeats of both; None for fewer than two. The
             95 % confidence holds simultaneously for the winner against every other setting.
         repeats: the repeats that both have.
         tied_rank: rank of the first setting that is not significantly worse than the winner; None if there is none.
     """
 
     difference: float
-    low: float | None
-    high: float | None
+    interval: Range | None
     repeats: list[Repeat]
     tied_rank: int | None
 
@@ -84,8 +82,8 @@ def rank_trials(
             continue
         values = {repeat: o.value for repeat, o in sorted(trial.outcomes.items()) if o.value is not None}
         std = statistics.stdev(values.values()) if len(values) > 1 else None
-        low, high = (confidence_interval(_by_split(values), limits, overlap) if std else None) or (None, None)
-        ranking.append(RankedTrial(trial, trial.mean, std, low, high, values))
+        interval = confidence_interval(_by_split(values), limits, overlap) if std else None
+        ranking.append(RankedTrial(trial, trial.mean, std, interval, values))
     sign = -1 if mode == "max" else 1
     return sorted(ranking, key=lambda ranked: (sign * ranked.mean, ranked.trial.number))
 
@@ -114,11 +112,9 @@ def compare_winner(
         if interval:
             interval = max(interval[0], -max_difference), min(interval[1], max_difference)
         pairs.append((repeats, interval))
-    repeats, interval = pairs[0]
-    low, high = interval or (None, None)
     tied = (rank for rank, (_, each) in enumerate(pairs, 2) if each is None or each[0] <= 0)
-    difference = sign * (winner.mean - others[0].mean)
-    return WinnerComparison(difference, low, high, repeats, next(tied, None))
+    repeats, interval = pairs[0]
+    return WinnerComparison(sign * (winner.mean - others[0].mean), interval, repeats, next(tied, None))
 
 
 def _by_split(values: Mapping[Repeat, float]) -> list[float]:
@@ -222,7 +218,7 @@ def ranking_rows(report: SweepReport) -> list[dict[str, Any]]:
     for place, ranked in enumerate(report.ranking, 1):
         row = {"place": place, **rounded(ranked.trial.values), report.plan.metric: ranked.mean}
         if len(report.plan.repeats) > 1:
-            interval = "–" if ranked.low is None else f"{ranked.low:.4g} to {ranked.high:.4g}"
+            interval = "{:.4g} to {:.4g}".format(*ranked.interval) if ranked.interval else "–"
             row |= {"std": ranked.std, "95 % interval": interval, "runs": len(ranked.values)}
         rows.append({**row, **_mean_metrics(ranked.trial, report.plan.metric), "trial": ranked.trial.number})
     ranked_numbers = {ranked.trial.number for ranked in report.ranking}
@@ -291,7 +287,7 @@ def _comparison_line(report: SweepReport, comparison: WinnerComparison) -> str:
     second = report.ranking[1]
     name = setting_name(second.trial.values)
     line = f"runner-up: {name}: {value_text(second.mean)}, worse by {comparison.difference:.2g}"
-    if comparison.low is None or comparison.high is None:
+    if comparison.interval is None:
         return line
     verdict = "difference larger than the spread over runs"
     if comparison.tied_rank == 2:
@@ -301,7 +297,7 @@ def _comparison_line(report: SweepReport, comparison: WinnerComparison) -> str:
         verdict += f"; no significant difference from {tied} (place {comparison.tied_rank})"
     count = len(report.ranking)
     correction = f", corrected for selecting the best of {count}" if count > 2 else ""
-    interval = f"{comparison.low:.2g} to {comparison.high:.2g}"
+    interval = "{:.2g} to {:.2g}".format(*comparison.interval)
     paired = f"paired over {repeats_text(comparison.repeats)}"
     return f"{line} (95 %: {interval}, {paired}{correction}): {verdict}"
 

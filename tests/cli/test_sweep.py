@@ -1,4 +1,4 @@
-"""Sweeps from outside: several processes, kills, and what TensorBoard shows of them."""
+"""Sweeps as commands: several worker processes, kills, signals, and their runs in TensorBoard."""
 
 import contextlib
 import csv
@@ -27,16 +27,16 @@ import os, signal
 import torch
 from torch import nn
 class Net(nn.Module):
-    def __init__(self, num_outputs, image_size, ill):
+    def __init__(self, num_outputs, image_size, fault):
         super().__init__()
-        self.ill, self.fc = ill, nn.Linear(image_size[0] * image_size[1], num_outputs)
+        self.fault, self.fc = fault, nn.Linear(image_size[0] * image_size[1], num_outputs)
     def forward(self, x):
         if x.device.type == "cpu" and type(x) is torch.Tensor:
-            if self.ill == "raises":
-                raise IndexError("a slip of the author")
-            if self.ill == "dies":
+            if self.fault == "raises":
+                raise IndexError("an error in user code")
+            if self.fault == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
-        return self.fc(x.flatten(1)) / (0 if self.ill == "diverges" else 1)
+        return self.fc(x.flatten(1)) / (0 if self.fault == "diverges" else 1)
 """
 
 
@@ -70,50 +70,50 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
     deadline = time.monotonic() + 120
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert process.poll() is None, f"it ended too early: {process.communicate()}"
+    assert process.poll() is None, f"the process ended too early: {process.communicate()}"
 
 
 def epochs_done(pattern: str) -> int:
     return sum(max(len(path.read_text().splitlines()) - 1, 0) for path in Path("s").glob(f"{pattern}/metrics.csv"))
 
 
-def test_jobs_side_by_side_tell_a_kill_an_error_and_a_divergence_apart(finish: Finish) -> None:
+def test_killed_failed_and_diverged_runs_of_several_workers_have_different_statuses(finish: Finish) -> None:
     Path("mine/model").mkdir(parents=True)
-    Path("mine/illnets.py").write_text(NETS)
-    Path("mine/model/ill.yaml").write_text("_target_: illnets.Net\nill: well\n")
-    asked = ("--config-dir", "mine", "model=ill", "epochs=1", "data.limit=200", "run_dir=s", "sweep.jobs=2")
-    _, err = finish(*asked, "model.ill=well,dies,raises,diverges,fine", code=1)
-    found = {row["model.ill"]: row for row in rows()}
+    Path("mine/faultynets.py").write_text(NETS)
+    Path("mine/model/faulty.yaml").write_text("_target_: faultynets.Net\nfault: well\n")
+    arguments = ("--config-dir", "mine", "model=faulty", "epochs=1", "data.limit=200", "run_dir=s", "sweep.jobs=2")
+    _, err = finish(*arguments, "model.fault=well,dies,raises,diverges,fine", code=1)
+    found = {row["model.fault"]: row for row in rows()}
     assert [row["status"] for row in found.values()] == ["done", "killed", "failed", "diverged", "done"]
     assert found["dies"]["error"].startswith("killed by signal 9")
-    assert found["raises"]["error"] == "IndexError: a slip of the author"
+    assert found["raises"]["error"] == "IndexError: an error in user code"
     assert float(found["well"]["val/top1"]) == float(found["fine"]["val/top1"])
-    assert "error: model.ill=dies: killed: killed by signal 9" in err and "Traceback" not in err
+    assert "error: model.fault=dies: killed: killed by signal 9" in err and "Traceback" not in err
     assert "Traceback" in Path("s/002-raises/log.txt").read_text()
 
 
-def test_jobs_pin_their_threads_and_give_what_one_process_gives(finish: Finish) -> None:
-    asked = ("model=mlp,lenet5", "seed=0,1", "epochs=2", "data.limit=200")
-    finish(*asked, "sweep.jobs=2", "run_dir=two")
-    finish(*asked, "run_dir=one")
+def test_several_workers_give_the_results_of_one_process(finish: Finish) -> None:
+    arguments = ("model=mlp,lenet5", "seed=0,1", "epochs=2", "data.limit=200")
+    finish(*arguments, "sweep.jobs=2", "run_dir=two")
+    finish(*arguments, "run_dir=one")
     assert without_time("two") == without_time("one")
 
 
 @pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_a_sweep_killed_twice_ends_as_if_it_had_not_been(jobs: int, finish: Finish) -> None:
-    asked = ("model=lenet5", "optimizer.lr=0.001,0.002,0.004,0.008", "epochs=5", f"sweep.jobs={jobs}")
+def test_a_sweep_that_was_killed_twice_gives_the_same_results(jobs: int, finish: Finish) -> None:
+    arguments = ("model=lenet5", "optimizer.lr=0.001,0.002,0.004,0.008", "epochs=5", f"sweep.jobs={jobs}")
     for pattern in ("00[01]-*", "00[23]-*"):
-        process = start(*asked, "run_dir=s", "resume=auto")
+        process = start(*arguments, "run_dir=s", "resume=auto")
         before = epochs_done(pattern)
         wait_for(lambda pattern=pattern, before=before: epochs_done(pattern) > before, process)
         process.kill()
         process.communicate()
-    out, _ = finish(*asked, "run_dir=s", "resume=auto")
+    out, _ = finish(*arguments, "run_dir=s", "resume=auto")
     assert "best: " in out
     assert any("resume: state from" in path.read_text() for path in Path("s").glob("*/log.txt"))
-    finish(*asked, "run_dir=unbroken")
-    assert len(rows()) == 4 and without_time("s") == without_time("unbroken")
-    for run in Path("unbroken").glob("*/metrics.csv"):
+    finish(*arguments, "run_dir=uninterrupted")
+    assert len(rows()) == 4 and without_time("s") == without_time("uninterrupted")
+    for run in Path("uninterrupted").glob("*/metrics.csv"):
         mine, other = (table(path) for path in (Path("s") / run.parent.name / "metrics.csv", run))
         assert mine == other
 
@@ -126,30 +126,24 @@ def table(path: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("number", "jobs"), [pytest.param(signal.SIGINT, 1, marks=pytest.mark.long), (signal.SIGTERM, 2)]
 )
-def test_a_stopped_sweep_saves_and_goes_on(number: signal.Signals, jobs: int, finish: Finish) -> None:
-    asked = ("model=lenet5", "optimizer.lr=0.001,0.002", "epochs=4", f"sweep.jobs={jobs}", "run_dir=s")
-    process = start(*asked)
+def test_a_stopped_sweep_can_be_resumed(number: signal.Signals, jobs: int, finish: Finish) -> None:
+    arguments = ("model=lenet5", "optimizer.lr=0.001,0.002", "epochs=4", f"sweep.jobs={jobs}", "run_dir=s")
+    process = start(*arguments)
     wait_for(lambda: epochs_done("*") > 0, process)
     process.send_signal(number)
     process.communicate()
     assert process.returncode == 128 + number
     assert "stopped" not in {row["status"] for row in rows()}
-    finish(*asked, "resume=auto")
+    finish(*arguments, "resume=auto")
     assert [row["status"] for row in rows()] == ["done", "done"]
     assert all(epochs_done(f"00{number}-*") == 4 for number in range(2))
 
 
-def test_tensorboard_shows_one_row_a_run(
+def test_tensorboard_shows_one_row_per_run(
     serve: Callable[[Path, int], contextlib.AbstractContextManager[str]], get: Callable[..., Any], finish: Finish
 ) -> None:
-    finish(
-        "model=mlp,lenet5",
-        "optimizer.lr=0.01,0.003",
-        "log.tensorboard=true",
-        "epochs=2",
-        "data.limit=200",
-        "run_dir=s",
-    )
+    space = ("model=mlp,lenet5", "optimizer.lr=0.01,0.003")
+    finish(*space, "log.tensorboard=true", "epochs=2", "data.limit=200", "run_dir=s")
     with serve(Path("s"), 4) as address:
         experiment = get(address, "plugin/hparams/experiment", {"experimentName": ""})
         shown = {info["name"] for info in experiment["hparamInfos"]}
@@ -163,10 +157,10 @@ def test_tensorboard_shows_one_row_a_run(
         }
         groups = get(address, "plugin/hparams/session_groups", query)["sessionGroups"]
     assert len(groups) == 4
-    seen = {}
+    displayed = {}
     for group in groups:
         values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
-        seen[group["hparams"]["choices.model"], f"{group['hparams']['optimizer.lr']:g}"] = values["best/top1"]
-    told = {(row["model"], row["optimizer.lr"]): float(row["val/top1"]) for row in rows()}
-    assert seen == pytest.approx(told)
+        displayed[group["hparams"]["choices.model"], f"{group['hparams']['optimizer.lr']:g}"] = values["best/top1"]
+    expected = {(row["model"], row["optimizer.lr"]): float(row["val/top1"]) for row in rows()}
+    assert displayed == pytest.approx(expected)
     assert sum(json.loads(p.read_text())["test"] is not None for p in Path("s").glob("*/results.json")) == 1

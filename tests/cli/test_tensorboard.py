@@ -1,4 +1,4 @@
-"""What a user sees in TensorBoard, asked of its own server over HTTP."""
+"""TensorBoard's display of runs, requested from its server over HTTP."""
 
 import contextlib
 import urllib.request
@@ -12,22 +12,22 @@ from cnntrain import compose, train
 
 pytestmark = pytest.mark.slow  # a server and two trainings: half a minute
 
-Ask = Callable[..., Any]
+Get = Callable[..., Any]
 Serve = Callable[[Path, int], contextlib.AbstractContextManager[str]]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, serve: Serve) -> Iterator[str]:
-    """The address of a TensorBoard server over two finished runs."""
+    """Return the address of a TensorBoard server for two finished runs."""
     folder = tmp_path_factory.mktemp("runs")
     for name, rate in (("one", 0.001), ("two", 0.003)):
-        few = ("data.limit=200", "epochs=2", "log.every_steps=2")
-        train(compose(*few, f"optimizer.lr={rate}", f"run_dir={folder / name}"))
+        overrides = ("data.limit=200", "epochs=2", "log.every_steps=2")
+        train(compose(*overrides, f"optimizer.lr={rate}", f"run_dir={folder / name}"))
     with serve(folder, 2) as address:
         yield address
 
 
-def test_scalars(server: str, get: Ask) -> None:
+def test_scalars(server: str, get: Get) -> None:
     tags = get(server, "plugin/scalars/tags")["one"]
     wanted = {"train/loss", "train/top1", "val/loss", "val/top1", "test/top1", "lr", "images_per_s"}
     assert wanted | {"steps/loss", "steps/lr", "steps/grad_norm", "steps/images_per_s"} <= set(tags)
@@ -35,7 +35,7 @@ def test_scalars(server: str, get: Ask) -> None:
     assert len(points) == 2 and 0 <= points[-1][2] <= 1
 
 
-def test_images(server: str, get: Ask) -> None:
+def test_images(server: str, get: Get) -> None:
     tags = get(server, "plugin/images/tags")["one"]
     assert {"first_batch", "curves", "confusion_matrix", "mistakes", "filters"} <= set(tags)
     listed = get(server, "plugin/images/images?run=one&tag=confusion_matrix&sample=0")
@@ -43,7 +43,7 @@ def test_images(server: str, get: Ask) -> None:
         assert response.read(4) == b"\x89PNG"
 
 
-def test_hparams_have_one_row_a_run_with_its_metrics(server: str, get: Ask) -> None:
+def test_hparams_have_one_row_per_run_with_its_metrics(server: str, get: Get) -> None:
     experiment = get(server, "plugin/hparams/experiment", {"experimentName": ""})
     names = {info["name"] for info in experiment["hparamInfos"]}
     assert {"optimizer.lr", "batch_size", "choices.model"} <= names
@@ -63,5 +63,5 @@ def test_hparams_have_one_row_a_run_with_its_metrics(server: str, get: Ask) -> N
         assert {"val/top1", "best/top1", "test/top1"} <= set(values)
 
 
-def test_config_is_there_as_text(server: str, get: Ask) -> None:
+def test_the_config_is_shown_as_text(server: str, get: Get) -> None:
     assert "config" in str(get(server, "plugin/text/tags"))

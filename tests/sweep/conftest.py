@@ -29,16 +29,16 @@ def nets(own_folder: Path) -> Path:
         "import torch\n"
         "from torch import nn\n"
         "class Net(nn.Module):\n"
-        "    def __init__(self, num_outputs, image_size, ill):\n"
+        "    def __init__(self, num_outputs, image_size, fault):\n"
         "        super().__init__()\n"
-        "        self.ill, self.fc = ill, nn.Linear(image_size[0] * image_size[1], num_outputs)\n"
+        "        self.fault, self.fc = fault, nn.Linear(image_size[0] * image_size[1], num_outputs)\n"
         "    def forward(self, x):\n"
         "        if x.device.type == 'cpu' and type(x) is torch.Tensor:\n"
-        "            if self.ill == 'raises':\n"
-        "                raise IndexError('a slip of the author')\n"
-        "            if self.ill == 'dies':\n"
+        "            if self.fault == 'raises':\n"
+        "                raise IndexError('an error in user code')\n"
+        "            if self.fault == 'dies':\n"
         "                os.kill(os.getpid(), signal.SIGKILL)\n"
         "        return self.fc(x.flatten(1))\n"
     )
-    (folder / "model" / "ill.yaml").write_text("_target_: badnets.Net\nill: no\n")
+    (folder / "model" / "faulty.yaml").write_text("_target_: badnets.Net\nfault: no\n")
     return folder

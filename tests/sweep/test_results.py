@@ -22,7 +22,7 @@ def trial(number: int, *values: float | None, status: str = "done", is_finished:
 
 def is_significant(comparison: WinnerComparison) -> bool:
     """Return True if the winner is significantly better than every other setting."""
-    return comparison.low is not None and comparison.tied_rank is None
+    return comparison.interval is not None and comparison.tied_rank is None
 
 
 def test_settings_are_ranked_by_their_mean() -> None:
@@ -56,7 +56,7 @@ def test_the_interval_is_that_of_students_t() -> None:
 
 def test_one_seed_has_no_interval() -> None:
     first, second = rank_trials([trial(0, 0.9), trial(1, 0.8)], "max")
-    assert first.std is None and first.low is None
+    assert first.std is None and first.interval is None
     comparison = compare_winner([first, second], "max")
     assert comparison.difference == pytest.approx(0.1) and not is_significant(comparison)
 
@@ -65,7 +65,7 @@ def test_comparisons_are_paired_over_seeds() -> None:
     """One of two settings that vary with the seed is always slightly better: significant only if paired."""
     first, second = rank_trials([trial(0, 0.70, 0.80, 0.90), trial(1, 0.69, 0.79, 0.889)], "max")
     comparison = compare_winner([first, second], "max")
-    assert is_significant(comparison) and comparison.low is not None and 0 < comparison.low < 0.0104
+    assert is_significant(comparison) and comparison.interval is not None and 0 < comparison.interval[0] < 0.0104
     first, second = rank_trials([trial(0, 0.70, 0.80, 0.90), trial(1, 0.89, 0.69, 0.79)], "max")
     assert not is_significant(compare_winner([first, second], "max"))
 
@@ -86,7 +86,7 @@ def test_folds_are_averaged_over_their_seeds_and_overlap() -> None:
     assert comparison.mean == pytest.approx(folds.mean()) and comparison.std == pytest.approx(
         numpy.std(list(values.values()), ddof=1)
     )
-    assert (comparison.low, comparison.high) == pytest.approx((folds.mean() - half, folds.mean() + half))
+    assert comparison.interval == pytest.approx((folds.mean() - half, folds.mean() + half))
 
 
 def test_the_interval_of_a_fraction_is_computed_on_the_logit_scale() -> None:
@@ -113,19 +113,19 @@ def test_the_interval_of_a_fraction_stays_between_0_and_1(values: list[float]) -
 
 def test_equal_values_have_no_interval() -> None:
     (comparison,) = rank_trials([trial(0, 1.0, 1.0, 1.0)], "max", (0, 1))
-    assert comparison.std == 0 and comparison.low is None and comparison.high is None
+    assert comparison.std == 0 and comparison.interval is None
 
 
 def test_differences_of_fractions_stay_between_minus_1_and_1() -> None:
     comparison = compare_winner(rank_trials([trial(0, 1.0, 0.2), trial(1, 0.1, 0.9)], "max"), "max", (0, 1))
-    assert (comparison.low, comparison.high) == (-1, 1)
+    assert comparison.interval == (-1, 1)
 
 
 def test_the_winner_is_compared_with_every_other_setting() -> None:
     """The runner-up is clearly worse; the third varies more and may be as good."""
     trials = [trial(0, 0.9, 0.91, 0.92), trial(1, 0.85, 0.86, 0.871), trial(2, 0.99, 0.6, 0.9)]
     comparison = compare_winner(rank_trials(trials, "max"), "max", (0, 1))
-    assert comparison.low is not None and comparison.low > 0 and comparison.tied_rank == 3
+    assert comparison.interval is not None and comparison.interval[0] > 0 and comparison.tied_rank == 3
 
 
 def test_equal_settings_rarely_have_a_significant_winner() -> None:
