@@ -1,15 +1,14 @@
-"""How much memory a training takes as its data set grows: held in memory, kept on the disk, read by workers.
+"""Measure how the memory of a training grows with its dataset: cached in RAM, cached on disk, or read by workers.
 
-    python benchmarks/memory.py                  # 400 and 4,000 JPEGs, 57 and 574 MiB when they are decoded
-    python benchmarks/memory.py --images 40000   # ten times as much
+    python benchmarks/memory.py                  # 400 and 4,000 JPEGs, 57 and 574 MiB after decoding
+    python benchmarks/memory.py --images 40000   # ten times as many
 
-`model=mlp`, as many steps with either set: ten epochs of the smaller, one of the larger. Counted is memory that the
-system can't take back (anonymous and shared pages, as in /proc/PID/smaps_rollup, what processes share once) of the
-command and all processes that it starts, looked at every 50 ms; pages of a mapped file are the system's to drop. For
-disk and stream the larger set should take no more than a tenth of its decoded size above what the smaller takes.
+`model=mlp` takes the same number of steps on both datasets: ten epochs of the smaller, one of the larger. The figure is
+the peak memory of the command and all its child processes that the system cannot reclaim: anonymous and shared pages of
+/proc/PID/smaps_rollup, sampled every 50 ms, shared pages counted once. Pages of mapped files can be reclaimed. With
+disk and none the larger dataset should add at most a tenth of its decoded size.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,48 +16,38 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from fashion import COMMAND
-from PIL import Image
+from common import COMMAND, parser_of, write_jpegs
 
-SIDE = 224
+SIDE_PX = 224
 CACHES = ("ram", "disk", "none")
 
 
-def write_jpegs(root: Path, count: int) -> None:
-    random = np.random.default_rng(0)
-    for label in range(2):
-        (root / "train" / str(label)).mkdir(parents=True)
-    for number in range(count):
-        coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8))
-        coarse.resize((SIDE, SIDE)).save(root / "train" / str(number % 2) / f"{number:06}.jpg", quality=80)
-
-
-def held_mib(group: int) -> float:
-    """Memory that all processes of a process group hold together."""
-    total = 0
+def memory_mib(process_group: int) -> float:
+    """Return the memory of all processes of a process group that the system cannot reclaim."""
+    total_kib = 0
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
         try:
-            if os.getpgid(int(entry.name)) != group:
+            if os.getpgid(int(entry.name)) != process_group:
                 continue
             lines = Path(entry.path, "smaps_rollup").read_text().splitlines()
-        except (OSError, ProcessLookupError):
+        except (OSError, ProcessLookupError):  # the process has ended
             continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
-    return total / 1024
+        total_kib += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return total_kib / 1024
 
 
 def peak_memory_mib(root: Path, cache: str, epochs: int, folder: Path) -> float:
-    """The most that a training held."""
+    """Return the peak memory of a training that writes to `folder`."""
+    folder.mkdir()
     command = [
-        str(COMMAND),
+        COMMAND,
         "model=mlp",
         "model.values.width=8",
         "data=image_folder",
         f"data.root={root}",
-        f"data.size={SIDE}",
+        f"data.size={SIDE_PX}",
         f"data.cache={cache}",
         f"epochs={epochs}",
         "batch_size=16",
@@ -76,7 +65,7 @@ def peak_memory_mib(root: Path, cache: str, epochs: int, folder: Path) -> float:
             env={**os.environ, "XDG_CACHE_HOME": f"{folder}/cache"},
         )
         while process.poll() is None:
-            peak = max(peak, held_mib(process.pid))
+            peak = max(peak, memory_mib(process.pid))
             time.sleep(0.05)
     if process.returncode:
         sys.exit(f"a training failed:\n{log.read_text()}")
@@ -84,23 +73,20 @@ def peak_memory_mib(root: Path, cache: str, epochs: int, folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--images", type=int, default=4_000, help="of the larger set; the smaller one has a tenth")
+    parser = parser_of(__doc__)
+    parser.add_argument("--images", type=int, default=4_000, help="of the larger dataset; the smaller one has a tenth")
     options = parser.parse_args()
     counts = (options.images // 10, options.images)
-    decoded = [count * 3 * SIDE * SIDE / 2**20 for count in counts]
+    decoded = [count * 3 * SIDE_PX * SIDE_PX / 2**20 for count in counts]
     print(f"{'':<8}" + "".join(f"{size:>10,.0f} MiB" for size in decoded) + f"{'more':>14}{'of the data':>14}")
     with tempfile.TemporaryDirectory() as temporary:
-        roots = [Path(temporary) / str(count) for count in counts]
-        for root, count in zip(roots, counts, strict=True):
-            write_jpegs(root, count)
+        folder = Path(temporary)
+        for count in counts:
+            write_jpegs(folder / str(count), count, SIDE_PX, num_classes=2, quality=80)
         for cache in CACHES:
-            folders = [Path(temporary) / f"{cache}-{count}" for count in counts]
-            for folder in folders:
-                folder.mkdir()
             small, large = (
-                peak_memory_mib(root, cache, epochs, folder)
-                for root, epochs, folder in zip(roots, (10, 1), folders, strict=True)
+                peak_memory_mib(folder / str(count), cache, epochs, folder / f"{cache}-{count}")
+                for count, epochs in zip(counts, (10, 1), strict=True)
             )
             share = (large - small) / (decoded[1] - decoded[0])
             print(f"{cache:<8}{small:>14,.0f}{large:>14,.0f}{large - small:>14,.0f}{share:>14.2f}", flush=True)

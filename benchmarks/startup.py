@@ -1,124 +1,129 @@
-"""Seconds from launch to the end of the first training step: `cnntrain` beside the least that is possible (import
-torch, build the same network and optimizer, one step on random images).
+"""Time `cnntrain` from launch to the end of the first training step, and compare it with a minimal script.
 
-    python benchmarks/startup.py                  # lenet5, a stand-in for Fashion-MNIST
+    python benchmarks/startup.py                  # lenet5, random images instead of Fashion-MNIST
     python benchmarks/startup.py --root DATA --model fmnist_cnn --rounds 5
 
-Both are launched in turns, each in a process of its own, after one launch that warms the file cache. Prints medians of
-the wall time and of the CPU time (which other processes disturb less), and the ratio, which should be 1.15 or less.
-Launches during which another process took CPU time do not count while there are clean ones.
+The minimal script imports torch, builds the same network and optimizer, and takes one step on random images. Both are
+launched alternately, each in its own process, after one launch that warms the file cache. Prints medians of the wall
+time, of the CPU time (which other processes affect less), and their ratio, which should be 1.15 or less. Launches
+during which other processes took CPU time are excluded if there are undisturbed ones.
 """
 
-import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
-from fashion import add_root, fashion_mnist
+from common import add_root, fashion_mnist, parser_of
 
 from cnntrain.benchmark.measurement import BUSY_CORES, other_cores, read_cpu_times
 
-# What a child prints at the end of its first step; then it is over.
+# A child calls `report` after its first step: it prints the time and exits.
 REPORT = """
 import os, resource, sys, time
 def report():
-    used = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = sum(each.ru_utime + each.ru_stime for each in used)
+    usage = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = sum(each.ru_utime + each.ru_stime for each in usage)
     print(f"FIRST STEP {time.monotonic()} {cpu}", flush=True)
     os._exit(0)
 """
-LEAST = """
+MINIMAL = """
 import torch
 from torch import nn
 {network}
 model = {model}()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-images, labels = torch.randn({batch}, 1, 28, 28), torch.arange({batch}) % 10
+images, labels = torch.randn({batch_size}, 1, 28, 28), torch.arange({batch_size}) % 10
 nn.functional.cross_entropy(model(images), labels).backward()
 optimizer.step()
 report()
 """
-OURS = """
+CNNTRAIN = """
 from cnntrain.cli import main
-class Watched:
-    # The loop's module, as soon as it has been imported, tells when its first step is over.
+class LoopFinder:
+    # Patches cnntrain.train.loop when it is imported, so that the first step calls `report`.
     def find_spec(self, name, path=None, target=None):
         if name == "cnntrain.train.loop":
             sys.meta_path.remove(self)
             import importlib.util
             spec = importlib.util.find_spec(name)
-            load = spec.loader.exec_module
-            def load_and_watch(module):
-                load(module)
+            exec_module = spec.loader.exec_module
+            def exec_and_patch(module):
+                exec_module(module)
                 step = module.apply_gradients
-                def watched(*arguments):
+                def step_and_report(*arguments):
                     step(*arguments)
                     report()
-                module.apply_gradients = watched
-            spec.loader.exec_module = load_and_watch
+                module.apply_gradients = step_and_report
+            spec.loader.exec_module = exec_and_patch
             return spec
-sys.meta_path.insert(0, Watched())
+sys.meta_path.insert(0, LoopFinder())
 sys.exit(main({overrides!r}))
 """
 
 
-def launch(code: str) -> tuple[float, float, float | None]:
-    """Seconds until the first step was over, CPU seconds until then, and the cores that others kept busy."""
+class Launch(NamedTuple):
+    """Seconds from launch to the end of the first step; `other_cores` were used by other processes."""
+
+    wall_s: float
+    cpu_s: float
+    other_cores: float
+
+
+def launch(code: str) -> Launch:
     before, started = read_cpu_times(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", REPORT + code]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     others = other_cores(before, read_cpu_times())
-    told = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("FIRST STEP")]
-    if not told:
+    reports = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("FIRST STEP")]
+    if not reports:
         sys.exit(f"a launch failed:\n{done.stderr}")
-    return float(told[0][0]) - started, float(told[0][1]), others
+    ended, cpu_s = map(float, reports[0])
+    return Launch(ended - started, cpu_s, others or 0.0)
 
 
 def network_source() -> str:
-    """The plain networks' source: the peers' common module without what it imports for its own ends."""
+    """Return the source of the networks in benchmarks/peers/common.py, without the imports of that module."""
     source = (Path(__file__).parent / "peers" / "common.py").read_text()
     constants = [line for line in source.splitlines() if line.startswith("DROPOUT")]
-    return "\n".join([*constants, source[source.index("def lenet5") : source.index("def tell")]])
+    return "\n".join([*constants, source[source.index("def lenet5") : source.index("def print_speed")]])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = parser_of(__doc__)
     add_root(parser)
     parser.add_argument("--model", choices=["lenet5", "fmnist_cnn"], default="lenet5")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
+    model, batch_size = options.model, options.batch_size
     with fashion_mnist(options.root) as root:
-        overrides = [
-            f"model={options.model}",
-            "data=fashion_mnist",
-            f"data.root={root}",
-            f"batch_size={options.batch_size}",
-        ]
+        overrides = [f"model={model}", "data=fashion_mnist", f"data.root={root}", f"batch_size={batch_size}"]
         codes = {
-            "least possible": LEAST.format(network=network_source(), model=options.model, batch=options.batch_size),
-            "cnntrain": OURS.format(overrides=overrides),
+            "minimal script": MINIMAL.format(network=network_source(), model=model, batch_size=batch_size),
+            "cnntrain": CNNTRAIN.format(overrides=overrides),
         }
         for code in codes.values():
             launch(code)
-        taken = {name: [] for name in codes}
+        launches: dict[str, list[Launch]] = {name: [] for name in codes}
         for _ in range(options.rounds):
             for name, code in codes.items():
-                taken[name].append(launch(code))
-    print(f"{options.model}, batch {options.batch_size}: launch to the end of the first step, medians")
+                launches[name].append(launch(code))
+    print(f"{model}, batch {batch_size}: launch to the end of the first step, medians")
     print(f"{'':<16}{'wall s':>8}{'CPU s':>8}   clean launches")
-    medians = {}
-    for name, launches in taken.items():
-        clean = [each for each in launches if (each[2] or 0) <= BUSY_CORES]
-        wall, cpu = (statistics.median(each[column] for each in clean or launches) for column in (0, 1))
-        medians[name] = wall, cpu
-        print(f"{name:<16}{wall:>8.2f}{cpu:>8.2f}   {len(clean)} of {len(launches)}")
-    (least_wall, least_cpu), (wall, cpu) = medians.values()
-    print(f"{'ratio':<16}{wall / least_wall:>8.2f}{cpu / least_cpu:>8.2f}")
+    medians = []
+    for name, runs in launches.items():
+        clean = [run for run in runs if run.other_cores <= BUSY_CORES]
+        wall_s = median(run.wall_s for run in clean or runs)
+        cpu_s = median(run.cpu_s for run in clean or runs)
+        medians.append((wall_s, cpu_s))
+        print(f"{name:<16}{wall_s:>8.2f}{cpu_s:>8.2f}   {len(clean)} of {len(runs)}")
+    (minimal_wall_s, minimal_cpu_s), (wall_s, cpu_s) = medians
+    print(f"{'ratio':<16}{wall_s / minimal_wall_s:>8.2f}{cpu_s / minimal_cpu_s:>8.2f}")
 
 
 if __name__ == "__main__":

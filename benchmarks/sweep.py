@@ -1,26 +1,25 @@
-"""What a sweep costs beside its trainings run one by one, and what TPE finds in a third of a grid's trainings.
+"""Measure the overhead of a sweep, and compare TPE with a grid of three times as many trials.
 
-    python benchmarks/sweep.py cost             # 12 trainings alone, then as a sweep with one job and with two
-    python benchmarks/sweep.py search           # a grid of 48 settings, then TPE, 16 trials, median pruning, 5 seeds
-    python benchmarks/sweep.py cost --epochs 1 --limit 100      # a smoke run; `search` takes the same
+    python benchmarks/sweep.py cost             # 12 single trainings, then as a sweep with one job and with two
+    python benchmarks/sweep.py search           # a grid of 48 settings; TPE with 16 trials, median pruning, 5 seeds
+    python benchmarks/sweep.py cost --epochs 1 --limit 100      # a smoke run; `search` has the same options
 
-Everything is the command `cnntrain` in processes of its own, on digits, start-up included, one thread a training, no
-pictures; one job runs on one core, two jobs on two.
+Everything runs the command `cnntrain` on digits in separate processes, including start-up, with one thread per training
+and without figures. One job runs on one core, two jobs on two.
 """
 
 import argparse
 import csv
 import os
-import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-COMMAND = shutil.which("cnntrain", path=os.path.dirname(sys.executable)) or "cnntrain"
+from common import COMMAND
+
 COST_SPACE = ("model=lenet5,fmnist_cnn", "optimizer.lr=0.01,0.1")
 SEEDS = 3
 SEARCH_SPACE = (
@@ -29,108 +28,135 @@ SEARCH_SPACE = (
     "batch_size=32,64,128",
     "augment=none,digits",
 )
-GRID, DRAWN = 48, 16
+GRID_TRIALS, TPE_TRIALS = 48, 16
+Row = dict[str, str]
 
 
-def cnntrain(*arguments: str, cores: int = 1) -> float:
-    """Seconds that the command takes on so many cores."""
-    mine = sorted(os.sched_getaffinity(0))[:cores]
+def run_seconds(*arguments: str, cores: int = 1) -> float:
+    """Run `cnntrain` on a number of cores and return its seconds."""
+    affinity = sorted(os.sched_getaffinity(0))[:cores]
     started = time.perf_counter()
     subprocess.run(
         [COMMAND, *arguments],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: os.sched_setaffinity(0, mine),
+        preexec_fn=lambda: os.sched_setaffinity(0, affinity),
     )
     return time.perf_counter() - started
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "results.csv").open(newline="") as file:
+def read_results(sweep: Path) -> list[Row]:
+    with (sweep / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def cost(fixed: list[str], folder: Path) -> None:
-    """A sweep beside the sum of its trainings."""
-    swept = ["-m", *COST_SPACE, f"sweep.seeds={SEEDS}", *fixed]
-    one = cnntrain(*swept, f"run_dir={folder / 'one'}")
-    two = cnntrain(*swept, "sweep.jobs=2", f"run_dir={folder / 'two'}", cores=2)
-    alone, keys = 0.0, [axis.split("=")[0] for axis in COST_SPACE]
-    for row in rows(folder / "one"):
-        values = [f"{key}={row[key]}" for key in (*keys, "seed")]
-        alone += cnntrain(*values, *fixed, f"run_dir={folder / 'alone' / row['trial'] / row['seed']}")
-    inside = sum(float(row["time_s"]) for row in rows(folder / "one"))
-    equal = [r["val/loss"] for r in rows(folder / "one")] == [r["val/loss"] for r in rows(folder / "two")]
-    print(f"{len(rows(folder / 'one'))} trainings alone, one after the other: {alone:.1f} s")
-    print(f"the sweep, one job on one core:   {one:.1f} s, {one / alone:.2f} x (asked: below 1.1 x)")
-    print(f"the sweep, two jobs on two cores: {two:.1f} s, {two / alone:.2f} x (asked: below 0.6 x)")
+def setting_of(row: Row, space: tuple[str, ...]) -> list[str]:
+    """Return the overrides of a row for the keys of a search space."""
+    keys = [dimension.partition("=")[0] for dimension in space]
+    return [f"{key}={row[key]}" for key in keys]
+
+
+def cost(settings: list[str], folder: Path) -> None:
+    """Compare sweeps with one and two jobs with the sum of their trainings, each run as its own command."""
+    sweep = ["-m", *COST_SPACE, f"sweep.seeds={SEEDS}", *settings]
+    one_s = run_seconds(*sweep, f"run_dir={folder / 'one'}")
+    two_s = run_seconds(*sweep, "sweep.jobs=2", f"run_dir={folder / 'two'}", cores=2)
+    rows = read_results(folder / "one")
+    single_s = sum(
+        run_seconds(
+            *setting_of(row, (*COST_SPACE, "seed")),
+            *settings,
+            f"run_dir={folder / 'single' / row['trial'] / row['seed']}",
+        )
+        for row in rows
+    )
+    training_s = sum(float(row["time_s"]) for row in rows)
+    equal = [r["val/loss"] for r in rows] == [r["val/loss"] for r in read_results(folder / "two")]
+    print(f"{len(rows)} single trainings, one after the other: {single_s:.1f} s")
+    print(f"sweep, one job on one core:   {one_s:.1f} s, {one_s / single_s:.2f} x (target: below 1.1 x)")
+    print(f"sweep, two jobs on two cores: {two_s:.1f} s, {two_s / single_s:.2f} x (target: below 0.6 x)")
     print(
-        f"the sum of the trainings inside the sweep, without any start-up: {inside:.1f} s; one job takes "
-        f"{one / inside:.2f} x, two take {two / inside:.2f} x of that"
+        f"sum of the trainings within the sweep, without start-up: {training_s:.1f} s; one job takes "
+        f"{one_s / training_s:.2f} x, two jobs take {two_s / training_s:.2f} x of that"
     )
     print(f"both sweeps have the same losses: {equal}")
 
 
-def search(fixed: list[str], folder: Path) -> None:
-    """TPE's best setting beside the grid's, both trained again with other seeds, on validation data."""
-    common = ["-m", *fixed, "sweep.jobs=2"]
-    taken = cnntrain(*common, *SEARCH_SPACE, f"run_dir={folder / 'grid'}", cores=2)
-    found = sorted(rows(folder / "grid"), key=lambda row: -float(row["val/top1"]))
-    assert len(found) == GRID
-    wanted = seeds_of(found[0], common, folder / "best")
-    print(f"grid: {GRID} trainings, {taken:.0f} s; best {wanted}")
-    reached = []
+def search(settings: list[str], folder: Path) -> None:
+    """Compare the best setting found by TPE with that of the grid, both retrained with other seeds."""
+    common = ["-m", *settings, "sweep.jobs=2"]
+    seconds = run_seconds(*common, *SEARCH_SPACE, f"run_dir={folder / 'grid'}", cores=2)
+    rows = sorted_by_metric(read_results(folder / "grid"))
+    assert len(rows) == GRID_TRIALS
+    grid = retrain(rows[0], common, folder / "best")
+    print(f"grid: {GRID_TRIALS} trainings, {seconds:.0f} s; best {grid}")
+    means = []
     for seed in range(5):
-        name = folder / f"tpe{seed}"
-        drawn = ["sweep.sampler=tpe", f"sweep.trials={DRAWN}", "sweep.pruner=median", f"sweep.seed={seed}"]
-        taken = cnntrain(*common, *SEARCH_SPACE, *drawn, f"run_dir={name}", cores=2)
-        done = sorted((row for row in rows(name) if row["status"] == "done"), key=lambda row: -float(row["val/top1"]))
-        reached.append(seeds_of(done[0], common, folder / f"best{seed}"))
+        sweep = folder / f"tpe{seed}"
+        sampler = ["sweep.sampler=tpe", f"sweep.trials={TPE_TRIALS}", "sweep.pruner=median", f"sweep.seed={seed}"]
+        seconds = run_seconds(*common, *SEARCH_SPACE, *sampler, f"run_dir={sweep}", cores=2)
+        rows = read_results(sweep)
+        finished = sorted_by_metric([row for row in rows if row["status"] == "done"])
+        best = retrain(finished[0], common, folder / f"best{seed}")
+        means.append(best.mean)
         print(
-            f"tpe, sweep.seed={seed}: {len(rows(name))} trainings, {len(rows(name)) - len(done)} of them pruned, "
-            f"{taken:.0f} s; best {reached[-1]}"
+            f"tpe, sweep.seed={seed}: {len(rows)} trainings, {len(rows) - len(finished)} of them pruned, "
+            f"{seconds:.0f} s; best {best}"
         )
-    median = statistics.median(found.mean for found in reached)
+    median = statistics.median(means)
     print(
-        f"median over TPE's 5 seeds of the chosen setting's mean: {median:.4f}, {wanted.mean - median:.4f} short of "
-        f"the grid's choice (asked: at most its standard deviation, {wanted.deviation:.4f})"
+        f"median over TPE's 5 seeds of the best setting's mean: {median:.4f}, {grid.mean - median:.4f} below that "
+        f"of the grid (target: at most its standard deviation, {grid.std:.4f})"
     )
 
 
-class Chosen(NamedTuple):
-    """A setting, what it came to in the sweep, and over seeds: the best of many single trainings is a lucky one."""
+def sorted_by_metric(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: -float(row["val/top1"]))
+
+
+class BestSetting(NamedTuple):
+    """The best setting of a sweep.
+
+    Attributes:
+        in_sweep: its metric in the sweep, which is biased: it is the maximum of many single trainings.
+        mean, std: its metric over ten other seeds.
+    """
 
     setting: str
-    once: float
+    in_sweep: float
     mean: float
-    deviation: float
+    std: float
 
     def __str__(self) -> str:
-        return f"{self.setting}: {self.once:.4f}, over 10 seeds {self.mean:.4f} ± {self.deviation:.4f}"
+        return f"{self.setting}: {self.in_sweep:.4f}, over 10 seeds {self.mean:.4f} ± {self.std:.4f}"
 
 
-def seeds_of(row: dict[str, str], common: list[str], folder: Path) -> Chosen:
-    """A sweep's best setting trained again with ten other seeds."""
-    setting = [f"{key}={row[key]}" for key in (axis.split("=")[0] for axis in SEARCH_SPACE)]
-    cnntrain(*common, *setting, "seed=range(1,11)", f"run_dir={folder}", cores=2)
-    values = [float(row["val/top1"]) for row in rows(folder)]
-    return Chosen(" ".join(setting), float(row["val/top1"]), statistics.fmean(values), statistics.stdev(values))
+def retrain(row: Row, common: list[str], folder: Path) -> BestSetting:
+    """Train the setting of a row with ten other seeds."""
+    setting = setting_of(row, SEARCH_SPACE)
+    run_seconds(*common, *setting, "seed=range(1,11)", f"run_dir={folder}", cores=2)
+    values = [float(result["val/top1"]) for result in read_results(folder)]
+    return BestSetting(" ".join(setting), float(row["val/top1"]), statistics.fmean(values), statistics.stdev(values))
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["cost", "search"])
-    parser.add_argument("--epochs", type=int, help="null: 20 for cost, 6 for search")
+    parser.add_argument("--epochs", type=int, help="default: 20 for cost, 6 for search")
     parser.add_argument("--limit", default="null", help="images of each split")
-    chosen = parser.parse_args()
-    epochs = chosen.epochs or {"cost": 20, "search": 6}[chosen.what]
-    asked = [
-        f"epochs={epochs}",
-        f"data.limit={chosen.limit}",
+    options = parser.parse_args()
+    benchmark, epochs = {"cost": (cost, 20), "search": (search, 6)}[options.what]
+    settings = [
+        f"epochs={options.epochs or epochs}",
+        f"data.limit={options.limit}",
         "data=digits",
         "threads=1",
         "log.figures=false",
     ]
     with tempfile.TemporaryDirectory() as temporary:
-        {"cost": cost, "search": search}[chosen.what](asked, Path(temporary))
+        benchmark(settings, Path(temporary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,17 +1,17 @@
-"""Images/s of a whole `cnntrain` training, all logging on, beside the bare step: forward, backward and optimizer step
-written by hand, on one batch that lies on the device, in the same precision and layout.
+"""Compare the images/s of a whole `cnntrain` training, with all logging, with a bare training step.
 
-    python benchmarks/throughput.py                       # fmnist_cnn, resnet18, lenet5; a stand-in for the data
-    python benchmarks/throughput.py --root DATA           # Fashion-MNIST's files
+    python benchmarks/throughput.py                       # fmnist_cnn, resnet18, lenet5; random images
+    python benchmarks/throughput.py --root DATA           # files of Fashion-MNIST
     python benchmarks/throughput.py --precision fp32 --models lenet5 --windows 5
     python benchmarks/throughput.py --batch-size 512      # on a GPU
 
-Both take turns in one process: a window of the bare step after every reading of the loss, in epochs of full length.
-Validation is in no window; what a checkpoint costs is where it is still being written when the next epoch has begun.
-Pairs of windows in which another process took CPU time do not count; up to three times as many are taken until there
-are enough clean ones. Prints medians, of the images/s and of the pairs' ratios (a machine that others share changes its
-speed between pairs, less within one): it should be 0.97 or more for fmnist_cnn and resnet18, 0.95 for lenet5 (on a GPU
-0.95, batches of 512).
+The bare step is a handwritten forward, backward and optimizer step on one batch that is already on the device, in the
+same precision and layout. Both run alternately in one process: a window of the bare step follows every logged loss of
+full-length epochs. Validation is in no window; checkpoint writing is if it overlaps the next epoch. Pairs of windows
+during which other processes took CPU time are excluded; up to three times as many are taken until there are enough
+clean ones. Prints medians of the images/s and of the ratio within a pair (the speed of a shared machine changes less
+within a pair than between pairs). The ratio should be at least 0.97 for fmnist_cnn and resnet18 and 0.95 for lenet5 (on
+a GPU 0.95 with batch size 512).
 """
 
 import argparse
@@ -24,7 +24,7 @@ from statistics import median
 from unittest.mock import patch
 
 import torch
-from fashion import add_root, fashion_mnist
+from common import add_root, fashion_mnist, parser_of
 from torch.nn.functional import cross_entropy
 
 from cnntrain import compose
@@ -36,27 +36,28 @@ from cnntrain.report.run_logger import RunLogger
 from cnntrain.train.setup import build_components
 
 MODELS = ("fmnist_cnn", "resnet18", "lenet5")
+TRAIN_IMAGES = 54_000  # of Fashion-MNIST, without the validation split
 
 
-class EnoughError(Exception):
-    """There are as many clean windows as were asked for."""
+class EnoughWindows(Exception):
+    """Ends the training when there are enough clean windows."""
 
 
 class BareStep:
-    """The same network and optimizer without anything around them."""
+    """A training step with the same network and optimizer on one fixed batch."""
 
     def __init__(self, settings: Settings, batch_size: int) -> None:
-        assembly = build_components(settings)
-        self.compute = compute = assembly.compute
-        self.model = assembly.model.to(memory_format=compute.memory_format).train()
+        components = build_components(settings)
+        self.compute = compute = components.compute
+        self.model = components.model.to(memory_format=compute.memory_format).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         images = torch.randn(batch_size, 1, 28, 28, device=compute.device)
         self.images = images.contiguous(memory_format=compute.memory_format)
         self.labels = torch.arange(batch_size, device=compute.device) % 10
 
-    def window(self, steps: int) -> tuple[int, float]:
-        """Images and seconds of some steps."""
-        self._wait()
+    def seconds_per_image(self, steps: int) -> float:
+        """Time a window of some steps."""
+        self._synchronize()
         started = time.perf_counter()
         for _ in range(steps):
             with self.compute.autocast():
@@ -64,25 +65,25 @@ class BareStep:
             cross_entropy(outputs.float(), self.labels).backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self._wait()
-        return steps * len(self.images), time.perf_counter() - started
+        self._synchronize()
+        return (time.perf_counter() - started) / (steps * len(self.images))
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.compute.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 @dataclass
-class Pair:
-    """Seconds an image of two windows, one after the other, and whether no other process took part in them."""
+class WindowPair:
+    """Seconds per image of two consecutive windows; clean if no other process disturbed them."""
 
     training: float
     bare: float
     clean: bool
 
 
-def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
-    """TimingWindows of the training, from one reading of the loss to the next, and of the bare step, in turns."""
+def measure(model: str, root: Path, options: argparse.Namespace) -> list[WindowPair]:
+    """Time the training from one logged loss to the next, and the bare step, alternately."""
     common = [
         f"model={model}",
         "data=fashion_mnist",
@@ -95,62 +96,59 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> list[Pair]:
         *([f"augment={options.augment}"] if options.augment else []),
     ]
     bare = BareStep(compose(*common), options.batch_size)
-    bare.window(2)
-    images, seconds = bare.window(3)
-    steps = round(options.window_s * images / seconds / options.batch_size)
-    steps = min(steps, 54_000 // options.batch_size)  # no reading goes beyond an epoch
-    steps = (
-        max(1, steps // MAX_GROUP["cpu"][0]) * MAX_GROUP["cpu"][0]
-    )  # every window has its share of what is augmented at once
-    pairs: list[Pair] = []
-    before, read = read_cpu_times(), RunLogger.log_step
+    bare.seconds_per_image(2)  # warm up
+    steps = round(options.window_s / (bare.seconds_per_image(3) * options.batch_size))
+    steps = min(steps, TRAIN_IMAGES // options.batch_size)  # no window spans two epochs
+    group = MAX_GROUP["cpu"][0]  # batches that are augmented at once: every window contains whole groups
+    steps = max(1, steps // group) * group
+    pairs: list[WindowPair] = []
+    before, log_step = read_cpu_times(), RunLogger.log_step
 
-    def read_and_time(journal: RunLogger, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
+    def log_and_time(logger: RunLogger, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
         nonlocal before
-        read(journal, step, epoch, batch, values)
-        images, seconds = bare.window(steps)
-        if step > steps:  # the first one warms up
-            busy = other_cores(before, read_cpu_times())
-            clean = busy is None or busy <= BUSY_CORES
-            pairs.append(Pair(1 / values["images_per_s"], seconds / images, clean))
+        log_step(logger, step, epoch, batch, values)
+        bare_seconds = bare.seconds_per_image(steps)
+        if step > steps:  # the first window warms up
+            others = other_cores(before, read_cpu_times())
+            pairs.append(WindowPair(1 / values["images_per_s"], bare_seconds, (others or 0.0) <= BUSY_CORES))
         if sum(pair.clean for pair in pairs) >= options.windows or len(pairs) >= 3 * options.windows:
-            raise EnoughError
+            raise EnoughWindows
         before = read_cpu_times()
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        suppress(EnoughError),
-        patch.object(RunLogger, "log_step", read_and_time),
+        suppress(EnoughWindows),
+        patch.object(RunLogger, "log_step", log_and_time),
     ):
         train(compose(*common, f"log.every_steps={steps}", f"run_dir={folder}/run"), test=False)
     return pairs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = parser_of(__doc__)
     add_root(parser)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=20, help="clean pairs that are asked for")
+    parser.add_argument("--windows", type=int, default=20, help="number of clean pairs")
     parser.add_argument("--window-s", type=float, default=2.0, help="seconds of a window")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--augment", help="null: the data set's own, crop with padding and flip")
+    parser.add_argument("--augment", help="default: that of the dataset, crop with padding and flip")
     options = parser.parse_args()
     print(f"batch {options.batch_size}, precision {options.precision}; images/s")
     print(f"{'model':<12}{'cnntrain':>10}{'bare step':>11}{'ratio':>8}   clean pairs of windows")
     with fashion_mnist(options.root) as root:
         for model in options.models:
             pairs = measure(model, root, options)
-            clean = [pair for pair in pairs if pair.clean] or pairs
-            ours, theirs, ratio = (
-                median(values)
-                for values in zip(*((1 / p.training, 1 / p.bare, p.bare / p.training) for p in clean), strict=True)
-            )
-            busy = "" if any(pair.clean for pair in pairs) else "   BUSY: these figures say nothing"
-            count = f"{sum(pair.clean for pair in pairs)} of {len(pairs)}"
-            print(f"{model:<12}{ours:>10,.0f}{theirs:>11,.0f}{ratio:>8.3f}   {count}{busy}", flush=True)
+            clean = [pair for pair in pairs if pair.clean]
+            used = clean or pairs
+            training = median(1 / pair.training for pair in used)
+            bare = median(1 / pair.bare for pair in used)
+            ratio = median(pair.bare / pair.training for pair in used)
+            busy = "" if clean else "   BUSY: not meaningful"
+            count = f"{len(clean)} of {len(pairs)}"
+            print(f"{model:<12}{training:>10,.0f}{bare:>11,.0f}{ratio:>8.3f}   {count}{busy}", flush=True)
 
 
 if __name__ == "__main__":

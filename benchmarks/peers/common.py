@@ -1,6 +1,6 @@
-"""What the peers' scripts share: the data, the networks in plain torch, the options, and the line they print.
+"""Data, plain torch networks, options and output shared by the scripts of the peers.
 
-Nothing of cnntrain is used here.
+This module does not import cnntrain.
 """
 
 import argparse
@@ -20,7 +20,7 @@ DROPOUT, DENSE_DROPOUT = 0.25, 0.5
 
 @dataclass(frozen=True)
 class Options:
-    """What a peer is asked to do; see `parse`."""
+    """Options of a peer; see `parse`."""
 
     model: str
     precision: str
@@ -36,15 +36,15 @@ class Options:
 
 
 def parse(doc: str | None) -> Options:
-    """The options of the command line; sets torch's threads."""
+    """Parse the command line and set the number of torch threads."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=["lenet5", "fmnist_cnn"], default="fmnist_cnn")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--root", type=Path, required=True, help="folder that has FashionMNIST/raw")
-    parser.add_argument("--epochs", type=int, default=3, help="the first of them warms up and does not count")
+    parser.add_argument("--root", type=Path, required=True, help="folder that contains FashionMNIST/raw")
+    parser.add_argument("--epochs", type=int, default=3, help="the first one warms up and is excluded")
     parser.add_argument("--limit", type=int, default=60_000, help="training images")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: as many as torch chooses)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: chosen by torch)")
     options = Options(**vars(parser.parse_args()))
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -56,7 +56,7 @@ def device() -> torch.device:
 
 
 def fashion_mnist(options: Options) -> tuple[Tensor, Tensor]:
-    """Training images (N, 1, 28, 28) uint8 and labels (N,) int64."""
+    """Return training images (N, 1, 28, 28) uint8 and labels (N,) int64."""
     raw = options.root / "FashionMNIST" / "raw"
     images = np.fromfile(raw / "train-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 1, 28, 28)
     labels = np.fromfile(raw / "train-labels-idx1-ubyte", np.uint8, offset=8).astype(np.int64)
@@ -64,12 +64,12 @@ def fashion_mnist(options: Options) -> tuple[Tensor, Tensor]:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """float32 with the data set's mean and standard deviation."""
+    """Normalize to float32 with the mean and standard deviation of the dataset."""
     return (images.float() / 255 - MEAN) / STD
 
 
 def network(name: str) -> nn.Module:
-    """The same layers as `model=lenet5` or `model=fmnist_cnn`, for 1x28x28 images and 10 classes."""
+    """Build the layers of `model=lenet5` or `model=fmnist_cnn`, for 1x28x28 images and 10 classes."""
     return lenet5() if name == "lenet5" else fmnist_cnn()
 
 
@@ -113,7 +113,7 @@ def fmnist_cnn() -> nn.Module:
     )
 
 
-def tell(epoch_seconds: list[float], images: int) -> None:
-    """Print images/s of the steady state: the median of all epochs but the first."""
+def print_speed(epoch_seconds: list[float], images: int) -> None:
+    """Print the median images/s over all epochs except the first."""
     speeds = [images / seconds for seconds in epoch_seconds[1:] or epoch_seconds]
     print(json.dumps({"images_per_s": statistics.median(speeds), "epochs": speeds}), flush=True)

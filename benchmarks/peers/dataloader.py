@@ -1,4 +1,4 @@
-"""A plain loop over a DataLoader, as torch's tutorials write it; no installs.
+"""A plain loop over a DataLoader in the style of the PyTorch tutorials; needs no additional packages.
 
 python benchmarks/peers/dataloader.py --root DATA --model fmnist_cnn --precision bf16 --channels-last
 """
@@ -6,7 +6,7 @@ python benchmarks/peers/dataloader.py --root DATA --model fmnist_cnn --precision
 import time
 
 import torch
-from common import BATCH_SIZE, device, fashion_mnist, network, normalized, parse, tell
+from common import BATCH_SIZE, device, fashion_mnist, network, normalized, parse, print_speed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -34,7 +34,7 @@ def main() -> None:
             loss_sum += loss.item() * len(y)
             correct += (outputs.argmax(1) == y).sum().item()
         seconds.append(time.perf_counter() - started)
-    tell(seconds, len(images))
+    print_speed(seconds, len(images))
 
 
 if __name__ == "__main__":

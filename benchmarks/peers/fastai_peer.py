@@ -1,20 +1,20 @@
-"""fastai, a Learner over tensors: pip install fastai
+"""A fastai Learner on tensors: pip install fastai
 
     python benchmarks/peers/fastai_peer.py --root DATA --model fmnist_cnn --precision bf16 --channels-last
 
-Its mixed precision is for GPUs alone: on a CPU `--precision bf16` is refused.
+fastai supports mixed precision on GPUs only: on a CPU `--precision bf16` is refused.
 """
 
 import sys
 import time
 
-from common import BATCH_SIZE, device, fashion_mnist, network, normalized, parse, tell
+from common import BATCH_SIZE, device, fashion_mnist, network, normalized, parse, print_speed
 from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, accuracy
 from torch.utils.data import TensorDataset
 
 
-class Clock(Callback):
-    """Seconds of every epoch's training."""
+class EpochTimer(Callback):
+    """Record the seconds of every epoch's training."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -29,7 +29,7 @@ class Clock(Callback):
 def main() -> None:
     options = parse(__doc__)
     if options.precision == "bf16" and device().type == "cpu":
-        sys.exit("not offered: fastai's mixed precision is for GPUs")
+        sys.exit("fastai supports mixed precision on GPUs only")
     images, labels = fashion_mnist(options)
     x = normalized(images)
     train, valid = TensorDataset(x, labels), TensorDataset(x[:BATCH_SIZE], labels[:BATCH_SIZE])
@@ -39,10 +39,10 @@ def main() -> None:
         learner = learner.to_channelslast(use_amp=False)
     if options.precision == "bf16":
         learner = learner.to_bf16()
-    clock = Clock()
-    learner.add_cb(clock)
+    timer = EpochTimer()
+    learner.add_cb(timer)
     learner.fit(options.epochs, 1e-3)
-    tell(clock.seconds, len(images))
+    print_speed(timer.seconds, len(images))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A folder of JPEGs fed as torchvision's tutorials do: ImageFolder, Pillow, v2 transforms image by image, two workers.
+"""Train on a folder of JPEGs in the style of the torchvision tutorials: ImageFolder, Pillow, v2, two workers.
 
 python benchmarks/peers/folder_dataloader.py --folder DATA/train --epochs 1
 """

@@ -2,8 +2,8 @@
 
     python benchmarks/peers/keras_peer.py --root DATA --model fmnist_cnn --precision bf16
 
-Keras' images are (N, H, W, C) by default, and reach torch as channels_last without being copied, so --channels-last
-changes nothing.
+Keras stores images as (N, H, W, C) by default, which torch sees as channels_last without a copy, so --channels-last
+has no effect.
 """
 
 import os
@@ -12,12 +12,12 @@ import time
 os.environ["KERAS_BACKEND"] = "torch"
 
 import keras
-from common import BATCH_SIZE, DENSE_DROPOUT, DROPOUT, fashion_mnist, normalized, parse, tell
+from common import BATCH_SIZE, DENSE_DROPOUT, DROPOUT, fashion_mnist, normalized, parse, print_speed
 from keras import layers
 
 
 def network(name: str) -> keras.Model:
-    """The layers of `common.network`."""
+    """Build the layers of `common.network`."""
 
     def block(out: int) -> list[layers.Layer]:
         return [
@@ -49,8 +49,8 @@ def network(name: str) -> keras.Model:
     return keras.Sequential([keras.Input((28, 28, 1)), *body, layers.Dense(10, dtype="float32")])
 
 
-class Clock(keras.callbacks.Callback):
-    """Seconds of every epoch."""
+class EpochTimer(keras.callbacks.Callback):
+    """Record the seconds of every epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,9 +75,9 @@ def main() -> None:
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    clock = Clock()
-    model.fit(x, y, batch_size=BATCH_SIZE, epochs=options.epochs, callbacks=[clock], verbose=2)
-    tell(clock.seconds, len(images))
+    timer = EpochTimer()
+    model.fit(x, y, batch_size=BATCH_SIZE, epochs=options.epochs, callbacks=[timer], verbose=2)
+    print_speed(timer.seconds, len(images))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Lightning, with its Trainer at its defaults (logger, checkpoint, bar): pip install lightning
+"""Lightning with the defaults of its Trainer (logger, checkpoint, progress bar): pip install lightning
 
 python benchmarks/peers/lightning_peer.py --root DATA --model fmnist_cnn --precision bf16 --channels-last
 """
@@ -9,7 +9,7 @@ import warnings
 
 import lightning
 import torch
-from common import BATCH_SIZE, Options, fashion_mnist, network, normalized, parse, tell
+from common import BATCH_SIZE, Options, fashion_mnist, network, normalized, parse, print_speed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -33,8 +33,8 @@ class Classifier(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-class Clock(lightning.Callback):
-    """Seconds of every epoch."""
+class EpochTimer(lightning.Callback):
+    """Record the seconds of every epoch."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -51,14 +51,14 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     images, labels = fashion_mnist(options)
     loader = DataLoader(TensorDataset(normalized(images), labels), batch_size=BATCH_SIZE, shuffle=True)
-    clock = Clock()
+    timer = EpochTimer()
     precision = "bf16-mixed" if options.precision == "bf16" else "32-true"
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
-            max_epochs=options.epochs, precision=precision, callbacks=[clock], default_root_dir=folder
+            max_epochs=options.epochs, precision=precision, callbacks=[timer], default_root_dir=folder
         )
         trainer.fit(Classifier(options), loader)
-    tell(clock.seconds, len(images))
+    print_speed(timer.seconds, len(images))
 
 
 if __name__ == "__main__":
