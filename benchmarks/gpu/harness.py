@@ -1,4 +1,4 @@
-"""Run items, each with a time limit, and write down what they found after each."""
+"""Run commands with time limits, and write a report after each item."""
 
 import csv
 import json
@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-RESULT = "RESULT "  # begins the line in which a probe prints what it found
-SHOWN_BELOW = ("tail", "warnings", "found")  # lists of lines, printed below an item's own line
+RESULT = "RESULT "  # start of the line with a probe's result
+LINE_LISTS = ("tail", "warnings", "found")  # keys of lists of lines, printed below the line of an item
 
-Found = dict[str, Any]  # `ok`, and whatever an item reports
+Found = dict[str, Any]  # `ok`, and the figures of an item
 
 
 class Harness:
-    """Commands of one run, their limits, and the report.
+    """Run the commands of all items and write the report.
 
     Attributes:
         cuda: whether the device is a CUDA device.
-        smoke: whether sizes are tiny: it tries the items, and measures nothing.
+        smoke: whether sizes are tiny, to test the items without measuring.
         out: folder of the report.
-        work: temporary folder in which all commands run.
+        work: temporary working folder of all commands.
     """
 
     def __init__(self, device: str, smoke: bool, out: str, kit: str, budget_s: float, patience: float) -> None:
@@ -40,12 +40,12 @@ class Harness:
         self.out.mkdir(parents=True, exist_ok=True)
         self.work = Path(tempfile.mkdtemp(prefix="cnntrain-gpu-"))
         (self.work / "cache").mkdir()
-        self.product = self._unpack_product()
+        self.project = self._unpack_project()
         self.started = time.monotonic()
         self.budget_s = budget_s
         self.items: list[Found] = []
         self._lock = threading.Lock()
-        path = os.pathsep.join(filter(None, [str(self.product), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(self.project), os.environ.get("PYTHONPATH")]))
         self.environment = {
             **os.environ,
             "PYTHONPATH": path,
@@ -54,28 +54,28 @@ class Harness:
             "COLUMNS": "160",
         }
 
-    def _unpack_product(self) -> Path:
-        """The packed files of the project, or those of the working folder where none are packed."""
-        packed = self.kit / "product.tar.gz"
+    def _unpack_project(self) -> Path:
+        """Unpack the project from the kit, or return the working folder if the kit has none."""
+        packed = self.kit / "project.tar.gz"
         if not packed.is_file():
             return Path.cwd()
         with tarfile.open(packed) as archive:
-            archive.extractall(self.work / "product", filter="data")
-        return self.work / "product"
+            archive.extractall(self.work / "project", filter="data")
+        return self.work / "project"
 
     @property
     def elapsed_s(self) -> float:
         return time.monotonic() - self.started
 
     @property
-    def left_s(self) -> float:
+    def remaining_s(self) -> float:
         return self.budget_s - self.elapsed_s
 
     def data(self, name: str = "") -> Path:
         return self.kit / "data" / name
 
     def sizes(self, full: str, smoke: str) -> list[str]:
-        """Settings for a full run, or for a smoke run."""
+        """Return the settings of a full run or of a smoke run."""
         return (smoke if self.smoke else full).split()
 
     # -------------------------------------------------------------------------------------------- commands
@@ -91,12 +91,12 @@ class Harness:
         """Run a command.
 
         Args:
-            limit_s: after this many seconds (times `patience`) its process group is ended.
-            log: name of the file that its output goes to.
-            kill_when: asked ten times a second; once it is true, the process group gets SIGKILL.
+            limit_s: seconds (times `patience`) until its process group is terminated.
+            log: name of the file for its output.
+            kill_when: polled ten times per second; when it returns true, the process group is killed (SIGKILL).
 
         Returns:
-            (exit code, or 'timeout', or 'killed'; seconds; output).
+            exit code or 'timeout' or 'killed', seconds, output.
         """
         started, limit_s, path = time.monotonic(), limit_s * self.patience, self.work / f"{log}.log"
         with path.open("w") as file:
@@ -120,16 +120,16 @@ class Harness:
                     except subprocess.TimeoutExpired:
                         continue
             if code in ("timeout", "killed"):
-                _end(process, at_once=code == "killed")
+                _terminate(process, immediately=code == "killed")
         return code, time.monotonic() - started, path.read_text(errors="replace")
 
     def cnntrain(self, *words: object) -> list[str]:
-        """The command line of cnntrain on this device."""
-        chosen = [] if any(str(word).startswith("device=") for word in words) else [f"device={self.device}"]
-        return [sys.executable, "-m", "cnntrain", *map(str, words), *chosen]
+        """Return a command line of cnntrain on this device."""
+        device = [] if any(str(word).startswith("device=") for word in words) else [f"device={self.device}"]
+        return [sys.executable, "-m", "cnntrain", *map(str, words), *device]
 
     def run(self, name: str, limit_s: float, *words: object, lines: int = 6, codes: tuple[int, ...] = (0,)) -> Found:
-        """A command of cnntrain; good if it ends with one of `codes`. `found` has its last lines."""
+        """Run a command of cnntrain, which must exit with one of `codes`; `found` contains its last lines."""
         code, seconds, output = self.call(self.cnntrain(*words, f"run_dir={self.work / name}"), limit_s, name)
         found = {
             "ok": code in codes,
@@ -140,18 +140,18 @@ class Harness:
         return found if found["ok"] else {**found, "found": [], "tail": last_lines(output)}
 
     def train(self, name: str, limit_s: float, *words: object, codes: tuple[int, ...] = (0,)) -> Found:
-        """A training: its results, images/s of each epoch, and warnings."""
+        """Train, and return the results, the images/s of each epoch, and warnings."""
         folder = self.work / name
         command = self.cnntrain(*words, f"run_dir={folder}", "log.figures=false")
         code, seconds, output = self.call(command, limit_s, name)
         found = {"ok": code in codes, "exit": code, "seconds": round(seconds, 1), **read_results(folder)}
-        warned = {line for line in output.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)}
-        if warned:
-            found["warnings"] = sorted(warned)[:6]
+        warnings = {line for line in output.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)}
+        if warnings:
+            found["warnings"] = sorted(warnings)[:6]
         return found if found["ok"] else {**found, "tail": last_lines(output)}
 
     def probe(self, name: str, limit_s: float, *words: str, env: dict[str, str] | None = None) -> Found:
-        """A function of probes.py in a process of its own, and what it printed as its result."""
+        """Run a function of probes.py in a separate process and return its result."""
         code, seconds, output = self.call(self.probe_command(name, *words), limit_s, f"probe-{name}", env)
         results = [json.loads(x[len(RESULT) :]) for x in output.splitlines() if x.startswith(RESULT)]
         result = results[-1] if results else {}
@@ -165,19 +165,19 @@ class Harness:
 
     def probe_command(self, name: str, *words: str) -> list[str]:
         smoke = ["--smoke"] if self.smoke else []
-        given = ["--device", self.device, "--data", str(self.data()), *smoke, *words]
-        return [sys.executable, str(HERE / "probes.py"), name, *given]
+        options = ["--device", self.device, "--data", str(self.data()), *smoke, *words]
+        return [sys.executable, str(HERE / "probes.py"), name, *options]
 
     # -------------------------------------------------------------------------------------------- the report
 
     def record(self, name: str, found: Found, gpu: Found) -> None:
-        """Print what an item found, and write the reports anew."""
+        """Print the result of an item and rewrite the reports."""
         with self._lock:
             item = {"item": name, **found, **({"gpu": gpu} if gpu else {}), "at_s": round(self.elapsed_s)}
             self.items.append(item)
-            used = f" | gpu {gpu}" if gpu else ""
-            print(f"[{self.elapsed_s:5.0f} s] {one_line(name, found)}{used}", flush=True)
-            for line in [line for key in SHOWN_BELOW for line in (found.get(key) or [])[-25:]]:
+            gpu_text = f" | gpu {gpu}" if gpu else ""
+            print(f"[{self.elapsed_s:5.0f} s] {one_line(name, found)}{gpu_text}", flush=True)
+            for line in [line for key in LINE_LISTS for line in (found.get(key) or [])[-25:]]:
                 print(f"          {line}", flush=True)
             report = json.dumps({"device": self.device, "items": self.items}, indent=1, default=str)
             (self.out / "report.json").write_text(report)
@@ -185,11 +185,11 @@ class Harness:
             (self.out / "report.txt").write_text(text)
 
 
-def _end(process: subprocess.Popen[bytes], at_once: bool) -> None:
-    """End a process and its children; SIGTERM first, unless `at_once`."""
-    for number in (signal.SIGKILL,) if at_once else (signal.SIGTERM, signal.SIGKILL):
+def _terminate(process: subprocess.Popen[bytes], immediately: bool) -> None:
+    """Terminate a process and its children, first with SIGTERM unless `immediately`."""
+    for signal_number in (signal.SIGKILL,) if immediately else (signal.SIGTERM, signal.SIGKILL):
         try:
-            os.killpg(process.pid, number)
+            os.killpg(process.pid, signal_number)
             process.wait(3)
             return
         except (ProcessLookupError, subprocess.TimeoutExpired):
@@ -197,8 +197,8 @@ def _end(process: subprocess.Popen[bytes], at_once: bool) -> None:
 
 
 def one_line(name: str, found: Found) -> str:
-    """`ok   name: key=value key=value`, without lists."""
-    hidden = ("ok", "item", "gpu", *SHOWN_BELOW)
+    """Format a result as `ok   name: key=value key=value`, without lists."""
+    hidden = ("ok", "item", "gpu", *LINE_LISTS)
     values = [f"{k}={v}" for k, v in found.items() if k not in hidden and not isinstance(v, list | dict)]
     return f"{'ok  ' if found.get('ok') else 'FAIL'} {name}: {' '.join(values)}"
 
@@ -209,7 +209,7 @@ def last_lines(text: str, count: int = 25) -> list[str]:
 
 
 def read_results(folder: Path) -> Found:
-    """What a run folder says: test and best metrics, seconds, images/s of each epoch; empty where there is none."""
+    """Return test and best metrics, seconds and images/s of each epoch of a run folder, as far as they exist."""
     found: Found = {}
     try:
         results = json.loads((folder / "results.json").read_text())
@@ -226,12 +226,12 @@ def read_results(folder: Path) -> Found:
 
 
 class GpuMonitor:
-    """nvidia-smi beside an item: mean and largest use, memory and power."""
+    """Sample nvidia-smi during an item: mean and maximum utilization, maximum memory and power."""
 
-    def __init__(self, on: bool) -> None:
+    def __init__(self, enabled: bool) -> None:
         self.rows: list[list[float]] = []
         self.process: subprocess.Popen[str] | None = None
-        if on and shutil.which("nvidia-smi"):
+        if enabled and shutil.which("nvidia-smi"):
             query = ["--query-gpu=utilization.gpu,memory.used,power.draw", "--format=csv,noheader,nounits"]
             self.process = subprocess.Popen(
                 ["nvidia-smi", *query, "-lms", "500"],
@@ -249,15 +249,15 @@ class GpuMonitor:
             except ValueError:
                 continue
 
-    def end(self) -> Found:
+    def stop(self) -> Found:
         if self.process is not None:
             self.process.terminate()
         if not self.rows:
             return {}
-        use, memory, power = zip(*self.rows, strict=True)
+        utilization, memory, power = zip(*self.rows, strict=True)
         return {
-            "use_mean": round(statistics.mean(use)),
-            "use_max": round(max(use)),
+            "use_mean": round(statistics.mean(utilization)),
+            "use_max": round(max(utilization)),
             "mib_max": round(max(memory)),
             "watt_max": round(max(power)),
         }

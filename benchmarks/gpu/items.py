@@ -1,4 +1,4 @@
-"""The questions that are asked of a GPU, one function each.
+"""The items of the GPU report, one function each.
 
 An item takes the harness and returns a dictionary: `ok`, figures, and lists of lines in `found`, `warnings` and `tail`.
 """
@@ -12,7 +12,7 @@ import time
 from harness import Found, Harness, last_lines, read_results
 
 SKIPPED_ON_CPU: Found = {"ok": True, "note": "needs CUDA"}
-SKIPPED_IN_SMOKE: Found = {"ok": True, "note": "left out of a smoke run"}
+SKIPPED_IN_SMOKE: Found = {"ok": True, "note": "skipped in a smoke run"}
 
 
 def _fashion(harness: Harness) -> list[str]:
@@ -23,23 +23,23 @@ def _small_or(harness: Harness, model: str) -> str:
     return f"model={'lenet5' if harness.smoke else model}"
 
 
-# ------------------------------------------------------------------------------------------ does it train
+# ------------------------------------------------------------------------------------------ training
 
 
 def environment(harness: Harness) -> Found:
-    """All dependencies import; versions, GPU, and how fast it multiplies matrices."""
+    """All dependencies can be imported; versions, GPU, and speed of a matrix product."""
     return harness.probe("environment", 60)
 
 
 def digits(harness: Harness) -> Found:
-    """`cnntrain` without arguments learns digits: top-1 above 0.95."""
+    """`cnntrain` without arguments reaches a top-1 above 0.95 on digits."""
     found = harness.train("digits", 90, *harness.sizes("", "epochs=2 data.limit=600"))
     return found | {"ok": found["ok"] and found.get("test_top1", 0) > (0.0 if harness.smoke else 0.95)}
 
 
 def own_gpu_tests(harness: Harness) -> Found:
-    """The project's tests that are marked `gpu`."""
-    folder = harness.product / "tests"
+    """Tests of the project that are marked `gpu`."""
+    folder = harness.project / "tests"
     files = [str(f) for f in sorted(folder.rglob("test_*.py")) if "mark.gpu" in f.read_text()]
     if not files:
         return {"ok": False, "note": "no test is marked gpu"}
@@ -65,32 +65,32 @@ def fast(harness: Harness) -> Found:
 
 
 def keypoints(harness: Harness) -> Found:
-    """Keypoints by regression."""
+    """Keypoint regression."""
     few = harness.sizes("epochs=4", "epochs=1 data.train_count=64")
     return harness.train("keypoints", 90, "data=toy_faces", "augment=[flip,rotation,jitter,random_erasing]", *few)
 
 
 def heatmaps(harness: Harness) -> Found:
-    """Keypoints by heat maps."""
+    """Keypoint heatmaps."""
     few = harness.sizes("epochs=2", "epochs=1 data.train_count=32 batch_size=8")
     return harness.train("heatmaps", 90, "data=toy_faces", "model=unet_small", "task.head=heatmap", *few)
 
 
 def segmentation(harness: Harness) -> Found:
-    """A class for each pixel, with balanced class weights."""
+    """Segmentation with balanced class weights."""
     few = harness.sizes("epochs=3", "epochs=1 limit_batches=2 batch_size=8")
     words = ["data=toy_shapes", "model=unet_small", "task.loss=ce_dice", "task.class_weights=balanced"]
     return harness.train("segmentation", 90, *words, *few)
 
 
 def fp16(harness: Harness) -> Found:
-    """fp16 with loss scaling, accumulation, clipping and an average of the weights."""
+    """fp16 with loss scaling, gradient accumulation, clipping and an average of the weights."""
     words = "precision=fp16 optimizer=sgd accumulate=2 clip_grad_norm=1 ema_decay=0.9 epochs=5"
     return harness.train("fp16", 60, *words.split()) if harness.cuda else SKIPPED_ON_CPU
 
 
 def augmentations(harness: Harness) -> Found:
-    """Every augmentation that moves, colors or covers."""
+    """Geometric augmentations, color augmentations and random erasing."""
     every = "[flip,crop,jitter,hue,blur,noise,random_erasing,rotation,perspective,zoom,trivial_augment]"
     words = "data=toy_shapes model=unet_small epochs=1 limit_batches=4 batch_size=8"
     return harness.train("augmentations", 60, *words.split(), f"augment={every}")
@@ -103,31 +103,31 @@ def mixing(harness: Harness) -> Found:
 
 
 def faces(harness: Harness) -> Found:
-    """Photographs of faces with 68 points, if the kit has them."""
+    """Photographs of faces with 68 keypoints, if the kit contains them."""
     if not harness.data("faces").is_dir():
-        return {"ok": True, "note": "the kit has no faces"}
+        return {"ok": True, "note": "the kit contains no faces"}
     words = ["data=faces68", f"data.root={harness.data('faces')}", "batch_size=4"]
     return harness.train("faces", 60, *words, *harness.sizes("epochs=5", "epochs=1"))
 
 
 def camvid(harness: Harness) -> Found:
-    """Street scenes with masks, if the kit has them."""
+    """Street scenes with masks, if the kit contains them."""
     if not harness.data("camvid").is_dir():
-        return {"ok": True, "note": "the kit has no street scenes"}
+        return {"ok": True, "note": "the kit contains no street scenes"}
     words = ["data=camvid", f"data.root={harness.data('camvid')}", "batch_size=4", "epochs=1"]
     return harness.train("camvid", 60, *words, *harness.sizes("", "limit_batches=1"))
 
 
-# ------------------------------------------------------------------------------------------ how fast is it
+# ------------------------------------------------------------------------------------------ speed
 
 
 def syncs(harness: Harness) -> Found:
-    """Host syncs in `train_epoch` and `evaluate`, by place: none at each step."""
+    """No host syncs at each step of `train_epoch` and `evaluate`."""
     return harness.probe("syncs", 150)
 
 
 def caches(harness: Harness) -> Found:
-    """Images/s by where the images are kept: device, host, or streamed by workers."""
+    """Images/s by cache: GPU, RAM, or none (decoded by workers)."""
     few = harness.sizes(
         "epochs=2 limit_batches=150 data.workers=8", "epochs=1 limit_batches=3 data.limit=400 data.workers=1"
     )
@@ -142,7 +142,7 @@ def caches(harness: Harness) -> Found:
 
 
 def _bench(harness: Harness, name: str, *words: str, limit_s: float = 100) -> Found:
-    """Images/s of the loop and of the bare step, and where the time goes."""
+    """Measure the images/s of the loop and of the bare step, and the time of each part of a step."""
     folder = harness.work / f"bench-{name}"
     budget = f"bench.budget_s={8 if harness.smoke else 26}"
     command = harness.cnntrain("bench", budget, f"run_dir={folder}", *words)
@@ -173,31 +173,31 @@ def _bench_row(setting: Found) -> str:
 
 
 def bench_fmnist_cnn(harness: Harness) -> Found:
-    """A small network at batch 128: the loop's overhead shows most."""
+    """A small network at batch size 128, where the overhead of the loop is largest."""
     few = harness.sizes("", "data.limit=400")
     return _bench(harness, "fmnist_cnn-128", *_fashion(harness), "model=fmnist_cnn", "batch_size=128", *few)
 
 
 def bench_resnet_128(harness: Harness) -> Found:
-    """resnet18 at batch 128."""
+    """resnet18 at batch size 128."""
     few = harness.sizes("batch_size=128", "batch_size=32 data.limit=400")
     return _bench(harness, "resnet18-128", *_fashion(harness), _small_or(harness, "resnet18"), *few)
 
 
 def bench_resnet_512(harness: Harness) -> Found:
-    """resnet18 at batch 512: should reach the bare step's speed."""
+    """resnet18 at batch size 512, which should reach the speed of the bare step."""
     few = harness.sizes("batch_size=512", "batch_size=64 data.limit=400")
     return _bench(harness, "resnet18-512", *_fashion(harness), _small_or(harness, "resnet18"), *few)
 
 
 def bench_keypoints(harness: Harness) -> Found:
-    """Keypoints: loss and metrics of many small operations."""
+    """Keypoints, whose loss and metrics consist of many small operations."""
     few = harness.sizes("batch_size=64", "batch_size=16 data.train_count=64")
     return _bench(harness, "keypoints-64", "data=toy_faces", *few)
 
 
 def bench_compile(harness: Harness) -> Found:
-    """resnet18 at batch 128, compiled."""
+    """resnet18 at batch size 128, compiled."""
     if harness.smoke:
         return SKIPPED_IN_SMOKE
     words = ["model=resnet18", "batch_size=128", "compile=default"]
@@ -212,31 +212,31 @@ def compiled(harness: Harness) -> Found:
     return harness.train("compiled", 150, *words)
 
 
-# ------------------------------------------------------------------------------------------ is it right
+# ------------------------------------------------------------------------------------------ correctness
 
 
 def resume_bits(harness: Harness) -> Found:
-    """Killed within an epoch and resumed: the same bits as an unbroken run; two runs of one seed agree as well."""
+    """A run killed within an epoch and resumed, and a repeated run, have the same bits as an uninterrupted one."""
     few = harness.sizes(
         "model=resnet18 data.limit=12000 batch_size=128 epochs=4 checkpoint.every_steps=20",
         "model=lenet5 data.limit=300 batch_size=32 epochs=2 checkpoint.every_steps=2",
     )
     words = [*_fashion(harness), "deterministic=true", "log.tensorboard=false", "seed=3", *few]
-    unbroken, again = harness.train("unbroken", 90, *words), harness.train("again", 90, *words)
-    folder = harness.work / "broken"
+    whole, repeated = harness.train("whole", 90, *words), harness.train("repeated", 90, *words)
+    folder = harness.work / "killed"
     last = folder / "checkpoints" / "last.pt"
     command = harness.cnntrain(*words, f"run_dir={folder}", "log.figures=false")
-    code, _, _ = harness.call(command, 90, "broken-first", kill_when=last.exists)
-    resumed = harness.train("broken", 90, *words, "resume=auto")
-    checkpoints = [str(harness.work / run / "checkpoints" / "last.pt") for run in ("unbroken", "again", "broken")]
+    code, _, _ = harness.call(command, 90, "killed-first", kill_when=last.exists)
+    resumed = harness.train("killed", 90, *words, "resume=auto")
+    checkpoints = [str(harness.work / run / "checkpoints" / "last.pt") for run in ("whole", "repeated", "killed")]
     compared = harness.probe("compare", 60, "--paths", ",".join(checkpoints))
-    log = (harness.work / "broken.log").read_text().splitlines()
-    parts = (unbroken, again, resumed, compared)
+    log = (harness.work / "killed.log").read_text().splitlines()
+    parts = (whole, repeated, resumed, compared)
     return {
         **{key: value for key, value in compared.items() if key not in ("exit", "seconds")},
         "ok": code == "killed" and all(part["ok"] for part in parts),
         "first_end": code,
-        "seconds": unbroken["seconds"],
+        "seconds": whole["seconds"],
         "found": [line for line in log if line.startswith("resume: state")],
         "tail": next((part["tail"] for part in parts if part.get("tail")), []),
     }
@@ -248,38 +248,38 @@ def overfit(harness: Harness) -> Found:
     return harness.run("overfit", 80, "overfit", _small_or(harness, "resnet18"), *_fashion(harness), *few)
 
 
-def _check(harness: Harness, name: str, *words: str, known: str = "") -> Found:
-    """On a sound set-up no check may fail, except those that `known` is the beginning of."""
+def _check(harness: Harness, name: str, *words: str, expected: str = "") -> Found:
+    """On a correct configuration no check may fail, except those whose names start with `expected`."""
     folder = f"run_dir={harness.work / f'check-{name}'}"
     command = harness.cnntrain("check", f"check.budget_s={10 if harness.smoke else 30}", folder, *words)
     code, seconds, output = harness.call(command, 80, f"check-{name}")
     shown = [line for line in output.splitlines() if re.match(r"FAIL|WARN|\s+likely", line)]
     fails = [line for line in shown if line.startswith("FAIL  ")]
-    as_known = bool(known) and all(line.split()[1].startswith(known) for line in fails)
-    ok = code == 0 or (code == 1 and bool(fails) and as_known)
+    as_expected = bool(expected) and all(line.split()[1].startswith(expected) for line in fails)
+    ok = code == 0 or (code == 1 and bool(fails) and as_expected)
     found = {"ok": ok, "exit": code, "seconds": round(seconds, 1), "fails": len(fails), "found": shown[:16]}
     return found if code in (0, 1) else {**found, "tail": last_lines(output)}
 
 
 def check_resnet(harness: Harness) -> Found:
-    """`cnntrain check` has nothing against resnet18 on Fashion-MNIST."""
+    """`cnntrain check` reports no failure for resnet18 on Fashion-MNIST."""
     few = harness.sizes("", "data.limit=300")
     words = [_small_or(harness, "resnet18"), *_fashion(harness), *few]
-    return _check(harness, "resnet", *words, known="leakage" if harness.smoke else "")
+    return _check(harness, "resnet", *words, expected="leakage" if harness.smoke else "")
 
 
 def check_digits(harness: Harness) -> Found:
-    """`cnntrain check` has nothing against digits but their real near duplicates."""
-    return _check(harness, "digits", known="leakage")
+    """`cnntrain check` reports no failure for digits, except their near duplicates."""
+    return _check(harness, "digits", expected="leakage")
 
 
 def check_faces(harness: Harness) -> Found:
-    """`cnntrain check` has nothing against keypoints."""
+    """`cnntrain check` reports no failure for keypoints."""
     return _check(harness, "faces", "data=toy_faces", *harness.sizes("", "data.train_count=100"))
 
 
 def across(harness: Harness) -> Found:
-    """A checkpoint of the GPU is evaluated on the CPU and the other way round; the CPU's is resumed on the GPU."""
+    """A checkpoint of the GPU is evaluated on the CPU and vice versa; that of the CPU is resumed on the GPU."""
     few = harness.sizes("epochs=2", "epochs=1 data.limit=300")
     found: Found = {"ok": True, "found": []}
     parts = {
@@ -305,7 +305,7 @@ def across(harness: Harness) -> Found:
 
 
 def diverges(harness: Harness) -> Found:
-    """A learning rate of 1e30 ends with exit code 3 and the layer that was not finite first."""
+    """A learning rate of 1e30 gives exit code 3 and the first layer that is not finite."""
     found = harness.run("diverges", 60, "optimizer=sgd", "optimizer.lr=1e30", "epochs=1", codes=(3,))
     return found | {"ok": found["ok"] and any("first not finite" in line for line in found["found"])}
 
@@ -321,18 +321,18 @@ def sweep(harness: Harness) -> Found:
     return harness.run("sweep", 100, *words, *harness.sizes("", "data.limit=300"), lines=8)
 
 
-# ------------------------------------------------------------------------------------------ limits of the device
+# ------------------------------------------------------------------------------------------ device limits
 
 
 def deterministic_segmentation(harness: Harness) -> Found:
-    """A segmentation with `deterministic=true`."""
+    """Segmentation with `deterministic=true`."""
     few = harness.sizes("epochs=1", "epochs=1 limit_batches=2 batch_size=8")
     words = ["data=toy_shapes", "model=unet_small", "task.loss=ce_dice", "deterministic=true"]
     return harness.train("segmentation-deterministic", 90, *words, *few)
 
 
 def deterministic_pooling(harness: Harness) -> Found:
-    """`deterministic=true` with adaptive pooling, which has no deterministic kernel on CUDA: trains all the same."""
+    """`deterministic=true` trains with adaptive pooling, which has no deterministic kernel on CUDA."""
     words = "data=toy_faces data.size=96 model=alexnet_torchvision epochs=1 limit_batches=2 batch_size=8"
     few = harness.sizes("", "data.train_count=32")
     return harness.train("pooling-deterministic", 60, *words.split(), "deterministic=true", *few)
@@ -353,7 +353,7 @@ def memory(harness: Harness) -> Found:
 
 
 def full_gpu(harness: Harness) -> Found:
-    """Little free GPU memory: a training works, or ends with exit code 4 and no traceback."""
+    """With little free GPU memory a training works, or ends with exit code 4 and no traceback."""
     return harness.probe("full_gpu", 110) if harness.cuda else SKIPPED_ON_CPU
 
 
@@ -375,12 +375,12 @@ def launch_refused(harness: Harness) -> Found:
 
 
 def group(harness: Harness) -> Found:
-    """A process group of one with NCCL: sums, broadcasts, SyncBatchNorm, a process without images."""
+    """A process group of one rank with NCCL: all-reduce, broadcast, SyncBatchNorm, DDP."""
     return harness.probe("group", 90, env={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"})
 
 
 def two(harness: Harness) -> Found:
-    """Two processes share this GPU over gloo (NCCL refuses one GPU twice): top-1 as of one process."""
+    """Two processes on this GPU with gloo (NCCL refuses one GPU twice) reach the top-1 of one process."""
     words = [
         "data=digits",
         "epochs=2",
@@ -392,43 +392,43 @@ def two(harness: Harness) -> Found:
     words += harness.sizes("", "data.limit=200")
     one = harness.train("one-process", 60, *words)
     folder, processes = harness.work / "two-processes", []
-    more = [f"run_dir={folder}", "log.figures=false", f"device={'cuda' if harness.cuda else 'cpu'}"]
-    command = harness.probe_command("rank", "--words", json.dumps([*words, *more]))
+    common = [f"run_dir={folder}", "log.figures=false", f"device={'cuda' if harness.cuda else 'cpu'}"]
+    command = harness.probe_command("rank", "--words", json.dumps([*words, *common]))
     logs = [harness.work / f"rank{rank}.log" for rank in (0, 1)]
     for rank, log in enumerate(logs):
-        place = {
+        variables = {
             "RANK": rank,
             "WORLD_SIZE": 2,
             "LOCAL_RANK": rank,
             "LOCAL_WORLD_SIZE": 2,
             "MASTER_PORT": 29513,
         }
-        env = {**harness.environment, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
+        env = {**harness.environment, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in variables.items()}}
         processes.append(
             subprocess.Popen(command, env=env, cwd=harness.work, stdout=log.open("w"), stderr=subprocess.STDOUT)
         )
-    ends, codes = time.monotonic() + 90 * harness.patience, []
+    deadline, codes = time.monotonic() + 90 * harness.patience, []
     for process in processes:
         try:
-            codes.append(process.wait(max(1, ends - time.monotonic())))
+            codes.append(process.wait(max(1, deadline - time.monotonic())))
         except subprocess.TimeoutExpired:
             process.kill()
             codes.append("timeout")
-    both = read_results(folder)
-    gap = abs(one.get("test_top1", 0) - both.get("test_top1", 9))
-    ran = codes == [0, 0] and one["ok"]
+    results = read_results(folder)
+    gap = abs(one.get("test_top1", 0) - results.get("test_top1", 9))
+    succeeded = codes == [0, 0] and one["ok"]
     return {
-        "ok": ran and gap < (1 if harness.smoke else 0.05),
+        "ok": succeeded and gap < (1 if harness.smoke else 0.05),
         "codes": str(codes),
         "one": one.get("test_top1"),
-        "two": both.get("test_top1"),
+        "two": results.get("test_top1"),
         "one_loss": one.get("best", {}).get("val/loss"),
-        "two_loss": both.get("best", {}).get("val/loss"),
-        "tail": [] if ran else [line for log in logs for line in last_lines(log.read_text())],
+        "two_loss": results.get("best", {}).get("val/loss"),
+        "tail": [] if succeeded else [line for log in logs for line in last_lines(log.read_text())],
     }
 
 
-# By importance. What is timed has a stage of its own and runs alone; other items of a stage run side by side.
+# In order of importance. Timed items run alone in their stage; other items of a stage run in parallel.
 STAGES = [
     [environment],
     [digits],

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Pack what run.py needs on a GPU machine without network into .kit/, and print the command to run there.
+# Pack everything that run.py needs on a GPU machine without a network into .kit/, and print the command to run there.
 #
 #     benchmarks/gpu/pack.sh DATA
 #
-# DATA: a folder with FashionMNIST/raw/ (four files, gzipped or not) and, if you like, faces/ (photographs and
+# DATA: a folder with FashionMNIST/raw/ (four files, gzipped or not) and optionally faces/ (photographs and
 # face_landmarks.csv) and camvid/ (train, val and test with images/ and masks/). See README.md.
 #
 # Environment:
 #     PYTHON          a Python with pip (python3)
 #     TARGET_PYTHON   the Python version of the GPU machine (3.12)
-#     MAX_MIB         the largest size of .kit/ and the working tree together (64)
+#     MAX_MIB         maximum size of .kit/ and the working tree together (64)
 set -euo pipefail
 [ $# = 1 ] && [ -d "$1" ] || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 data=$(cd "$1" && pwd)
@@ -22,12 +22,12 @@ rm -rf .kit
 mkdir -p .kit/wheels .kit/data/FashionMNIST/raw
 cp benchmarks/gpu/*.py .kit/
 
-# The project: tracked files as they are in the working tree, with changes that are not committed.
+# The project: tracked files of the working tree, including uncommitted changes.
 git ls-files -z -- cnntrain conf tests pyproject.toml README.md LICENSE |
   while IFS= read -r -d '' file; do if [ -e "$file" ]; then printf '%s\0' "$file"; fi; done |
-  tar --null -T - -czf .kit/product.tar.gz
+  tar --null -T - -czf .kit/project.tar.gz
 
-# Wheels of the dependencies that the GPU machine lacks.
+# Wheels of dependencies that the GPU machine does not have.
 version=${TARGET_PYTHON:-3.12}
 platforms=()
 for glibc in 2_28 2_27 2_24 2_17; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
@@ -51,7 +51,7 @@ if [ -d "$data/faces" ]; then # the 24 smallest photographs and their rows
     grep -F "$(basename "$photo")," "$data/faces/face_landmarks.csv" >>.kit/data/faces/face_landmarks.csv || true
   done
 fi
-if [ -d "$data/camvid" ]; then # 16 scenes of each split, spread out: neighbors may lack a class
+if [ -d "$data/camvid" ]; then # 16 evenly spaced scenes of each split, because neighboring ones may lack a class
   for split in train val test; do
     mkdir -p ".kit/data/camvid/$split/images" ".kit/data/camvid/$split/masks"
     scenes=$(find "$data/camvid/$split/images" -type f | sort)
@@ -66,9 +66,9 @@ fi
 
 kit_mib=$(du -sm .kit | cut -f1)
 tree_mib=$({ git ls-files -z -co --exclude-standard | xargs -0 du -cm --apparent-size 2>/dev/null || true; } | tail -1 | cut -f1)
-echo ".kit/ has $kit_mib MiB; the working tree around it about ${tree_mib:-?} MiB"
+echo ".kit/ contains $kit_mib MiB, the working tree about ${tree_mib:-?} MiB"
 if [ $((kit_mib + ${tree_mib:-0})) -gt "${MAX_MIB:-64}" ]; then
-  echo "pack.sh: together more than MAX_MIB=${MAX_MIB:-64}; take data out of .kit/data" >&2
+  echo "pack.sh: together they exceed MAX_MIB=${MAX_MIB:-64}; remove data from .kit/data" >&2
   exit 1
 fi
 cat <<'COMMAND'
@@ -76,5 +76,5 @@ On the GPU machine, in the root of a copy of this tree with .kit/ ($OUT: a folde
 
 set -o pipefail; python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .kit/site .kit/wheels/*.whl && export PYTHONPATH=$PWD/.kit/site PYTHONUNBUFFERED=1 || exit; python3 .kit/run.py --device cuda --kit .kit --out "$OUT" --budget 500 2>&1 | tee "$OUT/log.txt"
 
-To run some items only, add `--only ITEM,ITEM`; `python3 .kit/run.py --list` names them.
+To run selected items only, add `--only ITEM,ITEM`; `python3 .kit/run.py --list` lists them.
 COMMAND

@@ -1,8 +1,8 @@
-"""Questions that need Python instead of the command line; run.py starts each in a process of its own.
+"""Items that need Python instead of the command line; run.py starts each in a separate process.
 
     python probes.py NAME --device cuda --data DATA
 
-A probe prints one line, `RESULT {...}`, with what it found.
+A probe prints its result as one line, `RESULT {...}`.
 """
 
 import argparse
@@ -24,41 +24,17 @@ from typing import Any
 
 import torch
 
-FEW_STEPS = 6
-DISTRIBUTIONS = (
-    "torch",
-    "torchvision",
-    "simplejpeg",
-    "hydra-core",
-    "omegaconf",
-    "antlr4-python3-runtime",
-    "tensorboard",
-    "rich",
-    "scikit-learn",
-    "scipy",
-    "matplotlib",
-    "optuna",
-    "sqlalchemy",
-    "alembic",
-    "numpy",
-    "pillow",
-)
-MODULES = (
-    "hydra",
-    "omegaconf",
-    "simplejpeg",
-    "optuna",
-    "sklearn",
-    "scipy",
-    "matplotlib",
-    "tensorboard",
-    "rich",
-    "torchvision",
-    "cnntrain.cli",
-)
+STEPS = 6
+DISTRIBUTIONS = """
+    torch torchvision simplejpeg hydra-core omegaconf antlr4-python3-runtime tensorboard rich scikit-learn scipy
+    matplotlib optuna sqlalchemy alembic numpy pillow
+""".split()
+MODULES = """
+    hydra omegaconf simplejpeg optuna sklearn scipy matplotlib tensorboard rich torchvision cnntrain.cli
+""".split()
 
 
-def result(**found: Any) -> None:
+def print_result(**found: Any) -> None:
     print("RESULT " + json.dumps(found, default=str), flush=True)
 
 
@@ -67,7 +43,7 @@ def is_cuda(args: argparse.Namespace) -> bool:
 
 
 def environment(args: argparse.Namespace) -> None:
-    """Versions of what is installed, what is missing, and the GPU."""
+    """Report the versions of dependencies, missing ones, and properties of the GPU."""
     versions, missing = {}, []
     for name in DISTRIBUTIONS:
         try:
@@ -86,7 +62,7 @@ def environment(args: argparse.Namespace) -> None:
         found["free_and_total_gib"] = str([round(n / 2**30, 1) for n in torch.cuda.mem_get_info(0)])
         found["cudnn"], found["nccl"] = torch.backends.cudnn.version(), str(torch.cuda.nccl.version())
         found["bf16_tflops"] = _matrix_tflops()
-    result(ok=not missing, missing=missing, **found)
+    print_result(ok=not missing, missing=missing, **found)
 
 
 def _matrix_tflops(side: int = 4096, repeats: int = 10) -> int:
@@ -102,44 +78,39 @@ def _matrix_tflops(side: int = 4096, repeats: int = 10) -> int:
 
 
 class Training:
-    """A training that is ready for its first step.
-
-    Attributes:
-        epoch: runs one epoch of `train_epoch`.
-        evaluate: validates a few batches.
-    """
+    """A training before its first step."""
 
     def __init__(self, words: list[str], device: str) -> None:
         from cnntrain.config.compose import read_settings
         from cnntrain.train.prepare import prepare_training
         from cnntrain.train.setup import build_components
 
-        self.assembly = assembly = build_components(read_settings([*words, f"device={device}"], None))
-        data = assembly.load()
-        plan, self.state = prepare_training(assembly, data)
+        self.components = components = build_components(read_settings([*words, f"device={device}"], None))
+        data = components.load()
+        plan, self.state = prepare_training(components, data)
         self.plan = replace(plan, log_every_steps=10**9, total_steps=10**9)
         self.training, self.validation = (
-            assembly.loader(data.train, augmented=True),
-            assembly.loader(data.val),
+            components.loader(data.train, augmented=True),
+            components.loader(data.val),
         )
 
-    def epoch(self) -> None:
+    def train_epoch(self) -> None:
         from cnntrain.train.loop import Logger, Trainer, train_epoch
         from cnntrain.train.nonfinite import NonFiniteGuard
         from cnntrain.train.signals import StopFlag
 
-        state, device = self.state, self.assembly.compute.device
+        state, components = self.state, self.components
         state.progress.batch = 0
-        finite = NonFiniteGuard(device, state.scaler is not None, lambda batch: RuntimeError(f"batch {batch}"))
-        meter = self.assembly.task.meter()
-        assembly = self.assembly
-        trainer = Trainer(assembly.task, assembly.pipeline, assembly.compute, self.plan, self.training)
-        train_epoch(trainer, state, meter, Logger(), finite, StopFlag())
+        guard = NonFiniteGuard(
+            components.compute.device, state.scaler is not None, lambda batch: RuntimeError(f"batch {batch}")
+        )
+        trainer = Trainer(components.task, components.pipeline, components.compute, self.plan, self.training)
+        train_epoch(trainer, state, components.task.meter(), Logger(), guard, StopFlag())
 
     def evaluate(self) -> None:
         from cnntrain.train.evaluate import evaluate
 
-        evaluate(self.assembly, self.state.eval_model, self.validation, self.plan.batch_size, FEW_STEPS)
+        evaluate(self.components, self.state.eval_model, self.validation, self.plan.batch_size, STEPS)
 
     def close(self) -> None:
         self.training.close()
@@ -163,22 +134,23 @@ def _sync_cases(args: argparse.Namespace) -> dict[str, list[str]]:
         "heat maps": [*faces, "model=unet_small", "task.head=heatmap"],
         "segmentation": [*shapes, "task.loss=ce_dice", "task.class_weights=balanced", "augment=[flip,crop,rotation]"],
     }
-    common = [f"limit_batches={FEW_STEPS}", "batch_size=32", "log.tensorboard=false"]
+    common = [f"limit_batches={STEPS}", "batch_size=32", "log.tensorboard=false"]
     return {name: [*words, *common] for name, words in list(cases.items())[: 2 if args.smoke else None]}
 
 
 def syncs(args: argparse.Namespace) -> None:
-    """Host syncs of an epoch of six batches and of a validation, by place; those of the first epoch don't count.
+    """Count the host syncs of an epoch of six batches and of a validation by place, after one epoch to warm up.
 
-    What happens once is allowed: the end of an epoch is read. What happens more often happens at each step.
+    A place that occurs once is allowed, because the end of an epoch reads its metrics; one that occurs more often does
+    so at each step.
     """
     lines, per_step = [], 0
     for name, words in _sync_cases(args).items():
         try:
             training = Training(words, args.device)
-            training.epoch()  # constants and lazy parts of the libraries are made once
+            training.train_epoch()  # creates constants and initializes the libraries
             training.evaluate()
-            for region, work in (("train_epoch", training.epoch), ("evaluate", training.evaluate)):
+            for region, work in (("train_epoch", training.train_epoch), ("evaluate", training.evaluate)):
                 places = _count_syncs(work, is_cuda(args))
                 lines += [f"{name}, {region}: x{count} {place}" for place, count in places.items()]
                 per_step += sum(count for count in places.values() if count > 1)
@@ -186,14 +158,14 @@ def syncs(args: argparse.Namespace) -> None:
         except Exception:
             lines += [f"{name}: failed", *traceback.format_exc().splitlines()[-8:]]
             per_step += 1
-    result(ok=not per_step, each_step=per_step, found=lines)
+    print_result(ok=not per_step, each_step=per_step, found=lines)
 
 
 def _count_syncs(work: Callable[[], None], cuda: bool) -> Counter[str]:
-    """How often `work` waits for the device, by place in cnntrain (innermost first)."""
+    """Count the host syncs of `work` by place in cnntrain (innermost first)."""
     places: Counter[str] = Counter()
 
-    def note(message: Any, *rest: Any, **more: Any) -> None:
+    def count(message: Any, *rest: Any, **more: Any) -> None:
         if "called a synchronizing" in str(message):
             frames = [frame for frame in traceback.extract_stack() if "/cnntrain/" in frame.filename]
             names = [f"{frame.filename.split('/cnntrain/')[-1]}:{frame.lineno}" for frame in reversed(frames[-4:])]
@@ -201,7 +173,7 @@ def _count_syncs(work: Callable[[], None], cuda: bool) -> Counter[str]:
 
     with warnings.catch_warnings(), _sync_debug_mode(cuda):
         warnings.simplefilter("always")
-        warnings.showwarning = note
+        warnings.showwarning = count
         work()
     return places
 
@@ -218,17 +190,17 @@ def _sync_debug_mode(cuda: bool) -> Iterator[None]:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Whether three checkpoints hold the same bits: an unbroken run, the same again, and one that was resumed."""
+    """Compare the bits of three checkpoints: of an uninterrupted run, of a repeated one, and of a resumed one."""
     states = [torch.load(path, map_location="cpu", weights_only=True)["state"] for path in args.paths.split(",")]
-    unbroken, again, resumed = (dict(_tensors(state)) for state in states)
-    repeat, broken = _differences(unbroken, again), _differences(unbroken, resumed)
-    result(
-        ok=not repeat and not broken,
-        tensors=len(unbroken),
-        repeat_differs=len(repeat),
-        resumed_differs=len(broken),
+    whole, repeated, resumed = (dict(_tensors(state)) for state in states)
+    of_repeated, of_resumed = _differences(whole, repeated), _differences(whole, resumed)
+    print_result(
+        ok=not of_repeated and not of_resumed,
+        tensors=len(whole),
+        repeat_differs=len(of_repeated),
+        resumed_differs=len(of_resumed),
         steps=str([state["progress"]["step"] for state in states]),
-        names=(repeat + broken)[:6],
+        names=(of_repeated + of_resumed)[:6],
     )
 
 
@@ -246,7 +218,7 @@ def _differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def group(args: argparse.Namespace) -> None:
-    """What training on several GPUs needs, as far as a world of one rank can show it."""
+    """Test distributed training as far as a process group of one rank allows."""
     import torch.distributed as dist
     from torch import nn
 
@@ -261,7 +233,7 @@ def group(args: argparse.Namespace) -> None:
         training = Training(
             ["data=digits", "model=batchnorm_cnn", "limit_batches=4", "log.tensorboard=false"], args.device
         )
-        spec, pipeline, state = training.assembly.spec, training.assembly.pipeline, training.state
+        spec, pipeline, state = training.components.spec, training.components.pipeline, training.state
         ones = torch.ones(3, 4, device=device)
         world.all_reduce_([ones, torch.arange(5.0, device=device)])
         found["all_reduce"] = bool((ones == 1).all())
@@ -286,11 +258,11 @@ def group(args: argparse.Namespace) -> None:
             found[precision] = bool(outputs.isfinite().all())
         found["replicas_equal"] = check_replicas_equal(state, world)
         training.close()
-    result(ok=all(value is not False for value in found.values()), **found)
+    print_result(ok=all(value is not False for value in found.values()), **found)
 
 
 def rank(args: argparse.Namespace) -> None:
-    """One of two processes. On a GPU they share it, and their group uses gloo: NCCL refuses one GPU twice."""
+    """Run one of two processes, which share a GPU and use gloo, because NCCL refuses one GPU twice."""
     import torch.distributed as dist
 
     from cnntrain import cli
@@ -298,10 +270,10 @@ def rank(args: argparse.Namespace) -> None:
     from cnntrain.train import device, process_group
 
     if is_cuda(args):
-        begin = dist.init_process_group
+        init_process_group = dist.init_process_group
 
         def with_gloo(backend: str, device_id: Any = None, **more: Any) -> None:
-            begin("gloo", **more)
+            init_process_group("gloo", **more)
 
         dist.init_process_group = with_gloo
         train.check_launch = lambda *_: None
@@ -310,49 +282,35 @@ def rank(args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """GPU memory after each of some epochs."""
+    """Compare the GPU memory after each of several epochs."""
     training = Training(["data=digits", "model=batchnorm_cnn", "log.tensorboard=false"], args.device)
-    seen = []
+    allocated_mib = []
     for _ in range(2 if args.smoke else 6):
-        training.epoch()
-        seen.append(torch.cuda.memory_allocated() / 2**20 if is_cuda(args) else 0)
-    result(ok=seen[-1] <= seen[1] + 1, mib=str([round(each, 1) for each in seen]))
+        training.train_epoch()
+        allocated_mib.append(torch.cuda.memory_allocated() / 2**20 if is_cuda(args) else 0)
+    print_result(ok=allocated_mib[-1] <= allocated_mib[1] + 1, mib=str([round(each, 1) for each in allocated_mib]))
 
 
 def full_gpu(args: argparse.Namespace) -> None:
-    """Trainings beside a process that leaves little GPU memory: CUDA, cuDNN and cuBLAS fail in ways of their own."""
-    command = [
-        sys.executable,
-        "-m",
-        "cnntrain",
-        "model=resnet18",
-        "data=fashion_mnist",
-        f"data.root={args.data}",
-    ]
-    command += [
-        "data.limit=4000",
-        "batch_size=1024",
-        "limit_batches=3",
-        "epochs=1",
-        "device=cuda",
-        "log.tensorboard=false",
-    ]
+    """Train beside a process that leaves little GPU memory; CUDA, cuDNN and cuBLAS fail in different ways."""
+    settings = "model=resnet18 data=fashion_mnist data.limit=4000 batch_size=1024 limit_batches=3 epochs=1 device=cuda"
+    command = [sys.executable, "-m", "cnntrain", *settings.split(), f"data.root={args.data}", "log.tensorboard=false"]
     torch.zeros(1, device="cuda")
     codes, lines, ok = {}, [], True
     for free_mib in (1800, 900, 600, 450, 300):
         torch.cuda.empty_cache()
-        wanted = torch.cuda.mem_get_info()[0] - free_mib * 2**20
-        taken = torch.empty(max(wanted, 1), dtype=torch.uint8, device="cuda")
+        excess = torch.cuda.mem_get_info()[0] - free_mib * 2**20
+        allocation = torch.empty(max(excess, 1), dtype=torch.uint8, device="cuda")
         done = subprocess.run(
             [*command, f"run_dir=full-{free_mib}"], capture_output=True, text=True, timeout=60, check=False
         )
-        del taken
+        del allocation
         codes[free_mib] = done.returncode
-        said = (done.stdout + done.stderr).splitlines()
-        bad = done.returncode not in (0, 4) or any(line.startswith("Traceback") for line in said)
-        ok = ok and not bad
-        lines += [f"{free_mib} MiB free: exit {done.returncode}: {line}" for line in said[-8 if bad else -1 :]]
-    result(ok=ok, codes=str(codes), found=lines)
+        output = (done.stdout + done.stderr).splitlines()
+        failed = done.returncode not in (0, 4) or any(line.startswith("Traceback") for line in output)
+        ok = ok and not failed
+        lines += [f"{free_mib} MiB free: exit {done.returncode}: {line}" for line in output[-8 if failed else -1 :]]
+    print_result(ok=ok, codes=str(codes), found=lines)
 
 
 PROBES = (environment, syncs, compare, group, rank, memory, full_gpu)

@@ -1,4 +1,4 @@
-"""The items of benchmarks/gpu, tried on the CPU with tiny sizes and random images."""
+"""The items of benchmarks/gpu run on the CPU with tiny sizes and random images."""
 
 import argparse
 import contextlib
@@ -18,19 +18,19 @@ from cnntrain.config.schema import conf_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "benchmarks" / "gpu" / "run.py"
-# Those with code of their own. The others are single commands, whose settings `test_the_settings_...` checks.
+# Items with code of their own; the others are single commands, checked by `test_the_settings_of_every_command_exist`.
 ITEMS = ("environment", "own_gpu_tests", "syncs", "resume_bits", "bench_fmnist_cnn", "group", "two", "memory")
 
 
 @pytest.fixture
 def kit(tmp_path: Path) -> Path:
-    """A kit with random images instead of Fashion-MNIST."""
+    """Create a kit with random images instead of Fashion-MNIST."""
     raw = tmp_path / "kit" / "data" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    draws = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     for split, count in (("train", 2400), ("t10k", 200)):
-        images = draws.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = draws.integers(0, 10, count, dtype=np.uint8)
+        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = random.integers(0, 10, count, dtype=np.uint8)
         for name, values, kind in (("images-idx3", images, 3), ("labels-idx1", labels, 1)):
             header = bytes([0, 0, 8, kind]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
             (raw / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + values.tobytes(), 1))
@@ -46,21 +46,8 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_items_run_on_a_cpu(kit: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    done = run(
-        "--device",
-        "cpu",
-        "--smoke",
-        "--kit",
-        kit,
-        "--out",
-        out,
-        "--budget",
-        1500,
-        "--patience",
-        6,
-        "--only",
-        ",".join(ITEMS),
-    )
+    options = "--device cpu --smoke --budget 1500 --patience 6".split()
+    done = run(*options, "--kit", kit, "--out", out, "--only", ",".join(ITEMS))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     items = {item["item"]: item for item in json.loads((out / "report.json").read_text())["items"]}
     assert items.keys() == set(ITEMS)
@@ -71,9 +58,17 @@ def test_items_run_on_a_cpu(kit: Path, tmp_path: Path) -> None:
     assert (out / "bench-fmnist_cnn-128.json").is_file()
 
 
+class ProcessRefused(Exception):
+    pass
+
+
+def refuse_process(*_: object, **__: object) -> None:
+    raise ProcessRefused
+
+
 @pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
 def test_the_settings_of_every_command_exist(smoke: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key that is renamed must be renamed in the items too, which run on a GPU only."""
+    """Most items run on a GPU only, so this test finds keys that were renamed."""
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(RUN.parent))
     for name in ("harness", "items", "probes"):
@@ -91,9 +86,9 @@ def test_the_settings_of_every_command_exist(smoke: bool, tmp_path: Path, monkey
     recorder = Recorder("cuda", smoke, str(tmp_path / "out"), str(tmp_path / "kit"), 100, 1)
     for folder in ("faces", "camvid"):
         recorder.data(folder).mkdir(parents=True)
-    monkeypatch.setattr(items.subprocess, "Popen", started_nothing)
+    monkeypatch.setattr(items.subprocess, "Popen", refuse_process)
     for item in (item for stage in items.STAGES for item in stage):
-        with contextlib.suppress(StartedNothing, OSError, LookupError):
+        with contextlib.suppress(ProcessRefused, OSError, LookupError):
             item(recorder)
     arguments = argparse.Namespace(device="cuda", data="data", smoke=smoke)
     commands += probes._sync_cases(arguments).values()
@@ -107,15 +102,7 @@ def test_the_settings_of_every_command_exist(smoke: bool, tmp_path: Path, monkey
         assert not invocation.multirun or invocation.command in ("train", "overfit", "inspect")
 
 
-class StartedNothing(Exception):
-    pass
-
-
-def started_nothing(*_: object, **__: object) -> None:
-    raise StartedNothing
-
-
-def test_an_item_that_does_not_exist_is_refused() -> None:
+def test_an_unknown_item_is_refused() -> None:
     done = run("--only", "digits,no_such_item")
     assert done.returncode == 2
     assert "no_such_item" in done.stderr

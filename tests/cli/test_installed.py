@@ -1,4 +1,4 @@
-"""The installed command, from outside, as a user has it."""
+"""The installed command, run as a subprocess."""
 
 import csv
 import json
@@ -23,38 +23,38 @@ def cnntrain(*arguments: str, code: int = 0, **environment: str) -> subprocess.C
     return done
 
 
-def table(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_a_run_can_be_evaluated() -> None:
+def test_a_run_writes_its_results_and_can_be_evaluated() -> None:
     cnntrain(*QUICK, "run_dir=run")
     run = Path("run")
     results = json.loads((run / "results.json").read_text())
     assert {"parameters", "epochs", "steps", "wall_s", "images_per_s", "best", "test"} <= set(results)
     assert results["parameters"] == 131_080 and results["best"]["epoch"] == 1
     assert 0 <= results["best"]["val/top1"] <= 1 and 0 <= results["test"]["test/top1"] <= 1
-    about = json.loads((run / "run.json").read_text())
-    assert about["command"].startswith("cnntrain epochs=1 data.limit=200") and "torch" in about["versions"]
+    metadata = json.loads((run / "run.json").read_text())
+    assert metadata["command"].startswith("cnntrain epochs=1 data.limit=200") and "torch" in metadata["versions"]
     assert "lr:" in (run / "config.yaml").read_text()
-    assert len(table(run / "metrics.csv")) == 1
+    assert len(read_csv(run / "metrics.csv")) == 1
     for name in ("curves", "confusion_matrix", "first_batch", "mistakes", "filters"):
         assert (run / "figures" / f"{name}.png").stat().st_size > 1000
 
     cnntrain("evaluate", "checkpoint=run", "split=test")
-    again = json.loads((run / "evaluate-test" / "results.json").read_text())
-    assert {name: again[name] for name in results["test"]} == pytest.approx(results["test"])
-    rows = table(run / "evaluate-test" / "examples.csv")
+    evaluated = json.loads((run / "evaluate-test" / "results.json").read_text())
+    assert {name: evaluated[name] for name in results["test"]} == pytest.approx(results["test"])
+    rows = read_csv(run / "evaluate-test" / "examples.csv")
     losses = [float(row["loss"]) for row in rows]
-    assert losses == sorted(losses, reverse=True) and sum(losses) / len(losses) == pytest.approx(again["test/loss"])
+    assert losses == sorted(losses, reverse=True) and sum(losses) / len(losses) == pytest.approx(evaluated["test/loss"])
     assert {"name", "true", "predicted", "probability"} <= set(rows[0])
 
 
 @pytest.mark.slow
-def test_a_sweep_ends_with_a_table() -> None:
+def test_a_sweep_writes_and_prints_a_table() -> None:
     done = cnntrain("-m", "model=lenet5,mlp", "optimizer.lr=0.1,0.01", *QUICK, "log.figures=false", "run_dir=sweep")
-    rows = table(Path("sweep/results.csv"))
+    rows = read_csv(Path("sweep/results.csv"))
     assert [(row["model"], row["optimizer.lr"], row["status"]) for row in rows] == [
         ("lenet5", "0.1", "done"),
         ("lenet5", "0.01", "done"),
@@ -66,13 +66,13 @@ def test_a_sweep_ends_with_a_table() -> None:
 
 
 @pytest.mark.slow
-def test_the_sweep_continues_after_a_diverged_trial() -> None:
+def test_a_diverged_trial_is_reported_and_the_sweep_continues() -> None:
     done = cnntrain("-m", "optimizer=sgd", "optimizer.lr=1e30,0.01", *QUICK, "log.figures=false", "run_dir=s")
-    assert [row["status"] for row in table(Path("s/results.csv"))] == ["diverged", "done"]
+    assert [row["status"] for row in read_csv(Path("s/results.csv"))] == ["diverged", "done"]
     assert "error: optimizer.lr=1e+30: diverged: " in done.stderr
 
 
-def test_invalid_input_prints_one_message_and_leaves_no_files() -> None:
+def test_invalid_input_prints_one_message_and_writes_no_files() -> None:
     done = cnntrain("modle=mlp", code=2)
     assert done.stderr == "error: modle: no such key; did you mean 'model'?\n"
     done = cnntrain("data=mnist", "data.root=nowhere", code=2)
@@ -81,7 +81,7 @@ def test_invalid_input_prints_one_message_and_leaves_no_files() -> None:
     assert "Traceback" in cnntrain("modle=mlp", code=1, HYDRA_FULL_ERROR="1").stderr
 
 
-def test_write_errors_are_machine_errors() -> None:
+def test_unwritable_output_exits_with_4() -> None:
     assert COMMAND
     with open("/dev/full", "w") as full:
         done = subprocess.run([COMMAND, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -97,7 +97,7 @@ def test_python_m_and_help() -> None:
     assert all(word in text for word in ("resnet18", "fashion_mnist", "one_cycle", "evaluate", "optimizer"))
 
 
-def test_bash_completes() -> None:
+def test_bash_completion() -> None:
     assert COMMAND
     script = """eval "$(cnntrain --completion)"
     COMP_LINE='cnntrain over'; COMP_POINT=${#COMP_LINE}; COMP_WORDS=(cnntrain over); COMP_CWORD=1
@@ -114,7 +114,7 @@ def test_bash_completes() -> None:
 
 
 @pytest.mark.slow
-def test_a_user_network_needs_one_module_and_one_yaml_file(tmp_path: Path) -> None:
+def test_a_custom_network_needs_one_python_file_and_one_yaml_file(tmp_path: Path) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "mynets.py").write_text(
         "from torch import nn\n"

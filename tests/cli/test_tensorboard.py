@@ -1,4 +1,4 @@
-"""TensorBoard's display of runs, requested from its server over HTTP."""
+"""What TensorBoard shows of finished runs, read from its server over HTTP."""
 
 import contextlib
 import urllib.request
@@ -18,19 +18,19 @@ Serve = Callable[[Path, int], contextlib.AbstractContextManager[str]]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, serve: Serve) -> Iterator[str]:
-    """Return the address of a TensorBoard server for two finished runs."""
+    """Address of a TensorBoard server that shows two finished runs."""
     folder = tmp_path_factory.mktemp("runs")
     for name, rate in (("one", 0.001), ("two", 0.003)):
-        overrides = ("data.limit=200", "epochs=2", "log.every_steps=2")
-        train(compose(*overrides, f"optimizer.lr={rate}", f"run_dir={folder / name}"))
+        settings = ("data.limit=200", "epochs=2", "log.every_steps=2")
+        train(compose(*settings, f"optimizer.lr={rate}", f"run_dir={folder / name}"))
     with serve(folder, 2) as address:
         yield address
 
 
 def test_scalars(server: str, get: Get) -> None:
     tags = get(server, "plugin/scalars/tags")["one"]
-    wanted = {"train/loss", "train/top1", "val/loss", "val/top1", "test/top1", "lr", "images_per_s"}
-    assert wanted | {"steps/loss", "steps/lr", "steps/grad_norm", "steps/images_per_s"} <= set(tags)
+    expected = {"train/loss", "train/top1", "val/loss", "val/top1", "test/top1", "lr", "images_per_s"}
+    assert expected | {"steps/loss", "steps/lr", "steps/grad_norm", "steps/images_per_s"} <= set(tags)
     points = get(server, "plugin/scalars/scalars?run=one&tag=val/top1")
     assert len(points) == 2 and 0 <= points[-1][2] <= 1
 
@@ -38,30 +38,17 @@ def test_scalars(server: str, get: Get) -> None:
 def test_images(server: str, get: Get) -> None:
     tags = get(server, "plugin/images/tags")["one"]
     assert {"first_batch", "curves", "confusion_matrix", "mistakes", "filters"} <= set(tags)
-    listed = get(server, "plugin/images/images?run=one&tag=confusion_matrix&sample=0")
-    with urllib.request.urlopen(f"{server}/data/plugin/images/individualImage?{listed[0]['query']}") as response:
+    images = get(server, "plugin/images/images?run=one&tag=confusion_matrix&sample=0")
+    with urllib.request.urlopen(f"{server}/data/plugin/images/individualImage?{images[0]['query']}") as response:
         assert response.read(4) == b"\x89PNG"
 
 
-def test_hparams_have_one_row_per_run_with_its_metrics(server: str, get: Get) -> None:
-    experiment = get(server, "plugin/hparams/experiment", {"experimentName": ""})
-    names = {info["name"] for info in experiment["hparamInfos"]}
+def test_hparams_have_one_row_per_run_with_its_metrics(server: str, hparams: Callable[..., Any]) -> None:
+    names, rows = hparams(server)
     assert {"optimizer.lr", "batch_size", "choices.model"} <= names
-    wanted = [info["name"] for info in experiment["metricInfos"]]
-    query = {
-        "experimentName": "",
-        "allowedStatuses": ["STATUS_SUCCESS", "STATUS_UNKNOWN", "STATUS_RUNNING", "STATUS_FAILURE"],
-        "colParams": [{"metric": name} for name in wanted],
-        "startIndex": 0,
-        "sliceSize": 10,
-    }
-    groups = get(server, "plugin/hparams/session_groups", query)["sessionGroups"]
-    assert len(groups) == 2
-    assert sorted(group["hparams"]["optimizer.lr"] for group in groups) == pytest.approx([0.001, 0.003])
-    for group in groups:
-        values = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
-        assert {"val/top1", "best/top1", "test/top1"} <= set(values)
+    assert sorted(row["optimizer.lr"] for row, _ in rows) == pytest.approx([0.001, 0.003])
+    assert all({"val/top1", "best/top1", "test/top1"} <= set(metrics) for _, metrics in rows)
 
 
-def test_the_config_is_shown_as_text(server: str, get: Get) -> None:
+def test_config_is_logged_as_text(server: str, get: Get) -> None:
     assert "config" in str(get(server, "plugin/text/tags"))
