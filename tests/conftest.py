@@ -1,4 +1,4 @@
-"""Fixtures of all tests: one thread (the machine may have two), a folder per test, and the folder of the real data."""
+"""Fixtures of all tests: a working folder per test, one thread, the folder of real data, and a fork server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +13,15 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs write below the working folder, so every test has its own."""
+    """Give every test its own working folder, because runs write to it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
-def subnormal_numbers() -> None:
-    """A training in this process ends them, and Hypothesis wants them."""
+def allow_subnormal_numbers() -> None:
+    """Hypothesis needs subnormal numbers, which a training in this process disables."""
     torch.set_flush_denormal(False)
 
 
@@ -33,7 +33,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     if not SHARED.is_dir():
-        pytest.skip("the development data are not beside the repository")
+        pytest.skip("there is no shared/data folder next to the repository")
     return SHARED
 
 

@@ -1,11 +1,12 @@
 """Run `cnntrain` commands in forks of one process that has imported everything, which saves their start-up time.
 
-Requests come as lines of JSON on standard input: `arguments` of the command, `folder` to run in, `out` and `err` (files
+A request is a line of JSON on standard input: `arguments` of the command, `folder` to run in, `out` and `err` (files
 for its output), `environment`, `timeout_s` and optionally `kill`: `at` (MODULE:ATTRIBUTE.PATH), `call` (from 1), `when`
-(before or after the call) and `whom` (the process, or its whole group). The answer is a line with the exit status,
-negative for a signal.
+(before or after the call) and `whom` (the process or its group). The response is a line with the exit status, negative
+for a signal.
 
-Processes that the command spawns import this file as their main module with the same `sys.argv`, and are armed too.
+Processes that the command spawns import this file as their main module with the same `sys.argv`, so they also patch the
+function of `kill`.
 """
 
 import importlib
@@ -23,7 +24,7 @@ from typing import Any
 
 
 class ForkServer:
-    """The client: start the server, and send it commands."""
+    """Client that starts the server and sends commands to it."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -37,7 +38,7 @@ class ForkServer:
         timeout_s: float = 240,
         kill: Mapping[str, Any] | None = None,
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a command in the current folder to its end."""
+        """Run a command in the current folder until it ends."""
         assert self._process.stdin and self._process.stdout
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
@@ -84,7 +85,7 @@ def run(request: Mapping[str, Any]) -> None:
     try:
         if request["kill"]:
             sys.argv = [sys.argv[0], json.dumps(request["kill"])]
-            arm(**request["kill"])
+            patch_to_kill(**request["kill"])
         code = main(request["arguments"])
     except BaseException:
         traceback.print_exc()
@@ -95,17 +96,17 @@ def run(request: Mapping[str, Any]) -> None:
 
 
 def wait(child: int, timeout_s: float) -> int:
-    """Return the exit status of a child; kill its group when the time is over."""
-    until = time.monotonic() + timeout_s
+    """Return the exit status of a child; kill its process group at the timeout."""
+    deadline = time.monotonic() + timeout_s
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             os.killpg(child, signal.SIGKILL)
         time.sleep(0.005)
     return os.waitstatus_to_exitcode(ended[1])
 
 
-def arm(at: str, call: int, when: str, whom: str) -> None:
-    """Wrap a function so that its `call`-th call kills the process or its group."""
+def patch_to_kill(at: str, call: int, when: str, whom: str) -> None:
+    """Patch a function so that its `call`-th call kills the process or its group."""
     module, _, path = at.partition(":")
     *outer, name = path.split(".")
     owner: Any = importlib.import_module(module)
@@ -113,7 +114,7 @@ def arm(at: str, call: int, when: str, whom: str) -> None:
         owner = getattr(owner, part)
     original, count = getattr(owner, name), 0
 
-    def killing(*arguments: Any, **named: Any) -> Any:
+    def call_or_kill(*arguments: Any, **named: Any) -> Any:
         nonlocal count
         count += 1
         if count == call and when == "after":
@@ -122,7 +123,7 @@ def arm(at: str, call: int, when: str, whom: str) -> None:
             kill(whom)
         return original(*arguments, **named)
 
-    setattr(owner, name, killing)
+    setattr(owner, name, call_or_kill)
 
 
 def kill(whom: str) -> None:
@@ -133,5 +134,5 @@ def kill(whom: str) -> None:
 
 if __name__ == "__main__":
     serve()
-elif __name__ == "__mp_main__" and len(sys.argv) > 1 and sys.argv[1].startswith("{"):  # spawned by an armed process
-    arm(**json.loads(sys.argv[1]))
+elif __name__ == "__mp_main__" and len(sys.argv) > 1 and sys.argv[1].startswith("{"):  # spawned by a patched process
+    patch_to_kill(**json.loads(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Short runs for tests; comparing run folders without elapsed times and throughput."""
+"""Settings and helpers for short runs, and comparison of run folders without elapsed times and throughput."""
 
 import csv
 import json
@@ -12,49 +12,49 @@ import torch
 from cnntrain.errors import StoppedError
 from cnntrain.train import checkpoint, loop
 
-CLOCK = ("wall_s", "images_per_s")
-PLACE = ("run_dir", "resume", "run")  # where a run lies and what it descends from
+TIMINGS = ("wall_s", "images_per_s")
+LOCATIONS = ("run_dir", "resume", "run")  # of a run and of its origin
 
 
-def values(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, leaf) of nested containers; tensors as their type, shape and bytes."""
+def leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, leaf) of nested containers; tensors as their type, shape and bytes."""
     if isinstance(content, Mapping):
         for key, value in content.items():
-            if key not in (*CLOCK, *PLACE):
-                yield from values(value, f"{name}/{key}")
+            if key not in (*TIMINGS, *LOCATIONS):
+                yield from leaves(value, f"{name}/{key}")
     elif isinstance(content, list | tuple):
         for number, value in enumerate(content):
-            yield from values(value, f"{name}/{number}")
+            yield from leaves(value, f"{name}/{number}")
     elif isinstance(content, torch.Tensor):
-        whole = content.detach().contiguous().cpu()
-        yield name, (whole.dtype, tuple(whole.shape), whole.reshape(-1).view(torch.uint8).numpy().tobytes())
+        tensor = content.detach().contiguous().cpu()
+        yield name, (tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     else:
-        yield name, repr(content)  # NaN is NaN
+        yield name, repr(content)  # so that NaN equals NaN
 
 
-def saved(path: Path) -> dict[str, Any]:
-    return dict(values(checkpoint.load(path)))
+def checkpoint_leaves(path: Path) -> dict[str, Any]:
+    return dict(leaves(checkpoint.load(path)))
 
 
 def metrics(run: Path) -> list[list[str]]:
-    """metrics.csv, cell by cell, without throughput."""
+    """Return the cells of metrics.csv without throughput."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    clock = rows[0].index("images_per_s")
-    return [[cell for i, cell in enumerate(row) if i != clock] for row in rows]
+    speed_column = rows[0].index("images_per_s")
+    return [[cell for i, cell in enumerate(row) if i != speed_column] for row in rows]
 
 
 def results(run: Path) -> dict[str, Any]:
-    return dict(values(json.loads((run / "results.json").read_text())))
+    return dict(leaves(json.loads((run / "results.json").read_text())))
 
 
 def assert_same_run(run: Path | str, other: Path | str, checkpoints: tuple[str, ...] = ("last", "best")) -> None:
-    """Require that two finished runs agree in every value: tensors bit for bit, metrics cell by cell."""
+    """Assert that two finished runs have the same values: tensors bit for bit, metrics cell by cell."""
     run, other = Path(run), Path(other)
     assert metrics(run) == metrics(other)
     assert results(run) == results(other)
     for name in checkpoints:
-        one, two = (saved(each / "checkpoints" / f"{name}.pt") for each in (run, other))
+        one, two = (checkpoint_leaves(each / "checkpoints" / f"{name}.pt") for each in (run, other))
         assert one.keys() == two.keys()
         assert [key for key in one if one[key] != two[key]] == [], name
 
@@ -75,7 +75,7 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 
 def rows(run_dir: str) -> str:
-    """metrics.csv without what depends on the clock."""
+    """Return the text of metrics.csv without throughput."""
     lines = [line.split(",") for line in (Path(run_dir) / "metrics.csv").read_text().splitlines()]
     skip = lines[0].index("images_per_s")
     return "\n".join(",".join(cell for i, cell in enumerate(line) if i != skip) for line in lines)

@@ -35,7 +35,7 @@ def test_a_setting_without_equals_sign_is_corrected(arguments: list[str], settin
         parse_arguments(arguments)
 
 
-def test_cfg_prints_the_config_and_multirun_is_for_three_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cfg_prints_the_config_and_most_commands_refuse_multirun(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("train", "overfit", "check", "bench", "lr-find", "preview", "inspect"):
         assert main([command, "--cfg", "model=mlp"]) == 0
         assert "model: mlp" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The documentation agrees with the configuration and with itself."""
+"""The configuration page is up to date, and links and navigation are complete."""
 
 import importlib.util
 import re
@@ -25,7 +25,7 @@ def test_the_configuration_page_is_up_to_date(writer: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
+def test_links_point_to_existing_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
 

@@ -1,4 +1,4 @@
-"""Experiments resolve to the numbers of their sources; what they reach is told in their headers."""
+"""Experiments resolve to the settings of their sources."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from cnntrain.train.setup import make_model
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-def test_the_lectures_resnet_recipe(depth: int) -> None:
-    """Lecture, and He et al. 2016, section 3.4: He init, SGD 0.9, lr 0.1 / 10 on plateau, batch 256, decay 1e-4."""
+def test_resnet_lecture_follows_the_published_recipe(depth: int) -> None:
+    """He et al. 2016, section 3.4: He init, SGD 0.9, lr 0.1 divided by 10 on plateaus, batch size 256, decay 1e-4."""
     settings = read_settings(["experiment=resnet_lecture", f"model=resnet{depth}", "device=cpu"])
     assert (settings.batch_size, settings.choices["data"]) == (256, "cifar10")
     torch.manual_seed(0)
@@ -30,14 +30,14 @@ def test_the_lectures_resnet_recipe(depth: int) -> None:
         assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, False, 1e-4)
     schedule = build(settings.schedule, "schedule", "schedule", total_steps=1000, steps_per_epoch=10)
     rates = []
-    for epoch in range(14):  # a loss that never falls
+    for epoch in range(14):  # the loss does not decrease
         rates.append(set_learning_rate(optimizer, schedule, 10 * epoch))
         schedule.observe(1.0)
     assert sorted(set(rates), reverse=True) == pytest.approx([0.1, 0.01, 0.001])
 
 
-def test_its_expectation_is_the_networks_size() -> None:
-    """11,173,962 parameters: ResNet-18 with a 3x3 stem and ten classes."""
+def test_resnet_lecture_expects_the_parameters_of_resnet18() -> None:
+    """ResNet-18 with a 3x3 stem and ten classes has 11,173,962 parameters."""
     settings = read_settings(["experiment=resnet_lecture"])
     with torch.device("meta"):
         model = make_model(settings, 3, 10, (32, 32))

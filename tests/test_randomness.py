@@ -1,19 +1,19 @@
-"""Random numbers as functions of seed, epoch, position and name."""
+"""Random numbers are functions of seed, epoch, position and name."""
 
 import torch
 
 from cnntrain.randomness import epoch_order, hash_seed, seed_generators, uniform
 
 
-def test_uniform_numbers_depend_on_position_only() -> None:
+def test_uniform_numbers_are_functions_of_seed_epoch_position_and_name() -> None:
     positions = torch.arange(1000)
-    whole = uniform(3, 1, positions, "flip", 4)
-    assert torch.equal(whole[500:], uniform(3, 1, positions[500:], "flip", 4))
-    assert torch.equal(whole[:, :2], uniform(3, 1, positions, "flip", 2))
-    assert not torch.equal(whole, uniform(3, 2, positions, "flip", 4))
-    assert not torch.equal(whole, uniform(3, 1, positions, "crop", 4))
-    assert abs(float(whole.mean()) - 0.5) < 0.02 and float(whole.min()) >= 0 and float(whole.max()) < 1
-    correlation = torch.corrcoef(whole.T)
+    numbers = uniform(3, 1, positions, "flip", 4)
+    assert torch.equal(numbers[500:], uniform(3, 1, positions[500:], "flip", 4))
+    assert torch.equal(numbers[:, :2], uniform(3, 1, positions, "flip", 2))
+    assert not torch.equal(numbers, uniform(3, 2, positions, "flip", 4))
+    assert not torch.equal(numbers, uniform(3, 1, positions, "crop", 4))
+    assert abs(float(numbers.mean()) - 0.5) < 0.02 and float(numbers.min()) >= 0 and float(numbers.max()) < 1
+    correlation = torch.corrcoef(numbers.T)
     assert (correlation - torch.eye(4)).abs().max() < 0.12
     assert sorted(epoch_order(0, 0, 50).tolist()) == list(range(50))
     assert len({hash_seed(a, b) for a in range(30) for b in range(30)}) == 900

@@ -1,4 +1,4 @@
-"""Host data on the device."""
+"""Copies of host data to the device."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from cnntrain.transfer import STAGED_BYTES, arange, constant, free_bytes, to_dev
 CPU = torch.device("cpu")
 
 
-def test_constants_are_cached():
+def test_constants_are_cached() -> None:
     first = constant([0.5, 2.0], CPU)
     assert first is constant((0.5, 2.0), CPU)
     assert first.tolist() == [0.5, 2.0] and first.dtype == torch.float32
@@ -19,21 +19,21 @@ def test_constants_are_cached():
     assert arange(4, CPU).tolist() == [0, 1, 2, 3]
 
 
-def test_constants_created_in_inference_mode_can_be_used_in_training():
+def test_constants_created_in_inference_mode_support_autograd() -> None:
     with torch.inference_mode():
-        kept = constant((1.25, 3.75), CPU), arange(2, CPU, torch.float32)
+        factors = constant((1.25, 3.75), CPU), arange(2, CPU, torch.float32)
     weight = torch.ones(2, requires_grad=True)
-    (weight * kept[0] * kept[1]).sum().backward()
+    (weight * factors[0] * factors[1]).sum().backward()
     assert weight.grad is not None and weight.grad.tolist() == [0.0, 3.75]
 
 
-def test_tensors_on_the_device_are_not_copied():
+def test_a_tensor_on_the_device_is_not_copied() -> None:
     tensor = torch.ones(3)
     assert to_device(tensor, CPU) is tensor
     assert to_device(tensor, CPU, torch.float64).dtype == torch.float64
 
 
-def test_only_large_copies_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_large_copies_to_cuda_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self.nbytes) or self)
     monkeypatch.setattr(Tensor, "to", lambda self, *where, **how: self)
@@ -43,7 +43,7 @@ def test_only_large_copies_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pinned == [STAGED_BYTES + 1]
 
 
-def test_torchs_cache_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_includes_memory_reserved_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))

@@ -1,4 +1,4 @@
-"""The files of conf/model: the numbers in their headers, and the smallest image that each network accepts.
+"""The files of conf/model: numbers in their headers, and the smallest image that each network accepts.
 
 A file's header states its parameters and its native size: `N parameters for CxHxW images and K classes`.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 MASKS = ("fcn", "torchvision_segmentation", "unet", "unet_small")
-# Smaller networks of the same families are tested in a fraction of the time.
+# Slow networks; smaller ones of the same families are always tested.
 COSTLY = ("densenet161", "densenet169", "densenet201", "resnet101", "resnet152", "vgg16", "vgg19", "wide_resnet50")
 # Smallest square image that a network accepts, in pixels, if 8 is too small.
 SMALLEST_PX = {

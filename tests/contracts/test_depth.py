@@ -1,4 +1,4 @@
-"""The depth of a summary is the number in a network's name, or the one that its authors state."""
+"""The depth in a summary matches the number in a network's name or the published depth."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The parameter counts in the headers of conf/model are the published ones."""
+"""The parameter counts in the headers of conf/model match published counts."""
 
 import pytest
 
@@ -19,6 +19,6 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_of_the_headers_are_those_published(name: str) -> None:
-    """From the lectures' tables and torchvision's `num_params`; test_models compares each network with its header."""
+def test_header_parameters_match_published_counts(name: str) -> None:
+    """Sources: tables of lectures, torchvision's `num_params`. test_models compares each network with its header."""
     assert header(name).parameters == PUBLISHED[name]

@@ -65,7 +65,7 @@ def test_layers_have_the_published_order(name: str) -> None:
     assert kinds(model) == PUBLISHED[name]
 
 
-def test_alexnet_normalizes_before_it_pools() -> None:
+def test_alexnet_normalizes_before_pooling() -> None:
     """As in the paper; lecture 004 pools first. The norms get maps of 55x55 and 27x27 px."""
     sizes: list[tuple[int, ...]] = []
     with torch.device("meta"):

@@ -15,7 +15,7 @@ from cnntrain.models.modify import apply_model_settings, freeze_layers
 from cnntrain.train.optim import layers_of
 from tests.contracts.networks import COSTLY, FOLDER, MASKS, NAMES, SMALLEST_PX, header
 
-# The others take a second or more each.
+# Each other network takes at least a second.
 QUICK = (
     *("mlp", "lenet5", "lenet5_1998", "batchnorm_cnn", "fmnist_cnn", "sequential"),
     *("cifar_plain", "cifar_resnet", "resnet18", "torchvision", "unet_small"),
@@ -108,7 +108,7 @@ def check_gradients(name: str, channels: int, size: tuple[int, int], images: int
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SMALLEST_PX))
-def test_images_one_pixel_smaller_are_rejected(name: str) -> None:
+def test_images_one_pixel_below_the_smallest_size_are_rejected(name: str) -> None:
     size = (SMALLEST_PX[name] - 1,) * 2
     with pytest.raises((UserError, RuntimeError)), torch.device("meta"):
         build(name, 1, 3, size)(torch.empty(2, 1, *size))
@@ -152,9 +152,9 @@ def test_layers_contain_every_parameter_once_and_end_with_the_head(name: str) ->
     with torch.device("meta"):
         model = build(name, 3, 3, size)
     layers = layers_of(model)
-    held = [id(parameter) for layer in layers for parameter in layer]
-    assert len(held) == len(set(held))
-    assert set(held) == {id(parameter) for parameter in model.parameters()}
+    ids = [id(parameter) for layer in layers for parameter in layer]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(parameter) for parameter in model.parameters()}
     heads = [model.get_submodule(head) for head in model.head_names]
     assert {id(p) for p in layers[-1]} == {id(p) for head in heads for p in head.parameters()}
     assert len(layers) > 1

@@ -1,4 +1,4 @@
-"""What counts as an outcome of what is fuzzed."""
+"""Exit codes of calls with arbitrary input."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +9,16 @@ from cnntrain.errors import CnntrainError
 
 
 @pytest.fixture
-def outcome() -> Callable[..., int]:
-    def outcome(call: Callable[..., Any], *arguments: Any) -> int:
-        """0, or the exit code that the command would end with; anything else that is raised is a finding."""
+def exit_code() -> Callable[..., int]:
+    def exit_code(call: Callable[..., Any], *arguments: Any) -> int:
+        """Return 0, or the exit code of a CnntrainError; other exceptions are failures."""
         try:
             call(*arguments)
-        except CnntrainError as refusal:
-            said, code = str(refusal).strip(), refusal.exit_code
+        except CnntrainError as error:
+            message, code = str(error).strip(), error.exit_code
         else:
-            said, code = "done", 0
-        assert said, "a message without words"
+            message, code = "no error", 0
+        assert message, "the message is empty"
         return code
 
-    return outcome
+    return exit_code

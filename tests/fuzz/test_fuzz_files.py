@@ -30,6 +30,9 @@ pytestmark = pytest.mark.long
 # `FUZZ_EXAMPLES=20000 python -m pytest -m long tests/fuzz` takes an hour.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
 FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+QUICK = """
+    model=mlp model.values.width=4 threads=1 data.limit=40 log.figures=false device=cpu log.tensorboard=false
+""".split()
 JUNK = [
     b"",
     b" ",
@@ -41,8 +44,8 @@ true ; [[[[""".split(),
 
 
 @st.composite
-def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
-    """`content` with a few places overwritten, cut out, repeated or filled with junk."""
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """Overwrite, remove or repeat a few parts of `content`, or fill them with junk."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, max(len(data) - 1, 0)))
@@ -116,12 +119,12 @@ def load(kind: str) -> None:
 @pytest.mark.parametrize("kind", SOURCES)
 @FUZZ
 @given(data=st.data())
-def test_damaged_annotations_are_read_or_rejected(kind: str, data: st.DataObject, outcome: Any) -> None:
+def test_damaged_annotations_are_read_or_rejected(kind: str, data: st.DataObject, exit_code: Any) -> None:
     content, name, _ = SOURCES[kind]
     for image in ("a.png", "b.png"):
         Image.new("RGB", (8, 8), (90, 120, 30)).save(image)
-    Path(name).write_bytes(data.draw(spoilt(content)))
-    assert outcome(load, kind) in (0, 2)
+    Path(name).write_bytes(data.draw(damaged(content)))
+    assert exit_code(load, kind) in (0, 2)
 
 
 def test_the_undamaged_annotations_are_read() -> None:
@@ -129,7 +132,7 @@ def test_the_undamaged_annotations_are_read() -> None:
         for image in ("a.png", "b.png"):
             Image.new("RGB", (8, 8), (90, 120, 30)).save(image)
         Path(name).write_bytes(content)
-        if kind not in ("image_csv", "cat_folder"):  # one image is twice there; one has no points beside it
+        if kind not in ("image_csv", "cat_folder"):  # one lists an image twice, one has no points for an image
             load(kind)
 
 
@@ -138,12 +141,12 @@ RGBA-ICO RGB-TGA RGB-PCX"""
 
 
 def image_bytes(kind: str) -> bytes:
-    """A small picture; those that may have an EXIF block have an empty one."""
+    """Return a small image; formats with EXIF get an empty EXIF block."""
     mode, format = kind.split("-")
-    plain = Image.linear_gradient("L").resize((16, 12)).convert("I" if mode == "I;16" else mode)
-    note = {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"} if format in ("JPEG", "WEBP") else {}
+    gradient = Image.linear_gradient("L").resize((16, 12)).convert("I" if mode == "I;16" else mode)
+    options = {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"} if format in ("JPEG", "WEBP") else {}
     buffer = io.BytesIO()
-    plain.convert(mode).save(buffer, format, **note)
+    gradient.convert(mode).save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -153,7 +156,7 @@ IMAGES = {kind: image_bytes(kind) for kind in KINDS.split()}
 @FUZZ
 @given(data=st.data())
 def test_damaged_images_are_read_or_rejected(data: st.DataObject) -> None:
-    Path("image").write_bytes(data.draw(spoilt(IMAGES[data.draw(st.sampled_from(sorted(IMAGES)))])))
+    Path("image").write_bytes(data.draw(damaged(IMAGES[data.draw(st.sampled_from(sorted(IMAGES)))])))
     for channels in (1, 3):
         with suppress(BadFile):
             assert min(read_size("image")) > 0
@@ -162,26 +165,17 @@ def test_damaged_images_are_read_or_rejected(data: st.DataObject) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def checkpoint_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     run = tmp_path_factory.mktemp("run")
-    quick = (
-        "model=mlp",
-        "model.values.width=4",
-        "threads=1",
-        "epochs=1",
-        "data.limit=40",
-        "log.figures=false",
-        "device=cpu",
-    )
-    assert main([*quick, "log.tensorboard=false", f"run_dir={run}"]) == 0
+    assert main([*QUICK, "epochs=1", f"run_dir={run}"]) == 0
     return (run / "checkpoints" / "last.pt").read_bytes()
 
 
 @FUZZ
 @given(data=st.data())
-def test_damaged_bytes_of_a_checkpoint(data: st.DataObject, whole: bytes, outcome: Any) -> None:
-    Path("last.pt").write_bytes(data.draw(spoilt(whole)))
-    assert outcome(load_validated, Path("last.pt")) in (0, 2)
+def test_damaged_checkpoints_are_read_or_rejected(data: st.DataObject, checkpoint_bytes: bytes, exit_code: Any) -> None:
+    Path("last.pt").write_bytes(data.draw(damaged(checkpoint_bytes)))
+    assert exit_code(load_validated, Path("last.pt")) in (0, 2)
 
 
 @cache
@@ -190,20 +184,22 @@ def evaluate_settings() -> EvaluateSettings:
     return parse(EvaluateSettings, {key: value for key, value in composed.items() if key != "choices"})
 
 
-def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in nested dictionaries and lists."""
+def paths_of(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths of all values in nested dictionaries and lists."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return [path, *(place for key, value in items for place in places(value, (*path, key)))][not path :]
+    return [path, *(inner for key, value in items for inner in paths_of(value, (*path, key)))][not path :]
 
 
 @FUZZ
 @given(data=st.data())
-def test_arbitrary_content_of_a_checkpoint(data: st.DataObject, whole: bytes, outcome: Any) -> None:
-    """Something else in one place of a sound file: it is refused, or it does no harm."""
-    saved = torch.load(io.BytesIO(whole), weights_only=True)
-    where = data.draw(st.sampled_from(places({k: v for k, v in saved.items() if k not in ("versions", "format")})))
+def test_checkpoints_with_an_arbitrary_value_are_read_or_rejected(
+    data: st.DataObject, checkpoint_bytes: bytes, exit_code: Any
+) -> None:
+    """Replace one value of a valid checkpoint."""
+    saved = torch.load(io.BytesIO(checkpoint_bytes), weights_only=True)
+    path = data.draw(st.sampled_from(paths_of({k: v for k, v in saved.items() if k not in ("versions", "format")})))
     parent = saved
-    for key in where[:-1]:
+    for key in path[:-1]:
         parent = parent[key]
     junk = [
         None,
@@ -222,20 +218,11 @@ def test_arbitrary_content_of_a_checkpoint(data: st.DataObject, whole: bytes, ou
         torch.zeros(0),
         (1, 2),
     ]
-    parent[where[-1]] = copy.deepcopy(data.draw(st.sampled_from(junk)))
+    parent[path[-1]] = copy.deepcopy(data.draw(st.sampled_from(junk)))
     torch.save(saved, "last.pt")
 
     def evaluate() -> None:
         restore(load_validated(Path("last.pt")), evaluate_settings())
 
-    assert outcome(evaluate) in (0, 2, 4)
-    quick = (
-        "model=mlp",
-        "model.values.width=4",
-        "threads=1",
-        "epochs=2",
-        "data.limit=40",
-        "log.figures=false",
-        "device=cpu",
-    )
-    assert main([*quick, "log.tensorboard=false", "run_dir=again", "resume=last.pt"]) in (0, 2, 3, 4)
+    assert exit_code(evaluate) in (0, 2, 4)
+    assert main([*QUICK, "epochs=2", "run_dir=again", "resume=last.pt"]) in (0, 2, 3, 4)

@@ -1,6 +1,6 @@
-"""Run folders from anyone: each command ends with a documented exit code, starts no process and touches nothing else.
+"""Damaged run folders: each command ends with a documented exit code, starts no process and changes no other file.
 
-A case is a number: it says what is damaged, and how, and which command meets it.
+A case is a seed, which selects the damage and the command.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from cnntrain.cli import main
 
 # `FUZZ_EXAMPLES=20000 python -m pytest -m long tests/fuzz/test_fuzz_run_folders.py` takes hours.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
-CASE_S = 60  # after which a command counts as one that hangs
+TIMEOUT_S = 60  # a command that takes longer counts as hanging
 QUICK = (
     "model=mlp",
     "model.values.width=4",
@@ -37,7 +37,7 @@ QUICK = (
 COMMANDS: dict[str, tuple[str, ...]] = {
     "resume": (*QUICK, "epochs=2", "run_dir=case/run", "resume=auto"),
     "resume elsewhere": (*QUICK, "epochs=2", "run_dir=case/new", "resume=case/run"),
-    "resume what is done": (*QUICK, "epochs=1", "run_dir=case/run", "resume=auto"),
+    "resume a finished run": (*QUICK, "epochs=1", "run_dir=case/run", "resume=auto"),
     "evaluate": ("evaluate", "checkpoint=case/run", "threads=1", "device=cpu"),
     "predict": (
         "predict",
@@ -51,8 +51,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def kinds_of_tensors(generator: random.Random, like: Tensor) -> Tensor:
-    """A tensor in place of `like`: other in shape, type, stride, or in what it holds."""
+def other_tensor(generator: random.Random, like: Tensor) -> Tensor:
+    """Return a tensor that differs from `like` in shape, type, stride or content."""
     shape = tuple(like.shape)
     return generator.choice(
         [
@@ -79,11 +79,12 @@ def kinds_of_tensors(generator: random.Random, like: Tensor) -> Tensor:
     )()
 
 
-def doubled() -> list[Any]:
-    found: list[Any] = [0]
+def exponential_list() -> list[Any]:
+    """Return a list of shared lists that has 2**32 leaves."""
+    nested: list[Any] = [0]
     for _ in range(32):
-        found = [found, found]
-    return found
+        nested = [nested, nested]
+    return nested
 
 
 JUNK: list[Any] = [
@@ -115,7 +116,7 @@ JUNK: list[Any] = [
     "/dev/zero",
     "~",
     "\udcff",
-    doubled(),
+    exponential_list(),
     (1, 2),
     [1e9],
     b"raw",
@@ -152,64 +153,65 @@ TEXTS = [
 ]
 
 
-def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in nested dictionaries and lists, down to 8 levels: one may be doubled 32 times."""
+def paths_of(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths of all values in nested dictionaries and lists, down to 8 levels (see `exponential_list`)."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     items = () if len(path) > 8 else items
-    return [path, *(place for key, value in items for place in places(value, (*path, key)))][not path :]
+    return [path, *(inner for key, value in items for inner in paths_of(value, (*path, key)))][not path :]
 
 
-def regular(path: Path) -> Path:
-    """`path`, which is still a file: what was made of it before may be a FIFO."""
+def require_file(path: Path) -> Path:
+    """Return `path` if it is still a regular file; earlier damage may have made it a FIFO or a link."""
     if path.is_symlink() or not path.is_file():
         raise FileNotFoundError(path)
     return path
 
 
-def spoil_content(generator: random.Random, run: Path) -> str:
-    """Something else in a few places of a checkpoint."""
+def damage_content(generator: random.Random, run: Path) -> str:
+    """Replace or delete a few values of a checkpoint."""
     name = generator.choice(["last", "best"])
-    saved = torch.load(regular(run / "checkpoints" / f"{name}.pt"), weights_only=True)
-    told, every = [], places(saved)
+    saved = torch.load(require_file(run / "checkpoints" / f"{name}.pt"), weights_only=True)
+    changes, paths = [], paths_of(saved)
     for _ in range(generator.choice([1, 1, 1, 2, 4])):
-        wanted = generator.choice(["state", "state", "optimizer", "config", "spec", ""])
-        where = generator.choice([place for place in every if wanted in place]) if wanted else generator.choice(every)
+        part = generator.choice(["state", "state", "optimizer", "config", "spec", ""])
+        path = generator.choice([path for path in paths if part in path] if part else paths)
         parent = saved
         try:
-            for key in where[:-1]:
+            for key in path[:-1]:
                 parent = parent[key]
-            old = parent[where[-1]]
-        except (LookupError, TypeError):  # what was there is gone
+            old = parent[path[-1]]
+        except (LookupError, TypeError):  # removed by an earlier change
             continue
         if isinstance(old, Tensor) and generator.random() < 0.7:
-            parent[where[-1]] = kinds_of_tensors(generator, old)
+            parent[path[-1]] = other_tensor(generator, old)
         elif generator.random() < 0.1 and isinstance(parent, dict):
-            del parent[where[-1]]
+            del parent[path[-1]]
         else:
-            parent[where[-1]] = generator.choice(JUNK)
-        told.append(f"{name}.pt: {where}")
+            parent[path[-1]] = generator.choice(JUNK)
+        changes.append(f"{name}.pt: {path}")
     buffer = io.BytesIO()
     torch.save(saved, buffer)
-    for each in {name, generator.choice(["last", "best"])}:
-        regular(run / "checkpoints" / f"{each}.pt").write_bytes(buffer.getvalue())
-    return "; ".join(told)
+    for target in {name, generator.choice(["last", "best"])}:
+        require_file(run / "checkpoints" / f"{target}.pt").write_bytes(buffer.getvalue())
+    return "; ".join(changes)
 
 
-def spoil_text(generator: random.Random, run: Path) -> str:
+def damage_text(generator: random.Random, run: Path) -> str:
+    """Truncate a file, overwrite some bytes, or replace its content."""
     file = run / generator.choice(["metrics.csv", "results.json", "run.json", "config.yaml", "checkpoints/last.pt"])
-    whole = regular(file).read_bytes()
-    half = whole[: generator.randrange(len(whole))]
-    noise = bytearray(whole)
+    content = require_file(file).read_bytes()
+    truncated = content[: generator.randrange(len(content))]
+    noise = bytearray(content)
     for _ in range(5):
         noise[generator.randrange(len(noise))] = generator.randrange(256)
-    file.write_bytes(generator.choice([*TEXTS, half, half, bytes(noise), bytes(noise), whole * 2]))
+    file.write_bytes(generator.choice([*TEXTS, truncated, truncated, bytes(noise), bytes(noise), content * 2]))
     return f"bytes of {file.name}"
 
 
-def spoil_kind(generator: random.Random, run: Path) -> str:
-    """Another kind of file, or a link, in place of one."""
+def damage_file_type(generator: random.Random, run: Path) -> str:
+    """Replace a file by another type of file or a link."""
     names = [str(path.relative_to(run)) for path in run.rglob("*")]
-    made = [
+    new_names = [
         "figures",
         "figures/curves.png",
         "evaluate-test",
@@ -220,9 +222,9 @@ def spoil_kind(generator: random.Random, run: Path) -> str:
         "evaluate-test/.lock",
         f".config.yaml.{os.getpid()}.tmp",
     ]
-    path = run / generator.choice([*names, *made])
+    path = run / generator.choice([*names, *new_names])
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.read_bytes() if path.is_file() else None
+    content = path.read_bytes() if path.is_file() else None
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
@@ -233,8 +235,8 @@ def spoil_kind(generator: random.Random, run: Path) -> str:
     match kind:
         case "file link":
             target = canary / f"copy-{path.name}"
-            if kept is not None:
-                target = canary / "same"  # what was there, elsewhere: a link that would work
+            if content is not None:
+                target = canary / "same"  # a valid link to a copy
             path.symlink_to(target)
         case "folder link":
             path.symlink_to(canary / "folder")
@@ -254,7 +256,7 @@ def spoil_kind(generator: random.Random, run: Path) -> str:
 
 
 def make_canary(run: Path) -> None:
-    """Files that nobody may touch; some are what a link in a run folder would be taken for."""
+    """Write files that no command may change; some have the content of files in a run folder."""
     shutil.rmtree("canary", ignore_errors=True)
     folder = Path("canary/folder")
     folder.mkdir(parents=True)
@@ -268,8 +270,8 @@ def make_canary(run: Path) -> None:
     os.utime("canary", (1e9, 1e9))
 
 
-def look(folder: Path) -> dict[str, tuple[float, str]]:
-    """Time and content of everything below a folder."""
+def snapshot(folder: Path) -> dict[str, tuple[float, str]]:
+    """Return modification time and hash of everything below a folder."""
     return {
         str(path): (
             path.lstat().st_mtime,
@@ -280,25 +282,25 @@ def look(folder: Path) -> dict[str, tuple[float, str]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two runs: one that ended with an epoch, one that ended in the middle of its first."""
-    folder = tmp_path_factory.mktemp("whole")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create a folder with two runs: one that ended after an epoch, and one within its first epoch."""
+    folder = tmp_path_factory.mktemp("runs")
     for name, length in (("run", "epochs=1"), ("part", "steps=2")):
         assert main([*QUICK, length, f"run_dir={folder / name}"]) == 0
     return folder
 
 
-class Hangs(BaseException):
-    """No Exception: nothing that is tested takes it for its own."""
+class CommandHangs(BaseException):
+    """Not an Exception, so that the tested code does not catch it."""
 
 
 @contextmanager
-def ends_in_time(what: str) -> Iterator[None]:
+def time_limit(what: str) -> Iterator[None]:
     def hang(*_: object) -> None:
-        raise Hangs(what)
+        raise CommandHangs(what)
 
     before = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(CASE_S)
+    signal.alarm(TIMEOUT_S)
     try:
         yield
     finally:
@@ -317,81 +319,68 @@ def no_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return start
 
-    import matplotlib.font_manager  # noqa: F401  (its first import on a machine asks `fc-list` for fonts)
+    import matplotlib.font_manager  # noqa: F401  (its first import on a machine runs `fc-list`)
 
     monkeypatch.setattr(subprocess, "Popen", refuse("Popen"))
-    for name in (
-        "system",
-        "popen",
-        "posix_spawn",
-        "posix_spawnp",
-        "fork",
-        "forkpty",
-        "execv",
-        "execve",
-        "execvp",
-        "execvpe",
-        "execl",
-        "execle",
-        "execlp",
-        "spawnv",
-        "spawnve",
-        "spawnvp",
-    ):
+    functions = """
+        system popen posix_spawn posix_spawnp fork forkpty execv execve execvp execvpe execl execle execlp spawnv
+        spawnve spawnvp
+    """
+    for name in functions.split():
         monkeypatch.setattr(os, name, refuse(name))
     return started
 
 
-def run_case(number: int, whole: Path, started: list[str]) -> int:
-    """Damage a copy of the run, and let a command meet it; the exit code."""
+def run_case(number: int, runs: Path, started: list[str]) -> int:
+    """Damage a copy of a run, run a command on it and return the exit code."""
     generator = random.Random(number)
     shutil.rmtree("case", ignore_errors=True)
-    shutil.copytree(whole / generator.choice(["run", "part"]), "case/run")
+    shutil.copytree(runs / generator.choice(["run", "part"]), "case/run")
     run = Path("case/run")
-    told = []
+    changes = []
     for _ in range(generator.choice([1, 1, 2])):
-        spoil = generator.choice([spoil_content, spoil_content, spoil_text, spoil_kind, spoil_kind])
+        damage = generator.choice([damage_content, damage_content, damage_text, damage_file_type, damage_file_type])
         try:
-            told.append(spoil(generator, run))
-        except Exception:  # two that don't go together, as bytes and then content
+            changes.append(damage(generator, run))
+        except Exception:  # incompatible with the previous damage
             continue
     command = generator.choice(list(COMMANDS))
-    what = f"case {number}: {command}: {'; '.join(told)}"
-    before = look(Path("canary"))
+    what = f"case {number}: {command}: {'; '.join(changes)}"
+    before = snapshot(Path("canary"))
     started.clear()
-    with ends_in_time(what):
+    with time_limit(what):
         try:
             code = main(list(COMMANDS[command]))
         except BaseException as error:
             raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
     assert code in (0, 1, 2, 3, 4), f"{what}: exit code {code}"
-    assert look(Path("canary")) == before, f"{what}: touched what is not its own"
+    assert snapshot(Path("canary")) == before, f"{what}: changed other files"
     assert not started, f"{what}: {started}"
     return code
 
 
 @pytest.fixture
-def case(whole: Path, no_process: list[str]) -> Callable[[int], int]:
-    make_canary(whole / "run")
+def case(runs: Path, no_process: list[str]) -> Callable[[int], int]:
+    make_canary(runs / "run")
     Image.new("RGB", (12, 10), (90, 120, 30)).save("image.png")
-    return lambda number: run_case(number, whole, no_process)
+    return lambda number: run_case(number, runs, no_process)
 
 
 @pytest.mark.slow
-def test_a_sound_folder_passes(case: Callable[[int], int], whole: Path) -> None:
+def test_valid_run_folders_are_accepted(case: Callable[[int], int], runs: Path) -> None:
     for command, words in COMMANDS.items():
         shutil.rmtree("case", ignore_errors=True)
-        shutil.copytree(whole / "run", "case/run")
+        shutil.copytree(runs / "run", "case/run")
         assert main(list(words)) == 0, command
 
 
-def test_a_sample_of_damaged_folders(case: Callable[[int], int]) -> None:
+def test_a_sample_of_damaged_run_folders_is_handled(case: Callable[[int], int]) -> None:
     codes = [case(number) for number in range(4)]
     assert 2 in codes
 
 
 @pytest.mark.long
-def test_damaged_folders(case: Callable[[int], int]) -> None:
+def test_many_damaged_run_folders_are_handled(case: Callable[[int], int]) -> None:
     codes, findings = [], []
     for number in range(1000, 1000 + EXAMPLES):
         try:

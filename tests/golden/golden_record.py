@@ -9,7 +9,7 @@ the rows of metrics.csv, the results and findings in JSON and CSV files, predict
 weights and of the optimizer's state in the checkpoints. Elapsed times, throughput, paths, dates, versions and
 messages are left out. `compare` has the exit code 1 if there is a difference.
 
-Another kind of CPU or another build of torch gives other bits. `compare` tells if they differ from those of
+Another kind of CPU or another build of torch gives other bits. `compare` reports if they differ from those of
 the record. `--tolerance NAME=1E-5` compares the numbers of a command with a relative tolerance, and ignores
 its hashes.
 
@@ -157,7 +157,7 @@ def run_command(command: Command, inputs: Path, folder: Path) -> dict[str, Any]:
                 (folder / COUNTDOWN).write_text(str(command.stop_after[number]))
             try:
                 codes.append(main(words_of(line, inputs)))
-            except Exception as error:  # a fault of the code under test is a result
+            except Exception as error:  # an error in the code under test is a result
                 traceback.print_exc()
                 codes.append(f"{type(error).__name__}: {error}")
     return collect(command, codes, folder)
@@ -165,7 +165,7 @@ def run_command(command: Command, inputs: Path, folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def working_folder(folder: Path) -> Iterator[None]:
-    """Run the block in a folder, with a cache of its own; restore environment and import path at the end."""
+    """Run the block in a folder with its own cache; restore environment and import path at the end."""
     before, environment, path = Path.cwd(), dict(os.environ), list(sys.path)
     os.environ["XDG_CACHE_HOME"] = str(folder.parent / "cache")
     os.environ["PYTHONPATH"] = str(REPOSITORY)  # of processes that cnntrain starts
@@ -201,10 +201,10 @@ def output_to(path: Path) -> Iterator[None]:
 def collect(command: Command, codes: list[Any], folder: Path) -> dict[str, Any]:
     """Return what is recorded of the files below a working folder."""
     results: dict[str, Any] = {"exit codes": codes}
-    for name, place in result_folders(folder).items():
-        found = results_in(place)
-        if command.files and place.parent == folder:
-            paths = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+    for name, subfolder in result_folders(folder).items():
+        found = results_in(subfolder)
+        if command.files and subfolder.parent == folder:
+            paths = sorted(str(path.relative_to(subfolder)) for path in subfolder.rglob("*") if path.is_file())
             shown = [path for path in paths if not path.startswith(".")]
             found["files"] = [re.sub(r"events\.out.*", "events", path) for path in shown]
         if found:
@@ -219,15 +219,15 @@ def result_folders(folder: Path) -> dict[str, Path]:
 
     The runs of a sweep are numbered.
     """
-    places: dict[str, Path] = {}
-    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
-        places[place.name] = place
-        inner = sorted(path for path in place.iterdir() if path.is_dir())
-        if (place / current("results.csv")).exists():
-            places |= {f"{place.name}/{number}": path for number, path in enumerate(inner)}
+    folders: dict[str, Path] = {}
+    for outer in sorted(path for path in folder.iterdir() if path.is_dir()):
+        folders[outer.name] = outer
+        inner = sorted(path for path in outer.iterdir() if path.is_dir())
+        if (outer / current("results.csv")).exists():
+            folders |= {f"{outer.name}/{number}": path for number, path in enumerate(inner)}
         else:
-            places |= {f"{place.name}/{path.name}": path for path in inner}
-    return places
+            folders |= {f"{outer.name}/{path.name}": path for path in inner}
+    return folders
 
 
 def results_in(folder: Path) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def results_in(folder: Path) -> dict[str, Any]:
     return found
 
 
-def is_left_out(key: str) -> bool:
+def is_excluded(key: str) -> bool:
     """Return True for a key of timings, messages or paths."""
     return any(key.startswith((name, current(name))) for name in TIMINGS) or any(
         key in (name, current(name)) for name in MESSAGES
@@ -272,7 +272,7 @@ def without_timings(content: Any) -> Any:
     for key, value in content.items():
         if key == findings:
             kept[key] = {finding[name]: finding[verdict] for finding in value}
-        elif not is_left_out(key):
+        elif not is_excluded(key):
             kept[key] = without_timings(value)
     return kept
 
@@ -281,7 +281,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a CSV file without timings; cells that are numbers as such."""
     with path.open(newline="") as file:
         return [
-            {key: number_or_text(cell) for key, cell in row.items() if not is_left_out(key)}
+            {key: number_or_text(cell) for key, cell in row.items() if not is_excluded(key)}
             for row in csv.DictReader(file)
         ]
 
@@ -291,7 +291,7 @@ def read_markdown_table(path: Path) -> list[dict[str, Any]]:
     rows = [line.strip("| ").split("|") for line in path.read_text().splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in row] for row in rows]
     return [
-        {key: number_or_text(cell) for key, cell in zip(cells[0], row, strict=False) if not is_left_out(key)}
+        {key: number_or_text(cell) for key, cell in zip(cells[0], row, strict=False) if not is_excluded(key)}
         for row in cells[2:]
     ]
 
@@ -344,22 +344,22 @@ def image_hash(path: Path) -> str:
     return f"sha256:{digest.hexdigest()[:HASH_DIGITS]}"
 
 
-def differences(recorded: Any, found: Any, place: str = "", tolerance: float = 0.0) -> Iterator[tuple[str, Any, Any]]:
+def differences(recorded: Any, found: Any, path: str = "", tolerance: float = 0.0) -> Iterator[tuple[str, Any, Any]]:
     """Yield key, recorded value and found value of all differences."""
     if isinstance(recorded, dict) and isinstance(found, dict):
         for key in dict.fromkeys([*recorded, *found]):
-            inner = f"{place}: {key}" if place else key
+            inner = f"{path}: {key}" if path else key
             yield from differences(recorded.get(key, ABSENT), found.get(key, ABSENT), inner, tolerance)
     elif isinstance(recorded, list) and isinstance(found, list):
         for index in range(max(len(recorded), len(found))):
             one, other = (each[index] if index < len(each) else ABSENT for each in (recorded, found))
-            yield from differences(one, other, f"{place}[{index}]", tolerance)
+            yield from differences(one, other, f"{path}[{index}]", tolerance)
     elif not is_same(recorded, found, tolerance):
-        yield place, recorded, found
+        yield path, recorded, found
 
 
 class Absent:
-    """A value that is not there."""
+    """A missing value."""
 
     def __repr__(self) -> str:
         return "nothing"
@@ -383,7 +383,7 @@ def is_same(recorded: Any, found: Any, tolerance: float) -> bool:
 
 
 def describe_machine() -> dict[str, str]:
-    """Return what the bits of the results depend on."""
+    """Return the hardware and versions that the bits of the results depend on."""
     import numpy
     import PIL
     import torch
@@ -407,11 +407,11 @@ def run_all(names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], str]]:
         inputs = Path(temporary) / "inputs"
         write_inputs(inputs)
         for name in names:
-            began, cpu = time.monotonic(), cpu_seconds()
+            started, cpu = time.monotonic(), cpu_seconds()
             folder = Path(temporary) / name / "work"
             folder.mkdir(parents=True)
             results = run_command(COMMANDS[name], inputs, folder)
-            wall = f"{time.monotonic() - began:.1f} s, {cpu_seconds() - cpu:.1f} s of CPU time"
+            wall = f"{time.monotonic() - started:.1f} s, {cpu_seconds() - cpu:.1f} s of CPU time"
             print(f"{name}: exit codes {results['exit codes']}, {wall}", file=sys.stderr, flush=True)
             log = (folder.parent / "log.txt").read_text(errors="backslashreplace")
             # As read from a file: tuples become lists.

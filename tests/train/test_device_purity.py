@@ -76,13 +76,13 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
             saved = {name: value.cpu() for name, value in gather_states(meter, world).items()}
             saved = own_state(saved, world)
             meter.load_state(saved, assembly.compute.device)
-            assert all(cuda.holds(value) for value in meter.state().values())
+            assert all(cuda.is_on_device(value) for value in meter.state().values())
             state.progress.batch = 0
             cuda.events.clear()
             train_epoch(trainer, state, meter, Logger(), finite, StopFlag())
         evaluate(trainer, state.eval_model, validation, plan.batch_size, STEPS)
         assert state.progress.batch == STEPS
-        assert all(cuda.holds(parameter) for parameter in state.model.parameters())
+        assert all(cuda.is_on_device(parameter) for parameter in state.model.parameters())
     assert cuda.kernels["train_epoch"] > 50 * STEPS
     assert cuda.kernels["evaluate"]
     times: Counter[tuple[str, str, str]] = Counter()
@@ -147,7 +147,7 @@ def test_large_batches_are_copied_from_pinned_memory() -> None:
 def test_constants_are_copied_once() -> None:
     with simulated_cuda() as cuda:
         for _ in range(3):
-            assert cuda.holds(constant((1.0, 2.0), torch.device("cuda")))
+            assert cuda.is_on_device(constant((1.0, 2.0), torch.device("cuda")))
     assert sum(cuda.events.values()) == 1
 
 
