@@ -30,7 +30,7 @@ class Command:
 
 
 def _lines(text: str) -> tuple[str, ...]:
-    """Return the lines of an indented block; a line that is indented further continues the one before."""
+    """Return the lines of an indented block; a line with more indentation continues the previous one."""
     lines: list[str] = []
     for line in textwrap.dedent(text).strip().splitlines():
         if line.startswith(" "):
@@ -49,7 +49,7 @@ _POINTS = "data.size=32 batch_size=8 epochs=2"
 _STOPPING = "--config-dir=IN/networks model=stopping data.limit=200 batch_size=16 epochs=4 optimizer=sgd ema_decay=0.9"
 
 COMMANDS: dict[str, Command] = {
-    # The defaults, with pictures and TensorBoard events; metrics of a checkpoint on both splits.
+    # The defaults, with figures and TensorBoard events; metrics of a checkpoint on both splits.
     "digits": Command(
         _lines("""
             run_dir=run epochs=3 data.limit=400 log.pictures=true log.tensorboard=true
@@ -104,7 +104,7 @@ COMMANDS: dict[str, Command] = {
             run_dir=both {_DIGITS} epochs=2 augment=mixup_cutmix task.label_smoothing=0.1
         """)
     ),
-    # One data set through every store; the results must be equal.
+    # One dataset with every cache; the results must be equal.
     "stores": Command(
         _lines(f"""
             run_dir=device {_FOLDER} epochs=2 data.store=device
@@ -200,7 +200,7 @@ COMMANDS: dict[str, Command] = {
                 data.val_fraction=0.2
         """)
     ),
-    # Stopped by a signal in the middle of an epoch and resumed; must equal an unbroken run.
+    # Stopped by a signal in the middle of an epoch and resumed; must equal an uninterrupted run.
     "resume": Command(
         _lines(f"""
             run_dir=whole {_STOPPING}

@@ -112,7 +112,7 @@ def write_masks(folder: Path) -> None:
 
 
 def face(random: np.random.Generator, shape: Shape = (60, 72)) -> tuple[Image.Image, np.ndarray]:
-    """Return an image of an ellipse with three marks, and their places (3, 2) as x and y in pixels."""
+    """Return an image of an ellipse with three marks, and their coordinates (3, 2) as x and y in pixels."""
     image = Image.fromarray(textured_image(random, 0, shape))
     center = np.array([shape[1] / 2, shape[0] / 2]) + random.uniform(-6, 6, 2)
     size = random.uniform(12, 20)
@@ -188,9 +188,9 @@ def write_cats(folder: Path) -> None:
     )
     for number in range(20):
         image, points = face(random)
-        places = (points.mean(0) + 20 * offsets + random.normal(0, 1, offsets.shape)).round().astype(int)
+        coordinates = (points.mean(0) + 20 * offsets + random.normal(0, 1, offsets.shape)).round().astype(int)
         image.save(folder / f"{number:02}.jpg", quality=92)
-        words = " ".join(map(str, places.flatten().tolist()))
+        words = " ".join(map(str, coordinates.flatten().tolist()))
         (folder / f"{number:02}.jpg.cat").write_text(f"9 {words}")
 
 
