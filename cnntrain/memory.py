@@ -21,8 +21,8 @@ def keep_freed_memory() -> None:
 
     By default glibc maps each large block separately, and returns the free memory at the end of its heap. The
     activations of every step are then new pages, which the system fills with zeros: 3,000 to 280,000 page faults per
-    step, up to a third of the time of a training on the CPU (`benchmarks/allocator.py`). The process keeps its peak size
-    until `give_back_freed_memory`.
+    step, up to a third of the time of a training on the CPU (`benchmarks/allocator.py`). The process keeps its peak
+    size until `give_back_freed_memory`.
     Has no effect except on Linux with glibc.
     """
     if mallopt := _glibc_function("mallopt"):
