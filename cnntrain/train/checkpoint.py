@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from cnntrain.config.command_line import without_passwords
 from cnntrain.config.schema import Settings, Within, default_settings, parse, shortened
@@ -262,6 +263,9 @@ def validate_checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
         _require(0 <= value <= MAX_COUNT, f"state.progress.best.{name}", "be from 0 to 2**53", value)
     _validate_spec(spec)
     config = _with_defaults(saved.config)
+    for name, value in config.items():
+        has_tensor = any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+        _require(not has_tensor, f"config.{name}", "have plain values", "a tensor")
     _require(isinstance(config.get("choices"), dict), "config.choices", "be a mapping", config.get("choices"))
     settings = parse(Settings, config, "config.")
     _require(settings.batch_size != "auto", "config.batch_size", "be a number of images", settings.batch_size)

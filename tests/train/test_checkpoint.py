@@ -270,7 +270,7 @@ INVALID = {
     "spec.mean": [[NAN], [0.1, 0.2], ["x"], 5],
     "spec.std": [[0.0], [NAN], [-1.0], [float("inf")], "x"],
     "spec.evil": [5],
-    "config.model": [5, None, "mlp"],
+    "config.model": [5, None, "mlp", {"_target_": "torch.nn.Identity", "width": [torch.zeros(0)]}],
     "config.data": [5],
     "config.batch_size": ["auto", "${oc.env:HOME}", 0, None],
     "config.choices": [5, None],
