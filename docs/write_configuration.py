@@ -1,5 +1,6 @@
 """Write docs/configuration.md from the comments in conf/: `python docs/write_configuration.py`."""
 
+import itertools
 from pathlib import Path
 
 from cnntrain.config.reference import (
@@ -29,10 +30,19 @@ def page() -> str:
     for group, options in group_options().items():
         parts.append(f"## `{group}=`\n")
         for option in options:
-            text = " ".join(header(option_text(group, option))).strip()
-            parts += [f"### `{group}={option}`\n", *([f"{_escape(text)}\n"] if text else [])]
+            parts += [f"### `{group}={option}`\n", *_paragraphs(header(option_text(group, option)))]
             parts += _table(option_keys(group, option))
     return "\n".join(parts)
+
+
+def _paragraphs(lines: list[str]) -> list[str]:
+    """Return comment lines as paragraphs, and indented lines as code."""
+    parts = []
+    for (is_empty, is_code), group in itertools.groupby(lines, lambda line: (not line, line.startswith("  "))):
+        text = [line.strip() for line in group]
+        if not is_empty:
+            parts.append("\n".join(["```", *text, "```"]) if is_code else _escape(" ".join(text)))
+    return [f"{part}\n" for part in parts]
 
 
 def _table(keys: list[KeyReference]) -> list[str]:

@@ -13,10 +13,10 @@ from cnntrain.config.command_line import DEFAULT_COMMAND, Invocation, command_te
 from cnntrain.config.compose import parse_overrides, read_settings
 from cnntrain.config.schema import Settings, SweepSettings
 from cnntrain.data.load import read_fingerprint
+from cnntrain.data.parallel import usable_cores
 from cnntrain.errors import UserError
 from cnntrain.report.compare import NEUTRAL
 from cnntrain.sweep.search_space import SearchDimension, add_swept_keys, grid, read_space, typed_values
-from cnntrain.train.device import count_cores
 from cnntrain.train.resume import flatten_settings
 from cnntrain.train.setup import build_pipeline, build_source, build_task
 
@@ -187,7 +187,7 @@ class SweepPlan:
         words += [o for o in overrides if o.split("=")[0] not in ("resume", "run_dir") and not o.startswith("sweep.")]
         threads = None
         if self.sweep.jobs > 1 and self.base.threads is None:
-            threads = max(1, count_cores() // self.sweep.jobs)
+            threads = max(1, usable_cores() // self.sweep.jobs)
             words.append(f"threads={threads}")
         return PlannedRun(
             trial, repeat, dict(values), overrides, self.config_dir, threads, folder / name, command_text(words)

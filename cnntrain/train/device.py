@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from cnntrain.data.parallel import usable_cores
 from cnntrain.errors import MachineError, UserError
 from cnntrain.models.modify import make_pooling_deterministic
 from cnntrain.randomness import hash_seed, seed_generators
@@ -171,11 +172,6 @@ def _set_grad_mode(step: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def count_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def prepare_torch(threads: int | None, deterministic: bool, world: World = SINGLE) -> None:
     """Set process-wide options: CPU threads, determinism, TF32, and flushing of subnormal numbers on CPUs.
 
@@ -194,7 +190,7 @@ def prepare_torch(threads: int | None, deterministic: bool, world: World = SINGL
     if deterministic:  # must be set before the first kernel (cuBLAS documentation, section 2.1.4)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if threads is None and world.size > 1:
-        threads = max(1, count_cores() // world.local_size)
+        threads = max(1, usable_cores() // world.local_size)
     if threads is not None:
         torch.set_num_threads(threads)
     _use_deterministic_algorithms(deterministic, warn_only=deterministic)

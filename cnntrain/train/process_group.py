@@ -27,7 +27,7 @@ from cnntrain.train.device import own_gpu
 from cnntrain.train.distributed import RankInfo, World, describe_lost, running_statistics
 from cnntrain.train.signals import StopFlag
 
-JOIN_TIMEOUT = datetime.timedelta(seconds=300)  # for all ranks to start
+JOIN_TIMEOUT_S = 300  # for all ranks to start
 # The watchdog enforces launch.timeout_s. torch's timeouts would count the time in which all ranks were suspended.
 TORCH_TIMEOUT = datetime.timedelta(days=30)
 POLL_S = 0.02
@@ -312,6 +312,15 @@ def is_peer_loss(error: BaseException) -> bool:
     )
 
 
+def _wait_for_start(store: Any, size: int) -> None:
+    """Wait until all ranks have started. `store.wait` would delay Ctrl-C until its timeout."""
+    names, deadline = [f"started/{rank}" for rank in range(size)], time.monotonic() + JOIN_TIMEOUT_S
+    while not store.check(names):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not all of them started within {JOIN_TIMEOUT_S} s")
+        time.sleep(POLL_S)
+
+
 @contextlib.contextmanager
 def join_process_group(
     info: RankInfo,
@@ -343,10 +352,10 @@ def join_process_group(
         return PrefixStore(f"{prefix}/{name}", store)
 
     try:
-        store = connect("group", JOIN_TIMEOUT, is_host)
+        store = connect("group", datetime.timedelta(seconds=JOIN_TIMEOUT_S), is_host)
         store.set(f"started/{info.rank}", "")
         # Here, because init_process_group would wait for as long as for a collective.
-        store.wait([f"started/{rank}" for rank in range(info.world_size)], JOIN_TIMEOUT)
+        _wait_for_start(store, info.world_size)
         store.set_timeout(TORCH_TIMEOUT)
         ranks = {"store": store, "rank": info.rank, "world_size": info.world_size, "timeout": TORCH_TIMEOUT}
         backend, gpu = ("cpu:gloo,cuda:nccl", own_gpu(info.local_rank)) if cuda else ("gloo", None)

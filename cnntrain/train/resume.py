@@ -19,11 +19,12 @@ from typing import Any
 from cnntrain.config.command_line import typed
 from cnntrain.config.schema import Settings
 from cnntrain.data.load import Data, same_data, same_examples
+from cnntrain.data.parallel import usable_cores
 from cnntrain.errors import UserError
 from cnntrain.io import safe_files as files
 from cnntrain.train import checkpoint
 from cnntrain.train.checkpoint import load_validated, load_weights, weight_mismatches
-from cnntrain.train.device import choose_compute, count_cores
+from cnntrain.train.device import choose_compute
 from cnntrain.train.distributed import World
 from cnntrain.train.setup import Components
 from cnntrain.train.state import TrainState
@@ -180,7 +181,7 @@ def keep_resolved_values(settings: Settings, content: Mapping[str, Any], world: 
         if settings.precision == "auto" and "precision" in resolved:
             kept["precision"] = resolved["precision"]
         threads = resolved.get("threads")
-        if settings.threads is None and threads in range(1, 1 + count_cores() // world.local_size):
+        if settings.threads is None and threads in range(1, 1 + usable_cores() // world.local_size):
             kept["threads"] = threads
     if settings.batch_size == "auto":
         kept["batch_size"] = saved["batch_size"]
