@@ -19,13 +19,13 @@ def run(invocation: Invocation) -> int:
     if invocation.multirun:
         # Imported here because they import optuna, which a single run does not need.
         from cnntrain.sweep.sweep_run import run_sweep
-        from cnntrain.sweep.trial_workers import SweepTarget
+        from cnntrain.sweep.run_workers import SweepTarget
 
-        return run_sweep(invocation, SweepTarget(overfit_trial))
+        return run_sweep(invocation, SweepTarget(overfit_run))
     settings = read_settings(invocation.overrides, invocation.config_dir)
     return 1 if overfit(settings, invocation.line)["verdict"] == "FAIL" else 0
 
 
-def overfit_trial(settings: Settings, command_line: str, watch: Callable[[dict[str, float]], None]) -> dict[str, Any]:
-    """Run one trial of a sweep; there are no epochs to pass to `watch`."""
+def overfit_run(settings: Settings, command_line: str, on_epoch: Callable[[dict[str, float]], None]) -> dict[str, Any]:
+    """Run one trial of a sweep; there are no epochs to pass to `on_epoch`."""
     return overfit(settings, command_line)

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from cnntrain.train.launch import WorkerContext
 
 log = logging.getLogger("cnntrain")
-Watch = Callable[[dict[str, float]], None]  # takes the row of metrics.csv after each epoch
+EpochCallback = Callable[[dict[str, float]], None]  # takes the row of metrics.csv after each epoch
 NO_HPARAMS = ("run_dir", "resume", "log", "expect", "sweep")  # settings not shown in the HParams tab
 
 
@@ -60,9 +60,9 @@ def run(invocation: Invocation) -> int:
             raise UserError("-m: a sweep is one process; start it without torchrun or srun, with launch.devices=N")
         # Imported here because they import optuna, which a single run does not need.
         from cnntrain.sweep.sweep_run import run_sweep
-        from cnntrain.sweep.trial_workers import SweepTarget
+        from cnntrain.sweep.run_workers import SweepTarget
 
-        return run_sweep(invocation, SweepTarget(train_trial, test_trial))
+        return run_sweep(invocation, SweepTarget(train_run, evaluate_run))
     settings = read_settings(invocation.overrides, invocation.config_dir)
     if swept := swept_by_config(settings, invocation.overrides):
         raise UserError(f"sweep.over: this config sweeps over {', '.join(swept)}; add -m, or give each one value")
@@ -79,7 +79,9 @@ def run(invocation: Invocation) -> int:
     return 1 if any(finding.verdict == "FAIL" for finding in findings) else 0
 
 
-def train(settings: Settings, command_line: str = "", test: bool = True, watch: Watch | None = None) -> dict[str, Any]:
+def train(
+    settings: Settings, command_line: str = "", test: bool = True, on_epoch: EpochCallback | None = None
+) -> dict[str, Any]:
     """Train and return the content of results.json plus `run_dir`.
 
     If `launch.devices` is above 1, start that many ranks. Under torchrun or srun, this process is one of the ranks, and
@@ -87,19 +89,19 @@ def train(settings: Settings, command_line: str = "", test: bool = True, watch: 
 
     Args:
         test: evaluate the test set at the end; a sweep does so only for its winner.
-        watch: called after each epoch; an exception ends the run with its state saved.
+        on_epoch: called after each epoch; an exception ends the run with its state saved.
     """
     log_to_console()
     if info := rank_from_env():
         check_launch(settings, info)
         with _joined(info, settings) as world:
-            return _train(settings, command_line, test, watch, world)
+            return _train(settings, command_line, test, on_epoch, world)
     if settings.launch.devices == 1:
-        return _train(settings, command_line, test, watch, SINGLE)
+        return _train(settings, command_line, test, on_epoch, SINGLE)
     check_launch(settings, None)
     from cnntrain.train.launch import launch  # slow to import
 
-    return launch(_launched, settings.launch.devices, settings, command_line, test, watch=watch)
+    return launch(_launched, settings.launch.devices, settings, command_line, test, on_epoch=on_epoch)
 
 
 def _ending_key(saved: Mapping[str, Any], settings: Settings) -> str:
@@ -117,7 +119,7 @@ def _launched(context: "WorkerContext", settings: Settings, command_line: str, t
     def work() -> dict[str, Any]:
         log_to_console()
         with _joined(context.rank_info(), settings, launched=True, end=context.end) as world:
-            return _train(settings, command_line, test, context.watch if context.rows else None, world)
+            return _train(settings, command_line, test, context.on_epoch if context.metrics_pipe else None, world)
 
     return run_rank(context, work)
 
@@ -132,14 +134,16 @@ def _joined(info: RankInfo, settings: Settings, **more: Any) -> Iterator[World]:
         yield world
 
 
-def _train(settings: Settings, command_line: str, test: bool, watch: Watch | None, world: World) -> dict[str, Any]:
+def _train(
+    settings: Settings, command_line: str, test: bool, on_epoch: EpochCallback | None, world: World
+) -> dict[str, Any]:
     """Train in this process, which is a single process or one of several ranks."""
     folder = find_run_dir(settings)
     # Lock before reading: a process that still trains in this folder may write a newer state at any time.
     locked = world.is_main and folder is not None and needs_lock(folder)
     with lock_run_dir(folder) if folder and locked else contextlib.nullcontext():
         world.barrier()
-        return _train_in(folder, locked, settings, command_line, test, watch, world)
+        return _train_in(folder, locked, settings, command_line, test, on_epoch, world)
 
 
 def _train_in(
@@ -148,7 +152,7 @@ def _train_in(
     settings: Settings,
     command_line: str,
     test: bool,
-    watch: Watch | None,
+    on_epoch: EpochCallback | None,
     world: World,
 ) -> dict[str, Any]:
     """Train in `folder`, which is locked if it contains a run."""
@@ -211,7 +215,7 @@ def _train_in(
 
         with (
             CheckpointWriter(run, state, metadata, settings.checkpoint.keep, world.is_main) as writer,
-            RunLogger(run.path, components, plan, state.progress, watch, learning_rate)
+            RunLogger(run.path, components, plan, state.progress, on_epoch, learning_rate)
             if world.is_main
             else contextlib.nullcontext(Logger()) as logger,
         ):
@@ -264,12 +268,12 @@ def _check_first(settings: Settings, command_line: str) -> None:
         )
 
 
-def train_trial(settings: Settings, command_line: str, watch: Watch) -> dict[str, Any]:
+def train_run(settings: Settings, command_line: str, on_epoch: EpochCallback) -> dict[str, Any]:
     """Train one run of a sweep, without the test set."""
-    return train(settings, command_line, test=False, watch=watch)
+    return train(settings, command_line, test=False, on_epoch=on_epoch)
 
 
-def test_trial(settings: Settings, command_line: str) -> dict[str, float]:
+def evaluate_run(settings: Settings, command_line: str) -> dict[str, float]:
     """Return the test metrics of the best checkpoint of a run."""
     about = read_command_settings(EvaluateSettings, "evaluate", ("checkpoint=best.pt",))
     own = {name: getattr(settings, name) for name in ("device", "threads", "trusted_packages")}

@@ -26,7 +26,7 @@ class ProgressBar:
     Args:
         total_steps, epochs: of the whole run.
         done_steps: steps finished before a resume.
-        watch: metrics to show besides the losses, for example `("top1",)`.
+        metrics: metrics to show besides the losses, for example `("top1",)`.
         console: default: standard error, because progress is not a result.
     """
 
@@ -35,11 +35,11 @@ class ProgressBar:
         total_steps: int,
         epochs: int,
         done_steps: int = 0,
-        watch: tuple[str, ...] = (),
+        metrics: tuple[str, ...] = (),
         console: Console | None = None,
     ) -> None:
         self.console = console or Console(file=lenient(sys.stderr))
-        self.total_steps, self.epochs, self.watch = total_steps, epochs, watch
+        self.total_steps, self.epochs, self.metrics = total_steps, epochs, metrics
         self._paused_s = 0.0
         self._paused_at: float | None = None
         self._last_line = self._epoch_started = self._now()
@@ -68,7 +68,7 @@ class ProgressBar:
 
     def log_step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Show the current step and its values."""
-        text, position = _format_values(values, ("loss", *self.watch)), f"epoch {epoch + 1}/{self.epochs}"
+        text, position = _format_values(values, ("loss", *self.metrics)), f"epoch {epoch + 1}/{self.epochs}"
         self._progress.update(self._task, completed=step, description=position, values=text)
         if not self.console.is_terminal and self._now() - self._last_line >= LINE_INTERVAL_S:
             self._last_line = self._now()
@@ -81,7 +81,7 @@ class ProgressBar:
         """Print a line for a finished epoch: losses, watched metrics and duration; a star marks the best so far."""
         seconds, self._epoch_started = self._now() - self._epoch_started, self._now()
         self._last_line = self._now()
-        names = [f"{part}/{name}" for name in ("loss", *self.watch) for part in ("train", "val")]
+        names = [f"{part}/{name}" for name in ("loss", *self.metrics) for part in ("train", "val")]
         width = len(str(self.epochs))
         line = f"epoch {epoch + 1:>{width}}/{self.epochs}  {_format_values(row, names)}  {seconds_text(seconds)}"
         line += "  *" if best else ""

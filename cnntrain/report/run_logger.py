@@ -54,7 +54,7 @@ class RunLogger(Logger):
         self.on_epoch, self.learning_rate_at = on_epoch, learning_rate_at
         self.metrics = MetricsFile(folder / "metrics.csv", progress.epoch + 1 if done_steps else None)
         epochs = -(-plan.total_steps // plan.steps_per_epoch)
-        self.bar = ProgressBar(plan.total_steps, epochs, done_steps, watch=(self.task.monitor[0],))
+        self.bar = ProgressBar(plan.total_steps, epochs, done_steps, metrics=(self.task.monitor[0],))
         self.events = None
         if settings.tensorboard:
             self.events = TensorBoardWriter(folder, purge_step=done_steps + 1 if done_steps else None)

@@ -176,7 +176,7 @@ class SweepPlan:
         settings = self.grid()
         return len(settings) if settings is not None else self.sweep.trials or DEFAULT_TRIALS
 
-    def run(self, trial: int, values: Mapping[str, str], repeat: Repeat, folder: Path) -> PlannedRun:
+    def make_run(self, trial: int, values: Mapping[str, str], repeat: Repeat, folder: Path) -> PlannedRun:
         """Build the run for one repeat of a setting, in its own subfolder of the sweep."""
         fixed = [override for override in self.fixed if override.split("=")[0] not in repeat.values]
         overrides = (*fixed, *typed_values({**values, **repeat.values}))

@@ -132,7 +132,7 @@ class Study:
                 if each.waiting and not blocked:
                     repeat = each.waiting.pop(0)
                     each.running.add(repeat)
-                    return self.plan.run(number, each.values, repeat, self.folder)
+                    return self.plan.make_run(number, each.values, repeat, self.folder)
             trial = self._next_trial()
             if trial is None:
                 return None

@@ -14,7 +14,7 @@ from cnntrain.io.streams import lenient
 from cnntrain.report.console import columns_of, print_line, rows_table, seconds_text, value_text
 from cnntrain.sweep.plan import PlannedRun, SweepPlan, rounded, setting_name
 from cnntrain.sweep.study import Outcome
-from cnntrain.sweep.trial_workers import LOG_FILE
+from cnntrain.sweep.run_workers import LOG_FILE
 
 
 class SweepProgress:

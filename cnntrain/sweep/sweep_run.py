@@ -29,7 +29,7 @@ from cnntrain.sweep.results import (
 )
 from cnntrain.sweep.study import SWEEP_FILE, Study, open_study, storage_errors, storage_problem
 from cnntrain.sweep.sweep_progress import SweepProgress
-from cnntrain.sweep.trial_workers import InProcessRunner, ProcessPoolRunner, SweepTarget, run_log
+from cnntrain.sweep.run_workers import InProcessRunner, ProcessPoolRunner, SweepTarget, run_log
 from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
 from cnntrain.train.signals import StopFlag, stop_flag
 
@@ -168,7 +168,7 @@ def _test_winner(report: SweepReport, target: SweepTarget, folder: Path, complet
     if not report.ranking or target.test is None:
         return None
     winner, plan = report.ranking[0], report.plan
-    runs = [plan.run(winner.trial.number, winner.trial.values, repeat, folder) for repeat in winner.values]
+    runs = [plan.make_run(winner.trial.number, winner.trial.values, repeat, folder) for repeat in winner.values]
     # Runs without results.json belong to another machine.
     if complete and all((run.folder / "results.json").is_file() for run in runs):
         try:

@@ -42,13 +42,13 @@ class WorkerContext:
         port: of the store, on the loopback interface.
         folder: for the error of the rank that fails first.
         log: file for standard output and error; None for the console.
-        rows: receives each epoch's metrics and answers None or the error that ends training; None without `watch`.
+        metrics_pipe: receives each epoch's metrics and answers None or the error that ends training; None without `on_epoch`.
     """
 
     port: int
     folder: Path
     log: Path | None
-    rows: "Connection[Any, Any] | None"
+    metrics_pipe: "Connection[Any, Any] | None"
 
     def rank_info(self) -> RankInfo:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -66,20 +66,22 @@ class WorkerContext:
             self.report(MachineError, message, code)
         os._exit(code)
 
-    def watch(self, row: Row) -> None:
-        """Pass an epoch's metrics to the launcher's `watch`; raise what it raises."""
-        if self.rows is not None:
-            self.rows.send(row)
-            if (error := self.rows.recv()) is not None:
-                raise error
+    def on_epoch(self, row: Row) -> None:
+        """Pass an epoch's metrics to the launcher's `on_epoch`; raise what it raises."""
+        assert self.metrics_pipe is not None
+        self.metrics_pipe.send(row)
+        if (error := self.metrics_pipe.recv()) is not None:
+            raise error
 
 
-def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Callable[[Row], None] | None = None) -> Any:
+def launch(
+    entry: Callable[..., Any], count: int, *arguments: Any, on_epoch: Callable[[Row], None] | None = None
+) -> Any:
     """Call `entry(context, *arguments)` in `count` new processes and return rank 0's result.
 
     Args:
         entry: a function at the top level of a module.
-        watch: called in this process with each row that rank 0 gives to `context.watch`.
+        on_epoch: called in this process with each row that rank 0 gives to `context.on_epoch`.
 
     Raises:
         CnntrainError: that of the rank that failed first.
@@ -100,7 +102,7 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Callab
     with (
         tempfile.TemporaryDirectory(prefix="cnntrain-") as name,
         _store(count) as port,
-        _answering(watch) as rows,
+        _on_epoch_pipe(on_epoch) as metrics_pipe,
         _restored_handlers(names),
     ):
         folder = Path(name)
@@ -119,7 +121,7 @@ def launch(entry: Callable[..., Any], count: int, *arguments: Any, watch: Callab
             signals_to_handle=",".join(handled),
         )
         try:
-            return elastic_launch(config, entry)(WorkerContext(port, folder, _log_file(), rows), *arguments)[0]
+            return elastic_launch(config, entry)(WorkerContext(port, folder, _log_file(), metrics_pipe), *arguments)[0]
         except SignalException as error:
             raise _reported(folder) or _stopped(error.sigval) from None
         except ChildFailedError as error:
@@ -192,9 +194,9 @@ def _store(count: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _answering(watch: Callable[[Row], None] | None) -> Iterator["Connection[Any, Any] | None"]:
-    """Yield one end of a pipe; a thread calls `watch` with each row from it and sends the error back, or None."""
-    if watch is None:
+def _on_epoch_pipe(on_epoch: Callable[[Row], None] | None) -> Iterator["Connection[Any, Any] | None"]:
+    """Yield one end of a pipe; a thread calls `on_epoch` with each row from it and sends the error back, or None."""
+    if on_epoch is None:
         yield None
         return
     here, there = multiprocessing.get_context("spawn").Pipe()
@@ -203,11 +205,11 @@ def _answering(watch: Callable[[Row], None] | None) -> Iterator["Connection[Any,
         with contextlib.suppress(EOFError, OSError):
             while (row := here.recv()) is not None:
                 try:
-                    answer: object = watch(row)
+                    answer: object = on_epoch(row)
                 except CnntrainError as error:
                     answer = error
                 except Exception as error:  # rank 0 waits for an answer
-                    answer = MachineError(f"the callback `watch` failed: {type(error).__name__}: {error}")
+                    answer = MachineError(f"the callback `on_epoch` failed: {type(error).__name__}: {error}")
                 here.send(answer)
 
     thread = Thread(target=answer_rows, daemon=True)

@@ -32,7 +32,7 @@ GPU_SHARE = 0.9  # of the free GPU memory; the rest is a reserve because memory 
 CPU_SHARE = 0.25  # of the free host memory, which other programs need too
 MIN_SPEEDUP = 1.05  # in images/s, when the batch size doubles on a CPU
 SMALLEST_ON_CPU = 32
-TRIALS = 3
+TIMED_WINDOWS = 3
 
 
 def build_training_parts(components: Components, data: Data) -> tuple[TrainingPlan, Optimizer, Schedule]:
@@ -239,9 +239,9 @@ def _images_per_s(make_step_timer: Callable[[int], StepTimer], device: torch.dev
     if peak_memory_mib(device) - before_mib > CPU_SHARE * free_mib:
         return None
     started, best = time.monotonic(), 0.0
-    for _ in range(TRIALS):
+    for _ in range(TIMED_WINDOWS):
         images, seconds = timer.bare()
         best = max(best, images / seconds)
-        if time.monotonic() - started > TRIALS:
+        if time.monotonic() - started > TIMED_WINDOWS:
             break
     return best

@@ -20,7 +20,7 @@ def text_of(console: Console) -> str:
 
 
 def run(console: Console) -> str:
-    with ProgressBar(20, 2, watch=("top1",), console=console) as bar:
+    with ProgressBar(20, 2, metrics=("top1",), console=console) as bar:
         for epoch in range(2):
             for step in range(1, 11):
                 bar.log_step(10 * epoch + step, epoch, {"loss": 1 / step, "lr": 0.1})
@@ -94,7 +94,7 @@ def test_a_terminal_gets_a_bar_with_loss_and_metric() -> None:
 def test_lines_are_wrapped_between_values_on_a_terminal(width: int) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     row = {"train/loss": 0.12345, "val/loss": 0.23456, "train/top1": 0.91234, "val/top1": 0.92345}
-    bar = ProgressBar(1200, 120, watch=("top1",), console=console)
+    bar = ProgressBar(1200, 120, metrics=("top1",), console=console)
     bar.log_epoch(10, row, best=True)
     lines = text_of(console).splitlines()
     assert len(lines) > 1 and max(map(len, lines)) <= width

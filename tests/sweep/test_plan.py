@@ -89,7 +89,7 @@ def test_a_fold_without_folds_is_refused(plan: Read) -> None:
 
 def test_each_fold_has_its_own_folder_settings_and_command(plan: Read) -> None:
     plan_ = plan("data.folds=3", "model=mlp,lenet5", "seed=0,1")
-    run = plan_.run(2, {"model": "mlp"}, Repeat(1, 2), Path("there"))
+    run = plan_.make_run(2, {"model": "mlp"}, Repeat(1, 2), Path("there"))
     assert run.folder.name == "002-mlp-seed1-fold2"
     settings = run.settings()
     assert settings.seed == 1 and settings.data["fold"] == 2 and settings.data["folds"] == 3
@@ -105,13 +105,13 @@ def test_an_experiment_that_sweeps_is_refused_without_multirun(capsys: pytest.Ca
 
 def test_the_command_of_a_run_repeats_it_alone(plan: Read) -> None:
     plan_ = plan("model=mlp,lenet5", "sweep.seeds=2", "run_dir=there", "augment=[shift]")
-    run = plan_.run(3, {"model": "mlp"}, Repeat(1), Path("there"))
+    run = plan_.make_run(3, {"model": "mlp"}, Repeat(1), Path("there"))
     kept = "epochs=1 data.limit=60 batch_size=16 threads=1 log.figures=false log.tensorboard=false"
     assert run.command == f"cnntrain {kept} 'augment=[shift]' model=mlp seed=1"
     settings = run.settings()
     assert settings.seed == 1 and settings.run_dir == "there/003-mlp-seed1" and settings.resume == "auto"
     odd = {"augment": "[flip,crop]", "data.root": "'my photos/a=b'", "optimizer.lr": "0.0031622776601683794"}
-    assert plan_.run(12, odd, Repeat(0), Path("there")).folder.name == "012-flip,crop-my_photos_a_b-0.003162-seed0"
+    assert plan_.make_run(12, odd, Repeat(0), Path("there")).folder.name == "012-flip,crop-my_photos_a_b-0.003162-seed0"
 
 
 def test_the_monitor_is_that_of_the_task_and_none_if_tasks_differ(plan: Read) -> None:

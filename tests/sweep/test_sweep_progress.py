@@ -25,7 +25,7 @@ def run_outcomes(plan: SweepPlan, console: Console) -> SweepProgress:
         progress.pending = 2
         for seed, outcome in enumerate(OUTCOMES):
             values = {"model": "mlp", "optimizer.lr": f"0.{seed}1234567890"}
-            run = plan.run(seed, values, Repeat(seed), Path("s"))
+            run = plan.make_run(seed, values, Repeat(seed), Path("s"))
             progress.start_run(run)
             progress.update_run(run, 1, 0.5)
             progress.finish_run(run, outcome)

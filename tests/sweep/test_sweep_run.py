@@ -20,7 +20,7 @@ from cnntrain.report.metrics import read_metrics
 from cnntrain.sweep import study
 from cnntrain.sweep.study import Study
 from cnntrain.sweep.sweep_run import run_sweep
-from cnntrain.sweep.trial_workers import SweepTarget
+from cnntrain.sweep.run_workers import SweepTarget
 from cnntrain.train.checkpoint import load_validated
 
 NO_FILES = ("log.figures=false", "log.tensorboard=false")
@@ -33,11 +33,11 @@ def invocation(*more: str) -> Invocation:
     return parse_arguments(["-m", *TWO_SETTINGS, *more])
 
 
-def stopped(settings: Any, command_line: str, watch: Any) -> dict[str, Any]:
+def stopped(settings: Any, command_line: str, on_epoch: Any) -> dict[str, Any]:
     raise StoppedError(15, f"stopped by SIGTERM at step 3; the same command with run_dir={settings.run_dir}")
 
 
-def done(settings: Any, command_line: str, watch: Any) -> dict[str, Any]:
+def done(settings: Any, command_line: str, on_epoch: Any) -> dict[str, Any]:
     results = {"best": {"val/top1": settings.optimizer["lr"], "epoch": 1}, "test": None, "steps": 5}
     Path(settings.run_dir, "results.json").write_text(json.dumps(results))
     return results
@@ -78,8 +78,8 @@ def test_a_sweep_that_lost_its_storage_can_be_continued(
 def test_without_results_of_the_winner_only_the_test_metrics_are_missing(
     capsys: Output,
 ) -> None:
-    def damaged(settings: Any, command_line: str, watch: Any) -> dict[str, Any]:
-        results = done(settings, command_line, watch)
+    def damaged(settings: Any, command_line: str, on_epoch: Any) -> dict[str, Any]:
+        results = done(settings, command_line, on_epoch)
         Path(settings.run_dir, "results.json").write_text("")
         return results
 

@@ -1,17 +1,17 @@
 """The pipe between rank 0 and the launcher."""
 
 from cnntrain.errors import MachineError, UserError
-from cnntrain.train.launch import _answering
+from cnntrain.train.launch import _on_epoch_pipe
 
 
 def test_every_row_is_answered_with_an_error_or_none() -> None:
-    def watch(row: dict[str, float]) -> None:
+    def on_epoch(row: dict[str, float]) -> None:
         if row["epoch"] == 1:
             raise OSError("the disk is full")
         if row["epoch"] == 2:
             raise UserError("no such thing")
 
-    with _answering(watch) as end:
+    with _on_epoch_pipe(on_epoch) as end:
         assert end is not None
         answers = []
         for epoch in range(4):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cnntrain.sweep.trial_workers import visible_gpus, worker_share
+from cnntrain.sweep.run_workers import visible_gpus, worker_share
 
 
 @pytest.mark.parametrize(

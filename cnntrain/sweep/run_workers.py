@@ -66,7 +66,7 @@ def execute_run(
     started, last_value = time.perf_counter(), None
     status, results, error = "done", {}, None
 
-    def watch(row: dict[str, float]) -> None:
+    def on_epoch(row: dict[str, float]) -> None:
         nonlocal last_value
         last_value = row.get(f"val/{monitor}", math.nan)
         if should_prune(int(row["epoch"]), last_value):
@@ -75,7 +75,7 @@ def execute_run(
     threads = torch.get_num_threads()
     with run_log(run):
         try:
-            results = command(run.settings(), run.command, watch)
+            results = command(run.settings(), run.command, on_epoch)
         except StoppedError:
             raise
         except CnntrainError as raised:
