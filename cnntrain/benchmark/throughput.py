@@ -176,7 +176,7 @@ def temporary_logger(components: Components, plan: TrainingPlan) -> Iterator[Run
     """Yield a logger with the cost of a real one: its files are deleted, and its progress bar is not shown."""
     with tempfile.TemporaryDirectory() as folder:
         logger = RunLogger(Path(folder), components, plan, Progress())
-        logger.bar = ProgressBar(1, 1, watch=(components.task.monitor[0],), console=Console(file=io.StringIO()))
+        logger.bar = ProgressBar(1, 1, metrics=(components.task.monitor[0],), console=Console(file=io.StringIO()))
         with logger:
             yield logger
 

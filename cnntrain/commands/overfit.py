@@ -18,8 +18,8 @@ from cnntrain.config.schema import Settings
 def run(invocation: Invocation) -> int:
     if invocation.multirun:
         # Imported here because they import optuna, which a single run does not need.
-        from cnntrain.sweep.sweep_run import run_sweep
         from cnntrain.sweep.run_workers import SweepTarget
+        from cnntrain.sweep.sweep_run import run_sweep
 
         return run_sweep(invocation, SweepTarget(overfit_run))
     settings = read_settings(invocation.overrides, invocation.config_dir)

@@ -59,8 +59,8 @@ def run(invocation: Invocation) -> int:
         if rank_from_env():
             raise UserError("-m: a sweep is one process; start it without torchrun or srun, with launch.devices=N")
         # Imported here because they import optuna, which a single run does not need.
-        from cnntrain.sweep.sweep_run import run_sweep
         from cnntrain.sweep.run_workers import SweepTarget
+        from cnntrain.sweep.sweep_run import run_sweep
 
         return run_sweep(invocation, SweepTarget(train_run, evaluate_run))
     settings = read_settings(invocation.overrides, invocation.config_dir)

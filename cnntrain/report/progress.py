@@ -78,7 +78,7 @@ class ProgressBar:
             print_line(f"  {position}, step {step}/{self.total_steps} ({share})  {text}", self.console)
 
     def log_epoch(self, epoch: int, row: Mapping[str, float], best: bool = False) -> None:
-        """Print a line for a finished epoch: losses, watched metrics and duration; a star marks the best so far."""
+        """Print a line for a finished epoch: losses, metrics and duration; a star marks the best so far."""
         seconds, self._epoch_started = self._now() - self._epoch_started, self._now()
         self._last_line = self._now()
         names = [f"{part}/{name}" for name in ("loss", *self.metrics) for part in ("train", "val")]

@@ -13,8 +13,8 @@ from rich.text import Text
 from cnntrain.io.streams import lenient
 from cnntrain.report.console import columns_of, print_line, rows_table, seconds_text, value_text
 from cnntrain.sweep.plan import PlannedRun, SweepPlan, rounded, setting_name
-from cnntrain.sweep.study import Outcome
 from cnntrain.sweep.run_workers import LOG_FILE
+from cnntrain.sweep.study import Outcome
 
 
 class SweepProgress:

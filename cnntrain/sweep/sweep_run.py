@@ -27,9 +27,9 @@ from cnntrain.sweep.results import (
     write_report,
     write_results_csv,
 )
+from cnntrain.sweep.run_workers import InProcessRunner, ProcessPoolRunner, SweepTarget, run_log
 from cnntrain.sweep.study import SWEEP_FILE, Study, open_study, storage_errors, storage_problem
 from cnntrain.sweep.sweep_progress import SweepProgress
-from cnntrain.sweep.run_workers import InProcessRunner, ProcessPoolRunner, SweepTarget, run_log
 from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
 from cnntrain.train.signals import StopFlag, stop_flag
 

@@ -18,9 +18,9 @@ from cnntrain.config.command_line import Invocation
 from cnntrain.errors import MachineError, StoppedError, UserError
 from cnntrain.report.metrics import read_metrics
 from cnntrain.sweep import study
+from cnntrain.sweep.run_workers import SweepTarget
 from cnntrain.sweep.study import Study
 from cnntrain.sweep.sweep_run import run_sweep
-from cnntrain.sweep.run_workers import SweepTarget
 from cnntrain.train.checkpoint import load_validated
 
 NO_FILES = ("log.figures=false", "log.tensorboard=false")
