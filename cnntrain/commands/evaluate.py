@@ -14,7 +14,6 @@ from torch import Tensor
 from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_command_settings
 from cnntrain.config.schema import EvaluateSettings
-from cnntrain.data.load import same_data
 from cnntrain.errors import DivergedError, UserError
 from cnntrain.io.safe_files import exists, is_folder, run_folder_of
 from cnntrain.plots.figure import label_split, log_plot_errors, save_figure
@@ -45,7 +44,7 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     saved = load_validated(path)
     components = restore(saved, settings)
     data = components.load(augmented=False)
-    if not same_data(saved["fingerprint"], data.fingerprint):
+    if saved["fingerprint"] != data.fingerprint:
         log.warning(
             "the data differ from the training data (fingerprint %s, now %s)", saved["fingerprint"], data.fingerprint
         )

@@ -1,4 +1,4 @@
-"""Choose where decoded images are kept (GPU memory, RAM, a file on disk, or nowhere), and check those kept nowhere."""
+"""Choose where decoded images are kept (GPU, RAM, disk, nowhere), and check the files of images that are not cached."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cnntrain.data import disk_cache
-from cnntrain.data.examples import Examples, LazyImages, lazy_images
+from cnntrain.data.examples import Decoder, Examples, LazyImages, lazy_images
 from cnntrain.data.files import BadFile, common_folder, default_root, file_stamps, raise_if_bad
 from cnntrain.data.image_reader import read_size
 from cnntrain.data.parallel import MANY_FILES, decode_into, is_builtin, shared_zeros, try_map
@@ -91,7 +91,7 @@ def _decode_splits(splits: dict[str, Examples], decode: Decode) -> dict[str, Exa
         decoded[name] = replace(examples, images=images, source_to_image=matrices, targets=targets, lazy_targets={})
     if bad:
         paths = {path for lazy in lazy_images(splits) for path in lazy.paths}
-        raise_if_bad({file.path: file for file in bad}.values(), len(paths), common_folder(paths))
+        raise_if_bad(bad, len(paths), common_folder(paths))
     return decoded
 
 
@@ -118,15 +118,19 @@ def fits_on_device(examples: Examples, device: torch.device) -> bool:
 def scan_files(splits: dict[str, Examples], mode: ScanMode) -> None:
     """Read the header of every file that stays on disk, or decode it if `mode` is full.
 
-    Each file is opened once. Files that passed a previous scan of the same mode, and still have the same size and
-    mtime, are skipped. The error lists all bad files.
+    With `headers`, each file is opened once. Files that passed a previous scan of the same mode (and with the same
+    decoders, if it decoded them), and still have the same size and mtime, are skipped. The error lists all bad files.
     """
-    entries = [(images, row) for images in lazy_images(splits) for row in range(len(images))]
+    lazy = lazy_images(splits)
+    entries = [(images, row) for images in lazy for row in range(len(images))]
     if mode == "off" or not entries:
         return
     paths = sorted({images.paths[row] for images, row in entries})
     root = common_folder(paths)
-    record = default_root() / "scans" / f"{hashlib.sha256(str(root).encode()).hexdigest()[:16]}-{mode}.json"
+    key = str(root)
+    if mode == "full":
+        key += "".join(sorted({_identify(images.decoder) for images in lazy}))
+    record = default_root() / "scans" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}-{mode}.json"
     passed = _read_record(record)
     stamps = {path: [size, mtime] for path, (size, mtime, _) in zip(paths, file_stamps(paths), strict=True)}
     pending = [(images, row) for images, row in entries if passed.get(images.paths[row]) != stamps[images.paths[row]]]
@@ -140,12 +144,17 @@ def scan_files(splits: dict[str, Examples], mode: ScanMode) -> None:
         else:
             read_size(images.paths[row])
 
-    _, found = try_map(check, pending, f"scanning {len(paths):,} files")
-    bad = {problem.path: problem for problem in found}
+    _, bad = try_map(check, pending, f"scanning {len({images.paths[row] for images, row in pending}):,} files")
     if pending:
-        good = {path: stamp for path, stamp in stamps.items() if path not in bad and stamp[0] >= 0}
+        bad_paths = {problem.path for problem in bad}
+        good = {path: stamp for path, stamp in stamps.items() if path not in bad_paths and stamp[0] >= 0}
         _write_record(record, {**passed, **good})
-    raise_if_bad(bad.values(), len(paths), root)
+    raise_if_bad(bad, len(paths), root)
+
+
+def _identify(decoder: Decoder) -> str:
+    """Return the settings of a decoder: they determine which files it rejects."""
+    return repr(decoder) if is_dataclass(decoder) else type(decoder).__qualname__  # a plain repr contains the address
 
 
 def _read_record(record: Path) -> dict[str, list[int]]:

@@ -100,7 +100,7 @@ def read_boxes(file: Path, names: list[str]) -> list[tuple[str, Box]]:
         name = cells["image_name"]
         left, top, right, bottom = sides = [parse_number(cells[side]) for side in BOX_COLUMNS]
         if name not in existing:
-            table.errors.add(line, f"{name!r} is none of the images")
+            table.errors.add(line, f"{name!r} is not one of the images")
         elif any(map(math.isnan, sides)):
             table.errors.add(line, "expected four sides in pixels")
         elif right <= left or bottom <= top:
@@ -112,7 +112,7 @@ def read_boxes(file: Path, names: list[str]) -> list[tuple[str, Box]]:
 
 
 def parse_number(text: str) -> float:
-    """Return a coordinate; NaN if the text is not a number, or one above a million."""
+    """Return a coordinate; NaN if the text is not a number, or its absolute value exceeds a million."""
     try:
         value = float(text)
     except ValueError:
@@ -140,7 +140,7 @@ def find_csv(file: str | None, root: str | None, expected: str) -> tuple[Path, P
         for candidate in candidates:
             if is_file(candidate):
                 return candidate, folder or candidate.parent
-        looked = " and ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
+        looked = " or ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
         raise UserError(f"data.file: no file {looked}; it must be {expected}")
     if folder is None:
         raise UserError(f"data.file: missing; give {expected}, as data.file=PATH (or its folder, as data.root=PATH)")

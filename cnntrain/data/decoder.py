@@ -243,7 +243,7 @@ class MaskDecoder:
         """Reject a mask with values (see `distinct_values`) that are not a class."""
         unknown = [value for value in values if not 0 <= value <= 255 or self.ids[value] < 0]
         if unknown:
-            raise UnusableImage(f"has ids that are no class: {format_values(unknown)}")
+            raise UnusableImage(f"has values that are not class ids: {format_values(unknown)}")
 
 
 def format_values(values: Iterable[int]) -> str:

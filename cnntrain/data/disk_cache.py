@@ -145,7 +145,8 @@ class CacheFile:
 
     def create(self, bad: list[BadFile]) -> None:
         """Decode all images into the file; on bad files, add them to `bad` and create nothing."""
-        temporary = self.path.with_suffix(".part")  # an existing one was left by a process that died: we hold the lock
+        # A leftover is from a dead process, because this process holds the lock.
+        temporary = self.path.with_suffix(".part")
         try:
             with temporary.open("wb") as file:
                 _reserve(file.fileno(), self.size, self.path)

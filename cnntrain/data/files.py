@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,14 +32,14 @@ class BadFile(Exception):
 
 
 def raise_if_bad(bad: Iterable[BadFile], total: int, root: str | Path | None = None, advice: str = "") -> None:
-    """Raise one `UserError` that lists the bad files; do nothing if there are none.
+    """Raise one `UserError` that lists the bad files, each once; do nothing if there are none.
 
     Args:
         total: number of files, good and bad.
         root: folder that the names are shown relative to.
         advice: a remedy for several files, appended on a separate line.
     """
-    ordered = sorted(bad, key=lambda file: file.path)
+    ordered = sorted({file.path: file for file in bad}.values(), key=lambda file: file.path)
     if not ordered:
         return
     where = f" under {root}" if root else ""
@@ -58,8 +58,12 @@ class ByteRange(NamedTuple):
     offset: int | None = None
     size: int | None = None
 
-    def read(self, max_bytes: int | None = None) -> bytes:
-        """Return the bytes; raise `OSError` if the file is not regular or there are more than `max_bytes`."""
+    def read(self, max_bytes: int | None = None, prefix: bytes = b"") -> bytes:
+        """Return the bytes, or nothing if they do not start with `prefix`.
+
+        Raises:
+            OSError: the file is not regular, or there are more than `max_bytes`.
+        """
         status = os.stat(self.file)
         if not stat.S_ISREG(status.st_mode):  # opening a FIFO would block forever
             raise OSError("not a regular file")
@@ -68,6 +72,8 @@ class ByteRange(NamedTuple):
             raise OSError(f"more than {max_bytes} bytes")
         descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            if os.pread(descriptor, min(size, len(prefix)), self.offset or 0) != prefix:
+                return b""
             return os.pread(descriptor, size, self.offset or 0)
         finally:
             os.close(descriptor)
@@ -270,11 +276,16 @@ def download(name: str, root: Path, looked_in: str, allowed: bool = True, **argu
     """
     import torchvision.datasets
 
+    open_dataset = partial(getattr(torchvision.datasets, name), str(root), **arguments)
     try:
-        if allowed:
-            logger.info("data: downloading %s to %s", name, root)
-            root.mkdir(parents=True, exist_ok=True)
-        return getattr(torchvision.datasets, name)(str(root), download=allowed, **arguments)
+        try:
+            return open_dataset(download=False)
+        except (OSError, RuntimeError):  # it is missing or incomplete
+            if not allowed:
+                raise
+        logger.info("data: downloading %s to %s", name, root)
+        root.mkdir(parents=True, exist_ok=True)
+        return open_dataset(download=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:  # URLError is an OSError
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if allowed:

@@ -49,8 +49,8 @@ def read_fast_jpeg(source: ByteRange) -> tuple[bytes, int, int, str] | None:
         OSError: the file cannot be read, or is large.
         ValueError: the header is damaged.
     """
-    content = source.read(MAX_JPEG_BYTES)
-    if not content.startswith(b"\xff\xd8\xff") or any(marker in content for marker in ORIENTATION_MARKERS):
+    content = source.read(MAX_JPEG_BYTES, prefix=b"\xff\xd8\xff")
+    if not content or any(marker in content for marker in ORIENTATION_MARKERS):
         return None
     height, width, space, _ = decode_jpeg_header(content)
     return (content, int(width), int(height), JPEG_COLORS[space]) if space in JPEG_COLORS else None
@@ -84,9 +84,9 @@ def open_image(path: str) -> Iterator["Image.Image"]:
     try:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise BadFile(path, f"{width} x {height} pixels are more than 100 million")
+            raise BadFile(path, f"has {width} x {height} pixels, more than 100 million")
         yield image
-    except DECODE_ERRORS as error:
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise BadFile(path, _reason(error)) from None
     finally:
         image.close()
@@ -123,7 +123,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return "does not exist"
     if "DecompressionBomb" in type(error).__name__:
-        return "more than 100 million pixels"
+        return "has more than 100 million pixels"
     if "truncated" in text.lower() or isinstance(error, EOFError):
         return "is truncated"
     return f"is damaged ({text or type(error).__name__})"

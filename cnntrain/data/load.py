@@ -211,17 +211,14 @@ def fingerprint(splits: dict[str, Examples]) -> str:
 def read_fingerprint(source: Source) -> str:
     """Compute the fingerprint of a source's data without decoding images."""
     with without_collector():
-        return fingerprint(source.load())
+        splits = _check_splits(source.load())
+    spec = source.spec()
+    return fingerprint({name: check_examples(name, examples, spec) for name, examples in splits.items()})
 
 
 def same_examples(before: str, now: str) -> bool:
     """Return True if two fingerprints have the same count, names and targets."""
     return before.split("-")[:2] == now.split("-")[:2]
-
-
-def same_data(before: str, now: str) -> bool:
-    """Return True if two fingerprints are of the same data; older fingerprints have no hash of the images."""
-    return before.split("-") == now.split("-")[: len(before.split("-"))]
 
 
 def content_hash(examples: Examples) -> str:

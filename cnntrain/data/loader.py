@@ -30,7 +30,7 @@ class BatchShard:
     count: int = 1
     with_predecessor: bool = False
 
-    def of(self, start: int, stop: int) -> slice:
+    def slice_of(self, start: int, stop: int) -> slice:
         """Return this rank's part of the images `start` to `stop` (exclusive) of an epoch."""
         base, longer = divmod(stop - start, self.count)
         first = start + self.rank * base + min(self.rank, longer)
@@ -38,7 +38,7 @@ class BatchShard:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return (M,) int64: positions in the epoch that this rank reads for the batch `start` to `stop`."""
-        part = self.of(start, stop)
+        part = self.slice_of(start, stop)
         rows = torch.arange(part.start, part.stop)
         if not self.with_predecessor or not len(rows):
             return rows
@@ -80,7 +80,7 @@ class Loader:
         drop_last: bool = False,
         positions: Tensor | None = None,
         transform: Transform | None = None,
-        share: BatchShard = WHOLE,
+        shard: BatchShard = WHOLE,
     ) -> Iterator[Batch]:
         """Yield the batches of one pass; images are uint8 on the device.
 
@@ -88,11 +88,11 @@ class Loader:
             order: (M,) int64, rows in the order of the pass.
             batch_size: of all ranks together.
             start_batch: number of batches to skip, without decoding them.
-            drop_last: skip a last batch that is smaller.
+            drop_last: drop the last batch if it is not full.
             positions: (M,) int64, positions in the epoch; None: 0, 1, ..., M - 1.
             transform: called as `transform(image, position)` for every image in the process that decodes it; must be
                 picklable. Requires a `StreamingLoader` (see `make_loader`).
-            share: this rank's part of each batch, which may be empty.
+            shard: this rank's part of each batch, which may be empty.
 
         Raises:
             UserError: an image cannot be used.
@@ -103,10 +103,10 @@ class Loader:
         stop = count - count % batch_size if drop_last else count
         starts = range(start_batch * batch_size, stop, batch_size)
         chunks = [slice(start, min(start + batch_size, stop)) for start in starts]
-        if share == WHOLE or not chunks:
+        if shard == WHOLE or not chunks:
             yield from self._batches(order, positions, chunks, transform)
             return
-        rows = [share.rows(chunk.start, chunk.stop) for chunk in chunks]
+        rows = [shard.rows(chunk.start, chunk.stop) for chunk in chunks]
         sizes, all_rows = [len(each) for each in rows if len(each)], torch.cat(rows)
         chunks = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         yield from self._batches(order[all_rows], positions[all_rows], chunks, transform)

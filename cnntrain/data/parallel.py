@@ -1,4 +1,4 @@
-"""Read many files on all cores: with threads, or with forked processes, which do not share an interpreter lock."""
+"""Read many files on all cores: with threads, or with forked processes, which do not share the GIL."""
 
 import mmap
 import multiprocessing

@@ -119,7 +119,7 @@ def limit_rows(count: int, limit: int | None, seed: int, name: str) -> Tensor | 
 
 
 def check_groups(splits: dict[str, Sequence[str] | None]) -> None:
-    """Reject groups with examples in more than one split, because training data would be tested."""
+    """Reject groups with examples in more than one split, because training data would leak into the evaluation."""
     splits_of: dict[str, set[str]] = {}
     for split, groups in splits.items():
         for group in groups or ():

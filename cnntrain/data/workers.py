@@ -32,6 +32,7 @@ class WorkerPool:
     """Decode batches ahead of time in `workers` processes; with 0 workers, on demand in this process."""
 
     def __init__(self, examples: Examples, workers: int, timeout_s: int, pin_memory: bool, with_matrices: bool) -> None:
+        self.loader: Any = None  # in case DataLoader raises an error: __del__ closes the loader
         self.sampler = _RequestSampler()
         self.timeout_s = timeout_s
         # DataLoader's own `timeout` is not used: it includes time in which the run is suspended (Ctrl-Z).
@@ -48,14 +49,14 @@ class WorkerPool:
             generator=torch.Generator(),
             **(options if workers else {}),
         )
-        # Workers ignore SIGTERM, with which multiprocessing ends them at exit, so it would wait forever.
+        # Workers ignore SIGTERM, which multiprocessing sends at exit; without this handler, the exit would hang.
         atexit.register(_close, weakref.ref(self))
 
     def run(self, requests: list[Request]) -> Iterator[dict[str, Tensor]]:
         """Yield one dictionary per request: 'images' (M, C, H, W), 'source_to_image' if requested, and lazy targets."""
         self.sampler.requests = requests
         watchdog = _Watchdog(self.loader, self.timeout_s)
-        # Workers that are forked now would keep freed memory.
+        # Free unused memory before the fork; workers would inherit it.
         if getattr(self.loader, "_iterator", None) is None:
             give_back_freed_memory()
         try:
@@ -67,7 +68,7 @@ class WorkerPool:
                     with watchdog.paused():
                         yield batch
         except (RuntimeError, OSError, EOFError) as error:
-            explained = _stuck(self.timeout_s) if watchdog.expired else explain_worker_error(error, self.timeout_s)
+            explained = _stuck(self.timeout_s) if watchdog.expired else explain_worker_error(error)
             if explained is None:
                 raise
             self.close(kill=True)
@@ -75,6 +76,8 @@ class WorkerPool:
 
     def close(self, kill: bool = False) -> None:
         """End the processes; with `kill`, without waiting for a process that may be stuck."""
+        if self.loader is None:
+            return
         iterator, self.loader._iterator = getattr(self.loader, "_iterator", None), None
         if not isinstance(iterator, _MultiProcessingDataLoaderIter):
             return
@@ -145,14 +148,12 @@ def _stuck(timeout_s: int) -> MachineError:
     )
 
 
-def explain_worker_error(error: Exception, timeout_s: int) -> MachineError | None:
+def explain_worker_error(error: Exception) -> MachineError | None:
     """Convert an error of torch or multiprocessing that was caused by a worker; return None for other errors.
 
     torch raises an error about a dead worker at any point of the main process, not only where it waits for a batch.
     """
     text = str(error)
-    if "DataLoader timed out" in text:
-        return _stuck(timeout_s)
     out_of_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.ENOMEM)
     if out_of_space or "shared memory" in text or "shm" in text or "Bus error" in text:
         return MachineError(
@@ -197,14 +198,14 @@ class _RequestDataset(Dataset[Any]):
         try:
             batch = self._decode(*request)
             if get_worker_info() is not None:
-                # The thread that sends the batch would print an error about shared memory and drop the batch.
+                # Allocate shared memory here: the sender thread would only print the error and drop the batch.
                 for tensor in batch.values():
                     tensor.share_memory_()
             return batch
         except UserError as error:
             return error
         except RuntimeError as error:
-            explained = explain_worker_error(error, 0)
+            explained = explain_worker_error(error)
             if explained is None:
                 raise
             return explained
@@ -250,6 +251,6 @@ def _start_worker(worker: int) -> None:
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Do not print that the main process closed the connection while a thread was sending a batch."""
+    """Suppress connection errors of a sender thread after the main process has closed the connection."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)

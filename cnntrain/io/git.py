@@ -99,7 +99,7 @@ def _is_dirty(root: Path, index: Path, hash_bytes: int) -> bool | None:
             found = os.lstat(path)
             if stat.S_IFMT(found.st_mode) != stat.S_IFMT(entry.mode) or found.st_size & 0xFFFFFFFF != entry.size:
                 return True
-            if (int(found.st_mtime), found.st_mtime_ns % 10**9) == entry.mtime or not stat.S_ISREG(entry.mode):
+            if divmod(found.st_mtime_ns, 10**9) == entry.mtime or not stat.S_ISREG(entry.mode):
                 continue
             bytes_left -= entry.size
             if bytes_left < 0:

@@ -135,7 +135,7 @@ def open_append(path: Path, root: Path | None = None) -> IO[bytes]:
     descriptor = _open(path, root, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     if os.fstat(descriptor).st_nlink > 1:
         os.close(descriptor)
-        raise UserError(f"{path}: is a hard link to a file that has another name too; {_HINT}")
+        raise UserError(f"{path}: has another hard link; {_HINT}")
     return _with_name(path, descriptor, "ab")
 
 

@@ -55,7 +55,10 @@ def read_tensors(path: Path, root: Path | None = None) -> Any:
                         raise UserError(f"{path}: damaged (checksum of {damaged!r} is wrong); use another file")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-        check_values(content)
+        try:
+            check_values(content)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: {error}; use another file") from error
         return content
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
@@ -70,7 +73,7 @@ def check_values(content: Any) -> None:
     storage of one element.
 
     Raises:
-        TypeError: a type other than plain types, dict, list, tuple and dense tensors.
+        TypeError: a type other than plain types, dict, list, tuple, set, frozenset and dense tensors.
         ValueError: too many values, too deep nesting, a reference cycle, or a tensor much larger than its storage.
     """
     _count_values(content, sizes={}, parents=[])

@@ -48,7 +48,7 @@ class Trainer:
         order = epoch_order(plan.seed, progress.epoch, len(self.training))
         transform = self.pipeline.sample_transform(plan.seed, progress.epoch)
         batches = self.training.batches(
-            order, plan.batch_size, progress.batch, plan.drop_last, transform=transform, share=shard
+            order, plan.batch_size, progress.batch, plan.drop_last, transform=transform, shard=shard
         )
         augmented = self.pipeline.augment_batches(batches, plan.seed, progress.epoch, self.training.is_cached)
         for number, batch in enumerate(augmented, progress.batch):

@@ -222,7 +222,7 @@ def explain_validation(trainer: Trainer, state: TrainState) -> DivergedError:
     assert loader is not None
     where, names = "", "all"
     order = torch.arange(len(loader))
-    for batch in loader.batches(order, trainer.plan.batch_size, share=compute.world.shard()):
+    for batch in loader.batches(order, trainer.plan.batch_size, shard=compute.world.shard()):
         if not len(batch):
             continue
         with watch_layers(model) as layers:

@@ -18,7 +18,7 @@ from typing import Any
 
 from cnntrain.config.command_line import typed
 from cnntrain.config.schema import Settings
-from cnntrain.data.load import Data, same_data, same_examples
+from cnntrain.data.load import Data, same_examples
 from cnntrain.data.parallel import usable_cores
 from cnntrain.errors import UserError
 from cnntrain.io import safe_files as files
@@ -245,7 +245,7 @@ def _reject_mismatches(
         )
         what = f"removed: {_short(removed)}; new: {_short(added)}" if removed or added else "in another order"
         problems.append(("data", f"names {what}"))
-    if not same_data(content["fingerprint"], data.fingerprint):
+    if content["fingerprint"] != data.fingerprint:
         only_images = same_examples(content["fingerprint"], data.fingerprint)
         what = "the images changed, but not their names and targets" if only_images else "examples"
         problems.append(("data", f"{what}: were {content['fingerprint']}, are {data.fingerprint} (count-hash-hash)"))

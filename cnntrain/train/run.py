@@ -56,7 +56,7 @@ def train_to_the_end(
     training = components.loader(data.train, augmented=True)
     validation = components.loader(data.val) if data.val else None
     trainer = Trainer(task, components.pipeline, components.compute, plan, training, validation)
-    _fit(trainer, state, writer, logger, stop, components.data_settings.timeout_s)
+    _fit(trainer, state, writer, logger, stop)
     stopped_early = progress.step < plan.total_steps
     if stopped_early and world.is_main:
         _log_early_stop(progress, plan, task)
@@ -81,9 +81,7 @@ def train_to_the_end(
     return {**_summary(state, best, test), "ended_by": ended_by}
 
 
-def _fit(
-    trainer: Trainer, state: TrainState, writer: CheckpointWriter, logger: Logger, stop: StopFlag, timeout_s: int
-) -> None:
+def _fit(trainer: Trainer, state: TrainState, writer: CheckpointWriter, logger: Logger, stop: StopFlag) -> None:
     """Call `fit`; add to its errors what the user can do."""
     try:
         fit(trainer, state, logger, writer.save, stop)
@@ -98,7 +96,7 @@ def _fit(
         raise DivergedError(f"{error}\nlast good checkpoint: {writer.last_saved}") from error
     except (RuntimeError, OSError, EOFError) as error:
         # The death of a loader worker can raise an error anywhere in the main process.
-        explained = explain_worker_error(error, timeout_s)
+        explained = explain_worker_error(error)
         if explained is None:
             raise
         raise explained from error

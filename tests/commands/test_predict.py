@@ -177,7 +177,7 @@ def test_all_invalid_lines_of_boxes_are_named(capsys: pytest.CaptureFixture[str]
     Path("boxes.csv").write_text("image_name,box_left,box_top,box_right,box_bottom\n" + "\n".join(lines) + "\n")
     assert main(["predict", "checkpoint=run", "images=mine", "boxes=boxes.csv", "run_dir=out"]) == 2
     told = capsys.readouterr().err
-    for line, problem in ((3, "none of the images"), (4, "the box is empty"), (5, "four sides"), (6, "3 columns")):
+    for line, problem in ((3, "not one of the images"), (4, "the box is empty"), (5, "four sides"), (6, "3 columns")):
         assert any(f"boxes.csv:{line}: " in part and problem in part for part in told.splitlines()), told
     assert not Path("out").exists()
 

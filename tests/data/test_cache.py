@@ -1,6 +1,7 @@
 """Where decoded images are kept; scans check headers or pixels once per file."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,18 @@ def test_unchanged_good_files_are_not_scanned_again(splits: dict[str, Examples],
     with pytest.raises(UserError, match=r"1\.png"):
         scan_files(splits, "full")
     with pytest.raises(UserError, match=r"1\.png"):  # what was not sound is not remembered
+        scan_files(splits, "full")
+
+
+def test_a_full_scan_with_other_settings_of_the_decoder_decodes_again(
+    splits: dict[str, Examples], tmp_path: Path
+) -> None:
+    scan_files(splits, "full")
+    spoil(tmp_path / "1.png", keep_time=True)
+    images = splits["train"].images
+    assert isinstance(images, LazyImages)
+    splits["train"] = replace(splits["train"], images=replace(images, decoder=ImageDecoder(8, 8, 1, bits=12)))
+    with pytest.raises(UserError, match=r"1\.png"):
         scan_files(splits, "full")
 
 

@@ -282,7 +282,7 @@ def test_mask_and_image_have_the_same_geometry_and_padding_is_ignored(tmp_path, 
 def test_unknown_ids_are_named(tmp_path, save):
     ids = tuple(i if i < 3 else -1 for i in range(256))
     path = save(tmp_path / "m.png", np.array([[0, 1, 7, 9]], np.uint8))
-    with pytest.raises(BadFile, match="no class: 7, 9"):
+    with pytest.raises(BadFile, match="not class ids: 7, 9"):
         MaskDecoder(4, 4, "stretch", ids, 255)(str(path))
 
 

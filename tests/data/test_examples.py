@@ -11,7 +11,7 @@ import torch
 from cnntrain.cli import main
 from cnntrain.config.schema import DataSettings
 from cnntrain.data.examples import Examples, Source
-from cnntrain.data.load import Data, load_data
+from cnntrain.data.load import Data, load_data, read_fingerprint
 from cnntrain.errors import UserError
 from cnntrain.types import DataSpec
 
@@ -43,6 +43,13 @@ def test_each_name_of_the_validation_split_is_accepted(name: str) -> None:
     data = load({"train": examples(), name: examples(4)})
     assert data.own_val
     assert (len(data.train), len(data.val)) == (6, 4)
+
+
+def test_the_fingerprint_is_that_of_the_converted_examples() -> None:
+    train, val = examples(label=np.arange(6) % 2), examples(4, label=[0, 1, 0, 1])
+    train.images, val.images = train.images.numpy(), val.images.numpy()
+    source = Own({"train": train, "valid": val})
+    assert read_fingerprint(source) == load_data(source).fingerprint
 
 
 @pytest.mark.parametrize(

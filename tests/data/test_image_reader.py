@@ -114,6 +114,13 @@ def test_too_many_pixels_and_special_files_are_not_read(tmp_path, monkeypatch):
         read_fast_jpeg(byte_range(str(tmp_path / "a.jpg")))
 
 
+def test_an_image_that_is_too_large_only_when_decoded_is_a_bad_file(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(BadFile) as caught, image_reader.open_image(str(tmp_path / "a.png")):
+        raise Image.DecompressionBombError("too large")
+    assert caught.value.reason == "has more than 100 million pixels"
+
+
 def test_an_archive_member_is_read_in_place(tmp_path):
     first, second = (encoded(picture((16, 16), "RGB", seed)) for seed in (1, 2))
     (tmp_path / "a.tar").write_bytes(b"before" + first + second)

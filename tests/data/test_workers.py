@@ -1,12 +1,15 @@
 """The watchdog of the workers does not count the time of a suspended run."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cnntrain.data import workers
-from cnntrain.data.workers import _Watchdog
+from cnntrain.data.examples import Examples
+from cnntrain.data.workers import WorkerPool, _Watchdog
 
 
 class Clock:
@@ -56,3 +59,11 @@ def test_time_between_batches_does_not_count(monkeypatch: pytest.MonkeyPatch) ->
     with watchdog, watchdog.paused():
         watchdog._watch()
     assert not watchdog.expired
+
+
+def test_a_loader_that_cannot_be_built_causes_only_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with pytest.raises(ValueError, match="num_workers"):
+        WorkerPool(Examples(torch.zeros(1, 1, 2, 2), {}, ["a"]), -1, 10, pin_memory=False, with_matrices=False)
+    assert not unraisable

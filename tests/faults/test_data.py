@@ -177,7 +177,7 @@ def test_masks_out_of_range_are_rejected(cnntrain) -> None:
     said = cnntrain.refused(
         "data=mask_folder", "data.root=root", "data.classes=[a,b]", "data.size=16", "model=unet_small"
     )
-    assert "masks/2.png: has ids that are no class: 2" in said and "masks/3.png" in said
+    assert "masks/2.png: has values that are not class ids: 2" in said and "masks/3.png" in said
 
 
 def test_an_endless_annotation_file_is_rejected(cnntrain) -> None:

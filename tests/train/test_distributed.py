@@ -59,7 +59,7 @@ SLURM = {
 
 @pytest.mark.parametrize(("images", "count"), product((1, 3, 4, 64, 103), (1, 2, 3, 4)))
 def test_shards_partition_a_batch_and_rank_0_gets_an_image(images: int, count: int) -> None:
-    parts = [BatchShard(rank, count).of(10, 10 + images) for rank in range(count)]
+    parts = [BatchShard(rank, count).slice_of(10, 10 + images) for rank in range(count)]
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(10, 10 + images))
     sizes = [part.stop - part.start for part in parts]
     assert max(sizes) - min(sizes) <= 1 and sizes[0] == max(sizes) > 0
@@ -72,9 +72,9 @@ def test_the_shards_of_all_ranks_make_up_the_batches_of_one_process(cache, with_
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 2, 2).contiguous()
     loader = make_loader(Examples(images, {"label": torch.arange(10)}, [str(i) for i in range(10)]), "cpu", cache=cache)
     order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
-    shares = [BatchShard(rank, 3, with_predecessor) for rank in range(3)]
+    shards = [BatchShard(rank, 3, with_predecessor) for rank in range(3)]
     whole = list(loader.batches(order, 4))
-    parts = [[share.drop_predecessor(batch) for batch in loader.batches(order, 4, share=share)] for share in shares]
+    parts = [[shard.drop_predecessor(batch) for batch in loader.batches(order, 4, shard=shard)] for shard in shards]
     for number, batch in enumerate(whole):
         mine = [part[number] for part in parts]
         assert torch.equal(torch.cat([each.index for each in mine]), batch.index)
@@ -82,8 +82,8 @@ def test_the_shards_of_all_ranks_make_up_the_batches_of_one_process(cache, with_
         labels = torch.cat([each.targets["label"] for each in mine if len(each)])
         assert torch.equal(labels, batch.targets["label"])
     assert [len(part[-1]) for part in parts] == [1, 1, 0]
-    resumed = list(loader.batches(order, 4, start_batch=2, share=shares[0]))
-    assert torch.equal(shares[0].drop_predecessor(resumed[0]).index, parts[0][2].index)
+    resumed = list(loader.batches(order, 4, start_batch=2, shard=shards[0]))
+    assert torch.equal(shards[0].drop_predecessor(resumed[0]).index, parts[0][2].index)
 
 
 def test_the_predecessor_is_the_previous_image_of_the_whole_batch() -> None:

@@ -67,6 +67,6 @@ def _read_points(file: str, bad: list[BadFile]) -> torch.Tensor | None:
     except (OSError, ValueError):
         numbers = []
     if len(numbers) != 19 or numbers[0] != 9 or max(map(abs, numbers)) > 10**6:
-        bad.append(BadFile(file, "expected '9' followed by 18 integers x y"))
+        bad.append(BadFile(file, "must contain 9, followed by 18 integers x y"))
         return None
     return torch.tensor(numbers[1:], dtype=torch.float64).view(9, 2)

@@ -83,13 +83,14 @@ class MaskSource(Source):
         bad += unreadable
         values = {mask: each for (_, mask), each in zip(all_pairs, found, strict=True) if each is not None}
         decoder = self._mask_decoder(list(values.values()))
-        advice = ""
+        without_class = []
         for mask, present in values.items():
             try:
                 decoder.check_values(present)
             except UnusableImage as problem:
-                bad.append(BadFile(mask, str(problem)))
-                advice = self._advice(frozenset().union(*values.values()))
+                without_class.append(BadFile(mask, str(problem)))
+        advice = self._advice(frozenset().union(*values.values())) if without_class else ""
+        bad += without_class
         raise_if_bad(bad, max(2 * len(all_pairs), len(bad)), self.folder, advice)
         splits = {}
         for split, files in pairs.items():

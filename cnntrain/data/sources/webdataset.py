@@ -127,7 +127,7 @@ class TarShards(LabeledFiles):
             raise UserError(f"data: {self.folder} has {len(names)} class; at least 2 are needed")
         return names
 
-    @property
+    @cached_property
     def _labels_are_indices(self) -> bool:
         return all(i.label.isdecimal() and len(i.label) < 7 for items in self.items.values() for i in items)
 

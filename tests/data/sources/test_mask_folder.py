@@ -73,7 +73,7 @@ def test_all_errors_are_reported_together(root, save, pixels):
     with pytest.raises(UserError) as caught:
         folder(root).load()
     for part in (
-        "train/masks/0.png: has ids that are no class: 7",
+        "train/masks/0.png: has values that are not class ids: 7",
         "train/masks/1.png: is 23 x 16 pixels, but its image is 24 x 16",
         "train/images/2.jpg: has no mask",
         "train/masks/other.png: has no image",
@@ -155,7 +155,7 @@ def test_camvid(shared, tmp_path):
     assert data.train.source_to_image.equal(torch.eye(3, dtype=torch.float64).expand(8, 3, 3))
     share = torch.bincount(data.train.targets["mask"].flatten().long(), minlength=12) / (8 * 180 * 240)
     assert share[1] > 0.2  # buildings
-    with pytest.raises(UserError, match="no class: 11"):
+    with pytest.raises(UserError, match="not class ids: 11"):
         MaskFolder(str(tmp_path), classes=CAMVID.split(), ignore_index=255).load()
 
 
@@ -248,7 +248,7 @@ def test_a_border_of_255_around_objects_of_1_causes_no_warning(tmp_path, save, p
 @pytest.mark.parametrize("ignore_index", [0, 1])
 def test_255_is_not_a_class_if_a_class_is_ignored(tmp_path, save, pixels, ignore_index):
     write_masks(tmp_path, save, pixels, "train", halves(255, 0))
-    with pytest.raises(UserError, match="no class: 255"):
+    with pytest.raises(UserError, match="not class ids: 255"):
         folder(tmp_path, ignore_index=ignore_index).load()
 
 
@@ -278,9 +278,9 @@ def test_invalid_ids_are_rejected(tmp_path, ids):
             3,
             ["no pixels of c2", "255 is ignored", "data.ids='{0: 0, 1: 1, 255: 2}'"],
         ),
-        ([halves(1, 2)], 2, ["no class: 2", "data.ids='{1: 0, 2: 1}'"]),
-        ([halves(0, 128), halves(255, 0)], 3, ["no class: 128", "data.ids='{0: 0, 128: 1, 255: 2}'"]),
-        ([halves(0, 128), halves(255, 3)], 2, ["no class: 128", "losslessly"]),
+        ([halves(1, 2)], 2, ["not class ids: 2", "data.ids='{1: 0, 2: 1}'"]),
+        ([halves(0, 128), halves(255, 0)], 3, ["not class ids: 128", "data.ids='{0: 0, 128: 1, 255: 2}'"]),
+        ([halves(0, 128), halves(255, 3)], 2, ["not class ids: 128", "losslessly"]),
     ],
 )
 def test_a_class_without_training_pixels_is_rejected(tmp_path, save, pixels, masks, classes, parts):
@@ -310,7 +310,7 @@ def test_values_above_255_are_rejected(tmp_path, save, pixels):
     deep = halves(0, 1).astype(np.uint16)
     deep[0, 0] = 300
     Image.fromarray(deep).save(tmp_path / "train" / "masks" / "0.png")
-    with pytest.raises(UserError, match="no class: above 255"):
+    with pytest.raises(UserError, match="not class ids: above 255"):
         folder(tmp_path).load()
 
 
