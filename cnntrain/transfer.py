@@ -45,3 +45,8 @@ def arange(length: int, device: torch.device, dtype: torch.dtype = torch.int64) 
     """Return a cached tensor 0, 1, ..., length - 1, one copy per device. Never modify it in place."""
     with torch.inference_mode(False):
         return torch.arange(length, dtype=dtype, device=device)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on MPS, which has no float64: for sums of many values."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -80,10 +80,10 @@ class Effect(Augmentation):
         """
 
 
-def check_probability(value: float, owner: object) -> float:
+def check_probability(value: float, owner: object, name: str = "probability") -> float:
     """Return `value` if it lies between 0 and 1."""
     if not 0.0 <= value <= 1.0:
-        raise UserError(f"augment: {type(owner).__name__}: probability must be between 0 and 1, got {value}")
+        raise UserError(f"augment: {type(owner).__name__}: {name} must be between 0 and 1, got {value}")
     return float(value)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnntrain.augment.base import Color, check_probability, check_range, uniform_between
-from cnntrain.transfer import constant, to_device
+from cnntrain.transfer import constant, to_device, wide_dtype
 
 # RGB to YIQ (NTSC, 1953). The first row is the luma of ITU-R BT.601, whose weights sum to one, so that gray stays
 # gray. The other rows sum to zero: gray is the axis of hue rotations.
@@ -37,7 +37,7 @@ def blend(factor: Tensor, other: Tensor) -> Tensor:
 
 
 def rotate_hue(turns: Tensor) -> Tensor:
-    """Return (N, 3, 7) matrices that rotate about the gray axis in YIQ by `turns` (N,) of a circle, red to yellow."""
+    """Return (N, 3, 7) matrices that rotate about the gray axis in YIQ, by `turns` (N,) from red towards yellow."""
     angle = 2 * math.pi * turns
     rotation = torch.zeros(len(turns), 3, 3, dtype=torch.float64)
     rotation[:, 0, 0] = 1
@@ -218,9 +218,8 @@ def apply_color_matrix(
     values = images.float().reshape(count, channels, height * width)
     if uses_mean:
         # Sum rows in float32 (exact for whole numbers), then in float64: the result does not depend on the batch size.
-        wide = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
         row_sums = values.view(count, channels, height, width).sum(3)
-        sums = row_sums.sum(2, dtype=wide).float()  # (N, C)
+        sums = row_sums.sum(2, dtype=wide_dtype(images.device)).float()  # (N, C)
         offset = offset + (of_mean * sums[:, None, :]).sum(2, keepdim=True)
     if values.device.type == "cpu":
         result = torch.baddbmm(offset, of_pixel, values)

@@ -163,13 +163,10 @@ class MixUpCutMix(Effect):
     num_uniforms = 5
 
     def __init__(self, *, alpha: float = 0.2, cutmix_share: float = 0.0, probability: float = 1.0) -> None:
-        name = type(self).__name__
         if not alpha > 0:
-            raise UserError(f"augment: {name}: alpha must be positive, got {alpha}")
-        if not 0 <= cutmix_share <= 1:
-            raise UserError(f"augment: {name}: cutmix_share must be between 0 and 1, got {cutmix_share}")
+            raise UserError(f"augment: {type(self).__name__}: alpha must be positive, got {alpha}")
         self.alpha = alpha
-        self.cutmix_share = cutmix_share
+        self.cutmix_share = check_probability(cutmix_share, self, "cutmix_share")
         self.probability = check_probability(probability, self)
 
     def apply(self, images: Tensor, targets: Targets, uniforms: Tensor, std: Sequence[float]) -> tuple[Tensor, Targets]:

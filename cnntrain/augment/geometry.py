@@ -40,12 +40,12 @@ def rotation(radians: Tensor) -> Tensor:
     return matrix
 
 
-def shear(x: Tensor, y: Tensor) -> Tensor:
-    """Return (N, 3, 3) matrices that add `x` times y to x, then `y` times the new x to y; each (N,)."""
-    matrix = identity(len(x))
-    matrix[:, 0, 1] = x
-    matrix[:, 1, 0] = y
-    matrix[:, 1, 1] = 1 + x * y
+def shear(shear_x: Tensor, shear_y: Tensor) -> Tensor:
+    """Return (N, 3, 3) matrices of the shear x' = x + shear_x * y, y' = y + shear_y * x'; each (N,)."""
+    matrix = identity(len(shear_x))
+    matrix[:, 0, 1] = shear_x
+    matrix[:, 1, 0] = shear_y
+    matrix[:, 1, 1] = 1 + shear_x * shear_y
     return matrix
 
 

@@ -139,7 +139,7 @@ class Pipeline:
         yield from self._augment_group(group, seed, epoch)
 
     def _is_full(self, group: list[Batch], batch: Batch) -> bool:
-        """Return whether `batch` has no more room in `group`."""
+        """Return True if `batch` does not fit into `group`."""
         max_batches, max_values = MAX_GROUP.get(batch.images.device.type, MAX_GROUP["cpu"])
         pixels = max(math.prod(_image_size(batch)), math.prod(self.output_size))
         images = len(batch) + sum(len(other) for other in group)
@@ -148,9 +148,9 @@ class Pipeline:
     def _augment_group(self, group: list[Batch], seed: int, epoch: int) -> Iterator[Batch]:
         if group:
             augmented, start = self(concat_batches(group), seed, epoch), 0
-            for count in [len(batch) for batch in group]:
-                yield augmented.take(slice(start, start + count))
-                start += count
+            for batch in group:
+                yield augmented.take(slice(start, start + len(batch)))
+                start += len(batch)
 
     def sample_transform(self, seed: int, epoch: int) -> Callable[[Tensor, int], Tensor] | None:
         """Return the function of (image, position) to apply to decoded uint8 images; None if there is none."""

@@ -71,7 +71,7 @@ class GatherSampler:
 def pad(images: Tensor, padding: list[int], border: str) -> Tensor:
     """Pad images (N, C, H, W) of any type by (left, right, top, bottom) pixels.
 
-    `functional.pad` repeats and reflects neither uint8 images nor by more than the size of the image.
+    `functional.pad` cannot replicate or reflect uint8 images, nor pad by more than the image size.
     """
     if not any(padding):
         return images

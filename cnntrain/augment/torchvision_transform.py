@@ -11,11 +11,11 @@ from cnntrain.augment.base import Augmentation
 from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import hash_seed
 
-# They change colors and move no pixel, so that keypoints and masks stay valid.
-COLOR_ONLY = (
+# Transforms that change colors but move no pixels, so that keypoints and masks stay valid.
+COLOR_ONLY = frozenset(
     "ColorJitter GaussianBlur GaussianNoise Grayscale Identity JPEG RandomAdjustSharpness RandomAutocontrast "
     "RandomChannelPermutation RandomEqualize RandomGrayscale RandomInvert RandomPhotometricDistort RandomPosterize "
-    "RandomSolarize"
+    "RandomSolarize".split()
 )
 
 
@@ -37,12 +37,13 @@ class TorchvisionTransform(Augmentation):
     def __init__(self, *, name: str, arguments: Mapping[str, Any] | None = None) -> None:
         self.name = name
         self.arguments = dict(arguments or {})
-        self.moves_pixels = name not in COLOR_ONLY.split()
+        self.moves_pixels = name not in COLOR_ONLY
         from torchvision.transforms import v2  # slow to import
 
-        classes = {key: item for key, item in vars(v2).items() if inspect.isclass(item)}
         classes = {
-            key: item for key, item in classes.items() if issubclass(item, v2.Transform) and item != v2.Transform
+            key: item
+            for key, item in vars(v2).items()
+            if inspect.isclass(item) and issubclass(item, v2.Transform) and item is not v2.Transform
         }
         if name not in classes:
             hint = suggest(name, sorted(classes))

@@ -27,7 +27,7 @@ class TrivialAugment(Geometry, Color):
     _NUM_OPERATIONS = 9
 
     def __init__(self, *, strength: float = 1.0, probability: float = 1.0) -> None:
-        self.strength = check_probability(strength, self)
+        self.strength = check_probability(strength, self, "strength")
         self.probability = check_probability(probability, self)
 
     def _choose(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -160,17 +160,17 @@ def swap_activation(model: nn.Module, activation: str) -> None:
 
 
 def _replace(model: nn.Module, kinds: tuple[type[nn.Module], ...], make: Callable[[nn.Module], nn.Module]) -> int:
-    """Replace the submodules of the given types and return their number."""
-    count = 0
+    """Replace the submodules of the given types, shared ones by one new module; return the number of new modules."""
+    replacements: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # `named_children` skips further names of the same module
             if isinstance(child, kinds):
-                new = make(child)
-                if hasattr(child, "in_config"):
-                    new.in_config = child.in_config  # type: ignore[assignment]
-                setattr(parent, name, new)
-                count += 1
-    return count
+                if child not in replacements:
+                    replacements[child] = make(child)
+                    if hasattr(child, "in_config"):
+                        replacements[child].in_config = child.in_config  # type: ignore[assignment]
+                setattr(parent, name, replacements[child])
+    return len(replacements)
 
 
 def initialize(model: nn.Module, init: str) -> None:
@@ -288,7 +288,7 @@ def _stay_in_eval(module: nn.Module, inputs: object) -> None:
 def make_pooling_deterministic(model: nn.Module) -> None:
     """Make the network's `nn.AdaptiveAvgPool2d` modules use `deterministic_adaptive_avg_pool2d`.
 
-    The backward pass of PyTorch's is nondeterministic on CUDA.
+    PyTorch's own backward pass is nondeterministic on CUDA.
     """
     for module in model.modules():
         if type(module) is nn.AdaptiveAvgPool2d:

@@ -33,7 +33,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# They compute nothing and have no row in the table.
+# Views compute nothing and have no row in the table.
 VIEWS = _names("""
     view _unsafe_view _reshape_alias unsqueeze squeeze expand permute transpose t select slice split split_with_sizes
     unsafe_split unsafe_split_with_sizes unbind detach alias as_strided lift_fresh unfold diagonal

@@ -100,7 +100,7 @@ def _skipped(error: BaseException) -> Finding:
         "SKIP",
         f"the network cannot run on the meta device (shapes without data): {first_line(error)}",
         "it reads values (.item(), numpy, a tensor created on a fixed device)",
-        "nothing if it trains; else create tensors on the device of the input",
+        "no action is needed if training works; otherwise create tensors on the input's device",
         ("model",),
     )
 

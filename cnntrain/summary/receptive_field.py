@@ -1,8 +1,8 @@
 """Exact receptive fields: which input pixels each position of a feature map reads, along each axis of the image.
 
-Maps are treated as unbounded: padding reads pixels outside the image, as in the textbook formulas. What a position
-reads is then an interval that repeats: after `period` positions it has moved by `advance` pixels. Convolutions, pools,
-upsampling, transposed convolutions and sums of branches all keep this form, in whole numbers.
+Maps are treated as unbounded: padding reads pixels outside the image, as in the textbook formulas. Each position
+then reads an interval, and the intervals repeat: after `period` positions they have moved by `advance` pixels.
+Convolutions, pools, upsampling, transposed convolutions and sums of branches all keep this form, in whole numbers.
 
 Source: Araujo, Norris, Sim: Computing Receptive Fields of Convolutional Neural Networks (Distill 2019), which has the
 recursions for a chain of layers; here they are kept per position.

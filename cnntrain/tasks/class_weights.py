@@ -30,8 +30,8 @@ class ClassWeights:
     def set_counts(self, counts: Tensor) -> None:
         """Balance the weights by the class counts (C,) of the training data, so that all classes weigh the same.
 
-        total / (C * count), and 0 for absent classes, as in scikit-learn's `class_weight='balanced'` (King and Zeng
-        2001).
+        The weights are total / (C * count), and 0 for absent classes, as in scikit-learn's `class_weight='balanced'`
+        (King and Zeng 2001).
         """
         counts = counts.double()
         weights = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))

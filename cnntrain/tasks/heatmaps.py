@@ -60,7 +60,7 @@ def decode(log_heat: Tensor) -> Tensor:
     is_maximum = (hess_xx < 0) & (hess_yy < 0) & (determinant > 0)  # not a saddle or a plateau
     safe = torch.where(is_maximum, determinant, 1.0)
     newton_x, newton_y = ((hess_xy * grad_y - hess_yy * grad_x) / safe, (hess_xy * grad_x - hess_xx * grad_y) / safe)
-    # Elsewhere, one step along each axis by itself.
+    # Elsewhere, take one Newton step along each axis separately.
     step_x = torch.where(is_maximum, newton_x, -grad_x / hess_xx.clamp(max=-1e-12))
     step_y = torch.where(is_maximum, newton_y, -grad_y / hess_yy.clamp(max=-1e-12))
     step_x = torch.where(inside_x & (hess_xx < 0), step_x, 0.0).clamp(-1, 1)

@@ -13,9 +13,9 @@ from cnntrain.errors import UserError, suggest
 from cnntrain.plots.charts import plot_bars
 from cnntrain.plots.images import plot_keypoints, unnormalize
 from cnntrain.tasks import heatmaps
-from cnntrain.tasks.meter import Meter, ratio, wide_dtype
+from cnntrain.tasks.meter import Meter, ratio
 from cnntrain.tasks.task import Targets, Task, check_choice, check_number
-from cnntrain.transfer import constant, to_device
+from cnntrain.transfer import constant, to_device, wide_dtype
 from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
@@ -138,7 +138,10 @@ class Keypoints(Task):
         return (log_target.exp() * (log_target - outputs.flatten(2).log_softmax(2))).sum(2)
 
     def learned_loss(self, uninformed: float) -> float:
-        """For regression, the loss of an error of 1 % of the image side: near zero, losses are not comparable."""
+        """For regression, return the loss of an error of 1 % of the longer image side.
+
+        A fraction of the uninformed loss would depend on the loss function.
+        """
         if self.head == "heatmap":
             return super().learned_loss(uninformed)
         return float(self._regression_losses(torch.tensor(LEARNED_ERROR)))
@@ -231,8 +234,9 @@ class Keypoints(Task):
             valid = targets["valid"].bool().cpu()
             if outputs is not None:
                 error, counted, _ = self.errors(outputs, targets)
-                mean_error = (error.sum(1) / counted.sum(1)).tolist()
-                captions = [f"{name}\n{e:.1f} px" for name, e in zip(names, mean_error, strict=True)]
+                for i, (total, count) in enumerate(zip(error.sum(1).tolist(), counted.sum(1).tolist(), strict=True)):
+                    if count:
+                        captions[i] += f"\n{total / count:.1f} px"
         pictures = unnormalize(images, *self.spec.normalization)
         return plot_keypoints(pictures, captions, true, predicted, valid.numpy(), self.spec.skeleton)
 

@@ -7,14 +7,9 @@ import torch
 from torch import Tensor
 
 from cnntrain.errors import UserError
-from cnntrain.transfer import to_device
+from cnntrain.transfer import to_device, wide_dtype
 
 MIN_CAPACITY = 4096  # rows
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on MPS, which has no float64: for sums over a dataset."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def count_pairs(true: Tensor, predicted: Tensor, counts: Tensor, num_classes: int) -> Tensor:
@@ -76,10 +71,10 @@ class Meter(ABC):
         return bool(buffer[:size].isfinite().all())
 
     def read(self) -> dict[str, Tensor]:
-        """Return sums and rows as float64 on the CPU, in a single transfer. Needs at least one `update`."""
+        """Return sums and rows as float64 on the CPU, in a single transfer; {} before the first `update`."""
         state = self.state()
         if not state:
-            raise RuntimeError("the meter is empty: call update() first")
+            return {}
         wide = wide_dtype(next(iter(state.values())).device)
         flat = torch.cat([value.reshape(-1).to(wide) for value in state.values()]).cpu().double()
         pieces = flat.split([value.numel() for value in state.values()])
@@ -123,7 +118,9 @@ class Meter(ABC):
         """
         if not like.ndim:
             raise _mismatch_error(name, like, like)
-        buffer, size = self._rows.get(name, (like.new_empty((MIN_CAPACITY, *like.shape[1:])), 0))
+        if name not in self._rows:
+            self._rows[name] = like.new_empty((MIN_CAPACITY, *like.shape[1:])), 0
+        buffer, size = self._rows[name]
         if buffer.shape[1:] != like.shape[1:] or buffer.is_floating_point() != like.is_floating_point():
             raise _mismatch_error(name, buffer, like)
         end = size + len(like)

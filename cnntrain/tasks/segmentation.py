@@ -39,9 +39,9 @@ class Segmentation(Task):
             proportional to the pixels of the class in the training data).
         resize_outputs: how outputs of another size are matched to the mask. 'upsample': bilinear, with aligned
             corners. 'crop': crop the larger of the two about its center, for networks without padding. 'auto': crop at
-            equal scale, upsample coarser maps of the whole image, and refuse all others. The scale is measured by
-            `configure_outputs`; without it, 'auto' upsamples outputs whose size is that of the mask divided by a power
-            of 2.
+            equal scale, upsample coarser maps of the whole image, and raise UserError otherwise. The scale is
+            measured by `configure_outputs`; without it, 'auto' upsamples outputs whose size is that of the mask divided
+            by a power of 2.
     """
 
     def __init__(
@@ -114,10 +114,9 @@ class Segmentation(Task):
         if resizing is None:
             sizes = "{}x{} px for masks of {}x{} px".format(*output_size, *mask_size)
             raise UserError(
-                f"task.resize_outputs=auto: the network's outputs are {sizes}, which is neither a network without "
-                "padding at the scale of the masks nor a coarser map of the whole image; set "
-                "task.resize_outputs=upsample if the outputs cover the whole image, task.resize_outputs=crop if they "
-                "show its center at the same scale"
+                f"task.resize_outputs=auto: the network's outputs are {sizes}; it is unclear whether they cover "
+                "the whole image; set task.resize_outputs=upsample if they do, or task.resize_outputs=crop if they "
+                "show its center at the scale of the masks"
             )
         return resizing
 
@@ -174,8 +173,7 @@ class Segmentation(Task):
             matrix = self.confusion(outputs[i : i + 1], target).view(self.num_classes, -1).cpu().double()
             iou = self.iou(matrix)
             accuracy = ratio(matrix.trace(), matrix.sum())
-            miou = float(iou[~iou.isnan()].mean())
-            rows.append({"pixel_accuracy": accuracy, "miou": miou, "loss": ratio(sums[i], counts[i])})
+            rows.append({"pixel_accuracy": accuracy, "miou": mean_iou(iou), "loss": ratio(sums[i], counts[i])})
         return rows
 
     def confusion(self, outputs: Tensor, targets: Targets) -> Tensor:
@@ -205,7 +203,7 @@ class Segmentation(Task):
         return wrong.flatten(1).sum(1) / labeled.flatten(1).sum(1).clamp(min=1)
 
     def figures(self, meter: Meter) -> dict[str, Figure]:
-        values = meter.read() if meter.state() else {}
+        values = meter.read()
         if "confusion" not in values:
             return {}
         matrix = values["confusion"].view(self.num_classes, -1)
@@ -249,13 +247,18 @@ class SegmentationMeter(Meter):
     def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         matrix = values["confusion"].view(self._task.num_classes, -1)
         iou = self._task.iou(matrix)
-        defined = iou[~iou.isnan()]
-        return {"miou": ratio(defined.sum(), len(defined)), "pixel_accuracy": ratio(matrix.trace(), matrix.sum())}
+        return {"miou": mean_iou(iou), "pixel_accuracy": ratio(matrix.trace(), matrix.sum())}
 
     def details(self) -> dict[str, float]:
         """Return `iou/<class>`."""
         iou = self._task.iou(self.read()["confusion"].view(self._task.num_classes, -1))
         return {f"iou/{name}": float(value) for name, value in zip(self._task.spec.classes, iou, strict=True)}
+
+
+def mean_iou(iou: Tensor) -> float:
+    """Return the mean of `Segmentation.iou` over the classes where it is defined."""
+    defined = iou[~iou.isnan()]
+    return ratio(defined.sum(), len(defined))
 
 
 def dice_loss(logits: Tensor, label: Tensor, labeled: Tensor) -> Tensor:

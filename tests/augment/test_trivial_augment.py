@@ -1,9 +1,11 @@
 """TrivialAugment: one operation per image."""
 
+import pytest
 import torch
 
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.augment.trivial_augment import TrivialAugment
+from cnntrain.errors import UserError
 from cnntrain.randomness import uniform
 from cnntrain.types import DataSpec
 
@@ -27,3 +29,8 @@ def test_one_operation_is_applied_to_each_image(make_batch):
     assert shift.min() < -0.95 * 32 / 7
     assert shift.max() > 0.95 * 32 / 7
     Pipeline(DataSpec(3, 24, 32), {"trivial_augment": item})(make_batch(30, height=24, width=32), 0, 0)
+
+
+def test_an_invalid_strength_is_reported_by_name():
+    with pytest.raises(UserError, match="strength must be between 0 and 1"):
+        TrivialAugment(strength=2)

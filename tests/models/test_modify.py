@@ -63,6 +63,13 @@ def test_swapping_norms_twice_keeps_the_parameter_count() -> None:
     assert sum(p.numel() for p in apply(apply(network(), norm="group"), norm="batch").parameters()) == count
 
 
+def test_an_activation_with_two_names_is_replaced_under_both() -> None:
+    relu = nn.ReLU()
+    model = apply(nn.Sequential(nn.Linear(2, 2), relu, nn.Linear(2, 2), relu), activation="gelu")
+    assert isinstance(model[1], nn.GELU)
+    assert model[3] is model[1]
+
+
 def test_norm_subclasses_that_compute_more_are_rejected() -> None:
     """A class derived from BatchNorm may contain an activation; only those of timm are supported."""
 

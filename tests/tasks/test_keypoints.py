@@ -336,6 +336,16 @@ def test_drawings(head):
     assert task.figures(task.meter()) == {}
 
 
+def test_caption_of_an_image_without_valid_points():
+    task = make()
+    outputs, targets = example(task, 2)
+    targets["valid"][1] = False
+    figure = task.draw(torch.randn(2, 3, 24, 40), outputs, targets, ["a", "b"])
+    first, second = (ax.get_title() for ax in figure.axes if ax.images)
+    assert first.endswith(" px")
+    assert second == "b"
+
+
 def test_inverted_matrices_match_linalg_inv():
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(200, 3, 3, dtype=torch.float64, generator=generator)

@@ -65,3 +65,9 @@ def test_the_state_of_another_task_is_rejected(kind: str) -> None:
         meter = task.meter()
         meter.load_state({**sound, **FOREIGN[kind]}, torch.device("cpu"))
         count(meter).compute()
+
+
+def test_a_meter_without_updates_has_no_figures() -> None:
+    task = Classification(DataSpec(1, 8, 8, classes=("a", "b")))
+    assert task.meter().read() == {}
+    assert task.figures(task.meter()) == {}

@@ -61,8 +61,8 @@ def per_dimension(name: str, value: object, dimensions: int, minimum: int = 1) -
 def resolve_padding(padding: object, kernel: Shape, stride: Shape, dilation: Shape) -> Shape | str:
     """Return the padding in pixels, or 'same' where an even kernel needs one pixel more on one side.
 
-    same: keep the size (with a stride: ceil(size / stride)); valid: no padding; full: every overlap of kernel and input
-    counts.
+    same: keep the size (with a stride: ceil(size / stride)); valid: no padding; full: pad by
+    dilation * (kernel - 1), so that every overlap gives an output.
     """
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     if padding == "valid":

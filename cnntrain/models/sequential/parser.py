@@ -227,6 +227,8 @@ def inception(
     """
     if kind not in ("reduced", "naive"):
         raise ValueError(f"kind must be reduced or naive, not {kind!r}")
+    if norm not in ("batch", "none"):
+        raise ValueError(f"norm must be batch or none, not {norm!r}")
     if len(out) != 4 or (kind == "reduced" and len(reduce) != 2):
         raise ValueError("out needs 4 numbers (1x1, 3x3, 5x5, pool) and reduce 2 (before 3x3, before 5x5)")
 

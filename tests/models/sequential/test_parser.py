@@ -47,6 +47,11 @@ def test_list_index_is_the_module_index() -> None:
         pytest.param([{"linear": 5}], r"linear\(out=5\): needs a vector.*put `flatten`", id="not flat"),
         pytest.param(["flatten", {"conv": 5}], r"\[1\] conv\(out=5\): needs a feature map", id="flat"),
         pytest.param(
+            [{"inception": {"out": [1, 2, 3, 4], "reduce": [1, 1], "norm": "group"}}],
+            "norm must be batch or none, not 'group'",
+            id="inception norm",
+        ),
+        pytest.param(
             [{"repeat": {"times": 2, "layers": ["relu", {"conv": {"out": 5, "kernel": 20}}]}}],
             r"model\.layers\[0\]\.layers\[1\] conv\(out=5, kernel=20\): \(13 - 20",
             id="nested",
