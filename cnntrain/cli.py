@@ -26,7 +26,7 @@ from cnntrain.errors import (
     is_from_user_code,
     suggest,
 )
-from cnntrain.io.streams import flush_or_discard, lenient, printable
+from cnntrain.io.streams import escape_control_characters, flush_or_discard, lenient
 from cnntrain.memory import keep_freed_memory
 
 MULTIRUN_COMMANDS = ("train", "overfit", "inspect")  # accept keys with several values
@@ -266,7 +266,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _print_error(text: str) -> None:
-    print(printable(mask_passwords(text)), file=lenient(sys.stderr))
+    print(escape_control_characters(mask_passwords(text)), file=lenient(sys.stderr))
 
 
 def _dispatch(arguments: list[str]) -> int:

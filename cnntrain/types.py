@@ -15,7 +15,7 @@ Verdict = Literal["PASS", "WARN", "FAIL", "SKIP"]
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Metadata of a data set, independent of any model or task.
+    """Metadata of a dataset, independent of any model or task.
 
     Attributes:
         channels, height, width: shape of the images after decoding and resizing; height and width in pixels.

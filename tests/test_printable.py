@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from cnntrain.cli import main
-from cnntrain.io.streams import printable
+from cnntrain.io.streams import escape_control_characters
 from cnntrain.report.console import log_to_console, markdown, print_findings, print_rows
 from cnntrain.types import Finding
 
@@ -15,9 +15,9 @@ HOSTILE = "\x1b[2J\x1b]0;title\x07a\r\x9b2Jb\x7f\u202ec\x08"
 
 
 def test_only_control_characters_are_escaped() -> None:
-    assert printable(HOSTILE) == "\\x1b[2J\\x1b]0;title\\x07a\\r\\x9b2Jb\\x7f\\u202ec\\x08"
-    assert printable("Zürich\t1\n日本語 🐈 \\x1b") == "Zürich\t1\n日本語 🐈 \\x1b"
-    assert printable("\udcff") == "\\udcff"
+    assert escape_control_characters(HOSTILE) == "\\x1b[2J\\x1b]0;title\\x07a\\r\\x9b2Jb\\x7f\\u202ec\\x08"
+    assert escape_control_characters("Zürich\t1\n日本語 🐈 \\x1b") == "Zürich\t1\n日本語 🐈 \\x1b"
+    assert escape_control_characters("\udcff") == "\\udcff"
 
 
 def test_tables_findings_logs_and_errors_are_printable(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cnntrain.benchmark.measurement import TimingWindows, interleave
-from cnntrain.data.load import Data
+from cnntrain.data.load import DataSplits
 from cnntrain.errors import is_out_of_memory
 from cnntrain.memory import free_host_bytes, peak_memory_mib, reset_peak_memory
 from cnntrain.report.progress import ProgressBar
@@ -81,7 +81,7 @@ class ThroughputBenchmark:
     """
 
     def __init__(
-        self, components: Components, data: Data, plan: TrainingPlan, logger: RunLogger, stop: StopFlag
+        self, components: Components, data: DataSplits, plan: TrainingPlan, logger: RunLogger, stop: StopFlag
     ) -> None:
         self.components, self.plan, self.logger, self.stop = components, plan, logger, stop
         self.loader = components.loader(data.train, augmented=True)

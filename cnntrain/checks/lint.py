@@ -8,7 +8,7 @@ from torch import nn
 
 from cnntrain.checks.context import CheckContext, passed, warned
 from cnntrain.data.examples import LazyImages
-from cnntrain.data.load import Data
+from cnntrain.data.load import DataSplits
 from cnntrain.models.pretrained import Preprocessing
 from cnntrain.train.setup import Components
 from cnntrain.train.state import TrainingPlan
@@ -27,7 +27,7 @@ def typed_keys(command_line: str) -> set[str]:
     return {word.split("=")[0].lstrip("+~") for word in words if "=" in word and not word.startswith("-")}
 
 
-def lint(components: Components, data: Data, plan: TrainingPlan, command_line: str) -> list[Finding]:
+def lint(components: Components, data: DataSplits, plan: TrainingPlan, command_line: str) -> list[Finding]:
     """Return a WARN for each contradiction, and for each setting on the command line that has no effect."""
     typed = typed_keys(command_line)
     findings = [*_without_effect(components, data, plan, typed), *_contradictions(components, data, plan)]
@@ -45,14 +45,14 @@ def config_agrees(context: CheckContext) -> Finding:
 
 
 def _without_effect(
-    components: Components, data: Data, plan: TrainingPlan, typed: Collection[str]
+    components: Components, data: DataSplits, plan: TrainingPlan, typed: Collection[str]
 ) -> Iterator[Finding]:
     settings = components.settings
     head, loss = settings.task.get("head"), settings.task.get("loss")
     no_wing = head != "regression" or loss not in ("auto", "wing")
     cached = not isinstance(data.train.images, LazyImages) and not components.pipeline.per_sample
     own_split = "a dataset that has its own val split"
-    no_val_fraction = own_split if data.own_val else f"data.folds={settings.data.get('folds')}"
+    no_val_fraction = own_split if data.has_own_val else f"data.folds={settings.data.get('folds')}"
     epochs, patience = -(-plan.total_steps // plan.steps_per_epoch), settings.early_stopping
     cycled = str(settings.schedule.get("_target_", "")).endswith(".OneCycle") and settings.optimizer.get("momentum")
     one_cycle = "schedule=one_cycle, which cycles the momentum between 0.95 and 0.85"
@@ -63,8 +63,12 @@ def _without_effect(
         "task.wing_width": (no_wing, f"task.loss={loss}", "task.loss"),
         "task.wing_curvature": (no_wing, f"task.loss={loss}", "task.loss"),
         "task.heatmap_sigma": (head != "heatmap", f"task.head={head}", "task.head"),
-        "data.val_fraction": (data.own_val or settings.data.get("folds") is not None, no_val_fraction, "data.folds"),
-        "data.split_seed": (data.own_val and not settings.data.get("limit"), own_split, "data"),
+        "data.val_fraction": (
+            data.has_own_val or settings.data.get("folds") is not None,
+            no_val_fraction,
+            "data.folds",
+        ),
+        "data.split_seed": (data.has_own_val and not settings.data.get("limit"), own_split, "data"),
         "data.workers": (cached, "images that are cached in memory", "data.cache"),
         "data.timeout_s": (cached, "images that are cached in memory", "data.cache"),
         "epochs": (settings.steps is not None, f"steps={settings.steps}", "steps"),
@@ -80,7 +84,7 @@ def _without_effect(
             yield warned(evidence, f"{other} takes precedence", remedy, key, other)
 
 
-def _contradictions(components: Components, data: Data, plan: TrainingPlan) -> Iterator[Finding]:
+def _contradictions(components: Components, data: DataSplits, plan: TrainingPlan) -> Iterator[Finding]:
     settings, images = components.settings, len(data.train)
     norms = [m for m in components.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     has_batch_norm = any(norm.weight is None or norm.weight.requires_grad for norm in norms)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cnntrain.checks.context import calibrate_norms
 from cnntrain.checks.overfit_trial import OverfitResult, OverfitTrial, diagnose, diagnose_pace
 from cnntrain.config.schema import Settings
-from cnntrain.data.load import Data
+from cnntrain.data.load import DataSplits
 from cnntrain.data.loader import Loader
 from cnntrain.plots.curves import plot_overfit_curve
 from cnntrain.plots.figure import log_plot_errors, save_figure
@@ -89,7 +89,7 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
     return {**report, "run_dir": str(run_folder.path)}
 
 
-def pick_examples(components: Components, data: Data, count: int) -> tuple[Batch, Batch, str]:
+def pick_examples(components: Components, data: DataSplits, count: int) -> tuple[Batch, Batch, str]:
     """Return the first `count` training examples, one with another target, and a display name of the first ones.
 
     Also calibrates the norms of the model on the first training images.

@@ -6,7 +6,7 @@
 import shutil
 
 from cnntrain.config.command_line import Invocation
-from cnntrain.data.files import default_root
+from cnntrain.data.files import cache_folder
 from cnntrain.errors import MachineError, UserError
 
 CACHES = ("decoded", "scans")
@@ -16,7 +16,7 @@ def run(invocation: Invocation) -> int:
     if invocation.words or invocation.overrides:
         raise UserError("clean: takes no words and no overrides")
     for name in CACHES:
-        folder = default_root() / name
+        folder = cache_folder() / name
         files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
         size = sum(path.stat().st_size for path in files)
         try:

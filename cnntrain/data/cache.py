@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cnntrain.data import disk_cache
-from cnntrain.data.examples import Decoder, Examples, LazyImages, lazy_images
-from cnntrain.data.files import BadFile, common_folder, default_root, file_stamps, raise_if_bad
+from cnntrain.data.examples import Decoder, Examples, LazyImages, lazy_images_of
+from cnntrain.data.files import BadFile, cache_folder, common_folder, file_stamps, raise_if_bad
 from cnntrain.data.image_reader import read_size
 from cnntrain.data.parallel import MANY_FILES, decode_into, is_builtin, shared_zeros, try_map
 from cnntrain.errors import UserError
@@ -26,7 +26,7 @@ CacheMode = Literal["auto", "gpu", "ram", "disk", "none"]
 ScanMode = Literal["full", "headers", "off"]
 MAX_SHARE_OF_RAM = 0.5  # of the free memory; the network and its activations need the rest
 MAX_SHARE_OF_GPU = 0.4  # of the free device memory
-logger = logging.getLogger("cnntrain")
+log = logging.getLogger("cnntrain")
 Decode = Callable[[LazyImages, list[BadFile]], tuple[Tensor, Tensor]]
 
 
@@ -44,9 +44,9 @@ def cache_images(splits: dict[str, Examples], mode: CacheMode) -> dict[str, Exam
     if mode == "disk" or (mode == "auto" and _prefer_disk(splits)):
         return cache_on_disk(splits)
     if mode == "none" or (mode == "auto" and not fits_in_ram(splits)):
-        if lazy_images(splits):
+        if lazy_images_of(splits):
             needed = _decoded_bytes(splits) / 2**20
-            logger.info("data: streaming images from disk (caching them would need %.0f MiB)", needed)
+            log.info("data: streaming images from disk (caching them would need %.0f MiB)", needed)
         return splits
     return decode_into_ram(splits)
 
@@ -65,7 +65,7 @@ def decode_into_ram(splits: dict[str, Examples]) -> dict[str, Examples]:
 
 def cache_on_disk(splits: dict[str, Examples]) -> dict[str, Examples]:
     """Map all images and masks from cache files, which are created if they are missing (see `disk_cache`)."""
-    for lazy in lazy_images(splits):
+    for lazy in lazy_images_of(splits):
         if not is_dataclass(lazy.decoder):
             kind = type(lazy.decoder).__name__
             raise UserError(
@@ -73,7 +73,7 @@ def cache_on_disk(splits: dict[str, Examples]) -> dict[str, Examples]:
             )
     cached = _decode_splits(splits, disk_cache.load_or_decode)
     folder, size = disk_cache.folder(), _decoded_bytes(splits) / 2**20
-    logger.info("data: decoded images are cached in %s (%.0f MiB); `cnntrain clean` removes them", folder, size)
+    log.info("data: decoded images are cached in %s (%.0f MiB); `cnntrain clean` removes them", folder, size)
     return cached
 
 
@@ -90,14 +90,14 @@ def _decode_splits(splits: dict[str, Examples], decode: Decode) -> dict[str, Exa
         targets = {**examples.targets, **masks}
         decoded[name] = replace(examples, images=images, source_to_image=matrices, targets=targets, lazy_targets={})
     if bad:
-        paths = {path for lazy in lazy_images(splits) for path in lazy.paths}
+        paths = {path for lazy in lazy_images_of(splits) for path in lazy.paths}
         raise_if_bad(bad, len(paths), common_folder(paths))
     return decoded
 
 
 def _prefer_disk(splits: dict[str, Examples]) -> bool:
     """Return True for many files, decoded by cnntrain itself, if the disk has room for the decoded images."""
-    lazy = lazy_images(splits)
+    lazy = lazy_images_of(splits)
     if not all(map(is_builtin, lazy)) or sum(map(len, lazy)) < MANY_FILES:  # a user's decoder may change
         return False
     return disk_cache.has_room(lazy, _decoded_bytes(splits))
@@ -121,7 +121,7 @@ def scan_files(splits: dict[str, Examples], mode: ScanMode) -> None:
     With `headers`, each file is opened once. Files that passed a previous scan of the same mode (and with the same
     decoders, if it decoded them), and still have the same size and mtime, are skipped. The error lists all bad files.
     """
-    lazy = lazy_images(splits)
+    lazy = lazy_images_of(splits)
     entries = [(images, row) for images in lazy for row in range(len(images))]
     if mode == "off" or not entries:
         return
@@ -130,7 +130,7 @@ def scan_files(splits: dict[str, Examples], mode: ScanMode) -> None:
     key = str(root)
     if mode == "full":
         key += "".join(sorted({_identify(images.decoder) for images in lazy}))
-    record = default_root() / "scans" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}-{mode}.json"
+    record = cache_folder() / "scans" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}-{mode}.json"
     passed = _read_record(record)
     stamps = {path: [size, mtime] for path, (size, mtime, _) in zip(paths, file_stamps(paths), strict=True)}
     pending = [(images, row) for images, row in entries if passed.get(images.paths[row]) != stamps[images.paths[row]]]

@@ -55,7 +55,7 @@ def read_csv(file: Path) -> CsvTable:
                 if any(cell.strip() for cell in row):
                     rows.append((reader.line_num, [cell.strip() for cell in row]))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"data: {file}: can't be read as a UTF-8 CSV file ({error})") from error
+        raise UserError(f"data: {file}: cannot be read as a UTF-8 CSV file ({error})") from error
     if not columns or not rows:
         raise UserError(f"data: {file}: has no {'rows' if columns else 'header line'}")
     if duplicates := sorted({name for name in columns if columns.count(name) > 1}):

@@ -64,7 +64,7 @@ class ResizePlacement:
         return replace(self, box=(left, top, right, bottom))
 
 
-@lru_cache(maxsize=64)  # most images of a data set have one of a few sizes
+@lru_cache(maxsize=64)  # most images of a dataset have one of a few sizes
 def _matrix(placement: ResizePlacement) -> Tensor:
     left, top, right, bottom = placement.box
     scale_x, scale_y = placement.width / (right - left), placement.height / (bottom - top)
@@ -127,7 +127,7 @@ def box_around_points(points: Tensor, margin: float) -> Box:
     return low[0] + 0.5 - extra, low[1] + 0.5 - extra, high[0] + 0.5 + extra, high[1] + 0.5 + extra
 
 
-def transform_points(points: Tensor, matrix: Tensor) -> Tensor:
+def apply_affine(points: Tensor, matrix: Tensor) -> Tensor:
     """Apply affine matrices (..., 3, 3) to points (..., K, 2), in float64."""
     return points.double() @ matrix[..., :2, :2].mT + matrix[..., None, :2, 2]
 

@@ -1,4 +1,4 @@
-"""Cache files of decoded images. They are memory-mapped, so a data set may be larger than the RAM.
+"""Cache files of decoded images. They are memory-mapped, so a dataset may be larger than the RAM.
 
 The name of a cache file is a hash of its inputs (paths, sizes and modification times of the image files, decoder,
 boxes), so an outdated cache file is never used. Cache files are written atomically, and several processes may use
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from cnntrain.data.examples import LazyImages
-from cnntrain.data.files import BadFile, byte_range, default_root, file_stamps
+from cnntrain.data.files import BadFile, byte_range, cache_folder, file_stamps
 from cnntrain.data.parallel import decode_into, thread_map
 from cnntrain.errors import MachineError
 
 FORMAT_VERSION = 3  # files of another version are rebuilt
 MAX_SHARE_OF_DISK = 0.5  # of the free space
 CHUNK_BYTES = 1 << 26  # per checksum
-logger = logging.getLogger("cnntrain")
+log = logging.getLogger("cnntrain")
 
 
 class Parts(NamedTuple):
@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
 def folder() -> Path:
     """Return the folder of the cache files; `cnntrain clean` removes it."""
-    return default_root() / "decoded"
+    return cache_folder() / "decoded"
 
 
 def has_room(lazy: Sequence[LazyImages], needed: int) -> bool:
@@ -129,7 +129,7 @@ class CacheFile:
         if not self.path.exists():
             return False
         if self.path.stat().st_size != self.size or not self.is_intact():
-            logger.warning("data: %s is damaged (wrong size or checksum); its images are decoded again", self.path)
+            log.warning("data: %s is damaged (wrong size or checksum); its images are decoded again", self.path)
             return False
         parts, paths = self.map_parts(self.path, "r+"), self.lazy.paths
         rows = np.flatnonzero(parts.ctimes != self.ctimes).tolist()
@@ -138,7 +138,7 @@ class CacheFile:
         changed = [row for row, value in zip(rows, checksums, strict=True) if value != parts.file_checksums[row]]
         if changed:
             first = paths[changed[0]]
-            logger.info("data: %d image files have changed (first %s); all are decoded again", len(changed), first)
+            log.info("data: %d image files have changed (first %s); all are decoded again", len(changed), first)
             return False
         parts.ctimes[:] = self.ctimes
         return True

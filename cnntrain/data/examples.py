@@ -113,13 +113,13 @@ def evenly_spaced(count: int, sample: int) -> list[int]:
     return torch.linspace(0, count - 1, min(count, sample), dtype=torch.float64).round().long().tolist()
 
 
-def lazy_images(splits: Mapping[str, Examples]) -> list[LazyImages]:
+def lazy_images_of(splits: Mapping[str, Examples]) -> list[LazyImages]:
     """Return all images and masks that are not decoded yet."""
     return [lazy for examples in splits.values() for lazy in examples.lazy_images()]
 
 
 class Source(ABC):
-    """Base class of data sources: one class per file format, one YAML file per data set.
+    """Base class of data sources: one class per file format, one YAML file per dataset.
 
     If the data are missing or invalid, the methods raise `UserError`.
     """

@@ -20,7 +20,7 @@ IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif",
 RUN_FILES = {"run.json", "sweep.json"}  # these files mark a run folder; its figures are not data
 IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # created by file managers and archivers
 SHOWN_FILES = 20  # in an error message
-logger = logging.getLogger("cnntrain")
+log = logging.getLogger("cnntrain")
 
 
 class BadFile(Exception):
@@ -43,7 +43,7 @@ def raise_if_bad(bad: Iterable[BadFile], total: int, root: str | Path | None = N
     if not ordered:
         return
     where = f" under {root}" if root else ""
-    lines = [f"data: {len(ordered)} of {total} files{where} can't be used; repair or remove them:"]
+    lines = [f"data: {len(ordered)} of {total} files{where} cannot be used; repair or remove them:"]
     for file in ordered[:SHOWN_FILES]:
         lines.append(f"  {os.path.relpath(file.path, root) if root else file.path}: {file.reason}")
     if len(ordered) > SHOWN_FILES:
@@ -115,7 +115,7 @@ def byte_range(path: str) -> ByteRange:
     return ByteRange(member[1], int(member[3]), int(member[4])) if member else ByteRange(path)
 
 
-def default_root() -> Path:
+def cache_folder() -> Path:
     """Return the folder for downloads and caches: `~/.cache/cnntrain`, or `$XDG_CACHE_HOME/cnntrain`."""
     if cache := os.environ.get("XDG_CACHE_HOME"):
         return Path(cache) / "cnntrain"
@@ -128,9 +128,9 @@ def default_root() -> Path:
         ) from error
 
 
-def root_or_default(root: str | None) -> Path:
+def dataset_root(root: str | None) -> Path:
     """Return `data.root`, or the folder for downloads if it is not set."""
-    return Path(root).expanduser() if root else default_root()
+    return Path(root).expanduser() if root else cache_folder()
 
 
 def require_root(root: str | None, expected: str) -> Path:
@@ -267,12 +267,12 @@ def reject_other_folders(root: Path, extensions: Collection[str]) -> None:
 
 
 def download(name: str, root: Path, looked_in: str, allowed: bool = True, **arguments: Any) -> Any:
-    """Return torchvision's data set `name` under `root`; download it if it is missing.
+    """Return torchvision's dataset `name` under `root`; download it if it is missing.
 
     Args:
         looked_in: where the files were searched, for the message.
-        allowed: whether a download is allowed; False if only a checkpoint names the data set.
-        arguments: further arguments of the data set's class.
+        allowed: whether a download is allowed; False if only a checkpoint names the dataset.
+        arguments: further arguments of the dataset's class.
     """
     import torchvision.datasets
 
@@ -283,7 +283,7 @@ def download(name: str, root: Path, looked_in: str, allowed: bool = True, **argu
         except (OSError, RuntimeError):  # it is missing or incomplete
             if not allowed:
                 raise
-        logger.info("data: downloading %s to %s", name, root)
+        log.info("data: downloading %s to %s", name, root)
         root.mkdir(parents=True, exist_ok=True)
         return open_dataset(download=True)
     except (OSError, RuntimeError, EOFError, ValueError) as error:  # URLError is an OSError

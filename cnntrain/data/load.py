@@ -13,37 +13,37 @@ from torch.nn import functional as F
 
 from cnntrain.config.schema import DataSettings
 from cnntrain.data.cache import cache_images, scan_files
-from cnntrain.data.decoder import ImageDecoder, MaskDecoder, transform_points
+from cnntrain.data.decoder import ImageDecoder, MaskDecoder, apply_affine
 from cnntrain.data.examples import Examples, LazyImages, Source, check_examples, evenly_spaced
 from cnntrain.data.files import SPLIT_NAMES, SPLITS, ByteRange, byte_range, file_stamps, unique_split_names
 from cnntrain.data.parallel import read_sizes, thread_map
 from cnntrain.data.splits import check_groups, limit_rows, split_train_val
-from cnntrain.data.statistics import measure_statistics, set_bits, warn_of_unused_bits
+from cnntrain.data.statistics import measure_statistics, warn_of_unused_bits, with_bit_depth
 from cnntrain.errors import UserError, suggest
 from cnntrain.memory import without_collector
 from cnntrain.types import DataSpec
 
-SAMPLED_FILES = 200  # whose headers or first bytes are read
+HASHED_FILES = 200  # whose headers or first bytes are read
 MAX_BYTES_PER_FILE = 1 << 20
-SAMPLED_IMAGES = 64
+HASHED_IMAGES = 64
 RESOLUTION_QUANTILE = 0.9  # the resolution of the files limits the magnification; ignores a few large images
 MIN_MAGNIFICATION = 1.02  # smallest magnification per side that is worth the memory
-logger = logging.getLogger("cnntrain")
+log = logging.getLogger("cnntrain")
 
 
 @dataclass
-class Data:
-    """The splits of a data set."""
+class DataSplits:
+    """The splits of a dataset."""
 
     spec: DataSpec  # including mean and std
     train: Examples
     val: Examples  # select the best checkpoint
-    test: Examples | None  # used once after training; None if the data set has none
+    test: Examples | None  # used once after training; None if the dataset has none
     fingerprint: str  # of all splits, before val was split off (see `fingerprint`)
-    own_val: bool = False  # True if the data set has its own val split; False if it was split off from train
+    has_own_val: bool = False  # True if the dataset has its own val split; False if it was split off from train
 
 
-def load_data(source: Source, settings: DataSettings | None = None, magnification: float = 1.0) -> Data:
+def load_data(source: Source, settings: DataSettings | None = None, magnification: float = 1.0) -> DataSplits:
     """Load a data source and split off validation examples.
 
     Args:
@@ -68,21 +68,21 @@ def load_data(source: Source, settings: DataSettings | None = None, magnificatio
     check_groups({name: examples.groups for name, examples in splits.items()})
     data_fingerprint = fingerprint(splits)
 
-    own_val = "val" in splits
-    if not own_val:
+    has_own_val = "val" in splits
+    if not has_own_val:
         train = splits["train"]
         with without_collector():
-            rows = split_train_val(train, settings.val_fraction, settings.folds, settings.fold, seed)
-        splits = {**splits, "train": train.subset(rows[0]), "val": train.subset(rows[1])}
+            train_rows, val_rows = split_train_val(train, settings.val_fraction, settings.folds, settings.fold, seed)
+        splits = {**splits, "train": train.subset(train_rows), "val": train.subset(val_rows)}
     elif settings.folds is not None:
         raise UserError(
-            "data.folds: this data set has its own val split, which folds would ignore; set data.folds=null, or move "
+            "data.folds: this dataset has its own val split, which folds would ignore; set data.folds=null, or move "
             "its examples into train"
         )
     if magnification > 1:
         splits["train"] = use_high_resolution(splits["train"], magnification)
     if settings.bits is not None:
-        splits = set_bits(splits, settings.bits)
+        splits = with_bit_depth(splits, settings.bits)
     else:
         warn_of_unused_bits(splits["train"])
     train_files = splits["train"].images
@@ -91,7 +91,7 @@ def load_data(source: Source, settings: DataSettings | None = None, magnificatio
     if spec.mean is None or spec.std is None:
         files = train_files if isinstance(train_files, LazyImages) else None
         spec = spec.with_statistics(*measure_statistics(splits["train"], seed, files))
-    return Data(spec, splits["train"], splits["val"], splits.get("test"), data_fingerprint, own_val)
+    return DataSplits(spec, splits["train"], splits["val"], splits.get("test"), data_fingerprint, has_own_val)
 
 
 def _check_splits(splits: Any) -> dict[str, Examples]:
@@ -122,7 +122,7 @@ def _warn_of_empty_classes(train: Examples, spec: DataSpec) -> None:
     absent = [name for name, count in zip(spec.classes, counts, strict=True) if not count]
     if absent:
         shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
-        logger.warning("data: no training images for %d of the %d classes: %s", len(absent), len(counts), shown)
+        log.warning("data: no training images for %d of the %d classes: %s", len(absent), len(counts), shown)
 
 
 def use_high_resolution(examples: Examples, magnification: float) -> Examples:
@@ -155,11 +155,11 @@ def use_high_resolution(examples: Examples, magnification: float) -> Examples:
         result.source_to_image = torch.stack([placement.matrix() for placement in placements])
         if "points" in examples.targets:
             scaling = result.source_to_image @ torch.linalg.inv(examples.source_to_image)
-            points = transform_points(examples.targets["points"], scaling).float()
+            points = apply_affine(examples.targets["points"], scaling).float()
             points = torch.where(examples.targets["valid"][..., None], points, 0.0)
             result.targets = {**examples.targets, "points": points}
     before, after = (each.decoded_bytes() / 2**20 for each in (examples, result))
-    logger.info(
+    log.info(
         "data: training images are decoded at %d x %d px so that random crops are not upsampled (%.0f MiB instead of "
         "%.0f); validation images at %d x %d",
         *(high.width, high.height, after, before, low.width, low.height),
@@ -169,7 +169,7 @@ def use_high_resolution(examples: Examples, magnification: float) -> Examples:
 
 def _file_resolution(lazy: LazyImages, decoder: ImageDecoder) -> float:
     """Estimate the ratio of file pixels to target pixels per side, from the headers of a sample of files."""
-    rows = evenly_spaced(len(lazy), SAMPLED_FILES)
+    rows = evenly_spaced(len(lazy), HASHED_FILES)
     sizes, _ = read_sizes(lazy.paths[row] for row in rows)  # decoding reports bad files
     ratios = []
     for row in rows:
@@ -181,7 +181,7 @@ def _file_resolution(lazy: LazyImages, decoder: ImageDecoder) -> float:
     return ratios[int(RESOLUTION_QUANTILE * (len(ratios) - 1))] if ratios else 1.0
 
 
-def align_labels(data: Data, checkpoint_spec: DataSpec) -> None:
+def align_labels(data: DataSplits, checkpoint_spec: DataSpec) -> None:
     """Convert labels to the class indices of a checkpoint, by class name; the data may have fewer classes.
 
     A checkpoint that lacks a class, or has other keypoints or classes of pixels, is rejected.
@@ -239,7 +239,7 @@ def _hash_files(paths: list[str]) -> bytes:
     sources = [byte_range(path) for path in paths]
     sizes = [stamp.size if s.size is None else s.size for s, stamp in zip(sources, file_stamps(paths), strict=True)]
     digest = hashlib.sha256(str(sizes).encode())
-    for content in thread_map(_read_start, [sources[row] for row in evenly_spaced(len(paths), SAMPLED_FILES)]):
+    for content in thread_map(_read_start, [sources[row] for row in evenly_spaced(len(paths), HASHED_FILES)]):
         digest.update(content)
     return digest.digest()
 
@@ -254,6 +254,6 @@ def _read_start(source: ByteRange) -> bytes:
 
 
 def _summarize(images: Tensor) -> bytes:
-    sample = images[evenly_spaced(len(images), SAMPLED_IMAGES)].cpu().double()
+    sample = images[evenly_spaced(len(images), HASHED_IMAGES)].cpu().double()
     sample = sample.unsqueeze(1) if sample.ndim == 3 else sample
     return F.adaptive_avg_pool2d(sample, 2).round().to(torch.uint8).numpy().tobytes()

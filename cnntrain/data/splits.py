@@ -40,7 +40,7 @@ def split_train_val(
                 "select the best checkpoint"
             )
         if len(units) < 2:
-            raise UserError(f"data: {len(units)} example(s) or group(s) can't be split into train and val")
+            raise UserError(f"data: {len(units)} example(s) or group(s) cannot be split into train and val")
         held_out = _sample(strata, val_fraction, len(examples))
     is_val = torch.zeros(len(examples), dtype=torch.bool)
     is_val[torch.tensor([row for unit in held_out for row in unit], dtype=torch.int64)] = True

@@ -17,12 +17,12 @@ from cnntrain.data.parallel import read_sizes, try_map
 from cnntrain.errors import UserError
 from cnntrain.randomness import hash_seed
 
-SAMPLED_IMAGES = 2000  # of images on disk; the standard error of the mean is then about 1/200
-CHUNK_VALUES = 2**24  # values processed at once: large data sets are memory-mapped
-SAMPLED_FILES = 100  # files whose bit depth is read
+STATISTICS_SAMPLE = 2000  # of images on disk; the standard error of the mean is then about 1/200
+CHUNK_VALUES = 2**24  # values processed at once: large datasets are memory-mapped
+BIT_DEPTH_SAMPLE = 100  # files whose bit depth is read
 MAX_BIT_DEPTH_FILES = 2_000  # files that are decoded to find the highest value
 FEW_BITS = 12  # of 16; images that use at most 12 bits get at most 16 of 256 gray levels
-logger = logging.getLogger("cnntrain")
+log = logging.getLogger("cnntrain")
 
 
 def measure_statistics(
@@ -63,7 +63,7 @@ def _chunks(examples: Examples, seed: int, files: LazyImages | None) -> Iterator
             yield chunk, None
         return
     generator = torch.Generator().manual_seed(hash_seed(seed, "statistics"))
-    rows = torch.randperm(len(examples), generator=generator)[:SAMPLED_IMAGES].sort().values
+    rows = torch.randperm(len(examples), generator=generator)[:STATISTICS_SAMPLE].sort().values
     for chunk_rows in rows.split(chunk_size):
         if isinstance(images, Tensor):
             chunk = images[chunk_rows]
@@ -109,7 +109,7 @@ def covered_slices(placement: ResizePlacement, size: tuple[int, int]) -> tuple[s
     return slices[0], slices[1]
 
 
-def set_bits(splits: dict[str, Examples], bits: int) -> dict[str, Examples]:
+def with_bit_depth(splits: dict[str, Examples], bits: int) -> dict[str, Examples]:
     """Return the examples with a decoder that scales 16-bit files by their maximum value 2**bits - 1."""
     result = {}
     for name, examples in splits.items():
@@ -129,7 +129,7 @@ def warn_of_unused_bits(examples: Examples) -> None:
     images = examples.images
     if not isinstance(images, LazyImages) or not isinstance(images.decoder, ImageDecoder) or not len(images):
         return
-    sample = [images.paths[row] for row in evenly_spaced(len(images), SAMPLED_FILES)]
+    sample = [images.paths[row] for row in evenly_spaced(len(images), BIT_DEPTH_SAMPLE)]
     if not any(try_map(_is_deep, sample)[0]):  # decoding reports unreadable files
         return
     highest = 0
@@ -138,7 +138,7 @@ def warn_of_unused_bits(examples: Examples) -> None:
         if highest >= 2**FEW_BITS:
             return
     if highest:
-        logger.warning(
+        log.warning(
             "data: the training images have 16 bits but no value above %d, so they use at most %d of 256 gray levels; "
             "set data.bits=%d to use the full range",
             *(highest, highest // 257 + 1, max(9, highest.bit_length())),

@@ -153,7 +153,7 @@ def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     keys = [key for key in keys if key not in IGNORED_KEYS and key.split(".")[0] not in IGNORED_SECTIONS]
     found = [key for key in keys if varies(key)]
-    # Paths differ if the data set was moved; only a different fingerprint makes a different setting.
+    # Paths differ if the dataset was moved; only a different fingerprint makes a different setting.
     if FINGERPRINT in found or any(FINGERPRINT not in run.settings for run in runs):
         found += [key for key in PATH_KEYS if varies(key)]
     if any((key.startswith("data.") and key != FINGERPRINT) or key == "choices.data" for key in found):

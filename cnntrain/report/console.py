@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cnntrain.config.command_line import command_text, override
-from cnntrain.io.streams import lenient, printable
+from cnntrain.io.streams import escape_control_characters, lenient
 from cnntrain.types import Finding
 
 Row = Mapping[str, object]
@@ -27,7 +27,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        print(printable(f"{prefix}{self.format(record)}"), file=lenient(sys.stderr))
+        print(escape_control_characters(f"{prefix}{self.format(record)}"), file=lenient(sys.stderr))
 
 
 def log_to_console() -> logging.Logger:
@@ -65,7 +65,7 @@ def value_text(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return str(int(value)) if abs(value) < 1e9 and value.is_integer() else f"{value:.4g}"
-    return printable(str(value))
+    return escape_control_characters(str(value))
 
 
 def seconds_text(seconds: float) -> str:
@@ -86,7 +86,7 @@ def rows_table(rows: Sequence[Row], columns: Sequence[str], title: str = "") -> 
     table = Table(title=title or None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name in columns:
         numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
-        table.add_column(printable(name), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(escape_control_characters(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(value_text(row.get(name))) for name in columns))
     return table
@@ -116,7 +116,7 @@ def print_rows(rows: Sequence[Row], title: str = "", console: Console = console)
 def markdown(rows: Sequence[Row]) -> str:
     """Format rows as a Markdown table."""
     columns = columns_of(rows)
-    lines = [f"| {' | '.join(map(printable, columns))} |", f"|{'---|' * len(columns)}"]
+    lines = [f"| {' | '.join(map(escape_control_characters, columns))} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         cells = [value_text(row.get(key)).replace("|", "\\|") for key in columns]
         lines.append(f"| {' | '.join(cells)} |")
@@ -125,7 +125,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def print_line(text: str, console: Console = console) -> None:
     """Print text without markup and without line breaks, so that paths can be copied."""
-    console.print(Text(printable(text)), soft_wrap=True)
+    console.print(Text(escape_control_characters(text)), soft_wrap=True)
 
 
 def print_run_summary(
@@ -181,7 +181,7 @@ def print_findings(findings: Sequence[Finding], console: Console = console) -> N
         line = Text(f"{finding.verdict}  ", style=_VERDICT_STYLE[finding.verdict])
         line.append(finding.name, style="bold" if finding.verdict != "SKIP" else "dim")
         if finding.evidence:
-            line.append(printable(f": {finding.evidence}"), style="not bold default")
+            line.append(escape_control_characters(f": {finding.evidence}"), style="not bold default")
         console.print(line, soft_wrap=True)
         if finding.verdict in ("WARN", "FAIL"):
             keys = ", ".join(finding.keys)

@@ -28,7 +28,7 @@ from cnntrain.train.state import MAX_COUNT, Progress, TrainState
 from cnntrain.types import DataSpec
 
 if TYPE_CHECKING:
-    from cnntrain.data.load import Data
+    from cnntrain.data.load import DataSplits
     from cnntrain.train.setup import Components
 
 FORMAT = 2
@@ -86,7 +86,7 @@ def load_validated(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not the checkpoint of a training run ({error})") from error
 
 
-def checkpoint_metadata(components: "Components", data: "Data", run: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_metadata(components: "Components", data: "DataSplits", run: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a checkpoint besides `state`: enough to rebuild and evaluate the model elsewhere.
 
     Args:

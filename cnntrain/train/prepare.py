@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cnntrain.config.schema import Settings
-from cnntrain.data.load import Data
+from cnntrain.data.load import DataSplits
 from cnntrain.errors import MachineError, UserError, is_out_of_memory
 from cnntrain.memory import free_host_bytes, peak_memory_mib, reset_peak_memory
 from cnntrain.train.device import Compute
@@ -35,7 +35,7 @@ SMALLEST_ON_CPU = 32
 TIMED_WINDOWS = 3
 
 
-def build_training_parts(components: Components, data: Data) -> tuple[TrainingPlan, Optimizer, Schedule]:
+def build_training_parts(components: Components, data: DataSplits) -> tuple[TrainingPlan, Optimizer, Schedule]:
     """Build the plan, the optimizer and the schedule for a dataset.
 
     Resolves `batch_size=auto` and `optimizer.lr=auto`, in `components.settings` too.
@@ -76,7 +76,7 @@ def make_plan(settings: Settings, components: Components, count: int, batch_size
         batches = min(batches, settings.limit_batches)
         log.info(
             "limit_batches=%d: each epoch, validation and test uses at most %d images; the metrics are not those of "
-            "the whole data set",
+            "the whole dataset",
             *(settings.limit_batches, settings.limit_batches * batch_size),
         )
     steps_per_epoch = -(-batches // settings.accumulate)
@@ -109,7 +109,7 @@ def smallest_batch(has_norm: bool, compute: Compute) -> int:
 
 
 def run_range_test(
-    components: Components, data: Data, plan: TrainingPlan, stop: StopFlag, ends_at: float = math.inf
+    components: Components, data: DataSplits, plan: TrainingPlan, stop: StopFlag, ends_at: float = math.inf
 ) -> RangeTest:
     """Run the learning rate range test with the `lr_find` settings on a copy of the network.
 
@@ -136,7 +136,7 @@ def with_learning_rate(settings: Settings, rate: float) -> Settings:
     return dataclasses.replace(settings, optimizer={**settings.optimizer, "lr": rate})
 
 
-def prepare_training(components: Components, data: Data) -> tuple[TrainingPlan, TrainState]:
+def prepare_training(components: Components, data: DataSplits) -> tuple[TrainingPlan, TrainState]:
     """Build the plan and the initial state of a training run; move the model to its device."""
     settings, compute = components.settings, components.compute
     plan, optimizer, schedule = build_training_parts(components, data)
@@ -147,7 +147,7 @@ def prepare_training(components: Components, data: Data) -> tuple[TrainingPlan, 
     return plan, TrainState(components.model, optimizer, schedule, compute.loss_scaler(), ema)
 
 
-def search_batch_size(components: Components, data: Data) -> int:
+def search_batch_size(components: Components, data: DataSplits) -> int:
     """Find a power of two for `batch_size=auto` by training steps on copies; log the reason.
 
     On a GPU, return the largest size whose step needs at most 90 % of the free memory. On a CPU, return the smallest

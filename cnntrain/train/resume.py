@@ -18,7 +18,7 @@ from typing import Any
 
 from cnntrain.config.command_line import typed
 from cnntrain.config.schema import Settings
-from cnntrain.data.load import Data, same_examples
+from cnntrain.data.load import DataSplits, same_examples
 from cnntrain.data.parallel import usable_cores
 from cnntrain.errors import UserError
 from cnntrain.io import safe_files as files
@@ -196,7 +196,7 @@ def keep_resolved_values(settings: Settings, content: Mapping[str, Any], world: 
 
 
 def resume(
-    state: TrainState, content: Mapping[str, Any], source: Path, components: Components, data: Data
+    state: TrainState, content: Mapping[str, Any], source: Path, components: Components, data: DataSplits
 ) -> Path | None:
     """Load the checkpoint `source` with this content into `state`.
 
@@ -227,7 +227,7 @@ def resume(
 
 
 def _reject_mismatches(
-    content: Mapping[str, Any], source: Path, changed: Sequence[Change], components: Components, data: Data
+    content: Mapping[str, Any], source: Path, changed: Sequence[Change], components: Components, data: DataSplits
 ) -> None:
     """Raise an error that describes both trainings if the checkpoint does not fit this one."""
     weights, own_weights = content["state"]["model"], components.model.state_dict()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cnntrain.config.command_line import typed
-from cnntrain.data.load import Data
+from cnntrain.data.load import DataSplits
 from cnntrain.data.loader import Loader
 from cnntrain.data.workers import explain_worker_error
 from cnntrain.errors import DivergedError, StoppedError
@@ -30,7 +30,7 @@ MISTAKES_SHOWN = 24
 
 def train_to_the_end(
     components: Components,
-    data: Data,
+    data: DataSplits,
     plan: TrainingPlan,
     state: TrainState,
     writer: CheckpointWriter,

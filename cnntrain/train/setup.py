@@ -14,7 +14,7 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.config.instantiate import build, resolve
 from cnntrain.config.schema import DataSettings, ModelSettings, Node, Settings, parse, split_common
 from cnntrain.data.examples import Examples, Source
-from cnntrain.data.load import Data, align_labels, load_data
+from cnntrain.data.load import DataSplits, align_labels, load_data
 from cnntrain.data.loader import Loader, make_loader
 from cnntrain.errors import UserError
 from cnntrain.models.modify import apply_model_settings, count_trainable, is_pretrained, materialize
@@ -54,7 +54,7 @@ class Components:
     pipeline: Pipeline
     pretraining: Preprocessing | None = None
 
-    def load(self, augmented: bool = True) -> Data:
+    def load(self, augmented: bool = True) -> DataSplits:
         """Load the data and pass its statistics (mean and std) to the task and the pipeline.
 
         Args:

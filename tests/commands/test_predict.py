@@ -1,4 +1,4 @@
-"""Answers about files of any size, in the files' own pixels, without the data set."""
+"""Answers about files of any size, in the files' own pixels, without the dataset."""
 
 import csv
 import json

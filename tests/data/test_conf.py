@@ -14,7 +14,7 @@ from cnntrain.data.examples import Source
 
 FILES = sorted(path for path in (conf_folder() / "data").glob("*.yaml"))
 COMMON = yaml.safe_load((conf_folder() / "config.yaml").read_text())["data"]
-SAYS_MORE = {"camvid", "faces68", "dlib_xml"}  # one data set of a kind: its own values
+SAYS_MORE = {"camvid", "faces68", "dlib_xml"}  # one dataset of a kind: its own values
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -19,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 import cnntrain
-from cnntrain.data.decoder import ImageDecoder, MaskDecoder, parse_size, resize_geometry, transform_points
+from cnntrain.data.decoder import ImageDecoder, MaskDecoder, apply_affine, parse_size, resize_geometry
 from cnntrain.data.files import BadFile
 from cnntrain.data.image_reader import read_size
 from cnntrain.errors import UserError
@@ -40,7 +40,7 @@ def test_the_matrix_maps_the_corners_to_the_placement(width, height, target_heig
     matrix = placement.matrix()
     left, top, right, bottom = placement.box
     corners = torch.tensor([[left - 0.5, top - 0.5], [right - 0.5, bottom - 0.5]], dtype=torch.float64)
-    moved = transform_points(corners, matrix).flatten().tolist()
+    moved = apply_affine(corners, matrix).flatten().tolist()
     expected = [
         placement.left,
         placement.top,
@@ -53,7 +53,7 @@ def test_the_matrix_maps_the_corners_to_the_placement(width, height, target_heig
         assert float(matrix[0, 0]) == pytest.approx(float(matrix[1, 1]))
         middle = torch.tensor([[(width - 1) / 2, (height - 1) / 2]], dtype=torch.float64)
         center = [(target_width - 1) / 2, (target_height - 1) / 2]
-        assert transform_points(middle, matrix).flatten().tolist() == pytest.approx(center, abs=1e-6)
+        assert apply_affine(middle, matrix).flatten().tolist() == pytest.approx(center, abs=1e-6)
     if resize == "letterbox":
         assert target_width in (placement.width,) or target_height in (placement.height,)
 
@@ -69,7 +69,7 @@ def test_a_drawn_blob_is_at_the_position_given_by_the_matrix(tmp_path, save, res
     weights = image[0].double()
     grid_y, grid_x = torch.meshgrid(torch.arange(48.0), torch.arange(40.0), indexing="ij")
     found = torch.stack([(weights * grid_x).sum(), (weights * grid_y).sum()]) / weights.sum()
-    expected = transform_points(torch.from_numpy(source)[None], matrix)[0]
+    expected = apply_affine(torch.from_numpy(source)[None], matrix)[0]
     assert torch.dist(found, expected) < 0.1
 
 

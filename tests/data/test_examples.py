@@ -11,7 +11,7 @@ import torch
 from cnntrain.cli import main
 from cnntrain.config.schema import DataSettings
 from cnntrain.data.examples import Examples, Source
-from cnntrain.data.load import Data, load_data, read_fingerprint
+from cnntrain.data.load import DataSplits, load_data, read_fingerprint
 from cnntrain.errors import UserError
 from cnntrain.types import DataSpec
 
@@ -34,14 +34,14 @@ def examples(count: int = 6, **targets: Any) -> Examples:
     return Examples(images, targets or {"label": torch.arange(count) % 2}, [str(i) for i in range(count)])
 
 
-def load(splits: Any, **facts: Any) -> Data:
+def load(splits: Any, **facts: Any) -> DataSplits:
     return load_data(Own(splits, **facts), DataSettings(val_fraction=0.5))
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_each_name_of_the_validation_split_is_accepted(name: str) -> None:
     data = load({"train": examples(), name: examples(4)})
-    assert data.own_val
+    assert data.has_own_val
     assert (len(data.train), len(data.val)) == (6, 4)
 
 

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from cnntrain.data.files import BadFile, byte_range, default_root, raise_if_bad
+from cnntrain.data.files import BadFile, byte_range, cache_folder, raise_if_bad
 from cnntrain.errors import UserError
 
 
-def test_default_root_needs_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_needs_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(UserError, match=r"HOME or XDG_CACHE_HOME"):
-        default_root()
+        cache_folder()
 
 
 def test_a_file_with_several_bad_objects_counts_once() -> None:

@@ -16,7 +16,7 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.cli import main
 from cnntrain.config.compose import read_settings
 from cnntrain.config.schema import DataSettings
-from cnntrain.data.decoder import ImageDecoder, resize_geometry, transform_points
+from cnntrain.data.decoder import ImageDecoder, apply_affine, resize_geometry
 from cnntrain.data.examples import Examples, LazyImages
 from cnntrain.data.files import member_path
 from cnntrain.data.load import content_hash, load_data, same_examples, use_high_resolution
@@ -138,7 +138,7 @@ def test_points_are_transformed_to_the_high_resolution(tmp_path: Path, crop: str
     truth = torch.from_numpy(np.stack([source_points[row] for row in rows]))
     assert isinstance(high.train.source_to_image, Tensor)
     torch.testing.assert_close(
-        transform_points(truth, high.train.source_to_image),
+        apply_affine(truth, high.train.source_to_image),
         high.train.targets["points"].double(),
         atol=1e-3,
         rtol=0,
@@ -155,7 +155,7 @@ def test_points_are_transformed_to_the_high_resolution(tmp_path: Path, crop: str
         torch.testing.assert_close(fine.targets["points"], coarse.targets["points"], atol=0.5, rtol=0)
         assert torch.equal(fine.targets["valid"], coarse.targets["valid"])
         assert fine.source_to_image is not None
-        expected = transform_points(truth, fine.source_to_image)
+        expected = apply_affine(truth, fine.source_to_image)
         expected = (
             expected if float(fine.source_to_image[0, 0, 0]) > 0 else expected.flip(1)
         )  # mirrored: names change sides
@@ -253,7 +253,7 @@ def test_the_hash_of_files_depends_on_bytes_and_sizes_only(tmp_path: Path) -> No
 
 
 def test_the_hash_of_many_files_depends_on_every_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cnntrain.data.load.SAMPLED_FILES", 2)
+    monkeypatch.setattr("cnntrain.data.load.HASHED_FILES", 2)
     first = content_hash(files(tmp_path))
     Image.new("RGB", (9, 8), (2, 10, 10)).save(tmp_path / "2.bmp")  # not in the sample
     assert content_hash(files(tmp_path)) != first

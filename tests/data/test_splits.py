@@ -97,7 +97,7 @@ def test_values_out_of_range_are_rejected(fraction, folds, fold, key):
 
 
 def test_a_single_group_cannot_be_split():
-    with pytest.raises(UserError, match="can't be split"):
+    with pytest.raises(UserError, match="cannot be split"):
         split_train_val(examples_of([0, 1], ["a", "a"]), 0.5, None, 0, 0)
 
 

@@ -185,7 +185,7 @@ def test_no_warning_for_files_that_use_their_bits(folder: Path, other: str, capl
             Image.new("L", (4, 4), 9).save(path)
     for sampled in (2, 100):
         with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "cnntrain"):
-            patch.setattr("cnntrain.data.statistics.SAMPLED_FILES", sampled)
+            patch.setattr("cnntrain.data.statistics.BIT_DEPTH_SAMPLE", sampled)
             load_data(ImageFolder(str(folder), size=8, channels=1))
     assert "data.bits" not in caplog.text
 

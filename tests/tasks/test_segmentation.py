@@ -341,7 +341,7 @@ def test_balanced_weights_count_labeled_pixels():
     assert task.class_weights.values is not None
     assert task.class_weights.values.tolist() == pytest.approx([4 / 6, 2.0])
     with pytest.raises(UserError, match=r"task\.class_weights.*in memory"):
-        task.prepare({})  # a streamed data set reads masks as they are needed
+        task.prepare({})  # a streamed dataset reads masks as they are needed
 
 
 def test_rows_predictions_and_scores():

@@ -1,4 +1,4 @@
-"""The CAT data set: photographs with nine points each, in `.cat` files."""
+"""The CAT dataset: photographs with nine points each, in `.cat` files."""
 
 import logging
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from cnntrain.data.files import (
 from cnntrain.data.sources.keypoint_base import CAT9, KeypointAnnotation, KeypointSource, Skeleton
 
 LAYOUT = "images, each with a .cat file, optionally in train/, val/ and test/"
-logger = logging.getLogger("cnntrain")
+log = logging.getLogger("cnntrain")
 
 
 @dataclass
@@ -56,7 +56,7 @@ class CatFolder(KeypointSource):
                     objects.append(KeypointAnnotation(image, name, points, labeled, split=split))
         raise_if_bad(bad, count, self.folder)
         if unlabeled:
-            logger.warning("data: %d images have no .cat file and are ignored", unlabeled)
+            log.warning("data: %d images have no .cat file and are ignored", unlabeled)
         return CAT9.names, objects, CAT9.skeleton
 
 

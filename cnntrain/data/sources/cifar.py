@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from cnntrain.data.examples import Examples, Source
-from cnntrain.data.files import download, root_or_default
+from cnntrain.data.files import dataset_root, download
 from cnntrain.types import DataSpec
 
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
@@ -34,7 +34,7 @@ class CIFAR10(Source):
         return self.metadata
 
     def load(self) -> dict[str, Examples]:
-        root = root_or_default(self.root)
+        root = dataset_root(self.root)
         root = root.parent if root.name == self.folder else root
         splits = {}
         for split in ("train", "test"):

@@ -66,7 +66,7 @@ class CocoFile:
         try:
             content = json.loads(ByteRange(str(file)).read())
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"data: {file}: can't be read as JSON ({error})") from error
+            raise UserError(f"data: {file}: cannot be read as JSON ({error})") from error
         self.content: dict[str, Any] = content if isinstance(content, dict) else {}
         for key in ("images", "annotations", "categories"):
             rows = self.content.get(key)

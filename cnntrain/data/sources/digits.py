@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits: a small data set that needs no download."""
+"""scikit-learn's 1,797 handwritten digits: a small dataset that needs no download."""
 
 import gzip
 from importlib.util import find_spec

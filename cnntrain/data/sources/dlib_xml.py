@@ -55,7 +55,7 @@ def _parse(file: Path) -> "Element":
             raise UserError(f"data: {file}: has entity declarations, which are not allowed")
         return ElementTree.fromstring(content)
     except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
-        raise UserError(f"data: {file}: can't be read as XML ({error})") from error
+        raise UserError(f"data: {file}: cannot be read as XML ({error})") from error
 
 
 def _objects(file: Path, tree: "Element", split: str, part_index: dict[str, int]) -> list[KeypointAnnotation]:

@@ -13,11 +13,11 @@ from torch import Tensor
 from cnntrain.data.decoder import (
     Box,
     Resize,
+    apply_affine,
     box_around_points,
     expand_box,
     make_decoder,
     match_aspect,
-    transform_points,
 )
 from cnntrain.data.examples import Examples, LazyImages, Source
 from cnntrain.data.files import SPLITS, BadFile, raise_if_bad
@@ -27,7 +27,7 @@ from cnntrain.types import DataSpec, flip_permutation, infer_flip_pairs
 
 CROPS = ("none", "points", "box")
 Skeleton = tuple[tuple[int, int], ...]  # pairs of keypoint indices
-logger = logging.getLogger("cnntrain")
+log = logging.getLogger("cnntrain")
 
 
 @dataclass
@@ -127,7 +127,7 @@ class KeypointSource(Source):
             is_valid = points_inside(item.points, sizes[item.path]) & item.labeled
             box = self._crop_box(item, is_valid, bad)
             matrix = self.decoder.placement(sizes[item.path], box).matrix()
-            transformed = transform_points(item.points, matrix)
+            transformed = apply_affine(item.points, matrix)
             is_valid &= points_inside(transformed, (width, height))
             boxes.append(box)
             matrices.append(matrix)
@@ -176,7 +176,7 @@ def _warn_of_points_outside(objects: list[KeypointAnnotation], sizes: dict[str, 
     outside = [int((item.labeled & ~points_inside(item.points, sizes[item.path])).sum()) for item in objects]
     if any(outside):
         first = next(item.name for item, count in zip(objects, outside, strict=True) if count)
-        logger.warning(
+        log.warning(
             "data: %d of %d labeled points are outside their image and are ignored (first in %s)",
             *(sum(outside), labeled, first),
         )
@@ -237,7 +237,7 @@ COCO17 = KeypointSet(
 )
 
 # Zhang, Sun, Tang, Cat Head Detection, ECCV 2008. "right" is the cat's own right, on the left of the image, as in the
-# other sets. The files list the eye and the ear on the left of the image first; the data set's description calls these
+# other sets. The files list the eye and the ear on the left of the image first; the dataset's description calls these
 # left (in 00000001_000.jpg the first eye is at x = 175, the second at 239). The points of both ears run from left to
 # right in the image: root, tip, root. So the outer root of the right ear, 1, is the partner of the left ear's, 3.
 CAT9 = KeypointSet(

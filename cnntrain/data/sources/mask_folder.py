@@ -10,20 +10,20 @@ from cnntrain.data.decoder import MaskDecoder, Resize, format_values, make_decod
 from cnntrain.data.examples import Examples, LazyImages, Source
 from cnntrain.data.files import (
     BadFile,
+    dataset_root,
     download,
     list_files,
     raise_if_bad,
     relative_names,
     require_root,
     require_split_folders,
-    root_or_default,
 )
 from cnntrain.data.image_reader import UnusableImage, distinct_values, mask_values, open_image, read_size
 from cnntrain.data.parallel import try_map
 from cnntrain.errors import UserError
 from cnntrain.types import DataSpec
 
-logger = logging.getLogger("cnntrain")
+log = logging.getLogger("cnntrain")
 VOC_CLASSES = tuple(
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
     "pottedplant sheep sofa train tvmonitor".split()
@@ -113,7 +113,7 @@ class MaskSource(Source):
             if len(self.class_names) == 2 and self.ignore_index not in (0, 1):
                 if frozenset().union(*values) in ({0, 255}, {255}):
                     ids = {0: 0, 255: 1}
-                    logger.info(
+                    log.info(
                         "data: the masks contain only 0 and 255, so 255 means class %s, not ignore; set data.ids to "
                         "map values to classes differently",
                         self.class_names[1],
@@ -131,7 +131,7 @@ class MaskSource(Source):
             return
         shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
         if not self.classes_from_user:
-            logger.warning("data: the training masks have no pixels of %s", shown)
+            log.warning("data: the training masks have no pixels of %s", shown)
             return
         remedy = "remove classes without pixels from data.classes, and map the mask values to the others with data.ids"
         if self.id_of is None and 255 in values and self.ignore_index == 255:
@@ -171,7 +171,7 @@ def _warn_if_inconsistent(values: Sequence[frozenset[int]]) -> None:
     with_1 = sum(1 in mask and 255 not in mask for mask in values)
     with_255 = sum(255 in mask and 1 not in mask for mask in values)
     if with_1 and with_255 and not any({1, 255} <= mask for mask in values):
-        logger.warning(
+        log.warning(
             "data: %d masks have the value 1 and %d others 255, which is ignored; if both mean the same class, set "
             "data.ids='{0: 0, 1: 1, 255: 1}'",
             *(with_1, with_255),
@@ -250,7 +250,7 @@ class OxfordIIITPet(MaskSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.folder = root_or_default(self.root)
+        self.folder = dataset_root(self.root)
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
         base = self.folder / "oxford-iiit-pet"
@@ -278,7 +278,7 @@ class VOCSegmentation(MaskSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.folder = root_or_default(self.root)
+        self.folder = dataset_root(self.root)
 
     def pairs(self, bad: list[BadFile]) -> Pairs:
         base = self.folder / "VOCdevkit" / "VOC2012"
@@ -293,6 +293,6 @@ def _listed(file: Path, images: Path, masks: Path) -> list[tuple[str, str]]:
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data: {file}: can't be read ({error})") from error
+        raise UserError(f"data: {file}: cannot be read ({error})") from error
     names = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
     return [(str(images / f"{name}.jpg"), str(masks / f"{name}.png")) for name in names]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cnntrain.data.examples import Examples, Source
-from cnntrain.data.files import download, root_or_default
+from cnntrain.data.files import dataset_root, download
 from cnntrain.errors import UserError
 from cnntrain.types import DataSpec
 
@@ -35,7 +35,7 @@ class IdxDataset(Source):
         return self.metadata
 
     def load(self) -> dict[str, Examples]:
-        root = root_or_default(self.root)
+        root = dataset_root(self.root)
         raw = self._find(root)
         if raw is None:
             looked_in = f"{root / self.folder / 'raw'} (and {root})"
@@ -101,7 +101,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             if valid and (packed or count < path.stat().st_size):
                 values = file.read(count + 1)  # read one extra byte to detect a file that is too long
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data: {path}: can't be read ({error}); remove it to download it again") from error
+        raise UserError(f"data: {path}: cannot be read ({error}); remove it to download it again") from error
     if not valid or len(values) != count:
         raise UserError(
             f"data: {path}: is not a complete IDX file with {dimensions} dimension(s); remove it to download it again"

@@ -1,4 +1,4 @@
-"""Drawn data sets with exact targets: overlapping shapes with masks, and cat faces with keypoints."""
+"""Drawn datasets with exact targets: overlapping shapes with masks, and cat faces with keypoints."""
 
 import math
 from abc import abstractmethod
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Color = tuple[int, int, int]
 
 # Left side (the cat's own) of a head of width 2, seen from the front: x to the right of the image, y down, z toward the
-# viewer. The points of the left ear start at the inside, as in the CAT data set.
+# viewer. The points of the left ear start at the inside, as in the CAT dataset.
 LEFT_SIDE = {"eye": (0.42, -0.10), "ear": ((0.36, -0.80, 0.1), (0.76, -1.40, 0.0), (0.92, -0.34, 0.0))}
 HEAD = (1.0, 0.88, 0.75)  # half axes
 MOUTH = (0.0, 0.46)
@@ -33,7 +33,7 @@ SUPERSAMPLING = 3  # odd, so that the middle sample of a pixel is at its center
 
 @dataclass
 class ToySource(Source):
-    """Base class of data sets whose images are drawn by the program; another seed draws other images."""
+    """Base class of datasets whose images are drawn by the program; another seed draws other images."""
 
     name: ClassVar[str]
     size: int = 64  # px, square

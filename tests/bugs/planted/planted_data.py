@@ -1,4 +1,4 @@
-"""Data sets with one realistic fault each."""
+"""Datasets with one realistic fault each."""
 
 import dataclasses
 import tempfile

@@ -1,4 +1,4 @@
-"""CIFAR's classes, and data sets that cannot be downloaded."""
+"""CIFAR's classes, and datasets that cannot be downloaded."""
 
 from types import SimpleNamespace
 

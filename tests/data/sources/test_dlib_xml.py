@@ -36,7 +36,7 @@ def test_dlib_files(photographs):
         ("top='5'", "", "expected numbers"),
         ("name='01' x='40' y='10'", "name='00' x='40' y='10'", "once for each part"),
         ("file='1.png'", "file='gone.png'", "image 'gone.png': no such file"),
-        ("</dataset>", "", "can't be read as XML"),
+        ("</dataset>", "", "cannot be read as XML"),
         ("<dataset>", "<!DOCTYPE d [<!ENTITY a 'aaaa'>]><dataset>", "entity declarations"),
         ("part", "spot", "expected <part"),
         ("file='1.png'", f"file='{'a' * 5000}'", "no such file"),

@@ -48,7 +48,7 @@ CSV_FAULTS = {
     "path,label,split\ntrain/cat/0.png,1,train\ntrain/cat/1.png,2,val\n": "label '2'",
     "path,label\n": "has no rows",
     "": "has no header line",
-    'path,label\n"a,b\n': "can't be read as a UTF-8 CSV",
+    'path,label\n"a,b\n': "cannot be read as a UTF-8 CSV",
     "path,label\ntrain/cat/0.png,1\ntrain/cat/1.png,1\n": "at least 2 are needed",
     "path,path\n1,2\n": "'path'",
     f"path,label\n{'a' * 5000},1\n": ":2: no file",

@@ -122,7 +122,7 @@ def test_each_name_of_the_validation_folder_is_accepted(make_folder, name):
     assert list(splits) == ["train", "val", "test"]
     assert splits["val"].names[0] == f"{name}/cat/0.png"
     data = load_data(source)
-    assert data.own_val
+    assert data.has_own_val
     assert len(data.train) == len(data.val) == 12
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cnntrain.config.schema import DataSettings
-from cnntrain.data.decoder import transform_points
+from cnntrain.data.decoder import apply_affine
 from cnntrain.data.load import load_data
 from cnntrain.data.sources.keypoint_csv import KeypointCsv
 from cnntrain.errors import UserError
@@ -31,7 +31,7 @@ def test_points_are_at_their_marks_after_resizing(photographs):
             assert torch.allclose(matrix, train.source_to_image[i])
             marked = torch.tensor([[20.0, 10 + i], [40.0, 10 + i]])
             points = train.targets["points"][i]
-            assert torch.allclose(points.double(), transform_points(marked, matrix), atol=1e-4)
+            assert torch.allclose(points.double(), apply_affine(marked, matrix), atol=1e-4)
             for x, y in points.round().long().tolist():
                 near = image[0, max(0, y - 2) : y + 3, max(0, x - 2) : x + 3]
                 assert near.max() == image[0][:, max(0, x - 2) : x + 3].max() > 0

@@ -1,4 +1,4 @@
-"""Drawn data sets: reproducible, with exact labels, and not symmetric."""
+"""Drawn datasets: reproducible, with exact labels, and not symmetric."""
 
 import numpy as np
 import pytest
@@ -97,7 +97,7 @@ def test_masks_agree_with_the_image():
 
 
 def test_left_and_right_are_the_cats_own() -> None:
-    """As in the data sets of real faces; with its head upright a cat's own left is on the right of the picture."""
+    """As in the datasets of real faces; with its head upright a cat's own left is on the right of the picture."""
     source = ToyFaces(size=64, train_count=40, test_count=1)
     names, train = source.spec().keypoints, source.load()["train"]
     x = {name: train.targets["points"][:, i, 0] for i, name in enumerate(names)}

@@ -187,7 +187,7 @@ def test_labels_that_are_not_classes_are_rejected(tmp_path):
 def test_a_damaged_image_is_named_with_its_archive_position(tmp_path):
     members = {"x.png": png(1), "x.cls": b"cat", "y.png": png(2)[:40], "y.cls": b"dog"}
     pack(tmp_path / "train.tar", members)
-    with pytest.raises(UserError, match=r"train\.tar can't be used; .*\n  y\.png::\d+\+40: is not an image"):
+    with pytest.raises(UserError, match=r"train\.tar cannot be used; .*\n  y\.png::\d+\+40: is not an image"):
         load_data(TarShards(str(tmp_path)), DataSettings(val_fraction=0.5, cache="ram"))
 
 
