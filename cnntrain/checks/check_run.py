@@ -143,7 +143,7 @@ def run_checks(
     for name, check in selected.items():
         context.stop.check()
         started = time.perf_counter()
-        # Trainings compute as in the run. The other checks compare numbers, for which TensorFloat-32 is too coarse.
+        # Checks that train use the run's precision. The others compare numbers, for which TensorFloat-32 is too coarse.
         precision = nullcontext() if name in CHECKS["learning"] else full_float32()
         with preserve_random_state(context.compute.device), precision:
             context.reseed(name)
@@ -258,8 +258,8 @@ def _run_and_report(
     for row in report["findings"]:
         row["seconds"] = seconds[row["name"]]
     counts = [f"{sum(f.verdict == v for f in findings)} {v}" for v in ("PASS", "WARN", "FAIL", "SKIP")]
-    line = f"{', '.join(counts)} in {sum(seconds.values()):.0f} s"
-    result = _write_and_print(report, findings, line, run_folder, command_line)
+    report["line"] = f"{', '.join(counts)} in {sum(seconds.values()):.0f} s"
+    result = _write_and_print(report, findings, run_folder, command_line)
     if figures:
         batch = context.eval_batch(count=IMAGES_IN_FIGURE)
         names = [context.loaders["train"].examples.names[int(i)] for i in batch.index]
@@ -272,12 +272,12 @@ def _run_and_report(
 
 
 def _write_and_print(
-    report: dict[str, Any], findings: list[Finding], line: str, run_folder: RunDir, command_line: str
+    report: dict[str, Any], findings: list[Finding], run_folder: RunDir, command_line: str
 ) -> dict[str, Any]:
     run_folder.write_json("run.json", provenance(command_line))
     run_folder.write_json("check.json", report)
     print_findings(findings)
-    print(f"{report['verdict']}: {line}")
+    print(f"{report['verdict']}: {report['line']}")
     print(f"run folder: {run_folder.path}")
     return {**report, "run_dir": str(run_folder.path)}
 
@@ -305,7 +305,7 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
     pairs = [(i, partner) for i, partner in enumerate(spec.flip_pairs or ()) if i < partner < len(names)]
     report["pairs"] = [[names[i], names[partner]] for i, partner in pairs]
     with open_run_dir(settings.run_dir, f"check-flip-{data}") as run_folder:
-        result = _write_and_print(report, findings, report["line"], run_folder, command_line)
+        result = _write_and_print(report, findings, run_folder, command_line)
         if symmetry is not None and settings.log.figures:
             title = f"{report['verdict']}: mean of {len(points):,} shapes of {data}, and its mirror image"
             shapes, distances = (symmetry.shape, symmetry.mirrored), (symmetry.unswapped, symmetry.swapped)

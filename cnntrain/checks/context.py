@@ -1,4 +1,4 @@
-"""What checks have in common: the parts of a run, the networks that they compute with, and constructors of findings."""
+"""Shared by all checks: the parts of a run, copies of its network, and constructors of findings."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ from cnntrain.train.state import TrainingPlan
 from cnntrain.types import Batch, DataSpec, Finding
 
 SAMPLE_SIZE = 256  # examples taken from a split by default
-FULL_COUNT_PIXELS = 64 * 64  # largest images that `image_count` does not reduce the number of
+FULL_COUNT_PIXELS = 64 * 64  # `image_count` uses fewer images only above this size
 MAX_STEP_IMAGES = 16  # batch size of `train_steps`
 STABLE_ADAM_LR = 1e-3  # of the steps of `calibrated_copy`
 FP16_SCALE = 1024.0  # loss scale

@@ -131,7 +131,7 @@ def _overfit(context: CheckContext, count: int) -> Finding:
     candidates = context.eval_batch("train", CANDIDATES)
     with torch.no_grad():
         outputs = context.outputs(context.copy_model(), candidates.images)
-        target_counts = context.task.losses(outputs, candidates.targets, training=False)[1]
+        target_counts = context.task.losses(outputs, candidates.truth, training=False)[1]
     usable = (candidates.images.float().std(dim=(1, 2, 3)) > BLANK_STD) & (target_counts > 0)
     rows = usable.nonzero().flatten().tolist()
     if len(rows) < max(count, 2):

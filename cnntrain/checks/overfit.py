@@ -13,6 +13,7 @@ from cnntrain.checks.overfit_trial import OverfitResult, OverfitTrial, diagnose,
 from cnntrain.config.schema import Settings
 from cnntrain.data.load import DataSplits
 from cnntrain.data.loader import Loader
+from cnntrain.errors import UserError
 from cnntrain.plots.curves import plot_overfit_curve
 from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.report.console import log_to_console, print_findings
@@ -39,7 +40,7 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
     The content is `verdict`, `steps`, `loss`, `metrics`, `cause`, and the findings behind them.
 
     Raises:
-        UserError: the components cannot be built, or the data cannot be read.
+        UserError: the components cannot be built, the data cannot be read, or the examples have no labels.
     """
     log_to_console()
     optimizer_settings = dict(settings.optimizer)
@@ -54,6 +55,9 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
     with open_run_dir(settings.run_dir, f"overfit-{settings.label}") as run_folder, stop_flag() as stop:
         run_folder.write_json("run.json", provenance(command_line))
         batch, other, example = pick_examples(components, data, settings.overfit.examples)
+        outputs = predict_batch(components.model, batch.images, components.compute).detach()
+        if components.task.loss(outputs, batch.truth, training=False)[1] == 0:
+            raise UserError(f"overfit: {example}: no labels to learn; try a larger overfit.examples")
         log.info(SWITCHED_OFF)
         initial_model = copy.deepcopy(components.model)
         trial = OverfitTrial(

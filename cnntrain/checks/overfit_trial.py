@@ -74,7 +74,7 @@ class OverfitTrial:
     def run(self, model: nn.Module, optimizer: Optimizer) -> OverfitResult:
         """Train `model`, in eval mode with calibrated norms, on the batch until its loss is near the floor."""
         task, batch = self.task, self.batch
-        uninformed = task.uninformed_loss(batch.targets, model(batch.images).detach())
+        uninformed = task.uninformed_loss(batch.truth, model(batch.images).detach())
         result = OverfitResult(task.min_loss(training=False), uninformed, task.learned_loss(uninformed))
         result.learning_rate = max(float(group["lr"]) for group in optimizer.param_groups)
         result.pixel_deviation = float(batch.images.float().std(dim=(1, 2, 3)).min())
@@ -85,7 +85,7 @@ class OverfitTrial:
             self.stop.check()
             optimizer.zero_grad(set_to_none=True)
             outputs = predict_batch(model, batch.images, self.compute)
-            loss_sum, count = task.loss(outputs, batch.targets, training=False)
+            loss_sum, count = task.loss(outputs, batch.truth, training=False)
             loss = loss_sum / count
             result.losses.append(loss.item())
             if not math.isfinite(result.losses[-1]):
@@ -122,7 +122,7 @@ class OverfitTrial:
         difference = (own_output - other_output).norm() / own_output.norm().clamp(min=1e-12)
         result.output_difference = float(difference)
         result.probabilities = sums_to_one(torch.cat((own_output, other_output)))
-        own, others = (each.take(slice(0, 1)).targets for each in (batch, other))
+        own, others = (each.take(slice(0, 1)).truth for each in (batch, other))
         own_loss = [float(part) for part in task.loss(own_output, own, training=False)]
         other_loss = [float(part) for part in task.loss(own_output, others, training=False)]
         same_target = all(torch.equal(value, others[name]) for name, value in own.items())
@@ -160,22 +160,6 @@ def _record_norms(
             result.jump = (step, name, factor)
 
 
-REMEDIES = {  # of a failure, and the config key, by name of the finding: the most informative findings first
-    "image": ("look at the figure, and check how the image is read", "data"),
-    "learning rate": ("set optimizer.lr", LR),
-    "frozen": ("set requires_grad=True, or set model.freeze if this is intended", "model.freeze"),
-    "finite": ("lower optimizer.lr", LR),
-    "label": ("use the targets in the loss", "task"),
-    "loss sign": ("minimize the loss, not its negative", "task"),
-    "steady": ("lower optimizer.lr", LR),
-    "moderate": ("lower optimizer.lr (norms are frozen here; batch statistics may tolerate a higher rate)", LR),
-    "rectifiers": ("check the initialization and the biases of the layers before them", "model.init"),
-    "logits": ("remove the softmax at the end of the network", "model"),
-    "image matters": ("look for an operation that overwrites the features or averages them away", "model"),
-    "gradients": ("look for detach(), .data, no_grad, or a layer that forward() never calls", "model"),
-}
-
-
 def diagnose(result: OverfitResult, example: str) -> list[Finding]:
     """Return one finding per question, the most informative first. The trial passed if none is a FAIL."""
     loss, steps, rate = result.losses[-1], len(result.losses) - 1, result.learning_rate
@@ -185,58 +169,106 @@ def diagnose(result: OverfitResult, example: str) -> list[Finding]:
     if result.jump is not None:
         jump = "step {} changed the norm of {} by a factor of {:.3g}".format(*result.jump)
     probabilities = result.probabilities and result.reached_at is None
-    measured = {  # by question: whether the answer is good, and the evidence
-        "image": (
+    finite_cause = f"the loss is {loss} at step {steps}: the learning rate is far too high"
+    finite_remedy = "lower optimizer.lr"
+    if not steps:
+        finite_cause = f"the loss is {loss} before the first step"
+        finite_remedy = "look for a division by zero or the logarithm of zero"
+    questions = [  # the most informative first: name, whether the answer is good, evidence, cause, remedy, config key
+        (
+            "image",
             result.pixel_deviation >= BLANK_STD,
             f"standard deviation of the pixels: {result.pixel_deviation:.2g}",
+            f"{example} is blank: every pixel has the same value",
+            "look at the figure, and check how the image is read",
+            "data",
         ),
-        "learning rate": (rate > 0, f"learning rate {rate:.3g}"),
-        "frozen": (not result.frozen, f"{len(result.frozen)} frozen parameter tensors"),
-        "finite": (math.isfinite(loss), f"loss {loss:.4g} after step {steps}"),
-        "label": (
+        (
+            "learning rate",
+            rate > 0,
+            f"learning rate {rate:.3g}",
+            "the learning rate is 0, so no step changes a parameter",
+            "set optimizer.lr",
+            LR,
+        ),
+        (
+            "frozen",
+            not result.frozen,
+            f"{len(result.frozen)} frozen parameter tensors",
+            f"frozen parameters cannot learn: {join_names(result.frozen)}",
+            "set requires_grad=True, or set model.freeze if this is intended",
+            "model.freeze",
+        ),
+        ("finite", math.isfinite(loss), f"loss {loss:.4g} after step {steps}", finite_cause, finite_remedy, LR),
+        (
+            "label",
             result.label_matters,
             f"{'different losses' if result.label_matters else 'the same loss'} for two different targets",
+            "the loss does not depend on the target",
+            "use the targets in the loss",
+            "task",
         ),
-        "loss sign": (
+        (
+            "loss sign",
             not loss < result.floor - 1e-4 - abs(result.floor) * 1e-3,
             f"loss {loss:.4g}, lowest possible loss {result.floor:.4g}",
+            f"the loss fell below the lowest possible value ({result.floor:.4g}): its sign is probably wrong",
+            "minimize the loss, not its negative",
+            "task",
         ),
-        "steady": (result.jump is None, jump),
-        "moderate": (result.largest_output < MAX_OUTPUT, f"largest output {result.largest_output:.3g}"),
-        "rectifiers": (not dead, f"{len(dead)} layers with dead ReLUs"),
-        "logits": (not probabilities, f"the outputs are {'' if probabilities else 'not '}probabilities"),
-        "image matters": (
+        (
+            "steady",
+            result.jump is None,
+            jump,
+            f"the learning rate ({rate:.3g}) is far too high: one step changed the weights abruptly",
+            "lower optimizer.lr",
+            LR,
+        ),
+        (
+            "moderate",
+            result.largest_output < MAX_OUTPUT,
+            f"largest output {result.largest_output:.3g}",
+            f"the outputs grew to {result.largest_output:.3g}: the learning rate is too high",
+            "lower optimizer.lr (norms are frozen here; batch statistics may tolerate a higher rate)",
+            LR,
+        ),
+        (
+            "rectifiers",
+            not dead,
+            f"{len(dead)} layers with dead ReLUs",
+            f"all ReLUs are dead (zero for every image) in {join_names(dead)}",
+            "check the initialization and the biases of the layers before them",
+            "model.init",
+        ),
+        (
+            "logits",
+            not probabilities,
+            f"the outputs are {'' if probabilities else 'not '}probabilities",
+            "the outputs are probabilities, but cross-entropy expects logits: it applies a softmax itself",
+            "remove the softmax at the end of the network",
+            "model",
+        ),
+        (
+            "image matters",
             not result.output_difference <= MIN_OUTPUT_DIFFERENCE,
             f"the outputs for two images differ by {result.output_difference:.2g} (relative)",
+            "the output does not depend on the image: another image gets the same output",
+            "look for an operation that overwrites the features or averages them away",
+            "model",
         ),
-        "gradients": (
+        (
+            "gradients",
             not no_gradient,
             f"{len(shares) - len(no_gradient)} of {len(shares)} parameter tensors received a gradient",
+            f"no gradient reaches {join_names(no_gradient)}: these parameters are detached from the loss",
+            "look for detach(), .data, no_grad, or a layer that forward() never calls",
+            "model",
         ),
-    }
-    causes = {
-        "image": f"{example} is blank: every pixel has the same value",
-        "learning rate": "the learning rate is 0, so no step changes a parameter",
-        "frozen": f"frozen parameters cannot learn: {join_names(result.frozen)}",
-        "finite": f"the loss is {loss} at step {steps}: the learning rate is far too high",
-        "label": "the loss does not depend on the target",
-        "loss sign": f"the loss fell below the lowest possible value ({result.floor:.4g}): its sign is probably wrong",
-        "steady": f"the learning rate ({rate:.3g}) is far too high: one step changed the weights abruptly",
-        "moderate": f"the outputs grew to {result.largest_output:.3g}: the learning rate is too high",
-        "rectifiers": f"all ReLUs are dead (zero for every image) in {join_names(dead)}",
-        "logits": "the outputs are probabilities, but cross-entropy expects logits: it applies a softmax itself",
-        "image matters": "the output does not depend on the image: another image gets the same output",
-        "gradients": f"no gradient reaches {join_names(no_gradient)}: these parameters are detached from the loss",
-    }
-    remedies = dict(REMEDIES)
-    if not steps:
-        causes["finite"] = f"the loss is {loss} before the first step"
-        remedies["finite"] = ("look for a division by zero or the logarithm of zero", LR)
+    ]
     findings = []
-    for name, (passed, evidence) in measured.items():
-        remedy, key = remedies[name]
-        finding = Finding(name, "FAIL", evidence, causes[name], remedy, (key,))
-        findings.append(Finding(name, "PASS", evidence) if passed else finding)
+    for name, passed, evidence, cause, remedy, key in questions:
+        failure = Finding(name, "FAIL", evidence, cause, remedy, (key,))
+        findings.append(Finding(name, "PASS", evidence) if passed else failure)
     return [*findings, _learned(result)]
 
 

@@ -12,17 +12,10 @@ from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_command_settings
 from cnntrain.config.schema import CompareSettings
 from cnntrain.errors import UserError, suggest
+from cnntrain.io.safe_files import write_csv
 from cnntrain.plots.curves import plot_learning_curves
 from cnntrain.plots.figure import log_plot_errors, save_figure
-from cnntrain.report.compare import (
-    comparison_rows,
-    differing_keys,
-    find_runs,
-    group_runs,
-    monitor_of,
-    read_run,
-    write_csv,
-)
+from cnntrain.report.compare import comparison_rows, differing_keys, find_runs, group_runs, monitor_of, read_run
 from cnntrain.report.console import console, log_to_console, markdown, print_rows
 from cnntrain.train.run_dir import open_run_dir, provenance
 

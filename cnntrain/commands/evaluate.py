@@ -15,9 +15,8 @@ from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_command_settings
 from cnntrain.config.schema import EvaluateSettings
 from cnntrain.errors import DivergedError, UserError
-from cnntrain.io.safe_files import exists, is_folder, run_folder_of
+from cnntrain.io.safe_files import exists, is_folder, run_folder_of, write_csv
 from cnntrain.plots.figure import label_split, log_plot_errors, save_figure
-from cnntrain.report.compare import write_csv
 from cnntrain.report.console import console, log_to_console, print_rows
 from cnntrain.train.checkpoint import load_validated
 from cnntrain.train.evaluate import evaluate

@@ -33,8 +33,8 @@ from cnntrain.data.files import BadFile, list_files, raise_if_bad
 from cnntrain.data.image_reader import image_extensions, read_size
 from cnntrain.data.loader import Loader, make_loader
 from cnntrain.errors import UserError
+from cnntrain.io.safe_files import write_csv
 from cnntrain.plots.figure import log_plot_errors, save_figure
-from cnntrain.report.compare import write_csv
 from cnntrain.report.console import log_to_console
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
 from cnntrain.tasks.segmentation import Segmentation

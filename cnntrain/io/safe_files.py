@@ -10,11 +10,12 @@ raise `OSError` with the path as its `filename`.
 """
 
 import contextlib
+import csv
 import io
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -128,6 +129,14 @@ def open_atomic_text(path: Path, root: Path | None = None, sync: bool = True) ->
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", errors="backslashreplace")
         yield text
         text.detach()  # flushes; `file` stays open
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows to a CSV file with the union of their columns."""
+    with open_atomic_text(path, sync=False) as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def open_append(path: Path, root: Path | None = None) -> IO[bytes]:

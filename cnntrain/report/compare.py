@@ -4,7 +4,6 @@ Runs are compared by the settings that differ, and by their results, averaged ov
 """
 
 import contextlib
-import csv
 import logging
 import operator
 import re
@@ -26,16 +25,16 @@ from cnntrain.types import Finding
 
 log = logging.getLogger("cnntrain")
 
-# Settings that do not change the results of an experiment: where it runs and what it writes.
-NEUTRAL = {"run_dir", "resume", "device", "threads", "seed", "trusted_packages", "deterministic"}
-NEUTRAL |= {"data.root", "data.workers", "data.cache", "data.timeout_s"}
-NEUTRAL_SECTIONS = ("checkpoint", "log", "choices")
+# Settings that do not change the results of an experiment: where it runs, what it writes, and other commands. A subset
+# of the settings that may change at a resume (train/resume.py), except the seed.
+NEUTRAL = {"run_dir", "resume", "device", "threads", "seed", "trusted_packages", "deterministic", "launch.timeout_s"}
+NEUTRAL |= {"data.root", "data.workers", "data.cache", "data.scan", "data.timeout_s"}
+NEUTRAL_SECTIONS = {"checkpoint", "log", "check", "bench", "lr_find", "inspect", "preview", "overfit", "sweep"}
 # Paths of the data: they do not change a result.
 PATH_KEYS = ("data.root", "data.file")
 IGNORED_KEYS = NEUTRAL | {"expect", "data.fold", "data.split_seed", *PATH_KEYS}
 FINGERPRINT = "data.fingerprint"  # not a setting: identifies the data that a run was trained on
 REMEDY = "leave out this folder, or use the folder of a training run"
-IGNORED_SECTIONS = ("log", "checkpoint", "sweep", "preview", "inspect", "overfit", "check")
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
 
 
@@ -151,7 +150,7 @@ def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
         return len({str(run.settings.get(key)) for run in runs}) > 1
 
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    keys = [key for key in keys if key not in IGNORED_KEYS and key.split(".")[0] not in IGNORED_SECTIONS]
+    keys = [key for key in keys if key not in IGNORED_KEYS and key.split(".")[0] not in NEUTRAL_SECTIONS]
     found = [key for key in keys if varies(key)]
     # Paths differ if the dataset was moved; only a different fingerprint makes a different setting.
     if FINGERPRINT in found or any(FINGERPRINT not in run.settings for run in runs):
@@ -202,14 +201,6 @@ def comparison_rows(groups: Sequence[Group], metric: str, monitor: tuple[str, st
     return rows
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows to a CSV file with the union of their columns."""
-    with files.open_atomic_text(path, sync=False) as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def _best(run: RunRecord, metric: str, better: str) -> Mapping[str, float] | None:
     if run.results.get("best"):
         return run.results["best"]
@@ -229,7 +220,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str, with_std: bool = False) -
 
 
 def judge_expectations(
-    expected: Mapping[str, Any] | None, results: Mapping[str, Any], changed: Sequence[str]
+    expected: Mapping[str, Any], results: Mapping[str, Any], changed: Sequence[str]
 ) -> list[Finding]:
     """Return one finding per expectation; the verdict is SKIP if other settings were overridden.
 
@@ -241,10 +232,10 @@ def judge_expectations(
     Raises:
         UserError: an expectation is neither a number nor a comparison.
     """
-    if not expected:
-        return []
     flat = {**results, **(results.get("best") or {}), **(results.get("test") or {})}
-    changed = [key for key in changed if key not in NEUTRAL and key.split(".")[0] not in NEUTRAL_SECTIONS]
+    # A different option of a config group also changes the keys of the group.
+    neutral_sections = NEUTRAL_SECTIONS | {"choices"}
+    changed = [key for key in changed if key not in NEUTRAL and key.split(".")[0] not in neutral_sections]
     findings = []
     for name, wanted in expected.items():
         compare, number = parse_expectation(name, wanted)

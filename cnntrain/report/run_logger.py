@@ -13,7 +13,7 @@ from torch import nn
 from cnntrain.errors import CnntrainError
 from cnntrain.plots.curves import plot_training_curves
 from cnntrain.plots.figure import label_split, log_plot_errors, save_figure
-from cnntrain.plots.images import plot_filters, plot_images, unnormalize
+from cnntrain.plots.images import plot_filters
 from cnntrain.report.metrics import MetricsFile
 from cnntrain.report.progress import ProgressBar
 from cnntrain.report.tensorboard import TensorBoardWriter
@@ -49,7 +49,7 @@ class RunLogger(Logger):
         learning_rate_at: Callable[[int], float] | None = None,
     ) -> None:
         settings, done_steps = components.settings.log, progress.step
-        self.folder, self.task, self.spec = folder, components.task, components.spec
+        self.folder, self.task = folder, components.task
         self.draws_figures = settings.figures
         self.on_epoch, self.learning_rate_at = on_epoch, learning_rate_at
         self.metrics = MetricsFile(folder / "metrics.csv", progress.epoch + 1 if done_steps else None)
@@ -69,7 +69,7 @@ class RunLogger(Logger):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.__exit__(kind, error, trace)
-        if kind is None or issubclass(kind, CnntrainError):  # the run ended before the first logged step
+        if kind is None or issubclass(kind, CnntrainError):  # if the run ended before the first logged step
             self._draw_batch()
         if self.events:
             self.events.finish(success=kind is None)
@@ -102,14 +102,7 @@ class RunLogger(Logger):
         images, targets = batch.images[shown], {name: target[shown] for name, target in batch.targets.items()}
         names = [f"#{row}" for row in batch.index[shown].tolist()]
         with self.bar.paused(), log_plot_errors("the first batch"):
-            if self.spec.keypoints or "mask" in targets:
-                figure = self.task.draw(images, None, targets, names)
-            else:
-                labels = targets["label"].tolist() if "label" in targets else []
-                captions = [self.spec.classes[i] for i in labels] if self.spec.classes else names
-                pictures = unnormalize(images, *self.spec.normalization)
-                figure = plot_images(pictures, captions, title="first batch, as the network sees it")
-            self.figure("first_batch", figure, step)
+            self.figure("first_batch", self.task.draw(images, None, targets, names), step)
 
     def log_epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
         self.metrics.append(row)

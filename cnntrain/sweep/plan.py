@@ -15,7 +15,7 @@ from cnntrain.config.schema import Settings, SweepSettings
 from cnntrain.data.load import read_fingerprint
 from cnntrain.data.parallel import usable_cores
 from cnntrain.errors import UserError
-from cnntrain.report.compare import NEUTRAL
+from cnntrain.report.compare import NEUTRAL, NEUTRAL_SECTIONS
 from cnntrain.sweep.search_space import SearchDimension, add_swept_keys, grid, read_space, typed_values
 from cnntrain.train.resume import flatten_settings
 from cnntrain.train.setup import build_pipeline, build_source, build_task
@@ -25,14 +25,16 @@ REPEAT_KEYS = ("seed", "data.fold", "data.split_seed")
 # Keys that change the validation examples.
 VALIDATION_KEYS = ("data", "data.root", "data.file", "data.limit", "data.val_fraction", "data.folds")
 # Keys that may change when a sweep is resumed. Data paths may change too, because fingerprints identify the data.
-MAY_CHANGE = (NEUTRAL - {"seed"}) | {"data.file", "data.scan"}
+MAY_CHANGE = (NEUTRAL - {"seed"}) | {"data.file"}
 MAY_CHANGE |= {f"sweep.{key}" for key in ("trials", "timeout_s", "jobs", "on_error", "storage")}
+# The others matter to the sweep itself, to `overfit -m`, and to optimizer.lr=auto.
+SECTIONS_THAT_MAY_CHANGE = NEUTRAL_SECTIONS - {"sweep", "overfit", "lr_find"}
 UNLIMITED = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True, order=True)
 class Repeat:
-    """Seed and, in cross-validation, the validation split of one run of a setting.
+    """Seed and, in cross-validation, the validation split of one run of a trial.
 
     Attributes:
         fold, split_seed: as in `data`; None if the sweep does not vary them.
@@ -65,10 +67,10 @@ class Repeat:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training run: one repeat of a setting of the swept keys.
+    """One training run: one repeat of a trial.
 
     Attributes:
-        trial: number of the setting, from 0.
+        trial: number of the trial, from 0.
         values: swept key -> value, as on the command line.
         overrides: all overrides of its config, including those of the repeat.
         threads: CPU threads; None: as configured.
@@ -109,8 +111,8 @@ class SweepPlan:
     Attributes:
         command: name of the command that each run executes (`train`, `overfit`).
         fixed: overrides with one value.
-        dimensions: the keys that vary between settings.
-        repeats: the seeds, folds and split seeds that each setting is trained with.
+        dimensions: the keys that vary between trials.
+        repeats: the seeds, folds and split seeds that each trial is trained with.
         base: the settings of the first trial.
         variants: one settings object for each data configuration in the search space.
         monitor: the validation metric that trials are ranked by, and its mode (`max` or `min`); None if there is no
@@ -148,7 +150,7 @@ class SweepPlan:
         repeats = [f"{key}={','.join(map(str, each))}" for key, each in columns.items() if None not in each]
         settings = flatten_settings(dataclasses.asdict(self.base))
         return {
-            "asked": sorted([*fixed, *map(str, self.dimensions), *repeats]),
+            "overrides": sorted([*fixed, *map(str, self.dimensions), *repeats]),
             "data": sorted({read_fingerprint(build_source(settings)[0]) for settings in self.variants}),
             "settings": {key: value for key, value in settings.items() if not _may_change(key)},
         }
@@ -168,16 +170,16 @@ class SweepPlan:
         return [dimension.key for dimension in self.dimensions if dimension.key in VALIDATION_KEYS]
 
     def grid(self) -> list[dict[str, str]] | None:
-        """Return the settings of a grid search in order; None if a sampler draws them."""
+        """Return the trials' values of a grid search in order; None if a sampler draws them."""
         return grid(self.dimensions)[: self.sweep.trials] if self.sweep.sampler == "grid" else None
 
     @property
     def num_trials(self) -> int:
-        settings = self.grid()
-        return len(settings) if settings is not None else self.sweep.trials or DEFAULT_TRIALS
+        trials = self.grid()
+        return len(trials) if trials is not None else self.sweep.trials or DEFAULT_TRIALS
 
     def make_run(self, trial: int, values: Mapping[str, str], repeat: Repeat, folder: Path) -> PlannedRun:
-        """Build the run for one repeat of a setting, in its own subfolder of the sweep."""
+        """Build the run for one repeat of a trial, in its own subfolder of the sweep."""
         fixed = [override for override in self.fixed if override.split("=")[0] not in repeat.values]
         overrides = (*fixed, *typed_values({**values, **repeat.values}))
         varying = [f"{key.removeprefix('data.')}{value}" for key, value in self.varying(repeat).items()]
@@ -259,7 +261,7 @@ def _repeats(listed: Mapping[str, SearchDimension], base: Settings, cross_valida
 
 
 def _uses_all_folds(overrides: Sequence[str], variants: Sequence[Settings]) -> bool:
-    """Return True if the sweep cross-validates: no fold was given, and all settings have the same `data.folds`."""
+    """Return True if the sweep cross-validates: no fold was given, and all trials have the same `data.folds`."""
     if any(override.key_or_group == "data.fold" for override in parse_overrides(overrides)):
         return False
     pairs = {(each.data.get("folds"), each.data.get("fold")) for each in variants}
@@ -280,7 +282,7 @@ def _one_at_a_time(dimensions: Sequence[SearchDimension]) -> Iterator[dict[str, 
 
 
 def _common_monitor(variants: Sequence[Settings]) -> tuple[tuple[str, str], tuple[float, float]] | None:
-    """Return the monitored metric shared by all settings and its range; None if they differ."""
+    """Return the monitored metric shared by all trials and its range; None if they differ."""
     monitors = set()
     for settings in {str((each.data, each.task)): each for each in variants}.values():
         spec = build_source(settings)[0].spec()
@@ -290,7 +292,7 @@ def _common_monitor(variants: Sequence[Settings]) -> tuple[tuple[str, str], tupl
 
 
 def _may_change(key: str) -> bool:
-    return key in MAY_CHANGE or key.startswith(("log.", "checkpoint."))
+    return key in MAY_CHANGE or key.split(".")[0] in SECTIONS_THAT_MAY_CHANGE
 
 
 def repeats_text(repeats: Collection[Repeat]) -> str:
@@ -300,9 +302,9 @@ def repeats_text(repeats: Collection[Repeat]) -> str:
     return " x ".join(f"{count} {name}s" for name, count in counts.items() if count > 1) or "1 run"
 
 
-def setting_name(values: Mapping[str, str], repeat: Mapping[str, int] | None = None) -> str:
-    """Format a setting and its repeat for display, with rounded numbers."""
-    return " ".join(typed_values({**rounded(values), **(repeat or {})})) or "the only setting"
+def trial_name(values: Mapping[str, str], repeat: Mapping[str, int] | None = None) -> str:
+    """Format the values of a trial and its repeat for display, with rounded numbers."""
+    return " ".join(typed_values({**rounded(values), **(repeat or {})})) or "the only trial"
 
 
 def rounded(values: Mapping[str, str]) -> dict[str, str]:

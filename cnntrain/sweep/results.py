@@ -1,6 +1,6 @@
 """Results of a sweep: ranking, comparison of the winner, importance of the keys, and the files of the sweep's folder.
 
-Repeats of a setting differ in the seed, and in cross-validation also in the split. Runs on the same split are averaged
+Repeats of a trial differ in the seed, and in cross-validation also in the split. Runs on the same split are averaged
 first; the intervals are for the mean over splits. Training sets of different splits overlap, so the variance of this
 mean is larger than for independent runs. Nadeau and Bengio 2003 (Inference for the generalization error, Machine
 Learning 52) correct for this by adding (validation examples / training examples) to the factor 1 / n.
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnntrain.io.safe_files import write_text
+from cnntrain.io.safe_files import write_csv, write_text
 from cnntrain.plots.curves import plot_learning_curves
 from cnntrain.plots.figure import save_figure
 from cnntrain.plots.sweep import Scale, plot_marginal_effect, plot_parallel_coordinates
-from cnntrain.report.compare import find_runs, read_run, write_csv
+from cnntrain.report.compare import find_runs, read_run
 from cnntrain.report.console import markdown, value_text
-from cnntrain.sweep.plan import UNLIMITED, Repeat, SweepPlan, repeats_text, rounded, setting_name
+from cnntrain.sweep.plan import UNLIMITED, Repeat, SweepPlan, repeats_text, rounded, trial_name
 from cnntrain.sweep.study import Study, Trial
 
 CONFIDENCE = 0.95
@@ -54,9 +54,9 @@ class WinnerComparison:
     Attributes:
         difference: how much better the winner is, >= 0.
         interval: paired Student's t interval of the difference over the repeats of both; None for fewer than two. The
-            95 % confidence holds simultaneously for the winner against every other setting.
+            95 % confidence holds simultaneously for the winner against every other trial.
         repeats: the repeats that both have.
-        tied_rank: rank of the first setting that is not significantly worse than the winner; None if there is none.
+        tied_rank: rank of the first trial that is not significantly worse than the winner; None if there is none.
     """
 
     difference: float
@@ -91,11 +91,11 @@ def rank_trials(
 def compare_winner(
     ranking: Sequence[RankedTrial], mode: str, limits: Range = UNLIMITED, overlap: float = 0.0
 ) -> WinnerComparison:
-    """Compare the winner with all other settings, paired over the repeats that both have.
+    """Compare the winner with all other trials, paired over the repeats that both have.
 
     The winner is selected and compared on the same data. The intervals are therefore Bonferroni-corrected: with K
-    settings, each has an error rate of 5 % / (K - 1). The probability of declaring a wrong winner is then at most
-    2.5 %: there are at most K - 1 wrong settings, and for each the comparison with the truly best one must fail.
+    trials, each has an error rate of 5 % / (K - 1). The probability of declaring a wrong winner is then at most
+    2.5 %: there are at most K - 1 wrong trials, and for each the comparison with the truly best one must fail.
 
     Args:
         ranking: the best first; at least two.
@@ -168,7 +168,7 @@ class SweepReport:
         ranking: completed trials, the best first; empty if runs are not ranked.
         comparison: the winner compared with the other trials; None for fewer than two.
         test: the winner's metrics on the test set, one row per repeat.
-        importance: share of the variance between settings that each key explains by itself; or the reason why it is
+        importance: share of the variance between trials that each key explains by itself; or the reason why it is
             unknown.
         figures: files, relative to the sweep's folder.
     """
@@ -195,7 +195,7 @@ def make_report(study: Study) -> SweepReport:
 
 
 def _key_importance(study: Study, num_ranked: int) -> dict[str, float] | str:
-    """Return the share of the variance between settings that each key explains by itself, or why it is unknown.
+    """Return the share of the variance between trials that each key explains by itself, or why it is unknown.
 
     The variance of the metric is decomposed by functional ANOVA (Hutter, Hoos and Leyton-Brown 2014).
     """
@@ -204,16 +204,16 @@ def _key_importance(study: Study, num_ranked: int) -> dict[str, float] | str:
     if len(study.plan.dimensions) < 2:
         return "needs at least two keys that vary"
     if num_ranked < MIN_TRIALS_FOR_IMPORTANCE:
-        return f"{num_ranked} finished settings are too few"
+        return f"{num_ranked} finished trials are too few"
     try:
         shares = FanovaImportanceEvaluator(seed=0).evaluate(study.study)
-    except (RuntimeError, ValueError) as error:  # e.g. all settings have the same metric
+    except (RuntimeError, ValueError) as error:  # e.g. all trials have the same metric
         return str(error).splitlines()[0]
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def ranking_rows(report: SweepReport) -> list[dict[str, Any]]:
-    """Return the rows of the table: ranked settings, the best first, then the others with their status."""
+    """Return the rows of the table: ranked trials, the best first, then the others with their status."""
     rows = []
     for place, ranked in enumerate(report.ranking, 1):
         row = {"place": place, **rounded(ranked.trial.values), report.plan.metric: ranked.mean}
@@ -251,21 +251,21 @@ def _mean_metrics(trial: Trial, metric: str) -> dict[str, Any]:
 def summary_lines(report: SweepReport) -> list[str]:
     """Describe the winner, whether its lead is significant, its test metrics, and the importance of the keys."""
     if not report.ranking:
-        return ["no setting completed with a metric"] if report.plan.monitor else []
+        return ["no trial completed with a metric"] if report.plan.monitor else []
     best, metric = report.ranking[0], report.plan.metric
     repeats = repeats_text(best.values)
     spread = "" if best.std is None else f" ± {best.std:.2g} over {repeats}"
-    name = setting_name(best.trial.values)
+    name = trial_name(best.trial.values)
     lines = [f"best: {name}: {metric} {value_text(best.mean)}{spread}"]
     if report.comparison:
         count = len(report.ranking)
-        lines[0] += f"; this value is optimistic because it selected the best of {count} settings"
+        lines[0] += f"; this value is optimistic because it is the best of {count} trials"
         lines.append(_comparison_line(report, report.comparison))
         if len(report.plan.repeats) == 1:
-            lines.append("one seed per setting cannot show whether the lead is significant; use sweep.seeds=3")
+            lines.append("one seed per trial cannot show whether the lead is significant; use sweep.seeds=3")
     if keys := report.plan.swept_validation_keys:
         lines.append(
-            f"settings differ in {', '.join(keys)}, so they may be validated on different images; "
+            f"trials differ in {', '.join(keys)}, so they may be validated on different images; "
             "metrics on different images cannot be compared"
         )
     if report.test:
@@ -274,18 +274,18 @@ def summary_lines(report: SweepReport) -> list[str]:
         values = [row[key] for row in report.test]
         spread = f" ± {statistics.stdev(values):.2g} over {repeats}" if len(values) > 1 else ""
         mean = value_text(statistics.fmean(values))
-        lines.append(f"test set, used once, for the best setting only: {key} {mean}{spread}")
+        lines.append(f"test set, used once, for the best trial only: {key} {mean}{spread}")
     if isinstance(report.importance, dict):
         parts = ", ".join(f"{key} {100 * share:.0f} %" for key, share in report.importance.items())
-        lines.append(f"share of the variance between settings that a key explains by itself: {parts}")
+        lines.append(f"share of the variance between trials that a key explains by itself: {parts}")
     else:
-        lines.append(f"importance of the keys: not estimated: {report.importance}")
+        lines.append(f"importance of the keys not estimated: {report.importance}")
     return lines
 
 
 def _comparison_line(report: SweepReport, comparison: WinnerComparison) -> str:
     second = report.ranking[1]
-    name = setting_name(second.trial.values)
+    name = trial_name(second.trial.values)
     line = f"runner-up: {name}: {value_text(second.mean)}, worse by {comparison.difference:.2g}"
     if comparison.interval is None:
         return line
@@ -293,7 +293,7 @@ def _comparison_line(report: SweepReport, comparison: WinnerComparison) -> str:
     if comparison.tied_rank == 2:
         verdict = "no significant difference (within the spread over runs)"
     elif comparison.tied_rank is not None:
-        tied = setting_name(report.ranking[comparison.tied_rank - 1].trial.values)
+        tied = trial_name(report.ranking[comparison.tied_rank - 1].trial.values)
         verdict += f"; no significant difference from {tied} (place {comparison.tied_rank})"
     count = len(report.ranking)
     correction = f", corrected for selecting the best of {count}" if count > 2 else ""
@@ -313,7 +313,7 @@ def draw_figures(report: SweepReport, folder: Path) -> list[str]:
         paths.append(f"figures/{name}.png")
         save_figure(figure, folder / paths[-1])
 
-    names = {trial.number: setting_name(trial.values) for trial in report.trials}
+    names = {trial.number: trial_name(trial.values) for trial in report.trials}
     groups: dict[str, list[Any]] = {}
     for run in find_runs(folder) if any(folder.glob("*/metrics.csv")) else []:
         number = int(run.name.split("-")[0])
@@ -352,11 +352,11 @@ def write_report(report: SweepReport, folder: Path, command: str, winner_command
 
     Args:
         command: command line of the sweep.
-        winner_command: command line that executes a run of the best setting alone.
+        winner_command: command line that executes a run of the best trial alone.
     """
     parts = [f"# Sweep\n\n```\n{command}\n```", "\n".join(f"- {line}" for line in summary_lines(report))]
     if winner_command:
-        parts.append(f"Command to repeat a run of the best setting:\n\n```\n{winner_command}\n```")
+        parts.append(f"Command to repeat a run of the best trial:\n\n```\n{winner_command}\n```")
     parts.append(markdown(ranking_rows(report)))
     parts += [f"![{Path(name).stem}]({name})" for name in report.figures]
     write_text(folder / "results.md", "\n\n".join(part for part in parts if part) + "\n", sync=False)

@@ -227,8 +227,8 @@ class ProcessPoolRunner:
             return
         self._stopping = True
         for worker in self._workers:
-            if worker.run is not None and worker.process.pid:
-                os.kill(worker.process.pid, signal.SIGTERM)
+            if worker.run is not None:
+                worker.process.terminate()
 
     def close(self) -> None:
         """End all workers."""

@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from cnntrain.config.command_line import mask_passwords
-from cnntrain.errors import UserError
+from cnntrain.errors import MachineError, UserError
 from cnntrain.io.safe_files import open_lock, read_bytes, read_json, write_atomic, write_text
 from cnntrain.randomness import hash_seed
 from cnntrain.sweep.plan import PlannedRun, Repeat, SweepPlan
@@ -53,7 +53,7 @@ class Outcome:
 
 @dataclass
 class Trial:
-    """A setting and its finished runs by repeat.
+    """A combination of values of the swept keys, and its finished runs by repeat.
 
     Attributes:
         is_finished: whether all of its runs have finished.
@@ -97,15 +97,20 @@ class Study:
         arguments = {"study_name": name, "storage": storage, "pruner": _pruner(plan)}
         try:
             self.study = optuna.create_study(direction=direction, **arguments)
-            self.study.set_user_attr("laid out by", owner)
+            self.study.set_user_attr("created_by", owner)
         except DuplicatedStudyError:
             self.study = optuna.load_study(**arguments)
         shared = plan.sweep.storage is not None
-        if not shared or self.study.user_attrs.get("laid out by") == owner:
+        if not shared or self.study.user_attrs.get("created_by") == owner:
             self._enqueue_trials()
         else:  # wait for the machine that created the study
             deadline = time.monotonic() + ENQUEUE_TIMEOUT_S
-            while not self.study.user_attrs.get("ready") and time.monotonic() < deadline:
+            while not self.study.user_attrs.get("ready"):
+                if time.monotonic() > deadline:
+                    raise MachineError(
+                        "sweep.storage: the machine that created this study did not enqueue its trials within "
+                        f"{ENQUEUE_TIMEOUT_S:g} s; start it again"
+                    )
                 time.sleep(0.2)
         self._open: dict[int, _OpenTrial] = {}
         # In a storage that is not shared, trials without an owner belong to this sweep too: it may have been killed
@@ -124,7 +129,7 @@ class Study:
     def next_run(self) -> PlannedRun | None:
         """Return a run to start now, those of interrupted trials first; None if there is none.
 
-        With a pruner, the other repeats of a setting wait until its first run has ended without being pruned.
+        With a pruner, the other repeats of a trial wait until its first run has ended without being pruned.
         """
         while True:
             for number, each in self._open.items():
@@ -145,8 +150,8 @@ class Study:
     def _next_trial(self) -> optuna.Trial | None:
         """Return the next trial; None if no trial is waiting.
 
-        A setting that the sampler draws again is not trained again. Its earlier value is stored again, and another
-        setting is drawn. The number of additional draws is limited to the number of trials.
+        Values that the sampler draws again are not trained again. Their earlier metric is stored again, and other
+        values are drawn. The number of additional draws is limited to the number of trials.
         """
         while True:
             if self._interrupted:
@@ -165,7 +170,7 @@ class Study:
             original = next((t for t in earlier if self._values(t) == values), None)
             if original is None:
                 return trial
-            trial.set_user_attr("same as", original.number)
+            trial.set_user_attr("duplicate_of", original.number)
             value = original.value if original.state == TrialState.COMPLETE else None
             self.study.tell(trial, value, TrialState.FAIL if value is None else None)
             duplicates = self.num_duplicates
@@ -176,7 +181,7 @@ class Study:
     def should_prune(self, run: PlannedRun, epoch: int, value: float) -> bool:
         """Store the metric of a run after an epoch (from 1) and return True if the run should be pruned.
 
-        Only the first repeat of a setting is pruned.
+        Only the first repeat of a trial is pruned.
         """
         if self.plan.sweep.pruner == "none" or run.repeat != self.plan.repeats[0]:
             return False
@@ -188,7 +193,7 @@ class Study:
     def finish_run(self, run: PlannedRun, outcome: Outcome) -> None:
         """Store the outcome of a run, which is then never executed again, and finish its trial after the last run."""
         each = self._open[run.trial]
-        each.trial.set_user_attr(f"run {run.repeat}", _outcome_to_json(outcome))
+        each.trial.set_user_attr(f"run {run.repeat}", asdict(outcome))
         each.running.discard(run.repeat)
         if outcome.status == "pruned":
             each.waiting.clear()
@@ -214,7 +219,7 @@ class Study:
     def trials(self) -> list[Trial]:
         """Return the running and finished trials by number, without duplicates."""
         started = [t for t in self._frozen_trials() if t.state != TrialState.WAITING]
-        return [self._to_trial(t) for t in started if "same as" not in t.user_attrs]
+        return [self._to_trial(t) for t in started if "duplicate_of" not in t.user_attrs]
 
     @property
     def num_pending(self) -> int:
@@ -224,8 +229,8 @@ class Study:
 
     @property
     def num_duplicates(self) -> int:
-        """Return the number of times that the sampler drew a setting again."""
-        return sum("same as" in t.user_attrs for t in self._frozen_trials())
+        """Return the number of times that the sampler drew the values of an earlier trial."""
+        return sum("duplicate_of" in t.user_attrs for t in self._frozen_trials())
 
     def _frozen_trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or None)
@@ -235,7 +240,7 @@ class Study:
 
     def _to_trial(self, frozen: FrozenTrial) -> Trial:
         outcomes = {
-            Repeat.parse(key.removeprefix("run ")): _outcome_from_json(value)
+            Repeat.parse(key.removeprefix("run ")): Outcome(**value)
             for key, value in frozen.user_attrs.items()
             if key.startswith("run ")
         }
@@ -258,7 +263,7 @@ def open_study(plan: SweepPlan, folder: Path) -> Study:
         sweep_id = uuid.uuid4().hex
         write_text(path, json.dumps({"id": sweep_id, **identity}, indent=2, default=str) + "\n")
     # Machines that share a storage identify the sweep by its overrides and data fingerprints, not by paths.
-    text = "\n".join([*identity["asked"], *identity["data"]])
+    text = "\n".join([*identity["overrides"], *identity["data"]])
     name = "cnntrain-" + hashlib.sha256(text.encode()).hexdigest()[:12] if url else "sweep"
     try:
         return Study(plan, folder, _open_storage(folder, url), name, sweep_id)
@@ -289,11 +294,11 @@ def _check_same_sweep(stored: Mapping[str, Any], current: Mapping[str, Any], fol
     Raises:
         UserError: they differ, or the file was not written by a sweep.
     """
-    lists = (stored.get(key) for key in ("asked", "data"))
+    lists = (stored.get(key) for key in ("overrides", "data"))
     if not isinstance(stored.get("id"), str) or not all(isinstance(each, list) for each in lists):
         raise UserError(f"{folder / SWEEP_FILE}: not written by a sweep of this version; choose another run_dir")
     remedy = "use the same settings to continue, or another folder"
-    if differing := sorted(set(map(str, stored["asked"])) ^ set(current["asked"])):
+    if differing := sorted(set(map(str, stored["overrides"])) ^ set(current["overrides"])):
         raise UserError(
             f"run_dir: {folder} contains a sweep with another command, which differs in {differing[0]}; {remedy}"
         )
@@ -339,16 +344,6 @@ class _FileLock:
 
     def release(self) -> None:
         self.file.close()
-
-
-def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:
-    """Convert an outcome for the storage, where its metrics are called `figures`."""
-    values = asdict(outcome)
-    return {("figures" if key == "metrics" else key): value for key, value in values.items()}
-
-
-def _outcome_from_json(values: Mapping[str, Any]) -> Outcome:
-    return Outcome(**{("metrics" if key == "figures" else key): value for key, value in values.items()})
 
 
 def _sampler(plan: SweepPlan, number: int) -> optuna.samplers.BaseSampler:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cnntrain.io.streams import lenient
 from cnntrain.report.console import columns_of, print_line, rows_table, seconds_text, value_text
-from cnntrain.sweep.plan import PlannedRun, SweepPlan, rounded, setting_name
+from cnntrain.sweep.plan import PlannedRun, SweepPlan, rounded, trial_name
 from cnntrain.sweep.run_workers import LOG_FILE
 from cnntrain.sweep.study import Outcome
 
@@ -32,7 +32,7 @@ class SweepProgress:
         self.console = console or Console(file=lenient(sys.stderr))
         self.plan, self.pending = plan, 0
         self.counts: Counter[str] = Counter()  # finished runs by status
-        self.best: tuple[float, str] | None = None  # mean over the runs of the best finished setting
+        self.best: tuple[float, str] | None = None  # mean over the runs of the best finished trial
         self._values: dict[int, list[float]] = {}  # metrics of completed runs by trial
         self._running: dict[Path, dict[str, object]] = {}  # rows of the table by run folder
         self._finished: list[dict[str, object]] = []
@@ -71,7 +71,7 @@ class SweepProgress:
         if outcome.time_s:  # unknown for a run whose process died
             self._durations_s.append(outcome.time_s)
         self.count(outcome, run.trial, run.values)
-        name = setting_name(run.values, self.plan.varying(run.repeat))
+        name = trial_name(run.values, self.plan.varying(run.repeat))
         if outcome.error:
             error = f"error: {name}: {outcome.status}: {outcome.error}\n       {run.folder / LOG_FILE}"
             print_line(error, self.console)
@@ -84,7 +84,7 @@ class SweepProgress:
             print_line(f"[{self.counts.total()}/{self.total}] {name}: {text}", self.console)
 
     def count(self, outcome: Outcome, trial: int, values: Mapping[str, str]) -> None:
-        """Count a finished run, from this session or an earlier one, and update the best setting."""
+        """Count a finished run, from this session or an earlier one, and update the best trial."""
         self.counts[outcome.status] += 1
         if outcome.status != "done" or outcome.value is None or not self.plan.monitor:
             return
@@ -93,7 +93,7 @@ class SweepProgress:
         if len(completed) == len(self.plan.repeats):
             mean = statistics.fmean(completed)
             if self.best is None or (mean > self.best[0]) == (self.plan.monitor[1] == "max"):
-                self.best = (mean, setting_name(values))
+                self.best = (mean, trial_name(values))
 
     def _row(self, run: PlannedRun) -> dict[str, object]:
         return {"run": run.trial, **rounded(run.values), **self.plan.varying(run.repeat)}

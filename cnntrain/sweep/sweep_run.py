@@ -37,7 +37,7 @@ log = logging.getLogger("cnntrain")
 
 
 def run_sweep(invocation: Invocation, target: SweepTarget) -> int:
-    """Run `target` for every setting of the sweep and report the results.
+    """Run `target` for every trial of the sweep and report the results.
 
     Returns:
         Exit code: 1 if a run failed or was killed, a verdict is FAIL, or no run completed; else 0.
@@ -53,7 +53,7 @@ def run_sweep(invocation: Invocation, target: SweepTarget) -> int:
         print(yaml.safe_dump(without_passwords(dataclasses.asdict(plan.base)), sort_keys=False), end="")
         return 0
     if len({repeat.split for repeat in plan.repeats}) > 1:
-        log.info("each setting is trained %d times: %s", len(plan.repeats), repeats_text(plan.repeats))
+        log.info("each trial is trained %d times: %s", len(plan.repeats), repeats_text(plan.repeats))
     with open_run_dir(_sweep_folder(plan), "sweep") as run_dir, stop_flag() as stop:
         folder = run_dir.path
         if (folder / SWEEP_FILE).exists() and plan.base.resume == "none":
@@ -174,7 +174,7 @@ def _test_winner(report: SweepReport, target: SweepTarget, folder: Path, complet
         try:
             report.test = [_test_metrics(run, target, plan.base.log.tensorboard) for run in runs]
         except CnntrainError as error:  # usually because the dataset has no test set
-            log.info("no test metrics for the best setting: %s", str(error).splitlines()[0])
+            log.info("no test metrics for the best trial: %s", str(error).splitlines()[0])
     return runs[0].command
 
 
@@ -203,7 +203,7 @@ def _print_report(report: SweepReport, study: Study, folder: Path, winner_comman
     if study.num_duplicates:
         print(f"duplicate draws of the sampler, not trained again: {study.num_duplicates}")
     if winner_command:
-        print(f"to repeat a run of the best setting: {winner_command}")
+        print(f"to repeat a run of the best trial: {winner_command}")
     print(f"sweep folder: {folder} (results.md, results.csv{', figures/' if report.figures else ''})")
     if report.plan.base.log.tensorboard and report.ranking:
         print(f"look next:    {command_text(['tensorboard', '--logdir', folder])}")

@@ -42,7 +42,8 @@ class WorkerContext:
         port: of the store, on the loopback interface.
         folder: for the error of the rank that fails first.
         log: file for standard output and error; None for the console.
-        metrics_pipe: receives each epoch's metrics and answers None or the error that ends training; None without `on_epoch`.
+        metrics_pipe: receives each epoch's metrics and answers None or the error that ends training; None
+            without `on_epoch`.
     """
 
     port: int

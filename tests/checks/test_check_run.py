@@ -1,14 +1,16 @@
 """How checks run: the precision of their numbers, and the state that they restore."""
 
+import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from cnntrain import compose
 from cnntrain.checks import check_run as run
-from cnntrain.checks.check_run import build_context
+from cnntrain.checks.check_run import build_context, check
 from cnntrain.checks.context import CheckContext, passed
 from cnntrain.randomness import fork_generators
 from cnntrain.train.setup import build_components
@@ -64,3 +66,11 @@ def test_only_the_generator_of_the_device_is_saved(
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: calls.append(devices))
     fork_generators(torch.device(device))
     assert calls == [forked]
+
+
+def test_check_json_has_the_printed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = compose("threads=1", "model=mlp", "data.limit=60", "log.figures=false", f"run_dir={tmp_path / 'run'}")
+    report = check(settings, ["blank-images", "classes"])
+    content = json.loads((tmp_path / "run" / "check.json").read_text())
+    assert content["line"] == report["line"] and content["line"].startswith("2 PASS")
+    assert f"PASS: {content['line']}\n" in capsys.readouterr().out

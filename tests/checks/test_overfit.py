@@ -2,15 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cnntrain import compose, overfit
 from cnntrain.checks.overfit import pick_examples
 from cnntrain.checks.overfit_trial import SPEEDUP
 from cnntrain.cli import main
+from cnntrain.errors import UserError
+from cnntrain.tasks.classification import Classification
 from cnntrain.train.setup import build_components
 
 PLANTED = Path(__file__).parents[1] / "bugs" / "planted"
@@ -53,6 +57,15 @@ def test_a_planted_bug_is_diagnosed(tmp_path: Path, name: str) -> None:
     assert result["verdict"] == "FAIL" and failures[0]["name"] == expected
     assert result["cause"] == failures[0]["cause"] and subject in failures[0]["cause"] + failures[0]["remedy"]
     assert failures[0]["keys"]
+
+
+def test_examples_without_labels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_labels(self: Classification, outputs: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(outputs)), torch.zeros(len(outputs))
+
+    monkeypatch.setattr(Classification, "losses", no_labels)
+    with pytest.raises(UserError, match="no labels"):
+        verdict(tmp_path, "model=sound")
 
 
 def test_a_blank_image_fails(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from cnntrain.errors import StoppedError
 from cnntrain.report.metrics import read_metrics
 from cnntrain.report.run_logger import RunLogger
+from cnntrain.tasks.classification import Classification
 from cnntrain.train.state import Progress
 from cnntrain.types import Batch, DataSpec
 
@@ -20,8 +21,8 @@ BATCH = Batch(torch.zeros(2, 1, 8, 8), {"label": torch.tensor([0, 1])}, torch.ar
 
 def make_logger(folder: Path, progress: Progress, **arguments: Any) -> RunLogger:
     settings = SimpleNamespace(log=SimpleNamespace(figures=True, tensorboard=True))
-    task, spec = SimpleNamespace(monitor=("top1", "max")), DataSpec(1, 8, 8, classes=("cat", "dog"))
-    components: Any = SimpleNamespace(settings=settings, task=task, spec=spec)
+    task = Classification(DataSpec(1, 8, 8, classes=("cat", "dog")))
+    components: Any = SimpleNamespace(settings=settings, task=task)
     return RunLogger(folder, components, PLAN, progress, **arguments)
 
 

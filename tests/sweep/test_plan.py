@@ -75,7 +75,11 @@ def test_all_folds_are_trained_unless_one_is_given(plan: Read) -> None:
     space = ("data.folds=4", "optimizer.lr=0.1,0.01")
     assert plan(*space).repeats == tuple(Repeat(0, fold) for fold in range(4))
     plan_ = plan(*space, "data.fold=0", "seed=0,1")
-    assert plan_.repeats == (Repeat(0), Repeat(1)) and "data.fold=0" in plan_.identity()["asked"] and plan_.overlap == 0
+    assert (
+        plan_.repeats == (Repeat(0), Repeat(1))
+        and "data.fold=0" in plan_.identity()["overrides"]
+        and plan_.overlap == 0
+    )
     other = plan("data.folds=2,4")  # settings with different numbers of folds are not repeats
     assert other.repeats == (Repeat(0),) and other.swept_validation_keys == ["data.folds"]
 
@@ -95,7 +99,7 @@ def test_each_fold_has_its_own_folder_settings_and_command(plan: Read) -> None:
     assert settings.seed == 1 and settings.data["fold"] == 2 and settings.data["folds"] == 3
     assert run.command.endswith("model=mlp seed=1 data.fold=2")
     assert [Repeat.parse(str(repeat)) for repeat in plan_.repeats] == list(plan_.repeats)
-    assert {"data.fold=0,1,2", "seed=0,1"} <= set(plan_.identity()["asked"])
+    assert {"data.fold=0,1,2", "seed=0,1"} <= set(plan_.identity()["overrides"])
 
 
 def test_an_experiment_that_sweeps_is_refused_without_multirun(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cnntrain.cli import parse_arguments
-from cnntrain.errors import UserError
+from cnntrain.errors import MachineError, UserError
 from cnntrain.sweep.plan import Repeat, SweepPlan, read_plan
 from cnntrain.sweep.study import Outcome, Study, open_study
 
@@ -181,7 +181,7 @@ def test_settingsfrom_config_files_are_part_of_the_sweep(own_folder: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "content", ["", '{"id": "abc", "ask', "[]", '{"id": 5}', '{"id": "a", "asked": 3, "data": []}']
+    "content", ["", '{"id": "abc", "ask', "[]", '{"id": 5}', '{"id": "a", "overrides": 3, "data": []}']
 )
 def test_a_damaged_sweep_json_is_refused(plan: Read, own_folder: Path, content: str) -> None:
     (own_folder / "sweep.json").write_text(content)
@@ -228,3 +228,17 @@ def test_a_missing_storage_is_refused(plan: Read, own_folder: Path) -> None:
     for storage in ("nodb://nowhere", "no/such/folder/journal.log", "postgresql://localhost/x"):
         with pytest.raises(UserError, match=r"sweep\.storage"):
             open_study(plan("optimizer.lr=0.1,0.2", f"sweep.storage='{storage}'"), own_folder)
+
+
+def test_trials_that_are_never_enqueued_are_reported(
+    plan: Read, own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = plan("optimizer.lr=0.1,0.2", "sweep.storage=shared.log")
+    monkeypatch.setattr("cnntrain.sweep.study.ENQUEUE_TIMEOUT_S", 0.0)
+    for name in ("first", "second"):
+        (own_folder / name).mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Study, "_enqueue_trials", lambda _: None)  # as if the other machine died before
+        open_study(shared, own_folder / "first")
+    with pytest.raises(MachineError, match=r"sweep\.storage"):
+        open_study(shared, own_folder / "second")
