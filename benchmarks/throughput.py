@@ -104,9 +104,9 @@ def measure(model: str, root: Path, options: argparse.Namespace) -> list[WindowP
     pairs: list[WindowPair] = []
     before, log_step = read_cpu_times(), RunLogger.log_step
 
-    def log_and_time(logger: RunLogger, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
+    def log_and_time(logger: RunLogger, step: int, epoch: int, values: dict[str, float]) -> None:
         nonlocal before
-        log_step(logger, step, epoch, batch, values)
+        log_step(logger, step, epoch, values)
         bare_seconds = bare.seconds_per_image(steps)
         if step > steps:  # the first window warms up
             others = other_cores(before, read_cpu_times())

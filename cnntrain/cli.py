@@ -18,8 +18,8 @@ from typing import NoReturn
 from cnntrain.config.command_line import DEFAULT_COMMAND, Invocation, mask_passwords
 from cnntrain.errors import (
     CnntrainError,
-    ElsewhereError,
     MachineError,
+    PeerFailedError,
     StoppedError,
     UserError,
     explain_machine,
@@ -127,10 +127,10 @@ def check_early(command: str, overrides: Sequence[str], config_dir: Path | None)
     from cnntrain.sweep.search_space import add_swept_keys
 
     if command != "train" and any(override.lstrip("+").startswith("launch.") for override in overrides):
-        raise UserError(f"launch.devices: `{command}` uses one process; leave this key out")
+        raise UserError(f"launch: `{command}` uses one process; leave out the launch.* keys")
     name, overrides = _config_of(command, overrides)
     if name == "config":
-        add_swept_keys(overrides, config_dir)
+        add_swept_keys(overrides, config_dir)  # only for its errors
 
 
 def composed_text(command: str, overrides: Sequence[str], config_dir: Path | None = None) -> str:
@@ -216,8 +216,8 @@ complete -o nospace -o default -F _cnntrain cnntrain"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code.
 
-    0: success. 1: a check failed. 2: invalid input. 3: training diverged. 4: machine error. 129, 130, 143: stopped by a
-    signal.
+    0: success. 1: a check, an expectation or a run of a sweep failed. 2: invalid input. 3: training diverged.
+    4: machine error. 129, 130, 143: stopped by a signal.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if {"WORLD_SIZE", "SLURM_PROCID"} & os.environ.keys():  # DDP warns about find_unused_parameters
@@ -241,7 +241,7 @@ def _run(arguments: list[str]) -> int:
     except CnntrainError as error:
         if show_traceback:
             raise
-        if not isinstance(error, ElsewhereError):
+        if not isinstance(error, PeerFailedError):
             _print_error(str(error) if isinstance(error, StoppedError) else f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
@@ -293,7 +293,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(f"{command}: {words[0]!r} is not an override; write KEY=VALUE, for example {example}")
     if command not in WITHOUT_CONFIG:
         check_early(command, overrides, invocation.config_dir)
-    if invocation.print_config and not invocation.multirun:
+    if invocation.print_config and not (invocation.multirun and command in ("train", "overfit")):
         print(composed_text(command, overrides, invocation.config_dir), end="")
         return 0
     keep_freed_memory()

@@ -42,6 +42,7 @@ class StoppedError(CnntrainError):
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
 
 
@@ -49,7 +50,7 @@ class PrunedError(CnntrainError):
     """A sweep stopped a trial that was worse than others on validation data. Its state has been saved."""
 
 
-class ElsewhereError(CnntrainError):
+class PeerFailedError(CnntrainError):
     """Another rank failed and reported the error; this rank ends silently with its exit code."""
 
     def __init__(self, exit_code: int) -> None:
@@ -61,7 +62,9 @@ def explain_machine(error: BaseException) -> str | None:
     """Return a message for an error of Python or torch that means a machine failure; None for other errors."""
     text = str(error).strip() or type(error).__name__
     if is_out_of_memory(error):
-        return f"out of memory ({text.splitlines()[0]}); lower batch_size, take a smaller model, or data.cache=none"
+        return (
+            f"out of memory ({text.splitlines()[0]}); lower batch_size, choose a smaller model, or set data.cache=none"
+        )
     if isinstance(error, OSError):
         return f"{error.filename or 'output'}: {error.strerror or error}"
     return f"data: a worker process died ({text.splitlines()[0]})" if "DataLoader worker" in text else None

@@ -5,7 +5,8 @@ counter-based generator on the CPU, so that numbers do not depend on batch size,
 """
 
 import zlib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -53,9 +54,21 @@ def seed_generators(seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def fork_generators(device: torch.device) -> AbstractContextManager[None]:
+def seed_all(*parts: int | str) -> None:
+    """Seed torch's generators (initial weights, dropout) with a hash of `parts`."""
+    seed_generators(hash_seed(*parts))
+
+
+@contextmanager
+def fork_generators(device: torch.device) -> Iterator[None]:
     """Restore torch's random generators of the CPU and of `device` (not of other GPUs) at the end of the context."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+    mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)
 
 
 def uniform(seed: int, epoch: int, positions: Tensor, name: str, count: int) -> Tensor:
@@ -63,7 +76,7 @@ def uniform(seed: int, epoch: int, positions: Tensor, name: str, count: int) -> 
 
     Args:
         positions: (N,) int64, each image's position in the epoch.
-        name: of the augmentation; numbers for different names are independent.
+        name: name of the augmentation; numbers for different names are independent.
         count: numbers per image; the first ones do not depend on it.
     """
     base, golden = np.uint64(_chain(seed, epoch, name)), np.uint64(_GOLDEN)

@@ -39,8 +39,9 @@ def test_cfg_prints_the_config_and_most_commands_refuse_multirun(capsys: pytest.
     for command in ("train", "overfit", "check", "bench", "lr-find", "preview", "inspect"):
         assert main([command, "--cfg", "model=mlp"]) == 0
         assert "model: mlp" in capsys.readouterr().out
-    assert main(["inspect", "--cfg", "model=mlp,lenet5"]) == 0
-    assert "model: mlp" in capsys.readouterr().out
+    for options in ([], ["-m"]):
+        assert main(["inspect", *options, "--cfg", "model=mlp,lenet5"]) == 0
+        assert "model: mlp" in capsys.readouterr().out
     assert main(["check", "--cfg", "checkpoint=x", "split=test"]) == 0
     assert "split: test" in capsys.readouterr().out
     assert main(["clean", "--cfg"]) == 2
@@ -49,6 +50,12 @@ def test_cfg_prints_the_config_and_most_commands_refuse_multirun(capsys: pytest.
     for command in ("check", "bench", "lr-find", "preview", "evaluate", "clean"):
         assert main([command, "-m", "model=mlp,lenet5"]) == 2
         assert f"{command}: -m" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["devices=2", "timeout_s=60"])
+def test_only_training_has_several_processes(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["overfit", f"launch.{key}"]) == 2
+    assert "launch: `overfit` uses one process" in capsys.readouterr().err
 
 
 def test_completion_of_commands_options_and_keys() -> None:

@@ -17,7 +17,7 @@ from cnntrain.checks.lint import lint
 from cnntrain.cli import main
 from cnntrain.errors import UserError
 from cnntrain.train import checkpoint
-from cnntrain.train.prepare import build_training_parts
+from cnntrain.train.prepare import resolve_plan
 from cnntrain.train.setup import Components, build_components
 
 QUICK = (
@@ -85,7 +85,7 @@ def trainable_names(model: nn.Module) -> list[str]:
 def lint_keys(components: Components) -> list[str]:
     """Return the config keys of lint's findings."""
     data = components.load()
-    plan, _, _ = build_training_parts(components, data)
+    plan = resolve_plan(components, data)
     return [key for finding in lint(components, data, plan, "") for key in finding.keys]
 
 

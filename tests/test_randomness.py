@@ -1,8 +1,11 @@
 """Random numbers are functions of seed, epoch, position and name."""
 
+import contextlib
+
+import pytest
 import torch
 
-from cnntrain.randomness import epoch_order, hash_seed, seed_generators, uniform
+from cnntrain.randomness import epoch_order, fork_generators, hash_seed, seed_generators, uniform
 
 
 def test_uniform_numbers_are_functions_of_seed_epoch_position_and_name() -> None:
@@ -27,3 +30,22 @@ def test_seeding_draws_what_torch_draws_and_stores_nothing() -> None:
         seed_generators(77)
     assert torch.equal(torch.rand(5), expected)
     assert len(torch.cuda._queued_calls) == remembered
+
+
+@pytest.mark.parametrize(("device", "forked"), [("cpu", []), ("cuda:1", [torch.device("cuda", 1)]), ("mps", [])])
+def test_only_the_generator_of_the_device_is_saved(
+    device: str, forked: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several GPUs, torch warns unless devices are given, and saves the generator of each."""
+    calls: list[object] = []
+
+    def fork_rng(devices: list[torch.device]) -> contextlib.AbstractContextManager[None]:
+        calls.append(devices)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: "before")
+    monkeypatch.setattr(torch.mps, "set_rng_state", calls.append)
+    with fork_generators(torch.device(device)):
+        pass
+    assert calls == [forked, *(["before"] if device == "mps" else [])]

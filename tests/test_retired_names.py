@@ -23,6 +23,7 @@ IDENTIFIERS = """
     Assembly assemble Rig Endless Held Keeper find_place Finiteness Journal RunJournal Silent Board Standing
     Contest margin_notes surprises Anatomy mirror_safe infer_mirror mirror_permutation Labelled Colour
     ColourJitter at_hand lowest_loss spare_the_compiler BarLogHandler channel_tensor resize_matrix inverse_3x3
+    ElsewhereError LAST_WORDS_S count_cores
 """.split()
 KEYS = (
     r"data\.store",

@@ -222,7 +222,7 @@ def group(args: argparse.Namespace) -> None:
     import torch.distributed as dist
     from torch import nn
 
-    from cnntrain.train.distributed import RankInfo, check_replicas_equal, replica_tensors, synchronize_norms
+    from cnntrain.train.distributed import RankInfo, check_replicas_equal, convert_sync_batchnorm, replica_tensors
     from cnntrain.train.process_group import join_process_group
 
     cuda, device = is_cuda(args), torch.device(args.device)
@@ -241,7 +241,7 @@ def group(args: argparse.Namespace) -> None:
         found["broadcast"] = world.broadcast("word")
         world.broadcast_(list(replica_tensors(state).values()))
         if cuda:
-            state.model = synchronize_norms(state.model)
+            state.model = convert_sync_batchnorm(state.model)
             found["sync_norms"] = sum(isinstance(module, nn.SyncBatchNorm) for module in state.model.modules())
         replica = world.replicate(state.model.train())
         for precision in ("fp32", "bf16"):
@@ -277,7 +277,7 @@ def rank(args: argparse.Namespace) -> None:
 
         dist.init_process_group = with_gloo
         train.check_launch = lambda *_: None
-        device.own_gpu = process_group.own_gpu = lambda rank: torch.device("cuda", 0)
+        device.select_gpu = process_group.select_gpu = lambda rank: torch.device("cuda", 0)
     sys.exit(cli.main(json.loads(args.words)))
 
 

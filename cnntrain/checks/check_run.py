@@ -37,9 +37,9 @@ from cnntrain.randomness import fork_generators
 from cnntrain.report.console import console, log_to_console, print_findings
 from cnntrain.train.device import full_float32
 from cnntrain.train.optim import make_optimizer
-from cnntrain.train.prepare import build_training_parts, run_range_test
+from cnntrain.train.prepare import resolve_plan, run_range_test
 from cnntrain.train.run_dir import RunDir, open_run_dir, provenance
-from cnntrain.train.setup import Components, build_components, build_source
+from cnntrain.train.setup import Components, build_components, build_source, split_data
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.types import Finding
 
@@ -221,7 +221,7 @@ def build_context(
 ) -> CheckContext:
     """Read the data and return the context of the checks."""
     data = components.load()
-    plan, _, _ = build_training_parts(components, data)
+    plan = resolve_plan(components, data)
     splits = {"train": data.train, "val": data.val, "test": data.test}
     return CheckContext(
         spec=components.spec,
@@ -289,7 +289,7 @@ def check_flip(settings: Settings, command_line: str = "") -> dict[str, Any]:
         UserError: the dataset has no keypoints, or cannot be read.
     """
     log_to_console()
-    source, data_settings = build_source(settings)
+    source, (_, data_settings) = build_source(settings), split_data(settings)
     spec = source.spec()
     if not spec.keypoints:
         raise UserError("check flip: this dataset has no keypoints; choose one that has, for example data=toy_faces")

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.loader import Loader
-from cnntrain.randomness import epoch_order
+from cnntrain.randomness import epoch_order, seed_all
 from cnntrain.tasks.task import Task
-from cnntrain.train.device import Compute, seed_step
+from cnntrain.train.device import Compute
 from cnntrain.train.evaluate import predict_batch
 from cnntrain.train.lr_finder import RangeTest
 from cnntrain.train.signals import StopFlag
@@ -111,7 +111,7 @@ class CheckContext:
 
     def reseed(self, *parts: int | str) -> None:
         """Seed torch's generators (dropout) from the run's seed and `parts`."""
-        seed_step(self.plan.seed, "check", *parts)
+        seed_all(self.plan.seed, "check", *parts)
 
     def copy_model(self) -> nn.Module:
         """Return a copy of the model in eval mode, without gradients."""

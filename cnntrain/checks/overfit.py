@@ -19,7 +19,7 @@ from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.report.console import log_to_console, print_findings
 from cnntrain.train.evaluate import predict_batch
 from cnntrain.train.optim import make_optimizer
-from cnntrain.train.prepare import build_training_parts
+from cnntrain.train.prepare import resolve_plan
 from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.setup import Components, build_components
 from cnntrain.train.signals import stop_flag
@@ -50,7 +50,7 @@ def overfit(settings: Settings, command_line: str = "") -> dict[str, Any]:
     components = build_components(settings)
     data = components.load(augmented=False)
     if settings.optimizer.get("lr") == "auto":
-        build_training_parts(components, data)  # replaces `auto` by a learning rate
+        resolve_plan(components, data)  # replaces `auto` by a learning rate
     optimizer = make_optimizer(components.settings, components.model, components.compute)
     with open_run_dir(settings.run_dir, f"overfit-{settings.label}") as run_folder, stop_flag() as stop:
         run_folder.write_json("run.json", provenance(command_line))

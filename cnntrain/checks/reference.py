@@ -21,9 +21,8 @@ from cnntrain.checks.context import (
     trainable_parameters,
 )
 from cnntrain.errors import DivergedError
-from cnntrain.randomness import epoch_order
+from cnntrain.randomness import epoch_order, seed_all
 from cnntrain.train import loop
-from cnntrain.train.device import seed_step
 from cnntrain.train.schedule import Schedule
 from cnntrain.train.state import TrainingPlan, TrainState
 from cnntrain.types import Batch, Finding
@@ -225,7 +224,7 @@ def _train_reference(
         optimizer.param_groups[0]["lr"] = rate / (step + 1)
         sums, counts = [], []
         for number in range(step * accumulate, (step + 1) * accumulate):
-            seed_step(context.plan.seed, "step", 0, number)
+            seed_all(context.plan.seed, "step", 0, number)
             batch = batches[number]
             total, count = context.task.loss(context.outputs(model, batch.images), batch.truth)
             sums.append(total)

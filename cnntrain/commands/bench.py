@@ -18,14 +18,14 @@ from cnntrain.config.command_line import Invocation
 from cnntrain.config.compose import read_settings
 from cnntrain.config.schema import Settings
 from cnntrain.report.console import log_to_console, print_rows
-from cnntrain.train.prepare import build_training_parts
+from cnntrain.train.prepare import resolve_plan
 from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.setup import build_components
 from cnntrain.train.signals import stop_flag
 
 
 def run(invocation: Invocation) -> int:
-    bench(read_settings(invocation.overrides, invocation.config_dir), invocation.line)
+    bench(read_settings(invocation.overrides, invocation.config_dir), invocation.command_line)
     return 0
 
 
@@ -34,7 +34,7 @@ def bench(settings: Settings, command_line: str = "") -> dict[str, Any]:
     log_to_console()
     components = build_components(settings)
     data = components.load()
-    plan, _, _ = build_training_parts(components, data)
+    plan = resolve_plan(components, data)
     with (
         stop_flag() as stop,
         open_run_dir(settings.run_dir, f"bench-{settings.label}") as run_dir,

@@ -30,11 +30,11 @@ def run(invocation: Invocation) -> int:
             overrides.append(override)
     select_checks(words)  # refuses unknown names before anything is read
     if words == ["flip"]:
-        report = check_flip(read_settings(overrides, invocation.config_dir), invocation.line)
+        report = check_flip(read_settings(overrides, invocation.config_dir), invocation.command_line)
     elif any(override.startswith("checkpoint=") for override in overrides):
         settings = read_command_settings(EvaluateSettings, "evaluate", overrides, invocation.config_dir)
         components = restore(load_validated(locate_checkpoint(Path(settings.checkpoint), "best.pt")), settings)
-        report = check_checkpoint(components, settings.run_dir, words, invocation.line)
+        report = check_checkpoint(components, settings.run_dir, words, invocation.command_line)
     else:
-        report = check(read_settings(overrides, invocation.config_dir), words, invocation.line)
+        report = check(read_settings(overrides, invocation.config_dir), words, invocation.command_line)
     return 1 if report["verdict"] == "FAIL" else 0

@@ -32,7 +32,7 @@ NAMES = {"train": "training", "val": "validation", "test": "test"}  # in figures
 
 def run(invocation: Invocation) -> int:
     settings = read_command_settings(EvaluateSettings, "evaluate", invocation.overrides, invocation.config_dir)
-    evaluate_checkpoint(settings, invocation.line)
+    evaluate_checkpoint(settings, invocation.command_line)
     return 0
 
 
@@ -59,8 +59,8 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
     folder = Path(settings.run_dir) if settings.run_dir else run_folder_of(path) / f"evaluate-{settings.split}"
     if not settings.run_dir and exists(folder) and not is_folder(folder, run_folder_of(path)):
         raise UserError(f"{folder}: is a link or a file; remove it, or choose another folder with run_dir=")
-    with open_run_dir(folder, "evaluate") as run_folder, stop_flag() as stop:
-        batch_size = components.settings.fixed_batch_size or saved["config"]["batch_size"]
+    with open_run_dir(folder, "evaluate") as run_dir, stop_flag() as stop:
+        batch_size = settings.batch_size or saved["config"]["batch_size"]
         meter = evaluate(
             components, components.model, components.loader(examples), batch_size, stop=stop, on_batch=add_rows
         )
@@ -72,12 +72,12 @@ def evaluate_checkpoint(settings: EvaluateSettings, command_line: str = "") -> d
         values = {**meter.compute(), **meter.details()}
         metrics = {f"{settings.split}/{name}": value for name, value in values.items()}
         rows.sort(key=_hardest_first)
-        write_csv(run_folder.path / "examples.csv", rows)
+        write_csv(run_dir.path / "examples.csv", rows)
         with log_plot_errors("the figures"):
             for name, figure in components.task.figures(meter).items():
-                save_figure(label_split(figure, NAMES[settings.split]), run_folder.figures / f"{name}.png")
-        run_folder.write_json("run.json", provenance(command_line))
-        run_folder.write_json("results.json", metrics)
+                save_figure(label_split(figure, NAMES[settings.split]), run_dir.figures / f"{name}.png")
+        run_dir.write_json("run.json", provenance(command_line))
+        run_dir.write_json("results.json", metrics)
     print_rows([{"metric": name, "value": value} for name, value in metrics.items()], console=console)
     print(f"results: {folder}")
     return metrics

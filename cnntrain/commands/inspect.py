@@ -25,7 +25,6 @@ from cnntrain.train.setup import (
     build_task,
     find_pretrained_weights,
     make_model,
-    size_remedy,
     use_pretrained_size,
 )
 
@@ -49,7 +48,7 @@ def summarize_model(settings: Settings) -> ModelSummary:
     """Summarize the configured network for the size of its data, or for the size in `inspect`."""
     options = settings.inspect
     settings = use_pretrained_size(settings, find_pretrained_weights(settings))
-    source, _ = build_source(settings)
+    source = build_source(settings)
     spec = source.spec()
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
@@ -62,9 +61,11 @@ def summarize_model(settings: Settings) -> ModelSummary:
     settings, num_outputs = dataclasses.replace(settings, model=model), options.num_outputs or task.num_outputs
     build = partial(make_model, settings, channels, num_outputs, image_size)
     classification = bool(spec.classes) and options.image_size is None
-    for finding in preflight(build, channels, image_size, classification=classification, name=name):
+    findings = preflight(
+        build, channels, image_size, classification=classification, name=name, size_key="inspect.image_size"
+    )
+    for finding in findings:
         if finding.verdict == "FAIL":
-            remedy = size_remedy(finding.remedy, "inspect.image_size", True)
-            raise UserError(f"{finding.evidence}\n{remedy}")
+            raise UserError(f"{finding.evidence}\n{finding.remedy}")
         log.warning("%s: %s", finding.evidence, finding.remedy)
     return summarize(build, (channels, *image_size), name)

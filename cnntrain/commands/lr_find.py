@@ -16,7 +16,7 @@ from cnntrain.plots.curves import plot_lr_range_test
 from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.report.console import log_to_console
 from cnntrain.train.lr_finder import RangeTest
-from cnntrain.train.prepare import build_training_parts, run_range_test, with_learning_rate
+from cnntrain.train.prepare import resolve_plan, run_range_test, with_learning_rate
 from cnntrain.train.run_dir import open_run_dir, provenance
 from cnntrain.train.setup import build_components
 from cnntrain.train.signals import stop_flag
@@ -24,7 +24,7 @@ from cnntrain.train.signals import stop_flag
 
 def run(invocation: Invocation) -> int:
     settings = read_settings(invocation.overrides, invocation.config_dir)
-    return 0 if lr_find(settings, invocation.line)["suggestion"] is not None else 1
+    return 0 if lr_find(settings, invocation.command_line)["suggestion"] is not None else 1
 
 
 def lr_find(settings: Settings, command_line: str = "") -> dict[str, Any]:
@@ -34,7 +34,7 @@ def lr_find(settings: Settings, command_line: str = "") -> dict[str, Any]:
     components = build_components(with_learning_rate(settings, 1.0) if configured == "auto" else settings)
     with stop_flag() as stop:
         data = components.load()
-        plan, _, _ = build_training_parts(components, data)
+        plan = resolve_plan(components, data)
         with open_run_dir(settings.run_dir, f"lr-find-{settings.label}") as run_dir:
             test = run_range_test(components, data, plan, stop)
             report = {

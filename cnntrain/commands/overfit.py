@@ -23,7 +23,7 @@ def run(invocation: Invocation) -> int:
 
         return run_sweep(invocation, SweepTarget(overfit_run))
     settings = read_settings(invocation.overrides, invocation.config_dir)
-    return 1 if overfit(settings, invocation.line)["verdict"] == "FAIL" else 0
+    return 1 if overfit(settings, invocation.command_line)["verdict"] == "FAIL" else 0
 
 
 def overfit_run(settings: Settings, command_line: str, on_epoch: Callable[[dict[str, float]], None]) -> dict[str, Any]:

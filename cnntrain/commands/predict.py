@@ -6,6 +6,7 @@ with the center of the first pixel at 0. Masks have the size of the source image
 get the ignore id. Writes predictions.csv, predictions.json, masks/ and figures/.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -37,7 +38,6 @@ from cnntrain.io.safe_files import write_csv
 from cnntrain.plots.figure import log_plot_errors, save_figure
 from cnntrain.report.console import log_to_console
 from cnntrain.report.mask_files import mask_names, outside_image, write_mask
-from cnntrain.tasks.segmentation import Segmentation
 from cnntrain.tasks.task import Task
 from cnntrain.train.checkpoint import load_validated
 from cnntrain.train.device import Compute, choose_compute, prepare_torch
@@ -77,7 +77,7 @@ class Predictor:
 
 def run(invocation: Invocation) -> int:
     settings = read_command_settings(PredictSettings, "predict", invocation.overrides, invocation.config_dir)
-    predict(settings, invocation.line)
+    predict(settings, invocation.command_line)
     return 0
 
 
@@ -108,9 +108,12 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
         examples = decode_into_ram({"images": examples})["images"]
     else:
         scan_files({"images": examples}, "headers")
-    loader = make_loader(examples, predictor.compute.device, settings.workers)
-    batch_size = predictor.settings.fixed_batch_size or saved["config"]["batch_size"]
-    with open_run_dir(settings.run_dir, "predict") as folder, stop_flag() as stop:
+    batch_size = settings.batch_size or saved["config"]["batch_size"]
+    with (
+        contextlib.closing(make_loader(examples, predictor.compute.device, settings.workers)) as loader,
+        open_run_dir(settings.run_dir, "predict") as run_dir,
+        stop_flag() as stop,
+    ):
         rows: list[Row] = []
         files, pages = [f"masks/{name}" for name in mask_names(names)], itertools.count(1)
         for batch, outputs in predictor.outputs(loader, batch_size, stop):
@@ -122,27 +125,26 @@ def predict(settings: PredictSettings, command_line: str = "") -> list[Row]:
             if ids is not None:
                 sizes = [read_size(path) for path in paths[part]]
                 batch.targets = {"outside": find_outside(batch, sizes)}
-                write_masks(ids, batch, sizes, predictor.task, rows[part], files[part], folder)
+                write_masks(ids, batch, sizes, predictor.task, rows[part], files[part], run_dir)
             drawn = len(batch) if settings.draw is None else max(0, min(len(batch), settings.draw - start))
             for first in range(0, drawn, IMAGES_PER_PAGE):
                 page = slice(first, min(first + IMAGES_PER_PAGE, drawn))
-                draw_page(predictor.task, batch.take(page), outputs[page], names[part][page], next(pages), folder)
+                draw_page(predictor.task, batch.take(page), outputs[page], names[part][page], next(pages), run_dir)
         csv_rows = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-        write_csv(folder.path / "predictions.csv", csv_rows)
+        write_csv(run_dir.path / "predictions.csv", csv_rows)
         content = {"checkpoint": str(path), "images": [nest(row, spec) for row in rows]}
-        folder.write_text("predictions.json", json.dumps(content, indent=1) + "\n")
-        folder.write_json("run.json", provenance(command_line))
-    loader.close()
-    print(f"{len(rows)} image{'s' if len(rows) > 1 else ''}: {folder.path / 'predictions.csv'}")
+        run_dir.write_text("predictions.json", json.dumps(content, indent=1) + "\n")
+        run_dir.write_json("run.json", provenance(command_line))
+    print(f"{len(rows)} image{'s' if len(rows) > 1 else ''}: {run_dir.path / 'predictions.csv'}")
     for name, content in (("masks", "pixel values are class ids"), ("figures", "predictions drawn on the images")):
-        if any((folder.path / name).glob("*.png")):
-            print(f"{name + ':':<9} {folder.path / name} ({content})")
+        if any((run_dir.path / name).glob("*.png")):
+            print(f"{name + ':':<9} {run_dir.path / name} ({content})")
     return rows
 
 
 def restore_predictor(saved: dict[str, Any], settings: PredictSettings) -> Predictor:
     """Rebuild the network of a checkpoint and its preprocessing; the dataset is not needed."""
-    restored, spec = restore_settings(saved, settings), DataSpec(**saved["spec"])
+    restored, spec = restore_settings(saved["config"], settings), DataSpec(**saved["spec"])
     with limited_construction(saved):
         refuse_other_network(restored, spec, saved)
     prepare_torch(restored.threads, restored.deterministic)
@@ -227,21 +229,20 @@ def write_masks(
     task: Task,
     rows: list[Row],
     files: list[str],
-    folder: RunDir,
+    run_dir: RunDir,
 ) -> None:
     """Write masks at the sizes (width, height) of the source images, and add files and class shares to the rows."""
     for i, mask in enumerate(ids.numpy()):
-        rows[i]["mask"], target = files[i], folder.path / files[i]
+        rows[i]["mask"], target = files[i], run_dir.path / files[i]
         matrix = batch.truth["source_to_image"][i]
-        on_source = write_mask(mask, matrix, sizes[i], task.spec.mask_fill, target, folder.path)
-        if isinstance(task, Segmentation):
-            rows[i] |= {f"share/{name}": share for name, share in task.class_fractions(on_source).items()}
+        on_source = write_mask(mask, matrix, sizes[i], task.spec.mask_fill, target, run_dir.path)
+        rows[i] |= task.mask_columns(on_source)
 
 
-def draw_page(task: Task, batch: Batch, outputs: Tensor, names: list[str], number: int, folder: RunDir) -> None:
+def draw_page(task: Task, batch: Batch, outputs: Tensor, names: list[str], number: int, run_dir: RunDir) -> None:
     with log_plot_errors(f"page {number} of the predictions"):
         figure = task.draw(batch.images, outputs, batch.targets, names)
-        save_figure(figure, folder.figures / f"predictions-{number:03}.png")
+        save_figure(figure, run_dir.figures / f"predictions-{number:03}.png")
 
 
 def nest(row: Row, spec: DataSpec) -> Row:

@@ -28,14 +28,14 @@ from cnntrain.report.console import log_to_console
 from cnntrain.report.tensorboard import TensorBoardWriter
 from cnntrain.train.device import prepare_torch
 from cnntrain.train.run_dir import open_run_dir, provenance
-from cnntrain.train.setup import build_pipeline, build_source, with_configured_statistics
+from cnntrain.train.setup import build_pipeline, build_source, split_data, with_configured_statistics
 
 log = logging.getLogger("cnntrain")
 FLIPPED_IMAGES = 2
 
 
 def run(invocation: Invocation) -> int:
-    preview(read_settings(invocation.overrides, invocation.config_dir), invocation.line)
+    preview(read_settings(invocation.overrides, invocation.config_dir), invocation.command_line)
     return 0
 
 
@@ -43,7 +43,7 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
     """Draw the figures and return their paths."""
     log_to_console()
     prepare_torch(settings.threads, settings.deterministic)
-    source, chosen = build_source(settings)
+    source, (_, chosen) = build_source(settings), split_data(settings)
     pipeline = build_pipeline(settings, source.spec())  # report misfits before reading images
     # Only a few images are needed, so nothing is cached.
     data = load_data(source, dataclasses.replace(chosen, cache="none"), pipeline.magnification)
@@ -73,13 +73,13 @@ def preview(settings: Settings, command_line: str = "") -> list[Path]:
         names = [data.train.names[row] for row in batch.index.tolist()]
         figures["flip"] = draw_flip(Pipeline(data.spec, {}).eval_transform(batch), flipped, names, data.spec)
     written = []
-    with open_run_dir(settings.run_dir, f"preview-{settings.choices['data']}") as run_folder:
+    with open_run_dir(settings.run_dir, f"preview-{settings.choices['data']}") as run_dir:
         config = without_passwords(dataclasses.asdict(settings))
-        run_folder.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
-        run_folder.write_json("run.json", provenance(command_line))
-        with TensorBoardWriter(run_folder.path) as events:
+        run_dir.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
+        run_dir.write_json("run.json", provenance(command_line))
+        with TensorBoardWriter(run_dir.path) as events:
             for name, figure in figures.items():
-                written.append(run_folder.figures / f"{name}.png")
+                written.append(run_dir.figures / f"{name}.png")
                 save_figure(figure, written[-1])
                 if settings.log.tensorboard:
                     events.figure(f"preview/{name}", figure, 0)

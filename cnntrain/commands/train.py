@@ -41,7 +41,7 @@ from cnntrain.train.resume import (
     resume,
     run_identity,
 )
-from cnntrain.train.run import train_to_the_end
+from cnntrain.train.run import fit_and_test
 from cnntrain.train.run_dir import RunDir, lock_run_dir, needs_lock, open_run_dir, provenance
 from cnntrain.train.setup import build_components
 from cnntrain.train.signals import stop_flag
@@ -66,7 +66,7 @@ def run(invocation: Invocation) -> int:
     settings = read_settings(invocation.overrides, invocation.config_dir)
     if swept := swept_by_config(settings, invocation.overrides):
         raise UserError(f"sweep.over: this config sweeps over {', '.join(swept)}; add -m, or give each one value")
-    results = train(settings, invocation.line)
+    results = train(settings, invocation.command_line)
     findings = []
     if settings.expect and results:
         experiment = [o for o in invocation.overrides if o.startswith("experiment=")]
@@ -102,14 +102,6 @@ def train(
     from cnntrain.train.launch import launch  # slow to import
 
     return launch(_launched, settings.launch.devices, settings, command_line, test, on_epoch=on_epoch)
-
-
-def _ending_key(saved: Mapping[str, Any], settings: Settings) -> str:
-    """Return the setting that ended a finished run."""
-    patience = settings.early_stopping
-    if patience is not None and saved["state"]["progress"]["epochs_since_best"] >= patience:
-        return "early_stopping"
-    return "steps" if settings.steps else "epochs"
 
 
 def _launched(context: "WorkerContext", settings: Settings, command_line: str, test: bool) -> dict[str, Any]:
@@ -158,11 +150,8 @@ def _train_in(
     """Train in `folder`, which is locked if it contains a run."""
     source, saved = load_resume_checkpoint(settings) or (None, None)
     if saved and folder and (done := finished_results(saved, folder, settings)):
-        log.info(
-            "%s: this run is finished, nothing to do; give a larger %s= to train on",
-            source,
-            _ending_key(saved, settings),
-        )
+        ended_by = done.get("ended_by", "epochs")
+        log.info("%s: this run is finished, nothing to do; give a larger %s= to train on", source, ended_by)
         return done
     for name, wanted in (settings.expect or {}).items():
         parse_expectation(name, wanted)
@@ -180,9 +169,7 @@ def _train_in(
     if not test:
         data.test = None
     plan, state = prepare_training(components, data)
-    # Values that were `auto` or follow from pretrained weights.
-    resolved = {name: getattr(components.settings, name) for name in ("optimizer", "model", "data")}
-    settings = dataclasses.replace(settings, batch_size=plan.batch_size, **resolved)
+    settings = components.settings  # with the values of `auto` and those that follow from pretrained weights
     for finding in lint(components, data, plan, command_line):
         log.warning("config: %s: %s; %s", finding.evidence, finding.cause, finding.remedy)
     best = None
@@ -196,38 +183,38 @@ def _train_in(
             )
     world.broadcast_(list(replica_tensors(state).values()))
     with (
-        _run_folder(folder, settings.label, world, locked) as run,
+        _run_folder(folder, settings.label, world, locked) as run_dir,
         stop_flag(world.stop if world.size > 1 else None) as stop,
     ):  # all checks that can refuse the run are done
         if world.is_main:
-            if saved is None and run.last.exists():
-                raise UserError(f"run_dir: another process has started a run in {run.path}; choose another folder")
+            if saved is None and run_dir.last.exists():
+                raise UserError(f"run_dir: another process has started a run in {run_dir.path}; choose another folder")
             if best:
-                copy_best_checkpoint(best, run.best)
+                copy_best_checkpoint(best, run_dir.best)
             config = without_passwords(dataclasses.asdict(settings))
-            run.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
-            run.write_json("run.json", {**provenance(command_line), "data": data.fingerprint})
-        same_folder = source is not None and run_folder_of(source).resolve() == run.path.resolve()
+            run_dir.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
+            run_dir.write_json("run.json", {**provenance(command_line), "data": data.fingerprint})
+        same_folder = source is not None and run_folder_of(source).resolve() == run_dir.path.resolve()
         metadata = checkpoint_metadata(components, data, run_identity(saved, same_folder))
 
         def learning_rate(step: int) -> float:
             return learning_rate_at(state.optimizer, state.schedule, step)
 
         with (
-            CheckpointWriter(run, state, metadata, settings.checkpoint.keep, world.is_main) as writer,
-            RunLogger(run.path, components, plan, state.progress, on_epoch, learning_rate)
+            CheckpointWriter(run_dir, state, metadata, settings.checkpoint.keep, world.is_main) as writer,
+            RunLogger(run_dir.path, components, plan, state.progress, on_epoch, learning_rate)
             if world.is_main
             else contextlib.nullcontext(Logger()) as logger,
         ):
             if isinstance(logger, RunLogger):
                 hparams = {key: value for key, value in metadata["config"].items() if key not in NO_HPARAMS}
-                logger.start(flatten_settings(hparams), read_text(run.path / "config.yaml"), data.test is not None)
-            results = train_to_the_end(components, data, plan, state, writer, logger, stop)
+                logger.start(flatten_settings(hparams), read_text(run_dir.path / "config.yaml"), data.test is not None)
+            results = fit_and_test(components, data, plan, state, writer, logger, stop)
         if not world.is_main:
             return {}
-        run.write_json("results.json", results)
-    _print_summary(results, run.path, components.task.monitor[0], command_line)
-    return {**results, "run_dir": str(run.path)}
+        run_dir.write_json("results.json", results)
+    _print_summary(results, run_dir.path, components.task.monitor[0], command_line)
+    return {**results, "run_dir": str(run_dir.path)}
 
 
 def _print_summary(results: Mapping[str, Any], folder: Path, metric: str, command_line: str) -> None:
@@ -250,9 +237,9 @@ def _run_folder(folder: Path | None, label: str, world: World, locked: bool) -> 
     if not world.is_main:
         yield RunDir(Path(world.broadcast(None)))
         return
-    with open_run_dir(folder, label, trains=True, locked=locked) as run:
-        world.broadcast(str(run.path))
-        yield run
+    with open_run_dir(folder, label, trains=True, locked=locked) as run_dir:
+        world.broadcast(str(run_dir.path))
+        yield run_dir
 
 
 def _check_first(settings: Settings, command_line: str) -> None:
@@ -275,6 +262,6 @@ def train_run(settings: Settings, command_line: str, on_epoch: EpochCallback) ->
 
 def evaluate_run(settings: Settings, command_line: str) -> dict[str, float]:
     """Return the test metrics of the best checkpoint of a run."""
-    about = read_command_settings(EvaluateSettings, "evaluate", ("checkpoint=best.pt",))
+    defaults = read_command_settings(EvaluateSettings, "evaluate", ("checkpoint=best.pt",))
     own = {name: getattr(settings, name) for name in ("device", "threads", "trusted_packages")}
-    return evaluate_checkpoint(dataclasses.replace(about, checkpoint=str(settings.run_dir), **own), command_line)
+    return evaluate_checkpoint(dataclasses.replace(defaults, checkpoint=str(settings.run_dir), **own), command_line)

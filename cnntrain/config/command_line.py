@@ -1,4 +1,4 @@
-"""Command lines: parsed, and as text with values quoted for Hydra and the shell and with passwords masked."""
+"""Parsed command lines, and their formatting for Hydra and the shell, with passwords masked."""
 
 import re
 import shlex
@@ -29,18 +29,18 @@ class Invocation:
     argv: tuple[str, ...] = field(default=(), compare=False)  # all arguments as typed
 
     @property
-    def line(self) -> str:
+    def command_line(self) -> str:
         """Return the command line for pasting into a shell, with passwords masked."""
-        return command_text(["cnntrain", *self.argv])
+        return format_command(["cnntrain", *self.argv])
 
-    def line_with(self, **values: object) -> str:
+    def command_line_with(self, **values: object) -> str:
         """Return the command line with the given keys replaced."""
         kept = [word for word in self.argv if word.lstrip("+").partition("=")[0] not in values]
-        return command_text(["cnntrain", *kept, *(override(key, value) for key, value in values.items())])
+        return format_command(["cnntrain", *kept, *(format_override(key, value) for key, value in values.items())])
 
 
-def override(key: str, value: object) -> str:
-    """Format `key=value` for Hydra, quoting the value if needed; for the shell, see `command_text`."""
+def format_override(key: str, value: object) -> str:
+    """Format `key=value` for Hydra, quoting the value if needed; for the shell, see `format_command`."""
     text = str(value)
     if _PLAIN.fullmatch(text):
         return f"{key}={text}"
@@ -49,12 +49,12 @@ def override(key: str, value: object) -> str:
     return f"{key}='{text}'"
 
 
-def typed(**values: object) -> str:
+def format_overrides(**values: object) -> str:
     """Format `key=value key=value` as typed into a shell."""
-    return command_text(override(key, value) for key, value in values.items())
+    return format_command(format_override(key, value) for key, value in values.items())
 
 
-def command_text(words: Iterable[object]) -> str:
+def format_command(words: Iterable[object]) -> str:
     """Format a command for pasting into a shell, with passwords masked."""
     return shlex.join(mask_passwords(str(word), word=True) for word in words)
 
@@ -72,7 +72,7 @@ def mask_passwords(text: str, word: bool = False) -> str:
 
 
 def without_passwords(settings: Any) -> Any:
-    """Convert settings to plain values for a file, with the password in `sweep.storage` masked."""
+    """Return the settings with the password in `sweep.storage` masked."""
     sweep = settings.get("sweep") if isinstance(settings, dict) else None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("storage"), str):
         return settings

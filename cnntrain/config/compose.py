@@ -194,8 +194,6 @@ def _explain(error: Exception, name: str, overrides: Sequence[str], config_dir: 
     # Without "In '...':", the message may be about Hydra's search path.
     prefix = "In '[^']*': " if "hydra.searchpath" in text else ""
     if match := re.search(prefix + r"Could not (?:load|find) '([^'/]+)/([^']+)'", text):
-        if match[2] == "_base":
-            return f"{match[1]}/_base: no longer exists; remove `_base` from `defaults`, every option has its keys now"
         return no_such_option(match[1], match[2], config_dir)
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]}: several values; -m runs each of them, [brackets] make them one list"
@@ -217,8 +215,8 @@ def _no_such_key(key: str, name: str, overrides: Sequence[str], config_dir: Path
     if hint := renamed(next((each for each in typed if each.startswith(f"{key}.")), key)):
         return f"{key}: no such key{hint}"
     group = key.partition(".")[0]
-    options_with_key = {option: option_keys(group, option, config_dir) for option in options.get(group, ())}
-    owners = [option for option, keys in options_with_key.items() if any(each.key == key for each in keys)]
+    keys_by_option = {option: option_keys(group, option, config_dir) for option in options.get(group, ())}
+    owners = [option for option, keys in keys_by_option.items() if any(each.key == key for each in keys)]
     if owners:
         default = re.search(rf"- {group}: (\w+)", (conf_folder() / "config.yaml").read_text())
         chosen = [default[1] if default else "the chosen one"]

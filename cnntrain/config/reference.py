@@ -103,7 +103,7 @@ def no_such_option(group: str, option: str, config_dir: Path | None = None) -> s
     """Return the message about an unknown option of a group."""
     options = group_options(config_dir).get(group, [])
     hint = renamed(group, option) or suggest(option, options)
-    return f"{group}: no such option {option!r}{hint} (there is {', '.join(options)})"
+    return f"{group}: no such option {option!r}{hint} (available: {', '.join(options)})"
 
 
 def option_keys(group: str, option: str, config_dir: Path | None = None) -> list[KeyReference]:

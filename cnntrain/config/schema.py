@@ -332,7 +332,8 @@ def check_value(value: Any, hint: Any, key: str, limits: Within = Within(), alte
         fixed = origin is tuple and arguments[-1] is not Ellipsis
         if fixed and len(value) != len(arguments):
             raise UserError(f"{key}: must be a list of {len(arguments)} values, got {shortened(value)}")
-        return [check_value(each, arguments[i if fixed else 0], f"{key}[{i}]") for i, each in enumerate(value)]
+        checked = [check_value(each, arguments[i if fixed else 0], f"{key}[{i}]") for i, each in enumerate(value)]
+        return tuple(checked) if origin is tuple else checked
     if origin in (dict, Mapping) and not isinstance(value, Mapping):
         raise UserError(f"{key}: must be a mapping{alternatives}, got {shortened(value)}")
     return _check_scalar(value, hint, key, limits, alternatives) if hint in (int, float, bool, str) else value

@@ -131,7 +131,7 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1023)
 
 
-def monitor_of(folder: Path) -> tuple[str, str] | None:
+def read_monitor(folder: Path) -> tuple[str, str] | None:
     """Return (metric, "min" or "max") that selects the best epoch of a run; None if the run has no checkpoint."""
     path = next((p for name in ("best", "last") if files.exists(p := folder / "checkpoints" / f"{name}.pt")), None)
     if path is None:

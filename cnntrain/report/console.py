@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cnntrain.config.command_line import command_text, override
+from cnntrain.config.command_line import format_command, format_override
 from cnntrain.io.streams import escape_control_characters, lenient
 from cnntrain.types import Finding
 
@@ -57,7 +57,7 @@ def explain_warning(warning: str) -> str:
     )
 
 
-def value_text(value: object) -> str:
+def format_value(value: object) -> str:
     """Format a value: four significant digits for fractions, a dash for None."""
     if value is None:
         return "–"
@@ -68,7 +68,7 @@ def value_text(value: object) -> str:
     return escape_control_characters(str(value))
 
 
-def seconds_text(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Format a duration: `4.2 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -76,7 +76,7 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def columns_of(rows: Sequence[Row]) -> list[str]:
+def list_columns(rows: Sequence[Row]) -> list[str]:
     """Return all keys of rows in the order of their first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
@@ -88,7 +88,7 @@ def rows_table(rows: Sequence[Row], columns: Sequence[str], title: str = "") -> 
         numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
         table.add_column(escape_control_characters(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(value_text(row.get(name))) for name in columns))
+        table.add_row(*(Text(format_value(row.get(name))) for name in columns))
     return table
 
 
@@ -101,7 +101,7 @@ def print_rows(rows: Sequence[Row], title: str = "", console: Console = console)
     if not console.is_terminal:
         console = Console(file=console.file, width=10_000)
     unlimited = console.options.update(width=10_000)
-    columns = columns_of(rows)
+    columns = list_columns(rows)
     parts = [columns[:1]]
     for name in columns[1:]:
         wider = [*parts[-1], name]
@@ -115,10 +115,10 @@ def print_rows(rows: Sequence[Row], title: str = "", console: Console = console)
 
 def markdown(rows: Sequence[Row]) -> str:
     """Format rows as a Markdown table."""
-    columns = columns_of(rows)
+    columns = list_columns(rows)
     lines = [f"| {' | '.join(map(escape_control_characters, columns))} |", f"|{'---|' * len(columns)}"]
     for row in rows:
-        cells = [value_text(row.get(key)).replace("|", "\\|") for key in columns]
+        cells = [format_value(row.get(key)).replace("|", "\\|") for key in columns]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if columns else ""
 
@@ -161,18 +161,18 @@ def print_run_summary(
     if "parameters" in results:
         facts.append(f"{results['parameters']:,} parameters")
     if "wall_s" in results:
-        facts.append(seconds_text(results["wall_s"]))
+        facts.append(format_seconds(results["wall_s"]))
     if results.get("images_per_s"):
         facts.append(f"{results['images_per_s']:,.0f} images/s")
     print_line(", ".join(facts), console)
     print_line(f"run folder: {run_dir}", console)
-    print_line(f"look next:  {command_text(['tensorboard', '--logdir', run_dir])}", console)
+    print_line(f"look next:  {format_command(['tensorboard', '--logdir', run_dir])}", console)
     best_checkpoint = run_dir / "checkpoints" / "best.pt"
     if best_checkpoint.exists():
-        command = ["cnntrain", "evaluate", *options, override("checkpoint", best_checkpoint)]
+        command = ["cnntrain", "evaluate", *options, format_override("checkpoint", best_checkpoint)]
         if not test:  # `evaluate` uses the test set by default
             command.append("split=val" if any(name.startswith("val/") for name in best) else "split=train")
-        print_line(f"            {command_text(command)}", console)
+        print_line(f"            {format_command(command)}", console)
 
 
 def print_findings(findings: Sequence[Finding], console: Console = console) -> None:

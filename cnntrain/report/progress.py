@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cnntrain.io.streams import lenient
-from cnntrain.report.console import print_line, seconds_text
+from cnntrain.report.console import format_seconds, print_line
 
 LINE_INTERVAL_S = 30.0  # between text lines within an epoch
 SPEED_PERIOD_S = 3600.0  # the remaining time is estimated from the mean speed in this period, validation included
@@ -74,7 +74,7 @@ class ProgressBar:
             self._last_line = self._now()
             share = f"{100 * step / max(self.total_steps, 1):.0f}%"
             if (seconds := self.seconds_left()) is not None:
-                share += f", {seconds_text(seconds)} left"
+                share += f", {format_seconds(seconds)} left"
             print_line(f"  {position}, step {step}/{self.total_steps} ({share})  {text}", self.console)
 
     def log_epoch(self, epoch: int, row: Mapping[str, float], best: bool = False) -> None:
@@ -83,7 +83,7 @@ class ProgressBar:
         self._last_line = self._now()
         names = [f"{part}/{name}" for name in ("loss", *self.metrics) for part in ("train", "val")]
         width = len(str(self.epochs))
-        line = f"epoch {epoch + 1:>{width}}/{self.epochs}  {_format_values(row, names)}  {seconds_text(seconds)}"
+        line = f"epoch {epoch + 1:>{width}}/{self.epochs}  {_format_values(row, names)}  {format_seconds(seconds)}"
         line += "  *" if best else ""
         # On a terminal, long lines are wrapped between values. In a log file they are not wrapped.
         print_line(wrap_values(line, self.console.width) if self.console.is_terminal else line, self.console)

@@ -59,7 +59,7 @@ class RunLogger(Logger):
         if settings.tensorboard:
             self.events = TensorBoardWriter(folder, purge_step=done_steps + 1 if done_steps else None)
         self._warned = False
-        self.first_batch: tuple[int, Batch] | None = None
+        self.first_batch: Batch | None = None
 
     def __enter__(self) -> RunLogger:
         self.bar.__enter__()
@@ -83,26 +83,26 @@ class RunLogger(Logger):
             self.events.hparams(hparams, [f"val/{name}", "val/loss", f"best/{name}", *test_tags, "train/loss"])
             self.events.text("config", config)
 
-    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
+    def log_step(self, step: int, epoch: int, values: dict[str, float]) -> None:
         self.bar.log_step(step, epoch, values)
         if self.events:
             self.events.scalars({f"steps/{name}": value for name, value in values.items()}, step)
         self._draw_batch()
 
-    def log_batch(self, step: int, batch: Batch) -> None:
+    def log_first_batch(self, batch: Batch) -> None:
         """Keep the batch to draw it at the next logged step: importing matplotlib would delay the first step."""
-        self.first_batch = (step, batch) if self.draws_figures else None
+        self.first_batch = batch if self.draws_figures else None
 
     def _draw_batch(self) -> None:
         """Draw the first batch as the network gets it."""
         if self.first_batch is None:
             return
-        (step, batch), self.first_batch = self.first_batch, None
+        batch, self.first_batch = self.first_batch, None
         shown = slice(0, IMAGES_IN_FIGURE)
         images, targets = batch.images[shown], {name: target[shown] for name, target in batch.targets.items()}
         names = [f"#{row}" for row in batch.index[shown].tolist()]
         with self.bar.paused(), log_plot_errors("the first batch"):
-            self.figure("first_batch", self.task.draw(images, None, targets, names), step)
+            self.figure("first_batch", self.task.draw(images, None, targets, names), 0)
 
     def log_epoch(self, step: int, row: dict[str, float], improved: bool) -> None:
         self.metrics.append(row)

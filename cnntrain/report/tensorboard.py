@@ -62,8 +62,9 @@ class TensorBoardWriter:
         """Write preformatted text, for example a YAML file or a command."""
         indented = "".join(f"    {line}\n" for line in text.splitlines())  # a code block in Markdown
         tensor = {"dtype": "DT_STRING", "string_val": [indented.encode()], "tensor_shape": {"dim": [{"size": 1}]}}
-        about = _tensorboard("plugins.text.metadata").create_summary_metadata(display_name=tag, description="")
-        self._write(step, {"tag": f"{tag}/text_summary", "metadata": about, "tensor": tensor})
+        plugin = _tensorboard("plugins.text.metadata")
+        summary_metadata = plugin.create_summary_metadata(display_name=tag, description="")
+        self._write(step, {"tag": f"{tag}/text_summary", "metadata": summary_metadata, "tensor": tensor})
 
     def hparams(self, settings: Mapping[str, object], metrics: Iterable[str]) -> None:
         """Write the run's row in the HParams tab.
@@ -117,8 +118,8 @@ class TensorBoardWriter:
 
     def _write_hparams(self, tag: str, **content: Any) -> None:
         metadata, data = _tensorboard("plugins.hparams.metadata"), _tensorboard("plugins.hparams.plugin_data_pb2")
-        about = metadata.create_summary_metadata(data.HParamsPluginData(**content))
-        self._write(0, {"tag": getattr(metadata, tag), "metadata": about, "tensor": metadata.NULL_TENSOR})
+        summary_metadata = metadata.create_summary_metadata(data.HParamsPluginData(**content))
+        self._write(0, {"tag": getattr(metadata, tag), "metadata": summary_metadata, "tensor": metadata.NULL_TENSOR})
 
     def _write(self, step: int, *values: Mapping[str, Any]) -> None:
         """Write a Summary of `values` (fields of Summary.Value)."""

@@ -28,6 +28,7 @@ def preflight(
     batch_size: int = 2,
     classification: bool = True,
     name: str | None = None,
+    size_key: str | None = "data.size",
 ) -> list[Finding]:
     """Run a network on the meta device, in training mode and in evaluation mode; the network is not changed.
 
@@ -38,6 +39,7 @@ def preflight(
         batch_size: of training; BatchNorm needs several images after a 1x1 map.
         classification: the loss is cross-entropy.
         name: of the network in messages; by default the name of its class.
+        size_key: config key of the image size, for the remedy; None if the size is fixed.
 
     Returns:
         One FAIL finding called 'preflight' if the network does not fit; one SKIP finding if it needs data; otherwise
@@ -49,7 +51,7 @@ def preflight(
     except CnntrainError as error:
         return [Finding("preflight", "FAIL", str(error), "the network cannot be built", "", ("model",))]
     name = name or {"Sequential": "this network"}.get(type(model).__name__, type(model).__name__.lower())
-    requirements = _Requirements(in_channels, size, batch_size, expected_output_shape)
+    requirements = _Requirements(in_channels, size, batch_size, expected_output_shape, size_key)
     try:
         _run_training_pass(model, requirements)
         trace, output = trace_run(model.eval(), meta_images(in_channels, size, batch_size))
@@ -71,6 +73,7 @@ class _Requirements:
     image_size: tuple[int, ...]
     batch_size: int
     output_shape: OutputShape | None
+    size_key: str | None
 
 
 def output_size(model: nn.Module, in_channels: int, image_size: Sequence[int]) -> tuple[int, int] | None:
@@ -138,9 +141,10 @@ def _failure_finding(model: nn.Module, name: str, failure: Failure, needed: _Req
     smallest = None if failure.positions else smallest_size(model, needed)
     if smallest is not None and needed.image_size != (smallest[0],) * len(needed.image_size):
         side, accepts_larger = smallest
-        keys = ("data.size", "model")
+        keys = (*([needed.size_key] if needed.size_key else []), "model")
         cause += f"; {name} needs {'at least' if accepts_larger else 'exactly'} {side} px"
-        remedies = [f"set data.size={side}", "choose a smaller network", *remedies]
+        resize = [f"set {needed.size_key}={side}"] if needed.size_key else []
+        remedies = [*resize, "choose a smaller network", *remedies]
     remedy = ", or ".join(filter(None, [", ".join(remedies[:-1]), *remedies[-1:]]))
     return Finding("preflight", "FAIL", f"{failure.message}; {cause}", cause, remedy, keys)
 

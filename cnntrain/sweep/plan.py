@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnntrain.config.command_line import DEFAULT_COMMAND, Invocation, command_text
+from cnntrain.config.command_line import DEFAULT_COMMAND, Invocation, format_command
 from cnntrain.config.compose import parse_overrides, read_settings
 from cnntrain.config.schema import Settings, SweepSettings
 from cnntrain.data.load import read_fingerprint
@@ -151,7 +151,7 @@ class SweepPlan:
         settings = flatten_settings(dataclasses.asdict(self.base))
         return {
             "overrides": sorted([*fixed, *map(str, self.dimensions), *repeats]),
-            "data": sorted({read_fingerprint(build_source(settings)[0]) for settings in self.variants}),
+            "data": sorted({read_fingerprint(build_source(settings)) for settings in self.variants}),
             "settings": {key: value for key, value in settings.items() if not _may_change(key)},
         }
 
@@ -192,7 +192,7 @@ class SweepPlan:
             threads = max(1, usable_cores() // self.sweep.jobs)
             words.append(f"threads={threads}")
         return PlannedRun(
-            trial, repeat, dict(values), overrides, self.config_dir, threads, folder / name, command_text(words)
+            trial, repeat, dict(values), overrides, self.config_dir, threads, folder / name, format_command(words)
         )
 
     def varying(self, repeat: Repeat) -> dict[str, int]:
@@ -285,7 +285,7 @@ def _common_monitor(variants: Sequence[Settings]) -> tuple[tuple[str, str], tupl
     """Return the monitored metric shared by all trials and its range; None if they differ."""
     monitors = set()
     for settings in {str((each.data, each.task)): each for each in variants}.values():
-        spec = build_source(settings)[0].spec()
+        spec = build_source(settings).spec()
         task = build_task(settings, spec, build_pipeline(settings, spec))
         monitors.add((task.monitor, task.monitor_range))
     return monitors.pop() if len(monitors) == 1 else None
@@ -309,10 +309,10 @@ def trial_name(values: Mapping[str, str], repeat: Mapping[str, int] | None = Non
 
 def rounded(values: Mapping[str, str]) -> dict[str, str]:
     """Round values for display."""
-    return {key: round_text(value) for key, value in values.items()}
+    return {key: round_number(value) for key, value in values.items()}
 
 
-def round_text(value: str) -> str:
+def round_number(value: str) -> str:
     """Round a value to four significant digits if it is a number of more than eight characters."""
     try:
         number = float(value)
@@ -323,4 +323,4 @@ def round_text(value: str) -> str:
 
 def _path_part(value: str) -> str:
     """Format a value as part of a folder name, without characters that a shell or `key=value` would interpret."""
-    return re.sub(r"[^\w.,+-]+", "_", round_text(value)).strip("_")[:24]
+    return re.sub(r"[^\w.,+-]+", "_", round_number(value)).strip("_")[:24]

@@ -18,7 +18,7 @@ from cnntrain.plots.curves import plot_learning_curves
 from cnntrain.plots.figure import save_figure
 from cnntrain.plots.sweep import Scale, plot_marginal_effect, plot_parallel_coordinates
 from cnntrain.report.compare import find_runs, read_run
-from cnntrain.report.console import markdown, value_text
+from cnntrain.report.console import markdown, format_value
 from cnntrain.sweep.plan import UNLIMITED, Repeat, SweepPlan, repeats_text, rounded, trial_name
 from cnntrain.sweep.study import Study, Trial
 
@@ -256,7 +256,7 @@ def summary_lines(report: SweepReport) -> list[str]:
     repeats = repeats_text(best.values)
     spread = "" if best.std is None else f" ± {best.std:.2g} over {repeats}"
     name = trial_name(best.trial.values)
-    lines = [f"best: {name}: {metric} {value_text(best.mean)}{spread}"]
+    lines = [f"best: {name}: {metric} {format_value(best.mean)}{spread}"]
     if report.comparison:
         count = len(report.ranking)
         lines[0] += f"; this value is optimistic because it is the best of {count} trials"
@@ -273,7 +273,7 @@ def summary_lines(report: SweepReport) -> list[str]:
         key = next((key for key in keys if key.split("/")[-1] == metric.split("/")[-1]), keys[0])
         values = [row[key] for row in report.test]
         spread = f" ± {statistics.stdev(values):.2g} over {repeats}" if len(values) > 1 else ""
-        mean = value_text(statistics.fmean(values))
+        mean = format_value(statistics.fmean(values))
         lines.append(f"test set, used once, for the best trial only: {key} {mean}{spread}")
     if isinstance(report.importance, dict):
         parts = ", ".join(f"{key} {100 * share:.0f} %" for key, share in report.importance.items())
@@ -286,7 +286,7 @@ def summary_lines(report: SweepReport) -> list[str]:
 def _comparison_line(report: SweepReport, comparison: WinnerComparison) -> str:
     second = report.ranking[1]
     name = trial_name(second.trial.values)
-    line = f"runner-up: {name}: {value_text(second.mean)}, worse by {comparison.difference:.2g}"
+    line = f"runner-up: {name}: {format_value(second.mean)}, worse by {comparison.difference:.2g}"
     if comparison.interval is None:
         return line
     verdict = "difference larger than the spread over runs"

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cnntrain.io.streams import lenient
-from cnntrain.report.console import columns_of, print_line, rows_table, seconds_text, value_text
+from cnntrain.report.console import list_columns, print_line, rows_table, format_seconds, format_value
 from cnntrain.sweep.plan import PlannedRun, SweepPlan, rounded, trial_name
 from cnntrain.sweep.run_workers import LOG_FILE
 from cnntrain.sweep.study import Outcome
@@ -67,7 +67,7 @@ class SweepProgress:
         del self._running[run.folder]
         row = {**self._row(run), "status": outcome.status, "epoch": outcome.metrics.get("epoch")}
         row |= {metric: outcome.value} if metric else outcome.metrics
-        self._finished.append({**row, "time": seconds_text(outcome.time_s)})
+        self._finished.append({**row, "time": format_seconds(outcome.time_s)})
         if outcome.time_s:  # unknown for a run whose process died
             self._durations_s.append(outcome.time_s)
         self.count(outcome, run.trial, run.values)
@@ -78,8 +78,8 @@ class SweepProgress:
         if not self.console.is_terminal:
             result = str(outcome.metrics.get("verdict", ""))
             if outcome.value is not None:
-                result = f"{metric} {value_text(outcome.value)}"
-            parts = [f"{outcome.status} {result}".rstrip(), seconds_text(outcome.time_s), self._time_left()]
+                result = f"{metric} {format_value(outcome.value)}"
+            parts = [f"{outcome.status} {result}".rstrip(), format_seconds(outcome.time_s), self._time_left()]
             text = ", ".join(part for part in parts if part)
             print_line(f"[{self.counts.total()}/{self.total}] {name}: {text}", self.console)
 
@@ -108,18 +108,18 @@ class SweepProgress:
         if not self._durations_s or unfinished <= 0:
             return ""
         seconds = statistics.fmean(self._durations_s) * unfinished / min(self.plan.sweep.jobs, unfinished)
-        return f"about {seconds_text(seconds)} left"
+        return f"about {format_seconds(seconds)} left"
 
     def _draw(self) -> Group:
         running = list(self._running.values())
         max_finished = max(self.console.size.height - len(running) - 9, 3)
         rows = [*self._finished[-max_finished:], *running]
-        table = rows_table(rows, columns_of(rows))
+        table = rows_table(rows, list_columns(rows))
         for column in table.columns:
             column.overflow, column.no_wrap = "ellipsis", True
         head = Text(f"sweep of {self.total} runs: ", style="bold")
         counts = {"running": len(running), **self.counts, "pending": self.pending}
         text = ", ".join(f"{count} {status}" for status, count in counts.items())
         head.append(f"{text}   {self._time_left()}", style="not bold")
-        best = f"best so far: {self.plan.metric} {value_text(self.best[0])} ({self.best[1]})" if self.best else ""
+        best = f"best so far: {self.plan.metric} {format_value(self.best[0])} ({self.best[1]})" if self.best else ""
         return Group(head, table, Text(best, style="green"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from cnntrain.config.command_line import MASK, Invocation, command_text, typed, without_passwords
+from cnntrain.config.command_line import MASK, Invocation, format_command, format_overrides, without_passwords
 from cnntrain.errors import CnntrainError, MachineError, StoppedError, UserError
 from cnntrain.io.safe_files import read_json
 from cnntrain.plots.figure import log_plot_errors
@@ -62,7 +62,7 @@ def run_sweep(invocation: Invocation, target: SweepTarget) -> int:
             )
         study = open_study(plan, folder)
         if not (folder / "run.json").exists():
-            run_dir.write_json("run.json", provenance(invocation.line))
+            run_dir.write_json("run.json", provenance(invocation.command_line))
         with _errors_with_resume_command(invocation, plan, folder) as resume_command:
             try:
                 complete = _run_trials(target, study, stop, resume_command)
@@ -74,7 +74,7 @@ def run_sweep(invocation: Invocation, target: SweepTarget) -> int:
         if plan.base.log.figures:
             with log_plot_errors("the sweep's figures"):
                 report.figures = draw_figures(report, folder)
-        write_report(report, folder, invocation.line, winner_command)
+        write_report(report, folder, invocation.command_line, winner_command)
     _print_report(report, study, folder, winner_command)
     outcomes = [outcome for trial in report.trials for outcome in trial.outcomes.values()]
     # A diverged run is a result, the worst one. A failed or killed run has none.
@@ -85,12 +85,12 @@ def run_sweep(invocation: Invocation, target: SweepTarget) -> int:
 @contextlib.contextmanager
 def _errors_with_resume_command(invocation: Invocation, plan: SweepPlan, folder: Path) -> Iterator[str]:
     """Yield the command that resumes the sweep; add it to the error if a signal or a storage error ends the sweep."""
-    command = invocation.line_with(run_dir=folder, resume="auto")
+    command = invocation.command_line_with(run_dir=folder, resume="auto")
     command += f" (replace {MASK} by the password)" if MASK in command else ""
     try:
         yield command
     except StoppedError as error:
-        number = error.exit_code - 128
+        number = error.signal_number
         name = signal.Signals(number).name
         message = f"stopped by {name}; unfinished runs are saved; to continue: {command}"
         raise StoppedError(number, message) from error
@@ -180,7 +180,7 @@ def _test_winner(report: SweepReport, target: SweepTarget, folder: Path, complet
 
 def _test_metrics(run: PlannedRun, target: SweepTarget, tensorboard: bool) -> dict[str, float]:
     """Return the test metrics from the run's results.json; evaluate and store them there if they are missing."""
-    remedy = f"{run.command} {typed(run_dir=run.folder, resume='auto')} rewrites it"
+    remedy = f"{run.command} {format_overrides(run_dir=run.folder, resume='auto')} rewrites it"
     results = read_json(run.folder / "results.json", remedy)
     if not results.get("test"):
         assert target.test is not None
@@ -206,4 +206,4 @@ def _print_report(report: SweepReport, study: Study, folder: Path, winner_comman
         print(f"to repeat a run of the best trial: {winner_command}")
     print(f"sweep folder: {folder} (results.md, results.csv{', figures/' if report.figures else ''})")
     if report.plan.base.log.tensorboard and report.ranking:
-        print(f"look next:    {command_text(['tensorboard', '--logdir', folder])}")
+        print(f"look next:    {format_command(['tensorboard', '--logdir', folder])}")

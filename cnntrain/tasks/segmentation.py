@@ -153,15 +153,16 @@ class Segmentation(Task):
         return masks
 
     def predictions(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:
-        """Return empty rows: predictions are masks, and `class_fractions` counts them at the size of the file."""
+        """Return empty rows: predictions are masks, and `mask_columns` counts them at the size of the file."""
         return [{} for _ in outputs]
 
-    def class_fractions(self, mask: np.ndarray) -> dict[str, float]:
-        """Return the fraction of pixels predicted as each class, from a mask (H, W) uint8 of class ids."""
+    def mask_columns(self, mask: np.ndarray) -> dict[str, float]:
+        """Return the share of pixels predicted as each class."""
         counts = np.bincount(mask.ravel(), minlength=256)[: self.num_classes].astype(float)
         if self.ignore_index < self.num_classes:
             counts[self.ignore_index] = 0
-        return dict(zip(self.spec.classes, (counts / max(counts.sum(), 1)).tolist(), strict=True))
+        shares = (counts / max(counts.sum(), 1)).tolist()
+        return {f"share/{name}": share for name, share in zip(self.spec.classes, shares, strict=True)}
 
     @torch.no_grad()
     def per_example(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:

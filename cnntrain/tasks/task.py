@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,6 +111,10 @@ class Task(ABC):
     def masks(self, outputs: Tensor, size: Size) -> Tensor | None:
         """Return predicted masks (N, H, W) uint8 on the CPU for images of `size`; None for tasks without masks."""
         return None
+
+    def mask_columns(self, mask: np.ndarray) -> dict[str, float]:
+        """Return columns for a row of predictions, from a mask (H, W) uint8 of class ids."""
+        return {}
 
     @abstractmethod
     def per_example(self, outputs: Tensor, targets: Targets) -> list[dict[str, object]]:

@@ -160,7 +160,7 @@ class CheckpointWriter:
         self, run: RunDir, state: TrainState, metadata: Mapping[str, Any], keep: int, enabled: bool = True
     ) -> None:
         self.run, self.state, self.metadata, self.keep, self.enabled = run, state, metadata, keep, enabled
-        self._step = state.progress.step if run.last.exists() else None  # of last.pt
+        self._last_step = state.progress.step if run.last.exists() else None  # step of last.pt
         self._executor = ThreadPoolExecutor(1, "cnntrain-checkpoint")
         self._pending: Future[None] | None = None
 
@@ -181,7 +181,7 @@ class CheckpointWriter:
             epoch = progress.epoch if "last" in names and self.keep and not progress.batch else None
             self._pending = self._executor.submit(self._write, serialized, names, epoch)
         if "last" in names:
-            self._step = progress.step
+            self._last_step = progress.step
 
     def flush(self) -> None:
         """Wait until all files are written."""
@@ -193,7 +193,7 @@ class CheckpointWriter:
     def last_saved(self) -> str:
         """Path and step of the newest last.pt, for messages."""
         self.flush()
-        return "none was written yet" if self._step is None else f"{self.run.last} (step {self._step})"
+        return "none was written yet" if self._last_step is None else f"{self.run.last} (step {self._last_step})"
 
     def _write(self, serialized: memoryview, names: tuple[str, ...], epoch: int | None) -> None:
         """Write the files in an order that tolerates a kill between them.
@@ -273,7 +273,7 @@ def validate_checkpoint(content: Mapping[str, Any]) -> dict[str, Any]:
         **content,
         "state": {**vars(state), "progress": dataclasses.asdict(state.progress)},
         "config": {**config, "batch_size": settings.batch_size},
-        "spec": {name: _as_tuple(value) for name, value in dataclasses.asdict(spec).items()},
+        "spec": dataclasses.asdict(spec),
         "fingerprint": saved.fingerprint,
         "resolved": {name: value for name, value in vars(saved.resolved).items() if value is not None},
         "monitor": saved.monitor,
@@ -319,7 +319,3 @@ def _require(good: bool, name: str, requirement: str, value: Any) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(each) for each in value) if isinstance(value, list | tuple) else value

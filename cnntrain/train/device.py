@@ -24,7 +24,6 @@ from torch.optim import Optimizer
 from cnntrain.data.parallel import usable_cores
 from cnntrain.errors import MachineError, UserError
 from cnntrain.models.modify import make_pooling_deterministic
-from cnntrain.randomness import hash_seed, seed_generators
 from cnntrain.train.distributed import SINGLE, World
 
 log = logging.getLogger("cnntrain")
@@ -84,7 +83,7 @@ def choose_compute(
     if precision == "fp16" and chosen.type != "cuda":
         raise UserError(f"precision: fp16 needs a CUDA device, this is {chosen}; use bf16, fp32 or auto")
     if world.size > 1 and chosen.type == "cuda":
-        chosen = own_gpu(world.local_rank)
+        chosen = select_gpu(world.local_rank)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)  # default device for streams, cuBLAS and libraries
     return Compute(chosen, precision, channels_last, world, compile)
@@ -104,7 +103,7 @@ def missing_for_compiling(device: torch.device) -> str | None:
     return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"
 
 
-def own_gpu(local_rank: int) -> torch.device:
+def select_gpu(local_rank: int) -> torch.device:
     """Return the GPU of a rank. If each rank sees only one GPU (`srun --gpus-per-task=1`), its index is always 0."""
     return torch.device("cuda", local_rank if torch.cuda.device_count() > 1 else 0)
 
@@ -241,8 +240,3 @@ def full_float32() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
-
-
-def seed_step(*parts: int | str) -> None:
-    """Seed torch's generators (initial weights, dropout) with a hash of `parts`."""
-    seed_generators(hash_seed(*parts))

@@ -34,7 +34,7 @@ log = logging.getLogger("cnntrain")
 
 @dataclass(frozen=True)
 class RankInfo:
-    """The number of this process, in all and on its machine, and the address at which the processes meet."""
+    """Rank of this process, global and local, and the rendezvous address."""
 
     rank: int
     world_size: int
@@ -51,8 +51,8 @@ def rank_from_env(environment: Mapping[str, str] = os.environ) -> RankInfo | Non
     def text(name: str) -> str:
         if name not in environment:
             raise UserError(
-                f"launch: the environment has a number of processes, but {name} is not set; start with torchrun, srun "
-                "or launch.devices=N, or unset WORLD_SIZE"
+                f"launch: the environment gives the number of processes, but {name} is not set; start with torchrun, "
+                "srun or launch.devices=N, or unset WORLD_SIZE"
             )
         return environment[name]
 
@@ -91,7 +91,7 @@ def first_node(nodes: str) -> str:
 
 def describe_lost(rank: int | None, count: int, cause: str = "killed or cut off (out of memory?)") -> str:
     """Return the message for a rank that ended without a message of its own."""
-    who = "one of its processes" if rank is None else f"process {rank + 1} of {count}"
+    who = "one of the processes" if rank is None else f"process {rank + 1} of {count}"
     return (
         f"{who} was {cause}; the last checkpoint is complete: run the same command with run_dir=FOLDER resume=auto to "
         "continue"
@@ -171,8 +171,8 @@ class World:
         """
         return contextlib.nullcontext()
 
-    def sync_step(self, model: nn.Module, sums: Tensor, poison: Tensor) -> None:
-        """Sum `sums` and `poison` over ranks, average BatchNorm's running statistics, and exchange stop requests."""
+    def sync_step(self, model: nn.Module, sums: Tensor, nonfinite: Tensor) -> None:
+        """Sum `sums` and `nonfinite` over ranks, average BatchNorm's running statistics, and exchange stop requests."""
 
     def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over ranks, in one message; no host sync."""
@@ -206,9 +206,9 @@ def gather_states(meter: Meter, world: World) -> dict[str, Tensor]:
     return {name: value for states in world.all_gather(own) for name, value in states.items()}
 
 
-def own_state(states: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Return the state of this rank's meter from the result of `gather_states`."""
-    prefix = f"{world.rank}/" if world.size > 1 else ""
+def rank_state(states: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
+    """Return the state of one rank's meter from the result of `gather_states`."""
+    prefix = f"{rank}/" if size > 1 else ""
     return {name.removeprefix(prefix): value for name, value in states.items() if name.startswith(prefix)}
 
 
@@ -218,7 +218,7 @@ def merge_meters(meter: Meter, empty: Meter, world: World) -> Meter:
         return meter
     states = gather_states(meter, world)
     for rank in range(world.size):
-        empty.merge(own_state(states, World(rank, world.size)))
+        empty.merge(rank_state(states, rank, world.size))
     return empty
 
 
@@ -240,7 +240,9 @@ def check_replicas_equal(state: TrainState, world: World) -> bool:
     if different:
         log.warning(
             "the ranks differ in %d of %d tensors after this epoch (first: %s); continuing with the values of rank 0",
-            *(len(different), len(tensors), different[0]),
+            len(different),
+            len(tensors),
+            different[0],
         )
         world.broadcast_(list(tensors.values()))
     return not different
@@ -271,7 +273,7 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [value for norm in own for value in (norm.running_mean, norm.running_var) if value is not None]
 
 
-def synchronize_norms(model: nn.Module) -> nn.Module:
+def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Replace BatchNorm by SyncBatchNorm; parameters, buffers, their names and frozen layers are preserved.
 
     PyTorch's layers become PyTorch's SyncBatchNorm. timm's layers, which include an activation, become timm's
@@ -295,7 +297,9 @@ def synchronize_norms(model: nn.Module) -> nn.Module:
     if kept:
         log.warning(
             "BatchNorm is not synchronized in %d layers of class %s (first: %s); each process uses its own images",
-            *(len(kept), ", ".join(sorted(set(kept.values()))), next(iter(kept))),
+            len(kept),
+            ", ".join(sorted(set(kept.values()))),
+            next(iter(kept)),
         )
     return model
 

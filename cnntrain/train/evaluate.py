@@ -49,8 +49,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     meter = task.meter()
-    count = len(loader) if limit_batches is None else min(len(loader), limit_batches * batch_size)
-    order = torch.linspace(0, len(loader) - 1, count, dtype=torch.float64).round().long()
+    num_examples = len(loader) if limit_batches is None else min(len(loader), limit_batches * batch_size)
+    order = torch.linspace(0, len(loader) - 1, num_examples, dtype=torch.float64).round().long()
     for batch in loader.batches(order, batch_size, shard=compute.world.shard()):
         if stop is not None:
             stop.check()

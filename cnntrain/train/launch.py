@@ -23,7 +23,7 @@ from threading import Thread
 from typing import Any
 
 from cnntrain import errors
-from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, StoppedError
+from cnntrain.errors import CnntrainError, MachineError, PeerFailedError, StoppedError
 from cnntrain.io.safe_files import write_atomic
 from cnntrain.io.streams import output_to
 from cnntrain.memory import keep_freed_memory
@@ -39,11 +39,11 @@ class WorkerContext:
     """What a launched rank needs to know about its launcher.
 
     Attributes:
-        port: of the store, on the loopback interface.
-        folder: for the error of the rank that fails first.
+        port: port of the store, on the loopback interface.
+        folder: holds the error of the rank that fails first.
         log: file for standard output and error; None for the console.
-        metrics_pipe: receives each epoch's metrics and answers None or the error that ends training; None
-            without `on_epoch`.
+        metrics_pipe: receives each epoch's metrics and answers None or the error that ends training; None without
+            `on_epoch`.
     """
 
     port: int
@@ -56,7 +56,7 @@ class WorkerContext:
         return RankInfo(*(int(os.environ[name]) for name in names), address="127.0.0.1", port=self.port)
 
     def report(self, kind: type[BaseException], message: str, code: int) -> None:
-        """Leave this rank's error to the launcher."""
+        """Write this rank's error to a file for the launcher."""
         with contextlib.suppress(OSError):
             error = {"kind": kind.__name__, "message": message, "code": code}
             write_atomic(self.folder / FAILURE, json.dumps(error).encode())
@@ -136,7 +136,7 @@ def run_rank(context: WorkerContext, work: Callable[[], Any]) -> Any:
     with output_to(context.log) if context.log else contextlib.nullcontext():
         try:
             return work()
-        except ElsewhereError as error:
+        except PeerFailedError as error:
             code = error.exit_code
         except CnntrainError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -162,7 +162,7 @@ def _reported(folder: Path) -> CnntrainError | None:
         return StoppedError(failure["code"] - 128, failure["message"])
     if isinstance(kind, type) and issubclass(kind, CnntrainError):
         return kind(failure["message"])
-    return ElsewhereError(failure["code"])  # its traceback has been printed
+    return PeerFailedError(failure["code"])  # its traceback has been printed
 
 
 def _explain_exit(rank: int, count: int, code: int, reported: CnntrainError | None) -> CnntrainError:
@@ -172,7 +172,7 @@ def _explain_exit(rank: int, count: int, code: int, reported: CnntrainError | No
         return reported
     if code in SHUTDOWN:
         return _stopped(signal.Signals(-code))
-    return MachineError(describe_lost(rank, count)) if code == MachineError.exit_code else ElsewhereError(code)
+    return MachineError(describe_lost(rank, count)) if code == MachineError.exit_code else PeerFailedError(code)
 
 
 def _stopped(number: signal.Signals) -> StoppedError:

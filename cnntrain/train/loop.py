@@ -15,10 +15,10 @@ from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.loader import Loader
 from cnntrain.errors import StoppedError
 from cnntrain.models.modify import unfreeze
-from cnntrain.randomness import epoch_order
+from cnntrain.randomness import epoch_order, seed_all
 from cnntrain.tasks.task import Meter, Task
-from cnntrain.train.device import Compute, seed_step
-from cnntrain.train.distributed import check_replicas_equal, gather_states, merge_meters, own_state
+from cnntrain.train.device import Compute
+from cnntrain.train.distributed import check_replicas_equal, gather_states, merge_meters, rank_state
 from cnntrain.train.evaluate import evaluate, predict_batch
 from cnntrain.train.nonfinite import NonFiniteGuard, explain_divergence, explain_validation, step_unless
 from cnntrain.train.optim import set_learning_rate
@@ -32,25 +32,25 @@ class Trainer:
     """The parts of a training run that do not change; `TrainState` holds the parts that do.
 
     Attributes:
-        validation: None if there is no validation split.
+        val_loader: None if there is no validation split.
     """
 
     task: Task
     pipeline: Pipeline
     compute: Compute
     plan: TrainingPlan
-    training: Loader
-    validation: Loader | None = None
+    train_loader: Loader
+    val_loader: Loader | None = None
 
     def train_batches(self, progress: Progress) -> Iterator[tuple[Batch, int]]:
         """Yield the remaining augmented batches of an epoch, each with its number of images in all ranks."""
         plan, shard = self.plan, self.compute.world.shard(self.pipeline)
-        order = epoch_order(plan.seed, progress.epoch, len(self.training))
+        order = epoch_order(plan.seed, progress.epoch, len(self.train_loader))
         transform = self.pipeline.sample_transform(plan.seed, progress.epoch)
-        batches = self.training.batches(
+        batches = self.train_loader.batches(
             order, plan.batch_size, progress.batch, plan.drop_last, transform=transform, shard=shard
         )
-        augmented = self.pipeline.augment_batches(batches, plan.seed, progress.epoch, self.training.is_cached)
+        augmented = self.pipeline.augment_batches(batches, plan.seed, progress.epoch, self.train_loader.is_cached)
         for number, batch in enumerate(augmented, progress.batch):
             rest = len(order) - number * plan.batch_size
             yield shard.drop_predecessor(batch), len(batch) if shard.count == 1 else min(plan.batch_size, rest)
@@ -60,12 +60,12 @@ Row = Mapping[str, float]  # metrics by name
 
 
 class Logger:
-    """Receives the metrics of a training run and does nothing with them; base class of those that do."""
+    """Base class of loggers; every method does nothing."""
 
-    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None: ...
+    def log_step(self, step: int, epoch: int, values: dict[str, float]) -> None: ...
     def log_epoch(self, step: int, row: dict[str, float], improved: bool) -> None: ...
     def log_checkpoint(self, row: dict[str, float]) -> None: ...
-    def log_batch(self, step: int, batch: Batch) -> None: ...
+    def log_first_batch(self, batch: Batch) -> None: ...
     def finish(
         self, model: nn.Module, meter: Meter, mistakes: Any, split: str, best: Row, test: Row, step: int
     ) -> None: ...
@@ -81,13 +81,13 @@ class _Stopwatch(Logger):
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
-    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
+    def log_step(self, step: int, epoch: int, values: dict[str, float]) -> None:
         with self._paused():
-            self.logger.log_step(step, epoch, batch, values)
+            self.logger.log_step(step, epoch, values)
 
-    def log_batch(self, step: int, batch: Batch) -> None:
+    def log_first_batch(self, batch: Batch) -> None:
         with self._paused():
-            self.logger.log_batch(step, batch)
+            self.logger.log_first_batch(batch)
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
@@ -116,7 +116,7 @@ def fit(trainer: Trainer, state: TrainState, logger: Logger, save: Callable[...,
     world.replicate(state.model)  # before the clock starts
     # A run interrupted after its last step still has to validate that epoch.
     while not progress.finished and (progress.step < plan.total_steps or progress.batch):
-        world.barrier()  # rank 0 has logged and saved the epoch before
+        world.barrier()  # until rank 0 has logged and saved the previous epoch
         row = _fit_epoch(trainer, state, logger, guard, save, stop)
         improved = is_better(row, progress.best, trainer.task.monitor)
         if improved:
@@ -143,7 +143,7 @@ def _fit_epoch(
     stopwatch, seconds_before, images_before = _Stopwatch(logger), progress.wall_s, progress.images
     meter = task.meter()
     if progress.batch and state.meter:
-        meter.load_state(own_state(state.meter, world), trainer.compute.device)
+        meter.load_state(rank_state(state.meter, world.rank, world.size), trainer.compute.device)
 
     def save_position() -> None:
         guard.raise_if_bad()
@@ -179,10 +179,10 @@ def _fit_epoch(
 
 def _validate(trainer: Trainer, state: TrainState, stop: StopFlag) -> dict[str, float]:
     """Return the validation metrics; {} without a validation split."""
-    if trainer.validation is None:
+    if trainer.val_loader is None:
         return {}
     plan = trainer.plan
-    meter = evaluate(trainer, state.eval_model, trainer.validation, plan.batch_size, plan.limit_batches, stop)
+    meter = evaluate(trainer, state.eval_model, trainer.val_loader, plan.batch_size, plan.limit_batches, stop)
     if not meter.loss_is_finite():
         raise explain_validation(trainer, state)
     return meter.compute()
@@ -214,8 +214,8 @@ def train_epoch(
             break
         learning_rate = set_learning_rate(state.optimizer, state.schedule, progress.step)
         if progress.step == 0 and progress.batch == 0:
-            logger.log_batch(0, batch)
-        seed_step(plan.seed, "step", progress.epoch, progress.batch, *world.seed)
+            logger.log_first_batch(batch)
+        seed_all(plan.seed, "step", progress.epoch, progress.batch, *world.seed)
         ends_epoch = progress.batch + 1 >= plan.batches_per_epoch
         ends_step = ends_epoch or (progress.batch + 1) % plan.accumulate == 0
 
@@ -232,7 +232,7 @@ def train_epoch(
         if not ends_step:
             continue
 
-        world.sync_step(model, sums, guard.poison)
+        world.sync_step(model, sums, guard.nonfinite)
         norm = apply_gradients(state, plan, sums[1], guard)
         recent += sums
         sums = None
@@ -249,7 +249,7 @@ def train_epoch(
                 "images_per_s": images_since / max(time.perf_counter() - logged_at, 1e-9),
                 "grad_norm": grad_norm,
             }
-            logger.log_step(progress.step, progress.epoch, progress.batch, values)
+            logger.log_step(progress.step, progress.epoch, values)
             recent.zero_()
             logged_at, images_since = time.perf_counter(), 0
         saves = plan.save_every_steps is not None and progress.step % plan.save_every_steps == 0
@@ -301,12 +301,17 @@ def apply_gradients(state: TrainState, plan: TrainingPlan, count: Tensor, guard:
     return norm
 
 
+def monitored_key(row: Mapping[str, float], name: str) -> str:
+    """Return the key of the monitored metric: on validation data if there are any, else on training data."""
+    return next((key for key in (f"val/{name}", f"train/{name}") if key in row), "train/loss")
+
+
 def is_better(row: dict[str, float], best: dict[str, float], monitor: tuple[str, str]) -> bool:
     """Return True if this epoch is better than the best so far, on validation data if there are any."""
     name, direction = monitor
-    key = f"val/{name}" if f"val/{name}" in row else f"train/{name}"
-    if key not in row:
-        key, direction = "train/loss", "min"
+    key = monitored_key(row, name)
+    if key == "train/loss":
+        direction = "min"
     if not best or key not in best or math.isnan(best[key]):
         return True
     return row[key] > best[key] if direction == "max" else row[key] < best[key]

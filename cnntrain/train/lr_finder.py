@@ -73,7 +73,8 @@ class RangeTest:
     @property
     def lowest_step(self) -> int:
         """Step with the lowest smoothed loss before divergence."""
-        end = self.rates.index(self.diverged_at) if self.diverged_at else len(self.rates)
+        diverged_at = self.diverged_at
+        end = self.rates.index(diverged_at) if diverged_at else len(self.rates)
         if end <= BASELINE_STEPS:
             return 0
         return BASELINE_STEPS + int(np.argmin(self.smoothed[BASELINE_STEPS:end]))
@@ -155,7 +156,7 @@ class _LossRecorder(Logger):
         self.ends_at = ends_at
         self.test = RangeTest([], [])
 
-    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
+    def log_step(self, step: int, epoch: int, values: dict[str, float]) -> None:
         self.test.rates.append(values["lr"])
         self.test.losses.append(values["loss"])
         if len(self.test.rates) > BASELINE_STEPS and self.test.diverged_at:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cnntrain.data.loader import Loader
 from cnntrain.errors import DivergedError
-from cnntrain.train.device import seed_step
+from cnntrain.randomness import seed_all
 from cnntrain.train.evaluate import predict_batch
 from cnntrain.train.optim import set_learning_rate
 from cnntrain.train.state import TrainState
@@ -46,20 +46,20 @@ class NonFiniteGuard:
         explain: returns the error for a step, given the index of its last batch in the epoch.
 
     Attributes:
-        poison: scalar; 0 while all values were finite, then NaN. (Zero times infinity is NaN, so adding zero times a
+        nonfinite: scalar; 0 while all values were finite, then NaN. (Zero times infinity is NaN, so adding zero times a
             value records it.)
     """
 
     def __init__(self, device: torch.device, scaled: bool, explain: Callable[[int], DivergedError]) -> None:
         self.scaled, self.explain = scaled, explain
-        self.poison = torch.zeros((), device=device)
+        self.nonfinite = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._bad_steps = torch.zeros((), device=device)  # number of consecutive bad steps
         self._last_batches: list[int] = []  # of the steps since the last `raise_if_bad`
 
     def record(self, value: Tensor) -> None:
         """Record whether `value`, a scalar on the device, is finite."""
-        self.poison.add_(value, alpha=0)
+        self.nonfinite.add_(value, alpha=0)
 
     def should_skip(self, norm: Tensor, batch: int) -> Tensor:
         """Return 1.0 if the update of a step with this gradient `norm` must be skipped, else 0.0.
@@ -73,7 +73,7 @@ class NonFiniteGuard:
             self.record(torch.where(self.skipped < MAX_SKIPPED_STEPS, 0.0, torch.inf))
         else:
             self.record(norm)
-        bad = torch.ne(self.poison, self.poison, out=torch.empty_like(self.poison))
+        bad = torch.ne(self.nonfinite, self.nonfinite, out=torch.empty_like(self.nonfinite))
         self._bad_steps += bad
         self._last_batches.append(batch)
         return bad if overflows is None else torch.maximum(bad, overflows.float())
@@ -123,7 +123,7 @@ def explain_divergence(trainer: Trainer, state: TrainState, last_batch: int) -> 
     loss, where, rows = float("nan"), None, torch.zeros(0, dtype=torch.int64)
     batches = trainer.train_batches(replace(progress, batch=start))
     for number, (batch, _) in zip(range(start, last_batch + 1), batches, strict=False):
-        seed_step(plan.seed, "step", epoch, number, *world.seed)
+        seed_all(plan.seed, "step", epoch, number, *world.seed)
         loss, where = _replay(trainer, state, batch)
         rows = batch.index
         if where is not None:
@@ -131,7 +131,7 @@ def explain_divergence(trainer: Trainer, state: TrainState, last_batch: int) -> 
     world.defer_to_failed_rank(where is not None)
     what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
     where = where or NOT_REPRODUCED[trainer.compute.device.type == "cpu"]
-    return _diverged(f"{what} at step {step + 1}", state, where, _few_names(trainer.training, rows))
+    return _diverged(f"{what} at step {step + 1}", state, where, _few_names(trainer.train_loader, rows))
 
 
 def _diverged(what: str, state: TrainState, where: str, examples: str) -> DivergedError:
@@ -177,7 +177,7 @@ def watch_layers(model: nn.Module) -> Iterator[list[str]]:
 
     def gradient(layer: str, value: Tensor) -> None:
         if not value.isfinite().all():
-            found.append(f"the gradient at the output of {layer}, counted from the loss")
+            found.append(f"the gradient at the output of {layer} (first in the backward pass)")
 
     def activation(layer: str, module: nn.Module, inputs: Any, outputs: Any) -> None:
         for output in outputs if isinstance(outputs, tuple | list) else (outputs,):
@@ -218,7 +218,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def explain_validation(trainer: Trainer, state: TrainState) -> DivergedError:
     """Find the first validation batch and layer with a non-finite value after the current epoch."""
-    model, loader, compute = state.eval_model.eval(), trainer.validation, trainer.compute
+    model, loader, compute = state.eval_model.eval(), trainer.val_loader, trainer.compute
     assert loader is not None
     where, names = "", "all"
     order = torch.arange(len(loader))

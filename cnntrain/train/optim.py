@@ -55,11 +55,14 @@ def _resolved(settings: Settings, node: Node, compute: Compute) -> Iterator[Call
 
 def by_name(params: Any, name: str, lr: float, weight_decay: float, options: Mapping[str, Any] | None) -> Optimizer:
     """Build any optimizer of torch.optim by its class name."""
-    classes = {name: cls for name, cls in vars(torch.optim).items() if inspect.isclass(cls) and cls is not Optimizer}
-    names = [name for name, cls in classes.items() if issubclass(cls, Optimizer)]
-    if name not in names:
-        raise UserError(f"optimizer.name: torch.optim has no {name!r}{suggest(name, names)}")
-    cls = getattr(torch.optim, name)
+    classes = {
+        key: cls
+        for key, cls in vars(torch.optim).items()
+        if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls is not Optimizer
+    }
+    if name not in classes:
+        raise UserError(f"optimizer.name: torch.optim has no {name!r}{suggest(name, list(classes))}")
+    cls = classes[name]
     accepted = list(inspect.signature(cls).parameters)
     decay = {"weight_decay": weight_decay} if "weight_decay" in accepted else {}
     arguments = {"lr": lr, **decay, **(options or {})}
@@ -127,13 +130,13 @@ def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
     network names it (`head_names`), is the last layer.
     """
     heads = getattr(model, "head_names", ())
-    by_name: dict[str, list[nn.Parameter]] = {}
+    parameters_of: dict[str, list[nn.Parameter]] = {}
     head: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        layer = head if in_head(name, heads) else by_name.setdefault(_layer_name(model, name), [])
+        layer = head if in_head(name, heads) else parameters_of.setdefault(_layer_name(model, name), [])
         layer.append(parameter)
     layers: list[list[nn.Parameter]] = []
-    for layer in by_name.values():
+    for layer in parameters_of.values():
         if layers and all(p.ndim <= 1 for p in layer):
             layers[-1] += layer
         else:

@@ -1,5 +1,6 @@
 """Prepare a training run once its data are known: the plan, the optimizer, `auto` values and the initial state."""
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -12,14 +13,14 @@ from torch.optim import Optimizer
 
 from cnntrain.config.schema import Settings
 from cnntrain.data.load import DataSplits
+from cnntrain.data.loader import Loader
 from cnntrain.errors import MachineError, UserError, is_out_of_memory
 from cnntrain.memory import free_host_bytes, peak_memory_mib, reset_peak_memory
 from cnntrain.train.device import Compute
-from cnntrain.train.distributed import SINGLE, has_batch_norm, synchronize_norms
+from cnntrain.train.distributed import SINGLE, convert_sync_batchnorm, has_batch_norm
 from cnntrain.train.loop import Trainer
 from cnntrain.train.lr_finder import RangeTest, choose_learning_rate, range_test
 from cnntrain.train.optim import make_optimizer
-from cnntrain.train.schedule import Schedule
 from cnntrain.train.setup import Components, build_schedule
 from cnntrain.train.signals import StopFlag, stop_flag
 from cnntrain.train.state import ModelEMA, TrainingPlan, TrainState
@@ -35,11 +36,8 @@ SMALLEST_ON_CPU = 32
 TIMED_WINDOWS = 3
 
 
-def build_training_parts(components: Components, data: DataSplits) -> tuple[TrainingPlan, Optimizer, Schedule]:
-    """Build the plan, the optimizer and the schedule for a dataset.
-
-    Resolves `batch_size=auto` and `optimizer.lr=auto`, in `components.settings` too.
-    """
+def resolve_plan(components: Components, data: DataSplits) -> TrainingPlan:
+    """Make the plan for a dataset; resolve `batch_size=auto` and `optimizer.lr=auto` in `components.settings`."""
     settings, world = components.settings, components.compute.world
     has_auto_lr = settings.optimizer.get("lr") == "auto"
     if has_auto_lr:  # any number, until the range test has found one
@@ -47,13 +45,12 @@ def build_training_parts(components: Components, data: DataSplits) -> tuple[Trai
     batch_size = settings.fixed_batch_size or search_batch_size(components, data)
     settings = components.settings = dataclasses.replace(settings, batch_size=batch_size)
     plan = make_plan(settings, components, len(data.train), batch_size)
-    schedule = build_schedule(settings, plan.total_steps, plan.steps_per_epoch)
     if has_auto_lr:
         # On rank 0 alone, so that the result does not depend on the number of ranks.
         with stop_flag() as stop:
             rate = choose_learning_rate(run_range_test(components, data, plan, stop)) if world.is_main else None
-        settings = components.settings = with_learning_rate(settings, world.broadcast(rate))
-    return plan, make_optimizer(settings, components.model, components.compute), schedule
+        components.settings = with_learning_rate(settings, world.broadcast(rate))
+    return plan
 
 
 def make_plan(settings: Settings, components: Components, count: int, batch_size: int) -> TrainingPlan:
@@ -65,10 +62,10 @@ def make_plan(settings: Settings, components: Components, count: int, batch_size
         raise UserError(f"launch.devices: {count} training images are too few for {world.size} processes")
     if drop_last := count > batch_size and 0 < rest < needed:
         who = "BatchNorm needs" if has_norm else f"{world.size} processes need"
-        log.info("the last batch of each epoch is left out: it has %d images, and %s at least %d", rest, who, needed)
+        log.info("the last batch of each epoch is dropped: it has %d images, and %s at least %d", rest, who, needed)
     if has_norm and world.size > 1 and compute.device.type != "cuda":
         log.info(
-            "BatchNorm is not synchronized on CPUs: it normalizes each process's part of a batch (%d images) by itself",
+            "BatchNorm is not synchronized on CPUs: each process normalizes its own part of a batch (%d images)",
             batch_size // world.size,
         )
     batches = count // batch_size if drop_last else -(-count // batch_size)
@@ -77,7 +74,8 @@ def make_plan(settings: Settings, components: Components, count: int, batch_size
         log.info(
             "limit_batches=%d: each epoch, validation and test uses at most %d images; the metrics are not those of "
             "the whole dataset",
-            *(settings.limit_batches, settings.limit_batches * batch_size),
+            settings.limit_batches,
+            settings.limit_batches * batch_size,
         )
     steps_per_epoch = -(-batches // settings.accumulate)
     plan = TrainingPlan(
@@ -118,18 +116,15 @@ def run_range_test(
     Args:
         ends_at: deadline in `time.monotonic()` seconds.
     """
-    settings, loader = components.settings, components.loader(data.train, augmented=True)
-    compute = dataclasses.replace(components.compute, world=SINGLE)
+    settings, compute = components.settings, dataclasses.replace(components.compute, world=SINGLE)
     plan = dataclasses.replace(plan, processes=1)
-    trainer = Trainer(components.task, components.pipeline, compute, plan, loader)
 
     def optimizer(model: nn.Module) -> Optimizer:
         return make_optimizer(settings, model, compute)
 
-    try:
+    with contextlib.closing(components.loader(data.train, augmented=True)) as loader:
+        trainer = Trainer(components.task, components.pipeline, compute, plan, loader)
         return range_test(trainer, components.model, optimizer, settings.lr_find, stop, ends_at)
-    finally:
-        loader.close()
 
 
 def with_learning_rate(settings: Settings, rate: float) -> Settings:
@@ -138,10 +133,12 @@ def with_learning_rate(settings: Settings, rate: float) -> Settings:
 
 def prepare_training(components: Components, data: DataSplits) -> tuple[TrainingPlan, TrainState]:
     """Build the plan and the initial state of a training run; move the model to its device."""
-    settings, compute = components.settings, components.compute
-    plan, optimizer, schedule = build_training_parts(components, data)
+    plan, compute = resolve_plan(components, data), components.compute
+    settings = components.settings
+    schedule = build_schedule(settings, plan.total_steps, plan.steps_per_epoch)
+    optimizer = make_optimizer(settings, components.model, compute)
     if compute.world.size > 1 and compute.device.type == "cuda":
-        components.model = synchronize_norms(components.model)
+        components.model = convert_sync_batchnorm(components.model)
     compute.place(components.model)
     ema = ModelEMA(components.model, settings.ema_decay) if settings.ema_decay else None
     return plan, TrainState(components.model, optimizer, schedule, compute.loss_scaler(), ema)
@@ -154,7 +151,13 @@ def search_batch_size(components: Components, data: DataSplits) -> int:
     size of at least 32 for which doubling makes training less than 5 % faster or needs a quarter of the free memory.
     An epoch always has at least 16 steps.
     """
-    loader = components.loader(data.train, augmented=True)
+    with contextlib.closing(components.loader(data.train, augmented=True)) as loader:
+        size, reason = _search_batch_size(components, loader)
+    log.info("batch_size=auto: using batch_size=%d (%s); optimizer.lr is not changed", size, reason)
+    return size
+
+
+def _search_batch_size(components: Components, loader: Loader) -> tuple[int, str]:
     compute = dataclasses.replace(components.compute, compile="off")  # each batch size would be compiled
     device, seed = compute.device, components.settings.seed
 
@@ -167,15 +170,14 @@ def search_batch_size(components: Components, data: DataSplits) -> int:
     if device.type == "cuda":
         allowed_mib = (torch.cuda.memory_allocated(device) + GPU_SHARE * free_bytes(device)) / 2**20
         # As if the speed were proportional to the size: the largest size that fits.
-        size, reason = fastest(
+        return fastest(
             lambda size: size if _fits(step_timer, device, size, allowed_mib) else None,
-            *(max_size, min_size, min_size, "does not fit in the device's memory"),
+            max_size,
+            min_size,
+            start=min_size,
+            too_large="does not fit in the device's memory",
         )
-    else:
-        size, reason = fastest(lambda size: _images_per_s(step_timer, device, size), max_size, min_size)
-    log.info("batch_size=auto: using batch_size=%d (%s); optimizer.lr is not changed", size, reason)
-    loader.close()
-    return size
+    return fastest(lambda size: _images_per_s(step_timer, device, size), max_size, min_size)
 
 
 def power_of_two(limit: int) -> int:

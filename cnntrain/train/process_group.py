@@ -1,4 +1,4 @@
-"""The world of several ranks, by torch.distributed: NCCL between GPUs, gloo between CPUs."""
+"""The world of several ranks, implemented with torch.distributed: NCCL between GPUs, gloo between CPUs."""
 
 import contextlib
 import datetime
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket, PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parallel import DistributedDataParallel
 
-from cnntrain.errors import CnntrainError, ElsewhereError, MachineError, StoppedError, explain_machine
-from cnntrain.train.device import own_gpu
+from cnntrain.errors import CnntrainError, MachineError, PeerFailedError, StoppedError, explain_machine
+from cnntrain.train.device import select_gpu
 from cnntrain.train.distributed import RankInfo, World, describe_lost, running_statistics
 from cnntrain.train.signals import StopFlag
 
@@ -31,9 +31,9 @@ JOIN_TIMEOUT_S = 300  # for all ranks to start
 # The watchdog enforces launch.timeout_s. torch's timeouts would count the time in which all ranks were suspended.
 TORCH_TIMEOUT = datetime.timedelta(days=30)
 POLL_S = 0.02
-PERIOD_S = 0.5  # between two heartbeats
-SILENCE_S = 15.0  # without a heartbeat, a rank counts as lost
-LAST_WORDS_S = 10.0  # for the main thread to end by itself after another rank has failed
+HEARTBEAT_INTERVAL_S = 0.5  # between two heartbeats
+HEARTBEAT_TIMEOUT_S = 15.0  # without a heartbeat, a rank counts as lost
+EXIT_GRACE_S = 10.0  # for the main thread to end by itself after another rank has failed
 
 
 class Watchdog:
@@ -79,7 +79,7 @@ class Watchdog:
             self._waits_since_s = self._now_s
 
     def done(self) -> None:
-        """All ranks have answered."""
+        """End the time limit of the collective."""
         self._waits_since_s = None
 
     def claim_failure(self, code: int) -> bool:
@@ -105,12 +105,12 @@ class Watchdog:
             self.failed = int(self._store.get("failure").split()[1])
 
     def _run(self) -> None:
-        while not self._closed.wait(PERIOD_S):
+        while not self._closed.wait(HEARTBEAT_INTERVAL_S):
             self._tick()
 
     def _tick(self) -> None:
         now = time.monotonic()
-        self._now_s += min(now - self._ticked_at, 2 * PERIOD_S)
+        self._now_s += min(now - self._ticked_at, 2 * HEARTBEAT_INTERVAL_S)
         self._ticked_at = now
         try:
             self._store.add(f"beat/{self.rank}", 1)
@@ -118,7 +118,7 @@ class Watchdog:
             self._read_failure()
         except RuntimeError:
             # A suspension can outlast the request's timeout. Otherwise the host of the store closed the connection.
-            if time.monotonic() - now > 2 * PERIOD_S:
+            if time.monotonic() - now > 2 * HEARTBEAT_INTERVAL_S:
                 with contextlib.suppress(RuntimeError):
                     self._store = self._connect()
                     return
@@ -134,12 +134,12 @@ class Watchdog:
                 f"a collective operation did not finish within launch.timeout_s={self.timeout_s:g}: another rank is "
                 "stuck, or the ranks disagree about what to compute"
             )
-        elif self._now_s - self._beat_at_s > SILENCE_S:
+        elif self._now_s - self._beat_at_s > HEARTBEAT_TIMEOUT_S:
             self._fail(describe_lost(self._predecessor, self.size))
 
     def _exit_unless_closed(self, code: int, message: str | None) -> None:
         """End the process, unless the main thread ends by itself within a few seconds."""
-        if not self._closed.wait(LAST_WORDS_S):
+        if not self._closed.wait(EXIT_GRACE_S):
             self._exit(code, message)
 
     def _fail(self, message: str) -> None:
@@ -191,12 +191,12 @@ class ProcessGroup(World):
         yield
 
     @torch.no_grad()
-    def sync_step(self, model: nn.Module, sums: Tensor, poison: Tensor) -> None:
+    def sync_step(self, model: nn.Module, sums: Tensor, nonfinite: Tensor) -> None:
         requests = torch.tensor(self.stop.requests, dtype=torch.float32, device=sums.device)
         statistics = running_statistics(model)
         for value in statistics:
             value /= self.size
-        self.all_reduce_([sums, poison, requests, *statistics])
+        self.all_reduce_([sums, nonfinite, requests, *statistics])
         if sums.device.type != "cuda":
             self.stop.agree(requests)
             return
@@ -249,12 +249,12 @@ class ProcessGroup(World):
         """Wait without a time limit: rank 0 may be downloading data or drawing figures."""
         while not is_done():
             if self.watchdog.failed is not None:
-                raise ElsewhereError(self.watchdog.failed)
+                raise PeerFailedError(self.watchdog.failed)
             time.sleep(POLL_S)
 
     def defer_to_failed_rank(self, found: bool) -> None:
-        if not found and self.watchdog.wait_for_failure(60) is not None:
-            raise ElsewhereError(self.watchdog.failed or 0)
+        if not found and (code := self.watchdog.wait_for_failure(60)) is not None:
+            raise PeerFailedError(code)
 
     @contextlib.contextmanager
     def _time_limit(self) -> Iterator[None]:
@@ -269,16 +269,16 @@ class ProcessGroup(World):
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun would end this process before it can explain
             # A rank that fails by itself announces it before it closes its connections.
             if (code := self.watchdog.wait_for_failure(2)) is not None:
-                return ElsewhereError(code)
+                return PeerFailedError(code)
             error = MachineError(f"{describe_lost(None, self.size)} ({str(error).splitlines()[0]})")
         elif isinstance(error, OSError | RuntimeError | MemoryError) and (cause := explain_machine(error)):
             error = MachineError(cause)
         code = error.exit_code if isinstance(error, CnntrainError) else 1
-        if isinstance(error, ElsewhereError) or self.watchdog.claim_failure(code):
+        if isinstance(error, PeerFailedError) or self.watchdog.claim_failure(code):
             return error
         if isinstance(error, StoppedError) and self.is_main:
             return error
-        return ElsewhereError(self.watchdog.failed or code)
+        return PeerFailedError(self.watchdog.failed or code)
 
 
 def _sum_gradients(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -329,7 +329,7 @@ def join_process_group(
     launched: bool = False,
     end: Callable[[int, str | None], None] = end_process,
 ) -> Iterator[World]:
-    """Be one of several ranks inside the context; no rank leaves before all are done.
+    """Join the process group inside the context; wait for all ranks at the end.
 
     Args:
         cuda: send tensors on GPUs too.
@@ -339,7 +339,7 @@ def join_process_group(
 
     Raises:
         MachineError: the other ranks did not start, or one of them was lost.
-        ElsewhereError: another rank failed and reported the error.
+        PeerFailedError: another rank failed and reported the error.
     """
     if launched or info.address in ("127.0.0.1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one machine need not be reachable from outside
@@ -358,7 +358,7 @@ def join_process_group(
         _wait_for_start(store, info.world_size)
         store.set_timeout(TORCH_TIMEOUT)
         ranks = {"store": store, "rank": info.rank, "world_size": info.world_size, "timeout": TORCH_TIMEOUT}
-        backend, gpu = ("cpu:gloo,cuda:nccl", own_gpu(info.local_rank)) if cuda else ("gloo", None)
+        backend, gpu = ("cpu:gloo,cuda:nccl", select_gpu(info.local_rank)) if cuda else ("gloo", None)
         dist.init_process_group(backend, device_id=gpu, **ranks)
         connect_watchdog = partial(connect, "watchdog", datetime.timedelta(seconds=10))
         watchdog = Watchdog(connect_watchdog, info.rank, info.world_size, timeout_s, end)
@@ -380,7 +380,7 @@ def join_process_group(
         final = group.explain(error)
         if final is error:
             raise
-        raise final from (None if isinstance(final, ElsewhereError) else error)
+        raise final from (None if isinstance(final, PeerFailedError) else error)
     finally:
         watchdog.close()
     dist.destroy_process_group()

@@ -33,7 +33,7 @@ def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Components:
         data["workers"] = settings.data.workers
     if "classes" in data and spec.classes:
         data["classes"] = list(spec.classes)
-    restored = restore_settings({**saved, "config": {**config, "data": data}}, settings)
+    restored = restore_settings({**config, "data": data}, settings)
     with limited_construction(saved):
         refuse_other_network(restored, spec, saved)
         components = build_components(restored, spec)
@@ -44,9 +44,9 @@ def restore(saved: dict[str, Any], settings: EvaluateSettings) -> Components:
     return components
 
 
-def restore_settings(saved: dict[str, Any], settings: CheckpointCommandSettings) -> Settings:
+def restore_settings(saved_config: dict[str, Any], settings: CheckpointCommandSettings) -> Settings:
     """Return the settings of a checkpoint with those of this machine and this command."""
-    config = {**saved["config"], "trusted_packages": settings.trusted_packages, "threads": settings.threads}
+    config = {**saved_config, "trusted_packages": settings.trusted_packages, "threads": settings.threads}
     config |= {"device": settings.device, "precision": settings.precision or config["precision"]}
     config["batch_size"] = settings.batch_size or config["batch_size"]
     config["compile"] = "off"  # compiling starts an external compiler

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnntrain.config.command_line import typed
+from cnntrain.config.command_line import format_overrides
 from cnntrain.config.schema import Settings
 from cnntrain.data.load import DataSplits, same_examples
 from cnntrain.data.parallel import usable_cores
@@ -107,12 +107,14 @@ def load_resume_checkpoint(settings: Settings) -> tuple[Path, dict[str, Any]] | 
         if step != own_step:
             raise UserError(
                 f"resume: {source} is at step {step}; resuming from it would overwrite {own} at step {own_step}; "
-                f"use {typed(resume='auto', run_dir=folder)} to continue from there, or another run_dir to go back"
+                f"use {format_overrides(resume='auto', run_dir=folder)} to continue from there, or another run_dir to "
+                "go back"
             )
     elif run_id is None or not (run_id in own_ancestors or (run_id == own_id and step <= own_step)):
         raise UserError(
             f"run_dir: {folder} contains a run that was not started from {source}; "
-            f"use {typed(resume='auto', run_dir=folder)} to continue that run, or another run_dir to start a new one"
+            f"use {format_overrides(resume='auto', run_dir=folder)} to continue that run, or another run_dir to start "
+            "a new one"
         )
     else:
         log.info("resume: %s was started from %s and continues from its own checkpoint", folder, source)
@@ -289,7 +291,10 @@ def _log_changes(changed: list[Change], content: Mapping[str, Any], components: 
         log.warning(
             "resume: the learning rate jumps from %.3g at step %d to %.3g at the next step because %s changed and the "
             "schedule spans the whole training; use schedule=constant to extend a run without a jump",
-            *(last, step, peak * schedule.multiplier(step), ", ".join([*length, *shape])),
+            last,
+            step,
+            peak * schedule.multiplier(step),
+            ", ".join([*length, *shape]),
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnntrain.config.command_line import typed
+from cnntrain.config.command_line import format_overrides
 from cnntrain.data.load import DataSplits
 from cnntrain.data.loader import Loader
 from cnntrain.data.workers import explain_worker_error
@@ -17,8 +17,8 @@ from cnntrain.tasks.meter import HardestExamples, Meter
 from cnntrain.tasks.task import Task
 from cnntrain.train import checkpoint
 from cnntrain.train.checkpoint import CheckpointWriter, load_weights
-from cnntrain.train.evaluate import evaluate
-from cnntrain.train.loop import Logger, Trainer, fit
+from cnntrain.train.evaluate import evaluate, predict_batch
+from cnntrain.train.loop import Logger, Trainer, fit, monitored_key
 from cnntrain.train.setup import Components
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import Progress, TrainingPlan, TrainState
@@ -28,7 +28,7 @@ log = logging.getLogger("cnntrain")
 MISTAKES_SHOWN = 24
 
 
-def train_to_the_end(
+def fit_and_test(
     components: Components,
     data: DataSplits,
     plan: TrainingPlan,
@@ -53,9 +53,9 @@ def train_to_the_end(
     """
     settings, task, progress = components.settings, components.task, state.progress
     world = components.compute.world
-    training = components.loader(data.train, augmented=True)
-    validation = components.loader(data.val) if data.val else None
-    trainer = Trainer(task, components.pipeline, components.compute, plan, training, validation)
+    train_loader = components.loader(data.train, augmented=True)
+    val_loader = components.loader(data.val) if data.val else None
+    trainer = Trainer(task, components.pipeline, components.compute, plan, train_loader, val_loader)
     _fit(trainer, state, writer, logger, stop)
     stopped_early = progress.step < plan.total_steps
     if stopped_early and world.is_main:
@@ -66,7 +66,7 @@ def train_to_the_end(
         kept = checkpoint.load(writer.run.best)["state"]
         load_weights(best, kept["ema"] or kept["model"])
     world.broadcast_(list(best.state_dict().values()))
-    selection = validation or training
+    selection = val_loader or train_loader
     meter, hardest = _evaluate(best, components, selection, plan, stop)
     test = {}
     if data.test is not None:
@@ -75,7 +75,7 @@ def train_to_the_end(
     if not world.is_main:
         return {}
     mistakes = _draw_mistakes(best, components, selection, hardest) if settings.log.figures else None
-    split = "validation" if validation else "training"
+    split = "validation" if val_loader else "training"
     logger.finish(best, meter, mistakes, split, progress.best, test, progress.step)
     ended_by = "early_stopping" if stopped_early else "steps" if settings.steps else "epochs"
     return {**_summary(state, best, test), "ended_by": ended_by}
@@ -86,9 +86,9 @@ def _fit(trainer: Trainer, state: TrainState, writer: CheckpointWriter, logger: 
     try:
         fit(trainer, state, logger, writer.save, stop)
     except StoppedError as error:
-        override = typed(run_dir=writer.run.path, resume="auto")
+        override = format_overrides(run_dir=writer.run.path, resume="auto")
         raise StoppedError(
-            error.exit_code - 128,
+            error.signal_number,
             f"{error} at step {state.progress.step}; its state is saved; to continue, run the same command with "
             f"{override}",
         ) from error
@@ -103,11 +103,12 @@ def _fit(trainer: Trainer, state: TrainState, writer: CheckpointWriter, logger: 
 
 
 def _log_early_stop(progress: Progress, plan: TrainingPlan, task: Task) -> None:
-    keys = (f"val/{task.monitor[0]}", f"train/{task.monitor[0]}")
-    name = next((key for key in keys if key in progress.best), "train/loss")
     log.info(
         "early stopping: ended after epoch %d of %d; no improvement of %s for %d epochs; the best epoch is %d",
-        *(progress.epoch, -(-plan.total_steps // plan.steps_per_epoch), name, progress.epochs_since_best),
+        progress.epoch,
+        -(-plan.total_steps // plan.steps_per_epoch),
+        monitored_key(progress.best, task.monitor[0]),
+        progress.epochs_since_best,
         progress.best["epoch"],
     )
 
@@ -136,7 +137,7 @@ def _draw_mistakes(model: nn.Module, components: Components, loader: Loader, har
         return None
     batch = components.pipeline.eval_transform(next(iter(loader.batches(rows, len(rows)))))
     model.eval()
-    outputs = model(batch.images.contiguous(memory_format=components.compute.memory_format)).float()
+    outputs = predict_batch(model, batch.images, components.compute)
     names = [loader.examples.names[row] for row in batch.index.tolist()]
     with log_plot_errors("the mistakes"):
         return components.task.draw(batch.images, outputs, batch.truth, names)

@@ -89,7 +89,8 @@ def _lock_file(folder: Path, locks: contextlib.ExitStack) -> None:
         log.warning(
             "run_dir: the file system of %s does not support file locks (%s); do not start a second process in this "
             "folder, it would not be detected",
-            *(folder, unsupported),
+            folder,
+            unsupported,
         )
 
 
@@ -130,14 +131,14 @@ def open_run_dir(path: Path | str | None, label: str, trains: bool = False, lock
     except OSError as error:
         raise MachineError(f"{folder}: can't create the run folder: {error.strerror}") from error
     with contextlib.nullcontext() if locked else lock_run_dir(folder):
-        run = RunDir(folder)
-        for inner in (run.checkpoints, run.figures):
+        run_dir = RunDir(folder)
+        for inner in (run_dir.checkpoints, run_dir.figures):
             if files.exists(inner) and not files.is_folder(inner, folder):
                 raise UserError(
                     f"{inner}: must be a folder, but is a link or a file; links inside a run folder are not followed"
                 )
         remove_temporaries(folder)
-        yield run
+        yield run_dir
 
 
 def create_run_dir(parent: Path, label: str) -> Path:

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import logging
-import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,12 +18,13 @@ from cnntrain.data.loader import Loader, make_loader
 from cnntrain.errors import UserError
 from cnntrain.models.modify import apply_model_settings, count_trainable, is_pretrained, materialize
 from cnntrain.models.pretrained import Preprocessing, Weights, find_weights
+from cnntrain.randomness import seed_all
 from cnntrain.summary.design_warnings import SMALL_FIELD
 from cnntrain.summary.preflight import output_size, preflight
 from cnntrain.summary.trace import as_meta
 from cnntrain.tasks.task import Task
 from cnntrain.train.checkpoint import validate_checkpoint
-from cnntrain.train.device import Compute, choose_compute, prepare_torch, seed_step
+from cnntrain.train.device import Compute, choose_compute, prepare_torch
 from cnntrain.train.distributed import SINGLE, World
 from cnntrain.train.optim import check_optimizer
 from cnntrain.train.schedule import Schedule
@@ -108,7 +108,7 @@ def build_components(
     compute = choose_compute(settings.device, settings.precision, settings.channels_last, world, settings.compile)
     weights = None if is_restored or resumes else find_pretrained_weights(settings)
     settings = use_pretrained_size(settings, weights)
-    source, _ = build_source(settings)
+    source = build_source(settings)
     source_spec = spec or source.spec()
     settings = use_pretrained_statistics(settings, weights, source_spec.channels)
     _, data_settings = split_data(settings)
@@ -116,7 +116,7 @@ def build_components(
     pipeline = build_pipeline(settings, spec)
     task = build_task(settings, spec, pipeline)
     if pipeline.can_flip and not spec.hflip_ok:
-        log.warning("augment: a mirrored image of these data means something else (digits, text); take the flip out")
+        log.warning("augment: flipping changes the meaning of these images (digits, text); remove the flip")
     model = build_model(settings, spec, task, pipeline.output_size, weights, show_warnings=not is_restored)
     if not is_restored:
         check_optimizer(settings, compute)
@@ -169,13 +169,15 @@ def log_frozen_layers(settings: Settings, model: nn.Module, resumes: bool) -> No
     log.warning(
         "model.freeze=%s without model.pretrained: %s of %s parameters are trainable, the others keep random weights; "
         "set model.pretrained (DEFAULT, a file, or a run folder), or set model.freeze=null",
-        *(freeze, trained, total),
+        freeze,
+        trained,
+        total,
     )
 
 
-def build_source(settings: Settings) -> tuple[Source, DataSettings]:
-    """Build the data source without reading any data; return it with the settings common to all data sources."""
-    node, common = split_data(settings)
+def build_source(settings: Settings) -> Source:
+    """Build the data source without reading any data."""
+    node, _ = split_data(settings)
     factory = resolve(node, "data", "data", settings.trusted_packages)
     target = factory.func if isinstance(factory, partial) else factory
     if inspect.isclass(target) and not _is_source(target):
@@ -183,7 +185,7 @@ def build_source(settings: Settings) -> tuple[Source, DataSettings]:
     source = build(node, "data", "data", settings.trusted_packages)
     if not _is_source(source):
         raise _not_a_source(node["_target_"], type(source))
-    return source, common
+    return source
 
 
 def split_data(settings: Settings) -> tuple[Node, DataSettings]:
@@ -259,13 +261,13 @@ def make_model(
     num_outputs: int,
     image_size: tuple[int, int],
     weights: Weights | None = None,
-    outputs: tuple[str, ...] = (),
+    output_names: tuple[str, ...] = (),
 ) -> nn.Module:
     """Build the configured network for images of `channels` x `image_size`; uses torch's global random generator.
 
     Args:
         weights: pretrained weights to load.
-        outputs: names of the classes or keypoints.
+        output_names: names of the classes or keypoints.
     """
     node, common = split_common(settings.model, ModelSettings)
     model_settings = parse(ModelSettings, common, "model.")
@@ -288,7 +290,7 @@ def make_model(
         model.pretrained_from = str(pretrained)  # type: ignore[assignment]
     materialize(model, channels, image_size)
     return apply_model_settings(
-        model, model_settings, weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size
+        model, model_settings, weights, num_outputs=num_outputs, outputs=output_names, image_size=image_size
     )
 
 
@@ -310,9 +312,9 @@ def build_model(
     Raises:
         UserError: a layer does not fit its input, or the outputs are not what the task needs.
     """
-    seed_step(settings.seed, "weights")
-    outputs = spec.classes or spec.keypoints
-    model = make_model(settings, spec.channels, task.num_outputs, image_size, weights, outputs)
+    seed_all(settings.seed, "weights")
+    names = spec.classes or spec.keypoints
+    model = make_model(settings, spec.channels, task.num_outputs, image_size, weights, names)
     findings = preflight(
         model,
         spec.channels,
@@ -321,11 +323,11 @@ def build_model(
         batch_size=min(settings.fixed_batch_size or 32, 32),
         classification=bool(spec.classes) and not spec.keypoints,
         name=settings.model.get("name"),
+        size_key="data.size" if "size" in settings.data else None,
     )
     for finding in findings:
         if finding.verdict == "FAIL":
-            remedy = size_remedy(finding.remedy, "data.size", "size" in settings.data)
-            raise UserError(f"{finding.evidence}\n{remedy}")
+            raise UserError(f"{finding.evidence}\n{finding.remedy}")
         # `inspect` reports the receptive field.
         if show_warnings and finding.verdict == "WARN" and finding.name != SMALL_FIELD:
             log.warning("%s: %s", finding.evidence, finding.remedy)
@@ -333,10 +335,3 @@ def build_model(
         meta_model = as_meta(model).eval()
         task.configure_outputs(lambda size: output_size(meta_model, spec.channels, size), [image_size, spec.image_size])
     return model
-
-
-def size_remedy(remedy: str, key: str, exists: bool) -> str:
-    """Replace `data.size` in a remedy of the shape check by the key of the image size, or remove it if none exists."""
-    if exists:
-        return re.sub(r"set data\.size=(\d+)", rf"set {key}=\1", remedy)
-    return re.sub(r"set data\.size=\d+(, | or )?", "", remedy)

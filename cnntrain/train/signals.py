@@ -24,7 +24,7 @@ class StopFlag:
     """A request to stop.
 
     Attributes:
-        number: of the signal that this process received, or None.
+        number: signal number that this process received, or None.
         second_interrupt_kills: whether a second SIGINT terminates the process immediately.
         shared: all ranks of a training stop at the same step, with the signal that they have agreed on.
         agreed: number of that signal, or None.

@@ -96,7 +96,7 @@ class StepTimer:
 
     def loop(self) -> tuple[int, float]:
         """Time a window of the training loop; return images and seconds."""
-        return self._loop(self.trainer.training, self.pipeline, self.logger)
+        return self._loop(self.trainer.train_loader, self.pipeline, self.logger)
 
     def parts(self) -> dict[str, Callable[[], tuple[int, float]]]:
         """Return timing functions, each with one more part of the training than the one before it.
@@ -137,7 +137,7 @@ class StepTimer:
             optimizer.zero_grad(set_to_none=True)
         return self._now() - started
 
-    def _loop(self, training: Loader, pipeline: Pipeline, logger: Logger) -> tuple[int, float]:
+    def _loop(self, loader: Loader, pipeline: Pipeline, logger: Logger) -> tuple[int, float]:
         every, steps = self.window
         first = 2 * every  # step of the first log entry; not 0, where the training logs its first batch
         self.state.progress = Progress(step=first - min(LEAD_IN_STEPS, every))
@@ -147,7 +147,7 @@ class StepTimer:
             self.compute.device, self.state.scaler is not None, lambda batch: DivergedError(message.format(batch))
         )
         plan = replace(self.plan, log_every_steps=every, total_steps=first + steps)
-        trainer = replace(self.trainer, pipeline=pipeline, plan=plan, training=training)
+        trainer = replace(self.trainer, pipeline=pipeline, plan=plan, train_loader=loader)
         train_epoch(trainer, self.state, trainer.task.meter(), timestamps, guard, StopFlag())
         # Each log entry is a host sync. The first one ends the lead-in.
         seconds = timestamps.seconds[-1] - timestamps.seconds[0]
@@ -204,6 +204,6 @@ class _TimestampLogger(Logger):
         self.logger = logger
         self.seconds: list[float] = []
 
-    def log_step(self, step: int, epoch: int, batch: int, values: dict[str, float]) -> None:
-        self.logger.log_step(step, epoch, batch, values)
+    def log_step(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        self.logger.log_step(step, epoch, values)
         self.seconds.append(time.perf_counter())

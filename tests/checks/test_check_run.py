@@ -12,7 +12,6 @@ from cnntrain import compose
 from cnntrain.checks import check_run as run
 from cnntrain.checks.check_run import build_context, check
 from cnntrain.checks.context import CheckContext, passed
-from cnntrain.randomness import fork_generators
 from cnntrain.train.setup import build_components
 from cnntrain.train.signals import StopFlag
 from cnntrain.types import Finding
@@ -55,17 +54,6 @@ def test_random_states_are_restored(context: CheckContext) -> None:
     state = torch.get_rng_state()
     run.run_checks(context, {"loss": lambda _: passed(str(torch.rand(3)))}, lambda *_: None)
     assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize(("device", "forked"), [("cpu", []), ("cuda:1", [torch.device("cuda", 1)]), ("mps", [])])
-def test_only_the_generator_of_the_device_is_saved(
-    device: str, forked: list[torch.device], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With several GPUs, torch warns unless devices are given, and saves the generator of each."""
-    calls: list[object] = []
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: calls.append(devices))
-    fork_generators(torch.device(device))
-    assert calls == [forked]
 
 
 def test_check_json_has_the_printed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

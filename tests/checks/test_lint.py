@@ -6,7 +6,7 @@ import pytest
 
 from cnntrain.checks.lint import lint, typed_keys
 from cnntrain.config.compose import read_settings
-from cnntrain.train.prepare import build_training_parts
+from cnntrain.train.prepare import resolve_plan
 from cnntrain.train.setup import build_components
 from cnntrain.types import Finding
 
@@ -17,7 +17,7 @@ SHAPES = "data=toy_shapes data.train_count=80 data.test_count=2 data.size=32"
 def warnings(line: str) -> list[Finding]:
     components = build_components(read_settings([*shlex.split(line), "threads=1", "device=cpu"]))
     data = components.load()
-    plan, _, _ = build_training_parts(components, data)
+    plan = resolve_plan(components, data)
     return lint(components, data, plan, f"cnntrain {line}")
 
 

@@ -40,7 +40,7 @@ def test_masks_and_labels(overrides: list[str]) -> None:
 def test_images_equal_those_of_the_training() -> None:
     """Draws depend on an image's position in the epoch: preview gives each image the position it will have."""
     settings = read_settings(["data=toy_faces", *FEW, "augment=faces", "seed=3"])
-    source, _ = build_source(settings)
+    source = build_source(settings)
     data = load_data(source)
     pipeline, loader = build_pipeline(settings, data.spec), make_loader(data.train, "cpu")
     rows = torch.tensor([0, 3])

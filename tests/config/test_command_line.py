@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnntrain.cli import parse_arguments
-from cnntrain.config.command_line import chosen_options, command_text, mask_passwords, override, without_passwords
+from cnntrain.config.command_line import (
+    chosen_options,
+    format_command,
+    format_override,
+    mask_passwords,
+    without_passwords,
+)
 from cnntrain.config.compose import parse_overrides
 
 SECRET = "s3c:r/t"
@@ -39,18 +45,18 @@ def read_back(text: str) -> str:
 
 @pytest.mark.parametrize("value", VALUES)
 def test_values_survive_hydra_and_the_shell(value: str) -> None:
-    (word,) = shlex.split(command_text([override("run_dir", value)]))
+    (word,) = shlex.split(format_command([format_override("run_dir", value)]))
     assert read_back(word) == value
 
 
 @settings(max_examples=50)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n$"), max_size=12))
 def test_any_text_survives_quoting(value: str) -> None:
-    assert read_back(override("run_dir", value)) == value
+    assert read_back(format_override("run_dir", value)) == value
 
 
 def test_plain_paths_have_no_quotes() -> None:
-    assert override("run_dir", "outputs/2026-11-27/a.b") == "run_dir=outputs/2026-11-27/a.b"
+    assert format_override("run_dir", "outputs/2026-11-27/a.b") == "run_dir=outputs/2026-11-27/a.b"
 
 
 @pytest.mark.parametrize(
@@ -71,16 +77,16 @@ def test_passwords_in_urls_are_masked(text: str, masked: str) -> None:
 @pytest.mark.parametrize("password", ["plain", SECRET, "with space", "at@sign", "quote's"])
 def test_the_command_line_of_a_sweep_has_no_password(password: str) -> None:
     argv = ["-m", "model=a,b", f"sweep.storage='postgresql://me:{password}@host/db'"]
-    line = parse_arguments(argv).line
+    line = parse_arguments(argv).command_line
     assert password not in line and password.split("@")[-1] not in line.partition("@")[0]
     assert shlex.split(line)[-1] == "sweep.storage='postgresql://me:***@host/db'"
     stored = without_passwords({"sweep": {"storage": f"postgresql://me:{password}@host/db", "jobs": 1}, "seed": 0})
     assert stored == {"sweep": {"storage": "postgresql://me:***@host/db", "jobs": 1}, "seed": 0}
 
 
-def test_line_with_replaces_keys() -> None:
+def test_command_line_with_replaces_keys() -> None:
     asked = parse_arguments(["-m", "--config-dir=.", "model=mlp", "run_dir=old", "resume=none", "seed=1"])
-    assert asked.line_with(run_dir="my run", resume="auto") == (
+    assert asked.command_line_with(run_dir="my run", resume="auto") == (
         "cnntrain -m --config-dir=. model=mlp seed=1 " + shlex.quote("run_dir='my run'") + " resume=auto"
     )
 

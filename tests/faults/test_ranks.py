@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cnntrain.train import checkpoint
-from cnntrain.train.process_group import SILENCE_S
+from cnntrain.train.process_group import HEARTBEAT_TIMEOUT_S
 
 pytestmark = pytest.mark.slow
 LONG = pytest.mark.long  # each of these starts and stops several processes
@@ -153,7 +153,7 @@ def test_under_torchrun_the_other_ranks_report_a_killed_one(cnntrain, wait_for) 
     os.kill(ranks[1], signal.SIGKILL)
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 1  # torchrun's own
-    assert said.count("error: ") == 1 and "one of its processes was killed or cut off" in said
+    assert said.count("error: ") == 1 and "one of the processes was killed or cut off" in said
     assert gone(ranks)
 
 
@@ -185,7 +185,7 @@ def test_ranks_that_were_suspended_together_continue(cnntrain, wait_for) -> None
     process = cnntrain.start(*ENDLESS, "launch.timeout_s=5")
     wait_for(lambda: Path("run/metrics.csv").exists() and len(rows("run")) > 1, process)
     os.killpg(process.pid, signal.SIGSTOP)
-    time.sleep(SILENCE_S + 5)
+    time.sleep(HEARTBEAT_TIMEOUT_S + 5)
     before = len(rows("run"))
     os.killpg(process.pid, signal.SIGCONT)
     wait_for(lambda: len(rows("run")) > before + 3, process)
@@ -219,7 +219,7 @@ def test_a_run_resumed_within_an_epoch_ends_with_the_same_bits(cnntrain, model: 
 def test_a_last_batch_with_fewer_images_than_ranks_is_left_out(cnntrain) -> None:
     """180 training images in batches of 179: one image is left."""
     said = cnntrain(*QUIET, "data.limit=200", "batch_size=179", "launch.devices=2", "epochs=2", "run_dir=run").stderr
-    assert "the last batch of each epoch is left out" in said
+    assert "the last batch of each epoch is dropped" in said
     assert [row["step"] for row in rows("run")] == [1, 2]
 
 

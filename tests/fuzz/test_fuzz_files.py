@@ -111,7 +111,7 @@ def settings_of(kind: str) -> Settings:
 
 
 def load(kind: str) -> None:
-    source, _ = build_source(settings_of(kind))
+    source = build_source(settings_of(kind))
     source.spec()
     load_data(source, DataSettings(val_fraction=0.5))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cnntrain.report.console import print_findings, print_rows, print_run_summary, seconds_text, value_text
+from cnntrain.report.console import format_seconds, format_value, print_findings, print_rows, print_run_summary
 from cnntrain.types import Finding
 
 
@@ -61,12 +61,12 @@ def test_findings_end_with_the_worst_and_its_remedy() -> None:
 
 
 def test_seconds_text() -> None:
-    assert [seconds_text(s) for s in (4.24, 185, 3600 * 2 + 600)] == ["4.2 s", "3 min 05 s", "2 h 10 min"]
+    assert [format_seconds(s) for s in (4.24, 185, 3600 * 2 + 600)] == ["4.2 s", "3 min 05 s", "2 h 10 min"]
 
 
 def test_value_text() -> None:
     values = (None, True, 3, 3.0, 0.123456, "x", float("nan"), float("-inf"))
-    assert [value_text(value) for value in values] == ["–", "yes", "3", "3", "0.1235", "x", "nan", "-inf"]
+    assert [format_value(value) for value in values] == ["–", "yes", "3", "3", "0.1235", "x", "nan", "-inf"]
 
 
 @pytest.mark.parametrize("width", [80, 60])
@@ -79,5 +79,5 @@ def test_a_table_wider_than_the_terminal_is_split_between_columns(width: int) ->
     words = [word for line in lines for word in line.split()]
     assert max(map(len, lines)) <= width
     for row in rows:
-        assert {value_text(value) for value in row.values()} <= set(words)
+        assert {format_value(value) for value in row.values()} <= set(words)
     assert words.count("place") > 1 and all(words.count(f"metric_{j}") == 1 for j in range(12))

@@ -28,7 +28,7 @@ def make_logger(folder: Path, progress: Progress, **arguments: Any) -> RunLogger
 
 def log_epochs(logger: RunLogger, epochs: range) -> None:
     for epoch in epochs:
-        logger.log_step(2 * epoch + 2, epoch, 1, {"loss": 1.0})
+        logger.log_step(2 * epoch + 2, epoch, {"loss": 1.0})
         logger.log_epoch(2 * epoch + 2, {"epoch": epoch + 1, "step": 2 * epoch + 2, "val/top1": 0.5}, True)
 
 
@@ -44,7 +44,7 @@ def test_a_resumed_run_replaces_the_rows_of_repeated_epochs(tmp_path: Path) -> N
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_first_batch_is_drawn_once(tmp_path: Path, stopped: bool) -> None:
     logger = make_logger(tmp_path, Progress())
-    logger.log_batch(0, BATCH)
+    logger.log_first_batch(BATCH)
     assert not (tmp_path / "figures").exists()  # the first step is not delayed
     logger.__exit__(StoppedError if stopped else None, None, None)
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["first_batch.png"]
@@ -64,6 +64,6 @@ def test_figures_that_cannot_be_written_are_reported_once(tmp_path: Path) -> Non
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            logger.log_batch(0, BATCH)
-            logger.log_step(1, 0, 1, {"loss": 1.0})
+            logger.log_first_batch(BATCH)
+            logger.log_step(1, 0, {"loss": 1.0})
     assert sum("cannot write figures" in str(warning.message) for warning in caught) == 1

@@ -8,7 +8,7 @@ import yaml
 
 from cnntrain.cli import main, parse_arguments
 from cnntrain.errors import UserError
-from cnntrain.sweep.plan import Repeat, SweepPlan, read_plan, round_text
+from cnntrain.sweep.plan import Repeat, SweepPlan, read_plan, round_number
 
 Read = Callable[..., SweepPlan]
 
@@ -134,7 +134,7 @@ def test_cfg_prints_the_first_setting_and_runs_nothing(capsys: pytest.CaptureFix
 
 def test_round_text() -> None:
     values = ("0.0031622776601683794", "0.1", "lenet5", "[flip,crop]")
-    assert [round_text(value) for value in values] == ["0.003162", "0.1", "lenet5", "[flip,crop]"]
+    assert [round_number(value) for value in values] == ["0.003162", "0.1", "lenet5", "[flip,crop]"]
 
 
 def test_different_sweep_settings_are_refused() -> None:

@@ -354,7 +354,7 @@ def test_rows_predictions_and_scores():
         assert row == pytest.approx(values, rel=1e-6)
     scores = task.mistake_score(outputs, targets)
     assert scores.tolist() == pytest.approx([1 - float(str(row["pixel_accuracy"])) for row in rows])
-    shares = task.class_fractions(task.masks(outputs, (outputs.shape[-2], outputs.shape[-1]))[0].numpy())
+    shares = task.mask_columns(task.masks(outputs, (outputs.shape[-2], outputs.shape[-1]))[0].numpy())
     assert sum(shares.values()) == pytest.approx(1)
 
 

@@ -13,7 +13,7 @@ import torch
 from cnntrain.augment.geometry import HorizontalFlip, Shift
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.config.compose import read_settings
-from cnntrain.train.distributed import gather_states, own_state
+from cnntrain.train.distributed import gather_states, rank_state
 from cnntrain.train.evaluate import evaluate
 from cnntrain.train.loop import Logger, Trainer, train_epoch
 from cnntrain.train.nonfinite import NonFiniteGuard
@@ -74,7 +74,7 @@ def waits_at_each_step(words: list[str], resumed: bool = False) -> list[str]:
         train_epoch(trainer, state, meter, Logger(), finite, StopFlag())
         if resumed:
             saved = {name: value.cpu() for name, value in gather_states(meter, world).items()}
-            saved = own_state(saved, world)
+            saved = rank_state(saved, world.rank, world.size)
             meter.load_state(saved, assembly.compute.device)
             assert all(cuda.is_on_device(value) for value in meter.state().values())
             state.progress.batch = 0

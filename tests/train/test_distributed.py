@@ -20,20 +20,19 @@ from cnntrain.data.loader import BatchShard, make_loader
 from cnntrain.errors import StoppedError, UserError
 from cnntrain.models.modify import freeze_layers, stays_in_eval, unfreeze
 from cnntrain.tasks.meter import Meter
-from cnntrain.train.device import own_gpu, prepare_torch
+from cnntrain.train.device import prepare_torch, select_gpu
 from cnntrain.train.distributed import (
     SINGLE,
     RankInfo,
-    World,
     check_launch,
     check_replicas_equal,
+    convert_sync_batchnorm,
     first_node,
     gather_states,
     merge_meters,
-    own_state,
     rank_from_env,
+    rank_state,
     running_statistics,
-    synchronize_norms,
 )
 from cnntrain.train.schedule import Constant
 from cnntrain.train.state import TrainState
@@ -118,12 +117,12 @@ def test_the_first_node_of_a_slurm_list(nodes: str, first: str) -> None:
 
 def test_each_rank_finds_the_state_of_its_meter_in_a_checkpoint() -> None:
     states = {"0/loss_sum": torch.ones(1), "1/loss_sum": torch.zeros(1), "1/rows/score": torch.ones(3)}
-    assert own_state(states, World(0, 2)) == {"loss_sum": torch.ones(1)}
-    assert own_state(states, World(1, 2)) == {"loss_sum": torch.zeros(1), "rows/score": states["1/rows/score"]}
+    assert rank_state(states, 0, 2) == {"loss_sum": torch.ones(1)}
+    assert rank_state(states, 1, 2) == {"loss_sum": torch.zeros(1), "rows/score": states["1/rows/score"]}
     meter = Loss()
     meter.update(torch.ones(2), {}, torch.tensor(3.0), torch.tensor(2.0))
     saved = gather_states(meter, SINGLE)
-    assert saved.keys() == meter.state().keys() and own_state(saved, SINGLE) == saved
+    assert saved.keys() == meter.state().keys() and rank_state(saved, 0, 1) == saved
 
 
 class Loss(Meter):
@@ -167,12 +166,12 @@ def run_rank(rank: int, port: int, results) -> None:
         for number in range(3):  # three batches make a step
             with world.gradient_sync(replica, enabled=number == 2):
                 replica(images if number else -images).sum().backward()
-        sums, poison = torch.tensor([10.0 * (rank + 1), rank + 1.0]), torch.tensor(0.0)
+        sums, nonfinite = torch.tensor([10.0 * (rank + 1), rank + 1.0]), torch.tensor(0.0)
         if rank == 1:
             world.stop.number = signal.SIGTERM
-            poison += float("nan")
-        world.sync_step(model, sums, poison)
-        found["step"] = sums.tolist(), bool(poison.isnan())
+            nonfinite += float("nan")
+        world.sync_step(model, sums, nonfinite)
+        found["step"] = sums.tolist(), bool(nonfinite.isnan())
         found["gradients"] = {n: p.grad.tolist() for n, p in model.named_parameters() if p.grad is not None}
         assert model.norm.running_mean is not None
         found["mean"] = model.norm.running_mean.tolist()
@@ -218,7 +217,7 @@ def run_mismatched(rank: int, port: int, results) -> None:
     from cnntrain.train import process_group
     from cnntrain.train.process_group import join_process_group
 
-    process_group.LAST_WORDS_S = 0.5
+    process_group.EXIT_GRACE_S = 0.5
     info, ends, started = RankInfo(rank, 2, rank, 2, "127.0.0.1", port), [], time.monotonic()
     with join_process_group(info, False, timeout_s=1, end=lambda *end: ends.append(end)) as world:
         if rank == 0:
@@ -276,7 +275,7 @@ def test_synchronized_norms_keep_the_names_of_a_checkpoint() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
     names, parameters = list(model.state_dict()), list(model.parameters())
     assert len(running_statistics(model)) == 2
-    model = synchronize_norms(model)
+    model = convert_sync_batchnorm(model)
     assert list(model.state_dict()) == names and isinstance(model[1], nn.SyncBatchNorm)
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
     assert running_statistics(model) == []
@@ -294,7 +293,7 @@ def test_a_subclass_of_batch_norm_is_not_replaced(caplog: pytest.LogCaptureFixtu
     images = torch.randn(2, 1, 8, 8)
     before = model(images)
     with caplog.at_level("WARNING", "cnntrain"):
-        model = synchronize_norms(model)
+        model = convert_sync_batchnorm(model)
     torch.testing.assert_close(model(images), before)
     assert [type(model[1]), type(model[2][0])] == [NormThenReLU, nn.SyncBatchNorm]  # pyright: ignore
     assert "NormThenReLU" in caplog.text
@@ -310,7 +309,7 @@ def test_timms_norms_with_activations_are_synchronized() -> None:
     freeze_layers(model, "backbone")
     images, names, parameters = torch.randn(2, 3, 64, 64), list(model.state_dict()), list(model.parameters())
     before = model(images)
-    model = synchronize_norms(model).eval()
+    model = convert_sync_batchnorm(model).eval()
     torch.testing.assert_close(model(images), before)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms and all(isinstance(norm, nn.SyncBatchNorm) and stays_in_eval(norm) for norm in norms)
@@ -326,7 +325,7 @@ def test_synchronized_norms_of_a_frozen_backbone_stay_frozen() -> None:
     model.add_module("fc", nn.Linear(72, 3))
     model.__dict__["head_names"] = ("fc", "norm")
     freeze_layers(model, "backbone")
-    model = synchronize_norms(model).train()
+    model = convert_sync_batchnorm(model).train()
     before = {name: value.clone() for name, value in model.named_buffers() if name.startswith("backbone")}
     model.backbone(torch.randn(4, 1, 8, 8))  # pyright: ignore[reportCallIssue]
     assert len(before) == 3 and all(value.equal(dict(model.named_buffers())[k]) for k, value in before.items())
@@ -342,14 +341,14 @@ def test_tasks_that_see_one_gpu_each_use_it(monkeypatch: pytest.MonkeyPatch, bou
     """`srun --ntasks=4 --gpus-per-task=1`: each task's GPU is its number 0."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     settings, place = compose("device=cuda", "batch_size=32"), RankInfo(3, 4, 3, 4, has_own_gpu=bound)
-    assert own_gpu(3) == torch.device("cuda", 0)
+    assert select_gpu(3) == torch.device("cuda", 0)
     if bound:
         check_launch(settings, place)
     else:
         with pytest.raises(UserError, match=r"launch\.devices"):
             check_launch(settings, place)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert own_gpu(3) == torch.device("cuda", 3)
+    assert select_gpu(3) == torch.device("cuda", 3)
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])

@@ -20,7 +20,7 @@ from cnntrain.errors import UserError
 from cnntrain.train.device import Compute
 from cnntrain.train.loop import Trainer
 from cnntrain.train.lr_finder import BASELINE_STEPS, RangeTest, choose_learning_rate, range_test
-from cnntrain.train.prepare import build_training_parts, run_range_test
+from cnntrain.train.prepare import resolve_plan, run_range_test
 from cnntrain.train.setup import build_components
 from cnntrain.train.signals import StopFlag
 from cnntrain.train.state import TrainingPlan
@@ -151,7 +151,7 @@ def test_weights_statistics_and_generators_are_not_changed(tmp_path: Path) -> No
     settings = compose("model=fmnist_cnn", "data.limit=200", "threads=1", "lr_find.steps=20", "precision=bf16")
     assembly = build_components(settings)
     data = assembly.load()
-    plan, _, _ = build_training_parts(assembly, data)
+    plan = resolve_plan(assembly, data)
     model = assembly.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     mode, state = model.training, torch.get_rng_state()
@@ -168,7 +168,7 @@ def test_each_layer_keeps_its_ratio_to_the_rate() -> None:
     settings = compose("model=mlp", "data.limit=200", "threads=1", "lr_find.steps=20", "optimizer.layer_decay=0.5")
     assembly = build_components(settings)
     data = assembly.load()
-    plan, _, _ = build_training_parts(assembly, data)
+    plan = resolve_plan(assembly, data)
     alike = run_range_test(assembly, data, plan, StopFlag())
     assembly.settings = compose("model=mlp", "data.limit=200", "threads=1", "lr_find.steps=20")
     assert run_range_test(assembly, data, plan, StopFlag()).losses[1:] != alike.losses[1:]

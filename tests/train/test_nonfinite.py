@@ -108,7 +108,7 @@ class Root(nn.Module):
     ("layer", "named"),
     [
         (Divides(0.0), "the activation of 2 (Divides)"),
-        (Root(), "the gradient at the output of 1 (ReLU), counted from the loss"),
+        (Root(), "the gradient at the output of 1 (ReLU) (first in the backward pass)"),
     ],
     ids=["activation", "gradient"],
 )
@@ -120,24 +120,24 @@ def test_the_first_layer_is_named(layer: nn.Module, named: str) -> None:
     assert not model[0]._forward_hooks
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def make_nonfinite(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Make one weight NaN before `step`, once; the replay sees it too."""
     original: Callable[..., float] = loop.set_learning_rate
     met = []
 
-    def poisoning(optimizer: torch.optim.Optimizer, schedule: object, now: int) -> float:
+    def set_infinite(optimizer: torch.optim.Optimizer, schedule: object, now: int) -> float:
         if now == step and not met:
             met.append(now)
             with torch.no_grad():
                 optimizer.param_groups[0]["params"][0][0, 0] = float("nan")
         return original(optimizer, schedule, now)
 
-    monkeypatch.setattr(loop, "set_learning_rate", poisoning)
+    monkeypatch.setattr(loop, "set_learning_rate", set_infinite)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_error_names_the_step_that_was_not_finite(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(monkeypatch, 3 if accumulate == 1 else 5)
+    make_nonfinite(monkeypatch, 3 if accumulate == 1 else 5)
     with pytest.raises(DivergedError) as raised:
         train(compose(*QUICK, "epochs=3", f"accumulate={accumulate}", "run_dir=run", "log.every_steps=100"))
     lines = str(raised.value).splitlines()
@@ -153,7 +153,7 @@ def test_the_error_names_the_step_that_was_not_finite(accumulate: int, monkeypat
 
 
 def test_a_run_that_diverges_before_the_last_log_entry_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(monkeypatch, 2)
+    make_nonfinite(monkeypatch, 2)
     with pytest.raises(DivergedError, match="step 3"):
         train(compose(*QUICK, "epochs=1", "steps=5", "run_dir=run", "log.every_steps=100"))
     assert not list(Path("run").glob("checkpoints/*"))

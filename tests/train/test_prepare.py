@@ -10,9 +10,9 @@ from cnntrain.errors import MachineError, UserError
 from cnntrain.train.device import Compute
 from cnntrain.train.distributed import World
 from cnntrain.train.prepare import (
-    build_training_parts,
     fastest,
     power_of_two,
+    resolve_plan,
     search_batch_size,
     smallest_batch,
 )
@@ -58,11 +58,23 @@ def test_auto_becomes_a_number_and_the_model_is_unchanged() -> None:
     data = components.load()
     before = {name: value.clone() for name, value in components.model.state_dict().items()}
     assert search_batch_size(components, data) in (16, 32)
-    plan, _, _ = build_training_parts(components, data)
+    plan = resolve_plan(components, data)
     assert components.settings.batch_size == plan.batch_size
     assert all(value.equal(before[name]) for name, value in components.model.state_dict().items())
     with pytest.raises(UserError, match="a whole number >= 1 or auto"):
         compose("batch_size=automatic")
+
+
+def test_the_loader_is_closed_if_the_search_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    components = build_components(compose(*SMALL, "model=mlp"))
+    data, closed = components.load(), []
+    loader = components.loader(data.train, augmented=True)
+    monkeypatch.setattr(components, "loader", lambda *_, **__: loader)
+    monkeypatch.setattr(loader, "close", lambda: closed.append(True))
+    monkeypatch.setattr("cnntrain.train.prepare.fastest", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        search_batch_size(components, data)
+    assert closed
 
 
 @pytest.mark.parametrize(
@@ -84,7 +96,7 @@ def test_each_rank_needs_an_image_and_each_batch_norm_two(model: str, device: st
 def test_fewer_training_images_than_ranks_are_refused() -> None:
     components = build_components(compose("model=mlp", "data.limit=3", "threads=1", "device=cpu"), world=World(0, 4))
     with pytest.raises(UserError, match=r"launch\.devices"):
-        build_training_parts(components, components.load())
+        resolve_plan(components, components.load())
 
 
 def test_a_last_batch_of_one_image_is_left_out_with_batch_norm(caplog: pytest.LogCaptureFixture) -> None:

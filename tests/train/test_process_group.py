@@ -7,7 +7,7 @@ import pytest
 
 from cnntrain.errors import MachineError
 from cnntrain.train import process_group
-from cnntrain.train.process_group import PERIOD_S, SILENCE_S, Watchdog
+from cnntrain.train.process_group import HEARTBEAT_INTERVAL_S, HEARTBEAT_TIMEOUT_S, Watchdog
 
 
 class Store:
@@ -49,13 +49,13 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(process_group, "time", clock)
-    monkeypatch.setattr(process_group, "LAST_WORDS_S", 0)
+    monkeypatch.setattr(process_group, "EXIT_GRACE_S", 0)
     return clock
 
 
 def run(clock: Clock, dog: Watchdog, seconds: float, predecessor_beats: bool) -> None:
-    for _ in range(int(seconds / PERIOD_S)):
-        clock.now += PERIOD_S
+    for _ in range(int(seconds / HEARTBEAT_INTERVAL_S)):
+        clock.now += HEARTBEAT_INTERVAL_S
         if predecessor_beats:
             dog._store.add("beat/1", 1)
         dog._tick()
@@ -67,7 +67,7 @@ def make(store: Any, timeout_s: float = 1800, rank: int = 0) -> tuple[Watchdog, 
 
 
 @pytest.mark.parametrize("suspended_s", [0, 10_000])
-@pytest.mark.parametrize(("silent_s", "lost"), [(SILENCE_S - 2, False), (SILENCE_S + 2, True)])
+@pytest.mark.parametrize(("silent_s", "lost"), [(HEARTBEAT_TIMEOUT_S - 2, False), (HEARTBEAT_TIMEOUT_S + 2, True)])
 def test_a_silent_rank_is_lost_but_not_one_that_was_suspended_together(
     clock: Clock, suspended_s: float, silent_s: float, lost: bool
 ) -> None:

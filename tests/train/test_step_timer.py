@@ -4,7 +4,7 @@ import pytest
 
 from cnntrain import compose
 from cnntrain.augment.pipeline import Pipeline
-from cnntrain.train.prepare import build_training_parts
+from cnntrain.train.prepare import resolve_plan
 from cnntrain.train.setup import build_components
 from cnntrain.train.step_timer import StepTimer
 from cnntrain.types import Batch
@@ -14,7 +14,7 @@ def timer_for(*overrides: str) -> StepTimer:
     settings = compose("model=fmnist_cnn", "data.limit=100", "batch_size=16", "threads=1", *overrides)
     components = build_components(settings)
     data = components.load()
-    plan, _, _ = build_training_parts(components, data)
+    plan = resolve_plan(components, data)
 
     made = StepTimer(components, plan, components.loader(data.train, augmented=True))
     made.window_s = 0.001

@@ -324,9 +324,9 @@ def test_transparent_masks_are_rejected(tmp_path, save, pixels):
 def test_ids_can_be_set_on_the_command_line(tmp_path, save, pixels):
     write_masks(tmp_path, save, pixels, "train", halves(7, 9))
     given = ["data=mask_folder", f"data.root={tmp_path}", "data.classes=[a,b]", "data.size=[8,12]"]
-    source, _ = build_source(read_settings([*given, "data.ids={7: 0, 9: 1}"]))
+    source = build_source(read_settings([*given, "data.ids={7: 0, 9: 1}"]))
     assert source.load()["train"].lazy_targets["mask"][0].tolist() == halves(0, 1).tolist()
-    source, _ = build_source(read_settings(given))
+    source = build_source(read_settings(given))
     with pytest.raises(UserError, match=r"data\.ids='\{7: 0, 9: 1\}'"):
         source.load()
 
