@@ -18,7 +18,7 @@ from cnntrain.plots.curves import plot_learning_curves
 from cnntrain.plots.figure import save_figure
 from cnntrain.plots.sweep import Scale, plot_marginal_effect, plot_parallel_coordinates
 from cnntrain.report.compare import find_runs, read_run
-from cnntrain.report.console import markdown, format_value
+from cnntrain.report.console import format_value, markdown
 from cnntrain.sweep.plan import UNLIMITED, Repeat, SweepPlan, repeats_text, rounded, trial_name
 from cnntrain.sweep.study import Study, Trial
 

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cnntrain.io.streams import lenient
-from cnntrain.report.console import list_columns, print_line, rows_table, format_seconds, format_value
+from cnntrain.report.console import format_seconds, format_value, list_columns, print_line, rows_table
 from cnntrain.sweep.plan import PlannedRun, SweepPlan, rounded, trial_name
 from cnntrain.sweep.run_workers import LOG_FILE
 from cnntrain.sweep.study import Outcome
