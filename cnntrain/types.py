@@ -11,6 +11,12 @@ from torch import Tensor
 from cnntrain.errors import UserError, suggest
 
 Verdict = Literal["PASS", "WARN", "FAIL", "SKIP"]
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+def format_shape(shape: Sequence[int]) -> str:
+    """Return for example `3x224x224`."""
+    return "x".join(map(str, shape))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cnntrain.errors import UserError
+from cnntrain.types import Size
 
-Size = tuple[int, int]  # (height, width) in pixels
 Targets = dict[str, Tensor]  # see `Batch.targets`
 
 

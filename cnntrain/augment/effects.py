@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional
 
 from cnntrain.augment.base import Effect, Targets, check_probability, check_range, log_uniform_between, uniform_between
 from cnntrain.errors import UserError
@@ -38,7 +38,7 @@ def gaussian_blur(images: Tensor, sigma_px: Tensor) -> Tensor:
         weights = weights * (offsets.abs() <= own_radius)
         weights = to_device(weights / weights.sum(1, keepdim=True), images.device, images.dtype)
         padding = [radius, radius, 0, 0] if dim == 3 else [0, 0, radius, radius]
-        padded = functional.pad(images, padding, mode="reflect")
+        padded = F.pad(images, padding, mode="reflect")
         total = torch.zeros_like(images)
         for i in range(2 * radius + 1):
             total.addcmul_(padded.narrow(dim, i, images.shape[dim]), weights[:, i, None, None, None])

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnntrain.augment.base import Geometry, Size, check_probability, check_range, log_uniform_between, uniform_between
+from cnntrain.augment.base import Geometry, check_probability, check_range, log_uniform_between, uniform_between
 from cnntrain.errors import UserError
+from cnntrain.types import Size
 
 
 def identity(count: int) -> Tensor:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cnntrain.augment.base import Augmentation, Color, Effect, Geometry, Size
+from cnntrain.augment.base import Augmentation, Color, Effect, Geometry
 from cnntrain.augment.color import apply_color_matrix, compose, normalize
 from cnntrain.augment.geometry import box_to_image
 from cnntrain.augment.resample import (
@@ -22,7 +22,7 @@ from cnntrain.augment.resample import (
 from cnntrain.augment.torchvision_transform import TorchvisionTransform, transform_sample
 from cnntrain.errors import UserError, suggest
 from cnntrain.randomness import uniform
-from cnntrain.types import Batch, DataSpec, concat_batches
+from cnntrain.types import Batch, DataSpec, Size, concat_batches
 
 # How many small batches are augmented at once: (batches, values of their images). Larger on CUDA, where launching a
 # kernel takes as long as running it. 4 MiB and 64 MiB of float32.
@@ -132,13 +132,13 @@ class Pipeline:
                 group = []
                 yield self(batch, seed, epoch) if len(batch) else batch
             else:
-                if self._is_full(group, batch):
+                if self._exceeds_group(group, batch):
                     yield from self._augment_group(group, seed, epoch)
                     group = []
                 group.append(batch)
         yield from self._augment_group(group, seed, epoch)
 
-    def _is_full(self, group: list[Batch], batch: Batch) -> bool:
+    def _exceeds_group(self, group: list[Batch], batch: Batch) -> bool:
         """Return True if `batch` does not fit into `group`."""
         max_batches, max_values = MAX_GROUP.get(batch.images.device.type, MAX_GROUP["cpu"])
         pixels = max(math.prod(_image_size(batch)), math.prod(self.output_size))

@@ -9,12 +9,12 @@ before colors are changed.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional
 
-from cnntrain.augment.base import Size
 from cnntrain.augment.effects import gaussian_blur
 from cnntrain.transfer import arange, constant, to_device
+from cnntrain.types import Size
 
 PADDING_MODES = {"zero": "zeros", "edge": "border", "reflect": "reflection"}  # border: name in grid_sample
 # Bilinear sampling reads two pixels per axis. With more input pixels per output pixel than this, it would alias.
@@ -59,7 +59,7 @@ class GatherSampler:
 
     def masks(self, masks: Tensor, ignore_index: int) -> Tensor:
         """(N, H, W) class ids -> (N, H', W'), `ignore_index` outside the mask."""
-        padded = functional.pad(masks.unsqueeze(1), self._padding, value=ignore_index)
+        padded = F.pad(masks.unsqueeze(1), self._padding, value=ignore_index)
         return self._gather(padded).squeeze(1)
 
     def _gather(self, padded: Tensor) -> Tensor:
@@ -71,12 +71,12 @@ class GatherSampler:
 def pad(images: Tensor, padding: list[int], border: str) -> Tensor:
     """Pad images (N, C, H, W) of any type by (left, right, top, bottom) pixels.
 
-    `functional.pad` cannot replicate or reflect uint8 images, nor pad by more than the image size.
+    `F.pad` cannot replicate or reflect uint8 images, nor pad by more than the image size.
     """
     if not any(padding):
         return images
     if border == "zero":
-        return functional.pad(images, padding)
+        return F.pad(images, padding)
     for dim, before, after in ((2, *padding[2:]), (3, *padding[:2])):
         length = images.shape[dim]
         index = torch.arange(-before, length + after, device=images.device)
@@ -100,15 +100,13 @@ class GridSampler:
         """(N, C, H, W) of any type -> (N, C, H', W') float32 on the same scale."""
         copied = images.clone() if images.dtype == torch.float32 else images.float()
         filtered = blur_before_shrinking(copied, self._step_px)
-        return functional.grid_sample(
-            filtered, self._grid, mode="bilinear", padding_mode=self._padding_mode, align_corners=True
-        )
+        return F.grid_sample(filtered, self._grid, mode="bilinear", padding_mode=self._padding_mode, align_corners=True)
 
     def masks(self, masks: Tensor, ignore_index: int) -> Tensor:
         """(N, H, W) class ids -> (N, H', W'), `ignore_index` outside the mask."""
         # Subtract the ignore index, so that the zeros outside become the ignore index when it is added again.
         shifted = (masks.float() - ignore_index).unsqueeze(1)
-        sampled = functional.grid_sample(shifted, self._grid, mode="nearest", padding_mode="zeros", align_corners=True)
+        sampled = F.grid_sample(shifted, self._grid, mode="nearest", padding_mode="zeros", align_corners=True)
         return (sampled + ignore_index).squeeze(1).to(masks.dtype)
 
 

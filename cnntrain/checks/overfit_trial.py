@@ -75,7 +75,7 @@ class OverfitTrial:
         """Train `model`, in eval mode with calibrated norms, on the batch until its loss is near the floor."""
         task, batch = self.task, self.batch
         uninformed = task.uninformed_loss(batch.truth, model(batch.images).detach())
-        result = OverfitResult(task.min_loss(training=False), uninformed, task.learned_loss(uninformed))
+        result = OverfitResult(task.min_loss(training=False), uninformed, task.memorized_loss(uninformed))
         result.learning_rate = max(float(group["lr"]) for group in optimizer.param_groups)
         result.pixel_deviation = float(batch.images.float().std(dim=(1, 2, 3)).min())
         result.frozen = [n for n, p in model.named_parameters() if not p.requires_grad and not self.freeze]

@@ -16,7 +16,7 @@ from cnntrain.errors import UserError
 from cnntrain.report.console import console, log_to_console
 from cnntrain.summary.layer_table import ModelSummary, summarize
 from cnntrain.summary.preflight import preflight
-from cnntrain.summary.view import report
+from cnntrain.summary.view import print_summaries
 from cnntrain.sweep.search_space import expand_grid
 from cnntrain.train.run_dir import open_run_dir
 from cnntrain.train.setup import (
@@ -38,7 +38,9 @@ def run(invocation: Invocation) -> int:
     summaries = [summarize_model(each) for each in settings]
     first, options = settings[0], settings[0].inspect
     with open_run_dir(first.run_dir, f"inspect-{first.label}") as run_dir:
-        written = report(summaries, run_dir.path, options.depth, options.convention, console, first.log.figures)
+        written = print_summaries(
+            summaries, run_dir.path, options.depth, options.convention, console, first.log.figures
+        )
     for path in written:
         print(path)
     return 0

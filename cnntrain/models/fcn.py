@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cnntrain.errors import UserError
 from cnntrain.models.cifar_resnet import CifarResNet
@@ -76,7 +76,7 @@ class FCN(nn.Module):
 
     def _upsample(self, x: Tensor, size: Sequence[int]) -> Tensor:
         corners = None if self.upsampling == "nearest" else False
-        return functional.interpolate(x, size=tuple(size), mode=self.upsampling, align_corners=corners)
+        return F.interpolate(x, size=tuple(size), mode=self.upsampling, align_corners=corners)
 
 
 def _build_backbone(

@@ -10,14 +10,14 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
 from cnntrain.config.schema import ModelSettings
 from cnntrain.errors import UserError, suggest
 from cnntrain.models.norm_act import ACTIVATIONS, check_choice, make_activation, make_norm
-from cnntrain.models.pretrained import Weights, in_head, load_pretrained
+from cnntrain.models.pretrained import PretrainedWeights, is_inside, load_pretrained
 from cnntrain.transfer import constant
 
 log = logging.getLogger("cnntrain")
@@ -37,7 +37,7 @@ _SWAPPED_ACTIVATIONS = tuple(kind for kind in ACTIVATIONS.values() if kind is no
 def apply_model_settings(
     model: nn.Module,
     settings: ModelSettings,
-    weights: Weights | None = None,
+    weights: PretrainedWeights | None = None,
     *,
     num_outputs: int = 0,
     outputs: tuple[str, ...] = (),
@@ -65,11 +65,11 @@ def apply_model_settings(
     if weights is not None:
         model.pretrained_from = weights.name  # type: ignore[assignment]
     initialize(model, settings.init)
-    new: tuple[str, ...] = ()
+    random_layers: tuple[str, ...] = ()
     if weights is not None:
-        new = load_pretrained(model, weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size)
+        random_layers = load_pretrained(model, weights, num_outputs=num_outputs, outputs=outputs, image_size=image_size)
     if settings.freeze is not None:
-        freeze_layers(model, settings.freeze, new)
+        freeze_layers(model, settings.freeze, random_layers)
     return model
 
 
@@ -99,7 +99,7 @@ def _check_pretrained_layers(config: Mapping[str, Any] | None, settings: ModelSe
         )
 
 
-def materialize(model: nn.Module, channels: int, image_size: tuple[int, int]) -> None:
+def initialize_lazy_modules(model: nn.Module, channels: int, image_size: tuple[int, int]) -> None:
     """Initialize lazy modules (`nn.LazyLinear`) by a forward pass of two images of `image_size` (height, width)."""
     if not any(map(is_lazy, chain(model.parameters(), model.buffers()))):
         return
@@ -195,18 +195,18 @@ def initialize(model: nn.Module, init: str) -> None:
             nn.init.zeros_(module.bias)
 
 
-def freeze_layers(model: nn.Module, freeze: str | Sequence[str], new: Sequence[str] = ()) -> None:
+def freeze_layers(model: nn.Module, freeze: str | Sequence[str], random_layers: Sequence[str] = ()) -> None:
     """Freeze layers: their parameters get no gradient, and their norms keep their running statistics.
 
     Parameters that the network froze itself stay frozen, even after `unfreeze`.
 
     Args:
         freeze: backbone (everything except the head), or names of layers, including their submodules.
-        new: randomly initialized layers that the pretrained weights lack; they must not be frozen.
+        random_layers: layers that the pretrained weights lack; they must not be frozen.
 
     Raises:
-        UserError: an unknown layer, a layer in `new`, or freeze=backbone for a network without `head_names` (names of
-            the head's modules).
+        UserError: an unknown layer, a layer in `random_layers`, or freeze=backbone for a network without
+            `head_names` (names of the head's modules).
     """
     heads: tuple[str, ...] = getattr(model, "head_names", ())
     names = _layer_names(model, freeze)
@@ -218,9 +218,9 @@ def freeze_layers(model: nn.Module, freeze: str | Sequence[str], new: Sequence[s
         )
 
     def is_frozen(name: str) -> bool:
-        return not in_head(name, heads) if freeze == "backbone" else in_head(name, names)
+        return not is_inside(name, heads) if freeze == "backbone" else is_inside(name, names)
 
-    if random := [name for name in new if is_frozen(name)]:
+    if random := [name for name in random_layers if is_frozen(name)]:
         raise UserError(
             f"model.freeze: {', '.join(random[:4])} would be frozen with random weights because model.pretrained has "
             "no weights of that shape; freeze other layers (model.freeze=[...]), or change the network"
@@ -298,7 +298,7 @@ def make_pooling_deterministic(model: nn.Module) -> None:
 
 
 def deterministic_adaptive_avg_pool2d(input: Tensor, height: int | None, width: int | None) -> Tensor:
-    """Compute `functional.adaptive_avg_pool2d` for (N, C, H, W) or (C, H, W) input; None keeps a side.
+    """Compute `F.adaptive_avg_pool2d` for (N, C, H, W) or (C, H, W) input; None keeps a side.
 
     If the output size divides the input size, the windows do not overlap and average pooling with a stride is used.
     Otherwise the input is multiplied by one matrix per side.
@@ -307,7 +307,7 @@ def deterministic_adaptive_avg_pool2d(input: Tensor, height: int | None, width: 
     if (height, width) == (1, 1):
         return input.mean((-2, -1), keepdim=True)
     if input.shape[-2] % height == 0 and input.shape[-1] % width == 0:
-        return functional.avg_pool2d(input, (input.shape[-2] // height, input.shape[-1] // width))
+        return F.avg_pool2d(input, (input.shape[-2] // height, input.shape[-1] // width))
     rows = window_means(input.shape[-2], height, input.device)
     columns = window_means(input.shape[-1], width, input.device)
     with torch.autocast(input.device.type, enabled=False):  # bf16 would round the averaging weights

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from cnntrain.errors import UserError, suggest
@@ -97,7 +97,7 @@ class PadShortcut(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        return F.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
 
 
 class Dropout(nn.Dropout):
@@ -108,7 +108,7 @@ class Dropout(nn.Dropout):
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
-    """Compute `functional.dropout`; on CPUs with a faster mask (Srivastava et al. 2014).
+    """Compute `F.dropout`; on CPUs with a faster mask (Srivastava et al. 2014).
 
     On CPUs, PyTorch draws one double per element, sequentially. Here each element uses 16 random bits, so one 64-bit
     draw covers four elements. `p` is rounded to a multiple of 2**-16; the scale 1 / (1 - p) uses the rounded value.
@@ -120,7 +120,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     threshold = round(p * _LEVELS)
     fast = input.device.type == "cpu" and not torch.compiler.is_compiling()  # GPUs and the compiler fuse PyTorch's
     if not training or not fast or not 0 < threshold < _LEVELS:
-        return functional.dropout(input, p, training)
+        return F.dropout(input, p, training)
     mask = torch.empty_like(input, requires_grad=False)
     draws = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     digits = draws.view(torch.int16).as_strided(mask.shape, mask.stride())

@@ -18,7 +18,7 @@ from cnntrain.io.tensor_file import read_tensors
 log = logging.getLogger("cnntrain")
 FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors")
 # Keys under which common training scripts store the state dict in a checkpoint.
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class PublishedWeights:
     """Weights that a library publishes for an architecture.
 
     Attributes:
-        part: the submodule of the configured network that has this architecture; "" for the whole network.
+        submodule: the submodule of the configured network that has this architecture; "" for the whole network.
     """
 
     library: Literal["torchvision", "timm"]
     architecture: str
-    part: str = ""
+    submodule: str = ""
 
     def names(self) -> tuple[str, ...]:
         """Return the valid names for `model.pretrained`; includes DEFAULT even if the architecture is unknown."""
@@ -116,7 +116,7 @@ def published_for(model: Mapping[str, Any]) -> PublishedWeights | None:
 
 
 @dataclass(frozen=True)
-class Weights:
+class PretrainedWeights:
     """Weights named by `model.pretrained`.
 
     Attributes:
@@ -136,11 +136,11 @@ class Weights:
     model: Mapping[str, Any] | None = None
 
     @property
-    def part(self) -> str:
+    def submodule(self) -> str:
         """Return the submodule that the tensors belong to; "" for the whole network, as in a run's checkpoint."""
-        part = self.published.part if self.published else ""
-        whole = self.state is not None and any(key.startswith(f"{part}.") for key in self.state)
-        return "" if whole else part
+        submodule = self.published.submodule if self.published else ""
+        whole = self.state is not None and any(key.startswith(f"{submodule}.") for key in self.state)
+        return "" if whole else submodule
 
     @property
     def stem(self) -> str | None:
@@ -153,7 +153,7 @@ class Weights:
 
 def find_weights(
     model: Mapping[str, Any], pretrained: object, check_run: Callable[[dict[str, Any]], dict[str, Any]]
-) -> Weights | None:
+) -> PretrainedWeights | None:
     """Find the weights that `pretrained` names for the network `model` (a config node); does not download.
 
     Args:
@@ -168,7 +168,7 @@ def find_weights(
     published = published_for(model)
     names = published.names() if published else ()
     if published and name in names:
-        return Weights(name, published, None, published.preprocessing(name))
+        return PretrainedWeights(name, published, None, published.preprocessing(name))
     path = Path(name).expanduser()
     if path.suffix in FILE_ENDINGS or path.is_dir() or path.is_file():
         return _read_file(name, _find_file(path), published, check_run)
@@ -194,7 +194,7 @@ def _find_file(path: Path) -> Path:
 
 def _read_file(
     name: str, path: Path, published: PublishedWeights | None, check_run: Callable[[dict[str, Any]], dict[str, Any]]
-) -> Weights:
+) -> PretrainedWeights:
     """Read weights from a file: a state dict, a checkpoint that contains one, or a cnntrain checkpoint."""
     content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else read_tensors(path)
     content = content if isinstance(content, dict) else {}
@@ -203,17 +203,17 @@ def _read_file(
             return _from_run(name, check_run(content), published)
         except UserError as error:
             raise UserError(f"model.pretrained: {path}: not a valid training checkpoint ({error})") from error
-    state = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
+    state = next((content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), dict)), content)
     if not state or not all(
         isinstance(key, str) and isinstance(value, Tensor) and not value.is_complex() for key, value in state.items()
     ):
         raise UserError(f"model.pretrained: {path} contains no state dict (a mapping from layer names to real tensors)")
     if all(key.startswith("module.") for key in state):  # prefix of DataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    return Weights(name, published, state, published.preprocessing("DEFAULT") if published else None)
+    return PretrainedWeights(name, published, state, published.preprocessing("DEFAULT") if published else None)
 
 
-def _from_run(name: str, saved: Mapping[str, Any], published: PublishedWeights | None) -> Weights:
+def _from_run(name: str, saved: Mapping[str, Any], published: PublishedWeights | None) -> PretrainedWeights:
     """Return the weights in a validated checkpoint: the EMA weights if it has them, as used in validation."""
     state, spec, model = saved["state"], saved["spec"], saved["config"]["model"]
     for key in ("norm", "activation"):
@@ -222,7 +222,7 @@ def _from_run(name: str, saved: Mapping[str, Any], published: PublishedWeights |
     mean, std = spec.get("mean"), spec.get("std")
     preprocessing = Preprocessing(mean, std, (spec["height"], spec["width"])) if mean and std else None
     outputs = tuple(spec.get("classes") or spec.get("keypoints") or ())
-    return Weights(name, published, state["ema"] or state["model"], preprocessing, outputs, model)
+    return PretrainedWeights(name, published, state["ema"] or state["model"], preprocessing, outputs, model)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -238,7 +238,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def load_pretrained(
     model: nn.Module,
-    weights: Weights,
+    weights: PretrainedWeights,
     *,
     num_outputs: int,
     outputs: tuple[str, ...] = (),
@@ -259,11 +259,11 @@ def load_pretrained(
     state = weights.state
     if state is None:
         state = weights.published.read(weights.name, image_size) if weights.published else {}
-    prefix = f"{weights.part}." if weights.part else ""
+    prefix = f"{weights.submodule}." if weights.submodule else ""
     loaded = {f"{prefix}{key}": value for key, value in state.items()}
     heads: tuple[str, ...] = getattr(model, "head_names", ())
     heads = heads or tuple(filter(None, [last_of_width(model, num_outputs)]))
-    first = first_conv_name(model.get_submodule(weights.part))
+    first = first_conv_name(model.get_submodule(weights.submodule))
     first = None if first is None else f"{prefix}{first}"
     current = model.state_dict()
     for key, value in loaded.items():
@@ -273,25 +273,26 @@ def load_pretrained(
         loaded[key] = adapt_first_conv(loaded[key], current[key].shape[1])
     other_outputs = weights.outputs is not None and weights.outputs != outputs
     layers = _by_layer(current)
-    new: list[str] = []
+    random_layers: list[str] = []
     mismatched: list[str] = []
     for name, keys in layers.items():
         fits = all(key in loaded and loaded[key].shape == current[key].shape for key in keys)
-        is_head = in_head(name, heads)
+        is_head = is_inside(name, heads)
         if not fits or (other_outputs and is_head):
-            new.append(name)
+            random_layers.append(name)
         if not (fits or is_head or name == first or _differs_in_inputs(name, keys, current, loaded)):
             mismatched.append(name)
-    if mismatched or len(new) == len(layers):
+    if mismatched or len(random_layers) == len(layers):
         architecture = weights.published.architecture if weights.published else type(model).__name__
+        bad = mismatched or random_layers
         raise UserError(
-            f"model.pretrained: {weights.name!r} does not fit {architecture}: {(mismatched or new)[0]} is missing "
-            f"or has another shape ({len(mismatched or new)} layers in all)"
+            f"model.pretrained: {weights.name!r} does not fit {architecture}: {bad[0]} is missing or has another shape "
+            f"({len(bad)} layers in all)"
         )
-    fitting = {key: loaded[key] for key in current if key in loaded and _layer(key) not in new}
+    fitting = {key: loaded[key] for key in current if key in loaded and _layer(key) not in random_layers}
     model.load_state_dict({**current, **fitting})
-    log.info("loaded %s; layers without pretrained weights: %s", weights.name, ", ".join(new) or "none")
-    return tuple(new)
+    log.info("loaded %s; layers without pretrained weights: %s", weights.name, ", ".join(random_layers) or "none")
+    return tuple(random_layers)
 
 
 def _layer(key: str) -> str:
@@ -331,7 +332,7 @@ def last_of_width(model: nn.Module, num_outputs: int) -> str:
     return name
 
 
-def in_head(name: str, heads: tuple[str, ...]) -> bool:
+def is_inside(name: str, heads: tuple[str, ...]) -> bool:
     """Return True if the parameter or module belongs to one of the head's modules."""
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cnntrain.errors import UserError
 from cnntrain.models.norm_act import check_choice
+from cnntrain.types import format_shape
 
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _SMALL_STEM_MAX_PX = 64
@@ -118,7 +119,7 @@ def choose_stem(stem: str, image_size: Sequence[int]) -> str:
     if stem != "auto":
         return stem
     chosen = "small" if max(image_size) <= _SMALL_STEM_MAX_PX else "imagenet"
-    log_stem(chosen, "x".join(map(str, image_size)))
+    log_stem(chosen, format_shape(image_size))
     return chosen
 
 

@@ -20,7 +20,10 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
     if not timm.is_model(name):
         known = timm.list_models()
         raise UserError(f"model.name: timm has no {name!r}{suggest(str(name), known)} ({len(known)} models known)")
-    model = _create(name, image_size, in_chans=in_channels, num_classes=num_outputs)
+    try:
+        model = _create(name, image_size, in_chans=in_channels, num_classes=num_outputs)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"model.name={name}: {str(error).splitlines()[0]}") from error
     head = model.get_classifier()  # type: ignore[operator]
     if isinstance(head, nn.Linear):
         # timm initializes an EfficientNet's head in +-1/sqrt(outputs). With one output (two classes) this gives logits
@@ -34,9 +37,9 @@ def published_weights(name: str, image_size: Sequence[int]) -> Mapping[str, Tens
     """Download timm's weights for a model, with position embeddings for `image_size` (height, width)."""
     try:
         return _create(name, image_size, pretrained=True).state_dict()
-    except UserError as error:
+    except (RuntimeError, OSError) as error:
         raise UserError(
-            f"model.pretrained: cannot download timm's weights for {str(error).removeprefix('model.name=')}; download "
+            f"model.pretrained: cannot download timm's weights for {name}: {str(error).splitlines()[0]}; download "
             "them on another machine and set model.pretrained=FILE.safetensors"
         ) from error
 
@@ -62,9 +65,6 @@ def _timm() -> Any:
 def _create(name: str, image_size: Sequence[int], **options: Any) -> nn.Module:
     timm = _timm()
     try:
-        try:
-            return timm.create_model(name, img_size=tuple(image_size), **options)
-        except TypeError:  # only networks with position embeddings have img_size
-            return timm.create_model(name, **options)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"model.name={name}: {str(error).splitlines()[0]}") from error
+        return timm.create_model(name, img_size=tuple(image_size), **options)
+    except TypeError:  # only networks with position embeddings have img_size
+        return timm.create_model(name, **options)

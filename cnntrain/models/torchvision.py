@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cnntrain.errors import UserError, suggest
 from cnntrain.models.pretrained import first_conv_name, last_of_width
+from cnntrain.types import format_shape
 
 
 def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Sequence[int]) -> nn.Module:
@@ -18,7 +19,7 @@ def classifier(*, name: str, in_channels: int, num_outputs: int, image_size: Seq
     Args:
         name: one of `torchvision.models.list_models()`, for example mobilenet_v2.
     """
-    model = build(name, "classifier", in_channels, num_outputs, image_size)
+    model = build(name, in_channels, num_outputs, image_size)
     model.head_names = (last_of_width(model, num_outputs),)  # type: ignore[assignment]
     return model
 
@@ -34,19 +35,22 @@ class Segmenter(nn.Module):
 
     def __init__(self, *, name: str, in_channels: int, num_outputs: int, image_size: Sequence[int]) -> None:
         super().__init__()
-        self.network = build(name, "segmentation model", in_channels, num_outputs, image_size)
+        self.network = build(name, in_channels, num_outputs, image_size, segmentation=True)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)["out"]
 
 
-def build(name: str, kind: str, in_channels: int, num_outputs: int, image_size: Sequence[int]) -> nn.Module:
+def build(
+    name: str, in_channels: int, num_outputs: int, image_size: Sequence[int], segmentation: bool = False
+) -> nn.Module:
     """Return torchvision's model with random weights and `in_channels` input channels."""
     from torchvision import models
 
-    module = models.segmentation if kind == "segmentation model" else models
+    module = models.segmentation if segmentation else models
     known = models.list_models(module=module)
     if name not in known:
+        kind = "segmentation model" if segmentation else "classifier"
         raise UserError(
             f"model.name: torchvision has no {kind} {name!r}{suggest(str(name), known)} (known: {', '.join(known)})"
         )
@@ -55,17 +59,16 @@ def build(name: str, kind: str, in_channels: int, num_outputs: int, image_size: 
         options |= {"aux_logits": False, "init_weights": True, "transform_input": False}
     if name.startswith("vit_"):
         if len(set(image_size)) > 1:
-            shown = "x".join(map(str, image_size))
-            raise UserError(f"model.name={name}: needs square images, not {shown} px")
+            raise UserError(f"model.name={name}: needs square images, not {format_shape(image_size)} px")
         options["image_size"] = image_size[0]
     elif name.startswith("maxvit"):
         options["input_size"] = tuple(image_size)
-    if kind == "segmentation model":
+    if segmentation:
         options["weights_backbone"] = None
     try:
         model = models.get_model(name, weights=None, **options)
     except (ValueError, RuntimeError) as error:
-        size = "x".join(map(str, image_size))
+        size = format_shape(image_size)
         raise UserError(f"model.name={name}: cannot be built for images of {size} px: {error}") from error
     set_in_channels(model, in_channels)
     return model

@@ -6,11 +6,12 @@ Source: Ronneberger et al. 2015, U-Net: Convolutional Networks for Biomedical Im
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cnntrain.errors import UserError
 from cnntrain.models.norm_act import check_choice
+from cnntrain.types import format_shape
 
 UPSAMPLINGS = ("transposed", "nearest", "bilinear", "bicubic", "unpool")
 PADDINGS = ("same", "valid")
@@ -44,12 +45,12 @@ class Up(nn.Module):
         if self.unpool is not None and indices is not None:
             x = self.unpool(_crop(x, indices.shape[-2:]), indices, output_size=skip.shape[-2:])
         elif self.upsampling in ("bilinear", "bicubic"):
-            x = functional.interpolate(x, scale_factor=2.0, mode=self.upsampling, align_corners=False)
+            x = F.interpolate(x, scale_factor=2.0, mode=self.upsampling, align_corners=False)
         elif self.upsampling == "nearest":
-            x = functional.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         missing = [max(0, b - a) if b - a <= 1 else 0 for a, b in zip(x.shape[-2:], skip.shape[-2:], strict=True)]
         if any(missing):  # a pool dropped the last row or column of an odd map: repeat the one before it
-            x = functional.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
+            x = F.pad(x, (0, missing[1], 0, missing[0]), mode="replicate")
         return self.convs(torch.cat([_crop(skip, x.shape[-2:]), x], dim=1))
 
 
@@ -95,7 +96,7 @@ class UNet(nn.Module):
         if min(image_size) < smallest:
             raise UserError(
                 f"model.depth={depth} with padding={padding} needs images of at least {smallest} px, not "
-                f"{'x'.join(map(str, image_size))}; lower model.depth or use larger images"
+                f"{format_shape(image_size)}; lower model.depth or use larger images"
             )
         pixels = 1 if padding == "same" else 0
         widths = [width * 2**level for level in range(depth + 1)]

@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ConvGeometry:
     """Geometry of a convolution or pool; the tuples have one value per spatial dimension.
 
     Attributes:
@@ -75,7 +75,7 @@ def _tuple(value: Any, length: int) -> Shape:
     return tuple(int(v) for v in (values * length if len(values) == 1 else values))
 
 
-def operation_geometry(name: str, arguments: Sequence[Any]) -> Geometry | None:
+def operation_geometry(name: str, arguments: Sequence[Any]) -> ConvGeometry | None:
     """Return the geometry of an ATen operation (`convolution`, `max_pool2d_with_indices`, ...); None for others."""
     if name == "convolution":
         weight, stride, padding, dilation = arguments[1], *arguments[3:6]
@@ -83,17 +83,17 @@ def operation_geometry(name: str, arguments: Sequence[Any]) -> Geometry | None:
         n = weight.dim() - 2
         out_channels = weight.shape[1] * groups if transposed else weight.shape[0]
         strides, pads, dilations = _tuple(stride, n), _tuple(padding, n), _tuple(dilation, n)
-        return Geometry(tuple(weight.shape[2:]), strides, pads, dilations, out_channels, groups, transposed)
+        return ConvGeometry(tuple(weight.shape[2:]), strides, pads, dilations, out_channels, groups, transposed)
     if name.startswith(("max_pool", "avg_pool")):
         n = int(name[name.index("pool") + 4])
         given = [*arguments[1:], None, None, None]
         kernel = _tuple(given[0], n)
         dilation = given[3] if name.startswith("max") else 1
-        return Geometry(kernel, _tuple(given[1] or kernel, n), _tuple(given[2] or 0, n), _tuple(dilation or 1, n))
+        return ConvGeometry(kernel, _tuple(given[1] or kernel, n), _tuple(given[2] or 0, n), _tuple(dilation or 1, n))
     return None
 
 
-def module_geometry(module: nn.Module) -> Geometry | None:
+def module_geometry(module: nn.Module) -> ConvGeometry | None:
     """Return the geometry of a convolution or pool of torch.nn; None for other modules.
 
     Padding that another operation adds ('same', reflect, circular) is included.
@@ -104,14 +104,14 @@ def module_geometry(module: nn.Module) -> Geometry | None:
         padding = _tuple(0 if isinstance(module.padding, str) else module.padding, len(kernel))
         if same:  # of the smaller side: an odd total puts one pixel more on the other
             padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
-        return Geometry(
+        return ConvGeometry(
             kernel, stride, padding, dilation, module.out_channels, module.groups, module.transposed, same=same
         )
     if isinstance(module, (pooling._MaxPoolNd, pooling._AvgPoolNd)):
         n = int(type(module).__name__[-2]) if type(module).__name__[-2:-1].isdigit() else 2
         kernel, padding = _tuple(module.kernel_size, n), _tuple(module.padding, n)
         stride = kernel if module.stride is None else _tuple(module.stride, n)
-        return Geometry(kernel, stride, padding, _tuple(getattr(module, "dilation", 1), n))
+        return ConvGeometry(kernel, stride, padding, _tuple(getattr(module, "dilation", 1), n))
     return None
 
 

@@ -9,7 +9,7 @@ from cnntrain.summary.conv_arithmetic import module_geometry
 from cnntrain.summary.failures import layer_name
 from cnntrain.summary.op_rules import BATCH_NORMS
 from cnntrain.summary.trace import Operation, Trace
-from cnntrain.types import Finding
+from cnntrain.types import Finding, format_shape
 
 SMALL_FIELD = "small receptive field"
 _SOFTMAX = "softmax before cross-entropy"
@@ -47,8 +47,7 @@ def _unread_rows(trace: Trace, image_size: tuple[int, ...]) -> Iterator[str]:
         size, out = operation.input_shapes[0][2:], operation.output_shape[2:]
         unread = [geometry.count_unread(i, size[i], out[i]) for i in range(len(size))]
         if most := max(unread):
-            shown = "x".join(map(str, size))
-            yield f"{_name(operation)} on {shown}: {most} of {size[unread.index(most)]} rows"
+            yield f"{_name(operation)} on {format_shape(size)}: {most} of {size[unread.index(most)]} rows"
 
 
 def _no_activation_between(trace: Trace, image_size: tuple[int, ...]) -> Iterator[str]:
@@ -85,8 +84,7 @@ def _small_field(trace: Trace, image_size: tuple[int, ...]) -> Iterator[str]:
     field = [axis.interval.size for axis in last.axes]
     small = any(pixels < _MIN_FIELD_SHARE * side for pixels, side in zip(field, image_size, strict=True))
     if small and not any(axis.whole for axis in last.axes):
-        pixels, image = "x".join(map(str, field)), "x".join(map(str, image_size))
-        yield f"{_name(last)}: each position sees {pixels} of {image} px"
+        yield f"{_name(last)}: each position sees {format_shape(field)} of {format_shape(image_size)} px"
 
 
 def _batch_norm_on_1x1(trace: Trace, image_size: tuple[int, ...]) -> Iterator[str]:
@@ -100,7 +98,7 @@ def _batch_norm_on_1x1(trace: Trace, image_size: tuple[int, ...]) -> Iterator[st
 
 def _even_kernel_same(trace: Trace, image_size: tuple[int, ...]) -> Iterator[str]:
     for call in trace.calls:
-        geometry = module_geometry(call.module) if call.layer and call.run == 1 else None
+        geometry = module_geometry(call.module) if call.layer and call.call_number == 1 else None
         if geometry and geometry.same and any(geometry.extent(i) % 2 == 0 for i in range(len(geometry.kernel))):
             yield layer_name(call)
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from cnntrain.summary.conv_arithmetic import Shape, describe_module, module_geometry
 from cnntrain.summary.trace import ModuleCall, Trace, TraceError
+from cnntrain.types import format_shape
 
 _TOO_SMALL = (  # parts of torch's messages
     "Output size is too small",
@@ -34,7 +35,7 @@ class Failure:
     positions: bool = False
 
 
-def explain(failed: TraceError) -> Failure:
+def explain_failure(failed: TraceError) -> Failure:
     """Explain why a network raised."""
     trace, error = failed.trace, failed.__cause__ or failed
     if not trace.stack:
@@ -74,7 +75,7 @@ def layer_name(call: ModuleCall) -> str:
 
 
 def _without_batch(shape: Shape) -> str:
-    return "x".join(map(str, shape[1:] if len(shape) > 1 else shape))
+    return format_shape(shape[1:] if len(shape) > 1 else shape)
 
 
 def explain_error(module: nn.Module, shape: Shape, error: BaseException) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cnntrain.errors import UserError
 from cnntrain.summary.conv_arithmetic import Shape, module_geometry
-from cnntrain.summary.failures import explain
+from cnntrain.summary.failures import explain_failure
 from cnntrain.summary.op_rules import BATCH_NORMS, tensors_in
 from cnntrain.summary.receptive_field import Axes
 from cnntrain.summary.trace import (
@@ -137,7 +137,7 @@ def summarize(model_or_builder: ModelOrBuilder, input_shape: Sequence[int], name
     try:
         trace, output = trace_run(model, meta_images(channels, size))
     except TraceError as error:
-        failure = explain(error)
+        failure = explain_failure(error)
         raise UserError(f"{failure.message}\n{failure.remedy}".strip()) from error
     counted: set[int] = set()
     folded = _folding_changes(trace)
@@ -194,7 +194,7 @@ def _folding_changes(trace: Trace) -> dict[int, int]:
             continue
         if before is None or before.name not in ("convolution", "addmm", "mm") or readers[before.index] != 1:
             continue
-        if module.running_mean is None or operation.call.run > 1 or before.call.run > 1:
+        if module.running_mean is None or operation.call.call_number > 1 or before.call.call_number > 1:
             continue
         change[operation.index] = -sum(p.numel() for p in module.parameters())
         has_bias = before.call.layer and getattr(before.call.module, "bias", None) is not None
@@ -238,7 +238,7 @@ def _row(event: ModuleCall | Operation, size: Shape, counted: set[int], folded: 
         elements = 0 if event.same_storage else sum(map(prod, event.output_shapes))
         counts = _count([*module.parameters(), *module.buffers()], counted)
         geometry = module_geometry(module) or (operations[0].geometry if len(operations) == 1 else None)
-        name, kind = event.name + (f"#{event.run}" if event.run > 1 else ""), type(module).__name__
+        name, kind = event.name + (f"#{event.call_number}" if event.call_number > 1 else ""), type(module).__name__
         notation = f"C{module.out_features}" if isinstance(module, nn.Linear) else ""
     else:
         operations, shape, geometry, notation = [event], event.output_shape, event.geometry, ""

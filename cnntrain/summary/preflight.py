@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from cnntrain.errors import CnntrainError
 from cnntrain.summary.design_warnings import design_warnings
-from cnntrain.summary.failures import Failure, explain, first_line
+from cnntrain.summary.failures import Failure, explain_failure, first_line
 from cnntrain.summary.trace import ModelOrBuilder, TraceError, as_meta, meta_images, needs_data, trace_run
-from cnntrain.types import Finding
+from cnntrain.types import Finding, format_shape
 
 _SIZES = (8, 16, 28, 32, 48, 64, 96, 128, 160, 192, 224, 227, 256, 299, 320, 384, 448, 512)
 _SEARCH_S = 3.0
@@ -59,7 +59,7 @@ def preflight(
         cause = raised.__cause__ or raised
         if needs_data(cause):
             return [_skipped(cause)]
-        return [_failure_finding(model, name, explain(raised), requirements)]
+        return [_failure_finding(model, name, explain_failure(raised), requirements)]
     if finding := _check_output(output, expected_output_shape):
         return [finding]
     return design_warnings(trace, size, batch_size, classification)
@@ -134,9 +134,8 @@ def _check_output(output: Any, expected: OutputShape | None) -> Finding | None:
 
 
 def _failure_finding(model: nn.Module, name: str, failure: Failure, needed: _Requirements) -> Finding:
-    shown = "x".join(map(str, needed.image_size))
     plural = "s" if needed.in_channels > 1 else ""
-    cause = f"images are {shown} px, {needed.in_channels} channel{plural}"
+    cause = f"images are {format_shape(needed.image_size)} px, {needed.in_channels} channel{plural}"
     remedies, keys = [failure.remedy] if failure.remedy else [], ("model",)
     smallest = None if failure.positions else smallest_size(model, needed)
     if smallest is not None and needed.image_size != (smallest[0],) * len(needed.image_size):

@@ -185,7 +185,7 @@ class Axis:
 
 
 Axes = tuple[Axis, ...]
-Size = tuple[int, int]
+SizeStride = tuple[int, int]
 UNKNOWN = Axis("unknown")
 
 
@@ -226,7 +226,7 @@ def _join(a: Axis, b: Axis, out_shape: Sequence[int]) -> Axis:
     return replace(a, interval=a.interval.join(b.interval, out_shape[a.dim]), whole=whole, adapted=adapted)
 
 
-def view_axes(axes: Axes, old: Sequence[Size], new: Sequence[Size]) -> Axes:
+def view_axes(axes: Axes, old: Sequence[SizeStride], new: Sequence[SizeStride]) -> Axes:
     """Return the axes of a view; `old` and `new` are the (size, stride) of each dimension.
 
     Known are views that keep the dimension of an axis (permutation, channel shuffle) or merge it with others (flatten).
@@ -234,7 +234,7 @@ def view_axes(axes: Axes, old: Sequence[Size], new: Sequence[Size]) -> Axes:
     return tuple(_view_axis(axis, old, new) for axis in axes)
 
 
-def _view_axis(axis: Axis, old: Sequence[Size], new: Sequence[Size]) -> Axis:
+def _view_axis(axis: Axis, old: Sequence[SizeStride], new: Sequence[SizeStride]) -> Axis:
     if axis.kind in ("fixed", "unknown"):
         return axis
     size, stride = old[axis.dim]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cnntrain.summary.conv_arithmetic import Geometry, Shape, operation_geometry
+from cnntrain.summary.conv_arithmetic import ConvGeometry, Shape, operation_geometry
 from cnntrain.summary.op_rules import COPIES, FACTORIES, VIEWS, OpCall, multiply_adds, output_axes, tensors_in
 from cnntrain.summary.receptive_field import Axes, Axis, image_axes, window
 
@@ -89,7 +89,7 @@ class Operation:
     inputs: tuple[int, ...]
     input_shapes: tuple[Shape, ...]
     output_shape: Shape
-    geometry: Geometry | None
+    geometry: ConvGeometry | None
     multiply_adds: int
     parameters: tuple[nn.Parameter, ...]
     in_place: bool
@@ -108,14 +108,14 @@ class ModuleCall:
 
     Attributes:
         layer: the module is one row of the table; its children are not listed.
-        run: 1, or more if the module is called repeatedly.
+        call_number: 1, or more if the module is called repeatedly.
         same_storage: the output is the input, or was written into it.
     """
 
     name: str
     module: nn.Module
     layer: bool
-    run: int
+    call_number: int
     input_shapes: tuple[Shape, ...]
     output_shapes: tuple[Shape, ...] = ()
     operations: list[Operation] = field(default_factory=list)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from cnntrain.io import safe_files as files
 from cnntrain.summary.layer_table import Convention, ModelSummary, Row
+from cnntrain.types import format_shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +36,7 @@ _DEPTH = (
 )
 
 
-def report(
+def print_summaries(
     summaries: Sequence[ModelSummary],
     folder: Path | None = None,
     depth: int | None = None,
@@ -60,7 +61,8 @@ def report(
     table, data, names = "comparison.csv", "comparison.json", [summary.name for summary in summaries]
     if len(summaries) == 1:
         (summary,) = summaries
-        console.print(layer_table(summary, fitting_depth(summary.rows) if depth is None else depth or None, convention))
+        table_depth = fitting_depth(summary.rows) if depth is None else depth or None
+        console.print(format_layer_table(summary, table_depth, convention))
         console.print("\n".join(parameter_lines(summary, convention)), highlight=False)
         rows, content = [csv_row(row, convention) for row in summary.rows], summary.as_dict(convention)
         table, data, names = "layers.csv", "summary.json", ["summary"]
@@ -113,7 +115,7 @@ def fitting_depth(rows: Sequence[Row], max_rows: int = _MAX_ROWS) -> int | None:
     return next((d for d in range(deepest, 0, -1) if len(fold(rows, d)) <= max_rows), 1)
 
 
-def layer_table(summary: ModelSummary, depth: int | None = None, convention: Convention = "torch") -> Table:
+def format_layer_table(summary: ModelSummary, depth: int | None = None, convention: Convention = "torch") -> Table:
     """Return the table of a network, folded to `depth`, with totals in the footer."""
     total = max(summary.multiply_adds, 1)
     title = f"{summary.name} on {_times(summary.input_shape)}, depth {summary.depth}"
@@ -226,7 +228,7 @@ def _times(shape: Sequence[int] | None) -> str:
         return ""
     if len(shape) == 2 and shape[0] == shape[1]:
         return str(shape[0])
-    return "x".join(map(str, shape))
+    return format_shape(shape)
 
 
 def _numbers(values: Sequence[float] | None) -> str:

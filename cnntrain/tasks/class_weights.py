@@ -37,7 +37,7 @@ class ClassWeights:
         weights = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))
         self.values = torch.where(counts > 0, weights, 0.0).float()
 
-    def on(self, device: torch.device) -> Tensor | None:
+    def to(self, device: torch.device) -> Tensor | None:
         """Return the weights (C,) float32 on `device`; None if all are equal."""
         if self.balanced and self.values is None:
             raise RuntimeError("class_weights='balanced' needs prepare(training targets) before the first loss")

@@ -81,7 +81,7 @@ class Classification(Task):
 
     def losses(self, outputs: Tensor, targets: Targets, training: bool = True) -> tuple[Tensor, Tensor]:
         logits, label = self.logits(outputs), targets["label"]
-        weights = self.class_weights.on(logits.device) if training else None
+        weights = self.class_weights.to(logits.device) if training else None
         smoothing = self.label_smoothing if training else 0.0
 
         def loss_and_count(label: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,10 +70,10 @@ class Keypoints(Task):
         self.loss_name = check_choice(f"task.loss (with task.head={head})", loss, choices)
         if head == "regression" and loss == "auto":
             self.loss_name = "wing"
-        self.beta = check_number("task.smooth_l1_beta", smooth_l1_beta, 0.0, exclude_low=True)
-        self.width = check_number("task.wing_width", wing_width, 0.0, exclude_low=True)
-        self.curvature = check_number("task.wing_curvature", wing_curvature, 0.0, exclude_low=True)
-        self.sigma = check_number("task.heatmap_sigma", heatmap_sigma, 0.0, exclude_low=True)
+        self.smooth_l1_beta = check_number("task.smooth_l1_beta", smooth_l1_beta, 0.0, exclude_low=True)
+        self.wing_width = check_number("task.wing_width", wing_width, 0.0, exclude_low=True)
+        self.wing_curvature = check_number("task.wing_curvature", wing_curvature, 0.0, exclude_low=True)
+        self.heatmap_sigma = check_number("task.heatmap_sigma", heatmap_sigma, 0.0, exclude_low=True)
         self._size_pair = _parse_normalize_by(normalize_by, spec.keypoints)
         self.num_outputs = len(spec.keypoints) * (2 if head == "regression" else 1)
         self.monitor = ("nme", "min")
@@ -113,37 +113,39 @@ class Keypoints(Task):
     def _regression_losses(self, error: Tensor) -> Tensor:
         """Return the loss of coordinate errors, elementwise.
 
-        'smooth_l1' is quadratic within `beta` and linear beyond (Girshick, Fast R-CNN, 2015, equation 3). 'wing' is
-        logarithmic within `width` and linear beyond (Feng et al., Wing Loss, CVPR 2018, equation 5); it has gradients
-        up to width / curvature times those of L1 for small errors.
+        'smooth_l1' is quadratic within `smooth_l1_beta` and linear beyond (Girshick, Fast R-CNN, 2015, equation 3).
+        'wing' is logarithmic within `wing_width` and linear beyond (Feng et al., Wing Loss, CVPR 2018, equation 5); it
+        has gradients up to wing_width / wing_curvature times those of L1 for small errors.
         """
         if self.loss_name == "mse":
             return error.square()
         size = error.abs()
         if self.loss_name == "smooth_l1":
-            return torch.where(size < self.beta, 0.5 * size.square() / self.beta, size - 0.5 * self.beta)
+            beta = self.smooth_l1_beta
+            return torch.where(size < beta, 0.5 * size.square() / beta, size - 0.5 * beta)
         if self.loss_name == "wing":
-            offset = self.width - self.width * math.log1p(self.width / self.curvature)
-            return torch.where(size < self.width, self.width * torch.log1p(size / self.curvature), size - offset)
+            width, curvature = self.wing_width, self.wing_curvature
+            offset = width - width * math.log1p(width / curvature)
+            return torch.where(size < width, width * torch.log1p(size / curvature), size - offset)
         return size
 
     def _heatmap_losses(self, outputs: Tensor, true: Tensor) -> Tensor:
         """Return (N, K) losses from maps (N, K, h, w) and points in image pixels."""
         map_size = (outputs.shape[-2], outputs.shape[-1])
         cells = heatmaps.pixels_to_cells(true, self.spec.image_size, map_size)
-        log_target = heatmaps.log_gaussian(cells, map_size, self.sigma)
+        log_target = heatmaps.log_gaussian(cells, map_size, self.heatmap_sigma)
         if self.loss_name == "mse":
             return (outputs - log_target.exp()).square().mean((2, 3))
         log_target = log_target.flatten(2).log_softmax(2)
         return (log_target.exp() * (log_target - outputs.flatten(2).log_softmax(2))).sum(2)
 
-    def learned_loss(self, uninformed: float) -> float:
+    def memorized_loss(self, uninformed: float) -> float:
         """For regression, return the loss of an error of 1 % of the longer image side.
 
         A fraction of the uninformed loss would depend on the loss function.
         """
         if self.head == "heatmap":
-            return super().learned_loss(uninformed)
+            return super().memorized_loss(uninformed)
         return float(self._regression_losses(torch.tensor(LEARNED_ERROR)))
 
     def output_shape(self) -> tuple[int | None, ...]:

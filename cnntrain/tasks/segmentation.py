@@ -15,8 +15,8 @@ from cnntrain.plots.charts import plot_bars, plot_confusion_matrix
 from cnntrain.plots.images import plot_masks, unnormalize
 from cnntrain.tasks.class_weights import ClassWeights, ClassWeightsSetting
 from cnntrain.tasks.meter import Meter, count_pairs, ratio
-from cnntrain.tasks.task import Size, Targets, Task, check_choice
-from cnntrain.types import DataSpec
+from cnntrain.tasks.task import Targets, Task, check_choice
+from cnntrain.types import DataSpec, Size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,7 +124,7 @@ class Segmentation(Task):
         logits, mask = self.match_sizes(outputs, targets["mask"])
         labeled = mask != self.ignore_index
         use_weights = training and self.loss_name != "dice"
-        weights = self.class_weights.on(logits.device) if use_weights else None
+        weights = self.class_weights.to(logits.device) if use_weights else None
         label = torch.where(labeled, mask, 0)
         weight = labeled.float() if weights is None else weights[label] * labeled
         counts = weight.flatten(1).sum(1)

@@ -14,13 +14,12 @@ from torch import Tensor
 from cnntrain.config.renamed_keys import renamed
 from cnntrain.errors import UserError, suggest
 from cnntrain.tasks.meter import Meter
-from cnntrain.types import DataSpec
+from cnntrain.types import DataSpec, Size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Targets = Mapping[str, Tensor]
-Size = tuple[int, int]  # (height, width) in pixels
 
 
 class Task(ABC):
@@ -79,7 +78,7 @@ class Task(ABC):
         """Return the smallest possible mean loss; above 0 with label smoothing."""
         return 0.0
 
-    def learned_loss(self, uninformed: float) -> float:
+    def memorized_loss(self, uninformed: float) -> float:
         """Return the mean validation loss below which examples count as memorized.
 
         It is the minimum plus 2 % of the way to `uninformed`, the loss of constant outputs.

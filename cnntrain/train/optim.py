@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from cnntrain.config.instantiate import resolve
 from cnntrain.config.schema import Node, OptimizerSettings, Settings, Within, check_value, parse, split_common
 from cnntrain.errors import UserError, suggest
-from cnntrain.models.pretrained import in_head
+from cnntrain.models.pretrained import is_inside
 from cnntrain.train.device import Compute
 from cnntrain.train.schedule import Schedule
 
@@ -133,7 +133,7 @@ def layers_of(model: nn.Module) -> list[list[nn.Parameter]]:
     parameters_of: dict[str, list[nn.Parameter]] = {}
     head: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        layer = head if in_head(name, heads) else parameters_of.setdefault(_layer_name(model, name), [])
+        layer = head if is_inside(name, heads) else parameters_of.setdefault(_layer_name(model, name), [])
         layer.append(parameter)
     layers: list[list[nn.Parameter]] = []
     for layer in parameters_of.values():

@@ -16,8 +16,8 @@ from cnntrain.data.examples import Examples, Source
 from cnntrain.data.load import DataSplits, align_labels, load_data
 from cnntrain.data.loader import Loader, make_loader
 from cnntrain.errors import UserError
-from cnntrain.models.modify import apply_model_settings, count_trainable, is_pretrained, materialize
-from cnntrain.models.pretrained import Preprocessing, Weights, find_weights
+from cnntrain.models.modify import apply_model_settings, count_trainable, initialize_lazy_modules, is_pretrained
+from cnntrain.models.pretrained import Preprocessing, PretrainedWeights, find_weights
 from cnntrain.randomness import seed_all
 from cnntrain.summary.design_warnings import SMALL_FIELD
 from cnntrain.summary.preflight import output_size, preflight
@@ -128,7 +128,7 @@ def build_components(
     )
 
 
-def use_pretrained_size(settings: Settings, weights: Weights | None) -> Settings:
+def use_pretrained_size(settings: Settings, weights: PretrainedWeights | None) -> Settings:
     """Set the stem and the image size to those of the pretrained weights where the settings leave them open."""
     if weights is None:
         return settings
@@ -142,7 +142,7 @@ def use_pretrained_size(settings: Settings, weights: Weights | None) -> Settings
     return dataclasses.replace(settings, model=model, data=data)
 
 
-def use_pretrained_statistics(settings: Settings, weights: Weights | None, channels: int) -> Settings:
+def use_pretrained_statistics(settings: Settings, weights: PretrainedWeights | None, channels: int) -> Settings:
     """Set mean and std to those of the pretrained weights unless the settings give them."""
     if weights is None or (settings.data.get("mean"), settings.data.get("std")) != (None, None):
         return settings
@@ -242,7 +242,7 @@ def build_schedule(settings: Settings, total_steps: int, steps_per_epoch: int) -
     return build(settings.schedule, "schedule", "schedule", settings.trusted_packages, **facts)
 
 
-def find_pretrained_weights(settings: Settings) -> Weights | None:
+def find_pretrained_weights(settings: Settings) -> PretrainedWeights | None:
     """Find the weights that `model.pretrained` names; None if it is unset or the network loads them itself."""
     node, common = split_common(settings.model, ModelSettings)
     pretrained = parse(ModelSettings, common, "model.").pretrained
@@ -260,7 +260,7 @@ def make_model(
     channels: int,
     num_outputs: int,
     image_size: tuple[int, int],
-    weights: Weights | None = None,
+    weights: PretrainedWeights | None = None,
     output_names: tuple[str, ...] = (),
 ) -> nn.Module:
     """Build the configured network for images of `channels` x `image_size`; uses torch's global random generator.
@@ -288,7 +288,7 @@ def make_model(
         )
     if pretrained and weights is None and _loads_pretrained(settings, node):
         model.pretrained_from = str(pretrained)  # type: ignore[assignment]
-    materialize(model, channels, image_size)
+    initialize_lazy_modules(model, channels, image_size)
     return apply_model_settings(
         model, model_settings, weights, num_outputs=num_outputs, outputs=output_names, image_size=image_size
     )
@@ -299,7 +299,7 @@ def build_model(
     spec: DataSpec,
     task: Task,
     image_size: tuple[int, int],
-    weights: Weights | None = None,
+    weights: PretrainedWeights | None = None,
     show_warnings: bool = True,
 ) -> nn.Module:
     """Build the network and check its shapes without data.

@@ -17,8 +17,8 @@ from cnntrain.models.modify import (
     deterministic_adaptive_avg_pool2d,
     freeze_layers,
     initialize,
+    initialize_lazy_modules,
     make_pooling_deterministic,
-    materialize,
     unfreeze,
 )
 from cnntrain.models.sequential.parser import Sequential
@@ -198,21 +198,21 @@ def test_freezing_listed_layers_includes_submodules_and_norms() -> None:
     assert changed and not [name for name in changed if name.startswith(("stage1.", "bn1."))]
 
 
-def test_materialize_initializes_lazy_layers_only() -> None:
+def test_only_lazy_layers_are_initialized() -> None:
     def lazy(outputs: int = 10) -> nn.Module:
         torch.manual_seed(3)
         return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(outputs))
 
     model = lazy()
-    materialize(model, 3, (8, 12))
+    initialize_lazy_modules(model, 3, (8, 12))
     assert model.training
     assert [tuple(p.shape) for p in model.parameters()] == [(4, 3, 3, 3), (4,), (4,), (4,), (10, 240), (10,)]
     assert int(model[1].num_batches_tracked) == 0
     other = lazy()
-    materialize(other, 3, (8, 12))
+    initialize_lazy_modules(other, 3, (8, 12))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(UserError, match=r"lazy layers .* \(2, 3, 2, 2\): RuntimeError: .*[Kk]ernel"):
-        materialize(lazy(), 3, (2, 2))
+        initialize_lazy_modules(lazy(), 3, (2, 2))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (14, 10), (3, 2), (2, 9), (6, 20), (None, 4), (5, None)])

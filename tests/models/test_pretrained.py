@@ -10,7 +10,7 @@ from torch import nn
 from cnntrain.errors import UserError
 from cnntrain.models import torchvision as from_torchvision
 from cnntrain.models.fcn import FCN
-from cnntrain.models.pretrained import adapt_first_conv, find_weights, in_head, load_pretrained
+from cnntrain.models.pretrained import adapt_first_conv, find_weights, is_inside, load_pretrained
 from cnntrain.models.resnet import ResNet
 
 RESNET18 = {"_target_": "cnntrain.models.resnet.ResNet", "depth": 18}
@@ -197,10 +197,11 @@ def test_empty_or_complex_weights_are_rejected(weight: torch.Tensor, tmp_path: P
         resnet18(1, 64, str(path))
 
 
-def test_in_head_compares_whole_names() -> None:
+def test_is_inside_compares_whole_names() -> None:
     """`fc_embed` is no part of the head `fc`."""
-    assert in_head("fc", ("fc",)) and in_head("fc.weight", ("fc",)) and in_head("classifier.3.bias", ("classifier",))
-    assert not in_head("fc_embed.weight", ("fc",)) and not in_head("classifier_norm", ("classifier",))
+    assert is_inside("fc", ("fc",)) and is_inside("fc.weight", ("fc",))
+    assert is_inside("classifier.3.bias", ("classifier",))
+    assert not is_inside("fc_embed.weight", ("fc",)) and not is_inside("classifier_norm", ("classifier",))
 
 
 def test_a_layer_with_the_heads_prefix_is_not_replaced(tmp_path: Path) -> None:

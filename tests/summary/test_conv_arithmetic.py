@@ -3,10 +3,10 @@
 import pytest
 from torch import nn
 
-from cnntrain.summary.conv_arithmetic import Geometry, describe_module, module_geometry
+from cnntrain.summary.conv_arithmetic import ConvGeometry, describe_module, module_geometry
 
 
-def geometry(module: nn.Module) -> Geometry:
+def geometry(module: nn.Module) -> ConvGeometry:
     found = module_geometry(module)
     assert found is not None
     return found

@@ -46,7 +46,7 @@ def test_events_are_layers_and_operations_between_layers_in_order() -> None:
     assert names == ["Conv2d", "ReLU", "Conv2d", "NoneType", "NoneType"]
     assert [operation.name for operation in trace.operations] == ["convolution", "relu", "convolution", "add", "mean"]
     assert [operation.inputs for operation in trace.operations] == [(-1,), (0,), (1,), (1, 2), (3,)]
-    assert [call.run for call in trace.calls if call.name == "conv"] == [1, 2]
+    assert [call.call_number for call in trace.calls if call.name == "conv"] == [1, 2]
     assert [operation.multiply_adds for operation in trace.operations] == [64 * 27 * 4, 0, 64 * 27 * 4, 0, 0]
     assert trace.producer(output) is trace.operations[-1]
     assert tuple(output.shape) == (1, 4)

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from cnntrain.summary.layer_table import ModelSummary, summarize
-from cnntrain.summary.view import compare, fitting_depth, fold, report
+from cnntrain.summary.view import compare, fitting_depth, fold, print_summaries
 
 
 def block(width: int) -> nn.Module:
@@ -35,7 +35,7 @@ def test_folding_keeps_the_totals(summary: ModelSummary) -> None:
 def test_files(summary: ModelSummary, tmp_path: Path) -> None:
     """The CSV has every row, the sums are the totals of the JSON file, and the figure is written."""
     console = Console(file=io.StringIO())
-    written = report([summary], tmp_path / "inspect", convention="keras", console=console)
+    written = print_summaries([summary], tmp_path / "inspect", convention="keras", console=console)
     assert [path.name for path in written] == ["layers.csv", "summary.json", "summary.png"]
     rows = list(csv.DictReader(written[0].open()))
     totals = json.loads(written[1].read_text())["totals"]
@@ -49,7 +49,7 @@ def test_files(summary: ModelSummary, tmp_path: Path) -> None:
 def test_printed_table(summary: ModelSummary) -> None:
     """The table is folded to a page and has totals and conventions."""
     stream = io.StringIO()
-    report([summary], console=Console(file=stream))
+    print_summaries([summary], console=Console(file=stream))
     text = stream.getvalue()
     assert "tower on 4x16x16" in text
     assert f"{summary.multiply_adds:,}" in text
@@ -62,11 +62,11 @@ def test_comparison(summary: ModelSummary, tmp_path: Path) -> None:
     rows = compare([summary, small])
     assert [row["network"] for row in rows] == ["tower", "small"]
     assert (rows[1]["parameters"], rows[1]["multiply_adds"], rows[1]["receptive_field"]) == (148, 28_224, "3")
-    written = report([summary, small], tmp_path, console=Console(file=io.StringIO()))
+    written = print_summaries([summary, small], tmp_path, console=Console(file=io.StringIO()))
     assert {path.name for path in written} == {"comparison.csv", "comparison.json", "tower.png", "small.png"}
 
 
 @pytest.mark.slow
 def test_networks_with_one_name_get_two_figures(summary: ModelSummary, tmp_path: Path) -> None:
-    written = report([summary, summary], tmp_path, console=Console(file=io.StringIO()))
+    written = print_summaries([summary, summary], tmp_path, console=Console(file=io.StringIO()))
     assert [path.name for path in written[2:]] == ["tower-1.png", "tower-2.png"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from cnntrain.models.norm_act import ChannelShuffle, ConvNormActivation, Dropout, make_norm
+from cnntrain.types import format_shape
 
 Shape = tuple[int, ...]
 """Of one example: (channels, height, width) for a feature map, (features,) for a vector."""
@@ -299,10 +300,6 @@ def prelu(context: LayerContext) -> nn.Module:
 def identity(context: LayerContext) -> nn.Module:
     """Return the input."""
     return nn.Identity()
-
-
-def format_shape(shape: Shape) -> str:
-    return "x".join(map(str, shape))
 
 
 LAYERS = (

@@ -21,8 +21,9 @@ from torch.func import functional_call
 
 from cnntrain.errors import MachineError, UserError, is_out_of_memory, suggest
 from cnntrain.models.norm_act import ACTIVATIONS, Branches, PadShortcut, Residual
-from cnntrain.models.sequential.layers import LAYERS, LayerContext, Shape, format_shape
+from cnntrain.models.sequential.layers import LAYERS, LayerContext, Shape
 from cnntrain.summary.failures import explain_error, first_line
+from cnntrain.types import format_shape
 
 MAX_LAYERS = 10_000  # with repeats expanded; ResNet-1202 has about 3,000
 Builder = Callable[..., nn.Module]
