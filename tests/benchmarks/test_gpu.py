@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from cnntrain.config.schema import conf_folder
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "benchmarks" / "gpu" / "run.py"
 # Items with code of their own; the others are single commands, checked by `test_the_settings_of_every_command_exist`.
-ITEMS = ("environment", "own_gpu_tests", "syncs", "resume_bits", "bench_fmnist_cnn", "group", "two", "memory")
+ITEMS = ("environment", "syncs", "resume_bits", "bench_fmnist_cnn")
+MORE_ITEMS = ("own_gpu_tests", "group", "two", "memory")
 
 
 @pytest.fixture
@@ -43,18 +45,28 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run_items(names: tuple[str, ...], kit: Path, out: Path) -> dict[str, dict[str, Any]]:
+    options = "--device cpu --smoke --budget 1500 --patience 6".split()
+    done = run(*options, "--kit", kit, "--out", out, "--only", ",".join(names))
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert len((out / "report.txt").read_text().splitlines()) == len(names)
+    items = {item["item"]: item for item in json.loads((out / "report.json").read_text())["items"]}
+    assert items.keys() == set(names)
+    return items
+
+
+@pytest.mark.long
+def test_more_items_run_on_a_cpu(kit: Path, tmp_path: Path) -> None:
+    run_items(MORE_ITEMS, kit, tmp_path / "report")
+
+
 @pytest.mark.slow
 def test_items_run_on_a_cpu(kit: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    options = "--device cpu --smoke --budget 1500 --patience 6".split()
-    done = run(*options, "--kit", kit, "--out", out, "--only", ",".join(ITEMS))
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    items = {item["item"]: item for item in json.loads((out / "report.json").read_text())["items"]}
-    assert items.keys() == set(ITEMS)
+    items = run_items(ITEMS, kit, out)
     assert items["resume_bits"]["resumed_differs"] == 0
     assert items["syncs"]["each_step"] == 0
     assert items["bench_fmnist_cnn"]["loop"] > 0
-    assert len((out / "report.txt").read_text().splitlines()) == len(ITEMS)
     assert (out / "bench-fmnist_cnn-128.json").is_file()
 
 
@@ -66,7 +78,7 @@ def refuse_process(*_: object, **__: object) -> None:
     raise ProcessRefused
 
 
-@pytest.mark.parametrize("smoke", [False, True], ids=["full", "smoke"])
+@pytest.mark.parametrize("smoke", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "smoke"])
 def test_the_settings_of_every_command_exist(smoke: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most items run on a GPU only, so this test finds keys that were renamed."""
     monkeypatch.chdir(ROOT)
@@ -111,4 +123,4 @@ def test_an_unknown_item_is_refused() -> None:
 def test_items_are_listed_once() -> None:
     names = [line.split()[0] for line in run("--list").stdout.splitlines()]
     assert len(names) == len(set(names)) > 30
-    assert set(ITEMS) <= set(names)
+    assert {*ITEMS, *MORE_ITEMS} <= set(names)

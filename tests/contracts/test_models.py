@@ -74,7 +74,7 @@ def test_parameters_and_output_shape_at_the_native_size(name: str) -> None:
     assert outputs.shape == expected_shape(name, 2, native.outputs, native.size)
 
 
-@pytest.mark.parametrize("channels", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("channels", [1, pytest.param(3, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", MARKED)
 def test_gradients_at_a_small_size(name: str, channels: int) -> None:
     check_gradients(name, channels, (SMALLEST_PX.get(name, 8),) * 2, images=4)
