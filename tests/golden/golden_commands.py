@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-TRAINING = "device=cpu precision=fp32 threads=1 log.pictures=false log.tensorboard=false"
+TRAINING = "device=cpu precision=fp32 threads=1 log.figures=false log.tensorboard=false"
 COMMON = {"evaluate": "device=cpu threads=1", "predict": "device=cpu threads=1", "compare": "", "clean": ""}
 
 
@@ -52,7 +52,7 @@ COMMANDS: dict[str, Command] = {
     # The defaults, with figures and TensorBoard events; metrics of a checkpoint on both splits.
     "digits": Command(
         _lines("""
-            run_dir=run epochs=3 data.limit=400 log.pictures=true log.tensorboard=true
+            run_dir=run epochs=3 data.limit=400 log.figures=true log.tensorboard=true
             evaluate checkpoint=run split=test
             evaluate checkpoint=run split=val
         """),
@@ -60,7 +60,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "step_accumulate": Command(
         _lines(f"""
-            run_dir=run model=batchnorm_cnn data.limit=300 data.store=device optimizer=sgd schedule=step
+            run_dir=run model=batchnorm_cnn data.limit=300 data.cache=gpu optimizer=sgd schedule=step
                 augment=none accumulate=2 clip_grad_norm=1 task.label_smoothing=0.1
                 task.class_weights=balanced batch_size=32 epochs=4
             run_dir=weights {_DIGITS} task.class_weights={{0:2,3:0.5}} accumulate=3 clip_grad_norm=0.1
@@ -107,12 +107,12 @@ COMMANDS: dict[str, Command] = {
     # One dataset with every cache; the results must be equal.
     "stores": Command(
         _lines(f"""
-            run_dir=device {_FOLDER} epochs=2 data.store=device
-            run_dir=host {_FOLDER} epochs=2 data.store=host
-            run_dir=disk {_FOLDER} epochs=2 data.store=disk
-            run_dir=disk_again {_FOLDER} epochs=2 data.store=disk
-            run_dir=stream {_FOLDER} epochs=2 data.store=stream data.workers=0
-            run_dir=workers {_FOLDER} epochs=2 data.store=stream data.workers=2
+            run_dir=device {_FOLDER} epochs=2 data.cache=gpu
+            run_dir=host {_FOLDER} epochs=2 data.cache=ram
+            run_dir=disk {_FOLDER} epochs=2 data.cache=disk
+            run_dir=disk_again {_FOLDER} epochs=2 data.cache=disk
+            run_dir=stream {_FOLDER} epochs=2 data.cache=none data.workers=0
+            run_dir=workers {_FOLDER} epochs=2 data.cache=none data.workers=2
             run_dir=auto {_FOLDER} epochs=2
             clean
         """),
@@ -122,16 +122,16 @@ COMMANDS: dict[str, Command] = {
         _lines(f"""
             run_dir=each {_FOLDER} epochs=2 augment=[brightness,contrast,saturation,hue,grayscale,invert]
             run_dir=jitter {_FOLDER} epochs=2 augment=[jitter] augment.jitter.probability=0.8
-            run_dir=effects {_FOLDER} epochs=2 augment=[blur,noise,erasing]
+            run_dir=effects {_FOLDER} epochs=2 augment=[blur,noise,random_erasing]
         """)
     ),
     "geometric_augmentations": Command(
         _lines(f"""
             run_dir=moves {_FOLDER} epochs=2 augment=[flip,vertical_flip,rotation,zoom,shear,perspective]
                 augment.border=reflect
-            run_dir=crop {_FOLDER} epochs=2 augment=[resized_crop,shift] augment.border=edge data.store=stream
+            run_dir=crop {_FOLDER} epochs=2 augment=[random_resized_crop,shift] augment.border=edge data.cache=none
             run_dir=sizes {_FOLDER} epochs=2 augment=[crop] augment.crop.size=24 data.resize=letterbox
-            run_dir=trivial {_FOLDER} epochs=2 augment=trivial data.resize=stretch
+            run_dir=trivial {_FOLDER} epochs=2 augment=trivial_augment data.resize=stretch
         """)
     ),
     "torchvision_transforms": Command(
@@ -152,12 +152,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "mask_folder": Command(
         _lines(f"""
-            run_dir=sum {_MASKS} epochs=2 model.width=4 model.depth=2 augment=streets task.loss=sum
-                data.store=disk
+            run_dir=sum {_MASKS} epochs=2 model.width=4 model.depth=2 augment=streets task.loss=ce_dice
+                data.cache=disk
             run_dir=valid {_MASKS} epochs=2 model.width=4 model.depth=1 model.padding=valid task.loss=dice
                 data.resize=letterbox
             run_dir=fcn {_MASKS} epochs=1 model=fcn model.backbone=cifar_resnet20
-                augment=[flip,rotation,trivial]
+                augment=[flip,rotation,trivial_augment]
             evaluate checkpoint=sum split=val
         """)
     ),
@@ -173,14 +173,14 @@ COMMANDS: dict[str, Command] = {
             run_dir=auto {_FACES} task.head=heatmap model=unet_small model.width=4 model.depth=2 epochs=2
                 batch_size=12
             run_dir=mse {_FACES} task.head=heatmap task.loss=mse task.heatmap_sigma=2 model=unet_small
-                model.width=4 model.depth=2 epochs=1 batch_size=12 augment=[flip,resized_crop]
+                model.width=4 model.depth=2 epochs=1 batch_size=12 augment=[flip,random_resized_crop]
             evaluate checkpoint=auto split=test
         """)
     ),
     "keypoint_files": Command(
         _lines(f"""
             run_dir=csv data=keypoint_csv data.root=IN/faces data.file=IN/faces/points.csv {_POINTS}
-                task.loss=smooth_l1 task.normalise_by=[left_eye,right_eye] data.crop=box
+                task.loss=smooth_l1 task.normalize_by=[left_eye,right_eye] data.crop=box
             predict checkpoint=csv images=IN/faces boxes=IN/faces/boxes.csv run_dir=predicted draw=0
             run_dir=coco data=coco_keypoints data.root=IN/faces data.train=train.json data.val=val.json
                 data.train_images=. data.val_images=. {_POINTS} task.loss=l1

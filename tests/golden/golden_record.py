@@ -43,44 +43,16 @@ from golden_inputs import COUNTDOWN, write_inputs  # noqa: E402
 
 # Text replaced in the words of the command lines, old -> new:
 # {"data.store=device": "data.store=gpu", "ema_decay=": "ema.decay="}.
-RENAMED_OVERRIDES: dict[str, str] = {
-    "data.store=device": "data.cache=gpu",
-    "data.store=host": "data.cache=ram",
-    "data.store=disk": "data.cache=disk",
-    "data.store=stream": "data.cache=none",
-    "log.pictures=": "log.figures=",
-    "task.loss=sum": "task.loss=ce_dice",
-    "augment=[blur,noise,erasing]": "augment=[blur,noise,random_erasing]",
-    "[resized_crop,shift]": "[random_resized_crop,shift]",
-    "[flip,resized_crop]": "[flip,random_resized_crop]",
-    "augment=trivial": "augment=trivial_augment",
-    "[flip,rotation,trivial]": "[flip,rotation,trivial_augment]",
-    "data.mirror=": "data.flip_pairs=",
-    "data.scheme=": "data.keypoint_set=",
-    ".padding_px=": ".padding=",
-    ".area=": ".scale=",
-    "normalise_by": "normalize_by",
-    "task.fit=": "task.resize_outputs=",
-}
+RENAMED_OVERRIDES: dict[str, str] = {}
 
 # Names in results, old -> new: columns, JSON keys, keys in checkpoints, file names, names of checks and
 # verdicts. A name also applies to each part of a composed one: {"top1": "accuracy"} renames `val/top1` and
 # `val/top1 std`.
-RENAMED_KEYS: dict[str, str] = {
-    "average": "ema",
-    "visible": "valid",
-    "normalised inputs": "normalized inputs",
-    "generalises": "generalizes",
-    "fall": "decrease",
-}
+RENAMED_KEYS: dict[str, str] = {}
 
 # Names of random draws, new -> old: the keys of augmentations, and other strings that cnntrain hashes into
 # seeds. The old name is hashed, so that the draws stay the same: {"horizontal_flip": "flip"}.
-DRAW_NAMES: dict[str, str] = {
-    "random_erasing": "erasing",
-    "random_resized_crop": "resized_crop",
-    "trivial_augment": "trivial",
-}
+DRAW_NAMES: dict[str, str] = {}
 
 RECORD = HERE / "record.json"
 TIMINGS = ("wall_s", "time_s", "images_per_s", "seconds")
@@ -315,11 +287,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         for _, value in sorted(values.items())
         if value is not None
     ]
-    model, average = state[current("model")], state[current("average")]
+    model, average = state[current("model")], state[current("ema")]
     groups = optimizer["param_groups"]
     return {
         current("model"): tensor_hash(model.values()),
-        current("average"): tensor_hash(average.values()) if average else None,
+        current("ema"): tensor_hash(average.values()) if average else None,
         current("optimizer"): tensor_hash(moments),
         "groups": [[group[key] for key in GROUP_SETTINGS if key in group] for group in groups],
     }
