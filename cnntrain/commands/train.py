@@ -104,6 +104,14 @@ def train(
     return launch(_launched, settings.launch.devices, settings, command_line, test, on_epoch=on_epoch)
 
 
+def _ending_key(saved: Mapping[str, Any], settings: Settings) -> str:
+    """Return the setting that ends a finished run now; the run may have been trained with others."""
+    patience = settings.early_stopping
+    if patience is not None and saved["state"]["progress"]["epochs_since_best"] >= patience:
+        return "early_stopping"
+    return "steps" if settings.steps else "epochs"
+
+
 def _launched(context: "WorkerContext", settings: Settings, command_line: str, test: bool) -> dict[str, Any]:
     """Train as one of the ranks that `train` started."""
     from cnntrain.train.launch import run_rank
@@ -150,8 +158,8 @@ def _train_in(
     """Train in `folder`, which is locked if it contains a run."""
     source, saved = load_resume_checkpoint(settings) or (None, None)
     if saved and folder and (done := finished_results(saved, folder, settings)):
-        ended_by = done.get("ended_by", "epochs")
-        log.info("%s: this run is finished, nothing to do; give a larger %s= to train on", source, ended_by)
+        key = _ending_key(saved, settings)
+        log.info("%s: this run is finished, nothing to do; give a larger %s= to train on", source, key)
         return done
     for name, wanted in (settings.expect or {}).items():
         parse_expectation(name, wanted)

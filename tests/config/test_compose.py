@@ -109,13 +109,6 @@ def test_malformed_config_files_are_reported_with_name_and_line(tmp_path: Path, 
         read_settings(["model=five"], tmp_path)
 
 
-def test_users_files_with_a_base_are_told_to_remove_it(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "own.yaml").write_text("defaults: [_base, _self_]\n_target_: nets.Net\n")
-    with pytest.raises(UserError, match="remove `_base` from `defaults`"):
-        read_settings(["model=own"], tmp_path)
-
-
 def test_evaluate_takes_its_groups_from_the_checkpoint() -> None:
     with pytest.raises(UserError, match="model: `evaluate` takes it from the checkpoint"):
         compose("evaluate", ["checkpoint=x", "model=mlp"])

@@ -7,6 +7,7 @@ import torch
 
 from cnntrain import compose, train
 from cnntrain.errors import MachineError, UserError
+from cnntrain.train import prepare
 from cnntrain.train.device import Compute
 from cnntrain.train.distributed import World
 from cnntrain.train.prepare import (
@@ -71,7 +72,7 @@ def test_the_loader_is_closed_if_the_search_fails(monkeypatch: pytest.MonkeyPatc
     loader = components.loader(data.train, augmented=True)
     monkeypatch.setattr(components, "loader", lambda *_, **__: loader)
     monkeypatch.setattr(loader, "close", lambda: closed.append(True))
-    monkeypatch.setattr("cnntrain.train.prepare.fastest", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(prepare, "fastest", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         search_batch_size(components, data)
     assert closed
