@@ -1,5 +1,6 @@
 """The reference of config keys, read from the comments in the YAML files of conf/ and of the user's config folder."""
 
+import itertools
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -163,8 +164,8 @@ def _is_at(key: str, word: str) -> bool:
 def _describe_group(group: str, options: list[str], config_dir: Path | None) -> str:
     lines = [f"options of {group}:"]
     for option in options:
-        first = next(iter(header(option_text(group, option, config_dir))), "")
-        lines += _wrap(f"  {option:<14} ", first)
+        text = " ".join(itertools.takewhile(bool, header(option_text(group, option, config_dir))))
+        lines += _wrap(f"  {option:<14} ", re.split(r"(?<=\.)\s", text)[0])  # the first sentence
     lines += _keys_of_group(group, "keys of every option:")
     return "\n".join([*lines, "", f"`cnntrain help {group}=OPTION` shows the keys of an option."])
 

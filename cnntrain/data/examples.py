@@ -144,6 +144,8 @@ def check_examples(split: str, examples: Examples, spec: DataSpec) -> Examples:
     images, count = examples.images, len(examples)
     if not isinstance(images, Tensor | LazyImages):
         images = _as_tensor(images, f"the {split} images")
+    if len(images) != count:
+        raise UserError(f"data: {split} has {len(images)} images and {count} names; the numbers must be equal")
     shape = (count, spec.channels, spec.height, spec.width)
     if tuple(images.shape) != shape or (isinstance(images, Tensor) and images.dtype != torch.uint8):
         kind = images.dtype if isinstance(images, Tensor) else "files"

@@ -187,7 +187,7 @@ class ClassificationMeter(Meter):
         self._pending: tuple[Tensor, Tensor] | None = None
         self._num_pending = 0
 
-    def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+    def collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
         if "label_b" in targets:
             return  # a mixed image has no single correct class
         logits, label = self._task.logits(outputs), targets["label"]
@@ -221,18 +221,18 @@ class ClassificationMeter(Meter):
     def _count(self, logits: Tensor, label: Tensor) -> None:
         predicted, ones, num_classes = logits.argmax(1), torch.ones_like(label), self._task.num_classes
         if num_classes <= MAX_MATRIX_CLASSES:
-            self._add("confusion", count_pairs(label, predicted, ones, num_classes))
+            self.add("confusion", count_pairs(label, predicted, ones, num_classes))
         else:
             zeros = torch.zeros(num_classes, dtype=torch.int64, device=label.device)
-            self._add("seen", zeros.index_add(0, label, ones))
-            self._add("right", zeros.index_add(0, label, (predicted == label).to(torch.int64)))
+            self.add("seen", zeros.index_add(0, label, ones))
+            self.add("right", zeros.index_add(0, label, (predicted == label).to(torch.int64)))
         if num_classes >= TOP5_MIN_CLASSES:
-            self._add("top5", (logits.topk(5, dim=1).indices == label[:, None]).sum())
+            self.add("top5", (logits.topk(5, dim=1).indices == label[:, None]).sum())
         if self._task.binary:
-            self._append("score", logits[:, 1])
-            self._append("positive", label)
+            self.append("score", logits[:, 1])
+            self.append("positive", label)
 
-    def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         right, seen = self._by_class(values)
         if right is None or seen is None:
             return {}

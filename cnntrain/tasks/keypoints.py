@@ -254,21 +254,21 @@ class KeypointMeter(Meter):
         super().__init__()
         self._task = task
 
-    def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+    def collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
         error, valid, size = self._task.errors(outputs, targets)
         sized = valid & (size > 0)[:, None]
         relative = error / torch.where(size > 0, size, 1.0)[:, None]
         correct = [(sized & (relative <= threshold)).sum() for threshold in PCK_THRESHOLDS]
         totals = torch.stack([torch.where(sized, relative, 0.0).sum(), sized.sum(), *correct])
         # One tensor for all sums: few operations per step.
-        self._add("keypoints", torch.cat([error.sum(0), valid.sum(0), totals]))
+        self.add("keypoints", torch.cat([error.sum(0), valid.sum(0), totals]))
 
     def _split(self, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
         """Return the sums: error (K,), valid points (K,), relative error, points with a size, correct points."""
         count = len(self._task.spec.keypoints)
         return values["keypoints"].split([count, count, 1, 1, len(PCK_THRESHOLDS)])
 
-    def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         error_px, valid, relative, sized, correct = self._split(values)
         metrics = {"nme": ratio(relative, sized), "error_px": ratio(error_px.sum(), valid.sum())}
         pairs = zip(PCK_THRESHOLDS, correct, strict=True)

@@ -40,14 +40,14 @@ class Meter(ABC):
         dtype = torch.promote_types(loss_sum.dtype, loss_count.dtype)
         row = self._new_rows("loss", loss_sum.new_empty((1, 2), dtype=dtype))
         torch.stack((loss_sum.detach(), loss_count.detach()), out=row[0])
-        self._collect(outputs.detach(), targets)
+        self.collect(outputs.detach(), targets)
 
     @abstractmethod
-    def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+    def collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
         """Add a batch to the sums and rows of the metrics, without a host sync."""
 
     @abstractmethod
-    def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the metrics other than the loss from the sums and rows, float64 on the CPU."""
 
     def details(self) -> dict[str, float]:
@@ -61,7 +61,7 @@ class Meter(ABC):
         values = self.read()
         # Summed in the order of the batches: a resumed run gets the same bits as an uninterrupted one.
         loss_sum, loss_count = values["rows/loss"].cumsum(0)[-1]
-        return {"loss": ratio(loss_sum, loss_count), **self._metrics(values)}
+        return {"loss": ratio(loss_sum, loss_count), **self.compute_metrics(values)}
 
     def loss_is_finite(self) -> bool:
         """Return whether all losses are finite; True without any. Needs a host sync."""
@@ -94,11 +94,11 @@ class Meter(ABC):
         """Add the state of another meter (of another rank, or of another part of the dataset)."""
         for name, value in state.items():
             if name.startswith("rows/"):
-                self._append(name.removeprefix("rows/"), value)
+                self.append(name.removeprefix("rows/"), value)
             else:
-                self._add(name, value)
+                self.add(name, value)
 
-    def _add(self, name: str, value: Tensor) -> None:
+    def add(self, name: str, value: Tensor) -> None:
         """Add `value` to the sum `name`."""
         if value.is_floating_point():
             value = value.to(wide_dtype(value.device))
@@ -107,7 +107,7 @@ class Meter(ABC):
             raise _mismatch_error(name, total, value)
         self._sums[name] = value if total is None else total + value.to(total.device)
 
-    def _append(self, name: str, value: Tensor) -> None:
+    def append(self, name: str, value: Tensor) -> None:
         """Append `value` (N, ...) to the rows `name`."""
         self._new_rows(name, value)[:] = value
 

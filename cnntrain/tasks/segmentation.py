@@ -242,10 +242,10 @@ class SegmentationMeter(Meter):
         super().__init__()
         self._task = task
 
-    def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
-        self._add("confusion", self._task.confusion(outputs, targets))
+    def collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+        self.add("confusion", self._task.confusion(outputs, targets))
 
-    def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         matrix = values["confusion"].view(self._task.num_classes, -1)
         iou = self._task.iou(matrix)
         return {"miou": mean_iou(iou), "pixel_accuracy": ratio(matrix.trace(), matrix.sum())}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cnntrain.augment.pipeline import Pipeline
 from cnntrain.data.loader import Loader
-from cnntrain.errors import StoppedError
+from cnntrain.errors import StoppedError, UserError
 from cnntrain.models.modify import unfreeze
 from cnntrain.randomness import epoch_order, seed_all
 from cnntrain.tasks.task import Meter, Task
@@ -185,7 +185,10 @@ def _validate(trainer: Trainer, state: TrainState, stop: StopFlag) -> dict[str, 
     meter = evaluate(trainer, state.eval_model, trainer.val_loader, plan.batch_size, plan.limit_batches, stop)
     if not meter.loss_is_finite():
         raise explain_validation(trainer, state)
-    return meter.compute()
+    metrics, (monitored, _) = meter.compute(), trainer.task.monitor
+    if monitored not in metrics:
+        raise UserError(f"task: monitor {monitored!r} is not a metric; choose one of {', '.join(metrics)}")
+    return metrics
 
 
 def train_epoch(

@@ -15,10 +15,10 @@ from cnntrain.types import DataSpec
 class RowMeter(Meter):
     """Keeps its outputs as they come."""
 
-    def _collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
-        self._append("score", outputs)
+    def collect(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+        self.append("score", outputs)
 
-    def _metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+    def compute_metrics(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         return {}
 
 

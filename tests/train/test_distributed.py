@@ -126,10 +126,10 @@ def test_each_rank_finds_the_state_of_its_meter_in_a_checkpoint() -> None:
 
 
 class Loss(Meter):
-    def _collect(self, outputs, targets) -> None:
-        self._append("score", outputs)
+    def collect(self, outputs, targets) -> None:
+        self.append("score", outputs)
 
-    def _metrics(self, values):
+    def compute_metrics(self, values):
         return {"scores": float(values["rows/score"].sum())}
 
 

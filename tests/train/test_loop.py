@@ -1,6 +1,7 @@
 """The training loop: what is saved, logged and validated; a resumed run has the bits of an unbroken one."""
 
 import csv
+import functools
 import itertools
 import shutil
 from collections.abc import Callable
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 from cnntrain import compose, train
-from cnntrain.errors import DivergedError, MachineError, StoppedError
+from cnntrain.errors import DivergedError, MachineError, StoppedError, UserError
 from cnntrain.plots import curves
 from cnntrain.report import run_logger
 from cnntrain.report.metrics import MetricsFile
 from cnntrain.report.run_logger import RunLogger
+from cnntrain.tasks.classification import Classification
 from cnntrain.train import checkpoint, loop
 from cnntrain.train.checkpoint import CheckpointWriter
 from cnntrain.train.run_dir import RunDir
@@ -286,3 +288,17 @@ def test_figures_do_not_count_as_training_time(saves: tuple[str, ...], monkeypat
     assert now[0] > 1000 > 100 * result["wall_s"] > 0
     assert result["images_per_s"] > 100
     assert min(column("run", "images_per_s")) > 100
+
+
+def test_a_monitor_that_is_not_a_metric_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Classification.__init__
+
+    @functools.wraps(original)
+    def init(self: Classification, *arguments: Any, **named: Any) -> None:
+        original(self, *arguments, **named)
+        self.monitor = ("erorr", "min")
+
+    monkeypatch.setattr(Classification, "__init__", init)
+    with pytest.raises(UserError, match="'erorr' is not a metric; choose one of loss, top1"):
+        train(compose(*SMALL, "epochs=1", "run_dir=run"))
+    assert not Path("run/checkpoints/best.pt").exists()
