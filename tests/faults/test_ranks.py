@@ -78,12 +78,15 @@ def started(cnntrain, wait_for):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=LONG)])
 def test_the_same_losses_and_metrics_as_one_process(cnntrain, processes: int) -> None:
-    """180 images in batches of 32, the last with 20; two batches per step; mixed labels; 20 validation images."""
+    """180 images in batches of 32, the last with 20; two batches per step; mixed labels; 20 validation images.
+
+    With SGD and without clipping, because Adam and a clipped norm hide a wrong scale of the gradients.
+    """
     settings = (
         *QUIET,
         *(
             "data.limit=200 batch_size=32 epochs=2 accumulate=2 augment=[crop,mixup] ema_decay=0.9 "
-            "clip_grad_norm=1 log.every_steps=1"
+            "optimizer=sgd log.every_steps=1"
         ).split(),
     )
     cnntrain(*settings, "run_dir=one")

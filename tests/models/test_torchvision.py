@@ -2,20 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
 
 from cnntrain.errors import UserError
 from cnntrain.models import torchvision as from_torchvision
-
-
-def classifier(name: str, channels: int = 3, size: int = 64, **options: object) -> nn.Module:
-    return from_torchvision.classifier(
-        name=name,
-        in_channels=channels,
-        num_outputs=7,
-        image_size=(size, size),
-        **options,  # type: ignore[arg-type]
-    )
+from tests.models.test_pretrained import classifier
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,9 @@
 """Explanations of failed forward passes: the layer, its input, the arithmetic."""
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor, nn
 
 from cnntrain.summary.preflight import preflight
-from cnntrain.types import Finding
-
-
-def torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
-    from torchvision import models
-
-    return lambda: models.get_model(name, weights=None, **options)
-
-
-def only(findings: list[Finding]) -> Finding:
-    (finding,) = findings
-    assert (finding.name, finding.verdict) == ("preflight", "FAIL")
-    assert finding.remedy
-    return finding
+from tests.summary.test_preflight import only, torchvision
 
 
 def test_wrong_channels() -> None:

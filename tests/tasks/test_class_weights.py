@@ -6,23 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from cnntrain.tasks.class_weights import parse_class_weights
-from cnntrain.tasks.classification import Classification
-from cnntrain.types import DataSpec, flip_permutation
-
-
-def make(classes: int = 10, **settings) -> Classification:
-    return Classification(DataSpec(1, 8, 8, tuple(f"c{i}" for i in range(classes))), **settings)
-
-
-def example(task: Classification, count: int = 40, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    outputs = torch.randn(count, task.num_outputs, generator=generator) * 2
-    return outputs, {"label": torch.randint(0, task.num_classes, (count,), generator=generator)}
-
-
-def mean_loss(task, outputs, targets, training=True) -> float:
-    total, count = task.loss(outputs, targets, training)
-    return float(total / count)
+from cnntrain.types import flip_permutation
+from tests.tasks.test_classification import example, make, mean_loss
 
 
 def test_balanced_weights_match_scikit_learn():

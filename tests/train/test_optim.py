@@ -14,10 +14,11 @@ from cnntrain.errors import StoppedError, UserError
 from cnntrain.models.fcn import FCN
 from cnntrain.models.resnet import ResNet
 from cnntrain.models.sequential.parser import Sequential
-from cnntrain.train import checkpoint, loop
+from cnntrain.train import checkpoint
 from cnntrain.train.optim import build_optimizer, by_name, layers_of, set_learning_rate
 from cnntrain.train.schedule import Constant, Cosine
 from cnntrain.train.setup import build_components
+from tests.runs import stop_at
 
 SMALL = (
     *(
@@ -168,15 +169,7 @@ def test_a_run_stopped_around_the_unfreeze_epoch_resumes_with_the_same_bits(
     """Before, at the start of and within the epoch that unfreezes the backbone; with learning rates by layer."""
     settings = (*FROZEN, "model.unfreeze=2", "optimizer.layer_decay=0.7", "ema_decay=0.9")
     train(compose(*settings, "run_dir=whole"))
-    original = loop.set_learning_rate
-
-    def stopping(optimizer: Any, schedule: Any, now: int) -> float:
-        if now == step:
-            monkeypatch.setattr(loop, "set_learning_rate", original)
-            raise StoppedError(15, "stopped")
-        return original(optimizer, schedule, now)
-
-    monkeypatch.setattr(loop, "set_learning_rate", stopping)
+    stop_at(monkeypatch, step)
     with pytest.raises(StoppedError):
         train(compose(*settings, "run_dir=broken"))
     progress = checkpoint.load(Path("broken/checkpoints/last.pt"))["state"]["progress"]
