@@ -195,9 +195,12 @@ def test_two_ranks_sum_gather_and_broadcast() -> None:
     torch.manual_seed(0)
     alone = TwoHeads().train()
     images = torch.linspace(-1, 1, 21).view(7, 3).roll(3, 0)
+    running_means = []
     for part in (images[:5], images[5:]):  # as BatchNorm sees it in two ranks
+        alone.norm.reset_running_stats()
         for sign in (-1, 1, 1):
             alone(sign * part).sum().backward()
+        running_means.append(alone.norm.running_mean.clone())
     for each in found.values():
         assert each["gathered"] == [0, 1] and each["broadcast"] == {"by": 0}
         assert each["metrics"] == {"loss": 1.5, "scores": 3.0}
@@ -210,6 +213,8 @@ def test_two_ranks_sum_gather_and_broadcast() -> None:
     assert found[0]["gradients"].keys() == expected.keys() and "unused.weight" not in expected
     for name, gradient in expected.items():
         torch.testing.assert_close(torch.tensor(found[0]["gradients"][name]), gradient)
+    torch.testing.assert_close(torch.tensor(found[0]["mean"]), torch.stack(running_means).mean(dim=0))
+    assert not torch.allclose(running_means[0], running_means[1])
 
 
 def run_mismatched(rank: int, port: int, results) -> None:
